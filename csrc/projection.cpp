@@ -1,0 +1,41 @@
+// How a projection is shared out: a task is a run of rows of one layer.
+
+#include "projection.hpp"
+
+#include <algorithm>
+
+#include "parallel.hpp"
+#include "workspace.hpp"
+
+namespace rs {
+
+void project(const Target& target, const Problem& problem, std::size_t threads, float* out) {
+    if (problem.samples == 0 || problem.layers == 0 || problem.rank == 0) return;
+
+    // A thread must have this many multiplications to do before it is worth waking.
+    constexpr std::size_t worthwhile = 1U << 18U;
+    const std::size_t multiplications = problem.samples * problem.layers * problem.width * problem.rank;
+    const std::size_t workers = std::clamp<std::size_t>(multiplications / worthwhile, 1, threads);
+
+    // At least four tasks a thread, so that all end at about the same time, but no fewer than 48 rows in one:
+    // each thread packs the directions of each layer it touches. A multiple of the rows of every target's tile.
+    constexpr std::size_t unit = 48;
+    const std::size_t parts = workers == 1 ? 1 : (4 * workers + problem.layers - 1) / problem.layers;
+    const std::size_t rows = std::max<std::size_t>(1, (problem.samples / parts + unit - 1) / unit) * unit;
+    const std::size_t parts_of_layer = (problem.samples + rows - 1) / rows;
+
+    std::vector<Workspace> workspaces;
+    workspaces.reserve(workers);
+    for (std::size_t i = 0; i < workers; ++i) workspaces.emplace_back(target, problem);
+
+    const auto task = [&](std::size_t worker, std::size_t index) {
+        const std::size_t layer = index / parts_of_layer;
+        const std::size_t first = index % parts_of_layer * rows;
+        workspaces[worker].project(problem, layer, first, std::min(rows, problem.samples - first),
+                                   out + (first * problem.layers + layer) * problem.rank,
+                                   problem.layers * problem.rank);
+    };
+    parallel_for(problem.layers * parts_of_layer, workers, task);
+}
+
+}  // namespace rs

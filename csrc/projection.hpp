@@ -1,0 +1,87 @@
+// The contract of the kernel: what every file in this folder shares, and nothing else.
+//
+//   out[n, l, k] = Σ_d (h[n, l, d] − o[l, d]) · v[l, k, d]
+//
+// h is read once, in the type it has (float32, float16 or bfloat16), from wherever it lies: any address,
+// any stride in n and l, d contiguous. Sums are taken in float32, by lanes and then by chunks
+// (see kernel.hpp), so that the error stays below 1e−6 · Σ|h − o||v|.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rs {
+
+enum class Type : std::uint8_t { f32, f16, bf16 };
+
+inline std::size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// One call. `activations` points to h[0, 0, 0]; its strides are in bytes and may be negative or zero.
+// `directions` [L, K, D] and `offset` [L, D], which may be null, are C-contiguous float32.
+struct Problem {
+    Type type;
+    const unsigned char* activations;
+    std::ptrdiff_t sample_stride;
+    std::ptrdiff_t layer_stride;
+    const float* directions;
+    const float* offset;
+    std::size_t samples;
+    std::size_t layers;
+    std::size_t width;
+    std::size_t rank;  // K, the directions of a layer
+};
+
+// The part of one layer that a thread works on at a time: `count` rows, `stride` bytes apart.
+// Row i's K results go to out[i · out_stride … + K).
+struct Rows {
+    Type type;
+    const unsigned char* first;
+    std::ptrdiff_t stride;
+    std::size_t count;
+    std::size_t width;
+    std::size_t rank;
+    const float* packed;  // what Target::pack wrote for this layer
+    bool has_offset;
+    float* out;
+    std::size_t out_stride;
+};
+
+// A SIMD target: three functions compiled for one instruction set. All memory is the caller's, so that
+// none of them can fail. `packed` and `scratch` are aligned to `alignment` bytes.
+struct Target {
+    const char* name;
+    std::size_t (*packed_floats)(std::size_t width, std::size_t rank);
+    std::size_t (*scratch_floats)();
+    void (*pack)(Type type, std::size_t width, std::size_t rank, const float* directions, const float* offset,
+                 float* packed);
+    void (*project)(const Rows& rows, float* scratch);
+};
+
+inline constexpr std::size_t alignment = 64;
+
+// dispatch.cpp: the targets that are built in and that this CPU can run, slowest first; and the one in
+// use: the last of them, or the one that RS_GGUF_KERNEL names. Throws std::invalid_argument if
+// RS_GGUF_KERNEL names one that cannot be had.
+std::vector<const Target*> available_targets();
+const Target& chosen_target();
+
+// projection.cpp: out is [N, L, K], C-contiguous. `threads` ≥ 1 is an upper limit: small problems use fewer.
+void project(const Target& target, const Problem& problem, std::size_t threads, float* out);
+
+// statistics.cpp: the figures by which a direction is judged, from one pass over the activations. A thread
+// holds the projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous.
+struct Statistics {
+    double* pearson;        // weighted correlation of p with c
+    double* disagreement;   // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 where there is no such sample
+    double* mean_refused;   // weighted mean of p over c > neutral
+    double* mean_answered;  // weighted mean of p over c < −neutral
+    double* upper;          // quantile q of p over c > 0
+    double* lower;          // quantile 1 − q of p over c < 0
+};
+void statistics(const Target& target, const Problem& problem, const double* confidence, const double* weights,
+                double neutral, double q, std::size_t threads, const Statistics& out);
+
+}  // namespace rs

@@ -1,0 +1,138 @@
+// Figures of merit of directions, layer by layer, in float64 over float32 projections.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "parallel.hpp"
+#include "projection.hpp"
+#include "workspace.hpp"
+
+namespace rs {
+namespace {
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+
+int sign(double x) { return static_cast<int>(x > 0) - static_cast<int>(x < 0); }
+
+// The quantile q of values, with linear interpolation between order statistics (Hyndman and Fan's type 7,
+// NumPy's default). Reorders values. NaN if there are none, or a NaN among them.
+double quantile(std::vector<float>& values, double q) {
+    if (values.empty() || std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); })) return nan;
+    const double position = q * static_cast<double>(values.size() - 1);
+    const auto below = static_cast<std::size_t>(position);
+    const double fraction = position - static_cast<double>(below);
+    const auto at = values.begin() + static_cast<std::ptrdiff_t>(below);
+    std::nth_element(values.begin(), at, values.end());
+    const double low = *at;
+    if (fraction == 0) return low;
+    const double high = *std::min_element(at + 1, values.end());
+    return low + fraction * (high - low);
+}
+
+double mean_or_nan(double sum, double weight) { return weight > 0 ? sum / weight : nan; }
+
+// One direction of one layer. p is strided: projections are [N, K].
+class Column {
+public:
+    Column(std::size_t samples, const double* confidence, const double* weights, double neutral, double q)
+        : samples_(samples), c_(confidence), w_(weights), neutral_(neutral), q_(q) {
+        positive_.reserve(samples);
+        negative_.reserve(samples);
+    }
+
+    void reduce(const float* p, std::size_t stride, std::size_t index, const Statistics& out) {
+        double weight = 0;
+        double sum_p = 0;
+        double sum_c = 0;
+        double weight_disagreeing = 0;
+        double squares_disagreeing = 0;
+        double weight_refused = 0;
+        double sum_refused = 0;
+        double weight_answered = 0;
+        double sum_answered = 0;
+        positive_.clear();
+        negative_.clear();
+        for (std::size_t n = 0; n < samples_; ++n) {
+            const float value = p[n * stride];
+            const double w = w_[n];
+            const double c = c_[n];
+            const double wp = w * static_cast<double>(value);
+            weight += w;
+            sum_p += wp;
+            sum_c += w * c;
+            if (sign(value) != sign(c)) {
+                const double error = static_cast<double>(value) - c;
+                weight_disagreeing += w;
+                squares_disagreeing += w * error * error;
+            }
+            if (c > neutral_) {
+                weight_refused += w;
+                sum_refused += wp;
+            } else if (c < -neutral_) {
+                weight_answered += w;
+                sum_answered += wp;
+            }
+            if (c > 0) positive_.push_back(value);
+            if (c < 0) negative_.push_back(value);
+        }
+        out.pearson[index] = pearson(p, stride, sum_p / weight, sum_c / weight);
+        out.disagreement[index] = weight_disagreeing > 0 ? std::sqrt(squares_disagreeing / weight_disagreeing) : 0;
+        out.mean_refused[index] = mean_or_nan(sum_refused, weight_refused);
+        out.mean_answered[index] = mean_or_nan(sum_answered, weight_answered);
+        out.upper[index] = quantile(positive_, q_);
+        out.lower[index] = quantile(negative_, 1 - q_);
+    }
+
+private:
+    // About the means, in a second run over the column: one-pass sums of squares would cancel.
+    double pearson(const float* p, std::size_t stride, double mean_p, double mean_c) const {
+        double pp = 0;
+        double pc = 0;
+        double cc = 0;
+        for (std::size_t n = 0; n < samples_; ++n) {
+            const double dp = static_cast<double>(p[n * stride]) - mean_p;
+            const double dc = c_[n] - mean_c;
+            pp += w_[n] * dp * dp;
+            pc += w_[n] * dp * dc;
+            cc += w_[n] * dc * dc;
+        }
+        return pp == 0 || cc == 0 ? nan : pc / std::sqrt(pp) / std::sqrt(cc);
+    }
+
+    std::size_t samples_;
+    const double* c_;
+    const double* w_;
+    double neutral_;
+    double q_;
+    std::vector<float> positive_;
+    std::vector<float> negative_;
+};
+
+struct Worker {
+    Workspace workspace;
+    std::vector<float> projections;
+    Column column;
+};
+
+}  // namespace
+
+void statistics(const Target& target, const Problem& problem, const double* confidence, const double* weights,
+                double neutral, double q, std::size_t threads, const Statistics& out) {
+    const std::size_t workers = std::clamp<std::size_t>(problem.layers, 1, threads);
+    std::vector<Worker> team;
+    team.reserve(workers);
+    for (std::size_t i = 0; i < workers; ++i) {
+        team.push_back({Workspace(target, problem), std::vector<float>(problem.samples * problem.rank),
+                        Column(problem.samples, confidence, weights, neutral, q)});
+    }
+    const auto task = [&](std::size_t index, std::size_t layer) {
+        Worker& worker = team[index];
+        worker.workspace.project(problem, layer, 0, problem.samples, worker.projections.data(), problem.rank);
+        for (std::size_t k = 0; k < problem.rank; ++k)
+            worker.column.reduce(worker.projections.data() + k, problem.rank, layer * problem.rank + k, out);
+    };
+    parallel_for(problem.layers, workers, task);
+}
+
+}  // namespace rs

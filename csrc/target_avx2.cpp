@@ -1,0 +1,57 @@
+// AVX2 + FMA + F16C: 8 lanes, 16 registers. Compiled with these flags; entered only after dispatch.cpp has
+// asked the CPU.
+
+#include <immintrin.h>
+
+#include "kernel.hpp"
+#include "targets.hpp"
+
+namespace rs {
+namespace {
+
+struct Avx2 {
+    using Vector = __m256;
+    static constexpr std::size_t lanes = 8;
+    static constexpr std::size_t staged_elements = 256;
+
+    // 2 × 6 sums + 2 rows + 1 direction: 15 of the 16 registers.
+    static constexpr std::size_t rows(std::size_t c) { return c <= 2 ? 4 : c == 3 ? 3 : 2; }
+
+    static __m256i load_bits(const unsigned char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+    // Keeps a value in a register: GCC would rather load it again for every multiplication, and loads are
+    // what the loop is short of.
+    static Vector hold(Vector a) {
+#ifdef __GNUC__
+        __asm__("" : "+x"(a));
+#endif
+        return a;
+    }
+    static Vector zero() { return _mm256_setzero_ps(); }
+    static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+    static void store(float* p, Vector a) { _mm256_storeu_ps(p, a); }
+    static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+    static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+    static float total(Vector a) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    static Vector load_f32(const unsigned char* p) { return _mm256_castsi256_ps(load_bits(p)); }
+    static Vector load_f16(const unsigned char* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static Vector load_bf16_even(const unsigned char* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16)); }
+    static Vector load_bf16_odd(const unsigned char* p) {
+        return _mm256_castsi256_ps(_mm256_and_si256(load_bits(p), _mm256_set1_epi32(static_cast<int>(0xFFFF0000U))));
+    }
+    static void prefetch(const unsigned char* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+using Loops = Kernel<Avx2>;
+
+}  // namespace
+
+extern const Target avx2_target = {"avx2", Loops::packed_floats, Loops::scratch_floats, Loops::pack, Loops::project};
+
+}  // namespace rs

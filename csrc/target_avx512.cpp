@@ -1,0 +1,54 @@
+// AVX-512 F: 16 lanes, 32 registers. bfloat16 is widened, not fed to VDPBF16PS: that instruction wants the
+// directions in bfloat16 too, which would cost three decimal digits (docs/kernel.md has the figures).
+
+#include <immintrin.h>
+
+#include "kernel.hpp"
+#include "targets.hpp"
+
+namespace rs {
+namespace {
+
+struct Avx512 {
+    using Vector = __m512;
+    static constexpr std::size_t lanes = 16;
+    static constexpr std::size_t staged_elements = 512;
+
+    // 4 × 6 sums + 4 rows + 1 direction: 29 of the 32 registers.
+    static constexpr std::size_t rows(std::size_t c) { return c <= 2 ? 6 : 4; }
+
+    static __m512i load_bits(const unsigned char* p) { return _mm512_loadu_si512(p); }
+
+    // Keeps a value in a register: GCC would rather load it again for every multiplication, and loads are
+    // what the loop is short of.
+    static Vector hold(Vector a) {
+#ifdef __GNUC__
+        __asm__("" : "+v"(a));
+#endif
+        return a;
+    }
+    static Vector zero() { return _mm512_setzero_ps(); }
+    static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Vector a) { _mm512_storeu_ps(p, a); }
+    static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+    static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+    static float total(Vector a) { return _mm512_reduce_add_ps(a); }
+    static Vector load_f32(const unsigned char* p) { return _mm512_castsi512_ps(load_bits(p)); }
+    static Vector load_f16(const unsigned char* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static Vector load_bf16_even(const unsigned char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_bits(p), 16)); }
+    static Vector load_bf16_odd(const unsigned char* p) {
+        return _mm512_castsi512_ps(_mm512_and_si512(load_bits(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000U))));
+    }
+    static void prefetch(const unsigned char* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+using Loops = Kernel<Avx512>;
+
+}  // namespace
+
+extern const Target avx512_target = {"avx512", Loops::packed_floats, Loops::scratch_floats, Loops::pack,
+                                     Loops::project};
+
+}  // namespace rs

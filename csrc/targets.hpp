@@ -1,0 +1,18 @@
+// The targets that CMakeLists.txt built, one object a file. Only dispatch.cpp needs to know them all.
+
+#pragma once
+
+#include "projection.hpp"
+
+namespace rs {
+
+extern const Target scalar_target;
+#ifdef RS_X86
+extern const Target avx2_target;
+extern const Target avx512_target;
+#endif
+#ifdef RS_NEON
+extern const Target neon_target;
+#endif
+
+}  // namespace rs

@@ -1,0 +1,20 @@
+"""The one exception family. A message says what was wrong, where, and what to do about it.
+
+The command line prints the message and exits with `exit_code`; it never shows a traceback for these.
+"""
+
+
+class RsGgufError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(RsGgufError):
+    """A file, option, array or model that the user gave cannot be used as it is."""
+
+
+class GateError(RsGgufError):
+    """The work ended, but its result does not pass: a check, a proof or the safety gate."""
+
+    exit_code = 1

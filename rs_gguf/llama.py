@@ -1,0 +1,561 @@
+"""The one place that touches llama.cpp: a loaded model, its steering, and batches of sequences.
+
+Token lists go in; answers, next-token logits, log-probabilities or internal activations come out.
+Many sequences share each `llama_decode`, their common prefix (system prompt, few-shot examples) is
+decoded once and its cells are shared, and results are yielded as they are ready so that a killed run
+loses only the batch in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.errors import InputError
+
+_log = logging.getLogger("rs_gguf.llama")
+_recent_errors: deque[str] = deque(maxlen=8)
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    message = text.decode("utf-8", "replace").strip()
+    if level >= 3 and message and level != 5:  # GGML_LOG_LEVEL_WARN = 2, ERROR = 3, CONT = 5
+        _recent_errors.append(message)
+    _log.debug(message)
+
+
+def loader_messages() -> list[str]:
+    """The last few errors that llama.cpp itself logged, oldest first."""
+    return list(_recent_errors)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw."""
+
+    temperature: float = 0.0
+    top_k: int = 20
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one sequence answered: its tokens, text, and whether it ended by itself (`finished`)."""
+
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+@dataclass
+class _Capture:
+    """What the evaluation callback copies: of each wanted tensor, the rows of the batch's output tokens."""
+
+    wanted: dict[bytes, tuple[str, int]]  # "l_out-7" → ("l_out", 7)
+    output_rows: list[int] = field(default_factory=list)
+    n_tokens: int = 0
+    rows: list[dict[tuple[str, int], NDArray[np.float32]]] = field(default_factory=list)
+    current: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Token:
+    id: int
+    pos: int
+    seq: int
+    output: bool
+
+
+class LlamaModel:
+    """A GGUF model in llama.cpp with one context that holds many sequences.
+
+    Args:
+        path: a GGUF file.
+        n_parallel: sequences that are answered at once.
+        n_ctx: cells of the key/value cache, shared by all sequences. Bounds the memory.
+        n_threads: CPU threads; all that this process may use by default.
+
+    Raises:
+        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, or there is
+            not enough memory for the weights or the context. The message carries llama.cpp's own words.
+    """
+
+    def __init__(
+        self, path: Path, *, n_parallel: int = 32, n_ctx: int = 8192, n_threads: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`.")
+        self.n_parallel = n_parallel
+        self._model: Any = None
+        self._ctx: Any = None
+        self._batch: Any = None
+        self._adapters: dict[str, Any] = {}
+        self._capture: _Capture | None = None
+        llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        _recent_errors.clear()
+        self._model = llama_cpp.llama_model_load_from_file(
+            os.fsencode(self.path), llama_cpp.llama_model_default_params()
+        )
+        if not self._model:
+            raise InputError(_loader_failure(f"llama.cpp cannot load {self.path}"))
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.n_layer: int = llama_cpp.llama_model_n_layer(self._model)
+        self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
+        self.metadata = self._read_metadata()
+        self.architecture = self.metadata.get("general.architecture", "unknown")
+        self._ctx = self._new_context(n_ctx, n_threads or _usable_cores())
+        self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self.n_ctx: int = llama_cpp.llama_n_ctx(self._ctx)
+        self._n_batch: int = llama_cpp.llama_n_batch(self._ctx)
+        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+
+    def _new_context(self, n_ctx: int, n_threads: int) -> Any:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        # One physical batch per call keeps the callback's rows in the order they were given.
+        params.n_batch = params.n_ubatch = min(512, n_ctx)
+        params.n_seq_max = self.n_parallel + 1  # sequence 0 holds the shared prefix
+        params.kv_unified = True  # cells of the shared prefix are shared, not copied
+        params.n_threads = params.n_threads_batch = n_threads
+        params.no_perf = True
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
+        params.cb_eval = self._callback
+        ctx = llama_cpp.llama_init_from_model(self._model, params)
+        if not ctx:
+            raise InputError(
+                _loader_failure(f"llama.cpp cannot make a context of {n_ctx} tokens for {self.path}")
+                + " Use a smaller model or a smaller context."
+            )
+        return ctx
+
+    def _read_metadata(self) -> dict[str, str]:
+        def text(read: Callable[..., int], index: int) -> str:
+            size = read(self._model, index, None, 0) + 1
+            buffer = ctypes.create_string_buffer(size)
+            read(self._model, index, buffer, size)
+            return buffer.value.decode("utf-8", "replace")
+
+        return {
+            text(llama_cpp.llama_model_meta_key_by_index, i): text(
+                llama_cpp.llama_model_meta_val_str_by_index, i
+            )
+            for i in range(llama_cpp.llama_model_meta_count(self._model))
+        }
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template in the file's metadata, if any."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    def token_text(self, token: int) -> str:
+        """The literal text of one token, special ones included."""
+        return self.detokenize([token], special=True)
+
+    @property
+    def bos_token(self) -> str:
+        return self._special(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_token(self) -> str:
+        return self._special(llama_cpp.llama_vocab_eos(self._vocab))
+
+    def _special(self, token: int) -> str:
+        return self.token_text(token) if token >= 0 else ""
+
+    def close(self) -> None:
+        """Free the context and the weights. The object is of no use afterwards."""
+        if self._batch is not None:
+            llama_cpp.llama_batch_free(self._batch)
+            self._batch = None
+        if self._ctx:
+            llama_cpp.llama_free(self._ctx)
+            self._ctx = None
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- text and tokens -------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+        """Tokens of `text`. With `special`, control tokens written out in it are recognised."""
+        data = text.encode("utf-8")
+        size = len(data) + 8
+        buffer = (llama_cpp.llama_token * size)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, bos, special)
+        return list(buffer[:count])
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of `tokens`; control tokens are left out unless `special`."""
+        if not tokens:
+            return ""
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        size = 32 * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama_cpp.llama_detokenize(
+                self._vocab, array, len(tokens), buffer, size, False, special
+            )
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            size = -count
+
+    # ---- steering --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def steered(
+        self,
+        directions: dict[int, NDArray[np.float32]] | None = None,
+        *,
+        adapters: Sequence[tuple[Path, float]] = (),
+    ) -> Iterator[None]:
+        """Within the block, add `directions[l]` [D] to the output of block l, and apply LoRA `adapters`.
+
+        The same C calls that `--control-vector` and `--lora` end in. The cache is cleared on the way in
+        and out: its cells were computed under the other steering.
+
+        Raises:
+            InputError: a width or a layer that the model does not have, or a file it cannot use.
+        """
+        self._set_directions(directions or {})
+        self._set_adapters(adapters)
+        try:
+            yield
+        finally:
+            self._set_directions({})
+            self._set_adapters(())
+
+    def _set_directions(self, directions: dict[int, NDArray[np.float32]]) -> None:
+        # The buffer starts at block 1, and a short one would leave older values behind.
+        buffer = np.zeros((self.n_layer - 1, self.n_embd), dtype=np.float32)
+        for layer, direction in directions.items():
+            if not 1 <= layer < self.n_layer:
+                raise InputError(
+                    f"layer {layer} cannot be steered: this model has blocks 1 to {self.n_layer - 1} "
+                    "(llama.cpp never steers block 0)."
+                )
+            if np.shape(direction) != (self.n_embd,):
+                raise InputError(
+                    f"layer {layer}: direction of shape {np.shape(direction)}, but {self.path.name} has "
+                    f"width {self.n_embd}. The vector belongs to another model."
+                )
+            buffer[layer - 1] = direction
+        pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        status = llama_cpp.llama_set_adapter_cvec(
+            self._ctx, pointer if directions else None, buffer.size, self.n_embd, 1, self.n_layer - 1
+        )
+        if status != 0:
+            raise InputError(_loader_failure("llama.cpp refused the control vector"))
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def _set_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        handles = [self._adapter(path) for path, _ in adapters]
+        array = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
+        scales = (ctypes.c_float * len(handles))(*(scale for _, scale in adapters))
+        if llama_cpp.llama_set_adapters_lora(self._ctx, array, len(handles), scales) != 0:
+            raise InputError(_loader_failure("llama.cpp refused the adapter"))
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def _adapter(self, path: Path) -> Any:
+        if not path.is_file():
+            raise InputError(f"adapter file not found: {path}.")
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_mtime_ns}:{stat.st_size}"
+        if key not in self._adapters:
+            _recent_errors.clear()
+            handle = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+            if not handle:
+                raise InputError(_loader_failure(f"llama.cpp cannot load the adapter {path}"))
+            self._adapters[key] = handle
+        return self._adapters[key]
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def _decode(self, tokens: Sequence[_Token]) -> Iterator[tuple[_Token, NDArray[np.float32]]]:
+        """Run `tokens`; yield those marked `output` with a view of their logits [V], valid until the next."""
+        batch = self._batch
+        for start in range(0, len(tokens), self._n_batch):
+            chunk = tokens[start : start + self._n_batch]
+            batch.n_tokens = len(chunk)
+            for i, token in enumerate(chunk):
+                batch.token[i] = token.id
+                batch.pos[i] = token.pos
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = token.seq
+                batch.logits[i] = token.output
+            outputs = [i for i, token in enumerate(chunk) if token.output]
+            if self._capture is not None:
+                self._capture.output_rows = outputs
+                self._capture.n_tokens = len(chunk)
+                self._capture.rows = [{} for _ in outputs]
+            status = llama_cpp.llama_decode(self._ctx, batch)
+            if status != 0:
+                raise InputError(
+                    _loader_failure(
+                        f"llama.cpp could not decode a batch of {len(chunk)} tokens (status {status})"
+                    )
+                )
+            for k, i in enumerate(outputs):
+                if self._capture is not None:
+                    self._capture.current = self._capture.rows[k]
+                pointer = llama_cpp.llama_get_logits_ith(self._ctx, i)
+                yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    def _share_prefix(self, sequences: Sequence[Sequence[int]], at_most: int) -> int:
+        """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+        length = min(_common_prefix(sequences), at_most)
+        prefix = [_Token(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
+        capture, self._capture = self._capture, None
+        for _ in self._decode(prefix):
+            pass
+        self._capture = capture
+        return length
+
+    def _check_lengths(self, lengths: Iterable[int]) -> None:
+        longest = max(lengths)
+        if longest > self.n_ctx:
+            raise InputError(
+                f"a prompt and its answer need {longest} tokens, but the context holds {self.n_ctx}. "
+                "Shorten the prompt or raise the context size."
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Answer token lists, many at a time; yield (index, answer) in the order they finish.
+
+        A sequence that ends makes room for the next one at once (continuous batching).
+
+        Raises:
+            InputError: an empty prompt, or one that does not fit the context.
+        """
+        if not prompts:
+            return
+        sampling = sampling or Sampling()
+        if not all(prompts):
+            raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
+        self._check_lengths(len(p) + max_tokens for p in prompts)
+        prefix = self._share_prefix(prompts, min(map(len, prompts)) - 1)
+        queue = deque(range(len(prompts)))
+        free = list(range(self.n_parallel, 0, -1))
+        running: dict[int, int] = {}  # slot → index of prompt
+        answers: dict[int, list[int]] = {}
+        draws = {}
+        cells = self.n_ctx - prefix
+        while queue or running:
+            batch = [
+                _Token(answers[i][-1], len(prompts[i]) + len(answers[i]) - 1, slot, True)
+                for slot, i in running.items()
+            ]
+            while queue and free:
+                need = len(prompts[queue[0]]) - prefix + max_tokens
+                if need > cells:
+                    break
+                cells -= need
+                i, slot = queue.popleft(), free.pop()
+                llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, 0, prefix)
+                running[slot], answers[i] = i, []
+                draws[i] = np.random.default_rng((sampling.seed, i))
+                last = len(prompts[i]) - 1
+                batch += [
+                    _Token(t, pos, slot, pos == last)
+                    for pos, t in enumerate(prompts[i][prefix:], start=prefix)
+                ]
+            for token, logits in self._decode(batch):
+                i = running[token.seq]
+                drawn = _draw(logits, sampling, draws[i])
+                finished = bool(llama_cpp.llama_vocab_is_eog(self._vocab, drawn))
+                if not finished:
+                    answers[i].append(drawn)
+                if finished or len(answers[i]) >= max_tokens:
+                    llama_cpp.llama_memory_seq_rm(self._memory, token.seq, -1, -1)
+                    free.append(token.seq)
+                    del running[token.seq], draws[i]
+                    cells += len(prompts[i]) - prefix + max_tokens
+                    tokens = answers.pop(i)
+                    yield i, Generation(tokens, self.detokenize(tokens), finished)
+
+    def _forward(
+        self, sequences: Sequence[Sequence[int]], first_output: Sequence[int]
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Decode whole sequences; yield (index, position, logits) from `first_output[index]` on."""
+        prefix = self._share_prefix(sequences, min(first_output))
+        # Of like length together, so that a batch is well filled.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        start = 0
+        while start < len(order):
+            group: list[int] = []
+            size = 0
+            while start < len(order) and len(group) < self.n_parallel:
+                length = len(sequences[order[start]]) - prefix
+                if group and size + length > self._n_batch:
+                    break
+                group.append(order[start])
+                size += length
+                start += 1
+            batch = []
+            for slot, i in enumerate(group, start=1):
+                llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, 0, prefix)
+                batch += [
+                    _Token(t, pos, slot, pos >= first_output[i])
+                    for pos, t in enumerate(sequences[i][prefix:], start=prefix)
+                ]
+            for token, logits in self._decode(batch):
+                yield group[token.seq - 1], token.pos, logits
+            for slot in range(1, len(group) + 1):
+                llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+        if not prompts:
+            return
+        if not all(prompts):
+            raise InputError("an empty prompt has no next token: every prompt needs at least one token.")
+        self._check_lengths(map(len, prompts))
+        for i, _, logits in self._forward(prompts, [len(p) - 1 for p in prompts]):
+            yield i, logits
+
+    def token_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """For each (prompt, continuation): its tokens' log-probabilities [T] and whether each is the top one [T]."""
+        if not pairs:
+            return []
+        if any(not prompt or not answer for prompt, answer in pairs):
+            raise InputError("log-probabilities need a prompt and a continuation of at least one token each.")
+        sequences = [[*prompt, *answer][:-1] for prompt, answer in pairs]
+        self._check_lengths(map(len, sequences))
+        results = [
+            (np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs
+        ]
+        for i, pos, logits in self._forward(sequences, [len(p) - 1 for p, _ in pairs]):
+            prompt, answer = pairs[i]
+            step = pos - len(prompt) + 1
+            top = float(logits.max())
+            logsumexp = top + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+            results[i][0][step] = float(logits[answer[step]]) - logsumexp
+            results[i][1][step] = logits[answer[step]] == top
+        return results
+
+    def activations(
+        self, prompts: Sequence[Sequence[int]], *, layers: Sequence[int], tensors: Sequence[str] = ("l_out",)
+    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+        """Yield (index, {tensor: [L, width]}) at the last token of each prompt, read during evaluation.
+
+        `l_out` is the output of a block (method §2). Steering in force is included in what is read.
+
+        Raises:
+            InputError: this architecture's graph has no tensor of that name.
+        """
+        if not prompts:
+            return
+        capture = _Capture({f"{t}-{l}".encode(): (t, l) for t in tensors for l in layers})
+        self._capture = capture
+        try:
+            for i, _ in self.next_logits(prompts):
+                found = capture.current
+                missing = set(capture.wanted.values()) - found.keys()
+                if missing:
+                    tensor, layer = min(missing)
+                    raise InputError(
+                        f"architecture {self.architecture!r} has no tensor {tensor}-{layer} in its graph, "
+                        "so its activations cannot be read through llama.cpp."
+                    )
+                yield i, {t: np.stack([found[t, l] for l in layers]) for t in tensors}
+        finally:
+            self._capture = None
+
+    def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        capture = self._capture
+        if capture is None:
+            return False
+        key = capture.wanted.get(_ggml.ggml_get_name(tensor))
+        if key is None:
+            return False
+        if ask:
+            return True
+        n_rows = _ggml.ggml_nrows(tensor)
+        row_bytes = _ggml.ggml_nbytes(tensor) // n_rows
+        # The last block keeps only the rows that become outputs.
+        picks = capture.output_rows if n_rows == capture.n_tokens else range(n_rows)
+        for k, row in enumerate(picks):
+            value = np.empty(row_bytes // 4, dtype=np.float32)
+            _ggml.ggml_backend_tensor_get(tensor, value.ctypes.data, row * row_bytes, row_bytes)
+            capture.rows[k][key] = value
+        return True
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    first, last = min(sequences), max(sequences)
+    length = 0
+    while length < min(len(first), len(last)) and first[length] == last[length]:
+        length += 1
+    return length
+
+
+def _draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    k = min(sampling.top_k, logits.size) if sampling.top_k > 0 else logits.size
+    top = np.argpartition(logits, -k)[-k:]
+    top = top[np.argsort(-logits[top], kind="stable")]
+    weights = np.exp((logits[top] - logits[top[0]]).astype(np.float64) / sampling.temperature)
+    weights /= weights.sum()
+    keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+    return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
+
+
+def _loader_failure(what: str) -> str:
+    said = "; ".join(dict.fromkeys(_recent_errors)) or "nothing more"
+    return f"{what}. llama.cpp says: {said}."
+
+
+def _bind_ggml() -> Any:
+    """The few accessors of ggml tensors that the binding does not wrap."""
+    lib = llama_cpp.llama_cpp._lib
+    lib.ggml_get_name.argtypes, lib.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
+    lib.ggml_nrows.argtypes, lib.ggml_nrows.restype = [ctypes.c_void_p], ctypes.c_int64
+    lib.ggml_backend_tensor_get.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+    ]
+    lib.ggml_backend_tensor_get.restype = None
+    return lib
+
+
+_ggml = _bind_ggml()

@@ -1,0 +1,141 @@
+"""The walk over layers that every fit is: class means, one factorisation, all estimators and all λ.
+
+Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` each leaves. A layer is read
+once for the means of all classes and once for each distinct covariance, and is never held whole in fp64
+unless its answered samples are fewer than D. Estimators with the same negative class share its
+factorisation. Section 3 of García-Ferrero et al. (arXiv 2512.16602).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+from rs_gguf.errors import InputError
+from rs_gguf.labels import Labels
+from rs_gguf.moments import Float64, check_activations, layer_means
+from rs_gguf.ridge import RidgeSystem, check_ridges, layer_system, shrinkage_ridge
+
+if TYPE_CHECKING:
+    from rs_gguf.estimators import DirectionEstimator
+
+
+@dataclass(frozen=True)
+class RidgePath:
+    """Directions of one estimator for R ridges: `directions` [R, L, D] fp64 unit rows, `offset` [L, D].
+
+    `ridges` [R, L] are absolute, 0 where the estimator has none. With kinds given, `harm_cosine` [R, L] is
+    the cosine of each direction with the harmful contrast (mean of refused harmful minus mean of answered
+    benign), and `contrast_cosine` [L] that of the difference of the estimator's own two class means with it;
+    else, or where there is no such sample, they are NaN.
+    """
+
+    ridges: Float64
+    directions: Float64
+    offset: Float64
+    harm_cosine: Float64
+    contrast_cosine: Float64
+
+
+def solve_paths(
+    activations: Any,
+    jobs: Sequence[tuple[DirectionEstimator, Labels]],
+    *,
+    ridges: npt.ArrayLike | None = None,
+    distributed: bool = False,
+) -> list[RidgePath]:
+    """The path of each estimator under its own `Labels` of the same samples; see `estimators.fit_paths`."""
+    count, n_layers, width = check_activations(activations)
+    local = jobs[0][1].local
+    if local.stop - local.start != count:
+        raise InputError(
+            f"{count} samples of activations and {local.stop - local.start} of confidence: one confidence "
+            "for each sample is needed"
+        )
+    grid = None if ridges is None else check_ridges(ridges)
+    classes = [estimator.classes(labels) for estimator, labels in jobs]
+    # Equal weight vectors are one class: its mean and its factorisation are computed once.
+    keys = [{name: weights.tobytes() for name, weights in named.items()} for named in classes]
+    distinct = {key: named[name] for named, k in zip(classes, keys, strict=True) for name, key in k.items()}
+    stacked = np.stack([weights[local] for weights in distinct.values()])
+    # Estimators in the order of their covariance, so that one factorisation is held at a time.
+    systems: dict[bytes | None, list[int]] = {}
+    for index, (estimator, _) in enumerate(jobs):
+        systems.setdefault(keys[index]["answered"] if estimator.uses_covariance else None, []).append(index)
+
+    paths = [_empty_path(1 if grid is None else len(grid), n_layers, width) for _ in jobs]
+    # One BLAS thread: the order of its sums, and with it the last bits, would follow the thread count.
+    with threadpool_limits(1):
+        for layer in range(n_layers):
+            rows, _ = layer_means(activations, layer, stacked, distributed=distributed)
+            mean_of = dict(zip(distinct, rows, strict=True))
+            for key, members in systems.items():
+                system = None
+                if key is not None:
+                    system = layer_system(activations, layer, distinct[key], local, distributed=distributed)
+                for index in members:
+                    estimator = jobs[index][0]
+                    means = {name: mean_of[k] for name, k in keys[index].items()}
+                    means.setdefault("offset", (means["refused"] + means["answered"]) / 2)
+                    absolute = np.zeros(len(paths[index].ridges))
+                    if system is not None and key is not None:
+                        wanted = estimator.ridge if grid is None else grid
+                        relative = estimator.ridge_scale == "relative"
+                        if isinstance(wanted, str):
+                            wanted = shrinkage_ridge(
+                                wanted,
+                                system,
+                                activations,
+                                layer,
+                                distinct[key],
+                                local,
+                                distributed=distributed,
+                            )
+                            relative = True
+                        unit = estimator.ridge_unit(means, system) if relative else 1.0
+                        absolute = np.atleast_1d(np.asarray(wanted)) * unit
+                    _fill(paths[index], layer, estimator, means, system, absolute)
+    return paths
+
+
+def _empty_path(count: int, n_layers: int, width: int) -> RidgePath:
+    return RidgePath(
+        np.zeros((count, n_layers)),
+        np.empty((count, n_layers, width)),
+        np.empty((n_layers, width)),
+        np.full((count, n_layers), np.nan),
+        np.full(n_layers, np.nan),
+    )
+
+
+def _fill(
+    path: RidgePath,
+    layer: int,
+    estimator: DirectionEstimator,
+    means: dict[str, Float64],
+    system: RidgeSystem | None,
+    ridges: Float64,
+) -> None:
+    """One layer of a path: directions to unit length, offset, cosines with the harmful contrast."""
+    difference = means["refused"] - means["answered"]
+    directions = estimator.direct(means, system, ridges)
+    lengths = np.linalg.norm(directions, axis=1)
+    if not difference.any() or not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise InputError(
+            f"{estimator.name} has no direction at layer {layer}: its classes have the same mean, or what it "
+            "must not respond to takes the whole difference; check that the layer's activations vary"
+        )
+    path.ridges[:, layer] = ridges
+    path.directions[:, layer] = directions / lengths[:, None]
+    path.offset[layer] = means["offset"]
+    if "harmful" in means and "benign" in means:
+        harm = means["harmful"] - means["benign"]
+        size = np.linalg.norm(harm)
+        if size > 0:
+            path.harm_cosine[:, layer] = path.directions[:, layer] @ harm / size
+            path.contrast_cosine[layer] = difference @ harm / (size * np.linalg.norm(difference))

@@ -1,0 +1,198 @@
+"""Prompt sets: the project's own grid, and files that users bring.
+
+Files go in; `Prompt` rows come out. The grid's splits hold out whole subjects and whole forms of
+request, so that a direction is judged on what it has not seen (docs/prompts.md).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rs_gguf.errors import InputError
+
+Kind = Literal["sensitive", "harmful", "benign"]
+Split = Literal["fit", "tune", "test"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Names under which well-known prompt files keep the prompt, most specific first.
+_PROMPT_COLUMNS = (
+    "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text", "vanilla",
+    "turns", "messages",
+)  # fmt: skip
+# Columns that complete the prompt of the column named.
+_CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what is known of it. `id` is a hash of kind and text: stable over files and runs."""
+
+    prompt: str
+    kind: Kind
+    subject: str = ""
+    topic: str = ""  # country or region, category of harm, or everyday area
+    form: str = ""  # form of request: question, poem, petition, …
+    language: str = ""  # ISO 639-1
+    split: Split = "test"
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(f"{self.kind}\0{self.prompt}".encode()).hexdigest()[:16]
+
+
+def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
+    """The project's own prompts of these kinds, all splits."""
+    rows = []
+    for kind in kinds:
+        text = (resources.files("rs_gguf") / "data" / f"{kind}.jsonl").read_text(encoding="utf-8")
+        rows += [Prompt(**json.loads(line)) for line in text.splitlines()]
+    return rows
+
+
+def load(path: Path, kind: Kind, split: Split = "test") -> list[Prompt]:
+    """Read a user's prompt file: txt (one a line), csv, tsv, json, jsonl or parquet; column detected.
+
+    Raises:
+        InputError: missing or empty file, unknown format, no column that holds prompts, or a bad row,
+            which is named by file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"prompt file not found: {path}.")
+    rows = [
+        Prompt(
+            prompt=_prompt_text(row, f"{path}:{line}"),
+            kind=kind,
+            subject=_text_of(row, "subject"),
+            topic=_text_of(row, "topic") or _text_of(row, "category"),
+            form=_text_of(row, "form"),
+            language=_text_of(row, "language"),
+            split=split,
+        )
+        for line, row in _rows(path)
+    ]
+    if not rows:
+        raise InputError(f"{path} holds no prompts. Give at least one row.")
+    return rows
+
+
+def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
+    """At most `size` prompts, spread evenly over languages, forms and subjects; the same for the same seed."""
+    if size >= len(prompts):
+        return list(prompts)
+    ordered = sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}\0{p.id}".encode()).digest())
+    # Deal the cells out in turn: the k-th prompt of a cell comes before the (k+1)-th of any other.
+    seen: dict[tuple[str, str], int] = {}
+    ranked = []
+    for position, prompt in enumerate(ordered):
+        cell = (prompt.topic, prompt.form)
+        seen[cell] = seen.get(cell, -1) + 1
+        ranked.append((seen[cell], position, prompt))
+    chosen = {prompt.id for _, _, prompt in sorted(ranked, key=lambda r: r[:2])[:size]}
+    return [prompt for prompt in prompts if prompt.id in chosen]
+
+
+def to_row(prompt: Prompt) -> dict[str, str]:
+    """A JSON row with the id, as the run folder keeps it."""
+    return {"id": prompt.id, **asdict(prompt)}
+
+
+def from_row(row: Mapping[str, str]) -> Prompt:
+    """The inverse of `to_row`."""
+    return Prompt(**{key: value for key, value in row.items() if key != "id"})  # type: ignore[arg-type]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """(line or row number, row) of a file; a plain string where the format has no columns."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",")
+        for row in reader:
+            yield reader.line_num, row
+    elif suffix == ".jsonl":
+        for line, content in enumerate(text.splitlines(), start=1):
+            if content.strip():
+                yield line, _parse_json(content, f"{path}:{line}")
+    elif suffix == ".json":
+        value = _parse_json(text, str(path))
+        if isinstance(value, dict):  # {"data": [...]}, or columns of lists
+            value = next((v for v in value.values() if isinstance(v, list)), None)
+        if not isinstance(value, list):
+            raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
+        yield from enumerate(value, start=1)
+    elif suffix in (".txt", ""):
+        for line, content in enumerate(text.splitlines(), start=1):
+            if content.strip():
+                yield line, content.strip()
+    else:
+        raise InputError(f"{path}: unknown format {suffix!r}; use txt, csv, tsv, json, jsonl or parquet.")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
+    yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}).") from error
+
+
+def _prompt_text(row: Mapping[str, Any] | str, where: str) -> str:
+    if isinstance(row, str):
+        text = row
+    elif isinstance(row, Mapping):
+        columns = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+        name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
+        if name is None:
+            raise InputError(
+                f"{where}: no prompt in columns {', '.join(sorted(columns)) or '(none)'}; "
+                f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
+            )
+        text = _flatten(columns[name], where)
+        context = columns.get(_CONTEXT_COLUMNS.get(name, ""))
+        if isinstance(context, str) and context.strip():
+            text = f"{context.strip()}\n\n{text}" if name != "instruction" else f"{text}\n\n{context.strip()}"
+    else:
+        raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
+    if not text.strip():
+        raise InputError(f"{where}: the prompt is empty.")
+    return text.strip()
+
+
+def _flatten(value: Any, where: str) -> str:
+    """The user's first turn of a conversation, or the text itself."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and value:
+        turn = next((t for t in value if isinstance(t, Mapping) and t.get("role") == "user"), value[0])
+        content = turn.get("content") if isinstance(turn, Mapping) else turn
+        if isinstance(content, str):
+            return content
+    raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
+
+
+def _text_of(row: Mapping[str, Any] | str, name: str) -> str:
+    value = row.get(name) if isinstance(row, Mapping) else None
+    return value if isinstance(value, str) else ""

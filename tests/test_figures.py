@@ -1,0 +1,70 @@
+"""Each figure is a readable image, the same bytes each time, and shows what it is given."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from rs_gguf import figures
+from rs_gguf.errors import InputError
+
+
+@pytest.fixture
+def draw():
+    rng = np.random.default_rng(0)
+    activations = rng.normal(size=(30, 4, 12)).astype(np.float16)
+    confidence = rng.uniform(-1, 1, 30)
+    directions = np.linalg.qr(rng.normal(size=(12, 4)))[0].T
+    scores = rng.normal(size=4)
+    return {
+        "scores": lambda p: figures.save_layer_scores(
+            p, scores, bands=(scores - 1, scores + 1), chosen=[1, 2]
+        ),
+        "cosines": lambda p: figures.save_cosines(p, {"md": directions, "rmd": -directions[:3]}),
+        "pca": lambda p: figures.save_pca(p, activations, 1, confidence),
+        "projections": lambda p: figures.save_projections(p, activations[:, 0, 0], confidence, layer=0),
+        "mass": lambda p: figures.save_dimension_mass(p, directions, top=3),
+        "ridge": lambda p: figures.save_ridge_path(
+            p, [1, 0.1], rng.normal(size=(2, 4)) * 0 + scores, best=0.1
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["scores", "cosines", "pca", "projections", "mass", "ridge"])
+def test_png_and_svg_repeat(draw, name, tmp_path):
+    for suffix in ("png", "svg"):
+        first, second = tmp_path / f"a.{suffix}", tmp_path / "new" / f"b.{suffix}"
+        draw[name](first)
+        draw[name](second)
+        assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "new"]  # no left-overs
+
+
+def test_a_failed_figure_leaves_the_old_file(draw, tmp_path):
+    target = tmp_path / "a.svg"
+    target.write_text("old")
+    with pytest.raises(InputError, match="do not vary"):
+        figures.save_pca(target, np.ones((5, 1, 3)), 0, np.zeros(5))
+    assert target.read_text() == "old"
+    with pytest.raises(InputError, match=r"\.png and \.svg"):
+        draw["mass"](tmp_path / "a.jpg")
+
+
+def test_dimension_mass():
+    rows = np.array([[4.0, -3, 2, 1], [1, 1, 1, 1]])
+    np.testing.assert_allclose(figures.dimension_mass(rows, top=2), [0.7, 0.5])
+    with pytest.raises(InputError, match="1 to 4"):
+        figures.dimension_mass(rows, top=5)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
+def test_principal_components_equal_the_svd(shape):
+    rows = np.random.default_rng(1).normal(size=shape)
+    scores, shares = figures._principal_components(rows)
+    left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :2] * singular[:2]), atol=1e-10)
+    np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)
