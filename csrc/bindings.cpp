@@ -43,15 +43,16 @@ rs::Type type_of(const py::array& activations) {
                          py::str(dtype).cast<std::string>());
 }
 
-rs::Problem problem_of(const py::array& activations, const Floats& directions, const std::optional<Floats>& offset) {
+rs::Problem problem_of(const py::array& activations, const Floats& directions,
+                       const std::optional<Floats>& offset) {
     if (activations.ndim() != 3)
-        throw py::value_error("activations: expected shape [N, L, D], got " + std::to_string(activations.ndim()) +
-                              " dimensions");
+        throw py::value_error("activations: expected shape [N, L, D], got " +
+                              std::to_string(activations.ndim()) + " dimensions");
     const py::ssize_t layers = activations.shape(1);
     const py::ssize_t width = activations.shape(2);
     if (directions.ndim() != 3)
-        throw py::value_error("directions: expected shape [L, K, D], got " + std::to_string(directions.ndim()) +
-                              " dimensions");
+        throw py::value_error("directions: expected shape [L, K, D], got " +
+                              std::to_string(directions.ndim()) + " dimensions");
     expect_shape("directions", directions, {layers, directions.shape(1), width});
     if (offset) expect_shape("offset", *offset, {layers, width});
     const rs::Type type = type_of(activations);
@@ -75,8 +76,8 @@ std::size_t thread_count(py::ssize_t threads) {
     return static_cast<std::size_t>(threads);
 }
 
-py::array_t<float> project(const py::array& activations, const Floats& directions, const std::optional<Floats>& offset,
-                           py::ssize_t threads) {
+py::array_t<float> project(const py::array& activations, const Floats& directions,
+                           const std::optional<Floats>& offset, py::ssize_t threads) {
     const rs::Problem problem = problem_of(activations, directions, offset);
     const std::size_t workers = thread_count(threads);
     const rs::Target& target = rs::chosen_target();
@@ -145,7 +146,8 @@ confidence, weights: [N]. Other arguments as in project().
 Returns float64 [L, K] by name: pearson, disagreement, mean_refused, mean_answered, upper, lower.
 The GIL is released.)");
 
-    module.def("kernels", &kernels, "Names of the SIMD targets that this build and this CPU have, slowest first.");
+    module.def("kernels", &kernels,
+               "Names of the SIMD targets that this build and this CPU have, slowest first.");
     module.def(
         "kernel", [] { return std::string(rs::chosen_target().name); },
         "Name of the SIMD target in use: the last of kernels(), or what RS_GGUF_KERNEL names.");

@@ -26,8 +26,8 @@ Registers cpuid(std::uint32_t leaf) {
 #ifdef _MSC_VER
     int r[4] = {};
     __cpuidex(r, static_cast<int>(leaf), 0);
-    return {static_cast<std::uint32_t>(r[0]), static_cast<std::uint32_t>(r[1]), static_cast<std::uint32_t>(r[2]),
-            static_cast<std::uint32_t>(r[3])};
+    return {static_cast<std::uint32_t>(r[0]), static_cast<std::uint32_t>(r[1]),
+            static_cast<std::uint32_t>(r[2]), static_cast<std::uint32_t>(r[3])};
 #else
     Registers r = {};
     __get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);  // leaves zeros where the leaf does not exist
@@ -95,8 +95,9 @@ const Target& chosen_target() {
     const std::vector<const Target*> targets = available_targets();
     const char* const wanted = std::getenv("RS_GGUF_KERNEL");
     if (wanted == nullptr || *wanted == '\0') return *targets.back();
-    const auto found = std::find_if(targets.begin(), targets.end(),
-                                    [wanted](const Target* target) { return std::string(wanted) == target->name; });
+    const auto found = std::find_if(targets.begin(), targets.end(), [wanted](const Target* target) {
+        return std::string(wanted) == target->name;
+    });
     if (found != targets.end()) return **found;
     std::string names;
     for (const Target* target : targets) names += std::string(names.empty() ? "" : ", ") + target->name;

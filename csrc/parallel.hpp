@@ -17,7 +17,10 @@ template <class Body>
 void parallel_for(std::size_t count, std::size_t workers, const Body& body) noexcept {
     parallel(
         count, workers,
-        [](const void* state, std::size_t worker, std::size_t task) { (*static_cast<const Body*>(state))(worker, task); }, &body);
+        [](const void* state, std::size_t worker, std::size_t task) {
+            (*static_cast<const Body*>(state))(worker, task);
+        },
+        &body);
 }
 
 }  // namespace rs

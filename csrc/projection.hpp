@@ -49,15 +49,14 @@ struct Rows {
     std::size_t out_stride;
 };
 
-// A SIMD target: three functions compiled for one instruction set. All memory is the caller's, so that
-// none of them can fail. `packed` and `scratch` are aligned to `alignment` bytes.
+// A SIMD target: three functions compiled for one instruction set. All memory is the caller's, so that none
+// of them can fail. `packed` has packed_floats() floats and is aligned to `alignment` bytes.
 struct Target {
     const char* name;
     std::size_t (*packed_floats)(std::size_t width, std::size_t rank);
-    std::size_t (*scratch_floats)();
     void (*pack)(Type type, std::size_t width, std::size_t rank, const float* directions, const float* offset,
                  float* packed);
-    void (*project)(const Rows& rows, float* scratch);
+    void (*project)(const Rows& rows);
 };
 
 inline constexpr std::size_t alignment = 64;

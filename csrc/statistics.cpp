@@ -18,7 +18,8 @@ int sign(double x) { return static_cast<int>(x > 0) - static_cast<int>(x < 0); }
 // The quantile q of values, with linear interpolation between order statistics (Hyndman and Fan's type 7,
 // NumPy's default). Reorders values. NaN if there are none, or a NaN among them.
 double quantile(std::vector<float>& values, double q) {
-    if (values.empty() || std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); })) return nan;
+    if (values.empty() || std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); }))
+        return nan;
     const double position = q * static_cast<double>(values.size() - 1);
     const auto below = static_cast<std::size_t>(position);
     const double fraction = position - static_cast<double>(below);
@@ -77,7 +78,8 @@ public:
             if (c < 0) negative_.push_back(value);
         }
         out.pearson[index] = pearson(p, stride, sum_p / weight, sum_c / weight);
-        out.disagreement[index] = weight_disagreeing > 0 ? std::sqrt(squares_disagreeing / weight_disagreeing) : 0;
+        out.disagreement[index] =
+            weight_disagreeing > 0 ? std::sqrt(squares_disagreeing / weight_disagreeing) : 0;
         out.mean_refused[index] = mean_or_nan(sum_refused, weight_refused);
         out.mean_answered[index] = mean_or_nan(sum_answered, weight_answered);
         out.upper[index] = quantile(positive_, q_);

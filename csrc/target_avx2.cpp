@@ -12,12 +12,13 @@ namespace {
 struct Avx2 {
     using Vector = __m256;
     static constexpr std::size_t lanes = 8;
-    static constexpr std::size_t staged_elements = 256;
 
     // 2 × 6 sums + 2 rows + 1 direction: 15 of the 16 registers.
-    static constexpr std::size_t rows(std::size_t c) { return c <= 2 ? 4 : c == 3 ? 3 : 2; }
+    static constexpr std::size_t rows(std::size_t c) { return c <= 2 ? 4 : 2; }
 
-    static __m256i load_bits(const unsigned char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static __m256i load_bits(const unsigned char* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
 
     // Keeps a value in a register: GCC would rather load it again for every multiplication, and loads are
     // what the loop is short of.
@@ -37,21 +38,34 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    // out[i] += total(a[i]) for four vectors at once, by a tree of pairwise sums.
+    static void add_totals(const Vector* a, float* out) {
+        const __m256 low = _mm256_hadd_ps(a[0], a[1]);
+        const __m256 high = _mm256_hadd_ps(a[2], a[3]);
+        const __m256 both = _mm256_hadd_ps(low, high);
+        const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+    }
     static Vector load_f32(const unsigned char* p) { return _mm256_castsi256_ps(load_bits(p)); }
     static Vector load_f16(const unsigned char* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
-    static Vector load_bf16_even(const unsigned char* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16)); }
-    static Vector load_bf16_odd(const unsigned char* p) {
-        return _mm256_castsi256_ps(_mm256_and_si256(load_bits(p), _mm256_set1_epi32(static_cast<int>(0xFFFF0000U))));
+    static Vector load_bf16_even(const unsigned char* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16));
     }
-    static void prefetch(const unsigned char* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+    // Two shifts rather than a mask, which would take the register that the tile leaves.
+    static Vector load_bf16_odd(const unsigned char* p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(load_bits(p), 16), 16));
+    }
+    static void prefetch(const unsigned char* p) {
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    }
 };
 
 using Loops = Kernel<Avx2>;
 
 }  // namespace
 
-extern const Target avx2_target = {"avx2", Loops::packed_floats, Loops::scratch_floats, Loops::pack, Loops::project};
+extern const Target avx2_target = {"avx2", Loops::packed_floats, Loops::pack, Loops::project};
 
 }  // namespace rs

@@ -16,7 +16,8 @@ float widen_f16(std::uint16_t half) {
         value = static_cast<float>(mantissa) * 0x1p-24F;
         return sign != 0 ? -value : value;
     }
-    const std::uint32_t widened = exponent == 0x1FU ? 0xFFU : exponent + 112;  // bias 127 − 15; Inf and NaN stay
+    const std::uint32_t widened =
+        exponent == 0x1FU ? 0xFFU : exponent + 112;  // bias 127 − 15; Inf and NaN stay
     const std::uint32_t bits = sign | widened << 23U | mantissa << 13U;
     std::memcpy(&value, &bits, sizeof value);
     return value;
@@ -31,7 +32,6 @@ float widen_bf16(std::uint16_t half) {
 
 struct Scalar {
     static constexpr std::size_t lanes = 8;
-    static constexpr std::size_t staged_elements = 512;
     struct Vector {
         float lane[lanes];
     };
@@ -67,6 +67,9 @@ struct Scalar {
         const float* x = a.lane;
         return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
     }
+    static void add_totals(const Vector* a, float* out) {
+        for (std::size_t i = 0; i < 4; ++i) out[i] += total(a[i]);
+    }
     static Vector load_f32(const unsigned char* p) {
         Vector result;
         std::memcpy(result.lane, p, sizeof result.lane);
@@ -88,7 +91,6 @@ using Loops = Kernel<Scalar>;
 
 }  // namespace
 
-extern const Target scalar_target = {"scalar", Loops::packed_floats, Loops::scratch_floats, Loops::pack,
-                                     Loops::project};
+extern const Target scalar_target = {"scalar", Loops::packed_floats, Loops::pack, Loops::project};
 
 }  // namespace rs

@@ -63,7 +63,7 @@ class ChatFormat:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=True, **self._specials
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
     def tokenize(self, model: LlamaModel, prompt: str, *, system: str | None = None) -> list[int]:
@@ -78,11 +78,11 @@ class ChatFormat:
         before, found, after = rendered.partition(placeholder)
         if not found:
             raise InputError("the model's chat template drops the user's message.")
-        has_control = any(marker in prompt for marker in ("<|", "|>", "</s>", "<s>", "<bos>", "<eos>", "[INST]"))
-        if not has_control:
+        plain = model.tokenize(prompt, special=False)
+        if model.tokenize(prompt) == plain:
             # One pass, as llama.cpp's server does it: merges across the seam stay as the model saw them.
             return model.tokenize(before + prompt + after)
-        return model.tokenize(before) + model.tokenize(prompt, special=False) + model.tokenize(after)
+        return model.tokenize(before) + plain + model.tokenize(after)
 
 
 def split_thinking(text: str, *, starts_inside: bool = False) -> tuple[str, str]:
@@ -97,9 +97,10 @@ def split_thinking(text: str, *, starts_inside: bool = False) -> tuple[str, str]
         trace, closed, answer = text.partition(closing)
         if closed:
             return _strip_marker(trace, opening), answer.strip()
-    if starts_inside or any(text.lstrip().startswith(opening) for opening, _ in _THINKING_MARKERS):
-        return text.strip(), ""
-    return "", text.strip()
+    for opening, _ in _THINKING_MARKERS:
+        if text.lstrip().startswith(opening):
+            return _strip_marker(text, opening), ""
+    return (text.strip(), "") if starts_inside else ("", text.strip())
 
 
 def opens_thinking(rendered: str) -> bool:

@@ -114,7 +114,7 @@ def save_dimension_mass(path: Path, directions: npt.ArrayLike, *, top: int = 10)
     shares = dimension_mass(directions, top=top)
     figure, axes = _figure(8, 4)
     axes.bar(np.arange(len(shares)), shares)
-    # The paper's figure, for its 2,048-wide model; an even direction would hold top / D.
+    # The paper's number is for its own top 10; a direction spread evenly would hold top / D.
     even = top / np.asarray(directions).shape[1]
     axes.axhline(even, color="black", linewidth=0.8, linestyle="--", label=f"even: {even:.1%}")
     axes.axhline(0.019, color="C3", linewidth=0.8, linestyle=":", label="paper: 1.9 %")
@@ -131,7 +131,7 @@ def save_ridge_path(
     best: float | None = None,
     label: str = "score",
 ) -> None:
-    """Held-out score [R, L] of each layer over the ridges [R], their mean in bold, the chosen ridge marked."""
+    """Held-out score [R, L] of each layer over the ridges [R], their mean in bold, the chosen one marked."""
     grid, values = np.asarray(ridges, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     order = np.argsort(grid)
     figure, axes = _figure(7, 4)
@@ -153,7 +153,7 @@ def dimension_mass(directions: npt.ArrayLike, *, top: int = 10) -> Float64:
 
 
 def _principal_components(rows: Float64) -> tuple[Float64, Float64]:
-    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller of the two Gram matrices."""
+    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix."""
     centred = rows - rows.mean(axis=0)
     wide = rows.shape[1] > rows.shape[0]
     gram = centred @ centred.T if wide else centred.T @ centred

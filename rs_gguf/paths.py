@@ -75,7 +75,7 @@ def solve_paths(
             rows, _ = layer_means(activations, layer, stacked, distributed=distributed)
             mean_of = dict(zip(distinct, rows, strict=True))
             for key, members in systems.items():
-                system = None
+                system: RidgeSystem | None = None
                 if key is not None:
                     system = layer_system(activations, layer, distinct[key], local, distributed=distributed)
                 for index in members:
@@ -100,6 +100,8 @@ def solve_paths(
                         unit = estimator.ridge_unit(means, system) if relative else 1.0
                         absolute = np.atleast_1d(np.asarray(wanted)) * unit
                     _fill(paths[index], layer, estimator, means, system, absolute)
+                # Freed before the next one, or the next layer, is read: it is as large as a layer.
+                system = None
     return paths
 
 

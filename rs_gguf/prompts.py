@@ -13,8 +13,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from rs_gguf.errors import InputError
 
@@ -25,8 +28,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Names under which well-known prompt files keep the prompt, most specific first.
 _PROMPT_COLUMNS = (
-    "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text", "vanilla",
-    "turns", "messages",
+    "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text",
+    "vanilla", "turns", "messages",
 )  # fmt: skip
 # Columns that complete the prompt of the column named.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
@@ -58,8 +61,10 @@ def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
     return rows
 
 
-def load(path: Path, kind: Kind, split: Split = "test") -> list[Prompt]:
+def load(path: Path, kind: Kind) -> list[Prompt]:
     """Read a user's prompt file: txt (one a line), csv, tsv, json, jsonl or parquet; column detected.
+
+    A row's split is its `split` column, else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
 
     Raises:
         InputError: missing or empty file, unknown format, no column that holds prompts, or a bad row,
@@ -68,37 +73,56 @@ def load(path: Path, kind: Kind, split: Split = "test") -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"prompt file not found: {path}.")
-    rows = [
-        Prompt(
-            prompt=_prompt_text(row, f"{path}:{line}"),
-            kind=kind,
-            subject=_text_of(row, "subject"),
-            topic=_text_of(row, "topic") or _text_of(row, "category"),
-            form=_text_of(row, "form"),
-            language=_text_of(row, "language"),
-            split=split,
+    rows = []
+    for line, row in _rows(path):
+        text = _prompt_text(row, f"{path}:{line}")
+        split = _text_of(row, "split") or _drawn_split(text)
+        if split not in SPLITS:
+            raise InputError(f"{path}:{line}: split {split!r}; fit, tune and test are accepted.")
+        rows.append(
+            Prompt(
+                prompt=text,
+                kind=kind,
+                subject=_text_of(row, "subject"),
+                topic=_text_of(row, "topic") or _text_of(row, "category"),
+                form=_text_of(row, "form"),
+                language=_text_of(row, "language"),
+                split=split,
+            )
         )
-        for line, row in _rows(path)
-    ]
     if not rows:
         raise InputError(f"{path} holds no prompts. Give at least one row.")
-    return rows
+    return list({row.id: row for row in rows}.values())
 
 
 def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
-    """At most `size` prompts, spread evenly over languages, forms and subjects; the same for the same seed."""
+    """At most `size` prompts in their order, the same for the same seed.
+
+    Forms and subjects come out as equal in number as they can; languages keep their shares.
+    """
     if size >= len(prompts):
         return list(prompts)
-    ordered = sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}\0{p.id}".encode()).digest())
-    # Deal the cells out in turn: the k-th prompt of a cell comes before the (k+1)-th of any other.
-    seen: dict[tuple[str, str], int] = {}
-    ranked = []
-    for position, prompt in enumerate(ordered):
-        cell = (prompt.topic, prompt.form)
-        seen[cell] = seen.get(cell, -1) + 1
-        ranked.append((seen[cell], position, prompt))
-    chosen = {prompt.id for _, _, prompt in sorted(ranked, key=lambda r: r[:2])[:size]}
-    return [prompt for prompt in prompts if prompt.id in chosen]
+    order = sorted(
+        range(len(prompts)), key=lambda i: hashlib.sha256(f"{seed}\0{prompts[i].id}".encode()).digest()
+    )
+    groups = []
+    represented = np.zeros(len(order))
+    for name in ("form", "subject", "language"):
+        values = [getattr(prompts[i], name) for i in order]
+        _, code, count = np.unique(values, return_inverse=True, return_counts=True)
+        weight = len(order) / count if name == "language" else np.full(len(count), len(count))
+        groups.append((code, weight))
+        if name == "language":  # else every language, however rare, would come once before any comes twice
+            represented += (np.random.default_rng(seed).random(len(count)) * weight)[code]
+    # Take what is least represented so far, and count it as representing its groups from then on.
+    chosen = []
+    for _ in range(size):
+        k = int(represented.argmin())
+        chosen.append(order[k])
+        represented[k] = np.inf
+        for code, weight in groups:
+            represented[code == code[k]] += weight[code[k]]
+    return [prompts[i] for i in sorted(chosen)]
 
 
 def to_row(prompt: Prompt) -> dict[str, str]:
@@ -121,23 +145,33 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     if suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",")
-        for row in reader:
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
     elif suffix == ".jsonl":
-        for line, content in enumerate(text.splitlines(), start=1):
+        # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+        for line, content in enumerate(text.split("\n"), start=1):
             if content.strip():
                 yield line, _parse_json(content, f"{path}:{line}")
     elif suffix == ".json":
         value = _parse_json(text, str(path))
-        if isinstance(value, dict):  # {"data": [...]}, or columns of lists
-            value = next((v for v in value.values() if isinstance(v, list)), None)
+        if isinstance(value, dict):  # columns of lists, or {"data": [...]}
+            columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
+            if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
+                value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
+            else:
+                value = next(iter(columns.values()), None)
         if not isinstance(value, list):
             raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
         yield from enumerate(value, start=1)
     elif suffix in (".txt", ""):
-        for line, content in enumerate(text.splitlines(), start=1):
+        for line, content in enumerate(text.split("\n"), start=1):
             if content.strip():
                 yield line, content.strip()
     else:
@@ -146,16 +180,20 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
-    yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({error}).") from error
+    yield from enumerate(rows, start=1)
 
 
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}).") from error
 
 
@@ -178,6 +216,8 @@ def _prompt_text(row: Mapping[str, Any] | str, where: str) -> str:
         raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
     if not text.strip():
         raise InputError(f"{where}: the prompt is empty.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{where}: the prompt holds half of a character pair (a lone surrogate).")
     return text.strip()
 
 
@@ -191,6 +231,11 @@ def _flatten(value: Any, where: str) -> str:
         if isinstance(content, str):
             return content
     raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
+
+
+def _drawn_split(text: str) -> Split:
+    share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+    return "fit" if share < 0.6 else "tune" if share < 0.8 else "test"
 
 
 def _text_of(row: Mapping[str, Any] | str, name: str) -> str:

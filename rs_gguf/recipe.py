@@ -6,10 +6,11 @@ options (`--set tune.trials=8`). Unknown keys are errors, so that a typo cannot 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +32,10 @@ else:
     import tomli as tomllib
 
 
+_PREFIX = "RS_GGUF_"
+_OTHER_VARIABLES = {"RS_GGUF_KERNEL"}  # read by the projection kernel
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,41 +43,53 @@ class _Section(BaseModel):
 class Prompts(_Section):
     """Which prompts are used. Sizes are per kind (sensitive, harmful, benign)."""
 
-    fit: int = Field(190, ge=8, description="prompts of each kind that the direction is fitted on")
-    tune: int = Field(40, ge=4, description="prompts of each kind that choose layers and strength")
-    test: int = Field(40, ge=4, description="prompts of each kind that the reported figures come from")
-    sensitive: list[Path] = Field([], description="your own files in place of the embedded set")
-    harmful: list[Path] = Field([], description="your own files in place of the embedded set")
-    benign: list[Path] = Field([], description="your own files in place of the embedded set")
-    system: str | None = Field(None, description="system prompt; by default the chat template's own")
+    fit: int = Field(default=190, ge=8, description="prompts of each kind that the direction is fitted on")
+    tune: int = Field(default=40, ge=4, description="prompts of each kind that choose layers and strength")
+    test: int = Field(
+        default=40, ge=4, description="prompts of each kind that the reported figures come from"
+    )
+    sensitive: list[Path] = Field(default=[], description="your own files in place of the embedded set")
+    harmful: list[Path] = Field(default=[], description="your own files in place of the embedded set")
+    benign: list[Path] = Field(default=[], description="your own files in place of the embedded set")
+    system: str | None = Field(default=None, description="system prompt; by default the chat template's own")
 
 
 class Answers(_Section):
     """How the model's answers are generated."""
 
-    tokens: int = Field(24, ge=8, description="tokens of an answer that fits or tunes")
-    test_tokens: int = Field(64, ge=8, description="tokens of an answer in the reported figures")
-    parallel: int = Field(32, ge=1, le=256, description="sequences answered at once")
-    temperature: float = Field(0.0, ge=0.0, description="0 is greedy")
+    tokens: int = Field(default=24, ge=8, description="tokens of an answer that fits or tunes")
+    test_tokens: int = Field(default=64, ge=8, description="tokens of an answer in the reported figures")
+    parallel: int = Field(default=32, ge=1, le=256, description="sequences answered at once")
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
 
 
 class Fit(_Section):
     """Which directions are fitted; the search chooses among all of them."""
 
     estimators: list[str] = Field(
-        ["contrast", "harm-safe", "wrmd"], min_length=1, description="names in rs_gguf.estimators.ESTIMATORS"
+        default=["contrast-wrmd", "safe-wrmd", "wrmd"],
+        min_length=1,
+        description="names in rs_gguf.run.ESTIMATORS",
     )
-    ridges: list[float] = Field([0.3, 3.0], min_length=1, description="λ, relative to the mean variance")
+    ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=[0.3, 3.0], min_length=1, description="λ, relative to the mean variance"
+    )
 
 
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(12, ge=1, description="configurations probed by one forward pass each")
-    finalists: int = Field(3, ge=1, description="configurations whose answers are generated and judged")
-    min_retention: float = Field(0.95, ge=0, le=1, description="harmful refusals kept, as a share of baseline")
+    trials: int = Field(default=12, ge=1, description="configurations probed by one forward pass each")
+    finalists: int = Field(
+        default=3, ge=1, description="configurations whose answers are generated and judged"
+    )
+    min_retention: float = Field(
+        default=0.95, ge=0, le=1, description="harmful refusals kept, as a share of baseline"
+    )
     max_benign_drift: float = Field(
-        0.25, gt=0, description="bound on the mean |Δ log-probability| per token of benign answers, in nats"
+        default=0.25,
+        gt=0,
+        description="bound on the mean |Δ log-probability| per token of benign answers, in nats",
     )
 
 
@@ -80,13 +97,16 @@ class Recipe(BaseSettings):
     """One run: a model, prompts, and what to do with them."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="RS_GGUF_", env_nested_delimiter="__"
+        extra="forbid", frozen=True, env_prefix=_PREFIX, env_nested_delimiter="__"
     )
 
-    model: str = Field(models.DEFAULT, description="catalogue name, GGUF file, Hugging Face folder or hub id")
-    judge: str | None = Field(None, description="GGUF of the judge; by default the model judges itself")
-    effect: Literal["remove", "induce"] = Field("remove", description="remove refusals, or induce them")
-    seed: int = Field(0, ge=0, description="the one seed of every choice at random")
+    model: str = Field(
+        default=models.DEFAULT, description="catalogue name, GGUF file, Hugging Face folder or hub id"
+    )
+    judge: str | None = Field(
+        default=None, description="model of the judge; by default the embedded default model"
+    )
+    seed: int = Field(default=0, ge=0, description="the one seed of every choice at random")
     prompts: Prompts = Prompts()
     answers: Answers = Answers()
     fit: Fit = Fit()
@@ -94,7 +114,7 @@ class Recipe(BaseSettings):
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, then `KEY=VALUE` overrides such as `tune.trials=8` (VALUE as in TOML, or plain text).
+    """Read a recipe file, then overrides such as `tune.trials=8`, the value as in TOML or plain text.
 
     Raises:
         InputError: file missing or not TOML, unknown key or bad value; all of them in one message.
@@ -115,10 +135,15 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
 
     if path is not None and not path.is_file():
         raise InputError(f"recipe not found: {path}.")
+    _check_environment()
+    given = _nested(overrides)
     try:
-        return Sourced(**_nested(overrides))
-    except tomllib.TOMLDecodeError as error:
+        # As a plain Recipe, so that equal recipes are equal and no source is read again.
+        return Recipe.model_construct(**dict(Sourced(**given)))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML ({error}).") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValidationError, SettingsError) as error:
         raise InputError(_explain(error, path)) from error
 
@@ -129,20 +154,39 @@ def dump(recipe: Recipe, path: Path) -> None:
     write_text(path, tomli_w.dumps(values))
 
 
+def _check_environment() -> None:
+    # pydantic-settings passes over variables of the prefix that name no field.
+    keys = Recipe.model_fields
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.upper().startswith(_PREFIX)
+        and name.upper() not in _OTHER_VARIABLES
+        and name.upper().removeprefix(_PREFIX).split("__")[0].lower() not in keys
+    )
+    if unknown:
+        raise InputError(
+            f"environment: {', '.join(unknown)} set nothing in a recipe; {_PREFIX}KEY or "
+            f"{_PREFIX}SECTION__KEY is expected, the first part one of {', '.join(keys).upper()}."
+        )
+
+
 def _nested(overrides: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = (part.strip() for part in override.partition("="))
+        if not equals or not key:
             raise InputError(f"--set {override!r}: expected KEY=VALUE, for example tune.trials=8.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
         section = values
-        *parents, name = key.strip().split(".")
+        *parents, name = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise InputError(f"--set {override!r}: {parent} was set to a value, so it has no {name}.")
         section[name] = value
     return values
 

@@ -1,0 +1,203 @@
+"""`rs-export`: parse, call one function, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rs_gguf.errors import RsGgufError
+from rs_gguf.version import __version__
+
+if TYPE_CHECKING:
+    from rs_gguf.terminal import TerminalProgress
+
+_STAGES = {
+    "answer": "Let the model answer the fit and tune prompts.",
+    "score": "Judge the answers: refusal confidence.",
+    "capture": "Read the activations at the last prompt token.",
+    "fit": "Fit the directions.",
+    "tune": "Search layers and strength, refusals of harm as the constraint.",
+    "write": "Write the GGUF file and prove its effect on the model.",
+    "measure": "Measure before and after on the test split.",
+    "report": "Write report.html and card.md.",
+}
+
+
+class _Group(click.Group):
+    """Prints our errors as one message and turns them into exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RsGgufError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("Error: not enough memory. Use a smaller model or smaller prompt sets.", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. The same command goes on where it was.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rs-export")
+def main() -> None:
+    """Refusal Steering for llama.cpp: fit, calibrate, check and measure GGUF control vectors."""
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for decorate in (
+        click.argument("recipe", required=False, type=click.Path(path_type=Path)),
+        click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
+                     help="The run folder."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+                     help="Override a recipe value, for example tune.trials=8. Repeatable."),
+        click.option("--fresh", is_flag=True, help="Forget what an earlier run left in the folder."),
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def _progress() -> TerminalProgress:
+    from rich.console import Console
+
+    from rs_gguf.terminal import TerminalProgress
+
+    return TerminalProgress(Console(stderr=True))
+
+
+def _run(
+    recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool, until: str
+) -> dict[str, Any]:
+    from rs_gguf import recipe as recipes
+    from rs_gguf.run import run
+
+    progress = _progress()
+    try:
+        return run(recipes.load(recipe, overrides), out, fresh=fresh, progress=progress, until=until)
+    finally:
+        progress.close()
+
+
+@main.command("run")
+@_run_options
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
+def run_command(
+    recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool, as_json: bool
+) -> None:
+    """Run the whole pipeline; resume by itself. Without RECIPE: the embedded default model and prompts.
+
+    Exit code 1 when the measured result does not pass the safety gate; the files are there all the same.
+    """
+    metrics = _run(recipe, out, overrides, fresh, "report")
+    if as_json:
+        click.echo(json.dumps(metrics, indent=2, ensure_ascii=False))
+    else:
+        _print_metrics(metrics, out)
+    if not metrics["gate"]["passed"]:
+        sys.exit(1)
+
+
+def _add_stage(name: str, summary: str) -> None:
+    @main.command(name, help=f"{summary} Stages before it are done first if they are not yet.")
+    @_run_options
+    def stage(recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+        _run(recipe, out, overrides, fresh, name)
+
+
+for _name, _summary in _STAGES.items():
+    _add_stage(_name, _summary)
+
+
+def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Refused, before and after (95 % interval)", title_justify="left")
+    for column in ("prompts", "n", "before", "after", "wanted"):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    wanted = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
+    for kind, found in metrics["sets"].items():
+        table.add_row(
+            kind, str(found["n"]),
+            _rate(found["refusal_baseline"], found["ci95_baseline"]),
+            _rate(found["refusal_steered"], found["ci95_steered"]),
+            wanted.get(kind, ""),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Judge: {metrics['judge']}; {metrics['test_tokens']} tokens an answer"
+        + ("; a stratified subset of the test prompts." if metrics["subset"] else "."),
+        highlight=False,
+    )
+    gate = metrics["gate"]
+    if gate["passed"]:
+        console.print("[bold green]Gate passed.[/]")
+    else:
+        console.print("[bold red]Gate not passed:[/] " + "; ".join(gate["reasons"]) + ".", highlight=False)
+    click.echo(f"\n{out / 'remove.gguf'}   report: {out / 'report.html'}   card: {out / 'card.md'}")
+    click.echo(f"\nUse it:\n{metrics['llama_cpp']['command']}")
+
+
+def _rate(rate: float, interval: list[float]) -> str:
+    return f"{rate:6.1%}  ({interval[0]:.0%} to {interval[1]:.0%})"
+
+
+@main.group(cls=_Group)
+def models() -> None:
+    """Known small models, pinned by SHA-256."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def models_list(as_json: bool) -> None:
+    """List the catalogue."""
+    from rs_gguf.models import CATALOGUE
+
+    rows = [
+        {"name": m.name, "size": m.size, "licence": m.licence, "here": m.path.is_file(), "summary": m.summary}
+        for m in CATALOGUE.values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        here = "here" if row["here"] else "not here"
+        click.echo(
+            f"{row['name']:<20} {row['size'] / 1e6:>6.0f} MB  {row['licence']:<11} {here:<9} {row['summary']}"
+        )
+
+
+@models.command("pull")
+@click.argument("name")
+def models_pull(name: str) -> None:
+    """Fetch a model, verify it and print its path."""
+    from rs_gguf.models import pull
+
+    progress = _progress()
+    try:
+        click.echo(pull(name, progress=progress.download))
+    finally:
+        progress.close()
+
+
+@models.command("path")
+@click.argument("name")
+def models_path(name: str) -> None:
+    """Print where a model is, or exit with 2 if it is not here."""
+    from rs_gguf.errors import InputError
+    from rs_gguf.models import CATALOGUE
+
+    model = CATALOGUE.get(name)
+    if model is None:
+        raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
+    if not model.path.is_file():
+        raise InputError(f"{name} is not here yet. Run `rs-export models pull {name}`.")
+    click.echo(model.path)

@@ -1,0 +1,127 @@
+"""The run folder: what is done, from which inputs, and rows that survive a kill.
+
+A stage is done when `state.json` holds its key, a hash of everything it depends on. Row files grow line by
+line in a `.part` file and take their final name when complete, so an interrupted stage goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rs_gguf.errors import InputError
+from rs_gguf.files import write_json, write_text
+
+Row = dict[str, Any]
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of JSON values: the same inputs give the same key."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RunFolder:
+    """One run's files. `fresh` forgets everything that an earlier run left in the folder."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot use {path} as a run folder: {error.strerror}.") from error
+        if fresh:
+            for entry in self.path.iterdir():
+                if entry.name == "activations":
+                    shutil.rmtree(entry)
+                elif entry.suffix in (".part", ".jsonl", ".json", ".safetensors"):
+                    entry.unlink()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out. Raises `InputError` if one is at work."""
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise InputError(
+                f"{self.path} is in use by another rs-export. Wait for it or choose --out."
+            ) from error
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether `stage` ended with exactly these inputs."""
+        return bool(self._state().get(stage, {}).get("key") == key)
+
+    def mark_done(self, stage: str, key: str, seconds: float) -> None:
+        write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took when it was last run."""
+        return {stage: entry["seconds"] for stage, entry in self._state().items()}
+
+    def _state(self) -> dict[str, Any]:
+        path = self / "state.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def read_rows(self, name: str) -> list[Row]:
+        """Rows of a finished file."""
+        path = self / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run the stage that makes it first.")
+        # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def write_rows(self, name: str, rows: Sequence[Row]) -> None:
+        write_text(self / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class RowLog:
+    """Rows that are appended one by one under a key, then put in order under their final name."""
+
+    def __init__(self, folder: RunFolder, name: str, key: str) -> None:
+        self._folder, self._name = folder, name
+        self._path = folder / f"{name}.part"
+        self.rows: dict[str, Row] = {}
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.is_file() else []
+        header = json.dumps({"key": key})
+        if lines and lines[0] == header:
+            for line in lines[1:]:
+                with contextlib.suppress(json.JSONDecodeError):  # the last line may be torn
+                    row = json.loads(line)
+                    self.rows[row["id"]] = row
+        try:
+            # Rewritten whole, so that a torn line cannot swallow the next one.
+            kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+            write_text(self._path, header + "\n" + kept)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror}.") from error
+
+    def append(self, row: Row) -> None:
+        """Keep a row; it is on disk when this returns."""
+        self.rows[row["id"]] = row
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
+            ) from error
+
+    def finish(self, ids: Sequence[str]) -> list[Row]:
+        """Write the rows in the order of `ids` under the final name and return them."""
+        self._file.close()
+        rows = [self.rows[i] for i in ids]
+        self._folder.write_rows(self._name, rows)
+        self._path.unlink()
+        return rows

@@ -1,0 +1,150 @@
+"""Files that are whole or absent: what is left behind when writing fails at any point."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+
+from rs_gguf import files
+from rs_gguf.errors import InputError
+from rs_gguf.files import sha256, write_atomic, write_json, write_text
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_it_creates_folders_and_replaces_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "file.bin"
+    write_atomic(path, lambda file: file.write(b"one"))
+    write_atomic(path, lambda file: file.write(b"two"))
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), ValueError("bad")])
+def test_a_writer_that_raises_midway_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path, failure: BaseException
+) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def half(file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_atomic(path, half)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_full_disk_is_an_input_error(tmp_path: Path, old: bytes | None) -> None:
+    path = tmp_path / "file.bin"
+    if old is not None:
+        path.write_bytes(old)
+
+    def full(file: BinaryIO) -> None:
+        file.write(b"some of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=r"cannot write .*file\.bin: No space left"):
+        write_atomic(path, full)
+    assert names(tmp_path) == ([] if old is None else ["file.bin"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_a_disk_that_fills_up_only_at_the_flush_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_text(tmp_path / "file.txt", "text")
+    assert names(tmp_path) == []
+
+
+def test_the_file_is_not_in_its_place_before_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    seen = []
+    fsync = os.fsync
+
+    def watch(handle: int) -> None:
+        seen.append((path.exists(), os.fstat(handle).st_size))
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", watch)
+    write_text(path, "text")
+    assert seen == [(False, 4)]
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(**options: Any) -> tuple[int, str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkstemp", denied)
+    with pytest.raises(InputError, match=r"cannot write .*file\.txt: Permission denied\. .* another folder"):
+        write_text(tmp_path / "file.txt", "text")
+
+
+@posix_only
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_an_input_error(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        write_text(folder / "file.txt", "text")
+
+
+def test_a_place_that_cannot_hold_a_file_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot write"):
+        write_text(tmp_path / "file" / "inside.txt", "text")
+    with pytest.raises(InputError, match="cannot write"):
+        write_text(tmp_path / "folder", "text")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+@posix_only
+def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file.txt", "text")
+        assert os.umask(0o027) == 0o027  # reading the mask did not change it
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+def test_json_is_utf8_in_the_order_given(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    value = {"z": "六四", "a": [1, None, 0.1]}
+    write_json(path, value)
+    assert json.loads(path.read_bytes()) == value
+    text = path.read_text(encoding="utf-8")
+    assert "六四" in text
+    assert text.index('"z"') < text.index('"a"')
+    assert text.endswith("}\n")
+
+
+def test_sha256_of_more_than_one_read(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 9000  # over two MiB, not a multiple of the read size
+    (tmp_path / "file.bin").write_bytes(data)
+    assert sha256(tmp_path / "file.bin") == hashlib.sha256(data).hexdigest()

