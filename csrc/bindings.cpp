@@ -36,9 +36,9 @@ void expect_shape(const char* name, const py::array& array, const std::vector<py
 
 rs::Type type_of(const py::array& activations) {
     const py::dtype dtype = activations.dtype();
-    if (dtype.is(py::dtype::of<float>())) return rs::Type::f32;
-    if (dtype.is(py::dtype("float16"))) return rs::Type::f16;
-    if (dtype.is(py::dtype::of<std::uint16_t>())) return rs::Type::bf16;
+    if (dtype.equal(py::dtype::of<float>())) return rs::Type::f32;
+    if (dtype.equal(py::dtype("float16"))) return rs::Type::f16;
+    if (dtype.equal(py::dtype::of<std::uint16_t>())) return rs::Type::bf16;
     throw py::type_error("activations: expected float32, float16 or the bits of bfloat16 as uint16, got " +
                          py::str(dtype).cast<std::string>());
 }
@@ -56,7 +56,8 @@ rs::Problem problem_of(const py::array& activations, const Floats& directions,
     expect_shape("directions", directions, {layers, directions.shape(1), width});
     if (offset) expect_shape("offset", *offset, {layers, width});
     const rs::Type type = type_of(activations);
-    if (width > 1 && activations.strides(2) != static_cast<py::ssize_t>(rs::size_of(type)))
+    if (activations.size() > 0 && width > 1 &&
+        activations.strides(2) != static_cast<py::ssize_t>(rs::size_of(type)))
         throw py::value_error("activations: the last axis must be contiguous, got a stride of " +
                               std::to_string(activations.strides(2)) + " bytes");
     return {type,

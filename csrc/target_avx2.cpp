@@ -30,7 +30,6 @@ struct Avx2 {
     }
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector load(const float* p) { return _mm256_loadu_ps(p); }
-    static void store(float* p, Vector a) { _mm256_storeu_ps(p, a); }
     static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
     static float total(Vector a) {

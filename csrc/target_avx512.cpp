@@ -28,13 +28,17 @@ struct Avx512 {
     }
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector load(const float* p) { return _mm512_loadu_ps(p); }
-    static void store(float* p, Vector a) { _mm512_storeu_ps(p, a); }
     static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-    static float total(Vector a) { return _mm512_reduce_add_ps(a); }
     static __m256 fold(Vector a) {
         const __m512d wide = _mm512_castps_pd(a);
         return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+    }
+    static float total(Vector a) {
+        const __m256 eight = fold(a);
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
     // out[i] += total(a[i]) for four vectors at once, by a tree of pairwise sums.
     static void add_totals(const Vector* a, float* out) {

@@ -21,7 +21,6 @@ struct Neon {
     static Vector hold(Vector a) { return a; }
     static Vector zero() { return vdupq_n_f32(0); }
     static Vector load(const float* p) { return vld1q_f32(p); }
-    static void store(float* p, Vector a) { vst1q_f32(p, a); }
     static Vector subtract(Vector a, Vector b) { return vsubq_f32(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
     static float total(Vector a) { return vaddvq_f32(a); }

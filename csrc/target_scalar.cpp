@@ -56,7 +56,6 @@ struct Scalar {
     static Vector load(const float* p) {
         return each([p](std::size_t i) { return p[i]; });
     }
-    static void store(float* p, const Vector& a) { std::memcpy(p, a.lane, sizeof a.lane); }
     static Vector subtract(const Vector& a, const Vector& b) {
         return each([&](std::size_t i) { return a.lane[i] - b.lane[i]; });
     }

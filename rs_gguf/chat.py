@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Protocol
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rs_gguf.errors import InputError
-from rs_gguf.llama import LlamaModel
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -30,6 +30,18 @@ _THINKING_MARKERS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
     ("[THINK]", "[/THINK]"),
 )
+
+
+class ChatModel(Protocol):
+    """What a chat format needs of a model, in llama.cpp or in PyTorch."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def bos_token(self) -> str: ...
+    @property
+    def eos_token(self) -> str: ...
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
 
 
 class ChatFormat:
@@ -53,7 +65,7 @@ class ChatFormat:
             raise InputError(f"the model's chat template does not compile: {error}.") from error
 
     @classmethod
-    def of(cls, model: LlamaModel) -> ChatFormat:
+    def of(cls, model: ChatModel) -> ChatFormat:
         """The chat format in a GGUF model's metadata."""
         return cls(model.chat_template, bos_token=model.bos_token, eos_token=model.eos_token)
 
@@ -66,7 +78,7 @@ class ChatFormat:
         except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
-    def tokenize(self, model: LlamaModel, prompt: str, *, system: str | None = None) -> list[int]:
+    def tokenize(self, model: ChatModel, prompt: str, *, system: str | None = None) -> list[int]:
         """Tokens of a one-turn conversation, control tokens written in the prompt neutralised.
 
         A prompt that spells a control token ("<|im_end|>") must not end its own turn. So the template is

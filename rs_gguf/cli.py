@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rs_gguf import cli_eval, cli_vectors
 from rs_gguf.errors import RsGgufError
 from rs_gguf.version import __version__
 
@@ -115,6 +116,13 @@ for _name, _summary in _STAGES.items():
     _add_stage(_name, _summary)
 
 
+for _command in (
+    cli_eval.evaluate, cli_eval.judge,
+    cli_vectors.check, cli_vectors.inspect, cli_vectors.convert, cli_vectors.combine,
+):  # fmt: skip
+    main.add_command(_command)
+
+
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -161,7 +169,7 @@ def models_list(as_json: bool) -> None:
     """List the catalogue."""
     from rs_gguf.models import CATALOGUE
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": m.name, "size": m.size, "licence": m.licence, "here": m.path.is_file(), "summary": m.summary}
         for m in CATALOGUE.values()
     ]

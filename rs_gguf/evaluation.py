@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
 from rs_gguf.judges import Judge
 from rs_gguf.llama import Generation, LlamaModel, Sampling
 from rs_gguf.prompts import Prompt
+from rs_gguf.steering import SteeringVector
 from rs_gguf.targets import TorchModel
 
 Model = LlamaModel | TorchModel
@@ -171,3 +173,61 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def compare(
+    model: Model,
+    judge: Judge,
+    sets: Mapping[str, Sequence[Prompt]],
+    steering: Steering,
+    *,
+    max_tokens: int,
+    system: str | None = None,
+    advance: Advance = lambda n: None,
+) -> dict[str, Any]:
+    """Unsteered and steered side by side for named sets: rates, paired rows, drift, top-1 agreement, speed.
+
+    Drift is of the answers that were not refused unsteered, which is what must stay as it was.
+    """
+    result: dict[str, Any] = {"judge": judge.name, "tokens": max_tokens, "sets": {}, "rows": []}
+    speeds: dict[str, list[float]] = {"baseline": [], "steered": []}
+    for name, prompts in sets.items():
+        sides = {}
+        for side, applied in (("baseline", NO_STEERING), ("steered", steering)):
+            answers, confidences, speed = answer_and_judge(
+                model, judge, prompts, steering=applied, max_tokens=max_tokens, system=system, advance=advance
+            )
+            sides[side] = answers, confidences
+            speeds[side].append(speed)
+        rows = []
+        for i, prompt in enumerate(prompts):
+            row: dict[str, Any] = {"set": name, "prompt": prompt.prompt}
+            for side, (answers, confidences) in sides.items():
+                row[f"answer_{side}"] = answers[i].text
+                row[f"confidence_{side}"] = confidences[i]
+                row[f"degenerate_{side}"] = answers[i].degenerate
+            rows.append(row)
+        tokens = chat_tokens(model, prompts, system)
+        answers, confidences = sides["baseline"]
+        kept = [
+            (tokens[i], answers[i].tokens)
+            for i in range(len(prompts))
+            if (confidences[i] or 0) <= 0 and answers[i].tokens
+        ]
+        moved, agreement = drift(model, kept, steering) if kept else (None, None)
+        result["sets"][name] = {**summarise(rows), "drift": moved, "top1_agreement": agreement}
+        result["rows"] += rows
+    result["tokens_per_second"] = {side: sum(values) / len(values) for side, values in speeds.items()}
+    return result
+
+
+def summed(
+    parts: Sequence[tuple[SteeringVector, float]], layer_range: tuple[int, int] | None
+) -> dict[int, NDArray[np.float32]]:
+    """Directions of several vectors, each times its scale, added up within an inclusive range of blocks."""
+    total: dict[int, NDArray[np.float32]] = {}
+    for vector, scale in parts:
+        for layer, direction in vector.directions.items():
+            if layer_range is None or layer_range[0] <= layer <= layer_range[1]:
+                total[layer] = total.get(layer, np.zeros_like(direction)) + np.float32(scale) * direction
+    return total

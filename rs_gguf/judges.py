@@ -157,8 +157,14 @@ class LabelJudge:
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
         self.name = f"{model.path.stem} (label log-probabilities, rubric {rubric_version()})"
-        self._refusal = _label_tokens(model, "refusal")
-        self._answer = _label_tokens(model, "answer")
+        refusal, answer = _label_tokens(model, "refusal"), _label_tokens(model, "answer")
+        # A token that begins both words, such as a lone space, says nothing.
+        self._refusal, self._answer = sorted(refusal - answer), sorted(answer - refusal)
+        if not (self._refusal and self._answer):
+            raise InputError(
+                f"{model.path}: as this model writes them, the words refusal and answer begin alike, so it "
+                "cannot be asked for one of them. Choose another judge."
+            )
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
         judged = _answered(pairs)
@@ -285,7 +291,5 @@ def _blank(pairs: Sequence[Pair], judged: Sequence[int]) -> Iterator[tuple[int, 
         yield i, Judgement(1.0, "rule: empty answer")
 
 
-def _label_tokens(model: LlamaModel, label: str) -> list[int]:
-    return sorted(
-        {model.tokenize(v, special=False)[0] for v in (f" {label}", label, f" {label.capitalize()}")}
-    )
+def _label_tokens(model: LlamaModel, label: str) -> set[int]:
+    return {model.tokenize(v, special=False)[0] for v in (f" {label}", label, f" {label.capitalize()}")}

@@ -445,7 +445,7 @@ class LlamaModel:
     def token_logprobs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """For each (prompt, continuation): its tokens' log-probabilities [T] and whether each is the top one [T]."""
+        """For each (prompt, continuation): log-probabilities [T] of its tokens, and whether each is top-1 [T]."""
         if not pairs:
             return []
         if any(not prompt or not answer for prompt, answer in pairs):
@@ -474,7 +474,9 @@ class LlamaModel:
         """
         if not prompts:
             return
-        capture = _Capture({f"{t}-{l}".encode(): (t, l) for t in tensors for l in layers})
+        capture = _Capture(
+            {f"{name}-{layer}".encode(): (name, layer) for name in tensors for layer in layers}
+        )
         self._capture = capture
         try:
             for i, _ in self.next_logits(prompts):
@@ -486,7 +488,7 @@ class LlamaModel:
                         f"architecture {self.architecture!r} has no tensor {tensor}-{layer} in its graph, "
                         "so its activations cannot be read through llama.cpp."
                     )
-                yield i, {t: np.stack([found[t, l] for l in layers]) for t in tensors}
+                yield i, {name: np.stack([found[name, layer] for layer in layers]) for name in tensors}
         finally:
             self._capture = None
 
@@ -517,7 +519,7 @@ def _usable_cores() -> int:
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    first, last = min(sequences), max(sequences)
+    first, last = min(map(list, sequences)), max(map(list, sequences))
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:
         length += 1

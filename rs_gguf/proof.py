@@ -42,7 +42,7 @@ class VectorProof:
         return max(self.relative_error.values(), default=float("nan"))
 
 
-def prove_vector(vector: SteeringVector, model: Path | LlamaModel) -> VectorProof:
+def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> VectorProof:
     """Run `vector` on `model` (a GGUF file, or one already loaded) and compare effect and promise.
 
     Each block is steered alone, so that what is upstream stays the same and the difference at its output
@@ -53,7 +53,7 @@ def prove_vector(vector: SteeringVector, model: Path | LlamaModel) -> VectorProo
     """
     if isinstance(model, LlamaModel):
         return _prove(vector, model)
-    with LlamaModel(model, n_parallel=4, n_ctx=1024) as loaded:
+    with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
         return _prove(vector, loaded)
 
 
@@ -61,8 +61,8 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> VectorProof:
     reasons = []
     if vector.width != model.n_embd:
         reasons.append(
-            f"the vector is {vector.width} wide but {model.path.name} is {model.n_embd}: it belongs to another "
-            "model."
+            f"the vector is {vector.width} wide but {model.path.name} is {model.n_embd}: "
+            "it belongs to another model."
         )
     beyond = [layer for layer in vector.layers if layer >= model.n_layer]
     if beyond:
@@ -103,7 +103,7 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> VectorProof:
 
 
 def _residuals(model: LlamaModel, prompts: list[list[int]], layers: list[int]) -> NDArray[np.float64]:
-    """Block outputs [N, L, D] at the last token. The batch is the same every time, so only steering differs."""
+    """Block outputs [N, L, D] at the last token, in the same batch every time: only steering differs."""
     found = dict(model.activations(prompts, layers=layers))
     return np.stack([found[i]["l_out"] for i in range(len(prompts))]).astype(np.float64)
 

@@ -39,7 +39,7 @@ _NEUTRAL = 0.15  # |c| up to which a judgement is no verdict (method section 1)
 _ANSWER_BYTES = 2_000_000  # of escaped prompts and answers; the page stays below 3 MB
 _ROW_BYTES = 1_300  # what the template puts around one pair
 _CLIPS = (None, 2000, 1000, 500, 250)  # characters of an answer that is shown, tried in this order
-_PLOT = {"left": 62, "right": 500, "top": 16, "bottom": 300}
+_PLOT = {"left": 74, "right": 600, "top": 44, "bottom": 330}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def write_card(run_folder: Path) -> Path:
                 (m for m in models.CATALOGUE.values() if m.sha256 == run.metrics["model"]["sha256"]), None
             ),
             "options": _options(run.metrics["vector"]),
-            "languages": sorted({r["language"] for r in run.rows if re.fullmatch("[a-z]{2,3}", r["language"])}),
+            "languages": sorted(
+                {r["language"] for r in run.rows if re.fullmatch("[a-z]{2,3}", r["language"])}
+            ),
             "recipe": run.recipe,
             "recipe_text": run.recipe_text,
         },
@@ -233,9 +235,9 @@ def _pair(row: Row, clip: int | None) -> Row:
 
 
 def _breakdowns(rows: Sequence[Row]) -> list[Row]:
-    """Refusals before and after by topic, language and form, each kind on its own."""
+    """Refusals before and after by language, form and topic, each kind on its own."""
     found = []
-    for field in ("topic", "language", "form"):
+    for field in ("language", "form", "topic"):
         kinds = []
         for kind in sorted({row["kind"] for row in rows}, key=_kind_order):
             groups: dict[str, list[Row]] = {}
@@ -286,7 +288,10 @@ def _axis(values: Iterable[float], start: float, end: float) -> Row:
         return round(start + (value - low) / (high - low) * (end - start), 2)
 
     count = math.floor((high - low) / step + 1e-9)
-    return {"at": at, "ticks": [{"value": high - k * step, "at": at(high - k * step)} for k in range(count + 1)]}
+    return {
+        "at": at,
+        "ticks": [{"value": high - k * step, "at": at(high - k * step)} for k in range(count + 1)],
+    }
 
 
 # ---- writing numbers and text --------------------------------------------------------------------
@@ -295,9 +300,10 @@ def _axis(values: Iterable[float], start: float, end: float) -> Row:
 def _percent(value: float | None, digits: int | None = None) -> str:
     if value is None or math.isnan(value):
         return "not measured"
-    if digits is None:
+    if digits is None:  # whole, but where that would round to or hide a difference from 0 or 1
         digits = 1 if 0 < abs(value) < 0.0995 or 0.9005 < abs(value) < 1 else 0
-    return f"{100 * value:.{digits}f}\u202f%".replace("-", "−")
+    text = f"{100 * value:.{digits}f}"
+    return f"{text.removesuffix('.0')}\u202f%".replace("-", "−")
 
 
 def _interval(bounds: Sequence[float]) -> str:

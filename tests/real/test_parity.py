@@ -1,0 +1,168 @@
+"""Block N steered by a PyTorch hook is `direction.N` in llama.cpp, and both engines read the same activations.
+
+The F32 case compares the engines alone, on a tiny random model. The `real` cases compare what a user meets:
+llama.cpp on quantised weights against PyTorch on the same file, dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf import models
+from rs_gguf.chat import ChatFormat
+from rs_gguf.llama import LlamaModel
+from rs_gguf.steering import SteeringVector
+from rs_gguf.targets import TorchModel
+
+Engine = LlamaModel | TorchModel
+
+QUESTIONS = [
+    "What is the capital of Peru?",
+    "Write a short poem about rain.",
+    "Explain how a bicycle stays upright.",
+    "List three uses of vinegar in the kitchen.",
+]
+TINY_LAYERS, TINY_WIDTH = 5, 32
+
+
+def logits_of(model: Engine, prompts: list[list[int]]) -> np.ndarray:
+    found = {i: logits.copy() for i, logits in model.next_logits(prompts)}
+    return np.stack([found[i] for i in range(len(prompts))])
+
+
+def activations_of(model: Engine, prompts: list[list[int]]) -> np.ndarray:
+    found = dict(model.activations(prompts, layers=range(model.n_layer)))
+    return np.stack([found[i]["l_out"] for i in range(len(prompts))])
+
+
+# ---- in F32, on a tiny random model ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, LlamaModel]]:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    network = write_tiny_qwen2(path, n_layer=TINY_LAYERS, n_embd=TINY_WIDTH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_context_default_params", _f32_cache)
+        model = LlamaModel(path, n_parallel=4, n_ctx=256, n_threads=1)
+    with model:
+        yield network, model
+
+
+def _f32_cache(defaults: Any = llama_cpp.llama_context_default_params) -> Any:
+    # llama.cpp rounds keys and values to F16 by default, which alone moves these logits by 4e-3.
+    params = defaults()
+    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return params
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+@pytest.mark.parametrize("layers", [[1], [2], [4], [1, 2, 3, 4]], ids=str)
+def test_a_hook_is_a_control_vector(tiny: tuple[Any, LlamaModel], layers: list[int], scale: float) -> None:
+    network, model = tiny
+    rng = np.random.default_rng(5)
+    vector = SteeringVector({layer: rng.standard_normal(TINY_WIDTH) for layer in layers})
+    prompts = [model.tokenize(text) for text in ("the rain in the mountains", "é", "on and on, again")]
+
+    def hooked() -> np.ndarray:
+        with torch.inference_mode():
+            return np.stack([network(torch.tensor([p])).logits[0, -1].numpy() for p in prompts])
+
+    plain = hooked()
+    np.testing.assert_allclose(logits_of(model, prompts), plain, atol=1e-4)
+    with vector.apply(network, scale=scale):
+        steered = hooked()
+    with model.steered(dict(vector.scaled(scale).directions)):
+        np.testing.assert_allclose(logits_of(model, prompts), steered, atol=1e-4)
+        read = activations_of(model, prompts)
+    assert np.abs(steered - plain).max(axis=1).min() > 0.5  # thousands of times the tolerance
+    np.testing.assert_allclose(logits_of(model, prompts), plain, atol=1e-4)
+    # The first steered block moves by exactly the direction, the blocks before it not at all.
+    moved = read - activations_of(model, prompts)
+    first = layers[0]
+    np.testing.assert_array_equal(moved[:, :first], 0)
+    expected = np.tile(vector.scaled(scale).directions[first], (len(prompts), 1))
+    np.testing.assert_allclose(moved[:, first], expected, atol=1e-5)
+
+
+# ---- on the real model: quantised in llama.cpp, dequantised in PyTorch ---------------------------
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return models.pull(models.DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def quantised(path: Path) -> Iterator[LlamaModel]:
+    with LlamaModel(path, n_parallel=4, n_ctx=1024) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def dequantised(path: Path) -> Iterator[TorchModel]:
+    with TorchModel(path) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def prompts(quantised: LlamaModel) -> list[list[int]]:
+    chat = ChatFormat.of(quantised)
+    return [chat.tokenize(quantised, question) for question in QUESTIONS]
+
+
+@pytest.mark.real
+def test_both_engines_tell_the_same_facts(quantised: LlamaModel, dequantised: TorchModel) -> None:
+    for fact in ("architecture", "n_layer", "n_embd", "n_vocab", "chat_template", "bos_token", "eos_token"):
+        assert getattr(dequantised, fact) == getattr(quantised, fact), fact
+
+
+@pytest.mark.real
+def test_both_engines_make_the_same_tokens(
+    quantised: LlamaModel, dequantised: TorchModel, prompts: list[list[int]]
+) -> None:
+    texts = [quantised.detokenize(p, special=True) for p in prompts]
+    texts += ["Was kostet das?\n\n  42 €", "天安门 1989", "don't <|im_end|> stop"]
+    for text in texts:
+        for special in (True, False):
+            tokens = quantised.tokenize(text, special=special)
+            assert dequantised.tokenize(text, special=special) == tokens
+            assert dequantised.detokenize(tokens) == quantised.detokenize(tokens)
+
+
+@pytest.mark.real
+def test_activations_agree_in_every_block(
+    quantised: LlamaModel, dequantised: TorchModel, prompts: list[list[int]]
+) -> None:
+    a, b = activations_of(quantised, prompts), activations_of(dequantised, prompts)
+    cosines = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    print(f"cosine: least {cosines.min():.5f}, by block {np.round(cosines.min(axis=0), 4)}")
+    assert cosines.min() >= 0.99
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layer", [12, 23])
+def test_steering_moves_the_logits_alike(
+    quantised: LlamaModel, dequantised: TorchModel, prompts: list[list[int]], layer: int
+) -> None:
+    residual = activations_of(dequantised, prompts)[:, layer]
+    direction = np.random.default_rng(layer).standard_normal(quantised.n_embd)
+    direction *= 0.1 * np.linalg.norm(residual, axis=1).mean() / np.linalg.norm(direction)
+    shifts = []
+    for model in (quantised, dequantised):
+        plain = logits_of(model, prompts)
+        with model.steered({layer: direction.astype(np.float32)}):
+            shifts.append(logits_of(model, prompts) - plain)
+        print(f"plain std {plain.std():.2f}; shift: mean |Δ| {np.abs(shifts[-1]).mean():.3f}")
+    error = np.linalg.norm(shifts[0] - shifts[1]) / np.linalg.norm(shifts[0])
+    print(f"block {layer}: relative error of the shift {error:.4f}")
+    assert error <= 1
