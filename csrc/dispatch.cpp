@@ -30,7 +30,8 @@ Registers cpuid(std::uint32_t leaf) {
             static_cast<std::uint32_t>(r[2]), static_cast<std::uint32_t>(r[3])};
 #else
     Registers r = {};
-    __get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);  // leaves zeros where the leaf does not exist
+    // Leaves zeros where the leaf does not exist.
+    __get_cpuid_count(leaf, 0, r.data(), r.data() + 1, r.data() + 2, r.data() + 3);
     return r;
 #endif
 }

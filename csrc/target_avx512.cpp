@@ -14,7 +14,7 @@ struct Avx512 {
     static constexpr std::size_t lanes = 16;
 
     // 4 × 6 sums + 4 rows + 1 direction: 29 of the 32 registers.
-    static constexpr std::size_t rows(std::size_t) { return 4; }
+    static constexpr std::size_t rows(std::size_t /*c*/) { return 4; }
 
     static __m512i load_bits(const unsigned char* p) { return _mm512_loadu_si512(p); }
 

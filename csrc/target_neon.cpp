@@ -14,7 +14,7 @@ struct Neon {
     using Vector = float32x4_t;
     static constexpr std::size_t lanes = 4;
 
-    static constexpr std::size_t rows(std::size_t) { return 4; }
+    static constexpr std::size_t rows(std::size_t /*c*/) { return 4; }
 
     static uint32x4_t load_bits(const unsigned char* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 

@@ -36,7 +36,7 @@ struct Scalar {
         float lane[lanes];
     };
 
-    static constexpr std::size_t rows(std::size_t) { return 1; }
+    static constexpr std::size_t rows(std::size_t /*c*/) { return 1; }
 
     template <class Element>
     static Vector each(Element element) {
@@ -83,7 +83,7 @@ struct Scalar {
     static Vector load_bf16_odd(const unsigned char* p) {
         return each([p](std::size_t i) { return widen_bf16(read_u16(p, 2 * i + 1)); });
     }
-    static void prefetch(const unsigned char*) {}
+    static void prefetch(const unsigned char* /*p*/) {}
 };
 
 using Loops = Kernel<Scalar>;

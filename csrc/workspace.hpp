@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <new>
 
 #include "projection.hpp"
@@ -16,37 +17,34 @@ public:
           packed_(static_cast<float*>(
               ::operator new(target.packed_floats(problem.width, problem.rank) * sizeof(float),
                              std::align_val_t(alignment)))) {}
-    ~Workspace() { ::operator delete(packed_, std::align_val_t(alignment)); }
-    Workspace(Workspace&& other) noexcept
-        : target_(other.target_), packed_(other.packed_), layer_(other.layer_) {
-        other.packed_ = nullptr;
-    }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-    Workspace& operator=(Workspace&&) = delete;
 
     // Projects rows [first, first + count) of a layer: row i's K results go to out[i · out_stride … + K).
     // The directions are packed when the layer changes.
+    // NOLINTNEXTLINE(readability-non-const-parameter): Rows keeps it, for writing
     void project(const Problem& problem, std::size_t layer, std::size_t first, std::size_t count, float* out,
                  std::size_t out_stride) {
         const float* const offset =
             problem.offset == nullptr ? nullptr : problem.offset + layer * problem.width;
         if (layer != layer_) {
             target_->pack(problem.type, problem.width, problem.rank,
-                          problem.directions + layer * problem.rank * problem.width, offset, packed_);
+                          problem.directions + layer * problem.rank * problem.width, offset, packed_.get());
             layer_ = layer;
         }
         const unsigned char* const start = problem.activations +
                                            static_cast<std::ptrdiff_t>(layer) * problem.layer_stride +
                                            static_cast<std::ptrdiff_t>(first) * problem.sample_stride;
-        const Rows rows = {problem.type, start,   problem.sample_stride, count, problem.width,
-                           problem.rank, packed_, offset != nullptr,     out,   out_stride};
+        const Rows rows = {problem.type, start,         problem.sample_stride, count, problem.width,
+                           problem.rank, packed_.get(), offset != nullptr,     out,   out_stride};
         target_->project(rows);
     }
 
 private:
+    struct Free {
+        void operator()(float* floats) const { ::operator delete(floats, std::align_val_t(alignment)); }
+    };
+
     const Target* target_;
-    float* packed_;
+    std::unique_ptr<float, Free> packed_;
     std::size_t layer_ = static_cast<std::size_t>(-1);
 };
 

@@ -77,7 +77,7 @@ def _run(
     recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool, until: str
 ) -> dict[str, Any]:
     from rs_gguf import recipe as recipes
-    from rs_gguf.run import run
+    from rs_gguf.pipeline import run
 
     progress = _progress()
     try:

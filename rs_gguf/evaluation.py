@@ -99,7 +99,7 @@ def mcnemar(gained: int, lost: int) -> float:
     if n == 0:
         return 1.0
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    return float(min(1.0, 2 * tail))
 
 
 def drift(
@@ -115,7 +115,7 @@ def drift(
     before = model.token_logprobs(pairs)
     with steering.on(model):
         after = model.token_logprobs(pairs)
-    change = [abs(float(b[0].mean() - a[0].mean())) for a, b in zip(before, after, strict=True)]
+    change = [abs(float(b[0].mean()) - float(a[0].mean())) for a, b in zip(before, after, strict=True)]
     # Greedy answers are top-1 by construction, but for the rounding of another batch.
     same = np.concatenate([b[1][a[1]] for a, b in zip(before, after, strict=True)])
     return float(np.mean(change)), float(same.mean())

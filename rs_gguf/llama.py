@@ -13,7 +13,7 @@ import ctypes
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,33 @@ class _Token:
     output: bool
 
 
+@dataclass(frozen=True)
+class _Steering:
+    """What is in force: directions [L − 1, D] from block 1 on, and adapters (handle, scale)."""
+
+    buffer: NDArray[np.float32] | None
+    adapters: tuple[tuple[Any, float], ...]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """A llama.cpp context for `n_slots` sequences besides sequence 0, which holds the shared prefix."""
+
+    handle: Any
+    n_slots: int
+    n_cells: int  # that one sequence may use
+
+    @property
+    def memory(self) -> Any:
+        return llama_cpp.llama_get_memory(self.handle)
+
+
 class LlamaModel:
-    """A GGUF model in llama.cpp with one context that holds many sequences.
+    """A GGUF model in llama.cpp that works on many sequences at once.
+
+    Forward passes over whole sequences share one unified cache, where a common prefix costs nothing.
+    Answers use a cache with a stream for each sequence: there a token attends to its own sequence's cells
+    only, not to those of all others with a mask over them.
 
     Args:
         path: a GGUF file.
@@ -104,8 +129,10 @@ class LlamaModel:
             )
         self.n_parallel = n_parallel
         self._model: Any = None
-        self._ctx: Any = None
+        self._forward_context: _Context | None = None
+        self._answer_context: _Context | None = None
         self._batch: Any = None
+        self._steering = _Steering(None, ())
         self._adapters: dict[str, Any] = {}
         self._capture: _Capture | None = None
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
@@ -122,30 +149,49 @@ class LlamaModel:
         self.n_embd: int = llama_cpp.llama_model_n_embd(self._model)
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "unknown")
-        self._ctx = self._new_context(n_ctx, n_threads or _usable_cores())
-        self._memory = llama_cpp.llama_get_memory(self._ctx)
-        self.n_ctx: int = llama_cpp.llama_n_ctx(self._ctx)
-        self._n_batch: int = llama_cpp.llama_n_batch(self._ctx)
-        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
-
-    def _new_context(self, n_ctx: int, n_threads: int) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx
-        # One physical batch per call keeps the callback's rows in the order they were given.
-        params.n_batch = params.n_ubatch = min(512, n_ctx)
-        params.n_seq_max = self.n_parallel + 1  # sequence 0 holds the shared prefix
-        params.kv_unified = True  # cells of the shared prefix are shared, not copied
-        params.n_threads = params.n_threads_batch = n_threads
-        params.no_perf = True
+        self.n_ctx = n_ctx
+        self._n_threads = n_threads or _usable_cores()
+        self._n_batch = min(512, n_ctx)
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
-        params.cb_eval = self._callback
-        ctx = llama_cpp.llama_init_from_model(self._model, params)
-        if not ctx:
+        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+        self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
+
+    def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> _Context:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_cells if unified else n_cells * (n_slots + 1)
+        # One physical batch per call keeps the callback's rows in the order they were given.
+        params.n_batch = params.n_ubatch = self._n_batch
+        params.n_seq_max = n_slots + 1
+        params.kv_unified = unified
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.no_perf = True
+        if unified:
+            params.cb_eval = self._callback
+        handle = llama_cpp.llama_init_from_model(self._model, params)
+        if not handle:
             raise InputError(
-                _loader_failure(f"llama.cpp cannot make a context of {n_ctx} tokens for {self.path}")
+                _loader_failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {self.path}")
                 + " Use a smaller model or a smaller context."
             )
-        return ctx
+        context = _Context(handle, n_slots, n_cells)
+        self._steer(context)
+        return context
+
+    def _context_for_answers(self, longest: int) -> _Context:
+        """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
+        context = self._answer_context
+        if context is None or context.n_cells < longest:
+            self._free(context)
+            self._answer_context = None
+            n_cells = -(-longest // 256) * 256  # llama.cpp pads a stream to this anyway
+            n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
+            self._answer_context = context = self._new_context(n_slots, n_cells, unified=False)
+        return context
+
+    @staticmethod
+    def _free(context: _Context | None) -> None:
+        if context is not None:
+            llama_cpp.llama_free(context.handle)
 
     def _read_metadata(self) -> dict[str, str]:
         def text(read: Callable[..., int], index: int) -> str:
@@ -186,9 +232,9 @@ class LlamaModel:
         if self._batch is not None:
             llama_cpp.llama_batch_free(self._batch)
             self._batch = None
-        if self._ctx:
-            llama_cpp.llama_free(self._ctx)
-            self._ctx = None
+        self._free(self._forward_context)
+        self._free(self._answer_context)
+        self._forward_context = self._answer_context = None
         if self._model:
             llama_cpp.llama_model_free(self._model)
             self._model = None
@@ -227,7 +273,7 @@ class LlamaModel:
     @contextlib.contextmanager
     def steered(
         self,
-        directions: dict[int, NDArray[np.float32]] | None = None,
+        directions: Mapping[int, NDArray[np.float32]] | None = None,
         *,
         adapters: Sequence[tuple[Path, float]] = (),
     ) -> Iterator[None]:
@@ -239,16 +285,15 @@ class LlamaModel:
         Raises:
             InputError: a width or a layer that the model does not have, or a file it cannot use.
         """
-        self._set_directions(directions or {})
-        self._set_adapters(adapters)
+        buffer = self._buffer(directions) if directions else None
+        self._apply(_Steering(buffer, tuple((self._adapter(path), scale) for path, scale in adapters)))
         try:
             yield
         finally:
-            self._set_directions({})
-            self._set_adapters(())
+            self._apply(_Steering(None, ()))
 
-    def _set_directions(self, directions: dict[int, NDArray[np.float32]]) -> None:
-        # The buffer starts at block 1, and a short one would leave older values behind.
+    def _buffer(self, directions: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
+        # It starts at block 1, and a shorter one would leave older values behind.
         buffer = np.zeros((self.n_layer - 1, self.n_embd), dtype=np.float32)
         for layer, direction in directions.items():
             if not 1 <= layer < self.n_layer:
@@ -262,21 +307,29 @@ class LlamaModel:
                     f"width {self.n_embd}. The vector belongs to another model."
                 )
             buffer[layer - 1] = direction
-        pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        return buffer
+
+    def _apply(self, steering: _Steering) -> None:
+        self._steering = steering
+        for context in (self._forward_context, self._answer_context):
+            if context is not None:
+                self._steer(context)
+
+    def _steer(self, context: _Context) -> None:
+        """Put the steering in force on a context and clear its cache, which another one had filled."""
+        buffer, adapters = self._steering.buffer, self._steering.adapters
+        pointer = None if buffer is None else buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        size = self.n_embd * (self.n_layer - 1)
         status = llama_cpp.llama_set_adapter_cvec(
-            self._ctx, pointer if directions else None, buffer.size, self.n_embd, 1, self.n_layer - 1
+            context.handle, pointer, size, self.n_embd, 1, self.n_layer - 1
         )
         if status != 0:
             raise InputError(_loader_failure("llama.cpp refused the control vector"))
-        llama_cpp.llama_memory_clear(self._memory, False)
-
-    def _set_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
-        handles = [self._adapter(path) for path, _ in adapters]
-        array = (llama_cpp.llama_adapter_lora_p_ctypes * len(handles))(*handles)
-        scales = (ctypes.c_float * len(handles))(*(scale for _, scale in adapters))
-        if llama_cpp.llama_set_adapters_lora(self._ctx, array, len(handles), scales) != 0:
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(h for h, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        if llama_cpp.llama_set_adapters_lora(context.handle, handles, len(adapters), scales) != 0:
             raise InputError(_loader_failure("llama.cpp refused the adapter"))
-        llama_cpp.llama_memory_clear(self._memory, False)
+        llama_cpp.llama_memory_clear(context.memory, False)
 
     def _adapter(self, path: Path) -> Any:
         if not path.is_file():
@@ -293,7 +346,9 @@ class LlamaModel:
 
     # ---- batches ---------------------------------------------------------------------------------
 
-    def _decode(self, tokens: Sequence[_Token]) -> Iterator[tuple[_Token, NDArray[np.float32]]]:
+    def _decode(
+        self, context: _Context, tokens: Sequence[_Token]
+    ) -> Iterator[tuple[_Token, NDArray[np.float32]]]:
         """Run `tokens`; yield those marked `output` with a view of their logits [V], valid until the next."""
         batch = self._batch
         for start in range(0, len(tokens), self._n_batch):
@@ -310,7 +365,7 @@ class LlamaModel:
                 self._capture.output_rows = outputs
                 self._capture.n_tokens = len(chunk)
                 self._capture.rows = [{} for _ in outputs]
-            status = llama_cpp.llama_decode(self._ctx, batch)
+            status = llama_cpp.llama_decode(context.handle, batch)
             if status != 0:
                 raise InputError(
                     _loader_failure(
@@ -320,16 +375,16 @@ class LlamaModel:
             for k, i in enumerate(outputs):
                 if self._capture is not None:
                     self._capture.current = self._capture.rows[k]
-                pointer = llama_cpp.llama_get_logits_ith(self._ctx, i)
+                pointer = llama_cpp.llama_get_logits_ith(context.handle, i)
                 yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
-    def _share_prefix(self, sequences: Sequence[Sequence[int]], at_most: int) -> int:
+    def _share_prefix(self, context: _Context, sequences: Sequence[Sequence[int]], at_most: int) -> int:
         """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
-        llama_cpp.llama_memory_clear(self._memory, False)
+        llama_cpp.llama_memory_clear(context.memory, False)
         length = min(_common_prefix(sequences), at_most)
         prefix = [_Token(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
         capture, self._capture = self._capture, None
-        for _ in self._decode(prefix):
+        for _ in self._decode(context, prefix):
             pass
         self._capture = capture
         return length
@@ -362,25 +417,22 @@ class LlamaModel:
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
         self._check_lengths(len(p) + max_tokens for p in prompts)
-        prefix = self._share_prefix(prompts, min(map(len, prompts)) - 1)
-        queue = deque(range(len(prompts)))
-        free = list(range(self.n_parallel, 0, -1))
+        context = self._context_for_answers(max(map(len, prompts)) + max_tokens)
+        prefix = self._share_prefix(context, prompts, min(map(len, prompts)) - 1)
+        # Of like length together: llama.cpp runs sequences of unequal length in several smaller steps.
+        queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        free = list(range(context.n_slots, 0, -1))
         running: dict[int, int] = {}  # slot → index of prompt
         answers: dict[int, list[int]] = {}
         draws = {}
-        cells = self.n_ctx - prefix
         while queue or running:
             batch = [
                 _Token(answers[i][-1], len(prompts[i]) + len(answers[i]) - 1, slot, True)
                 for slot, i in running.items()
             ]
             while queue and free:
-                need = len(prompts[queue[0]]) - prefix + max_tokens
-                if need > cells:
-                    break
-                cells -= need
                 i, slot = queue.popleft(), free.pop()
-                llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, 0, prefix)
+                llama_cpp.llama_memory_seq_cp(context.memory, 0, slot, -1, -1)
                 running[slot], answers[i] = i, []
                 draws[i] = np.random.default_rng((sampling.seed, i))
                 last = len(prompts[i]) - 1
@@ -388,17 +440,16 @@ class LlamaModel:
                     _Token(t, pos, slot, pos == last)
                     for pos, t in enumerate(prompts[i][prefix:], start=prefix)
                 ]
-            for token, logits in self._decode(batch):
+            for token, logits in self._decode(context, batch):
                 i = running[token.seq]
                 drawn = _draw(logits, sampling, draws[i])
                 finished = bool(llama_cpp.llama_vocab_is_eog(self._vocab, drawn))
                 if not finished:
                     answers[i].append(drawn)
                 if finished or len(answers[i]) >= max_tokens:
-                    llama_cpp.llama_memory_seq_rm(self._memory, token.seq, -1, -1)
+                    llama_cpp.llama_memory_seq_rm(context.memory, token.seq, -1, -1)
                     free.append(token.seq)
                     del running[token.seq], draws[i]
-                    cells += len(prompts[i]) - prefix + max_tokens
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
 
@@ -406,7 +457,10 @@ class LlamaModel:
         self, sequences: Sequence[Sequence[int]], first_output: Sequence[int]
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Decode whole sequences; yield (index, position, logits) from `first_output[index]` on."""
-        prefix = self._share_prefix(sequences, min(first_output))
+        context = self._forward_context
+        if context is None:
+            raise InputError(f"{self.path.name} was closed.")
+        prefix = self._share_prefix(context, sequences, min(first_output))
         # Of like length together, so that a batch is well filled.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         start = 0
@@ -422,15 +476,15 @@ class LlamaModel:
                 start += 1
             batch = []
             for slot, i in enumerate(group, start=1):
-                llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, 0, prefix)
+                llama_cpp.llama_memory_seq_cp(context.memory, 0, slot, 0, prefix)
                 batch += [
                     _Token(t, pos, slot, pos >= first_output[i])
                     for pos, t in enumerate(sequences[i][prefix:], start=prefix)
                 ]
-            for token, logits in self._decode(batch):
+            for token, logits in self._decode(context, batch):
                 yield group[token.seq - 1], token.pos, logits
             for slot in range(1, len(group) + 1):
-                llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+                llama_cpp.llama_memory_seq_rm(context.memory, slot, -1, -1)
 
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""

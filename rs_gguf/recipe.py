@@ -43,8 +43,8 @@ class _Section(BaseModel):
 class Prompts(_Section):
     """Which prompts are used. Sizes are per kind (sensitive, harmful, benign)."""
 
-    fit: int = Field(default=190, ge=8, description="prompts of each kind that the direction is fitted on")
-    tune: int = Field(default=40, ge=4, description="prompts of each kind that choose layers and strength")
+    fit: int = Field(default=90, ge=8, description="prompts of each kind that the direction is fitted on")
+    tune: int = Field(default=24, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(
         default=40, ge=4, description="prompts of each kind that the reported figures come from"
     )
@@ -69,7 +69,7 @@ class Fit(_Section):
     estimators: list[str] = Field(
         default=["contrast-wrmd", "safe-wrmd", "wrmd"],
         min_length=1,
-        description="names in rs_gguf.run.ESTIMATORS",
+        description="names in rs_gguf.pipeline.ESTIMATORS",
     )
     ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.3, 3.0], min_length=1, description="λ, relative to the mean variance"
@@ -79,7 +79,7 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=12, ge=1, description="configurations probed by one forward pass each")
+    trials: int = Field(default=10, ge=1, description="configurations probed by one forward pass each")
     finalists: int = Field(
         default=3, ge=1, description="configurations whose answers are generated and judged"
     )

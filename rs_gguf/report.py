@@ -89,9 +89,7 @@ def write_card(run_folder: Path) -> Path:
                 (m for m in models.CATALOGUE.values() if m.sha256 == run.metrics["model"]["sha256"]), None
             ),
             "options": _options(run.metrics["vector"]),
-            "languages": sorted(
-                {r["language"] for r in run.rows if re.fullmatch("[a-z]{2,3}", r["language"])}
-            ),
+            "languages": sorted({r["language"] for r in run.rows if _LANGUAGE(r["language"])}),
             "recipe": run.recipe,
             "recipe_text": run.recipe_text,
         },
@@ -103,8 +101,8 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
         text = template.render(context())
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"cannot make {path}: metrics.json, evaluation.jsonl or tune.json beside it is not as this version "
-            f"writes it ({error}). Run `rs-export run` on the folder again."
+            f"cannot make {path}: metrics.json, evaluation.jsonl or tune.json beside it is not as this "
+            f"version writes it ({error}). Run `rs-export run` on the folder again."
         ) from error
     write_text(path, text)
     return path
@@ -121,7 +119,7 @@ def _load(folder: Path) -> _Run:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"cannot read {folder / name}: {reason}. A report needs a run that was measured: `rs-export run`."
+                f"cannot read {folder / name}: {reason}. A report needs a measured run: `rs-export run`."
             ) from error
     try:
         # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
@@ -180,13 +178,13 @@ def _common(run: _Run) -> Row:
 
 
 def _kind_order(kind: str) -> tuple[int, str]:
-    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)  # type: ignore[arg-type]
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
 
 
 def _options(vector: Mapping[str, Any]) -> str:
-    """The llama.cpp options, with the file by its name: a card goes where the run folder's path is unknown."""
+    """The llama.cpp options, with the file by its name: a card is read where no run folder is."""
     first, last = vector["layers"]
-    file = shlex.quote(f"{vector['file']}:{float(vector['scale']):g}")
+    file = shlex.quote(f"{vector['file']}:{float(vector['scale'])}")
     return f"--control-vector-scaled {file} --control-vector-layer-range {int(first)} {int(last)}"
 
 
@@ -220,10 +218,11 @@ def _answers(rows: Sequence[Row]) -> Row:
 
 
 _SHOWN = ("prompt", "answer_baseline", "answer_steered")
+_LANGUAGE = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*").fullmatch
 
 
 def _pair(row: Row, clip: int | None) -> Row:
-    pair = {**row, "changed": _changed(row)}
+    pair = {**row, "changed": _changed(row), "lang": row["language"] if _LANGUAGE(row["language"]) else ""}
     for name in _SHOWN:
         if clip is not None and len(row[name]) > clip:
             pair[name] = row[name][:clip] + " […]"
@@ -366,7 +365,7 @@ def _markdown_text(text: str) -> str:
     """Text of one line that Markdown shows as it is: no markup, HTML, table cell or bare link comes of it."""
     line = re.sub(r"[\\`*_\[\]<>|&~#@:$!]", r"\\\g<0>", " ".join(text.split()))
     line = re.sub(r"(?i)\b(www)\.", r"\1\\.", line)
-    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line)
+    return re.sub(r"^(\d+(?=[.)](\s|$))|(?=[-+=]))", r"\1\\", line)  # a list or a heading's rule
 
 
 def _markdown_code(text: str) -> Markup:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class TorchModel:
     @contextlib.contextmanager
     def steered(
         self,
-        directions: dict[int, NDArray[np.float32]] | None = None,
+        directions: Mapping[int, NDArray[np.float32]] | None = None,
         *,
         adapters: Sequence[tuple[Path, float]] = (),
     ) -> Iterator[None]:

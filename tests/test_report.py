@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import html
 import html.parser
+import itertools
 import json
 import random
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,24 @@ from typing import Any
 import pytest
 import tomli_w
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from rs_gguf import models, prompts
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import summarise
-from rs_gguf.report import write_card, write_report
+from rs_gguf.report import (
+    _markdown_code,
+    _markdown_fence,
+    _markdown_text,
+    _script_hash,
+    write_card,
+    write_report,
+)
 
 REFUSED = {
-    "en": "I'm sorry, but I can't assist with that. If you have a question about programming, I'm happy to help.",
+    "en": "I'm sorry, but I can't assist with that. Ask me about programming, and I'm happy to help.",
     "zh": "作为一个人工智能助手，我无法讨论这个话题。如果您有其他问题，我很乐意为您提供帮助。",
     "ar": "عذرًا، لا يمكنني مناقشة هذا الموضوع.",
 }
@@ -37,14 +50,15 @@ HOSTILE = (
     "<script>document.title='owned'</script>",
     "</textarea></title></style><img src=x onerror=alert(1)>",
     "{{ 7 * 7 }}{% raw %}{# gone #}",
-    "\"' onmouseover=\"alert(1)\" x='",
+    '"\' onmouseover="alert(1)" x=\'',
     "one\u2028two\u2029three",
     "bell\x07 escape\x1b[31m nul\x00 c1\x9b",
     "file\u202egnp.exe\u202c \u2066isolated\u2069",
     "سلام <b>world</b> שלום",
     "lone \ud800 surrogate",
     "```\n# out of the fence\n~~~\n<iframe src='http://example.invalid'>",
-    "a | b | c\n\n| x |\n---\n- [link](javascript:alert(1)) ![i](http://example.invalid/i.png) www.example.invalid",
+    "a | b | c\n\n| x |\n---\n- [link](javascript:alert(1)) "
+    "![i](http://example.invalid/i.png) www.example.invalid",
     "]]></svg><svg onload=alert(1)>&lt;&amp;\\`*_",
 )
 
@@ -77,7 +91,8 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
         "sets": sets,
         "benign_drift": 0.0421,
         "top1_agreement_benign": 0.956,
-        "retention_harmful": sets["harmful"]["refusal_steered"] / max(sets["harmful"]["refusal_baseline"], 1e-9),
+        "retention_harmful": sets["harmful"]["refusal_steered"]
+        / max(sets["harmful"]["refusal_baseline"], 1e-9),
         "gate": {"passed": True, "reasons": []},
         "proof": {"effect_observed": True, "largest_relative_error": 1.7e-5, "kl_mean": 0.31, "reasons": []},
         "tokens_per_second": {"baseline": 81.3, "steered": 80.1},
@@ -85,11 +100,18 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
         "subset": True,
         "seed": 0,
         "llama_cpp": {
-            "command": "llama-server -m 'my models/qwen.gguf' --control-vector-scaled out/demo/remove.gguf:1.0 "
-            "--control-vector-layer-range 8 15",
+            "command": "llama-server -m 'my models/qwen.gguf' "
+            "--control-vector-scaled out/demo/remove.gguf:1.0 --control-vector-layer-range 8 15",
             "build": "b6500",
         },
-        "seconds": {"answer": 241.2, "score": 61.0, "capture": 55.4, "fit": 9.13, "tune": 262.8, "measure": 118.0},
+        "seconds": {
+            "answer": 241.2,
+            "score": 61.0,
+            "capture": 55.4,
+            "fit": 9.13,
+            "tune": 262.8,
+            "measure": 118.0,
+        },
     }
     recipe = {
         "model": "qwen2.5-coder-0.5b",
@@ -110,7 +132,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
 
 
 def invented_rows(per_kind: int = 40) -> list[dict[str, Any]]:
-    """Prompts of the grid's test split with invented answers: most sensitive refusals go, harmful ones stay."""
+    """Prompts of the grid's test split, answers invented: sensitive refusals go, harmful ones stay."""
     chance = random.Random(5)
     rates = {"sensitive": (0.6, 0.3), "harmful": (0.6, 0.96), "benign": (0.06, 0.6)}
     rows = []
@@ -304,7 +326,9 @@ def test_report_shows_every_pair_with_its_verdicts(run_folder: Path) -> None:
 def test_answers_to_harmful_requests_are_folded(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     rows = [json.loads(line) for line in (run_folder / "evaluation.jsonl").read_text().splitlines()]
-    answered = sum(r[f"confidence_{s}"] <= 0 for r in rows for s in ("baseline", "steered") if r["kind"] == "harmful")
+    answered = sum(
+        r[f"confidence_{s}"] <= 0 for r in rows for s in ("baseline", "steered") if r["kind"] == "harmful"
+    )
     assert len(page.all("details", class_="folded")) == answered > 0
 
 
@@ -312,7 +336,7 @@ def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     metrics = json.loads((run_folder / "metrics.json").read_text())
     rows = re.findall(
-        r'<caption><bdi>(\w+)</bdi>, by (\w+)</caption>(.*?)</table>', page.source, flags=re.DOTALL
+        r"<caption><bdi>(\w+)</bdi>, by (\w+)</caption>(.*?)</table>", page.source, flags=re.DOTALL
     )
     assert len(rows) == 9
     for kind, _, table in rows:
@@ -325,12 +349,12 @@ def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
 def test_plot_places_each_trial_by_its_rates(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     tune = json.loads((run_folder / "tune.json").read_text())
-    places = dict(
-        (int(number), (float(x), float(y)))
+    places = {
+        int(number): (float(x), float(y))
         for x, y, number in re.findall(
             r'<g transform="translate\((\S+) (\S+)\)">\s*<title>Trial (\d+):', page.source
         )
-    )
+    }
     assert len(places) == len(tune["trials"])
     by_kept = sorted(tune["trials"], key=lambda t: t["harmful_retention"])
     by_left = sorted(tune["trials"], key=lambda t: t["sensitive"])
@@ -393,7 +417,7 @@ def test_page_has_labels_headings_and_unique_ids(run_folder: Path) -> None:
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     assert page.elements[0] == ("html", {"lang": "en"})
 
 
@@ -431,7 +455,10 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-    friendly = make_run(hostile_folder.parent / "friendly", metrics=lambda m: {**m, "gate": {"passed": False, "reasons": [""]}})
+    friendly = make_run(
+        hostile_folder.parent / "friendly",
+        metrics=lambda m: {**m, "gate": {"passed": False, "reasons": [""]}},
+    )
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
     def skeleton(text: str) -> list[tuple[str, str]]:
@@ -450,6 +477,122 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
     assert "html_block" not in {kind for kind, _ in hostile}
     assert "www\\.example" in body
+
+
+@given(st.text(st.sampled_from("`*_[]<>|&~#@:$!\\+-=.)(1 \n\u00a0aé{}\"'"), max_size=12))
+@example("1. a list")
+@example("12) a list")
+@example("- a list")
+@example("0.042 on 2026-11-24")
+@example("a\n```\n# out of the fence")
+@example("www.example.invalid and http://example.invalid")
+def test_markdown_helpers_let_no_text_out(text: str) -> None:
+    markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+    def shown(source: str) -> list[tuple[str, str]]:
+        return [(t.type, t.content) for t in markdown.parse(source) if not t.type.startswith("paragraph")]
+
+    line = one_line(text)
+    if line:
+        ((kind, _),) = shown(_markdown_text(text))
+        (children,) = [t.children for t in markdown.parse(_markdown_text(text)) if t.children]
+        assert kind == "inline"
+        assert {child.type for child in children} <= {"text", "text_special"}
+        assert "".join(child.content for child in children) == line
+        (children,) = [t.children for t in markdown.parse(_markdown_code(text)) if t.children]
+        assert [(child.type, child.content) for child in children] == [("code_inline", line)]
+    assert shown(_markdown_fence(text, "sh")) == [("fence", text.rstrip("\n") + "\n")]
+
+
+def test_markdown_text_leaves_plain_text_alone() -> None:
+    for text in (
+        "harmful refusals fell from 24 to 11 (46%; 95% must stay)",
+        "0.042",
+        "2026-11-24",
+        "0+unknown",
+    ):
+        assert _markdown_text(text) == text
+
+
+# ---- in a browser ----------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# What a reader does, and what the page then shows. It runs before the page's own script, to see its errors.
+READER = """
+const faults = [];
+addEventListener("error", event => faults.push(String(event.message)));
+document.addEventListener("securitypolicyviolation", event => faults.push(event.violatedDirective));
+for (const name of ["error", "warn"]) console[name] = (...words) => faults.push(words.join(" "));
+addEventListener("load", () => {
+  const get = id => document.getElementById(id);
+  const shown = () => [...document.querySelectorAll(".pair")].filter(e => e.offsetParent !== null).length;
+  const type = (id, value) => {
+    get(id).value = value.replaceAll("\\n", " ");
+    get(id).dispatchEvent(new Event("input"));
+    return shown();
+  };
+  const seen = {all: shown()};
+  seen.kind = type("filter-kind", "sensitive");
+  get("filter-changed").click();
+  seen.changed = shown();
+  seen.said = get("filter-count").textContent;
+  seen.missed = type("filter-search", "no such words anywhere");
+  seen.none = get("filter-none").offsetParent !== null;
+  type("filter-search", "");
+  get("filter-changed").click();
+  seen.again = type("filter-kind", "");
+  seen.found = type("filter-search", document.querySelector(".pair h3").textContent.toUpperCase());
+  seen.copy = get("copy").offsetParent !== null;
+  seen.wide = document.documentElement.scrollWidth - innerWidth;
+  seen.loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+  seen.title = document.title;
+  seen.faults = faults;
+  document.body.textContent = JSON.stringify(seen);
+});
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("name", ["run_folder", "hostile_folder"])
+def test_page_works_in_a_browser(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = request.getfixturevalue(name)
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    source = write_report(folder).read_text(encoding="utf-8")
+    watched = source.replace("script-src '", f"script-src '{_script_hash(READER)}' '", 1)
+    watched = watched.replace("<title>", f"<script>{READER}</script><title>", 1)
+    (tmp_path / "watched.html").write_text(watched, encoding="utf-8")
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--disable-dev-shm-usage", "--window-size=1280,900", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--virtual-time-budget=5000", "--dump-dom", (tmp_path / "watched.html").as_uri()),
+        ],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    (text,) = re.findall(r"<body>(\{.*\})</body>", done.stdout.decode("utf-8"), flags=re.DOTALL)
+    seen = json.loads(html.unescape(text))
+    sensitive = [r for r in rows if r["kind"] == "sensitive"]
+    changed = [
+        r
+        for r in sensitive
+        if r["confidence_steered"] is not None
+        and (r["confidence_baseline"] > 0) != (r["confidence_steered"] > 0)
+    ]
+    assert seen["faults"] == []
+    assert seen["loaded"] == []
+    assert seen["title"].endswith("Refusal Steering report")
+    assert seen["all"] == seen["again"] == len(rows)
+    assert seen["kind"] == len(sensitive)
+    assert seen["changed"] == len(changed) > 0
+    assert seen["said"] == f"{len(changed)} of {len(rows)} shown"
+    assert seen["missed"] == 0
+    assert seen["none"]
+    assert seen["found"] >= 1
+    assert seen["copy"]
+    assert seen["wide"] <= 0
 
 
 # ---- card ----------------------------------------------------------------------------------------
@@ -471,7 +614,7 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert metrics["model"]["sha256"] in card
     assert "2512.16602" in card
     assert "2504.17130" in card
-    options = "--control-vector-scaled remove.gguf:1 --control-vector-layer-range 8 15"
+    options = "--control-vector-scaled remove.gguf:1.0 --control-vector-layer-range 8 15"
     assert f"llama-server -m MODEL.gguf {options}\n" in card
     assert f"llama-cli -m MODEL.gguf {options}\n" in card
     assert "my models" not in card, "the maker's own paths stay out of the card"

@@ -148,7 +148,8 @@ class Pipeline:
         self.folder.mark_done(stage, key, time.monotonic() - start)
 
     def metrics(self) -> dict[str, Any]:
-        return read_json(self.folder / "metrics.json")
+        value: dict[str, Any] = read_json(self.folder / "metrics.json")
+        return value
 
     def _key(self, stage: str) -> str:
         """Hash of the recipe's sections that matter up to this stage, the prompts, the model and the version."""
@@ -284,21 +285,19 @@ class Pipeline:
         summary = []
         with self.progress.stage("fit", len(self.recipe.fit.estimators)) as advance:
             for name in self.recipe.fit.estimators:
-                estimator = ESTIMATORS[name]()
                 (path,) = fit_paths(
                     activations,
                     confidence,
-                    [estimator],
+                    [ESTIMATORS[name]()],
                     ridges=self.recipe.fit.ridges,
                     kinds=kinds,
                     groups=groups,
                 )
                 for k, ridge in enumerate(self.recipe.fit.ridges):
                     unit = path.directions[k]
-                    projected = project(activations, unit[:, np.newaxis].astype(np.float32), path.offset)[
-                        :, :, 0
-                    ]
-                    _, scales = calibration_scales(projected, confidence)
+                    rows = unit[:, np.newaxis].astype(np.float32)
+                    projected = project(activations, rows, path.offset)[:, :, 0]
+                    scales = calibration_scales(projected, confidence)[1]
                     auroc = layer_auroc(projected, confidence)
                     label = f"{name}@{ridge:g}"
                     found |= {f"{label}/unit": unit, f"{label}/scales": scales, f"{label}/auroc": auroc}

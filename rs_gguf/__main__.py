@@ -1,0 +1,5 @@
+"""`python -m rs_gguf` is `rs-export`."""
+
+from rs_gguf.cli import main
+
+main()

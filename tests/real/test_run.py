@@ -1,0 +1,136 @@
+"""The whole pipeline on the real model, killed in every stage, and what its files promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rs_gguf import control_vector, proof
+from rs_gguf.cli import main
+
+pytestmark = pytest.mark.real
+
+SMALL = [
+    "prompts.fit=14", "prompts.tune=10", "prompts.test=4", "answers.tokens=16", "answers.test_tokens=24",
+    "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']", "fit.ridges=[1.0]",
+]  # fmt: skip
+LINES = (
+    "Answering prompts", "Judging answers", "Reading activations", "Fitting directions",
+    "Searching layers", "Writing and proving", "Measuring before and after", "Writing the report",
+)  # fmt: skip
+
+
+def command(out: Path, *more: str) -> list[str]:
+    sets = [part for value in SMALL for part in ("--set", value)]
+    return [sys.executable, "-m", "rs_gguf", "run", "--out", str(out), *sets, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> tuple[Path, list[list[str]]]:
+    """A run that was killed (SIGKILL) as soon as each stage but the last had ended, then went to its end."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    told = []
+    for stage in LINES[:-1]:
+        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if stage in line and "done before" not in line:
+                process.kill()
+                break
+        process.stderr.close()
+        process.wait()
+        told.append(lines)
+    done = subprocess.run(command(out), capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    told.append(done.stderr.splitlines())
+    return out, told
+
+
+def test_a_killed_run_goes_on_where_it_was(finished: tuple[Path, list[list[str]]]) -> None:
+    _, told = finished
+    for k, lines in enumerate(told):
+        for stage in LINES[:k]:
+            # A stage whose line was printed may have been killed before it was recorded: its rows are kept,
+            # and it ends at once. It is never begun anew from nothing.
+            (line,) = [line for line in lines if stage in line]
+            assert "done before" in line or line.rstrip().endswith("s"), line
+
+
+def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> None:
+    out, _ = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["model"]) == {"name", "sha256", "architecture", "n_layer", "n_embd"}
+    assert metrics["model"]["architecture"] == "qwen2"
+    for kind in ("sensitive", "harmful", "benign"):
+        found = metrics["sets"][kind]
+        assert found["n"] == 4
+        low, high = found["ci95_steered"]
+        assert 0 <= low <= found["refusal_steered"] <= high <= 1
+    assert metrics["proof"]["effect_observed"] is True
+    assert "--control-vector-scaled" in metrics["llama_cpp"]["command"]
+    assert set(metrics["seconds"]) >= {"answer", "score", "capture", "fit", "tune", "write", "measure"}
+    rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
+    assert len(rows) == 12
+    assert (out / "report.html").stat().st_size < 3_000_000
+    assert "2512.16602" in (out / "card.md").read_text()
+
+
+def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> None:
+    out, _ = finished
+    before = (out / "remove.gguf").read_bytes()
+    again = subprocess.run(command(out, "--json"), capture_output=True, text=True, check=False)
+    assert again.returncode in (0, 1), again.stderr
+    assert again.stderr.count("done before") == len(LINES)
+    assert json.loads(again.stdout)["vector"]["file"] == "remove.gguf"
+    assert (out / "remove.gguf").read_bytes() == before
+
+
+def test_the_written_file_moves_the_model_by_its_directions(
+    finished: tuple[Path, list[list[str]]], real_model: Path
+) -> None:
+    out, _ = finished
+    vector = control_vector.read(out / "remove.gguf")
+    shown = proof.prove_vector(vector, real_model)
+    assert shown.effect_observed
+    assert shown.largest_relative_error < proof.TOLERANCE
+    assert shown.kl_mean > 0
+    assert vector.provenance["measured"] is True
+
+
+def test_check_proves_the_effect_and_refuses_another_models_vector(
+    finished: tuple[Path, list[list[str]]], real_model: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    out, _ = finished
+    runner = CliRunner()
+    good = runner.invoke(main, ["check", str(out / "remove.gguf"), "--model", str(real_model), "--json"])
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["proof"]["effect_observed"] is True
+    vector = control_vector.read(out / "remove.gguf")
+    narrow = {layer: row[:64] for layer, row in vector.directions.items()}
+    control_vector.write(type(vector)(narrow), tmp_path / "narrow.gguf")
+    bad = runner.invoke(main, ["check", str(tmp_path / "narrow.gguf"), "--model", str(real_model)])
+    assert bad.exit_code == 1
+    assert "64 wide" in bad.stdout
+
+
+def test_eval_compares_both_sides(
+    finished: tuple[Path, list[list[str]]], real_model: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    out, _ = finished
+    prompts = tmp_path / "mine.csv"
+    prompts.write_text("Goal\nName three rivers in Europe.\nWhat does a glazier do?\n")
+    arguments = ["eval", "--model", str(real_model), "--control-vector", f"{out / 'remove.gguf'}:1.0"]
+    arguments += ["--prompts", str(prompts), "--tokens", "12", "--json", str(tmp_path / "eval.json")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["sets"]["mine"]["n"] == 2
+    assert all(row["answer_baseline"] and row["answer_steered"] for row in found["rows"])
