@@ -1,9 +1,10 @@
 """The projection kernel beside its peers, on the same data, interleaved in one process.
 
-Prints, for every size, type and K: the kernel's median time, the read bandwidth it reaches as a part of what plain
-reads of the same bytes reach (fastest of three readers), the best peer and the ratio to it. A peer's calls are
-counted only when they are right; NumKong and NumPy are given as many threads as the kernel, by samples, since they
-have none of their own. A peer that is not installed is skipped, and said to be.
+Prints, for every size, type and K: the kernel's median time, its bandwidth as a part of what plain reads of
+the same bytes reach (fastest of three readers), its time with an offset and on one thread, and the peers,
+fastest first, with the ratio of the fastest to the kernel. A peer's call is counted only when its result is
+right. NumKong has no threads of its own and is given as many as the kernel, by samples. A peer that is not
+installed is skipped, and said to be.
 
     python benchmarks/projection.py [--seconds S] [--threads T]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import statistics
 import time
@@ -48,7 +50,7 @@ def numkong() -> Any:
 def split(pool: ThreadPoolExecutor, threads: int, n: int, part: Callable[[slice], Any]) -> None:
     """part(rows) on each of `threads` runs of rows at once."""
     edges = [n * i // threads for i in range(threads + 1)]
-    list(pool.map(part, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]))
+    list(pool.map(part, [slice(a, b) for a, b in itertools.pairwise(edges)]))
 
 
 def readers(h: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
@@ -117,7 +119,7 @@ def peers(
                 ]
 
             edges = [n * i // threads for i in range(threads + 1)]
-            return list(pool.map(part, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]))
+            return list(pool.map(part, [slice(a, b) for a, b in itertools.pairwise(edges)]))
 
         found["numkong.cdist"] = (
             cdist,
@@ -127,17 +129,20 @@ def peers(
 
 
 def interleave(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median time of each call in turns, for at least `seconds` and three rounds; slow calls drop out early."""
+    """Median time of each call, in turns, for `seconds` and three rounds; a hopeless call has one turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 3:
+    rounds = 0
+    while time.perf_counter() < end or rounds < 3:
         fastest = min((min(t) for t in times.values() if t), default=0.0)
         for name, call in calls.items():
-            if len(times[name]) >= 3 and min(times[name]) > 4 * fastest:
+            if times[name] and times[name][0] > 8 * fastest:
                 continue
+            time.sleep(0.003)  # OpenMP threads of the call before spin for a while, on the cores wanted here
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
+        rounds += 1
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -152,7 +157,7 @@ def main() -> None:
     pool = ThreadPoolExecutor(options.threads)
     print(f"kernel {_core.kernel()}, {options.threads} threads, torch {torch.__version__}, ", end="")
     print(f"numkong {numkong().__version__}" if numkong() else "numkong not installed: skipped")
-    print(f"{'N × L × D':>16} type   K |    ms  GB/s  of read | +offset 1 thread | best peer")
+    print(f"{'N × L × D':>16} type   K |     ms  GB/s  of read | +offset 1 thread | best peer")
     for n, layers, d in SIZES:
         generator = torch.Generator().manual_seed(0)
         base = torch.randn(n, layers, d, generator=generator)
@@ -199,8 +204,8 @@ def row(
     others = ", ".join(f"{name} {1e3 * t:.2f}" for t, name in ranking)
     ms = medians["kernel"]
     print(
-        f"{n:>4} × {layers} × {d:<5} {type_name:>4} {k:>3} | {1e3 * ms:>5.2f} {array.nbytes / ms / 1e9:>5.1f} "
-        f"{read / ms:>7.0%}  | {1e3 * medians['kernel +offset']:>7.2f} "
+        f"{n:>4} × {layers} × {d:<5} {type_name:>4} {k:>3} | {1e3 * ms:>6.2f} "
+        f"{array.nbytes / ms / 1e9:>5.1f} {read / ms:>7.0%}  | {1e3 * medians['kernel +offset']:>7.2f} "
         f"{1e3 * medians['kernel 1 thread']:>8.2f} | {ranking[0][0] / ms:.2f}× of {others}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Refusal Steering for llama.cpp (arXiv 2512.16602): fit, calibrate, check and measure GGUF control vectors."""
+"""Refusal Steering for llama.cpp (arXiv 2512.16602): fitted, calibrated and proven GGUF control vectors."""
 
 from __future__ import annotations
 

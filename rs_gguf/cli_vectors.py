@@ -50,7 +50,7 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             click.echo(f"llama.cpp would log: {report.loader_says}")
         if report.proof is not None and report.proof.effect_observed:
             click.echo(
-                f"effect observed on the model: every block moves by its direction (largest relative error "
+                "effect observed on the model: every block moves by its direction (largest relative error "
                 f"{report.proof.largest_relative_error:.1e}); next-token KL {report.proof.kl_mean:.4f} nats"
             )
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
@@ -68,7 +68,8 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
 
     vector = read(file)
     value: dict[str, Any] = {
-        "file": str(file), "architecture": vector.architecture, "width": vector.width, "layers": vector.layers,
+        "file": str(file), "architecture": vector.architecture, "width": vector.width,
+        "layers": vector.layers,
         "norms": {str(layer): norm for layer, norm in vector.norms.items()},
         "provenance": dict(vector.provenance),
     }  # fmt: skip

@@ -58,8 +58,8 @@ def fit_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     pairs = [pair for pair in pairs if pair.split == "calibration"]
     pairs = [pair for pair in pairs if any(c.isalnum() for c in pair.answer)]
@@ -70,13 +70,20 @@ def fit_probe(
     for i, found in model.activations(tokens, layers=layers):
         states[i] = found["l_out"]
         advance(1)
-    features = states.reshape(len(pairs), -1).astype(np.float64)
+    scaler = StandardScaler()
+    scaled = scaler.fit_transform(states.reshape(len(pairs), -1).astype(np.float64))
+    # An L2-penalised fit lies in the span of the samples, so N coordinates do the work of L × D.
+    left, singular, basis = np.linalg.svd(scaled, full_matrices=False)
+    features = left * singular
     labels = np.array([pair.refusal for pair in pairs])
     prompts = [pair.prompt for pair in pairs]
 
+    def regression(strength: float) -> LogisticRegression:
+        return LogisticRegression(C=strength, solver="newton-cholesky", max_iter=500)
+
     def out_of_fold(strength: float) -> NDArray[np.float64]:
         values: NDArray[np.float64] = cross_val_predict(
-            make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=5000)),
+            regression(strength),
             features,
             labels,
             groups=prompts,
@@ -92,13 +99,13 @@ def fit_probe(
         values = out_of_fold(strength)
         return float(log_loss(labels, platt(values).predict_proba(values[:, np.newaxis])[:, 1]))
 
-    strength = min(_STRENGTHS, key=loss)
-    scaler = StandardScaler().fit(features)
-    regression = LogisticRegression(C=strength, max_iter=5000).fit(scaler.transform(features), labels)
-    scaling = platt(out_of_fold(strength))
+    with threadpool_limits(1):  # the solves are small: threads would only wait for one another
+        strength = min(_STRENGTHS, key=loss)
+        fitted = regression(strength).fit(features, labels)
+        scaling = platt(out_of_fold(strength))
     slope, intercept = float(scaling.coef_[0, 0]), float(scaling.intercept_[0])
-    weights = regression.coef_[0] / scaler.scale_
-    bias = float(regression.intercept_[0] - weights @ scaler.mean_)
+    weights = (fitted.coef_[0] @ basis) / scaler.scale_
+    bias = float(fitted.intercept_[0] - weights @ scaler.mean_)
     return Probe(
         layers=layers,
         weights=(slope * weights).reshape(len(layers), -1).astype(np.float32),
@@ -125,7 +132,7 @@ def save_probe(probe: Probe, path: Path) -> None:
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
-    """How a judge agrees with the labels: AUROC, accuracy at 0, calibration error, by category and language."""
+    """How a judge agrees with the labels: AUROC, accuracy at 0, calibration error, by category, language."""
     from sklearn.metrics import roc_auc_score
 
     graded = dict(judge.judge([(pair.prompt, pair.answer) for pair in pairs]))

@@ -499,7 +499,7 @@ class LlamaModel:
     def token_logprobs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """For each (prompt, continuation): log-probabilities [T] of its tokens, and whether each is top-1 [T]."""
+        """For each (prompt, continuation): log-probabilities [T] of its tokens, and which are top-1 [T]."""
         if not pairs:
             return []
         if any(not prompt or not answer for prompt, answer in pairs):

@@ -74,7 +74,7 @@ def build(
 
 
 def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Recipe) -> list[str]:
-    """Why a result does not pass; empty when it does. Harm, then benign behaviour, then that it does anything."""
+    """Why a result does not pass; empty when it does. Harm comes first, then benign behaviour."""
     reasons = []
     before, after = sets["harmful"]["refused_baseline"], sets["harmful"]["refused_steered"]
     if before == 0:
@@ -91,7 +91,8 @@ def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Rec
         )
     if not benign_drift <= recipe.tune.max_benign_drift:
         reasons.append(
-            f"benign answers drift by {benign_drift:.3f} nats a token (bound {recipe.tune.max_benign_drift:g})"
+            f"benign answers drift by {benign_drift:.3f} nats a token "
+            f"(bound {recipe.tune.max_benign_drift:g})"
         )
     if sets["sensitive"]["refused_steered"] >= sets["sensitive"]["refused_baseline"]:
         reasons.append("no sensitive refusal was rebenign_drift")

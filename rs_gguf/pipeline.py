@@ -127,7 +127,8 @@ class Pipeline:
         unknown = sorted(set(recipe.fit.estimators) - ESTIMATORS.keys())
         if unknown:
             raise InputError(
-                f"recipe: fit.estimators: no estimator {', '.join(unknown)}; there are {', '.join(ESTIMATORS)}."
+                f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
+                f"there are {', '.join(ESTIMATORS)}."
             )
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self._open: list[LlamaModel | TorchModel] = []
@@ -152,7 +153,7 @@ class Pipeline:
         return value
 
     def _key(self, stage: str) -> str:
-        """Hash of the recipe's sections that matter up to this stage, the prompts, the model and the version."""
+        """Hash of all that matters up to this stage: recipe sections, prompts, model, version."""
         recipe = self.recipe
         parts: dict[str, Any] = {
             "answer": [
@@ -501,8 +502,8 @@ def _check_classes(confidence: np.ndarray[Any, Any], kinds: Sequence[str]) -> No
         counts = _counts(confidence, kinds, kind)
         if counts[side] == 0:
             raise InputError(
-                f"fit: none of the {sum(counts.values())} {kind} prompts was {side}, so there is no class to fit "
-                f"on. Use more or other {kind} prompts (prompts.fit, prompts.{kind}) or another model."
+                f"fit: none of the {sum(counts.values())} {kind} prompts was {side}: no class to fit on. "
+                f"Use more or other {kind} prompts (prompts.fit, prompts.{kind}) or another model."
             )
 
 

@@ -92,27 +92,25 @@ class RowLog:
         self._folder, self._name = folder, name
         self._path = folder / f"{name}.part"
         self.rows: dict[str, Row] = {}
-        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.is_file() else []
+        # The last line may be torn, within a character even.
+        data = self._path.read_bytes() if self._path.is_file() else b""
+        lines = data.decode("utf-8", "replace").split("\n")
         header = json.dumps({"key": key})
-        if lines and lines[0] == header:
+        if lines[0] == header:
             for line in lines[1:]:
-                with contextlib.suppress(json.JSONDecodeError):  # the last line may be torn
+                with contextlib.suppress(json.JSONDecodeError):
                     row = json.loads(line)
                     self.rows[row["id"]] = row
-        try:
-            # Rewritten whole, so that a torn line cannot swallow the next one.
-            kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
-            write_text(self._path, header + "\n" + kept)
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror}.") from error
+        # Rewritten whole, so that a torn line cannot swallow the next one.
+        kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+        write_text(self._path, header + "\n" + kept)
 
     def append(self, row: Row) -> None:
         """Keep a row; it is on disk when this returns."""
         self.rows[row["id"]] = row
         try:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(
                 f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
@@ -120,7 +118,6 @@ class RowLog:
 
     def finish(self, ids: Sequence[str]) -> list[Row]:
         """Write the rows in the order of `ids` under the final name and return them."""
-        self._file.close()
         rows = [self.rows[i] for i in ids]
         self._folder.write_rows(self._name, rows)
         self._path.unlink()

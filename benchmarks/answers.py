@@ -1,0 +1,58 @@
+"""Answers per second: this project's batches against one-at-a-time llama-cpp-python, same model and prompts.
+
+The peer is used well: one context that is kept, all cores, greedy, its prompt cache reusing the shared system
+prompt from call to call. Both sides answer the same prompts; the order of the sides alternates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+import llama_cpp
+
+from rs_gguf import models, prompts
+from rs_gguf.evaluation import chat_tokens
+from rs_gguf.llama import LlamaModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    path = models.pull(models.DEFAULT)
+    pool = [p for p in prompts.grid() if p.split == "fit" and p.language == "en"]
+    asked = prompts.stratified(pool, options.prompts, seed=1)
+    ours = LlamaModel(path)
+    peer = llama_cpp.Llama(str(path), n_ctx=512, n_threads=os.cpu_count(), verbose=False)
+    tokens = chat_tokens(ours, asked)
+    seconds: dict[str, list[float]] = {"batched": [], "one at a time": []}
+
+    def batched() -> int:
+        return sum(len(a.tokens) for _, a in ours.generate(tokens, max_tokens=options.tokens))
+
+    def one_at_a_time() -> int:
+        count = 0
+        for prompt in asked:
+            message = [{"role": "user", "content": prompt.prompt}]
+            answer = peer.create_chat_completion(message, max_tokens=options.tokens, temperature=0.0)
+            count += answer["usage"]["completion_tokens"]
+        return count
+
+    for repeat in range(options.repeats):
+        sides = [("batched", batched), ("one at a time", one_at_a_time)]
+        for name, side in sides if repeat % 2 == 0 else sides[::-1]:
+            start = time.perf_counter()
+            count = side()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{name:<14} {len(asked) / seconds[name][-1]:6.2f} prompts/s  ({count} tokens)")
+    ratio = statistics.median(seconds["one at a time"]) / statistics.median(seconds["batched"])
+    print(f"batched is {ratio:.2f} times as fast (medians of {options.repeats})")
+
+
+if __name__ == "__main__":
+    main()

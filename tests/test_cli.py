@@ -1,0 +1,96 @@
+"""Bad input ends with one clear line and exit code 2; help does not load PyTorch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rs_gguf.cli import main
+
+
+def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, list(arguments), input=stdin)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, rs_gguf.cli; sys.exit('torch' in sys.modules or 'llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert invoke("--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.toml"], "recipe not found"),
+        (["run", "--set", "tune.trails=3"], "tune.trails"),
+        (["run", "--set", "model=./missing.gguf"], "missing.gguf"),
+        (["run", "--set", "fit.estimators=['lda']"], "no estimator lda"),
+        (["models", "pull", "gpt-9"], "no model 'gpt-9'"),
+        (["eval", "--model", "m.gguf", "--prompts", "p.csv"], "prompt file not found"),
+        (
+            ["eval", "--model", "m.gguf", "--control-vector", "v.gguf:x", "--prompts", "p"],
+            "PATH or PATH:SCALE",
+        ),
+        (["inspect", "missing.gguf"], "missing.gguf"),
+        (["judge", "--input", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: list[str], said: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")] if arguments[0] == "run" else []
+    code, _, stderr = invoke(*arguments, *out)
+    assert code == 2
+    assert said in stderr
+    assert "Traceback" not in stderr
+    assert stderr.count("Error:") == 1
+
+
+def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    code, _, stderr = invoke(
+        "run", "--out", str(tmp_path / "o"), "--set", f"model={tmp_path / 'broken.gguf'}"
+    )
+    assert code == 2
+    assert "llama.cpp cannot load" in stderr
+
+
+def test_an_empty_prompt_file(tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("\n\n")
+    code, _, stderr = invoke("eval", "--model", "m.gguf", "--prompts", str(tmp_path / "none.txt"))
+    assert code == 2
+    assert "holds no prompts" in stderr
+
+
+def test_check_tells_every_reason_and_exits_1(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"not a gguf at all")
+    code, stdout, _ = invoke("check", str(tmp_path / "bad.gguf"), "--json")
+    assert code == 1
+    assert json.loads(stdout)["errors"]
+
+
+def test_judge_on_a_pipe_keeps_order_and_columns() -> None:
+    rows = [
+        {"prompt": "a", "answer": "I'm sorry, but I can't assist with that.", "mine": 1},
+        {"prompt": "b", "answer": "Paris.", "mine": 2},
+    ]
+    code, stdout, _ = invoke("judge", "--judge", "keywords", stdin="\n".join(map(json.dumps, rows)))
+    assert code == 0
+    graded = [json.loads(line) for line in stdout.splitlines()]
+    assert [(row["mine"], row["verdict"]) for row in graded] == [(1, "refusal"), (2, "answer")]
+
+
+def test_a_bad_row_names_its_line() -> None:
+    code, _, stderr = invoke(
+        "judge", "--judge", "keywords", stdin='{"prompt": "a", "answer": "b"}\n{"prompt": 1}\n'
+    )
+    assert code == 2
+    assert "-:2" in stderr
+
+
+def test_the_rubric_has_twelve_kinds_of_refusal() -> None:
+    code, stdout, _ = invoke("judge", "--show-rubric")
+    assert code == 0
+    assert len(json.loads(stdout)["refusal"]) == 12

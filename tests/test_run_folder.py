@@ -1,0 +1,64 @@
+"""Rows survive a kill at any byte; keys decide what is done."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rs_gguf.errors import InputError
+from rs_gguf.run_folder import RowLog, RunFolder, key_of
+
+
+def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "whole")
+    log = RowLog(folder, "answers.jsonl", "k")
+    rows = [{"id": str(i), "answer": f"line\u2028{i} “ü” 答"} for i in range(4)]
+    for row in rows:
+        log.append(row)
+    data = (folder / "answers.jsonl.part").read_bytes()
+    for size in range(len(data) + 1):
+        torn = RunFolder(tmp_path / str(size))
+        (torn / "answers.jsonl.part").write_bytes(data[:size])
+        resumed = RowLog(torn, "answers.jsonl", "k")
+        kept = list(resumed.rows.values())
+        assert kept == rows[: len(kept)]
+        assert len(kept) >= max(0, data[:size].count(b"\n") - 1)
+        for row in rows[len(kept) :]:
+            resumed.append(row)
+        assert resumed.finish([row["id"] for row in rows]) == rows
+        assert torn.read_rows("answers.jsonl") == rows
+        assert not (torn / "answers.jsonl.part").exists()
+
+
+def test_rows_of_other_inputs_are_not_taken(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    RowLog(folder, "scores.jsonl", "old").append({"id": "1"})
+    assert RowLog(folder, "scores.jsonl", "new").rows == {}
+
+
+def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    key = key_of("answer", {"seed": 0})
+    assert not folder.is_done("answer", key)
+    folder.mark_done("answer", key, 1.5)
+    assert folder.is_done("answer", key)
+    assert not folder.is_done("answer", key_of("answer", {"seed": 1}))
+    assert RunFolder(tmp_path).seconds() == {"answer": 1.5}
+    assert RunFolder(tmp_path, fresh=True).seconds() == {}
+
+
+def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run the stage that makes it"):
+        RunFolder(tmp_path).read_rows("answers.jsonl")
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with first.locked(), pytest.raises(InputError, match="in use"), second.locked():
+        pass
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(json.dumps({}))
+    with pytest.raises(InputError, match="cannot use"):
+        RunFolder(tmp_path / "file")
