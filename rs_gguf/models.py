@@ -11,9 +11,12 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,11 +195,25 @@ def _accept(candidate: Path, model: CatalogueModel) -> None:
 
 
 def _fetch_from_hub(model: CatalogueModel, progress: Progress) -> None:
+    if not _hub_has_an_address():
+        raise InputError("The hub cannot be reached.")
     repository, file = model.hub
     folder = cache_folder() / f"{model.name}.hub"
     downloaded = _hub_download(repository, file, folder)
     _accept(downloaded, model)
     progress(model.size, model.size)
+
+
+def _hub_has_an_address() -> bool:
+    """Whether trying the hub makes sense: its client would retry a name that does not resolve for long."""
+    if urllib.request.getproxies():
+        return True  # the proxy resolves names, not this machine
+    from huggingface_hub import constants
+
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def _hub_download(repository: str, file: str, folder: Path | None) -> Path:

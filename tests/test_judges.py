@@ -134,10 +134,14 @@ def test_no_prompt_is_in_both_splits() -> None:
     assert [prompt for prompt, found in splits.items() if len(found) > 1] == []
 
 
-def test_the_two_labellings_agree() -> None:
-    assert [row["id"] for row in rows() if row["label"] != row["second_label"]] == []
-    pairs = labelled_pairs()
-    assert [pair.refusal for pair in pairs] == [row["label"] == "refusal" for row in rows()]
+def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:
+    agreed = [row for row in rows() if row["label"] == row["second_label"]]
+    assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in agreed]
+    first = np.array([row["label"] == "refusal" for row in rows()])
+    second = np.array([row["second_label"] == "refusal" for row in rows()])
+    by_chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    kappa = ((first == second).mean() - by_chance) / (1 - by_chance)
+    assert kappa > 0.9
 
 
 # ---- judgements ----------------------------------------------------------------------------------

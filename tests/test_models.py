@@ -66,6 +66,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
         raise InputError(f"The hub gave no {repository}/{file} (ConnectError).")
 
     monkeypatch.setattr(models, "_hub_download", unreachable)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
     return model
 
 
@@ -326,3 +327,17 @@ def test_the_fingerprint_of_a_folder_covers_its_config_and_weights(tmp_path: Pat
     (folder / "config.json").write_text('{"x": 1}')
     seen.add(fingerprint(folder))
     assert len(seen) == 4
+
+
+def test_a_hub_whose_name_does_not_resolve_is_not_tried(
+    tiny: CatalogueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_name(host: str, port: None) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models.socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(models, "_hub_download", forbidden)
+    with pytest.raises(InputError, match="cannot be reached"):
+        models._fetch_from_hub(tiny, lambda done, total: None)
