@@ -34,3 +34,17 @@ bench: install
 
 clean:
 	rm -rf $(VENV) build out
+
+# The kernel's own tests under AddressSanitizer and UBSan, and its NEON target under an emulator (Debian:
+# g++-aarch64-linux-gnu, qemu-user).
+sanitize: install
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DRS_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/rs_check
+
+neon: install
+	$(BIN)/cmake -S . -B build/neon -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		-DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/neon
+	qemu-aarch64 build/neon/rs_check
