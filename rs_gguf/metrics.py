@@ -95,7 +95,7 @@ def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Rec
             f"(bound {recipe.tune.max_benign_drift:g})"
         )
     if sets["sensitive"]["refused_steered"] >= sets["sensitive"]["refused_baseline"]:
-        reasons.append("no sensitive refusal was rebenign_drift")
+        reasons.append("no sensitive refusal was removed")
     for kind, found in sets.items():
         if found["degenerate_steered"] - found["degenerate_baseline"] > 0.01:
             reasons.append(
