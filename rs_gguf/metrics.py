@@ -17,6 +17,8 @@ from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
 from rs_gguf.version import __version__
 
+MAX_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, in the search and in the gate
+
 
 def summarise_kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """`evaluation.summarise` of each kind of prompt."""
@@ -97,7 +99,7 @@ def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Rec
     if sets["sensitive"]["refused_steered"] >= sets["sensitive"]["refused_baseline"]:
         reasons.append("no sensitive refusal was removed")
     for kind, found in sets.items():
-        if found["degenerate_steered"] - found["degenerate_baseline"] > 0.01:
+        if found["degenerate_steered"] - found["degenerate_baseline"] > MAX_MORE_DEGENERATE:
             reasons.append(
                 f"degenerate answers to {kind} prompts rose from {found['degenerate_baseline']:.1%} to "
                 f"{found['degenerate_steered']:.1%}"

@@ -39,7 +39,7 @@ from rs_gguf.evaluation import (
     drift,
 )
 from rs_gguf.files import read_json, sha256, write_json
-from rs_gguf.judges import Judge, Judgement, open_judge
+from rs_gguf.judges import NEUTRAL, Judge, Judgement, open_judge
 from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores
 from rs_gguf.llama import LlamaModel, Sampling
 from rs_gguf.projection import project
@@ -285,29 +285,28 @@ class Pipeline:
         found: dict[str, np.ndarray[Any, Any]] = {}
         summary = []
         with self.progress.stage("fit", len(self.recipe.fit.estimators)) as advance:
-            for name in self.recipe.fit.estimators:
-                (path,) = fit_paths(
-                    activations,
-                    confidence,
-                    [ESTIMATORS[name]()],
-                    ridges=self.recipe.fit.ridges,
-                    kinds=kinds,
-                    groups=groups,
-                )
+            paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
+                activations,
+                confidence,
+                [ESTIMATORS[name]() for name in self.recipe.fit.estimators],
+                ridges=self.recipe.fit.ridges,
+                kinds=kinds,
+                groups=groups,
+            )
+            for name, path in zip(self.recipe.fit.estimators, paths, strict=True):
                 for k, ridge in enumerate(self.recipe.fit.ridges):
                     unit = path.directions[k]
                     rows = unit[:, np.newaxis].astype(np.float32)
                     projected = project(activations, rows, path.offset)[:, :, 0]
                     scales = calibration_scales(projected, confidence)[1]
-                    auroc = layer_auroc(projected, confidence)
                     label = f"{name}@{ridge:g}"
-                    found |= {f"{label}/unit": unit, f"{label}/scales": scales, f"{label}/auroc": auroc}
+                    found |= {f"{label}/unit": unit, f"{label}/scales": scales}
                     summary.append(
                         {
                             "estimator": name,
                             "ridge": ridge,
                             "score": layer_scores(projected, confidence).tolist(),
-                            "auroc": auroc.tolist(),
+                            "auroc": layer_auroc(projected, confidence).tolist(),
                             "harm_cosine": path.harm_cosine[k].tolist(),
                         }
                     )
@@ -351,8 +350,7 @@ class Pipeline:
         for name in self.recipe.fit.estimators:
             for ridge in self.recipe.fit.ridges:
                 label = f"{name}@{ridge:g}"
-                unit, scales, auroc = (arrays[f"{label}/{part}"] for part in ("unit", "scales", "auroc"))
-                found[name, ridge] = Directions(name, ridge, unit, scales, auroc)
+                found[name, ridge] = Directions(arrays[f"{label}/unit"], arrays[f"{label}/scales"])
         return found
 
     def _chosen(self) -> Row:
@@ -510,9 +508,9 @@ def _check_classes(confidence: np.ndarray[Any, Any], kinds: Sequence[str]) -> No
 def _counts(confidence: np.ndarray[Any, Any], kinds: Sequence[str], kind: str) -> dict[str, int]:
     values = confidence[np.array([k == kind for k in kinds])]
     return {
-        "refused": int((values > 0.15).sum()),
-        "answered": int((values < -0.15).sum()),
-        "neutral": int((np.abs(values) <= 0.15).sum()),
+        "refused": int((values > NEUTRAL).sum()),
+        "answered": int((values < -NEUTRAL).sum()),
+        "neutral": int((np.abs(values) <= NEUTRAL).sum()),
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
-from rs_gguf.files import write_json, write_text
+from rs_gguf.files import read_json, write_json, write_text
 
 Row = dict[str, Any]
 
@@ -71,7 +71,8 @@ class RunFolder:
 
     def _state(self) -> dict[str, Any]:
         path = self / "state.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        state: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return state
 
     def read_rows(self, name: str) -> list[Row]:
         """Rows of a finished file."""
@@ -82,7 +83,7 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:
-        write_text(self / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(self / name, "".join(map(_line, rows)))
 
 
 class RowLog:
@@ -102,15 +103,14 @@ class RowLog:
                     row = json.loads(line)
                     self.rows[row["id"]] = row
         # Rewritten whole, so that a torn line cannot swallow the next one.
-        kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
-        write_text(self._path, header + "\n" + kept)
+        write_text(self._path, header + "\n" + "".join(map(_line, self.rows.values())))
 
     def append(self, row: Row) -> None:
         """Keep a row; it is on disk when this returns."""
         self.rows[row["id"]] = row
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_line(row))
         except OSError as error:
             raise InputError(
                 f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
@@ -122,3 +122,7 @@ class RowLog:
         self._folder.write_rows(self._name, rows)
         self._path.unlink()
         return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -19,27 +19,23 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, Steering, answer_and_judge, chat_tokens, drift
 from rs_gguf.judges import Judge
 from rs_gguf.layers import band_profile
+from rs_gguf.metrics import MAX_MORE_DEGENERATE
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 
 _OPENING = 6  # tokens of an unsteered refusal that the probe looks for
 _DRIFT_PAIRS = 32
-_MAX_DEGENERATE = 0.01
 
 
 @dataclass(frozen=True)
 class Directions:
     """What `fit` leaves for the search: unit directions and calibration, one row a layer.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4. `auroc` [L]: separation of
-    refused and answered on the fit samples.
+    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4.
     """
 
-    estimator: str
-    ridge: float
     unit: NDArray[np.float64]  # [L, D]
     scales: NDArray[np.float64]  # [L]
-    auroc: NDArray[np.float64]  # [L]
 
 
 @dataclass(frozen=True)
@@ -292,7 +288,7 @@ class Finder:
             feasible=retention >= limits.min_retention
             and more_benign <= 0
             and moved <= limits.max_benign_drift
-            and broken - broken_before <= _MAX_DEGENERATE,
+            and broken - broken_before <= MAX_MORE_DEGENERATE,
         )
 
 
