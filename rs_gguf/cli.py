@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rs_gguf import cli_eval, cli_vectors
+from rs_gguf import cli_eval, cli_judge, cli_vectors
 from rs_gguf.errors import RsGgufError
 from rs_gguf.version import __version__
 
@@ -117,7 +117,7 @@ for _name, _summary in _STAGES.items():
 
 
 for _command in (
-    cli_eval.evaluate, cli_eval.judge,
+    cli_eval.evaluate, cli_judge.judge,
     cli_vectors.check, cli_vectors.inspect, cli_vectors.convert, cli_vectors.combine,
 ):  # fmt: skip
     main.add_command(_command)

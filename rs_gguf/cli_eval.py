@@ -1,17 +1,13 @@
-"""The `rs-export` commands that measure: eval and judge."""
+"""The `rs-export eval` command: before and after, side by side."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from rs_gguf.cli_vectors import path_and_scale
-from rs_gguf.errors import InputError
 
 _FILE = click.Path(path_type=Path)
 
@@ -99,89 +95,3 @@ def evaluate(
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-@click.command("judge")
-@click.option(
-    "--input", "source", default="-", metavar="F.jsonl", help="Rows with prompt and answer; - is stdin."
-)
-@click.option("--output", "target", default="-", metavar="G.jsonl", help="- is stdout.")
-@click.option(
-    "--judge", "judge_spec", metavar="J", help="A model, or `keywords`; by default the embedded judge."
-)
-@click.option("--show-rubric", is_flag=True, help="Print the rubric and stop.")
-@click.option(
-    "--agreement", is_flag=True, help="Print how the judge agrees with the labelled test pairs, and stop."
-)
-@click.option(
-    "--fit-probe", type=_FILE, metavar="OUT", help="Fit a probe for this judge on the labelled pairs."
-)
-def judge(
-    source: str,
-    target: str,
-    judge_spec: str | None,
-    show_rubric: bool,
-    agreement: bool,
-    fit_probe: Path | None,
-) -> None:
-    """Grade answers: adds confidence (−1 … 1), verdict and mode to each row, in order."""
-    from rs_gguf import judge_probe, judges, models
-    from rs_gguf.llama import LlamaModel
-
-    if show_rubric:
-        click.echo(json.dumps(judges.rubric(), indent=2, ensure_ascii=False))
-        return
-    rows = [] if agreement or fit_probe else _rows(source)
-    with contextlib.ExitStack() as stack:
-        grader: judges.Judge
-        if judge_spec == "keywords":
-            grader = judges.KeywordJudge()
-        else:
-            model = stack.enter_context(LlamaModel(models.resolve(judge_spec or models.DEFAULT)))
-            if fit_probe:
-                judge_probe.save_probe(judge_probe.fit_probe(model, judge_probe.labelled_pairs()), fit_probe)
-                click.echo(fit_probe)
-                return
-            grader = judges.open_judge(model)
-        if agreement:
-            pairs = [pair for pair in judge_probe.labelled_pairs() if pair.split == "test"]
-            click.echo(json.dumps(judge_probe.agreement(grader, pairs), indent=2, ensure_ascii=False))
-            return
-        graded = dict(grader.judge([(row["prompt"], row["answer"]) for row in rows]))
-    lines = [
-        json.dumps(
-            {**row, "confidence": graded[i].confidence, "verdict": graded[i].verdict, "mode": graded[i].mode},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for i, row in enumerate(rows)
-    ]
-    if target == "-":
-        click.echo("".join(lines), nl=False)
-    else:
-        from rs_gguf.files import write_text
-
-        write_text(Path(target), "".join(lines))
-
-
-def _rows(source: str) -> list[dict[str, Any]]:
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {source}: {error}.") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
-                raise TypeError("prompt and answer must be text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{source}:{number}: expected a JSON object with prompt and answer ({error})."
-            ) from error
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{source} holds no rows to judge.")
-    return rows

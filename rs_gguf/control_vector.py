@@ -9,7 +9,6 @@ wants it. The format is described in docs/control-vectors.md.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,26 +18,24 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from rs_gguf.errors import GateError, InputError
-from rs_gguf.files import write_atomic
+from rs_gguf.errors import InputError
+from rs_gguf.gguf_file import (
+    SCHEMA_KEY,
+    add_provenance,
+    finish,
+    metadata,
+    provenance_of,
+    schema_faults,
+    write_verified,
+)
 from rs_gguf.gguf_guard import open_gguf
-from rs_gguf.steering import MAX_LAYERS, ProvenanceValue, SteeringVector
+from rs_gguf.steering import MAX_LAYERS, SteeringVector
 
 ARCHITECTURE = "controlvector"
-PREFIX = "rs_gguf."
-SCHEMA_KEY = f"{PREFIX}schema_version"
-SCHEMA_VERSION = 1
 NORM_RATIO = 100.0
 """Longest over shortest direction from which `check` warns; the residual stream of one model seldom spans as
 much.
 """
-
-_VALUE_TYPES = {
-    str: GGUFValueType.STRING,
-    int: GGUFValueType.INT64,
-    float: GGUFValueType.FLOAT64,
-    bool: GGUFValueType.BOOL,
-}
 
 
 @dataclass(frozen=True)
@@ -88,18 +85,7 @@ def write(vector: SteeringVector, path: str | Path) -> None:
     path = Path(path)
     if not any(row.any() for row in vector.directions.values()):
         raise InputError(f"Every direction is zero: {path} would do nothing. Choose other weights or blocks.")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            draft = Path(folder) / "draft.gguf"
-            _serialise(vector, draft)
-            if read(draft) != vector:
-                raise GateError(f"{path}: the vector did not survive a round trip; nothing was written.")
-            data = draft.read_bytes()
-    except OSError as error:
-        raise InputError(f"No room for a draft of {path} ({error}). Free space or set TMPDIR.") from error
-    write_atomic(path, lambda file: file.write(data))
-    if path.read_bytes() != data:
-        raise GateError(f"{path} holds other bytes than were written; check the disk and write it again.")
+    write_verified(path, lambda draft: _serialise(vector, draft), lambda draft: read(draft) == vector)
 
 
 def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
@@ -132,11 +118,6 @@ def loader_layer(name: str) -> int | None:
     return value if value is not None and -(2**31) <= value < 2**31 else None
 
 
-def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """The file's own metadata as Python values, without the reader's three header fields."""
-    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-
-
 class _Survey:
     """One pass over an opened file that notes everything worth saying."""
 
@@ -154,8 +135,7 @@ class _Survey:
         """The content, as far as it makes a vector; notes provenance that cannot be kept."""
         if self.errors:
             return None
-        keys = [key for key in self.values if key.startswith(PREFIX) and key != SCHEMA_KEY]
-        provenance: dict[str, ProvenanceValue] = {key.removeprefix(PREFIX): self.values[key] for key in keys}
+        provenance = provenance_of(self.values)
         hint = self.values.get(f"{ARCHITECTURE}.model_hint", "")
         try:
             return SteeringVector(self.rows, provenance, hint if isinstance(hint, str) else "")
@@ -217,18 +197,13 @@ class _Survey:
                 )
 
     def header(self, reader: GGUFReader) -> None:
-        version = self.values.get(SCHEMA_KEY)
-        if version is not None and version != SCHEMA_VERSION:
-            self.errors.append(
-                f"{SCHEMA_KEY} is {version!r}; this release reads {SCHEMA_VERSION}. Use the release that "
-                "wrote it."
-            )
+        self.errors += schema_faults(self.values)
         kind = self.values.get("general.architecture")
         if kind != ARCHITECTURE:
             self.warnings.append(f"general.architecture is {kind!r}, by convention {ARCHITECTURE!r}.")
         if not isinstance(self.values.get(f"{ARCHITECTURE}.model_hint"), str):
             self.warnings.append(f"{ARCHITECTURE}.model_hint is missing: nothing says which model it is for.")
-        self.shift(reader, written_here=version is not None)
+        self.shift(reader, written_here=SCHEMA_KEY in self.values)
 
     def shift(self, reader: GGUFReader, written_here: bool) -> None:
         """Recognise the two writers that store block N as direction.N+1, by the traces they leave in the
@@ -289,18 +264,7 @@ def _serialise(vector: SteeringVector, path: Path) -> None:
     if vector.architecture:
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.architecture)
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vector.directions))
-    writer.add_uint32(SCHEMA_KEY, SCHEMA_VERSION)
-    for key, value in vector.provenance.items():
-        if PREFIX + key == SCHEMA_KEY:
-            raise InputError(f"The provenance key {key!r} is taken by the file format; rename it.")
-        # Types are named, since the writer would store a list of floats as float32 and drop an empty string.
-        if isinstance(value, list):
-            writer.add_key_value(PREFIX + key, value, GGUFValueType.ARRAY, _VALUE_TYPES[type(value[0])])
-        else:
-            writer.add_key_value(PREFIX + key, value, _VALUE_TYPES[type(value)])
+    add_provenance(writer, vector.provenance)
     for layer, row in vector.directions.items():
         writer.add_tensor(f"direction.{layer}", row)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)

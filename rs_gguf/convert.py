@@ -20,8 +20,9 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from rs_gguf.control_vector import SCHEMA_KEY, loader_layer, metadata
+from rs_gguf.control_vector import loader_layer
 from rs_gguf.errors import InputError
+from rs_gguf.gguf_file import SCHEMA_KEY, metadata
 from rs_gguf.gguf_guard import open_gguf, read_bounded
 from rs_gguf.steering import INT64, KEY, ProvenanceValue, SteeringVector
 

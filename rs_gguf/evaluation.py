@@ -115,10 +115,14 @@ def drift(
     before = model.token_logprobs(pairs)
     with steering.on(model):
         after = model.token_logprobs(pairs)
-    change = [abs(float(b[0].mean()) - float(a[0].mean())) for a, b in zip(before, after, strict=True)]
     # Greedy answers are top-1 by construction, but for the rounding of another batch.
     same = np.concatenate([b[1][a[1]] for a, b in zip(before, after, strict=True)])
-    return float(np.mean(change)), float(same.mean())
+    return mean_change(before, after), float(same.mean())
+
+
+def mean_change(before: Sequence[tuple[Any, Any]], after: Sequence[tuple[Any, Any]]) -> float:
+    """Mean over conversations of |Δ mean log-probability|, from two results of `token_logprobs`; nats."""
+    return float(np.mean([abs(b[0].mean() - a[0].mean()) for a, b in zip(before, after, strict=True)]))
 
 
 def answer_and_judge(

@@ -10,13 +10,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.files import sha256, write_atomic
+from rs_gguf.files import sha256
 from rs_gguf.judges import Judge, Probe, rubric_version, verdict_tokens, wording
 from rs_gguf.llama import LlamaModel
 
@@ -114,21 +113,6 @@ def fit_probe(
         rubric_version=rubric_version(),
         wording=wording(),
     )
-
-
-def save_probe(probe: Probe, path: Path) -> None:
-    """Write a probe as safetensors."""
-    from safetensors.numpy import save
-
-    meta = {
-        "layers": list(probe.layers),
-        "bias": probe.bias,
-        "model_sha256": probe.model_sha256,
-        "rubric_version": probe.rubric_version,
-        "wording": probe.wording,
-    }
-    data = save({"weights": probe.weights}, metadata={"probe": json.dumps(meta)})
-    write_atomic(path, lambda file: file.write(data))
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class _Capture:
     n_tokens: int = 0
     rows: list[dict[tuple[str, int], NDArray[np.float32]]] = field(default_factory=list)
     current: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
+    seen: set[tuple[str, int]] = field(default_factory=set)  # in the batch at hand
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class LlamaModel:
         self._steering = _Steering(None, ())
         self._adapters: dict[str, Any] = {}
         self._capture: _Capture | None = None
+        self._names: list[str] | None = None  # being collected by `graph_tensors`
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         _recent_errors.clear()
@@ -365,6 +367,7 @@ class LlamaModel:
                 self._capture.output_rows = outputs
                 self._capture.n_tokens = len(chunk)
                 self._capture.rows = [{} for _ in outputs]
+                self._capture.seen.clear()
             status = llama_cpp.llama_decode(context.handle, batch)
             if status != 0:
                 raise InputError(
@@ -381,7 +384,7 @@ class LlamaModel:
     def _share_prefix(self, context: _Context, sequences: Sequence[Sequence[int]], at_most: int) -> int:
         """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
         llama_cpp.llama_memory_clear(context.memory, False)
-        length = min(_common_prefix(sequences), at_most)
+        length = min(common_prefix(sequences), at_most)
         prefix = [_Token(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
         capture, self._capture = self._capture, None
         for _ in self._decode(context, prefix):
@@ -454,13 +457,13 @@ class LlamaModel:
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
 
     def _forward(
-        self, sequences: Sequence[Sequence[int]], first_output: Sequence[int]
+        self, sequences: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Decode whole sequences; yield (index, position, logits) from `first_output[index]` on."""
+        """Decode whole sequences; yield (index, position, logits) for the positions `outputs[index]`."""
         context = self._forward_context
         if context is None:
             raise InputError(f"{self.path.name} was closed.")
-        prefix = self._share_prefix(context, sequences, min(first_output))
+        prefix = self._share_prefix(context, sequences, min(map(min, outputs)))
         # Of like length together, so that a batch is well filled.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         start = 0
@@ -478,7 +481,7 @@ class LlamaModel:
             for slot, i in enumerate(group, start=1):
                 llama_cpp.llama_memory_seq_cp(context.memory, 0, slot, 0, prefix)
                 batch += [
-                    _Token(t, pos, slot, pos >= first_output[i])
+                    _Token(t, pos, slot, pos in outputs[i])
                     for pos, t in enumerate(sequences[i][prefix:], start=prefix)
                 ]
             for token, logits in self._decode(context, batch):
@@ -493,7 +496,7 @@ class LlamaModel:
         if not all(prompts):
             raise InputError("an empty prompt has no next token: every prompt needs at least one token.")
         self._check_lengths(map(len, prompts))
-        for i, _, logits in self._forward(prompts, [len(p) - 1 for p in prompts]):
+        for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
     def token_logprobs(
@@ -507,7 +510,8 @@ class LlamaModel:
         sequences = [[*prompt, *answer][:-1] for prompt, answer in pairs]
         self._check_lengths(map(len, sequences))
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
-        for i, pos, logits in self._forward(sequences, [len(p) - 1 for p, _ in pairs]):
+        answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
+        for i, pos, logits in self._forward(sequences, answers):
             prompt, answer = pairs[i]
             step = pos - len(prompt) + 1
             top = float(logits.max())
@@ -526,14 +530,33 @@ class LlamaModel:
         Raises:
             InputError: this architecture's graph has no tensor of that name.
         """
-        if not prompts:
+        last = [(len(p) - 1,) for p in prompts]
+        for i, _, found in self.token_activations(prompts, last, layers=layers, tensors=tensors):
+            yield i, found
+
+    def token_activations(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        *,
+        layers: Sequence[int],
+        tensors: Sequence[str] = ("l_out",),
+    ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
+        """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
+
+        Blocks after the deepest of `layers` are not computed. The errors are those of `activations`.
+        """
+        if not sequences:
             return
+        if not all(positions):
+            raise InputError("nothing to read: every sequence needs at least one token and one position.")
+        self._check_lengths(map(len, sequences))
         capture = _Capture(
             {f"{name}-{layer}".encode(): (name, layer) for name in tensors for layer in layers}
         )
         self._capture = capture
         try:
-            for i, _ in self.next_logits(prompts):
+            for i, position, _ in self._forward(sequences, positions):
                 found = capture.current
                 missing = set(capture.wanted.values()) - found.keys()
                 if missing:
@@ -542,15 +565,29 @@ class LlamaModel:
                         f"architecture {self.architecture!r} has no tensor {tensor}-{layer} in its graph, "
                         "so its activations cannot be read through llama.cpp."
                     )
-                yield i, {name: np.stack([found[name, layer] for layer in layers]) for name in tensors}
+                yield i, position, {n: np.stack([found[n, layer] for layer in layers]) for n in tensors}
         finally:
             self._capture = None
 
+    def graph_tensors(self) -> list[str]:
+        """Names of the tensors of this model's graph, such as `l_out-3`, in the order of evaluation."""
+        names: list[str] = []
+        self._names = names
+        try:
+            for _ in self.next_logits([[0]]):
+                pass
+        finally:
+            self._names = None
+        return names
+
     def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        name = _ggml.ggml_get_name(tensor)
+        if self._names is not None and ask:
+            self._names.append(name.decode())
         capture = self._capture
         if capture is None:
             return False
-        key = capture.wanted.get(_ggml.ggml_get_name(tensor))
+        key = capture.wanted.get(name)
         if key is None:
             return False
         if ask:
@@ -563,7 +600,9 @@ class LlamaModel:
             value = np.empty(row_bytes // 4, dtype=np.float32)
             _ggml.ggml_backend_tensor_get(tensor, value.ctypes.data, row * row_bytes, row_bytes)
             capture.rows[k][key] = value
-        return True
+        capture.seen.add(key)
+        # Ends the evaluation once all is read: the deeper blocks and the logits serve nobody.
+        return len(capture.seen) < len(capture.wanted)
 
 
 def _usable_cores() -> int:
@@ -572,7 +611,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all sequences begin with."""
     first, last = min(map(list, sequences)), max(map(list, sequences))
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:

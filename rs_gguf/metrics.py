@@ -1,6 +1,6 @@
 """`metrics.json`: what was measured on the test split, and whether it passes the safety gate.
 
-Paired rows, the chosen trial and the facts of the run go in; the dictionary of docs/metrics leaves.
+Paired rows, the chosen trials and the facts of the run go in; plain dictionaries leave.
 """
 
 from __future__ import annotations
@@ -13,16 +13,61 @@ from typing import Any
 
 from rs_gguf import llama
 from rs_gguf.evaluation import Model, summarise
+from rs_gguf.files import sha256
 from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
+from rs_gguf.tuning import GATE, MAX_MORE_DEGENERATE, Trial
 from rs_gguf.version import __version__
-
-MAX_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, in the search and in the gate
 
 
 def summarise_kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """`evaluation.summarise` of each kind of prompt."""
     return {kind: {"kind": kind, **summarise([r for r in rows if r["kind"] == kind])} for kind in KINDS}
+
+
+def of_file(
+    *,
+    model: Model,
+    path: Path,
+    trial: Trial,
+    sets: Mapping[str, Mapping[str, Any]],
+    reasons: Sequence[str],
+    benign_drift: float,
+    top1_agreement: float,
+    proof: Mapping[str, Any],
+    tokens_per_second: Mapping[str, float],
+) -> dict[str, Any]:
+    """What was measured of one written file, and how to use it."""
+    candidate = trial.candidate
+    harmful = sets["harmful"]
+    command = ["llama-server", "-m", str(model.path)]
+    if candidate.estimator == GATE:
+        command += ["--lora", str(path)]
+    else:
+        command += ["--control-vector-scaled", f"{path}:1.0"]
+        command += ["--control-vector-layer-range", str(candidate.first), str(candidate.last)]
+    before, after = tokens_per_second.values()
+    return {
+        "file": {
+            "file": path.name,
+            "sha256": sha256(path),
+            "estimator": candidate.estimator,
+            "ridge": candidate.ridge,
+            "layers": [candidate.first, candidate.last],
+            "strength": candidate.strength,
+            "scale": 1.0,
+        },
+        "sets": dict(sets),
+        "benign_drift": benign_drift,
+        "top1_agreement_benign": top1_agreement,
+        "retention_harmful": (
+            harmful["refused_steered"] / harmful["refused_baseline"] if harmful["refused_baseline"] else None
+        ),
+        "gate": {"passed": not reasons, "reasons": list(reasons)},
+        "proof": dict(proof),
+        "tokens_per_second": {"baseline": before, "steered": after},
+        "llama_cpp": {"command": shlex.join(command), "build": llama.build()},
+    }
 
 
 def build(
@@ -31,22 +76,14 @@ def build(
     model: Model,
     model_sha256: str,
     judge: str,
-    vector: Mapping[str, Any],
-    sets: dict[str, dict[str, Any]],
-    reasons: Sequence[str],
-    benign_drift: float,
-    top1_agreement: float,
-    proof: Mapping[str, Any],
-    tokens_per_second: Mapping[str, float],
+    found: Mapping[str, Mapping[str, Any]],
     subset: bool,
-    file: Path,
 ) -> dict[str, Any]:
-    """The content of metrics.json; `seconds` is added when the last stage ends."""
-    first, last = vector["layers"]
-    harmful = sets["harmful"]
-    command = ["llama-server", "-m", str(model.path), "--control-vector-scaled", f"{file}:1.0"]
-    command += ["--control-vector-layer-range", str(first), str(last)]
-    return {
+    """The content of metrics.json; `seconds` is added when the last stage ends.
+
+    The control vector's figures stand at the top, the adapter's, of the same form, under `adapter`.
+    """
+    value = {
         "date": datetime.date.today().isoformat(),
         "tool": f"rs-gguf {__version__}",
         "effect": "remove",
@@ -58,21 +95,16 @@ def build(
             "n_embd": model.n_embd,
         },
         "judge": judge,
-        "vector": dict(vector),
-        "sets": sets,
-        "benign_drift": benign_drift,
-        "top1_agreement_benign": top1_agreement,
-        "retention_harmful": (
-            harmful["refused_steered"] / harmful["refused_baseline"] if harmful["refused_baseline"] else None
-        ),
-        "gate": {"passed": not reasons, "reasons": list(reasons)},
-        "proof": dict(proof),
-        "tokens_per_second": dict(tokens_per_second),
         "test_tokens": recipe.answers.test_tokens,
         "subset": subset,
         "seed": recipe.seed,
-        "llama_cpp": {"command": shlex.join(command), "build": llama.build()},
     }
+    vector = dict(found["vector"])
+    value |= {"vector": vector.pop("file"), **vector}
+    if "adapter" in found:
+        adapter = dict(found["adapter"])
+        value["adapter"] = {**adapter.pop("file"), **adapter}
+    return value
 
 
 def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Recipe) -> list[str]:

@@ -1,76 +1,43 @@
 """The pipeline: prompts → answers → scores → activations → directions → strength → GGUF → before/after.
 
-A recipe and a run folder go in; `remove.gguf`, `metrics.json`, `report.html` and `card.md` come out. Each
-stage reads the files of the stages before it and is skipped while its inputs are the same.
+A recipe and a run folder go in; `remove.gguf`, `remove-adapter.gguf`, `metrics.json`, `report.html` and
+`card.md` come out. Each stage reads the files of the stages before it and is skipped while its inputs are the
+same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from rs_gguf import control_vector, metrics, models, prompts, proof
+from rs_gguf import control_vector, fitting, lora, models, prompts, proof
 from rs_gguf.arrays import holds, load_arrays, save_arrays
-from rs_gguf.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
+from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.errors import GateError, InputError
-from rs_gguf.estimators import (
-    DirectionEstimator,
-    MeanDifference,
-    RidgeMeanDifference,
-    UncentredWeightedRidgeMeanDifference,
-    WeightedMeanDifference,
-    WeightedRidgeMeanDifference,
-    fit_paths,
-)
-from rs_gguf.evaluation import (
-    NO_STEERING,
-    Answer,
-    Model,
-    Steering,
-    answer,
-    answer_and_judge,
-    chat_tokens,
-    drift,
-)
-from rs_gguf.files import read_json, sha256, write_json
-from rs_gguf.judges import NEUTRAL, Judge, Judgement, open_judge
-from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores
-from rs_gguf.llama import LlamaModel, Sampling
-from rs_gguf.projection import project
+from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
+from rs_gguf.files import read_json, write_json
+from rs_gguf.judges import Judge, Judgement, open_judge
+from rs_gguf.llama import LlamaModel, Sampling, common_prefix
+from rs_gguf.measuring import Arm, measure
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
 from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
 from rs_gguf.steering import SteeringVector
 from rs_gguf.targets import TorchModel
-from rs_gguf.tuning import Directions, Finder, Unsteered, load_trials
+from rs_gguf.tuning import Finder, Space, Trial, Unsteered, load_trials
 from rs_gguf.version import __version__
-
-ESTIMATORS: dict[str, type[DirectionEstimator]] = {
-    estimator.name: estimator
-    for estimator in (
-        MeanDifference,
-        WeightedMeanDifference,
-        RidgeMeanDifference,
-        WeightedRidgeMeanDifference,
-        UncentredWeightedRidgeMeanDifference,
-        SensitiveRidge,
-        ContrastRidge,
-        SafeRidge,
-        ResidualRidge,
-    )
-}
 
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 
+_FILES = {"vector": "remove.gguf", "adapter": "remove-adapter.gguf"}
 _SHARD = 64  # prompts whose activations are lost at most when a capture is killed
-_DRIFT_PAIRS = 128  # conversations, as in the paper
 
 
 class Progress(Protocol):
@@ -124,11 +91,11 @@ class Pipeline:
     """The stages of one run. Models are loaded when a stage first needs them."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
-        unknown = sorted(set(recipe.fit.estimators) - ESTIMATORS.keys())
+        unknown = sorted(set(recipe.fit.estimators) - fitting.ESTIMATORS.keys())
         if unknown:
             raise InputError(
                 f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
-                f"there are {', '.join(ESTIMATORS)}."
+                f"there are {', '.join(fitting.ESTIMATORS)}."
             )
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self._open: list[LlamaModel | TorchModel] = []
@@ -252,224 +219,181 @@ class Pipeline:
         log.finish([row["id"] for row in rows])
 
     def _capture(self, key: str) -> None:
-        """Residuals of the fit prompts at the last prompt token, every block, in shards."""
+        """Block outputs and writers' inputs of the fit prompts, in shards."""
         asked = self.prompts["fit"]
-        layers = range(self.model.n_layer)
+        answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
+        scores = self._scores()
         with self.progress.stage("capture", len(asked)) as advance:
+            tokens = chat_tokens(self.model, asked, self.recipe.prompts.system)
+            prefix = common_prefix(tokens)
             for start in range(0, len(asked), _SHARD):
-                shard = asked[start : start + _SHARD]
-                path = self._shard(start)
-                if not holds(path, key):
-                    tokens = chat_tokens(self.model, shard, self.recipe.prompts.system)
-                    block = np.empty((len(shard), len(layers), self.model.n_embd), dtype=np.float32)
-                    for i, found in self.model.activations(tokens, layers=layers):
-                        block[i] = found["l_out"]
-                    save_arrays(path, {"activations": block}, {"key": key})
+                shard = range(start, min(start + _SHARD, len(asked)))
+                if not holds(self._shard(start), key):
+                    conversations = [
+                        Conversation(
+                            tokens[i],
+                            answers[asked[i].id],
+                            quiet=asked[i].kind != "sensitive" or (scores[asked[i].id] or 0) <= 0,
+                        )
+                        for i in shard
+                    ]
+                    arrays = capture(self.model, conversations, prefix, seed=start)
+                    save_arrays(self._shard(start), arrays, {"key": key})
                 advance(len(shard))
+            if isinstance(self.model, LlamaModel) and not holds(self._constant, key):
+                save_arrays(self._constant, capture_constant(self.model, tokens[0], prefix), {"key": key})
 
     def _shard(self, start: int) -> Path:
         return self.folder / "activations" / f"{start // _SHARD:05d}.safetensors"
 
+    @property
+    def _constant(self) -> Path:
+        return self.folder / "activations" / "constant.safetensors"
+
     def _fit(self, _: str) -> None:
+        total = len(self.recipe.fit.estimators)
+        total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
+        with self.progress.stage("fit", total) as advance:
+            fitting.fit(self._samples(), self.recipe.fit, self.folder.path, advance=advance)
+
+    def _samples(self) -> fitting.Samples:
+        """The fit prompts that could be judged, with what was captured of them."""
         asked = self.prompts["fit"]
-        activations = np.concatenate(
-            [load_arrays(self._shard(start))["activations"] for start in range(0, len(asked), _SHARD)]
+        shards = [load_arrays(self._shard(start)) for start in range(0, len(asked), _SHARD)]
+        scores = self._scores()
+        judged = np.array([i for i, p in enumerate(asked) if scores[p.id] is not None])
+        constant = load_arrays(self._constant) if isinstance(self.model, LlamaModel) else {}
+        return fitting.Samples(
+            [asked[i] for i in judged],
+            np.concatenate([shard["activations"] for shard in shards])[judged],
+            np.array([scores[asked[i].id] for i in judged]),
+            {name: rows.of(judged) for name, rows in writers_of(shards, constant).items()},
         )
-        scores = {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
-        judged = [i for i, p in enumerate(asked) if scores[p.id] is not None]
-        activations = activations[judged]
-        confidence = np.array([scores[asked[i].id] for i in judged])
-        kinds = [asked[i].kind for i in judged]
-        groups = np.array([[asked[i].topic, asked[i].form, asked[i].language] for i in judged])
-        _check_classes(confidence, kinds)
-        found: dict[str, np.ndarray[Any, Any]] = {}
-        summary = []
-        with self.progress.stage("fit", len(self.recipe.fit.estimators)) as advance:
-            paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
-                activations,
-                confidence,
-                [ESTIMATORS[name]() for name in self.recipe.fit.estimators],
-                ridges=self.recipe.fit.ridges,
-                kinds=kinds,
-                groups=groups,
-            )
-            for name, path in zip(self.recipe.fit.estimators, paths, strict=True):
-                for k, ridge in enumerate(self.recipe.fit.ridges):
-                    unit = path.directions[k]
-                    rows = unit[:, np.newaxis].astype(np.float32)
-                    projected = project(activations, rows, path.offset)[:, :, 0]
-                    scales = calibration_scales(projected, confidence)[1]
-                    label = f"{name}@{ridge:g}"
-                    found |= {f"{label}/unit": unit, f"{label}/scales": scales}
-                    summary.append(
-                        {
-                            "estimator": name,
-                            "ridge": ridge,
-                            "score": layer_scores(projected, confidence).tolist(),
-                            "auroc": layer_auroc(projected, confidence).tolist(),
-                            "harm_cosine": path.harm_cosine[k].tolist(),
-                        }
-                    )
-                advance(1)
-        save_arrays(self.folder / "directions.safetensors", found, {})
-        counts = {kind: _counts(confidence, kinds, kind) for kind in KINDS}
-        write_json(self.folder / "fit.json", {"samples": counts, "directions": summary})
+
+    def _scores(self) -> dict[str, float | None]:
+        return {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
 
     def _tune(self, key: str) -> None:
         log = RowLog(self.folder, "trials.jsonl", key)
-        total = self.recipe.tune.trials + self.recipe.tune.finalists
+        directions = fitting.load_directions(self.folder.path, self.recipe.fit)
+        gates = fitting.load_gates(self.folder.path)
+        n_layer = self.model.n_layer
+        spaces = {"chosen": Space.of_vectors(sorted(directions), n_layer)}
+        if gates is not None:
+            spaces["chosen_adapter"] = Space.of_gates(self.recipe.fit.gate_ridges, n_layer)
+        total = len(spaces) * (self.recipe.tune.trials + self.recipe.tune.finalists)
         with self.progress.stage("tune", total) as advance:
             finder = Finder(
                 self.model,
                 self.judge,
                 self._unsteered(),
-                self._directions(),
+                directions,
+                gates,
                 self.recipe,
+                self.folder.path,
                 known=load_trials(list(log.rows.values())),
                 record=lambda trial: log.append({"id": str(trial.number), **trial.to_row()}),
                 advance=advance,
             )
-            chosen = finder.search()
+            chosen = {name: finder.search(space).number for name, space in spaces.items()}
         log.finish(list(log.rows))
-        rows = [trial.to_row() for trial in finder.trials]
-        write_json(self.folder / "tune.json", {"chosen": chosen.number, "trials": rows})
+        write_json(
+            self.folder / "tune.json", {**chosen, "trials": [trial.to_row() for trial in finder.trials]}
+        )
 
     def _unsteered(self) -> Unsteered:
         ids = {p.id for p in self.prompts["tune"]}
         rows = [row for row in self.folder.read_rows("answers.jsonl") if row["id"] in ids]
-        scores = {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
+        scores = self._scores()
         return Unsteered(
             self.prompts["tune"],
             [Answer(row["tokens"], row["answer"], row["finished"], row["degenerate"]) for row in rows],
             [scores[row["id"]] for row in rows],
         )
 
-    def _directions(self) -> dict[tuple[str, float], Directions]:
-        arrays = load_arrays(self.folder / "directions.safetensors")
-        found = {}
-        for name in self.recipe.fit.estimators:
-            for ridge in self.recipe.fit.ridges:
-                label = f"{name}@{ridge:g}"
-                found[name, ridge] = Directions(arrays[f"{label}/unit"], arrays[f"{label}/scales"])
-        return found
-
-    def _chosen(self) -> Row:
+    def _chosen(self) -> dict[str, Trial]:
+        """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
         tuned = read_json(self.folder / "tune.json")
-        row: Row = next(r for r in tuned["trials"] if r["number"] == tuned["chosen"])
-        return row
+        trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
+        named = {"vector": "chosen", "adapter": "chosen_adapter"}
+        return {name: trials[tuned[key]] for name, key in named.items() if key in tuned}
 
     def _write(self, _: str) -> None:
-        row = self._chosen()
-        (trial,) = load_trials([row])
-        directions = self._directions()[trial.candidate.estimator, trial.candidate.ridge]
-        vector = SteeringVector(
-            trial.candidate.steering(directions),
-            {
-                "tool": f"rs-gguf {__version__}",
-                "method": "Refusal Steering, arXiv 2512.16602",
-                "effect": "remove",
-                "model.name": self.model_path.stem,
-                "model.sha256": self.model_hash,
-                "estimator": trial.candidate.estimator,
-                "ridge.relative": trial.candidate.ridge,
-                "layers": list(row["layers"]),
-                "strength": trial.candidate.strength,
-                "calibration": "scale 1.0 is the strength chosen on the tune split",
-                "measured": False,
-            },
-            self.model.architecture,
-        )
-        path = self.folder / "remove.gguf"
-        with self.progress.stage("write", 1) as advance:
-            control_vector.write(vector, path)
-            if isinstance(self.model, LlamaModel):
-                shown = proof.prove_vector(control_vector.read(path), self.model)
-                result: dict[str, Any] = {
-                    "effect_observed": shown.effect_observed,
-                    "largest_relative_error": shown.largest_relative_error,
-                    "kl_mean": shown.kl_mean,
-                    "reasons": list(shown.reasons),
-                }
-                if not shown.effect_observed:
-                    raise GateError(f"{path}: " + " ".join(shown.reasons))
-            else:
-                result = {
-                    "effect_observed": None,
-                    "largest_relative_error": None,
-                    "kl_mean": None,
-                    "reasons": ["fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"],
-                }
-            write_json(self.folder / "proof.json", result)
-            advance(1)
+        """The files, each loaded again and its effect on the model observed."""
+        chosen = self._chosen()
+        shown: dict[str, Any] = {}
+        with self.progress.stage("write", len(chosen)) as advance:
+            for name, trial in chosen.items():
+                path = self.folder / _FILES[name]
+                if name == "vector":
+                    directions = fitting.load_directions(self.folder.path, self.recipe.fit)
+                    chosen_directions = directions[trial.candidate.estimator, trial.candidate.ridge]
+                    control_vector.write(
+                        SteeringVector(
+                            trial.candidate.steering(chosen_directions),
+                            self._provenance(trial),
+                            self.model.architecture,
+                        ),
+                        path,
+                    )
+                else:
+                    gates = fitting.load_gates(self.folder.path)
+                    assert gates is not None  # a chosen adapter was made of them
+                    place = trial.candidate
+                    factors = gates.factors(place.ridge, place.first, place.last, place.strength)
+                    lora.write(
+                        lora.LoraAdapter(factors, self.model.architecture, self._provenance(trial)), path
+                    )
+                shown[name] = self._proven(path)
+                advance(1)
+        write_json(self.folder / "proof.json", shown)
+
+    def _provenance(self, trial: Trial) -> dict[str, Any]:
+        return {
+            "tool": f"rs-gguf {__version__}",
+            "method": "Refusal Steering, arXiv 2512.16602",
+            "effect": "remove",
+            "model.name": self.model_path.stem,
+            "model.sha256": self.model_hash,
+            "estimator": trial.candidate.estimator,
+            "ridge.relative": trial.candidate.ridge,
+            "layers": [trial.candidate.first, trial.candidate.last],
+            "strength": trial.candidate.strength,
+            "calibration": "scale 1.0 is the strength chosen on the tune split",
+            "measured": False,
+        }
+
+    def _proven(self, path: Path) -> dict[str, Any]:
+        if not isinstance(self.model, LlamaModel):
+            reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
+            return {
+                "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
+            }  # fmt: skip
+        found = proof.prove(path, self.model)
+        if not found.effect_observed:
+            raise GateError(f"{path}: " + " ".join(found.reasons))
+        return {
+            "effect_observed": True,
+            "largest_relative_error": found.largest_relative_error,
+            "kl_mean": found.kl_mean,
+            "reasons": list(found.reasons),
+        }
 
     def _measure(self, key: str) -> None:
-        """Before and after on the test split, then `metrics.json` and the figures in the file's metadata."""
+        """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
-        vector = control_vector.read(self.folder / "remove.gguf")
-        steering = Steering(vector.directions)
-        sides = {"baseline": NO_STEERING, "steered": steering}
+        shown = read_json(self.folder / "proof.json")
+        arms = {
+            name: Arm(self.folder / _FILES[name], trial, shown[name])
+            for name, trial in self._chosen().items()
+        }
         log = RowLog(self.folder, "measured.jsonl", key)
-        speeds: dict[str, float] = {}
-        with self.progress.stage("measure", 2 * len(asked)) as advance:
-            for side, applied in sides.items():
-                missing = [p for p in asked if f"{side}:{p.id}" not in log.rows]
-                advance(len(asked) - len(missing))
-                for start in range(0, len(missing), _SHARD):
-                    part = missing[start : start + _SHARD]
-                    answers, confidences, speed = answer_and_judge(
-                        self.model,
-                        self.judge,
-                        part,
-                        steering=applied,
-                        max_tokens=self.recipe.answers.test_tokens,
-                        system=self.recipe.prompts.system,
-                        sampling=Sampling(temperature=self.recipe.answers.temperature, seed=self.recipe.seed),
-                        advance=advance,
-                    )
-                    for prompt, found, confidence in zip(part, answers, confidences, strict=True):
-                        log.append(
-                            {
-                                "id": f"{side}:{prompt.id}",
-                                "answer": found.text,
-                                "tokens": found.tokens,
-                                "degenerate": found.degenerate,
-                                "confidence": confidence,
-                                "tokens_per_second": round(speed, 1),
-                            }
-                        )
-        for side in sides:
-            speeds[side] = float(np.median([log.rows[f"{side}:{p.id}"]["tokens_per_second"] for p in asked]))
-        rows = [_paired(p, log.rows[f"baseline:{p.id}"], log.rows[f"steered:{p.id}"]) for p in asked]
-        benign = [
-            (tokens, log.rows[f"baseline:{p.id}"]["tokens"])
-            for p, tokens in zip(
-                asked, chat_tokens(self.model, asked, self.recipe.prompts.system), strict=True
-            )
-            if p.kind == "benign" and (log.rows[f"baseline:{p.id}"]["confidence"] or 0) <= 0
-        ]
-        moved, agreement = drift(self.model, benign[:_DRIFT_PAIRS], steering)
+        with self.progress.stage("measure", (1 + len(arms)) * len(asked)) as advance:
+            rows, value = measure(
+                self.model, self.judge, asked, arms, self.recipe, log,
+                model_sha256=self.model_hash, subset=len(asked) < self._test_pool, advance=advance,
+            )  # fmt: skip
         self.folder.write_rows("evaluation.jsonl", rows)
-        sets = metrics.summarise_kinds(rows)
-        reasons = metrics.gate(sets, moved, self.recipe)
-        path = self.folder / "remove.gguf"
-        _record_figures(path, vector, sets, moved, passed=not reasons)
-        row = self._chosen()
-        facts = {name: row[name] for name in ("estimator", "ridge", "layers", "strength")}
-        value = metrics.build(
-            recipe=self.recipe,
-            model=self.model,
-            model_sha256=self.model_hash,
-            judge=self.judge.name,
-            vector={"file": path.name, "sha256": sha256(path), **facts, "scale": 1.0},
-            sets=sets,
-            reasons=reasons,
-            benign_drift=moved,
-            top1_agreement=agreement,
-            proof=read_json(self.folder / "proof.json"),
-            tokens_per_second=speeds,
-            subset=len(asked) < self._test_pool,
-            file=path,
-        )
         write_json(self.folder / "metrics.json", value)
         log.finish(list(log.rows))
 
@@ -483,45 +407,6 @@ class Pipeline:
             advance(1)
 
 
-def _record_figures(
-    path: Path, vector: SteeringVector, sets: dict[str, dict[str, Any]], moved: float, *, passed: bool
-) -> None:
-    """Put what was measured into the file's own metadata, so that it travels with it."""
-    figures: dict[str, Any] = {"measured": True, "gate.passed": passed, "metrics.benign_drift": moved}
-    for kind, found in sets.items():
-        figures[f"metrics.{kind}"] = [found["refusal_baseline"], found["refusal_steered"]]
-    control_vector.write(
-        SteeringVector(vector.directions, {**vector.provenance, **figures}, vector.architecture), path
-    )
-
-
-def _check_classes(confidence: np.ndarray[Any, Any], kinds: Sequence[str]) -> None:
-    for kind, side in (("sensitive", "refused"), ("benign", "answered"), ("harmful", "refused")):
-        counts = _counts(confidence, kinds, kind)
-        if counts[side] == 0:
-            raise InputError(
-                f"fit: none of the {sum(counts.values())} {kind} prompts was {side}: no class to fit on. "
-                f"Use more or other {kind} prompts (prompts.fit, prompts.{kind}) or another model."
-            )
-
-
-def _counts(confidence: np.ndarray[Any, Any], kinds: Sequence[str], kind: str) -> dict[str, int]:
-    values = confidence[np.array([k == kind for k in kinds])]
-    return {
-        "refused": int((values > NEUTRAL).sum()),
-        "answered": int((values < -NEUTRAL).sum()),
-        "neutral": int((np.abs(values) <= NEUTRAL).sum()),
-    }
-
-
 def _graded(judgement: Judgement) -> Row:
     confidence = None if judgement.confidence is None else round(judgement.confidence, 6)
     return {"confidence": confidence, "verdict": judgement.verdict, "mode": judgement.mode}
-
-
-def _paired(prompt: Prompt, before: Row, after: Row) -> Row:
-    row: Row = dict(prompts.to_row(prompt))
-    for side, found in (("baseline", before), ("steered", after)):
-        for name in ("answer", "confidence", "degenerate"):
-            row[f"{name}_{side}"] = found[name]
-    return row

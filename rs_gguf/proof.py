@@ -1,24 +1,33 @@
-"""Proof that a control vector does to a model what its numbers say, by running both through llama.cpp.
+"""Proof that a file does to a model what its numbers say, by running both through llama.cpp.
 
-A vector and a model go in; what was observed comes out: block by block, the residual with the direction
-minus the residual without, against the direction itself. A vector that does nothing is found here.
+A control vector or an adapter and a model go in; what was observed comes out. For a vector: block by block,
+the residual with the direction minus the residual without, against the direction itself. For an adapter:
+matrix by matrix, the same difference against B A x, x being what the matrix multiplied. A file that does
+nothing is found here.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf import control_vector, lora
+from rs_gguf.adapter import WRITERS, writer_inputs
 from rs_gguf.chat import ChatFormat
 from rs_gguf.llama import LlamaModel
+from rs_gguf.lora import LoraAdapter
 from rs_gguf.steering import SteeringVector
 
 # llama.cpp adds the direction in F32 to a residual that is far larger, so rounding alone leaves about
 # 1e-7 × ‖h‖/‖direction‖ of relative error.
 TOLERANCE = 1e-3
+# An adapter's product is computed from F32 inputs too, but its two factors round apart.
+ADAPTER_TOLERANCE = 1e-2
+_SEEN_AT = {"attn_output": "ffn_inp", "ffn_down": "l_out"}  # the sum that a matrix's product goes into
 
 _PROMPTS = (
     "Name three rivers in Europe.",
@@ -29,12 +38,12 @@ _PROMPTS = (
 
 
 @dataclass(frozen=True)
-class VectorProof:
+class Proof:
     """What was seen. `reasons` is empty when the effect is the one that the file promises."""
 
     effect_observed: bool
     reasons: tuple[str, ...]
-    relative_error: dict[int, float]  # of each steered block
+    relative_error: dict[str, float]  # of each steered block, or of each matrix that was looked at
     kl_mean: float  # nats, next-token distribution steered against unsteered
 
     @property
@@ -42,7 +51,18 @@ class VectorProof:
         return max(self.relative_error.values(), default=float("nan"))
 
 
-def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> VectorProof:
+def prove(path: str | Path, model: LlamaModel) -> Proof:
+    """Run the control vector or adapter in a file on a loaded model.
+
+    Raises:
+        InputError: the file is neither, or not sound.
+    """
+    if lora.is_adapter(path):
+        return prove_adapter(Path(path), model)
+    return _prove(control_vector.read(path), model)
+
+
+def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proof:
     """Run `vector` on `model` (a GGUF file, or one already loaded) and compare effect and promise.
 
     Each block is steered alone, so that what is upstream stays the same and the difference at its output
@@ -57,7 +77,7 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Vect
         return _prove(vector, loaded)
 
 
-def _prove(vector: SteeringVector, model: LlamaModel) -> VectorProof:
+def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
     reasons = []
     if vector.width != model.n_embd:
         reasons.append(
@@ -71,7 +91,7 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> VectorProof:
             "llama.cpp ignores them in silence."
         )
     if reasons:
-        return VectorProof(False, tuple(reasons), {}, float("nan"))
+        return Proof(False, tuple(reasons), {}, float("nan"))
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     pair = prompts[:2]
@@ -99,7 +119,69 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> VectorProof:
             f"blocks {wrong}: the residual moves by something else than the direction (relative error "
             f"{errors[worst]:.2g} at block {worst}, tolerance {TOLERANCE:g})."
         )
-    return VectorProof(not reasons, tuple(reasons), errors, kl)
+    return Proof(not reasons, tuple(reasons), {str(layer): e for layer, e in errors.items()}, kl)
+
+
+def prove_adapter(path: Path, model: LlamaModel) -> Proof:
+    """Run an adapter on a loaded model, matrices of its first, middle and last block alone as well.
+
+    Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
+    """
+    adapter = lora.read(path)
+    if adapter.architecture != model.architecture:
+        reason = (
+            f"the adapter is for {adapter.architecture!r}, {model.path.name} is {model.architecture!r}: it "
+            "belongs to another model."
+        )
+        return Proof(False, (reason,), {}, float("nan"))
+    chat = ChatFormat.of(model)
+    prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
+    with model.steered(adapters=[(path, 1.0)]):  # raises what the loader says of a file that it refuses
+        steered = _distributions(model, prompts)
+    plain = _distributions(model, prompts)
+    kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
+    errors: dict[str, float] = {}
+    layers = adapter.layers
+    inputs = writer_inputs(model.graph_tensors(), layers[0])
+    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        for writer in WRITERS:
+            name = f"blk.{layer}.{writer}.weight"
+            if name in adapter.factors and writer in inputs:
+                errors[name] = _product_error(adapter, name, inputs[writer], _SEEN_AT[writer], model, prompts)
+    wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
+    reasons = []
+    if kl == 0.0:
+        reasons.append("no logit moves: this llama.cpp applies nothing of the adapter.")
+    if wrong:
+        worst = max(wrong, key=lambda name: errors[name])
+        reasons.append(
+            f"{wrong}: the residual does not move by B A x (relative error {errors[worst]:.2g} at {worst}, "
+            f"tolerance {ADAPTER_TOLERANCE:g})."
+        )
+    return Proof(not reasons, tuple(reasons), errors, kl)
+
+
+def _product_error(
+    adapter: LoraAdapter, name: str, read: str, seen_at: str, model: LlamaModel, prompts: list[list[int]]
+) -> float:
+    """Largest ‖moved − B A x‖ / ‖B A x‖ over prompts, with the one matrix changed."""
+    layer = int(name.split(".")[1])
+    a, b = (factor.astype(np.float64) for factor in adapter.factors[name])
+
+    def sums() -> dict[str, NDArray[np.float64]]:
+        found = dict(model.activations(prompts, layers=[layer], tensors=(read, seen_at)))
+        names = (read, seen_at)
+        return {n: np.stack([found[i][n][0] for i in range(len(prompts))]).astype(np.float64) for n in names}
+
+    before = sums()
+    with tempfile.TemporaryDirectory() as folder:
+        single = Path(folder) / "single.gguf"
+        lora.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
+        with model.steered(adapters=[(single, 1.0)]):
+            moved = sums()[seen_at] - before[seen_at]
+    promised = before[read] @ a.T @ b.T
+    size = np.linalg.norm(promised, axis=1).max()
+    return float(np.linalg.norm(moved - promised, axis=1).max() / size) if size else 0.0
 
 
 def _residuals(model: LlamaModel, prompts: list[list[int]], layers: list[int]) -> NDArray[np.float64]:

@@ -69,10 +69,15 @@ class Fit(_Section):
     estimators: list[str] = Field(
         default=["contrast-wrmd", "safe-wrmd", "wrmd"],
         min_length=1,
-        description="names in rs_gguf.pipeline.ESTIMATORS",
+        description="names in rs_gguf.fitting.ESTIMATORS",
     )
     ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.3, 3.0], min_length=1, description="λ, relative to the mean variance"
+    )
+    gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=[0.3, 2.0],
+        min_length=1,
+        description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
 
 

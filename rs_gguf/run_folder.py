@@ -39,7 +39,7 @@ class RunFolder:
             raise InputError(f"cannot use {path} as a run folder: {error.strerror}.") from error
         if fresh:
             for entry in self.path.iterdir():
-                if entry.name == "activations":
+                if entry.name in ("activations", "adapters"):
                     shutil.rmtree(entry)
                 elif entry.suffix in (".part", ".jsonl", ".json", ".safetensors"):
                     entry.unlink()

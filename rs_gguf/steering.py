@@ -53,7 +53,7 @@ class SteeringVector:
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; its own constructor is the one place that completes it.
         object.__setattr__(self, "directions", _checked_directions(self.directions))
-        object.__setattr__(self, "provenance", _checked_provenance(self.provenance))
+        object.__setattr__(self, "provenance", checked_provenance(self.provenance))
         _checked_text("The architecture", self.architecture)
 
     @property
@@ -226,7 +226,8 @@ def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[
     return dict(sorted(checked.items()))
 
 
-def _checked_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
+def checked_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
+    """Facts about an origin that a GGUF file can hold, sorted; `InputError` names the first it cannot."""
     checked: dict[str, ProvenanceValue] = {}
     for key, value in provenance.items():
         if not isinstance(key, str) or not KEY.fullmatch(key):

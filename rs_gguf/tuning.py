@@ -1,8 +1,9 @@
 """The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
 
-Fitted directions and the unsteered answers go in; the chosen steering and the trade-off it was chosen from
-come out (method §6). Two rungs: a *probe* asks in one forward pass whether the model still begins the
-refusal that it gave unsteered; the best of them then *answer*, and a judge grades the answers.
+Fitted directions and gates and the unsteered answers go in; the chosen steering and the trade-off it was
+chosen from come out (method §6). Two rungs: a *probe* asks in one forward pass whether the model still begins
+the refusal that it gave unsteered; the best of them then *answer*, and a judge grades the answers. Control
+vectors and gated adapters are searched alike, each in a `Space` of its own.
 """
 
 from __future__ import annotations
@@ -10,21 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf import lora
+from rs_gguf.adapter import Gates
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, Model, Steering, answer_and_judge, chat_tokens, drift
+from rs_gguf.evaluation import Answer, Model, Steering, answer_and_judge, chat_tokens, mean_change
 from rs_gguf.judges import Judge
 from rs_gguf.layers import band_profile
-from rs_gguf.metrics import MAX_MORE_DEGENERATE
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 
+GATE = "gate"  # what stands for the estimator where a gated adapter is meant
+MAX_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, in the search and in the gate
+
 _OPENING = 6  # tokens of an unsteered refusal that the probe looks for
+_BENIGN = 32  # benign prompts that a candidate answers
 _DRIFT_PAIRS = 32
+_STEP = 1.5  # by which a strength grows while every limit holds
+_CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,49 @@ class Candidate:
         alpha = -self.strength / profile.sum()
         rows = (alpha * profile * directions.scales)[:, np.newaxis] * directions.unit
         return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
+
+    `first` and `length` are in blocks. The points of `start` are tried before all others.
+    """
+
+    directions: Sequence[tuple[str, float]]
+    first: tuple[int, int]
+    length: tuple[int, int]
+    strength: tuple[float, float]
+    start: Sequence[Candidate]
+
+    @classmethod
+    def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
+        """Middle blocks, begun at the paper's prior of k·|α| from 2 to 4."""
+        third = max(1, n_layer // 3)
+        start = [
+            Candidate(estimator, ridge, first, min(first + third - 1, n_layer - 2), 2.0 + k % 3)
+            for k, (estimator, ridge) in enumerate(directions)
+            for first in [n_layer // 2 if k % 2 else third]
+        ]
+        return cls(
+            directions,
+            first=(max(1, n_layer // 5), max(1, n_layer * 2 // 3)),
+            length=(1, max(1, n_layer // 2)),
+            strength=(0.5, 12.0),
+            start=start,
+        )
+
+    @classmethod
+    def of_gates(cls, ridges: Sequence[float], n_layer: int) -> Space:
+        """Long bands: a gate opens a little in each block, and four blocks alone remove little."""
+        first, last = max(1, n_layer // 5), max(1, n_layer - 2)
+        return cls(
+            [(GATE, ridge) for ridge in ridges],
+            first=(max(1, n_layer // 8), max(1, n_layer // 2)),
+            length=(max(1, n_layer // 3), max(1, last - n_layer // 8)),
+            strength=(0.4, 3.0),
+            start=[Candidate(GATE, ridge, first, last, 1.0) for ridge in ridges],
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +148,7 @@ class Finder:
     """Measures candidates on one loaded model; `search` chooses among them.
 
     Every measured trial is handed to `record` at once and taken from `known` when the search is resumed.
+    Adapters that are tried are written to `folder`.
     """
 
     def __init__(
@@ -104,19 +157,23 @@ class Finder:
         judge: Judge,
         unsteered: Unsteered,
         directions: Mapping[tuple[str, float], Directions],
+        gates: Gates | None,
         recipe: Recipe,
+        folder: Path,
         *,
         known: Sequence[Trial] = (),
         record: Callable[[Trial], None] = lambda trial: None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         self._model, self._judge, self._unsteered = model, judge, unsteered
-        self._directions, self._recipe = directions, recipe
+        self._directions, self._gates, self._recipe, self._folder = directions, gates, recipe, folder
         self._known = {(trial.rung, trial.candidate): trial for trial in known}
         self._record, self._advance = record, advance
         self.trials: list[Trial] = []
         self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
         self._openings: dict[int, float] = {}
+        self._benign: list[tuple[list[int], list[int]]] = []
+        self._benign_before: list[Any] = []
         for kind in ("sensitive", "harmful"):
             if not unsteered.refused(kind):
                 raise InputError(
@@ -125,21 +182,28 @@ class Finder:
                 )
 
     def steering(self, candidate: Candidate) -> Steering:
-        directions = self._directions[candidate.estimator, candidate.ridge]
-        return Steering(candidate.steering(directions))
+        """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
+        if candidate.estimator != GATE:
+            directions = self._directions[candidate.estimator, candidate.ridge]
+            return Steering(candidate.steering(directions))
+        assert self._gates is not None  # the space of gates is searched only where there are some
+        band = (candidate.ridge, candidate.first, candidate.last)
+        path = self._folder / "adapters" / "gate-{:g}-{}-{}.gguf".format(*band)
+        if not path.exists():
+            lora.write(lora.LoraAdapter(self._gates.factors(*band, 1.0), self._model.architecture), path)
+        return Steering({}, [(path, candidate.strength)])
 
-    def search(self) -> Trial:
-        """Probe candidates, answer with the best, adjust the strength; return the chosen trial.
+    def search(self, space: Space) -> Trial:
+        """Probe candidates, answer with the best, move the strength until a limit binds; the chosen trial.
 
         The chosen trial is the feasible one with the fewest sensitive refusals left; if none is
         feasible, the one that keeps most harmful refusals, and it says so.
         """
-        probes = self._probe_all()
-        finalists = self._finalists(probes)
+        ranked = self._ranked(self._probe_all(space))
         answered: list[Trial] = []
         while len(answered) < self._recipe.tune.finalists:
-            candidate = finalists[len(answered)] if len(answered) < 2 else self._adjusted(answered)
-            if candidate in [trial.candidate for trial in answered]:
+            candidate = self._next(answered, ranked)
+            if candidate is None:
                 break
             answered.append(self._measured("answers", candidate, self._answer))
         feasible = [trial for trial in answered if trial.feasible]
@@ -149,23 +213,25 @@ class Finder:
 
     # ---- candidates ------------------------------------------------------------------------------
 
-    def _probe_all(self) -> list[Trial]:
+    def _probe_all(self, space: Space) -> list[Trial]:
         """TPE over estimator, ridge, band and strength, the retention of harm as its constraint."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        names = sorted(self._directions)
-        n_layer = self._model.n_layer
+        last_block = max(1, self._model.n_layer - 2)
         floor = self._recipe.tune.min_retention
+        names = list(space.directions)
+        probed: list[Trial] = []
 
         def objective(trial: optuna.Trial) -> float:
             estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
-            first = trial.suggest_int("first", max(1, n_layer // 5), max(1, n_layer * 2 // 3))
-            length = trial.suggest_int("length", 1, max(1, n_layer // 2))
-            strength = trial.suggest_float("strength", 0.5, 8.0, log=True)
-            last = min(first + length - 1, n_layer - 2)
-            candidate = Candidate(estimator, ridge, first, max(first, last), round(strength, 4))
+            first = trial.suggest_int("first", *space.first)
+            length = trial.suggest_int("length", *space.length)
+            strength = trial.suggest_float("strength", *space.strength, log=True)
+            last = max(first, min(first + length - 1, last_block))
+            candidate = Candidate(estimator, ridge, first, last, round(strength, 4))
             measured = self._measured("probe", candidate, self._probe)
+            probed.append(measured)
             trial.set_constraint(
                 "harmful refusals short of the wanted retention", floor - measured.harmful_retention
             )
@@ -173,51 +239,56 @@ class Finder:
 
         sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=6)
         study = optuna.create_study(sampler=sampler, direction="minimize")
-        # The prior of the paper, k·|α| of 2 to 4 around the middle blocks, with each kind of direction.
-        for k in range(len(names)):
-            first = n_layer // 2 if k % 2 else n_layer // 3
+        for point in space.start:
             study.enqueue_trial(
-                {"directions": k, "first": first, "length": max(1, n_layer // 3), "strength": 2.0 + k % 3}
+                {
+                    "directions": names.index((point.estimator, point.ridge)),
+                    "first": point.first,
+                    "length": point.last - point.first + 1,
+                    "strength": point.strength,
+                }
             )
         study.optimize(objective, n_trials=self._recipe.tune.trials)
-        return [trial for trial in self.trials if trial.rung == "probe"]
+        return probed
 
-    def _finalists(self, probes: Sequence[Trial]) -> list[Candidate]:
-        """The best probe at the wanted retention, then the best at a laxer one: the probe is stricter than
-        the judge, since a refusal in other words still counts as kept."""
-        floor = self._recipe.tune.min_retention
-        chosen: list[Candidate] = []
-        for short_of in (0.1, 0.3, 0.6, 1.0):
-            pool = [
-                t for t in probes if t.harmful_retention >= floor - short_of and t.candidate not in chosen
-            ]
-            if pool:
-                best = max(pool, key=lambda t: t.harmful_retention - t.sensitive)
-                chosen.append(best.candidate)
-        return chosen
+    def _ranked(self, probes: Sequence[Trial]) -> list[Candidate]:
+        """Candidates in the order in which they deserve answers: what they remove beyond what harm loses.
 
-    def _adjusted(self, answered: Sequence[Trial]) -> Candidate:
-        """The best point so far with more strength if it is feasible, else the nearest with less."""
+        Of those that differ in strength alone the best stands for all, since the strength is moved anyway.
+        """
+        best: dict[Candidate, Trial] = {}
+        for trial in sorted(probes, key=lambda t: t.harmful_retention - t.sensitive, reverse=True):
+            best.setdefault(replace(trial.candidate, strength=0), trial)
+        return [trial.candidate for trial in best.values()]
+
+    def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
+        """What to answer with next: more strength while all limits hold, less where one does not."""
+
+        def shape(candidate: Candidate) -> Candidate:
+            return replace(candidate, strength=0)
+
+        if not answered:
+            return ranked[0]
         feasible = [trial for trial in answered if trial.feasible]
         if feasible:
-            best = min(feasible, key=lambda t: t.sensitive)
-            factor = 1.3
+            best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
+            factor = _STEP
         else:
-            best = max(answered, key=lambda t: t.harmful_retention - t.sensitive)
-            factor = 0.7
-        strength = round(best.candidate.strength * factor, 4)
-        # A strength already seen to fail bounds the step from above, and one that passed from below.
-        same = [
-            t for t in answered if replace(t.candidate, strength=0) == replace(best.candidate, strength=0)
-        ]
+            best = max(answered, key=lambda t: (t.harmful_retention, -t.sensitive)).candidate
+            factor = 1 / _STEP**1.5
         failed = [
             t.candidate.strength
-            for t in same
-            if not t.feasible and t.candidate.strength > best.candidate.strength
+            for t in answered
+            if shape(t.candidate) == shape(best) and t.candidate.strength > best.strength
         ]
+        strength = best.strength * factor
         if feasible and failed:
-            strength = round(math.sqrt(best.candidate.strength * min(failed)), 4)
-        return replace(best.candidate, strength=strength)
+            strength = math.sqrt(best.strength * min(failed))
+        done = min((t.sensitive for t in feasible), default=1.0) == 0.0
+        if not done and not best.strength / _CLOSE < strength < best.strength * _CLOSE:
+            return replace(best, strength=round(strength, 4))
+        tried = {shape(t.candidate) for t in answered}
+        return next((c for c in ranked if shape(c) not in tried), None) if not done else None
 
     # ---- measures --------------------------------------------------------------------------------
 
@@ -257,7 +328,7 @@ class Finder:
     def _answer(self, number: int, candidate: Candidate) -> Trial:
         steering = self.steering(candidate)
         sensitive, harmful = self._unsteered.refused("sensitive"), self._unsteered.refused("harmful")
-        benign = self._unsteered.of("benign")
+        benign = self._unsteered.of("benign")[:_BENIGN]
         picked = [*sensitive, *harmful, *benign]
         answers, confidences, _ = answer_and_judge(
             self._model,
@@ -268,28 +339,39 @@ class Finder:
             system=self._recipe.prompts.system,
         )
         refused = {i for i, c in zip(picked, confidences, strict=True) if (c or 0) > 0}
-        before = set(self._unsteered.refused("benign"))
-        pairs = [(self._tokens[i], self._unsteered.answers[i].tokens) for i in benign if i not in before]
-        moved, _ = drift(self._model, pairs[:_DRIFT_PAIRS], steering)
+        before = set(self._unsteered.refused("benign")) & set(benign)
+        moved = self._drift(steering)
         broken = sum(a.degenerate for a in answers) / len(answers)
         broken_before = sum(self._unsteered.answers[i].degenerate for i in picked) / len(picked)
         more_benign = (len(refused & set(benign)) - len(before)) / max(1, len(benign))
-        retention = len(refused & set(harmful)) / len(harmful)
+        kept = len(refused & set(harmful))
         limits = self._recipe.tune
         return Trial(
             number,
             candidate,
             "answers",
             sensitive=len(refused & set(sensitive)) / len(sensitive),
-            harmful_retention=retention,
+            harmful_retention=kept / len(harmful),
             benign=more_benign,
             benign_drift=moved,
             degenerate=broken,
-            feasible=retention >= limits.min_retention
+            # By count: one refusal in ten may not decide against a share of 0.95.
+            feasible=kept >= math.floor(limits.min_retention * len(harmful))
             and more_benign <= 0
             and moved <= limits.max_benign_drift
             and broken - broken_before <= MAX_MORE_DEGENERATE,
         )
+
+    def _drift(self, steering: Steering) -> float:
+        """Drift of the benign answers, whose unsteered log-probabilities are computed once."""
+        if not self._benign:
+            refused = self._unsteered.refused("benign")
+            quiet = [i for i in self._unsteered.of("benign") if i not in refused]
+            pairs = [(self._tokens[i], self._unsteered.answers[i].tokens) for i in quiet]
+            self._benign = [pair for pair in pairs if pair[1]][:_DRIFT_PAIRS]
+            self._benign_before = self._model.token_logprobs(self._benign)
+        with steering.on(self._model):
+            return mean_change(self._benign_before, self._model.token_logprobs(self._benign))
 
 
 def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:

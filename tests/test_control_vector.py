@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rs_gguf import control_vector, files
+from rs_gguf import control_vector, files, gguf_file
 from rs_gguf.control_vector import check, loader_layer, read, write
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.gguf_guard import MAX_BYTES
@@ -137,7 +137,7 @@ def test_write_compares_what_it_reads_back(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(GateError, match="round trip"):
             write(FULL, path)
     assert not path.exists()
-    monkeypatch.setattr(control_vector, "write_atomic", lambda target, _: target.write_bytes(b"GGUF"))
+    monkeypatch.setattr(gguf_file, "write_atomic", lambda target, _: target.write_bytes(b"GGUF"))
     with pytest.raises(GateError, match="other bytes"):
         write(FULL, path)
 

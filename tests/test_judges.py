@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from rs_gguf import judges, models
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
-from rs_gguf.judge_probe import LabelledPair, agreement, labelled_pairs, save_probe
+from rs_gguf.judge_cache import CachedJudge
+from rs_gguf.judge_probe import LabelledPair, agreement, labelled_pairs
+from rs_gguf.judgement import final_answer
 from rs_gguf.judges import (
     NEUTRAL,
     Judgement,
@@ -27,8 +29,10 @@ from rs_gguf.judges import (
     Pair,
     Probe,
     ProbeJudge,
+    VotesJudge,
     load_probe,
     open_judge,
+    open_judge_spec,
     rubric,
     rubric_version,
     shipped_probe,
@@ -36,6 +40,7 @@ from rs_gguf.judges import (
     wording,
 )
 from rs_gguf.llama import LlamaModel
+from rs_gguf.probe import Kinds, save_probe
 
 TWELVE = {
     "direct", "deflection", "propaganda", "vagueness", "feigned_ignorance", "moral_lecture", "questioning",
@@ -45,6 +50,8 @@ TWELVE = {
 
 class FakeModel:
     """One token a character; a hidden state and logits that depend on the answer's length alone."""
+
+    chat_template, bos_token, eos_token = None, "", ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -238,16 +245,17 @@ def test_keywords_in_several_languages(answer: str, refused: bool) -> None:
     assert (index, judgement.verdict) == (0, "refusal" if refused else "answer")
 
 
-PAIRS: list[Pair] = [("p", "12345678"), ("p", "…\n"), ("p", "12"), ("p", "")]
+PAIRS: list[tuple[str, str]] = [("p", "12345678"), ("p", "…\n"), ("p", "12"), ("p", "")]
 
 
 @pytest.mark.parametrize("kind", [ProbeJudge, LabelJudge])
 def test_every_pair_is_judged_once_and_blank_answers_by_rule(kind: type, model: LlamaModel) -> None:
     judge = LabelJudge(model) if kind is LabelJudge else ProbeJudge(model, probe_for(model))
-    found = list(judge.judge(PAIRS))
+    found = list(judge.judge([*PAIRS, ("p", None)]))
     graded = dict(found)
-    assert len(found) == len(graded) == len(PAIRS)
-    assert graded[1] == graded[3] == Judgement(1.0, "rule: empty answer")
+    assert len(found) == len(graded) == len(PAIRS) + 1
+    assert graded[1] == graded[3] == Judgement(1.0, "rule: empty answer", "empty")
+    assert (graded[4].confidence, graded[4].verdict) == (None, "unclear")
     assert len(cast("FakeModel", model).asked) == 2  # blank answers cost no model time
     assert graded[0].verdict == "refusal"
     assert graded[2].verdict == "answer"
@@ -260,6 +268,42 @@ def test_the_probes_confidence_is_two_p_minus_one(model: LlamaModel) -> None:
         # weights sum to one half over states that are all the answer's length
         p = 1 / (1 + np.exp(-(0.5 * len(PAIRS[i][1]) - 2.5)))
         assert graded[i].confidence == pytest.approx(2 * p - 1, abs=1e-12)
+
+
+def test_the_kind_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> None:
+    # Softmax over three kinds of ±1 times the answer's length, which is the value of all four states.
+    weights = np.zeros((3, 2, 2), dtype=np.float32)
+    weights[0, 0, 0], weights[1, 1, 1] = 1, -1
+    kinds = Kinds(("direct", "partial", "vagueness"), weights, np.array([-6, 0, 0], dtype=np.float32))
+    probe = probe_for(model, kinds=kinds)
+    graded = dict(ProbeJudge(model, probe).judge([("p", "x" * 9), ("p", "x" * 6), ("p", "xx")]))
+    assert graded[0].category == "direct"
+    assert (graded[1].verdict, graded[1].category) == ("refusal", None)  # two kinds are as likely
+    assert (graded[2].verdict, graded[2].category) == ("answer", None)  # an answer has no kind of refusal
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "starts_inside", "expected"),
+    [
+        ("Paris.", True, False, "Paris."),
+        ("<think>Hm.</think>Paris.", True, False, "Paris."),
+        ("Hm.</think>\n\nPar", False, True, "Par"),
+        ("<think>Hm", False, False, None),  # cut off: nobody knows what the answer would have been
+        ("Hm", False, True, None),
+        ("<think>Hm.</think>", False, False, None),
+        ("<think>", False, False, None),
+        ("", False, True, None),
+        ("<think>Hm.</think>", True, False, ""),  # it ended by itself without an answer
+        ("Hm", True, True, ""),
+        ("", True, False, ""),
+        (" \n ", False, False, ""),
+        ("Par", False, False, "Par"),
+    ],
+)
+def test_an_answer_that_is_cut_off_in_its_thinking_is_not_an_empty_one(
+    text: str, finished: bool, starts_inside: bool, expected: str | None
+) -> None:
+    assert final_answer(text, finished=finished, starts_inside=starts_inside) == expected
 
 
 class MergingModel(FakeModel):
@@ -334,6 +378,21 @@ def test_a_probe_is_read_back_as_it_was(model: LlamaModel, tmp_path: Path) -> No
     again.check_belongs(model)
 
 
+def test_a_probes_kinds_are_read_back_and_change_its_fingerprint(model: LlamaModel, tmp_path: Path) -> None:
+    weights = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 2, 2)
+    kinds = Kinds(("direct", "empty"), weights, np.array([0.5, 0], dtype=np.float32))
+    probe = probe_for(model, kinds=kinds)
+    save_probe(probe, tmp_path / "probe.safetensors")
+    again = load_probe(tmp_path / "probe.safetensors").kinds
+    assert again is not None
+    assert again.names == kinds.names
+    np.testing.assert_allclose(again.weights, kinds.weights, atol=1e-3)  # half precision
+    np.testing.assert_array_equal(again.bias, kinds.bias)
+    prints = {probe.fingerprint(), probe_for(model).fingerprint(), probe_for(model, bias=0.0).fingerprint()}
+    assert len(prints) == 3
+    assert load_probe(tmp_path / "probe.safetensors").fingerprint() == probe.fingerprint()
+
+
 def broken(**changes: Any) -> bytes:
     from safetensors.numpy import save
 
@@ -359,6 +418,7 @@ def broken(**changes: Any) -> bytes:
         broken(layers=3),
         broken(layers=[1, 2, 3]),
         broken(rubric_version="first"),
+        broken(kinds=["direct"]),
         broken(weights=np.ones(8, dtype=np.float32)),
         broken(weights=np.full((2, 4), np.inf, dtype=np.float32)),
     ],
@@ -409,6 +469,48 @@ def test_open_judge_takes_the_probe_where_it_belongs(
     assert isinstance(open_judge(model), ProbeJudge)
     monkeypatch.setattr(judges, "shipped_probe", lambda: None)
     assert isinstance(open_judge(model), LabelJudge)
+
+
+def test_a_judge_is_opened_by_what_names_it(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with open_judge_spec("keywords") as judge:
+        assert isinstance(judge, KeywordJudge)
+    with open_judge_spec(str(model.path), loaded=model, cached=False) as judge:
+        assert isinstance(judge, LabelJudge)
+    with open_judge_spec(f"votes:{model.path}", loaded=model, cached=False) as judge:
+        assert isinstance(judge, VotesJudge)
+    with open_judge_spec("http://localhost:1/v1,http://localhost:2/v1#big", cached=False) as judge:
+        assert judge.name.startswith("big at http://localhost:1/v1, http://localhost:2/v1")
+    for wrong in ("no-such-judge", "votes:no-such-model", "http://"):
+        with pytest.raises(InputError, match=wrong.removeprefix("votes:")), open_judge_spec(wrong):
+            pass
+
+
+def test_an_opened_judge_remembers_in_the_users_cache(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    graded = []
+    for _ in range(2):
+        with open_judge_spec(str(model.path), loaded=model) as judge:
+            assert isinstance(judge, CachedJudge)
+            graded.append(dict(judge.judge(PAIRS)))
+    assert graded[0] == graded[1]
+    assert len(cast("FakeModel", model).asked) == 2
+    with open_judge_spec(str(model.path), loaded=model, cached=False) as judge:
+        dict(judge.judge(PAIRS))
+    assert len(cast("FakeModel", model).asked) == 4
+
+
+def test_the_identity_changes_with_the_model_and_the_kind_of_judge(model: LlamaModel) -> None:
+    before = [LabelJudge(model), ProbeJudge(model, probe_for(model)), VotesJudge(model), KeywordJudge()]
+    identities = [judge.identity for judge in before]
+    model.path.write_bytes(b"GGUF and something else")
+    after = [LabelJudge(model), ProbeJudge(model, probe_for(model)), VotesJudge(model)]
+    identities += [judge.identity for judge in after]
+    assert len(set(identities)) == 7
 
 
 def test_the_names_of_judges_tell_them_apart(model: LlamaModel) -> None:

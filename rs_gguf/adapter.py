@@ -1,0 +1,223 @@
+"""The gated adapter: steering that depends on the input, in closed form, as a LoRA for stock llama.cpp.
+
+Inputs of the matrices that write to the residual stream (last prompt token, and tokens that must stay quiet),
+block outputs and judged labels enter; for each block a *read* direction per matrix and a *write* direction
+leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of refused sensitive prompts and 0 to the
+means of answered benign and of refused harmful ones, with the least energy on everything else: minimum-
+variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`.
+The write d is what the block adds to the difference of sensitive refused and benign means. This goes beyond
+García-Ferrero et al. (arXiv 2512.16602), whose vector moves every prompt alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import blas
+from threadpoolctl import threadpool_limits
+
+from rs_gguf.errors import InputError
+from rs_gguf.labels import Labels
+from rs_gguf.lora import Factors
+from rs_gguf.moments import Float64
+from rs_gguf.ridge import RidgeSystem, check_ridges
+
+# Matrices whose product is added to the residual stream, and the graph's names for what they multiply.
+WRITERS: Mapping[str, Sequence[str]] = {
+    "attn_output": ("kqv_out",),
+    "ffn_down": (
+        "ffn_swiglu",
+        "ffn_geglu",
+        "ffn_gate_par",
+        "ffn_gelu",
+        "ffn_silu",
+        "ffn_relu",
+        "ffn_relu_sqr",
+    ),
+}
+QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
+NEUTRAL = 0.15  # |c| up to this is in no class (paper section 3)
+MIN_CELL = 4  # samples below which the mean of a cell is noise
+
+
+@dataclass(frozen=True)
+class WriterInputs:
+    """What one kind of matrix multiplies, in every block: rows [·, L, W] of any float type.
+
+    `last`: at the last prompt token of each sample; `quiet`: at other tokens of prompts and answers;
+    `constant`: at the tokens that the chat template puts before every prompt.
+    """
+
+    last: Any  # [N, L, W]
+    quiet: Any  # [Q, L, W]
+    constant: Any  # [T, L, W]
+
+    def of(self, samples: npt.NDArray[np.intp]) -> WriterInputs:
+        """The same with some of the samples; other tokens stay."""
+        return replace(self, last=self.last[samples])
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Reads for every ridge and block, and the difference of class means that the writes are made of.
+
+    `reads`: by matrix, [R, L, W] fp64, in units in which the mean refused sensitive input answers 1.
+    `contrast` [L, D]: mean block output of refused sensitive minus answered benign prompts.
+    """
+
+    ridges: Float64
+    reads: Mapping[str, Float64]
+    contrast: Float64
+
+    def factors(self, ridge: float, first: int, last: int, strength: float) -> dict[str, Factors]:
+        """LoRA factors that gate the blocks `first` to `last`, both included.
+
+        At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt;
+        each matrix of a block writes an equal part.
+        """
+        index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
+        found = {}
+        for layer in range(first, last + 1):
+            before = self.contrast[layer - 1] if layer > first else 0.0
+            write = (self.contrast[layer] - before) * (-strength / len(self.reads))
+            for writer, reads in self.reads.items():
+                found[f"blk.{layer}.{writer}.weight"] = (
+                    reads[index, layer][np.newaxis].astype(np.float32),
+                    write[:, np.newaxis].astype(np.float32),
+                )
+        return found
+
+
+def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
+    """Which tensor of the graph each writing matrix multiplies, from the names of the graph's tensors.
+
+    Matrices that this architecture does not have, or has one for each expert, are left out. `InputError` when
+    none is left.
+    """
+    present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
+    found = {
+        writer: next(tensor for tensor in tensors if tensor in present)
+        for writer, tensors in WRITERS.items()
+        if present & set(tensors)
+    }
+    if not found:
+        raise InputError(
+            "no matrix of this architecture can hold a gate: its graph names none of "
+            + ", ".join(tensor for tensors in WRITERS.values() for tensor in tensors)
+            + ". Use a control vector."
+        )
+    return found
+
+
+def fit_gates(
+    inputs: Mapping[str, WriterInputs],
+    residuals: npt.NDArray[np.float32],
+    labels: Labels,
+    *,
+    ridges: npt.ArrayLike,
+    quiet: float = QUIET,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Gates:
+    """Closed-form gates for every block of `residuals` [N, L, D] and every ridge.
+
+    labels: judged confidence, which weights the samples, with kinds; `groups` are cells (topics, forms,
+    languages) whose harmful and benign means must stay quiet too, as far as the metric allows.
+    ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
+
+    Raises:
+        InputError: a class without samples, or a block whose inputs cannot tell the classes apart.
+    """
+    grid = check_ridges(ridges)
+    classes = _classes(labels)
+    n_layers = residuals.shape[1]
+    mean = {name: weights / weights.sum() for name, weights in classes.items()}
+    cells = _cells(labels, classes)
+    reads = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
+    with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
+        difference = mean["sensitive"] - mean["benign"]
+        contrast = np.stack(
+            [difference @ residuals[:, layer].astype(np.float64) for layer in range(n_layers)]
+        )
+        for layer in range(n_layers):
+            for writer, rows in inputs.items():
+                reads[writer][:, layer] = _read(rows, layer, mean, cells, grid, quiet)
+            advance(1)
+    return Gates(grid, reads, contrast)
+
+
+def _classes(labels: Labels) -> dict[str, Float64]:
+    """Weights [N] of the three classes: what the gate opens for, and what it stays shut for."""
+    wanted = {
+        "sensitive": labels.kind("sensitive") & labels.refused(NEUTRAL),
+        "benign": labels.kind("benign") & labels.answered(NEUTRAL),
+        "harmful": labels.kind("harmful") & labels.refused(NEUTRAL),
+    }
+    for name, mask in wanted.items():
+        if not mask.any():
+            verdict = "answered" if name == "benign" else "refused"
+            raise InputError(f"gated adapter: no {verdict} {name} prompt to fit on; add some.")
+    return {name: labels.weighted(mask, by_confidence=True) for name, mask in wanted.items()}
+
+
+def _cells(labels: Labels, classes: Mapping[str, Float64]) -> list[Float64]:
+    """Normalised weights [N] of each cell of the quiet classes with enough samples."""
+    cells = []
+    for names in labels.groups.T:
+        for weights in (classes["harmful"], classes["benign"]):
+            for cell in sorted({str(name) for name in names[weights > 0]} - {""}):
+                inside = np.where(names == cell, weights, 0.0)
+                if np.count_nonzero(inside) >= MIN_CELL:
+                    cells.append(inside / inside.sum())
+    return cells
+
+
+def _read(
+    rows: WriterInputs,
+    layer: int,
+    mean: Mapping[str, Float64],
+    cells: Sequence[Float64],
+    ridges: Float64,
+    quiet: float,
+) -> Float64:
+    """argmin aᵀ(S + ρI)a subject to aᵀμ = 1 on sensitive, 0 on benign and harmful, for each ridge: [R, W].
+
+    S is AᵀA of the rows that should not answer: samples about their class mean, other tokens and cell means
+    as they are.
+    """
+    last = np.asarray(rows.last[:, layer], dtype=np.float64)
+    means = np.stack([weights @ last for weights in mean.values()], axis=1)  # [W, 3]
+    parts = []
+    for column, weights in zip(means.T, mean.values(), strict=True):
+        used = weights > 0
+        parts.append((last[used] - column) * np.sqrt(weights[used] / len(mean))[:, np.newaxis])
+    for tokens in (rows.quiet, rows.constant):
+        if len(tokens):
+            parts.append(np.asarray(tokens[:, layer], dtype=np.float64) * np.sqrt(quiet / len(tokens)))
+    if cells:
+        parts.append(np.stack(cells) @ last / np.sqrt(len(cells)))
+    factor = np.concatenate(parts)
+    system = _system(factor)
+    solved = system.solve(means, ridges * (system.trace / factor.shape[1]))  # [R, W, 3]
+    wanted = np.array([1.0, 0.0, 0.0])
+    found = np.empty((len(ridges), factor.shape[1]))
+    for k, pulls in enumerate(solved):
+        gram = means.T @ pulls
+        if np.linalg.cond(gram) > 1e12:
+            raise InputError(
+                f"gated adapter: the inputs of block {layer} do not tell sensitive from harmful and benign "
+                "prompts; use other prompts."
+            )
+        found[k] = pulls @ np.linalg.solve(gram, wanted)
+    return found
+
+
+def _system(factor: Float64) -> RidgeSystem:
+    """(AᵀA + λI)⁻¹ for A = `factor` [n, W], by the smaller of its two products."""
+    zero = np.zeros(factor.shape[1])
+    if len(factor) < factor.shape[1]:
+        return RidgeSystem(blas.dsyrk(1.0, factor.T, trans=1, lower=1), zero, factor)
+    return RidgeSystem(blas.dsyrk(1.0, factor.T, lower=1), zero)

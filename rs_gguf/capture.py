@@ -1,0 +1,114 @@
+"""What a fit reads from the model: block outputs and the inputs of the matrices that write to the residual.
+
+A model, conversations with their answers and the model's own chat prefix go in; arrays by name come out, for
+safetensors shards: `activations` [n, L, D] at the last prompt token (method §2) and, for the gated adapter,
+`<matrix>/last` [n, L, W] there and `<matrix>/quiet` [q, L, W] at tokens of prompts and answers that no gate
+should open for. One forward pass a conversation serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.adapter import WriterInputs, writer_inputs
+from rs_gguf.llama import LlamaModel
+from rs_gguf.targets import TorchModel
+
+Arrays = dict[str, NDArray[Any]]
+
+_ANSWER_EVERY = 3  # conversations of which one gives a token of its answer: they cost a longer pass
+_LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt as tokens and what the model answered; `quiet`: the gate must not open in the answer."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    quiet: bool
+
+
+def capture(
+    model: LlamaModel | TorchModel, conversations: Sequence[Conversation], prefix: int, *, seed: int
+) -> Arrays:
+    """Read one shard. `prefix` is the number of tokens that every prompt begins with.
+
+    An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
+    """
+    layers = range(model.n_layer)
+    if not isinstance(model, LlamaModel):
+        block = np.empty((len(conversations), model.n_layer, model.n_embd), dtype=np.float32)
+        for i, found in model.activations([c.prompt for c in conversations], layers=layers):
+            block[i] = found["l_out"]
+        return {"activations": block}
+    writers = writer_inputs(model.graph_tensors(), layer=1)
+    sequences, positions = [], []
+    for number, conversation in enumerate(conversations):
+        sequence, places = _places(conversation, prefix, number, np.random.default_rng((seed, number)))
+        sequences.append(sequence)
+        positions.append(places)
+    last: dict[str, dict[int, NDArray[np.float32]]] = {name: {} for name in ("l_out", *writers.values())}
+    quiet: dict[str, list[NDArray[np.float32]]] = {name: [] for name in writers.values()}
+    read = model.token_activations(sequences, positions, layers=layers, tensors=tuple(last))
+    for i, position, found in read:
+        if position == len(conversations[i].prompt) - 1:
+            for name, rows in last.items():
+                rows[i] = found[name]
+        else:
+            for name, others in quiet.items():
+                others.append(found[name])
+    count = range(len(conversations))
+    arrays: Arrays = {"activations": np.stack([last["l_out"][i] for i in count])}
+    for writer, name in writers.items():
+        arrays[f"{writer}/last"] = _compact(np.stack([last[name][i] for i in count]))
+        arrays[f"{writer}/quiet"] = _compact(np.array(quiet[name]))
+    return arrays
+
+
+def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> Arrays:
+    """`<matrix>/constant` [T, L, W] at the T tokens that the chat template puts before every prompt."""
+    writers = writer_inputs(model.graph_tensors(), layer=1)
+    read = model.token_activations(
+        [prompt[:prefix]], [range(prefix)], layers=range(model.n_layer), tensors=tuple(writers.values())
+    )
+    rows = [found for _, _, found in read]
+    return {f"{writer}/constant": np.stack([r[name] for r in rows]) for writer, name in writers.items()}
+
+
+def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:
+    """The matrices' inputs of all shards, in the order of the samples."""
+    return {
+        name.removesuffix("/constant"): WriterInputs(
+            last=np.concatenate([shard[name.replace("/constant", "/last")] for shard in shards]),
+            quiet=np.concatenate([shard[name.replace("/constant", "/quiet")] for shard in shards]),
+            constant=rows,
+        )
+        for name, rows in constant.items()
+    }
+
+
+def _places(
+    conversation: Conversation, prefix: int, number: int, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """The tokens to run and the positions to read: the last prompt token, then one or two at random."""
+    end = len(conversation.prompt) - 1
+    places = [end]
+    if end > prefix:
+        places.append(int(rng.integers(prefix, end)))
+    sequence = list(conversation.prompt)
+    if conversation.quiet and conversation.answer and number % _ANSWER_EVERY == 0:
+        step = int(rng.integers(len(conversation.answer)))
+        sequence += conversation.answer[: step + 1]
+        places.append(end + 1 + step)
+    return sequence, sorted(places)
+
+
+def _compact(rows: NDArray[np.float32]) -> NDArray[Any]:
+    """F16 where its range allows: half the memory, and 3 digits are plenty for a mean over samples."""
+    return rows.astype(np.float16) if np.abs(rows).max(initial=0.0) < _LARGEST_F16 else rows

@@ -1,0 +1,162 @@
+"""The `rs-export judge` command: rows in, graded rows out, in order and as they are ready."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from rs_gguf.judgement import Judge
+
+_FILE = click.Path(path_type=Path)
+_AT_ONCE = 128  # rows a judge gets together: what its examples share is read once for them
+
+
+@click.command("judge")
+@click.option(
+    "--input", "source", default="-", metavar="F.jsonl", help="Rows with prompt and answer; - is stdin."
+)
+@click.option("--output", "target", default="-", metavar="G.jsonl", help="- is stdout.")
+@click.option(
+    "--judge", "spec", metavar="J",
+    help="A model, votes:MODEL, http://host:port/v1#model or keywords; by default the embedded judge.",
+)  # fmt: skip
+@click.option("--no-cache", is_flag=True, help="Neither take judgements from the cache nor keep them there.")
+@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1),
+              help="Requests to an endpoint under way at once.")  # fmt: skip
+@click.option("--per-minute", type=click.FloatRange(0, min_open=True), metavar="N",
+              help="Most requests to an endpoint in a minute.")  # fmt: skip
+@click.option("--price", nargs=2, type=click.FloatRange(0), default=(0.0, 0.0), metavar="IN OUT",
+              help="Price of a million prompt and a million answered tokens, to tell the cost.")  # fmt: skip
+@click.option("--show-rubric", is_flag=True, help="Print the rubric and stop.")
+@click.option(
+    "--agreement", is_flag=True, help="Print how the judge agrees with the labelled test pairs, and stop."
+)
+@click.option(
+    "--fit-probe", type=_FILE, metavar="OUT", help="Fit a probe for this judge on the labelled pairs."
+)
+def judge(
+    source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
+    price: tuple[float, float], show_rubric: bool, agreement: bool, fit_probe: Path | None,
+) -> None:  # fmt: skip
+    """Grade answers: adds confidence (−1 … 1), verdict, mode and category to each row, in order.
+
+    An endpoint's key is read from RS_GGUF_API_KEY. Judgements are cached by what was judged and by whom.
+    """
+    from rs_gguf import judge_probe, judges
+    from rs_gguf.endpoint import EndpointOptions
+
+    if show_rubric:
+        click.echo(json.dumps(judges.rubric(), indent=2, ensure_ascii=False))
+        return
+    if fit_probe:
+        click.echo(_fit_probe(spec, fit_probe))
+        return
+    options = EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
+    rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
+    with judges.open_judge_spec(spec, cached=not no_cache, options=options) as grader:
+        click.echo(f"Judge: {grader.name}", err=True)
+        if agreement:
+            pairs = [pair for pair in judge_probe.labelled_pairs() if pair.split == "test"]
+            click.echo(json.dumps(judge_probe.agreement(grader, pairs), indent=2, ensure_ascii=False))
+            return
+        counts: Counter[str] = Counter()
+        graded = _lines(rows, grader, counts)
+        if target == "-":
+            for line in graded:
+                click.echo(line, nl=False)
+        else:
+            from rs_gguf.files import write_atomic
+
+            write_atomic(Path(target), lambda file: file.writelines(line.encode() for line in graded))
+        _tell(counts, grader)
+
+
+def _fit_probe(spec: str | None, out: Path) -> Path:
+    from rs_gguf import judge_probe, models
+    from rs_gguf.llama import LlamaModel
+    from rs_gguf.probe import save_probe
+
+    with LlamaModel(models.resolve(spec or models.DEFAULT)) as model:
+        save_probe(judge_probe.fit_probe(model, judge_probe.labelled_pairs()), out)
+    return out
+
+
+def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[str]:
+    """Graded rows as JSON lines, each as soon as it and all before it are judged."""
+    from rs_gguf.judgement import Judgement, final_answer
+
+    while some := list(itertools.islice(rows, _AT_ONCE)):
+        # Nothing tells whether a row's answer was cut off; one that is a trace alone was.
+        pairs = [(row["prompt"], final_answer(row["answer"], finished=False)) for row in some]
+        ready: dict[int, Judgement] = {}
+        place = 0
+        for i, judgement in grader.judge(pairs):
+            ready[i] = judgement
+            while place in ready:
+                found = ready.pop(place)
+                counts["unjudged" if found.confidence is None else found.verdict] += 1
+                graded = {
+                    **some[place],
+                    "confidence": found.confidence,
+                    "verdict": found.verdict,
+                    "mode": found.mode,
+                    "category": found.category,
+                }
+                yield json.dumps(graded, ensure_ascii=False) + "\n"
+                place += 1
+
+
+def _tell(counts: Counter[str], grader: Judge) -> None:
+    told = [f"{counts[name]} {name}" for name in ("refusal", "answer", "unclear", "unjudged")]
+    click.echo(f"{counts.total()} rows: {', '.join(told)}", err=True)
+    usage = grader.usage
+    if usage is not None:
+        click.echo(
+            f"{usage.requests} requests, {usage.retries} repeated, {usage.prompt_tokens} + "
+            f"{usage.completion_tokens} tokens" + (f", cost {usage.cost:.4f}" if usage.cost else ""),
+            err=True,
+        )
+
+
+def _rows(source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file, which is checked whole before a model is loaded, or of a pipe, as they come."""
+    if source == "-":
+        rows = _parsed(click.open_file("-", encoding="utf-8"), source)
+    else:
+        try:
+            with Path(source).open(encoding="utf-8") as lines:
+                rows = iter(list(_parsed(lines, source)))
+        except OSError as error:
+            raise InputError(f"cannot read {source}: {error}.") from error
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{source} holds no rows to judge.")
+    return itertools.chain([first], rows)
+
+
+def _parsed(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
+    try:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _row(line, f"{source}:{number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {source}: {error}.") from error
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
+            raise TypeError("prompt and answer must be text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: expected a JSON object with prompt and answer ({error}).") from error
+    return dict(row)

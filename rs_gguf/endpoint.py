@@ -1,0 +1,243 @@
+"""A client of OpenAI-compatible servers (llama-server, vLLM, hosted ones): many requests at once.
+
+Bodies of `/chat/completions` go in, numbered completions come out, each once. Several servers of one model
+share the work: each failure of a server keeps it out for a while that doubles, after which it must pass a
+health check, and the request goes on at another one. The key is read from the environment for each request
+and is kept nowhere; should a server say it back, it is blotted out.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rs_gguf.endpoint_http import (
+    Completion,
+    RequestRefusedError,
+    TryFailedError,
+    checked_url,
+    exchange,
+    parse_completion,
+)
+from rs_gguf.errors import InputError
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """How servers are used.
+
+    Attributes:
+        concurrency: requests under way at once, over all servers.
+        per_minute: most requests begun in a minute, over all servers; None is no limit.
+        attempts: tries of one request before the run is given up.
+        timeout: seconds without a byte after which a try has failed.
+        price: money for a million prompt tokens, and for a million completion tokens.
+    """
+
+    concurrency: int = 8
+    per_minute: float | None = None
+    attempts: int = 8
+    timeout: float = 120.0
+    price: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What servers have counted so far. `cost` is in the money that the prices were given in."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+@dataclass
+class _Server:
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    failed_at: float = float("-inf")
+    out_until: float = float("-inf")
+
+
+class EndpointClient:
+    """Requests to one model on one or several servers.
+
+    Args:
+        urls: base addresses, such as `http://localhost:8080/v1`.
+        model: the model's name at the servers; None takes the only one that the first server has.
+        clock, sleep: time in seconds, and waiting for it; tests give their own.
+
+    Raises:
+        InputError: no usable address, or no model was named and the server has not just one.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str | None,
+        options: EndpointOptions,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        self._servers = [_Server(checked_url(url)) for url in dict.fromkeys(urls)]
+        self._options, self._clock, self._sleep = options, clock, sleep
+        self._lock = threading.Lock()
+        self._next_start = float("-inf")
+        self._usage = Usage()
+        self.model = model or self._only_model()
+
+    @classmethod
+    def of(cls, spec: str, options: EndpointOptions) -> EndpointClient:
+        """The client for `ADDRESS[,ADDRESS…][#MODEL]`."""
+        addresses, _, model = spec.partition("#")
+        return cls(addresses.split(","), model or None, options)
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self._servers]
+
+    @property
+    def usage(self) -> Usage:
+        with self._lock:
+            return self._usage
+
+    def complete(self, body: Body, stop: threading.Event | None = None) -> Completion:
+        """One completion; `model` is added to the body. Gives up between tries once `stop` is set.
+
+        Raises:
+            RequestRefusedError: a server took offence at this request, or failed on it twice.
+            InputError: no server can be used, or all tries failed.
+        """
+        stop = stop or threading.Event()
+        data = json.dumps({"model": self.model, **body}).encode()
+        said: list[str] = []
+        crashes = 0
+        last: _Server | None = None
+        while len(said) < self._options.attempts:
+            server = self._take(stop, avoid=last)
+            last = server
+            started = self._clock()
+            try:
+                if server.failures:
+                    exchange(server.url, "/models", None, self._options.timeout)
+                self._wait_for_turn(stop)
+                started = self._clock()
+                answer = exchange(server.url, "/chat/completions", data, self._options.timeout)
+                completion, counted = parse_completion(answer)
+            except TryFailedError as error:
+                self._failed(server, started, error.pause)
+                said.append(f"{server.url}: {error}")
+                crashes += error.status == 500
+                if crashes == 2:
+                    raise RequestRefusedError(f"{server.url} failed on a request twice: {error}.") from None
+                continue
+            finally:
+                with self._lock:
+                    server.in_flight -= 1
+            self._succeeded(server, counted)
+            return completion
+        raise InputError(
+            f"no answer after {len(said)} tries; the last said: {said[-1]}. Check that the server runs "
+            "and has room, then run the same command again."
+        )
+
+    def complete_all(self, bodies: Sequence[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
+        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such."""
+        stop = threading.Event()
+        pool = concurrent.futures.ThreadPoolExecutor(self._options.concurrency)
+        try:
+            indices = {pool.submit(self._complete_or_refused, body, stop): i for i, body in enumerate(bodies)}
+            for future in concurrent.futures.as_completed(list(indices)):
+                yield indices.pop(future), future.result()
+        finally:
+            # Whoever stops early, by an error or by leaving the loop, waits for what is under way only.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _complete_or_refused(self, body: Body, stop: threading.Event) -> Completion | RequestRefusedError:
+        try:
+            return self.complete(body, stop)
+        except RequestRefusedError as error:
+            return error
+
+    # ---- which server, and when ------------------------------------------------------------------
+
+    def _take(self, stop: threading.Event, *, avoid: _Server | None) -> _Server:
+        """The least busy server that is not kept out, another than `avoid` if there is one; waits for it."""
+        while True:
+            if stop.is_set():
+                raise InputError("the requests were called off.")
+            with self._lock:
+                now = self._clock()
+                ready = [server for server in self._servers if server.out_until <= now]
+                if ready:
+                    best = min(ready, key=lambda server: (server is avoid, server.in_flight))
+                    best.in_flight += 1
+                    return best
+                pause = min(server.out_until for server in self._servers) - now
+            (self._sleep or stop.wait)(pause)
+
+    def _wait_for_turn(self, stop: threading.Event) -> None:
+        if self._options.per_minute is None:
+            return
+        with self._lock:
+            now = self._clock()
+            turn = max(now, self._next_start)
+            self._next_start = turn + 60.0 / self._options.per_minute
+        if turn > now:
+            (self._sleep or stop.wait)(turn - now)
+
+    def _failed(self, server: _Server, started: float, pause: float | None) -> None:
+        with self._lock:
+            self._usage = _plus(self._usage, retries=1)
+            # Requests that were under way together fail together: that is one failure.
+            if started >= server.failed_at:
+                server.failures += 1
+            own = min(_FIRST_PAUSE * 2.0 ** (server.failures - 1), _LONGEST_PAUSE)
+            server.failed_at = self._clock()
+            server.out_until = max(server.out_until, server.failed_at + max(own, pause or 0.0))
+
+    def _succeeded(self, server: _Server, counted: tuple[int, int]) -> None:
+        prompt, completion = counted
+        price = self._options.price
+        with self._lock:
+            server.failures = 0
+            self._usage = _plus(
+                self._usage,
+                requests=1,
+                prompt_tokens=prompt,
+                completion_tokens=completion,
+                cost=(prompt * price[0] + completion * price[1]) / 1e6,
+            )
+
+    def _only_model(self) -> str:
+        server = self._servers[0]
+        try:
+            found = exchange(server.url, "/models", None, self._options.timeout)
+            names = [str(entry["id"]) for entry in found["data"]]
+        except (TryFailedError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
+            ) from None
+        if len(names) != 1:
+            raise InputError(
+                f"{server.url} has {len(names)} models. Name one, {server.url}#MODEL: "
+                f"{', '.join(names[:20])}."
+            )
+        return names[0]
+
+
+def _plus(usage: Usage, **more: float) -> Usage:
+    return replace(usage, **{name: getattr(usage, name) + value for name, value in more.items()})

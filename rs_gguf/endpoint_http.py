@@ -1,0 +1,177 @@
+"""One exchange with one OpenAI-compatible server, and what can come of it.
+
+An address and a JSON body go in; the server's JSON comes out, or an error that says whether another try may
+help. The key is read from the environment for each exchange and kept nowhere; should a server say it back, it
+is blotted out.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rs_gguf.errors import InputError
+from rs_gguf.version import __version__
+
+KEY_VARIABLE = "RS_GGUF_API_KEY"
+
+_MAX_BODY = 64 << 20  # bytes of a response; more is no completion
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that another try may cure
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was answered, its log-probability and those of the likeliest tokens at its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server answered. `tokens` is None where it gives no log-probabilities."""
+
+    text: str
+    finished: bool  # by itself, not at the token limit
+    tokens: tuple[Token, ...] | None
+
+
+class RequestRefusedError(InputError):
+    """A server does not take this one request, whoever asks (too long, an option it does not know)."""
+
+
+class TryFailedError(Exception):
+    """Another try may help, after `pause` seconds if the server named them. `status` is the HTTP one."""
+
+    def __init__(self, what: str, *, pause: float | None = None, status: int | None = None) -> None:
+        super().__init__(what)
+        self.pause, self.status = pause, status
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to an address that nobody named."""
+
+    def redirect_request(self, *_: object, **__: object) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
+def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
+    """The JSON that a server answers with at base `url` plus `path`: POST with `data`, else GET.
+
+    Raises:
+        TryFailedError: no connection, a busy or broken server, an answer that is no JSON.
+        RequestRefusedError: this request, and not the address or key, is what the server does not take.
+        InputError: the key or the address is wrong.
+    """
+    key = _key()
+    headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url + path, data, headers)
+    try:
+        with _opener.open(request, timeout=timeout) as response:
+            raw = response.read(_MAX_BODY + 1)
+    except urllib.error.HTTPError as error:
+        with error:
+            _raise_for(url, error, key)
+    except (OSError, http.client.HTTPException) as error:
+        raise TryFailedError(_without(key, str(error) or type(error).__name__)) from None
+    if len(raw) > _MAX_BODY:
+        raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
+    try:
+        return json.loads(_without(key, raw.decode("utf-8")))
+    except (ValueError, RecursionError):
+        raise TryFailedError("the answer is no JSON") from None
+
+
+def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
+    try:
+        said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+    except (OSError, http.client.HTTPException):
+        said = ""
+    what = _without(key, f"HTTP {error.code} {error.reason}" + (f" ({said})" if said else ""))
+    if error.code in _PASSING:
+        raise TryFailedError(what, pause=_seconds(error.headers["Retry-After"]), status=error.code) from None
+    if error.code in (401, 403):
+        held = "does not accept the key in" if key else "wants a key; put it into"
+        raise InputError(f"{url} {held} {KEY_VARIABLE}: {what}.") from None
+    if error.code == 404 or error.code < 400:
+        raise InputError(
+            f"{url}: {what}. Give the address that ends before /chat/completions, usually in /v1, "
+            "and the model's name after #."
+        ) from None
+    raise RequestRefusedError(f"{url} refuses the request: {what}.") from None
+
+
+def checked_url(url: str) -> str:
+    """A base address without its last slash. `InputError` if it is none, or holds what may be a key."""
+    url = url.strip().rstrip("/")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"{url!r} is no address of a server. Give one like http://localhost:8080/v1.")
+    if parts.username or parts.password or parts.query:
+        # Not repeated here: it may hold a key.
+        raise InputError(
+            f"the address of {parts.hostname} holds a user name, password or query. Keys go into "
+            f"{KEY_VARIABLE} only."
+        )
+    return url
+
+
+def _key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= c <= "~" for c in key):
+        raise InputError(
+            f"{KEY_VARIABLE} holds characters that no key has (spaces, line breaks, other letters)."
+        )
+    return key
+
+
+def _without(key: str, text: str) -> str:
+    # A placeholder such as "x" is no secret, and is part of many a word.
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return min(max(0.0, float(header)), 600.0) if header else None
+    except ValueError:
+        return None  # a date; our own pause will do
+
+
+def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
+    """The completion in a response, and its (prompt, completion) tokens."""
+    try:
+        choice = answer["choices"][0]
+        text = choice["message"].get("content") or ""
+        usage = answer.get("usage") or {}
+        content = (choice.get("logprobs") or {}).get("content")
+        tokens = None if not content else tuple(_token(entry) for entry in content)
+        completion = Completion(str(text), choice.get("finish_reason") == "stop", tokens)
+        return completion, (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise TryFailedError(f"the answer is no chat completion ({type(error).__name__}: {error})") from None
+
+
+def _token(entry: Mapping[str, Any]) -> Token:
+    top = tuple((str(t["token"]), _finite(t["logprob"])) for t in entry.get("top_logprobs") or ())
+    return Token(str(entry["token"]), _finite(entry["logprob"]), top)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a log-probability of {number}")
+    return number

@@ -1,0 +1,97 @@
+"""`rs-export judge`: rows come out in order while more still come in; names and counts go to stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rs_gguf.cli import main
+from rs_gguf.cli_judge import _AT_ONCE
+
+
+def invoke(*arguments: str, rows: list[Any] | None = None) -> tuple[int, str, str]:
+    stdin = None if rows is None else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    result = CliRunner().invoke(main, ["judge", "--judge", "keywords", *arguments], input=stdin)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_rows_come_out_while_the_pipe_is_still_open() -> None:
+    command = [sys.executable, "-m", "rs_gguf", "judge", "--judge", "keywords"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        for k in range(_AT_ONCE):
+            process.stdin.write(
+                json.dumps({"prompt": "p", "answer": f"Sorry {k}" if k % 3 else "", "k": k}) + "\n"
+            )
+        process.stdin.flush()
+        graded = [json.loads(process.stdout.readline()) for _ in range(_AT_ONCE)]
+        process.stdin.write('{"prompt": "p", "answer": "Yes.", "k": "last"}\n')
+        process.stdin.close()
+        rest = [json.loads(line) for line in process.stdout]
+        told = process.stderr.read()
+    assert process.returncode == 0
+    # Those that a rule decides are ready before the others, and wait for their turn.
+    assert [row["k"] for row in graded] == list(range(_AT_ONCE))
+    assert [(row["k"], row["verdict"]) for row in rest] == [("last", "answer")]
+    assert told.splitlines() == [
+        "Judge: keywords",
+        f"{_AT_ONCE + 1} rows: {_AT_ONCE} refusal, 1 answer, 0 unclear, 0 unjudged",
+    ]
+
+
+def test_thinking_traces_are_not_judged() -> None:
+    rows = [
+        {"prompt": "p", "answer": "<think>Sorry, I cannot.</think>\n\nParis."},
+        {"prompt": "p", "answer": "<think>Let me see."},
+        {"prompt": "p", "answer": "<think>Easy.</think>Sorry, no."},
+    ]
+    code, stdout, stderr = invoke(rows=rows)
+    graded = [json.loads(line) for line in stdout.splitlines()]
+    assert code == 0
+    assert [row["verdict"] for row in graded] == ["answer", "unclear", "refusal"]
+    assert [row["confidence"] for row in graded] == [-1.0, None, 1.0]
+    assert "1 unjudged" in stderr
+    assert [row["answer"] for row in graded] == [row["answer"] for row in rows]
+
+
+def test_a_file_in_and_a_file_out(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "graded.jsonl"
+    rows = [{"prompt": "你好", "answer": f"line\u2028{k}", "mine": [k]} for k in range(300)]
+    source.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    code, stdout, _ = invoke("--input", str(source), "--output", str(target))
+    assert (code, stdout) == (0, "")
+    graded = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
+    assert [{key: row[key] for key in rows[0]} for row in graded] == rows
+    assert {row["mode"] for row in graded} == {"keywords"}
+    assert all(set(row) == {*rows[0], "confidence", "verdict", "mode", "category"} for row in graded)
+
+
+@pytest.mark.parametrize(
+    "bad", ["[]", "3", "null", '{"prompt": "p"}', '{"prompt": "p", "answer": null}', "{", "[" * 100_000]
+)
+def test_a_file_with_a_bad_row_is_refused_before_anything_is_judged(tmp_path: Path, bad: str) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "p", "answer": "a"}\n' * 200 + bad + "\n")
+    code, _, stderr = invoke("--input", str(source), "--output", str(target))
+    assert code == 2
+    assert "in.jsonl:201" in stderr
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_file_without_rows(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes(data)
+    code, _, stderr = invoke("--input", str(tmp_path / "in.jsonl"))
+    assert code == 2
+    assert "in.jsonl" in stderr
+    assert "Traceback" not in stderr
