@@ -9,12 +9,15 @@ DEMO := out/demo
 
 install: $(STAMP)
 
-# The multimodal part of llama.cpp is not used here, and takes a third of its build time.
+# The multimodal part of llama.cpp is not used here, and takes a third of its build time. A wheel that pip
+# kept from a build with other options may lack the library itself: then it is compiled again.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --group dev
 	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -c "import llama_cpp" || CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet \
+		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
 
 demo: install

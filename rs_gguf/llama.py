@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from rs_gguf.errors import InputError
 
 _log = logging.getLogger("rs_gguf.llama")
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h, which the binding does not name
 _recent_errors: deque[str] = deque(maxlen=8)
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
     message = text.decode("utf-8", "replace").strip()
-    if level >= 3 and message and level != 5:  # GGML_LOG_LEVEL_WARN = 2, ERROR = 3, CONT = 5
+    if level == _ERROR and message:
         _recent_errors.append(message)
     _log.debug(message)
 

@@ -11,11 +11,11 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -64,7 +64,8 @@ def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
 def load(path: Path, kind: Kind) -> list[Prompt]:
     """Read a user's prompt file: txt (one a line), csv, tsv, json, jsonl or parquet; column detected.
 
-    A row's split is its `split` column, else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
+    A row's split is its `split` column where all that stands there is fit, tune or test (a data set's own
+    `train` means something else), else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
 
     Raises:
         InputError: missing or empty file, unknown format, no column that holds prompts, or a bad row,
@@ -76,9 +77,6 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
     rows = []
     for line, row in _rows(path):
         text = _prompt_text(row, f"{path}:{line}")
-        split = _text_of(row, "split") or _drawn_split(text)
-        if split not in SPLITS:
-            raise InputError(f"{path}:{line}: split {split!r}; fit, tune and test are accepted.")
         rows.append(
             Prompt(
                 prompt=text,
@@ -87,11 +85,13 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
                 topic=_text_of(row, "topic") or _text_of(row, "category"),
                 form=_text_of(row, "form"),
                 language=_text_of(row, "language"),
-                split=split,
+                split=cast(Split, _text_of(row, "split")),
             )
         )
     if not rows:
         raise InputError(f"{path} holds no prompts. Give at least one row.")
+    named = {row.split for row in rows} <= {*SPLITS, ""}
+    rows = [row if named and row.split else replace(row, split=_drawn_split(row.prompt)) for row in rows]
     return list({row.id: row for row in rows}.values())
 
 

@@ -127,6 +127,14 @@ def test_equal_prompts_count_once(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "file.txt", "one\ntwo\none\n")) == ["one", "two"]
 
 
+def test_the_splits_of_another_data_set_are_not_ours(tmp_path: Path) -> None:
+    lines = [f"prompt number {i}" for i in range(40)]
+    plain = load(write(tmp_path / "plain.txt", "\n".join(lines)), "benign")
+    rows = [{"prompt": line, "split": "test" if i % 2 else "train"} for i, line in enumerate(lines)]
+    theirs = load(write(tmp_path / "theirs.json", json.dumps(rows)), "benign")
+    assert [p.split for p in theirs] == [p.split for p in plain]
+
+
 def test_splits_are_drawn_by_the_prompt_itself(tmp_path: Path) -> None:
     lines = [f"prompt number {i}" for i in range(400)]
     drawn = {p.prompt: p.split for p in load(write(tmp_path / "a.txt", "\n".join(lines)), "benign")}
@@ -193,11 +201,6 @@ def test_parquet_without_pyarrow_says_what_to_install(
         ("f.jsonl", '{"prompt": "a\\ud800b"}\n', r"f\.jsonl:1: .*lone surrogate"),
         ("f.jsonl", "[" * 200_000, r"f\.jsonl:1: not valid JSON"),
         ("f.jsonl", "9" * 5000, r"f\.jsonl:1: "),
-        (
-            "f.jsonl",
-            '{"prompt": "one", "split": "train"}\n',
-            r"f\.jsonl:1: split 'train'; fit, tune and test",
-        ),
         ("f.json", '{"a": 1}', "expected a JSON list"),
         ("f.json", '"one"', "expected a JSON list"),
         ("f.json", '["one", null]', r"f\.json:2: a row must be text"),

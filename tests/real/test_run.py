@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from rs_gguf import control_vector, proof
+from rs_gguf import control_vector, lora, proof
 from rs_gguf.cli import main
+from rs_gguf.llama import LlamaModel
 
 pytestmark = pytest.mark.real
 
 SMALL = [
     "prompts.fit=14", "prompts.tune=10", "prompts.test=4", "answers.tokens=16", "answers.test_tokens=24",
     "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']", "fit.ridges=[1.0]",
+    "fit.gate_ridges=[1.0]",
 ]  # fmt: skip
 LINES = (
     "Answering prompts", "Judging answers", "Reading activations", "Fitting directions",
@@ -72,6 +74,11 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
         assert 0 <= low <= found["refusal_steered"] <= high <= 1
     assert metrics["proof"]["effect_observed"] is True
     assert "--control-vector-scaled" in metrics["llama_cpp"]["command"]
+    adapter = metrics["adapter"]
+    assert adapter["file"] == "remove-adapter.gguf"
+    assert set(adapter["sets"]) == set(metrics["sets"])
+    assert adapter["proof"]["effect_observed"] is True
+    assert "--lora" in adapter["llama_cpp"]["command"]
     assert set(metrics["seconds"]) >= {"answer", "score", "capture", "fit", "tune", "write", "measure"}
     rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
     assert len(rows) == 12
@@ -81,12 +88,13 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
 
 def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> None:
     out, _ = finished
-    before = (out / "remove.gguf").read_bytes()
+    files = [out / "remove.gguf", out / "remove-adapter.gguf"]
+    before = [file.read_bytes() for file in files]
     again = subprocess.run(command(out, "--json"), capture_output=True, text=True, check=False)
     assert again.returncode in (0, 1), again.stderr
     assert again.stderr.count("done before") == len(LINES)
     assert json.loads(again.stdout)["vector"]["file"] == "remove.gguf"
-    assert (out / "remove.gguf").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_the_written_file_moves_the_model_by_its_directions(
@@ -99,6 +107,18 @@ def test_the_written_file_moves_the_model_by_its_directions(
     assert shown.largest_relative_error < proof.TOLERANCE
     assert shown.kl_mean > 0
     assert vector.provenance["measured"] is True
+
+
+def test_the_written_adapter_moves_the_model_by_its_matrices(
+    finished: tuple[Path, list[list[str]]], real_model: Path
+) -> None:
+    out, _ = finished
+    with LlamaModel(real_model, n_parallel=4, n_ctx=1024) as model:
+        shown = proof.prove(out / "remove-adapter.gguf", model)
+    assert shown.effect_observed
+    assert shown.largest_relative_error < proof.ADAPTER_TOLERANCE
+    assert shown.kl_mean > 0
+    assert lora.read(out / "remove-adapter.gguf").provenance["measured"] is True
 
 
 def test_check_proves_the_effect_and_refuses_another_models_vector(
