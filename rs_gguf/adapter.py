@@ -2,11 +2,11 @@
 
 Inputs of the matrices that write to the residual stream (last prompt token, and tokens that must stay quiet),
 block outputs and judged labels enter; for each block a *read* direction per matrix and a *write* direction
-leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of refused sensitive prompts and 0 to the
-means of answered benign and of refused harmful ones, with the least energy on everything else: minimum-
-variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`.
-The write d is what the block adds to the difference of sensitive refused and benign means. This goes beyond
-García-Ferrero et al. (arXiv 2512.16602), whose vector moves every prompt alike.
+leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts and 0 to the means
+of benign and of harmful ones, with the least energy on everything else: minimum-variance beamforming under
+linear constraints (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The write d is what the
+block adds to the difference of refused sensitive and answered benign means. This goes beyond García-Ferrero
+et al. (arXiv 2512.16602), whose vector moves every prompt alike.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
 from rs_gguf.ridge import RidgeSystem, check_ridges
 
-# Matrices whose product is added to the residual stream, and the graph's names for what they multiply.
+# Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
+# last step first, since llama.cpp's build_ffn names them one after another.
 WRITERS: Mapping[str, Sequence[str]] = {
     "attn_output": ("kqv_out",),
     "ffn_down": (
+        "ffn_gate_par",
+        "ffn_swiglu_limited",
         "ffn_swiglu",
         "ffn_geglu",
-        "ffn_gate_par",
+        "ffn_reglu",
+        "ffn_act",
         "ffn_gelu",
         "ffn_silu",
+        "ffn_sqr(relu)",
         "ffn_relu",
-        "ffn_relu_sqr",
     ),
 }
 QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
@@ -65,7 +69,7 @@ class WriterInputs:
 class Gates:
     """Reads for every ridge and block, and the difference of class means that the writes are made of.
 
-    `reads`: by matrix, [R, L, W] fp64, in units in which the mean refused sensitive input answers 1.
+    `reads`: by matrix, [R, L, W] fp64, in units in which the mean sensitive input answers 1.
     `contrast` [L, D]: mean block output of refused sensitive minus answered benign prompts.
     """
 
@@ -99,6 +103,8 @@ def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
     none is left.
     """
     present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
+    if any(name.startswith("ffn_moe_") for name in present):
+        present &= set(WRITERS["attn_output"])  # the other names are those of a shared expert
     found = {
         writer: next(tensor for tensor in tensors if tensor in present)
         for writer, tensors in WRITERS.items()
@@ -124,50 +130,64 @@ def fit_gates(
 ) -> Gates:
     """Closed-form gates for every block of `residuals` [N, L, D] and every ridge.
 
-    labels: judged confidence, which weights the samples, with kinds; `groups` are cells (topics, forms,
-    languages) whose harmful and benign means must stay quiet too, as far as the metric allows.
+    labels: kinds, which the reads tell apart, and judged confidence, which weights the samples of the
+    contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
+    too, as far as the metric allows.
     ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
 
     Raises:
         InputError: a class without samples, or a block whose inputs cannot tell the classes apart.
     """
     grid = check_ridges(ridges)
-    classes = _classes(labels)
+    kinds = _kinds(labels)
+    difference = _difference(labels)
     n_layers = residuals.shape[1]
-    mean = {name: weights / weights.sum() for name, weights in classes.items()}
-    cells = _cells(labels, classes)
+    mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
+    cells = _cells(labels, kinds)
     reads = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
-        difference = mean["sensitive"] - mean["benign"]
         contrast = np.stack(
-            [difference @ residuals[:, layer].astype(np.float64) for layer in range(n_layers)]
+            [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
         )
         for layer in range(n_layers):
             for writer, rows in inputs.items():
-                reads[writer][:, layer] = _read(rows, layer, mean, cells, grid, quiet)
+                reads[writer][:, layer] = _read(rows, layer, writer, mean, cells, grid, quiet)
             advance(1)
     return Gates(grid, reads, contrast)
 
 
-def _classes(labels: Labels) -> dict[str, Float64]:
-    """Weights [N] of the three classes: what the gate opens for, and what it stays shut for."""
-    wanted = {
-        "sensitive": labels.kind("sensitive") & labels.refused(NEUTRAL),
-        "benign": labels.kind("benign") & labels.answered(NEUTRAL),
-        "harmful": labels.kind("harmful") & labels.refused(NEUTRAL),
-    }
-    for name, mask in wanted.items():
+def _kinds(labels: Labels) -> dict[str, Float64]:
+    """Weights [N] of the three kinds of prompts, what the gate opens for first.
+
+    Refused or not: what a read tells apart is the subject. Prompts that the model answers are samples of it
+    like the others, and there it is no loss to open.
+    """
+    kinds = {kind: labels.kind(kind) for kind in ("sensitive", "benign", "harmful")}
+    for kind, mask in kinds.items():
         if not mask.any():
-            verdict = "answered" if name == "benign" else "refused"
-            raise InputError(f"gated adapter: no {verdict} {name} prompt to fit on; add some.")
-    return {name: labels.weighted(mask, by_confidence=True) for name, mask in wanted.items()}
+            raise InputError(f"gated adapter: no {kind} prompt to fit on; add some.")
+    return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
 
 
-def _cells(labels: Labels, classes: Mapping[str, Float64]) -> list[Float64]:
-    """Normalised weights [N] of each cell of the quiet classes with enough samples."""
+def _difference(labels: Labels) -> Float64:
+    """Weights [N] that sum to 1 over refused sensitive and to −1 over answered benign prompts."""
+    sides = []
+    for verdict, mask in (
+        ("refused sensitive", labels.kind("sensitive") & labels.refused(NEUTRAL)),
+        ("answered benign", labels.kind("benign") & labels.answered(NEUTRAL)),
+    ):
+        if not mask.any():
+            raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
+        weights = labels.weighted(mask, by_confidence=True)
+        sides.append(weights / weights.sum())
+    return sides[0] - sides[1]
+
+
+def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
+    """Normalised weights [N] of each cell of the quiet kinds with enough samples."""
     cells = []
     for names in labels.groups.T:
-        for weights in (classes["harmful"], classes["benign"]):
+        for weights in (kinds["harmful"], kinds["benign"]):
             for cell in sorted({str(name) for name in names[weights > 0]} - {""}):
                 inside = np.where(names == cell, weights, 0.0)
                 if np.count_nonzero(inside) >= MIN_CELL:
@@ -178,6 +198,7 @@ def _cells(labels: Labels, classes: Mapping[str, Float64]) -> list[Float64]:
 def _read(
     rows: WriterInputs,
     layer: int,
+    writer: str,
     mean: Mapping[str, Float64],
     cells: Sequence[Float64],
     ridges: Float64,
@@ -188,7 +209,8 @@ def _read(
     S is AᵀA of the rows that should not answer: samples about their class mean, other tokens and cell means
     as they are.
     """
-    last = np.asarray(rows.last[:, layer], dtype=np.float64)
+    name = f"what {writer} multiplies"
+    last = _block(rows.last, layer, name)
     means = np.stack([weights @ last for weights in mean.values()], axis=1)  # [W, 3]
     parts = []
     for column, weights in zip(means.T, mean.values(), strict=True):
@@ -196,11 +218,15 @@ def _read(
         parts.append((last[used] - column) * np.sqrt(weights[used] / len(mean))[:, np.newaxis])
     for tokens in (rows.quiet, rows.constant):
         if len(tokens):
-            parts.append(np.asarray(tokens[:, layer], dtype=np.float64) * np.sqrt(quiet / len(tokens)))
+            parts.append(_block(tokens, layer, name) * np.sqrt(quiet / len(tokens)))
     if cells:
         parts.append(np.stack(cells) @ last / np.sqrt(len(cells)))
     factor = np.concatenate(parts)
     system = _system(factor)
+    if system.trace == 0.0:
+        raise InputError(
+            f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
+        )
     solved = system.solve(means, ridges * (system.trace / factor.shape[1]))  # [R, W, 3]
     wanted = np.array([1.0, 0.0, 0.0])
     found = np.empty((len(ridges), factor.shape[1]))
@@ -213,6 +239,17 @@ def _read(
             )
         found[k] = pulls @ np.linalg.solve(gram, wanted)
     return found
+
+
+def _block(rows: Any, layer: int, name: str) -> Float64:
+    """Rows [n, W] of one block in fp64."""
+    block = np.asarray(rows[:, layer], dtype=np.float64)
+    if not np.isfinite(block).all():
+        raise InputError(
+            f"gated adapter: block {layer}: {name} holds NaN or Inf: the model overflows on some prompt. Use "
+            "another build of it, or a control vector."
+        )
+    return block
 
 
 def _system(factor: Float64) -> RidgeSystem:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.adapter import WriterInputs, writer_inputs
+from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.targets import TorchModel
 
@@ -47,7 +48,7 @@ def capture(
         for i, found in model.activations([c.prompt for c in conversations], layers=layers):
             block[i] = found["l_out"]
         return {"activations": block}
-    writers = writer_inputs(model.graph_tensors(), layer=1)
+    writers = _writers(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
         sequence, places = _places(conversation, prefix, number, np.random.default_rng((seed, number)))
@@ -73,12 +74,27 @@ def capture(
 
 def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> Arrays:
     """`<matrix>/constant` [T, L, W] at the T tokens that the chat template puts before every prompt."""
-    writers = writer_inputs(model.graph_tensors(), layer=1)
+    writers = _writers(model)
+    if not writers:
+        return {}
+    places = range(max(prefix, 1))  # one for the shape, where the template puts nothing
     read = model.token_activations(
-        [prompt[:prefix]], [range(prefix)], layers=range(model.n_layer), tensors=tuple(writers.values())
+        [prompt[: len(places)]], [places], layers=range(model.n_layer), tensors=tuple(writers.values())
     )
     rows = [found for _, _, found in read]
-    return {f"{writer}/constant": np.stack([r[name] for r in rows]) for writer, name in writers.items()}
+    return {
+        f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] for writer, name in writers.items()
+    }
+
+
+def _writers(model: LlamaModel) -> dict[str, str]:
+    """The writing matrices that every block has, and what they multiply; none where blocks differ."""
+    names = model.graph_tensors()
+    try:
+        found = [writer_inputs(names, layer) for layer in range(model.n_layer)]
+    except InputError:  # a block without any: control vectors are left
+        return {}
+    return {writer: name for writer, name in found[0].items() if all(f.get(writer) == name for f in found)}
 
 
 def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:

@@ -101,7 +101,8 @@ def run_command(
         click.echo(json.dumps(metrics, indent=2, ensure_ascii=False))
     else:
         _print_metrics(metrics, out)
-    if not metrics["gate"]["passed"]:
+    written = [metrics, metrics["adapter"]] if "adapter" in metrics else [metrics]
+    if not any(found["gate"]["passed"] for found in written):
         sys.exit(1)
 
 
@@ -125,37 +126,10 @@ for _command in (
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    table = Table(title="Refused, before and after (95 % interval)", title_justify="left")
-    for column in ("prompts", "n", "before", "after", "wanted"):
-        table.add_column(column, justify="right" if column == "n" else "left")
-    wanted = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
-    for kind, found in metrics["sets"].items():
-        table.add_row(
-            kind, str(found["n"]),
-            _rate(found["refusal_baseline"], found["ci95_baseline"]),
-            _rate(found["refusal_steered"], found["ci95_steered"]),
-            wanted.get(kind, ""),
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"Judge: {metrics['judge']}; {metrics['test_tokens']} tokens an answer"
-        + ("; a stratified subset of the test prompts." if metrics["subset"] else "."),
-        highlight=False,
-    )
-    gate = metrics["gate"]
-    if gate["passed"]:
-        console.print("[bold green]Gate passed.[/]")
-    else:
-        console.print("[bold red]Gate not passed:[/] " + "; ".join(gate["reasons"]) + ".", highlight=False)
-    click.echo(f"\n{out / 'remove.gguf'}   report: {out / 'report.html'}   card: {out / 'card.md'}")
-    click.echo(f"\nUse it:\n{metrics['llama_cpp']['command']}")
+    from rs_gguf.reporting.terminal import print_results
 
-
-def _rate(rate: float, interval: list[float]) -> str:
-    return f"{rate:6.1%}  ({interval[0]:.0%} to {interval[1]:.0%})"
+    print_results(Console(), metrics, out)
 
 
 @main.group(cls=_Group)

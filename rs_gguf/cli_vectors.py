@@ -1,16 +1,21 @@
-"""The `rs-export` commands on control vector files: check, inspect, convert, combine."""
+"""The `rs-export` commands on files of control vectors and adapters: check, inspect, convert, combine."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from rs_gguf.lora import LoraAdapter
+    from rs_gguf.steering import SteeringVector
 
 _FORMATS = (
     "cvector-generator",
@@ -30,9 +35,13 @@ _FILE = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def check(file: Path, model: str | None, as_json: bool) -> None:
     """Say whether llama.cpp will use FILE as it was meant, with every reason why not. Exit code 0 or 1."""
-    from rs_gguf import models
-    from rs_gguf.control_vector import check as check_file
+    from rs_gguf import control_vector, lora, models
 
+    try:
+        adapter = lora.is_adapter(file)
+    except InputError:
+        adapter = False  # either check says what is wrong with the container
+    check_file = lora.check if adapter else control_vector.check
     report = check_file(file, models.resolve(model) if model else None)
     if as_json:
         proof = dataclasses.asdict(report.proof) if report.proof is not None else None
@@ -49,8 +58,9 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
         if report.loader_says:
             click.echo(f"llama.cpp would log: {report.loader_says}")
         if report.proof is not None and report.proof.effect_observed:
+            moves = "the residual moves by B A x" if adapter else "every block moves by its direction"
             click.echo(
-                "effect observed on the model: every block moves by its direction (largest relative error "
+                f"effect observed on the model: {moves} (largest relative error "
                 f"{report.proof.largest_relative_error:.1e}); next-token KL {report.proof.kl_mean:.4f} nats"
             )
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
@@ -59,22 +69,11 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--against", type=_FILE, help="Also show the cosine to this file's directions.")
+@click.option("--against", type=_FILE, help="Also show the cosine to what this file adds.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def inspect(file: Path, against: Path | None, as_json: bool) -> None:
-    """Show what is in FILE: layers, norms, provenance, calibration, metrics."""
-    from rs_gguf.control_vector import read
-    from rs_gguf.convert import cosines
-
-    vector = read(file)
-    value: dict[str, Any] = {
-        "file": str(file), "architecture": vector.architecture, "width": vector.width,
-        "layers": vector.layers,
-        "norms": {str(layer): norm for layer, norm in vector.norms.items()},
-        "provenance": dict(vector.provenance),
-    }  # fmt: skip
-    if against is not None:
-        value["cosine"] = {str(layer): c for layer, c in cosines(vector, read(against)).items()}
+    """Show what is in FILE: blocks, matrices, norms, provenance, calibration, metrics."""
+    value = _facts(file, against)
     if as_json:
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
         return
@@ -84,33 +83,107 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
 
     console = Console()
     facts = Table("fact", "value", show_header=False, box=None)
-    for name in ("file", "architecture", "width"):
-        facts.add_row(name, Text(str(value[name])))
-    for name, entry in vector.provenance.items():
+    for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
+        if name in value:
+            facts.add_row(name, Text(str(value[name])))
+    for name, entry in value["provenance"].items():
         facts.add_row(Text(name), Text(str(entry)))
     console.print(facts)
-    table = Table("block", "norm", *(["cosine"] if against else []))
-    for layer, norm in value["norms"].items():
-        cosine = value.get("cosine", {}).get(layer)
+    table = Table("block" if value["kind"] == "control vector" else "matrix", "norm")
+    if against is not None:
+        table.add_column("cosine")
+    for name, norm in value["norms"].items():
+        cosine = value.get("cosine", {}).get(name)
         extra = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
-        table.add_row(layer, f"{norm:.3f}", *extra)
+        table.add_row(name, f"{norm:.4g}", *extra)
     console.print(table)
+
+
+def _facts(file: Path, against: Path | None) -> dict[str, Any]:
+    """What `inspect` shows, as it stands in its JSON."""
+    from rs_gguf import convert, lora
+
+    files = [file] if against is None else [file, against]
+    if adapters := _adapters(files):
+        adapter = adapters[0]
+        value: dict[str, Any] = {
+            "file": str(file), "kind": "adapter", "architecture": adapter.architecture,
+            "layers": adapter.layers, "matrices": adapter.matrices, "rank": adapter.rank,
+            "norms": adapter.norms, "provenance": dict(adapter.provenance),
+        }  # fmt: skip
+        return value if against is None else {**value, "cosine": lora.cosines(*adapters)}
+    vectors = _vectors(files)
+    vector = vectors[0]
+    value = {
+        "file": str(file), "kind": "control vector", "architecture": vector.architecture,
+        "width": vector.width, "layers": vector.layers,
+        "norms": {str(layer): norm for layer, norm in vector.norms.items()},
+        "provenance": dict(vector.provenance),
+    }  # fmt: skip
+    if against is not None:
+        value["cosine"] = {str(layer): c for layer, c in convert.cosines(*vectors).items()}
+    return value
+
+
+def _adapters(files: Sequence[Path]) -> list[LoraAdapter]:
+    """The adapters in `files`, none when all are vectors. `InputError` when they are of both kinds."""
+    from rs_gguf import lora
+
+    kinds = {path: lora.is_adapter(path) for path in files}
+    if len(set(kinds.values())) > 1:
+        vector, adapter = (next(p for p in files if kinds[p] is kind) for kind in (False, True))
+        raise InputError(
+            f"{vector} is a control vector and {adapter} a LoRA adapter: one adds to a block's output, the "
+            "other to a matrix, so they have no common sum or cosine. llama.cpp loads both side by side: "
+            f"--control-vector {vector} --lora {adapter}."
+        )
+    return [lora.read(path) for path in files if kinds[path]]
+
+
+def _vectors(files: Sequence[Path]) -> list[SteeringVector]:
+    from rs_gguf.control_vector import read
+
+    return [read(path) for path in files]
 
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--from", "from_format", required=True, type=click.Choice(_FORMATS), help="Who wrote it.")
-@click.option("--output", required=True, type=_FILE)
+@click.option("--from", "from_format", type=click.Choice(_FORMATS), help="Who wrote the vector.")
+@click.option("--to", "to_format", type=click.Choice(("peft",)), help="For whom to write an adapter.")
+@click.option("--output", required=True, type=_FILE, help="A file; with --to peft, a folder.")
 @click.option("--base", type=int, help="Number that FILE gives to block 0, where the format leaves it open.")
-def convert(file: Path, from_format: str, output: Path, base: int | None) -> None:
-    """Turn another tool's vector into one that llama.cpp loads at the right layer."""
-    from rs_gguf.control_vector import write
-    from rs_gguf.convert import convert as convert_file
+@click.option("--model", metavar="M", help="With --to: the model, whose modules the adapter names.")
+def convert(
+    file: Path,
+    from_format: str | None,
+    to_format: str | None,
+    output: Path,
+    base: int | None,
+    model: str | None,
+) -> None:
+    """Turn another tool's vector into one that llama.cpp loads at the right layer (--from), or an adapter of
+    ours into another tool's (--to).
+    """
+    if (from_format is None) == (to_format is None):
+        raise InputError("Give either --from (another tool's vector) or --to (our adapter for another tool).")
+    if to_format is not None:
+        if model is None or base is not None:
+            raise InputError(
+                f"--to {to_format} needs --model, the model that FILE is for, and takes no --base."
+            )
+        from rs_gguf import lora, peft_export
 
-    conversion = convert_file(file, from_format, base=base)
-    write(conversion.vector, output)
-    for note in conversion.notes:
-        click.echo(note, err=True)
+        peft_export.export(lora.read(file), model, output)
+    else:
+        if model is not None:
+            raise InputError("--model goes with --to; another tool's vector is converted without a model.")
+        from rs_gguf.control_vector import write
+        from rs_gguf.convert import convert as convert_file
+
+        conversion = convert_file(file, str(from_format), base=base)
+        write(conversion.vector, output)
+        for note in conversion.notes:
+            click.echo(note, err=True)
     click.echo(output)
 
 
@@ -118,12 +191,14 @@ def convert(file: Path, from_format: str, output: Path, base: int | None) -> Non
 @click.argument("parts", nargs=-1, required=True, metavar="A.gguf[:W]...")
 @click.option("--output", required=True, type=_FILE)
 def combine(parts: tuple[str, ...], output: Path) -> None:
-    """Weighted sum of vectors."""
-    from rs_gguf.control_vector import read, write
-    from rs_gguf.convert import combine as combine_vectors
+    """Weighted sum of vectors, or of adapters."""
+    from rs_gguf import control_vector, convert, lora
 
-    weighted = [(read(path), weight) for path, weight in map(path_and_scale, parts)]
-    write(combine_vectors(weighted), output)
+    files, weights = zip(*map(path_and_scale, parts), strict=True)
+    if adapters := _adapters(files):
+        lora.write(lora.combine(list(zip(adapters, weights, strict=True))), output)
+    else:
+        control_vector.write(convert.combine(list(zip(_vectors(files), weights, strict=True))), output)
     click.echo(output)
 
 

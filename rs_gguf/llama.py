@@ -467,11 +467,17 @@ class LlamaModel:
         prefix = self._share_prefix(context, sequences, min(map(min, outputs)))
         # Of like length together, so that a batch is well filled.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        # llama.cpp cuts batches of models with a recurrent state where lengths differ, and the callback sees
+        # rows of each piece.
+        uneven = llama_cpp.llama_model_is_hybrid(self._model) or llama_cpp.llama_model_is_recurrent(
+            self._model
+        )
+        at_once = 1 if uneven and self._capture is not None else self.n_parallel
         start = 0
         while start < len(order):
             group: list[int] = []
             size = 0
-            while start < len(order) and len(group) < self.n_parallel:
+            while start < len(order) and len(group) < at_once:
                 length = len(sequences[order[start]]) - prefix
                 if group and size + length > self._n_batch:
                     break

@@ -7,22 +7,28 @@ control vector, what an adapter adds depends on the input. Formats: docs/adapter
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
 
+from rs_gguf.control_vector import CheckReport
 from rs_gguf.errors import InputError
 from rs_gguf.gguf_file import add_provenance, finish, metadata, provenance_of, schema_faults, write_verified
 from rs_gguf.gguf_guard import open_gguf
 from rs_gguf.steering import ProvenanceValue, checked_provenance
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-_NAME = re.compile(r"(blk\.\d+\.[a-z0-9_]+\.weight)\.lora_([ab])")
+_ALPHA = "adapter.lora.alpha"
+_NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +36,8 @@ class LoraAdapter:
     """Low-rank changes of named matrices: `factors` maps `blk.N.<matrix>.weight` to A [r, in], B [out, r].
 
     At scale 1.0 exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
-    which its loader compares; `provenance` is as in `SteeringVector`.
+    which its loader compares; `provenance` is as in `SteeringVector`. Arrays are copied, made read-only and
+    sorted by block.
 
     Raises:
         InputError: no matrix, shapes that do not multiply, numbers that are not finite, or a change of the
@@ -42,24 +49,27 @@ class LoraAdapter:
     provenance: Mapping[str, ProvenanceValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        faults = [fault for name, pair in self.factors.items() for fault in _factor_faults(name, *pair)]
-        if not self.factors:
+        factors = {name: (_copied(a), _copied(b)) for name, (a, b) in self.factors.items()}
+        faults = [fault for name, pair in factors.items() for fault in _factor_faults(name, *pair)]
+        if not factors:
             faults.append("the adapter changes no matrix")
         if not self.architecture:
             faults.append("the architecture is missing, and llama.cpp's loader compares it with the model's")
         if faults:
             raise InputError("; ".join(faults) + ". Fit the adapter again.")
-        factors = {
-            name: (np.ascontiguousarray(a, dtype=np.float32), np.ascontiguousarray(b, dtype=np.float32))
-            for name, (a, b) in sorted(self.factors.items(), key=lambda item: _order(item[0]))
-        }
-        object.__setattr__(self, "factors", factors)
+        ordered = dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+        object.__setattr__(self, "factors", ordered)
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
 
     @property
     def layers(self) -> list[int]:
         """The blocks that hold a changed matrix, ascending."""
         return sorted({_order(name)[0] for name in self.factors})
+
+    @property
+    def matrices(self) -> list[str]:
+        """The kinds of matrix that are changed in some block, such as `ffn_down`."""
+        return sorted({_order(name)[1] for name in self.factors})
 
     @property
     def rank(self) -> int:
@@ -69,15 +79,10 @@ class LoraAdapter:
     @property
     def norms(self) -> dict[str, float]:
         """Frobenius norm of each change B A."""
-        return {
-            name: float(np.sqrt(max(0.0, np.trace((b.T @ b) @ (a @ a.T)))))
-            for name, (a, b) in (
-                (name, (a.astype(np.float64), b.astype(np.float64))) for name, (a, b) in self.factors.items()
-            )
-        }
+        return {name: math.sqrt(max(0.0, _inner(pair, pair))) for name, pair in self.factors.items()}
 
     def same_as(self, other: LoraAdapter) -> bool:
-        """Whether every number, the architecture and the provenance are the same."""
+        """Whether every number, the architecture and the provenance with its types are the same."""
         return (
             list(self.factors) == list(other.factors)
             and all(
@@ -86,21 +91,113 @@ class LoraAdapter:
                 for x, y in zip(pair, other.factors[name], strict=True)
             )
             and self.architecture == other.architecture
-            and dict(self.provenance) == dict(other.provenance)
+            # 1 == 1.0 == True in Python, but not in a file; the keys are sorted.
+            and repr(self.provenance) == repr(other.provenance)
         )
 
 
 def write(adapter: LoraAdapter, path: str | Path) -> None:
     """Write for `--lora`, whole or not at all, read back and compared; the same content gives the same bytes.
 
-    Raises `InputError` when the place cannot be written, `GateError` when what was read back differs.
+    Raises `InputError` when no matrix would change or the place cannot be written, `GateError` when what was
+    read back differs.
     """
+    if not any(adapter.norms.values()):
+        raise InputError(f"Every change is zero: {path} would do nothing. Choose other weights or blocks.")
     write_verified(Path(path), lambda draft: _serialise(adapter, draft), lambda d: read(d).same_as(adapter))
 
 
 def read(path: str | Path) -> LoraAdapter:
     """Read an adapter that llama.cpp accepts. Raises `InputError` with every reason when it is none."""
-    reader = open_gguf(path)
+    found = _survey(open_gguf(path))
+    if isinstance(found, LoraAdapter):
+        return found
+    raise InputError(f"{path} is no usable LoRA adapter:\n" + "\n".join(f"- {reason}" for reason in found))
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a GGUF file says of itself that it is an adapter. Raises `InputError` when it is unsound."""
+    return bool(metadata(open_gguf(path)).get("general.type") == "adapter")
+
+
+def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
+    """Judge an adapter file by the rules of llama.cpp's loader, collecting every reason.
+
+    With `model`, a GGUF file, llama.cpp also loads it there, which compares names and shapes, and its effect
+    is proven (`rs_gguf.proof.prove_adapter`). Never raises for a bad adapter; `InputError` for a bad model.
+    """
+    try:
+        found = _survey(open_gguf(path))
+    except InputError as error:
+        return CheckReport(str(path), errors=(str(error),), warnings=())
+    if not isinstance(found, LoraAdapter):
+        return CheckReport(str(path), errors=tuple(found), warnings=())
+    errors: list[str] = []
+    zero = [name for name, norm in found.norms.items() if norm == 0.0]
+    warnings = [f"{zero} do nothing: their changes are zero."] if zero else []
+    if len(zero) == len(found.factors):
+        errors, warnings = ["Every change is zero: the file would do nothing."], []
+    proof = None
+    if model is not None and not errors:
+        from rs_gguf.llama import LlamaModel
+        from rs_gguf.proof import prove_adapter
+
+        with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
+            try:
+                proof = prove_adapter(Path(path), loaded)
+                errors += proof.reasons
+            except InputError as error:  # what llama.cpp's loader says of an adapter for another model
+                errors.append(str(error))
+    return CheckReport(str(path), tuple(errors), tuple(warnings), proof=proof)
+
+
+def combine(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
+    """The sum of weight × adapter, over the union of their matrices; ranks add up.
+
+    Equal to loading them all with `--lora-scaled`, up to rounding. The provenance of part i is kept under
+    `combine.i.`, its weight as `combine.i.weight`. Raises `InputError` when there is no part, a weight is not
+    finite, or the parts belong to different models.
+    """
+    if not parts:
+        raise InputError("There is nothing to combine; give at least one adapter.")
+    families = sorted({adapter.architecture for adapter, _ in parts})
+    if len(families) > 1:
+        raise InputError(f"The adapters are for {' and '.join(families)}: they belong to different models.")
+    total: dict[str, Factors] = {}
+    provenance: dict[str, ProvenanceValue] = {}
+    for index, (adapter, weight) in enumerate(parts):
+        if not math.isfinite(weight):
+            raise InputError(f"The weight {weight} of adapter {index} is not a finite number; give one.")
+        for name, (a, b) in adapter.factors.items():
+            with np.errstate(over="ignore"):  # the constructor below reports it
+                weighted = b * np.float32(weight)
+            if name not in total:
+                total[name] = a, weighted
+                continue
+            _same_shape(name, total[name], (a, b))
+            before = total[name]
+            total[name] = np.concatenate([before[0], a]), np.concatenate([before[1], weighted], axis=1)
+        provenance[f"combine.{index}.weight"] = float(weight)
+        provenance |= {f"combine.{index}.{key}": value for key, value in adapter.provenance.items()}
+    return LoraAdapter(total, families[0], provenance)
+
+
+def cosines(first: LoraAdapter, second: LoraAdapter) -> dict[str, float]:
+    """Cosine ⟨B A, B' A'⟩ / (‖B A‖ ‖B' A'‖) between the changes of each matrix that both change.
+
+    Raises `InputError` when a matrix has another shape in each.
+    """
+    found = {}
+    ours, theirs = first.norms, second.norms
+    for name, pair in first.factors.items():
+        if name in second.factors and ours[name] and theirs[name]:
+            _same_shape(name, pair, second.factors[name])
+            found[name] = _inner(pair, second.factors[name]) / (ours[name] * theirs[name])
+    return found
+
+
+def _survey(reader: GGUFReader) -> LoraAdapter | list[str]:
+    """The adapter in an opened file, or every reason why it is none."""
     values = metadata(reader)
     reasons = [
         f"{key} is {values.get(key)!r}; llama.cpp wants {wanted!r}"
@@ -108,24 +205,28 @@ def read(path: str | Path) -> LoraAdapter:
         if values.get(key) != wanted
     ]
     architecture = values.get("general.architecture")
-    if not isinstance(architecture, str):
+    if not isinstance(architecture, str) or not architecture:
         reasons.append("general.architecture is missing")
+    alpha = values.get(_ALPHA, 0.0)
+    # Another type aborts the whole process in llama.cpp, where the key is read.
+    if _ALPHA in values and reader.fields[_ALPHA].types != [GGUFValueType.FLOAT32]:
+        reasons.append(f"{_ALPHA} is no 32-bit float, which aborts llama.cpp")
+    elif not math.isfinite(alpha):
+        reasons.append(f"{_ALPHA} is {alpha}; a finite number is needed")
     reasons += schema_faults(values)
     halves = _halves(reader, reasons)
     if reasons:
-        raise InputError(f"{path} is no usable LoRA adapter:\n" + "\n".join(f"- {r}" for r in reasons))
-    alpha = float(values.get("adapter.lora.alpha") or 0.0)
+        return reasons
     factors = {}
     for name, pair in halves.items():
         a, b = pair["a"], pair["b"]
         # llama.cpp multiplies by alpha / rank, and by the scale alone where alpha is 0.
-        factors[name] = (a, b * np.float32(alpha / len(a)) if alpha else b)
-    return LoraAdapter(factors, str(architecture), provenance_of(values))
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a GGUF file says of itself that it is an adapter. Raises `InputError` when it is unsound."""
-    return bool(metadata(open_gguf(path)).get("general.type") == "adapter")
+        with np.errstate(over="ignore"):  # the constructor below reports it
+            factors[name] = (a, b * np.float32(alpha / len(a)) if alpha else b)
+    try:
+        return LoraAdapter(factors, str(architecture), provenance_of(values))
+    except InputError as error:
+        return [str(error)]
 
 
 def _halves(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
@@ -134,12 +235,12 @@ def _halves(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.N
         match = _NAME.fullmatch(tensor.name)
         if match is None:
             reasons.append(f"tensor {tensor.name!r}: only blk.N.<matrix>.weight.lora_a and .lora_b are used")
-        elif tensor.tensor_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            reasons.append(f"tensor {tensor.name!r} is {tensor.tensor_type.name}; F32 or F16 is needed")
+        elif tensor.tensor_type not in _FLOATS:
+            reasons.append(f"tensor {tensor.name!r} is {tensor.tensor_type.name}; F32, F16 or BF16 is needed")
         elif len(tensor.shape) != 2:
             reasons.append(f"tensor {tensor.name!r} has the shape {list(map(int, tensor.shape))}; 2-D needed")
         else:
-            halves.setdefault(match[1], {})[match[2]] = np.array(tensor.data, dtype=np.float32)
+            halves.setdefault(match[1], {})[match[2]] = dequantize(tensor.data, tensor.tensor_type)
     for name, pair in halves.items():
         if len(pair) != 2:
             reasons.append(f"{name}: lora_a and lora_b must both be there")
@@ -148,6 +249,13 @@ def _halves(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.N
     if not reader.tensors:
         reasons.append("the file holds no tensor")
     return halves
+
+
+def _copied(factor: Any) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # Inf is a fault with a name below
+        copy = np.array(factor, dtype=np.float32, order="C")
+    copy.flags.writeable = False
+    return copy
 
 
 def _factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> list[str]:
@@ -165,12 +273,27 @@ def _order(name: str) -> tuple[int, str]:
     return int(layer), matrix
 
 
+def _inner(first: Factors, second: Factors) -> float:
+    """⟨B A, B' A'⟩, the sum of products of all entries, without either product being formed."""
+    (a, b), (c, d) = ([factor.astype(np.float64) for factor in pair] for pair in (first, second))
+    return float(np.sum((b.T @ d) * (a @ c.T)))
+
+
+def _same_shape(name: str, first: Factors, second: Factors) -> None:
+    shapes = [(len(b), a.shape[1]) for a, b in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{name} has the shape {shapes[0]} for one adapter and {shapes[1]} for another: they belong to "
+            "different models."
+        )
+
+
 def _serialise(adapter: LoraAdapter, path: Path) -> None:
     writer = GGUFWriter(path, adapter.architecture)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     # alpha / rank multiplies the user's scale; 0 leaves the scale as it is, whatever the rank.
-    writer.add_float32("adapter.lora.alpha", 0.0)
+    writer.add_float32(_ALPHA, 0.0)
     add_provenance(writer, adapter.provenance)
     for name, (a, b) in adapter.factors.items():
         writer.add_tensor(f"{name}.lora_a", a)

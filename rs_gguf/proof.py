@@ -9,6 +9,7 @@ nothing is found here.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from rs_gguf.steering import SteeringVector
 TOLERANCE = 1e-3
 # An adapter's product is computed from F32 inputs too, but its two factors round apart.
 ADAPTER_TOLERANCE = 1e-2
-_SEEN_AT = {"attn_output": "ffn_inp", "ffn_down": "l_out"}  # the sum that a matrix's product goes into
+# Where a matrix's product shows: by itself, or in the sum that it goes into.
+_SEEN_AT = {"attn_output": ("attn_out", "ffn_inp"), "ffn_down": ("ffn_out", "l_out")}
+_POST_NORMS = {"attn_post_norm", "post_attn_norm"}  # of the product, before the sum
 
 _PROMPTS = (
     "Name three rivers in Europe.",
@@ -142,12 +145,14 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
     kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
     errors: dict[str, float] = {}
     layers = adapter.layers
-    inputs = writer_inputs(model.graph_tensors(), layers[0])
+    graph = model.graph_tensors()
     for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        inputs = writer_inputs(graph, layer)
         for writer in WRITERS:
             name = f"blk.{layer}.{writer}.weight"
-            if name in adapter.factors and writer in inputs:
-                errors[name] = _product_error(adapter, name, inputs[writer], _SEEN_AT[writer], model, prompts)
+            seen_at = _seen_at(writer, {n.rpartition("-")[0] for n in graph if n.endswith(f"-{layer}")})
+            if name in adapter.factors and writer in inputs and seen_at:
+                errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
     wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
     reasons = []
     if kl == 0.0:
@@ -159,6 +164,12 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
             f"tolerance {ADAPTER_TOLERANCE:g})."
         )
     return Proof(not reasons, tuple(reasons), errors, kl)
+
+
+def _seen_at(writer: str, tensors: Collection[str]) -> str | None:
+    """The tensor of a block that moves by a matrix's product, or None where the family names none."""
+    found = next((name for name in _SEEN_AT[writer] if name in tensors), None)
+    return None if found == "ffn_inp" and _POST_NORMS & set(tensors) else found
 
 
 def _product_error(

@@ -275,6 +275,9 @@ class Finder:
             factor = _STEP
         else:
             best = max(answered, key=lambda t: (t.harmful_retention, -t.sensitive)).candidate
+            # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
+            weakest = min(t.candidate.strength for t in answered if shape(t.candidate) == shape(best))
+            best = replace(best, strength=weakest)
             factor = 1 / _STEP**1.5
         failed = [
             t.candidate.strength
@@ -295,7 +298,7 @@ class Finder:
     def _measured(self, rung: str, candidate: Candidate, measure: Callable[[int, Candidate], Trial]) -> Trial:
         trial = self._known.get((rung, candidate))
         if trial is None:
-            trial = measure(len(self.trials), candidate)
+            trial = self._known[rung, candidate] = measure(len(self.trials), candidate)
             self._record(trial)
         self.trials.append(trial)
         self._advance(1)

@@ -1,0 +1,115 @@
+"""A GGUF LoRA adapter as the folder that Hugging Face's PEFT loads, with the same effect.
+
+An adapter and the model that it is for go in; `adapter_model.safetensors` and `adapter_config.json` come out.
+PEFT adds lora_alpha / r · B A to the weight of each module (its documentation of LoRA), so lora_alpha is r
+and the factors are those of the GGUF file. The modules' names and shapes are those of the model, built
+without its weights, found by the tables with which the `gguf` package converts models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from safetensors.numpy import save
+from torch import nn
+
+from rs_gguf import models
+from rs_gguf.adapter import WRITERS
+from rs_gguf.errors import InputError
+from rs_gguf.files import write_atomic, write_json
+from rs_gguf.lora import LoraAdapter
+from rs_gguf.targets import llama_cpp_name
+
+
+def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
+    """Write `folder` for `PeftModel.from_pretrained(model, folder)`; the same adapter gives the same bytes.
+
+    `model` is a Hugging Face folder, hub id, GGUF file or catalogue name, of which the configuration is read.
+
+    Raises:
+        InputError: a model of another family or shape, a family that has no such module or that is unknown,
+            a matrix that llama.cpp may keep in another order than PyTorch, or a place that cannot be written.
+    """
+    modules = _modules(adapter, model)
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    for name, (a, b) in adapter.factors.items():
+        missing = adapter.rank - len(a)  # PEFT's one r is the largest; rows and columns of zeros add nothing
+        module = modules[name]
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None if Path(model).exists() or model in models.CATALOGUE else model,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(modules.values()),
+    }
+    # One entry, since the order of several differs from run to run.
+    data = save(tensors, metadata={"rs_gguf": json.dumps(dict(adapter.provenance), ensure_ascii=False)})
+    write_atomic(Path(folder) / "adapter_model.safetensors", lambda file: file.write(data))
+    write_json(Path(folder) / "adapter_config.json", config)
+
+
+def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
+    """The module of the PyTorch model that each matrix of the adapter belongs to."""
+    families = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    network = _network(model)
+    config = network.config.get_text_config()
+    family = llama_cpp_name(config.model_type)
+    if adapter.architecture not in families or (family in families and family != adapter.architecture):
+        raise InputError(
+            f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
+        )
+    table = gguf.get_tensor_name_map(families[adapter.architecture], config.num_hidden_layers)
+    linear = {
+        f"{table.get_name(path)}.weight": (path, module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    found = {}
+    for name, (a, b) in adapter.factors.items():
+        if name.split(".")[2] not in WRITERS:
+            raise InputError(
+                f"{name}: only {' and '.join(WRITERS)} are exported. llama.cpp keeps the rows of some other "
+                "matrices in another order."
+            )
+        if name not in linear:
+            raise InputError(f"{name}: {model} has no linear layer for it, so PEFT could not change it.")
+        path, module = linear[name]
+        if (module.out_features, module.in_features) != (len(b), a.shape[1]):
+            raise InputError(
+                f"{name} is {len(b)} × {a.shape[1]} in the adapter, but {path} of {model} is "
+                f"{module.out_features} × {module.in_features}: the adapter belongs to another model."
+            )
+        found[name] = path
+    return found
+
+
+def _network(model: str) -> Any:
+    """The PyTorch model without weights."""
+    path = models.resolve(model)
+    folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, gguf_file=file, trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # its error family depends on its version and on the model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"transformers cannot read the configuration of {path}: {reason} Give the model's Hugging Face "
+            "folder or hub id."
+        ) from error

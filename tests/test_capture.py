@@ -1,0 +1,204 @@
+"""What a fit reads of the model, against one sequence at a time in llama.cpp and against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf.adapter import writer_inputs
+from rs_gguf.capture import Arrays, Conversation, capture, capture_constant, writers_of
+from rs_gguf.llama import LlamaModel
+from rs_gguf.targets import TorchModel
+
+LAYERS = 3
+PREFIX = [11, 12, 13]  # what a chat template puts before every prompt
+INPUTS = {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"}
+MODULES = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
+# The cache of llama.cpp holds F16, and so do the inputs that are kept.
+TOLERANCE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.Qwen2ForCausalLM]:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return path, write_tiny_qwen2(path)
+
+
+@pytest.fixture(scope="module")
+def model(network: tuple[Path, transformers.Qwen2ForCausalLM]) -> Iterator[LlamaModel]:
+    with LlamaModel(network[0], n_parallel=3, n_ctx=512, n_threads=1) as loaded:
+        yield loaded
+
+
+def conversations(count: int = 10) -> list[Conversation]:
+    """Prompts and answers of many lengths; two in three may give a token of the answer."""
+    rng = np.random.default_rng(0)
+    found = []
+    for k in range(count):
+        prompt = [*PREFIX, 20 + k, *rng.integers(30, 250, 1 + 5 * (k % 4)).tolist()]
+        found.append(Conversation(prompt, rng.integers(30, 250, 1 + 3 * (k % 3)).tolist(), quiet=k % 3 != 1))
+    return found
+
+
+@pytest.fixture(scope="module")
+def captured(model: LlamaModel) -> Arrays:
+    return capture(model, conversations(), len(PREFIX), seed=7)
+
+
+def alone(model: LlamaModel, tokens: list[int]) -> dict[str, npt.NDArray[np.float32]]:
+    """Rows [T, L, W] of one sequence by itself, at each of its tokens."""
+    names = ("l_out", *INPUTS.values())
+    read = {
+        position: found
+        for _, position, found in model.token_activations(
+            [tokens], [range(len(tokens))], layers=range(LAYERS), tensors=names
+        )
+    }
+    return {name: np.stack([read[position][name] for position in range(len(tokens))]) for name in names}
+
+
+def in_torch(network: Any, tokens: list[int]) -> dict[str, npt.NDArray[np.float32]]:
+    """The same by forward hooks: outputs of blocks, and what `o_proj` and `down_proj` are given."""
+    rows: dict[str, list[Any]] = {name: [None] * LAYERS for name in ("l_out", *INPUTS.values())}
+    handles = []
+    for layer, block in enumerate(network.model.layers):
+
+        def keep(name: str, layer: int, value: Any) -> None:
+            rows[name][layer] = (value[0] if isinstance(value, tuple) else value)[0].numpy()
+
+        handles.append(
+            block.register_forward_hook(lambda m, i, output, layer=layer: keep("l_out", layer, output))
+        )
+        for matrix, module in MODULES.items():
+            handles.append(
+                block.get_submodule(module).register_forward_pre_hook(
+                    lambda m, given, layer=layer, name=INPUTS[matrix]: keep(name, layer, given[0])
+                )
+            )
+    with torch.inference_mode():
+        network(torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+    return {name: np.stack(found, axis=1) for name, found in rows.items()}
+
+
+def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Largest ‖found − expected‖ / ‖expected‖ over samples and blocks."""
+    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=-1)
+    return float((difference / np.linalg.norm(expected, axis=-1)).max())
+
+
+def test_the_writing_matrices_of_the_graph(model: LlamaModel) -> None:
+    assert writer_inputs(model.graph_tensors(), layer=1) == INPUTS
+
+
+def test_last_tokens_are_those_of_each_prompt_by_itself(
+    model: LlamaModel, captured: Arrays, network: tuple[Path, Any]
+) -> None:
+    assert captured["activations"].dtype == np.float32
+    for i, conversation in enumerate(conversations()):
+        for reference in (
+            alone(model, list(conversation.prompt)),
+            in_torch(network[1], list(conversation.prompt)),
+        ):
+            assert distance(captured["activations"][i], reference["l_out"][-1]) < TOLERANCE
+            for matrix, name in INPUTS.items():
+                assert distance(captured[f"{matrix}/last"][i], reference[name][-1]) < TOLERANCE
+
+
+def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
+    model: LlamaModel, captured: Arrays
+) -> None:
+    """Each quiet row is that of a token after the chat prefix, and which ones there are follows the rules."""
+    places: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+    for i, conversation in enumerate(conversations()):
+        rows = alone(model, [*conversation.prompt, *conversation.answer])
+        places |= {(i, position): rows["ffn_swiglu"][position] for position in range(len(rows["ffn_swiglu"]))}
+    keys, candidates = list(places), np.stack(list(places.values())).astype(np.float64)
+    found = []
+    for row in captured["ffn_down/quiet"].astype(np.float64):
+        errors = np.linalg.norm(candidates - row, axis=(1, 2)) / np.linalg.norm(row)
+        assert errors.min() < TOLERANCE
+        found.append(keys[int(errors.argmin())])
+    assert len(found) == len(set(found)) == len(captured["attn_output/quiet"])
+    in_prompts = [(i, place) for i, place in found if place < len(conversations()[i].prompt)]
+    in_answers = [i for i, place in found if place >= len(conversations()[i].prompt)]
+    assert sorted(i for i, _ in in_prompts) == list(range(len(conversations())))
+    assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in in_prompts)
+    # One conversation in three gives a token of its answer: numbers 0, 3, 6 and 9 here, all of them quiet.
+    assert sorted(in_answers) == [0, 3, 6, 9]
+
+
+def test_an_answer_that_a_gate_may_open_in_is_not_read(model: LlamaModel) -> None:
+    sensitive = [Conversation(c.prompt, c.answer, quiet=False) for c in conversations()]
+    arrays = capture(model, sensitive, len(PREFIX), seed=7)
+    assert len(arrays["ffn_down/quiet"]) == len(sensitive)
+
+
+def test_samples_do_not_depend_on_their_order_or_company(model: LlamaModel, captured: Arrays) -> None:
+    order = np.random.default_rng(3).permutation(10)
+    shuffled = capture(model, [conversations()[i] for i in order], len(PREFIX), seed=7)
+    few = capture(model, conversations()[:2], len(PREFIX), seed=7)
+    for name in ("activations", "attn_output/last", "ffn_down/last"):
+        assert distance(shuffled[name], captured[name][order]) < TOLERANCE
+        assert distance(few[name], captured[name][:2]) < TOLERANCE
+
+
+def test_the_same_call_reads_the_same_bytes(model: LlamaModel, captured: Arrays) -> None:
+    again = capture(model, conversations(), len(PREFIX), seed=7)
+    assert {name: rows.tobytes() for name, rows in again.items()} == {
+        name: rows.tobytes() for name, rows in captured.items()
+    }
+    other = capture(model, conversations(), len(PREFIX), seed=8)
+    assert other["ffn_down/quiet"].tobytes() != captured["ffn_down/quiet"].tobytes()
+
+
+def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None:
+    first, second = conversations()[:2]
+    constant = capture_constant(model, first.prompt, len(PREFIX))
+    assert set(constant) == {"attn_output/constant", "ffn_down/constant"}
+    for prompt in (first.prompt, second.prompt):  # the same whatever follows
+        reference = alone(model, list(prompt))
+        for matrix, name in INPUTS.items():
+            assert distance(constant[f"{matrix}/constant"], reference[name][: len(PREFIX)]) < TOLERANCE
+
+
+def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Arrays) -> None:
+    parts = conversations()
+    shards = [capture(model, part, len(PREFIX), seed=k) for k, part in enumerate((parts[:4], parts[4:]))]
+    joined = writers_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
+    assert set(joined) == {"attn_output", "ffn_down"}
+    for matrix, rows in joined.items():
+        assert distance(rows.last, captured[f"{matrix}/last"]) < TOLERANCE
+        assert len(rows.quiet) == sum(len(shard[f"{matrix}/quiet"]) for shard in shards)
+        assert rows.constant.shape == (len(PREFIX), LAYERS, rows.last.shape[2])
+
+
+def test_inputs_are_half_floats_only_where_their_range_allows(
+    model: LlamaModel, captured: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert captured["ffn_down/last"].dtype == captured["ffn_down/quiet"].dtype == np.float16
+    read = LlamaModel.token_activations
+
+    def large(*args: Any, **options: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        for i, position, found in read(*args, **options):
+            yield i, position, {name: rows * 1e5 for name, rows in found.items()}
+
+    monkeypatch.setattr(LlamaModel, "token_activations", large)
+    arrays = capture(model, conversations(), len(PREFIX), seed=7)
+    assert arrays["ffn_down/last"].dtype == np.float32
+    assert distance(arrays["ffn_down/last"], 1e5 * captured["ffn_down/last"].astype(np.float64)) < TOLERANCE
+
+
+def test_pytorch_gives_block_outputs_alone(network: tuple[Path, Any], captured: Arrays) -> None:
+    arrays = capture(TorchModel(network[0]), conversations(), len(PREFIX), seed=7)
+    assert set(arrays) == {"activations"}
+    assert distance(arrays["activations"], captured["activations"]) < TOLERANCE

@@ -1,0 +1,289 @@
+"""The search, on a tiny random model whose refusals are the openings of its own unsteered answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf import lora
+from rs_gguf.adapter import Gates, fit_gates
+from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
+from rs_gguf.errors import InputError
+from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
+from rs_gguf.judges import Judgement, Pair
+from rs_gguf.labels import Labels
+from rs_gguf.layers import band_profile
+from rs_gguf.llama import LlamaModel, common_prefix
+from rs_gguf.prompts import KINDS, Prompt
+from rs_gguf.recipe import Answers, Recipe, Tune
+from rs_gguf.tuning import (
+    GATE,
+    MAX_MORE_DEGENERATE,
+    Candidate,
+    Directions,
+    Finder,
+    Space,
+    Trial,
+    Unsteered,
+    load_trials,
+)
+
+LAYERS, WIDTH, EACH = 4, 32, 8
+RIDGES = [0.05, 1.0]
+
+
+@dataclass
+class OpeningJudge:
+    """An answer is a refusal while it begins as the unsteered model's refusal did."""
+
+    openings: dict[str, str]
+    name: str = "openings"
+    identity: str = "openings"
+    usage: None = None
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i, (prompt, answer) in enumerate(pairs):
+            opening = self.openings.get(prompt)
+            kept = opening is not None and answer is not None and answer.startswith(opening)
+            yield i, Judgement(1.0 if kept else -1.0, "opening")
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: LlamaModel
+    judge: OpeningJudge
+    unsteered: Unsteered
+    gates: Gates
+    directions: dict[tuple[str, float], Directions]
+    recipe: Recipe
+
+
+def recipe(**tune: Any) -> Recipe:
+    values = {"trials": 6, "finalists": 4, "min_retention": 0.5, "max_benign_drift": 1.0, **tune}
+    return Recipe.model_construct(**dict(Recipe(tune=Tune(**values), answers=Answers(tokens=8))))
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=LAYERS, n_embd=WIDTH)
+    words = {"sensitive": "who rules", "harmful": "break into", "benign": "bake a cake"}
+    prompts = [
+        Prompt(f"{words[kind]} {k} {chr(97 + k) * 3}", kind, split="tune")
+        for kind in KINDS
+        for k in range(EACH)
+    ]
+    with LlamaModel(path, n_parallel=8, n_ctx=2048, n_threads=1) as model:
+        answers, _, _ = answer_and_judge(model, OpeningJudge({}), prompts, steering=NO_STEERING, max_tokens=8)
+        openings = {
+            p.prompt: a.text[:2]
+            for p, a in zip(prompts, answers, strict=True)
+            if p.kind != "benign" and a.text
+        }
+        judge = OpeningJudge(openings)
+        confidences = [1.0 if p.prompt in openings else -1.0 for p in prompts]
+        tokens = chat_tokens(model, prompts)
+        prefix = common_prefix(tokens)
+        conversations = [
+            Conversation(t, a.tokens, p.kind != "sensitive")
+            for t, a, p in zip(tokens, answers, prompts, strict=True)
+        ]
+        shard = capture(model, conversations, prefix, seed=0)
+        inputs = writers_of([shard], capture_constant(model, tokens[0], prefix))
+        labels = Labels.of(confidences, [p.kind for p in prompts])
+        gates = fit_gates(inputs, shard["activations"], labels, ridges=RIDGES)
+        unit = np.random.default_rng(0).standard_normal((LAYERS, WIDTH))
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        yield Setting(
+            model,
+            judge,
+            Unsteered(prompts, answers, confidences),
+            gates,
+            {("md", 1.0): Directions(unit, np.full(LAYERS, 2.0))},
+            recipe(),
+        )
+
+
+def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
+    chosen = options.pop("recipe", setting.recipe)
+    return Finder(
+        setting.model,
+        setting.judge,
+        setting.unsteered,
+        setting.directions,
+        setting.gates,
+        chosen,
+        folder,
+        **options,
+    )
+
+
+GATES = Space.of_gates(RIDGES, LAYERS)
+VECTORS = Space.of_vectors([("md", 1.0)], LAYERS)
+
+
+def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_path: Path) -> None:
+    search = finder(setting, tmp_path)
+    chosen = search.search(GATES)
+    assert chosen.feasible
+    assert chosen.harmful_retention >= setting.recipe.tune.min_retention
+    assert chosen.sensitive <= chosen.harmful_retention - 0.1
+    # A gate opens for the sensitive prompts: whatever the candidate, more is left of the harmful refusals.
+    assert all(t.sensitive < t.harmful_retention - 0.05 for t in search.trials if t.rung == "probe")
+    rungs = [trial.rung for trial in search.trials]
+    assert rungs == ["probe"] * 6 + ["answers"] * (len(rungs) - 6)
+    assert [trial.number for trial in search.trials] == list(range(len(rungs)))
+    feasible = [trial for trial in search.trials if trial.feasible]
+    assert chosen.sensitive == min(trial.sensitive for trial in feasible)
+    # The start of the space was tried first.
+    assert [trial.candidate for trial in search.trials[: len(RIDGES)]] == list(GATES.start)
+
+
+def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> None:
+    search = finder(setting, tmp_path)
+    trial = search.search(GATES)
+    prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
+    _, confidences, _ = answer_and_judge(
+        setting.model, setting.judge, prompts, steering=search.steering(trial.candidate), max_tokens=8
+    )
+    for kind, found in (("sensitive", trial.sensitive), ("harmful", trial.harmful_retention)):
+        refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
+        assert found == pytest.approx(sum((confidences[i] or 0) > 0 for i in refused) / len(refused))
+    assert trial.benign == 0  # the judge knows no refusal of a benign prompt
+    assert trial.benign_drift is not None
+    assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
+    assert trial.degenerate is not None
+    more = trial.degenerate - sum(a.degenerate for a in setting.unsteered.answers) / len(prompts)
+    assert more <= MAX_MORE_DEGENERATE
+
+
+def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
+    prompt = [[5, 6, 7]]
+    before = next(row.copy() for _, row in setting.model.next_logits(prompt))
+    finder(setting, tmp_path).search(GATES)
+    np.testing.assert_array_equal(next(row for _, row in setting.model.next_logits(prompt)), before)
+
+
+def test_a_search_goes_on_where_it_was_cut_off(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = []
+    whole = finder(setting, tmp_path / "whole", record=lambda trial: rows.append(trial.to_row()))
+    chosen = whole.search(VECTORS)
+    whole.search(GATES)
+    first = finder(setting, tmp_path / "first")
+    assert first.search(VECTORS) == chosen
+    # Cut off within the probes, and within the answers.
+    for kept in (3, len(first.trials) - 1):
+        recorded: list[Trial] = []
+        resumed = finder(setting, tmp_path / str(kept), known=first.trials[:kept], record=recorded.append)
+        assert resumed.search(VECTORS) == chosen
+        assert resumed.trials == first.trials
+        assert recorded == first.trials[kept:]
+    # Ended: nothing is run again, neither the vectors nor the gates.
+    recorded = []
+    again = finder(setting, tmp_path / "again", known=load_trials(rows), record=recorded.append)
+
+    def run(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was run")
+
+    for method in ("generate", "next_logits", "token_logprobs", "activations"):
+        monkeypatch.setattr(LlamaModel, method, run)
+    assert again.search(VECTORS) == chosen
+    again.search(GATES)
+    assert not recorded
+
+
+def test_without_a_feasible_point_the_safest_is_chosen(setting: Setting, tmp_path: Path) -> None:
+    search = finder(setting, tmp_path, recipe=recipe(max_benign_drift=1e-9))
+    chosen = search.search(GATES)
+    answered = [trial for trial in search.trials if trial.rung == "answers"]
+    assert not any(trial.feasible for trial in answered)
+    assert chosen in answered
+    assert chosen.harmful_retention == max(trial.harmful_retention for trial in answered)
+    rivals = [trial for trial in answered if trial.harmful_retention == chosen.harmful_retention]
+    assert chosen.sensitive == min(trial.sensitive for trial in rivals)
+    # With every limit broken, the search weakens what it tries next.
+    assert answered[1].candidate.strength < answered[0].candidate.strength
+
+
+def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path) -> None:
+    weak = replace(GATES, start=[replace(GATES.start[0], strength=0.4)], strength=(0.4, 0.41))
+    search = finder(setting, tmp_path, recipe=recipe(trials=1, min_retention=0.0, max_benign_drift=50.0))
+    search.search(weak)
+    answered = [trial for trial in search.trials if trial.rung == "answers"]
+    assert len(answered) > 1
+    for before, after in pairwise(answered):
+        if before.feasible:
+            assert after.candidate.strength > before.candidate.strength
+
+
+def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
+    search = finder(setting, tmp_path)
+    weak = Candidate(GATE, 1.0, 1, 2, 0.5)
+    one, other = search.steering(weak), search.steering(replace(weak, strength=1.5))
+    ((path, scale),) = one.adapters
+    assert (one.directions, scale) == ({}, 0.5)
+    assert list(other.adapters) == [(path, 1.5)]
+    expected = setting.gates.factors(1.0, 1, 2, 1.0)
+    found = lora.read(path).factors
+    assert set(found) == set(expected)
+    for name, (a, b) in expected.items():
+        np.testing.assert_array_equal(found[name][0], a)
+        np.testing.assert_array_equal(found[name][1], b)
+
+
+def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path) -> None:
+    directions = setting.directions["md", 1.0]
+    added = finder(setting, tmp_path).steering(Candidate("md", 1.0, 1, 3, 6.0)).directions
+    profile = band_profile(LAYERS, 1, 3)
+    assert set(added) == {1, 2, 3}
+    for layer, row in added.items():
+        expected = -6.0 * profile[layer] / profile.sum() * 2.0 * directions.unit[layer]
+        np.testing.assert_allclose(row, expected, rtol=1e-5)
+
+
+def test_spaces_stay_within_the_model() -> None:
+    for n_layer in (3, 4, 24, 80):
+        for space in (Space.of_gates(RIDGES, n_layer), Space.of_vectors([("md", 1.0)], n_layer)):
+            for low, high in (space.first, space.length, space.strength):
+                assert 0 < low <= high
+            for point in space.start:
+                assert 1 <= point.first <= point.last < n_layer
+                assert space.first[0] <= point.first <= space.first[1]
+                assert space.strength[0] <= point.strength <= space.strength[1]
+
+
+@pytest.mark.parametrize("kind", ["sensitive", "harmful"])
+def test_nothing_to_search_by_is_told(setting: Setting, tmp_path: Path, kind: str) -> None:
+    silent = [
+        -1.0 if p.kind == kind else c
+        for p, c in zip(setting.unsteered.prompts, setting.unsteered.confidences, strict=True)
+    ]
+    with pytest.raises(InputError, match=f"refuses none of the {EACH} {kind} prompts"):
+        finder(replace(setting, unsteered=replace(setting.unsteered, confidences=silent)), tmp_path)
+
+
+def test_trials_survive_being_rows() -> None:
+    trial = Trial(3, Candidate(GATE, 0.3, 5, 22, 1.25), "answers", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True)
+    row = json.loads(json.dumps({"id": "3", **trial.to_row()}))
+    assert load_trials([row]) == [trial]
+    assert row["layers"] == [5, 22]
+    assert math.isclose(row["strength"], 1.25)
+
+
+def test_no_candidate_is_answered_twice(setting: Setting, tmp_path: Path) -> None:
+    for space in (VECTORS, GATES):
+        search = finder(setting, tmp_path, recipe=recipe(min_retention=1.0, max_benign_drift=1e-9))
+        search.search(space)
+        answered = [trial.candidate for trial in search.trials if trial.rung == "answers"]
+        assert len(answered) == len(set(answered))
