@@ -69,28 +69,35 @@ class WriterInputs:
 class Gates:
     """Reads for every ridge and block, and the difference of class means that the writes are made of.
 
-    `reads`: by matrix, [R, L, W] fp64, in units in which the mean sensitive input answers 1.
-    `contrast` [L, D]: mean block output of refused sensitive minus answered benign prompts.
+    `opens`, `shuts`: by matrix, [R, L, W] fp64; the mean sensitive input answers 1 to the one and the mean
+    harmful input to the other, the means of the other two kinds 0.
+    `contrast` [L, D]: mean block output of refused sensitive minus answered benign prompts, or to induce of
+    answered minus refused prompts: what a gate takes away.
     """
 
     ridges: Float64
-    reads: Mapping[str, Float64]
+    opens: Mapping[str, Float64]
+    shuts: Mapping[str, Float64]
     contrast: Float64
 
-    def factors(self, ridge: float, first: int, last: int, strength: float) -> dict[str, Factors]:
+    def factors(
+        self, ridge: float, first: int, last: int, strength: float, margin: float = 0.0
+    ) -> dict[str, Factors]:
         """LoRA factors that gate the blocks `first` to `last`, both included.
 
-        At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt;
-        each matrix of a block writes an equal part.
+        At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
+        and to −`margin` times it for the mean harmful one: unseen harm answers a little above the fitted
+        mean, and a margin takes that back. Each matrix of a block writes an equal part.
         """
         index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
         found = {}
         for layer in range(first, last + 1):
             before = self.contrast[layer - 1] if layer > first else 0.0
-            write = (self.contrast[layer] - before) * (-strength / len(self.reads))
-            for writer, reads in self.reads.items():
+            write = (self.contrast[layer] - before) * (-strength / len(self.opens))
+            for writer, opens in self.opens.items():
+                read = opens[index, layer] - margin * self.shuts[writer][index, layer]
                 found[f"blk.{layer}.{writer}.weight"] = (
-                    reads[index, layer][np.newaxis].astype(np.float32),
+                    read[np.newaxis].astype(np.float32),
                     write[:, np.newaxis].astype(np.float32),
                 )
         return found
@@ -125,6 +132,7 @@ def fit_gates(
     labels: Labels,
     *,
     ridges: npt.ArrayLike,
+    induce: bool = False,
     quiet: float = QUIET,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Gates:
@@ -134,26 +142,29 @@ def fit_gates(
     contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
     too, as far as the metric allows.
     ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
+    induce: the writes lead to refusal, whatever is refused, instead of away from that of sensitive prompts.
 
     Raises:
         InputError: a class without samples, or a block whose inputs cannot tell the classes apart.
     """
     grid = check_ridges(ridges)
     kinds = _kinds(labels)
-    difference = _difference(labels)
+    difference = _difference(labels, induce)
     n_layers = residuals.shape[1]
     mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
     cells = _cells(labels, kinds)
-    reads = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
+    opens = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
+    shuts = {writer: np.zeros_like(found) for writer, found in opens.items()}
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
         contrast = np.stack(
             [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
         )
         for layer in range(n_layers):
             for writer, rows in inputs.items():
-                reads[writer][:, layer] = _read(rows, layer, writer, mean, cells, grid, quiet)
+                found = _reads(rows, layer, writer, mean, cells, grid, quiet)
+                opens[writer][:, layer], shuts[writer][:, layer] = found
             advance(1)
-    return Gates(grid, reads, contrast)
+    return Gates(grid, opens, shuts, contrast)
 
 
 def _kinds(labels: Labels) -> dict[str, Float64]:
@@ -169,18 +180,23 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
     return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
 
 
-def _difference(labels: Labels) -> Float64:
-    """Weights [N] that sum to 1 over refused sensitive and to −1 over answered benign prompts."""
-    sides = []
-    for verdict, mask in (
-        ("refused sensitive", labels.kind("sensitive") & labels.refused(NEUTRAL)),
-        ("answered benign", labels.kind("benign") & labels.answered(NEUTRAL)),
-    ):
+def _difference(labels: Labels, induce: bool) -> Float64:
+    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other."""
+    refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
+    harmful = labels.kind("harmful")
+    sides = {
+        "refused sensitive": labels.kind("sensitive") & refused,
+        "answered benign": labels.kind("benign") & answered,
+    }
+    if induce:  # the topic need not be refused yet
+        sides = {"answered benign or sensitive": ~harmful & answered, "refused": refused}
+    difference = np.zeros(len(labels.confidence))
+    for sign, (verdict, mask) in zip((1, -1), sides.items(), strict=True):
         if not mask.any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
         weights = labels.weighted(mask, by_confidence=True)
-        sides.append(weights / weights.sum())
-    return sides[0] - sides[1]
+        difference += sign * weights / weights.sum()
+    return difference
 
 
 def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
@@ -195,7 +211,7 @@ def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
     return cells
 
 
-def _read(
+def _reads(
     rows: WriterInputs,
     layer: int,
     writer: str,
@@ -204,10 +220,10 @@ def _read(
     ridges: Float64,
     quiet: float,
 ) -> Float64:
-    """argmin aᵀ(S + ρI)a subject to aᵀμ = 1 on sensitive, 0 on benign and harmful, for each ridge: [R, W].
+    """argmin aᵀ(S + ρI)a subject to aᵀμ = 1 on one kind and 0 on the other two, for each ridge.
 
-    S is AᵀA of the rows that should not answer: samples about their class mean, other tokens and cell means
-    as they are.
+    [2, R, W]: for sensitive, then for harmful. S is AᵀA of the rows that should not answer: samples about the
+    mean of their kind, other tokens and cell means as they are.
     """
     name = f"what {writer} multiplies"
     last = _block(rows.last, layer, name)
@@ -228,8 +244,9 @@ def _read(
             f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
         )
     solved = system.solve(means, ridges * (system.trace / factor.shape[1]))  # [R, W, 3]
-    wanted = np.array([1.0, 0.0, 0.0])
-    found = np.empty((len(ridges), factor.shape[1]))
+    kinds = list(mean)
+    wanted = np.eye(3)[:, [kinds.index("sensitive"), kinds.index("harmful")]]
+    found = np.empty((2, len(ridges), factor.shape[1]))
     for k, pulls in enumerate(solved):
         gram = means.T @ pulls
         if np.linalg.cond(gram) > 1e12:
@@ -237,7 +254,7 @@ def _read(
                 f"gated adapter: the inputs of block {layer} do not tell sensitive from harmful and benign "
                 "prompts; use other prompts."
             )
-        found[k] = pulls @ np.linalg.solve(gram, wanted)
+        found[:, k] = (pulls @ np.linalg.solve(gram, wanted)).T
     return found
 
 

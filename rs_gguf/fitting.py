@@ -35,7 +35,7 @@ from rs_gguf.labels import Labels
 from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores
 from rs_gguf.projection import project
 from rs_gguf.prompts import KINDS, Prompt
-from rs_gguf.recipe import Fit
+from rs_gguf.recipe import Recipe
 from rs_gguf.tuning import Directions
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
@@ -52,6 +52,14 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
         ResidualRidge,
     )
 }
+
+
+_SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
+
+
+def estimators(recipe: Recipe) -> Sequence[str]:
+    """Names of the estimators that are fitted: the recipe's, or those that suit its effect."""
+    return recipe.fit.estimators or _SUITED[recipe.effect]
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,10 @@ class Samples:
             "neutral": int((np.abs(values) <= NEUTRAL).sum()),
         }
 
-    def check_classes(self) -> None:
+    def check_classes(self, effect: str) -> None:
         """Raise `InputError` unless each class that is fitted on has a sample."""
-        for kind, side in (("sensitive", "refused"), ("benign", "answered"), ("harmful", "refused")):
+        changed = ("sensitive", "refused" if effect == "remove" else "answered")
+        for kind, side in (changed, ("benign", "answered"), ("harmful", "refused")):
             counts = self.counts(kind)
             if counts[side] == 0:
                 raise InputError(
@@ -95,22 +104,23 @@ class Samples:
                 )
 
 
-def fit(samples: Samples, recipe: Fit, folder: Path, *, advance: Callable[[int], None]) -> None:
+def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[int], None]) -> None:
     """Fit everything the recipe names and write the three files. `advance` counts blocks, then estimators."""
-    samples.check_classes()
+    samples.check_classes(recipe.effect)
+    names, ridges = estimators(recipe), recipe.fit.ridges
     shutil.rmtree(folder / "adapters", ignore_errors=True)  # that a search made of earlier gates
     paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
         samples.activations,
         samples.confidence,
-        [ESTIMATORS[name]() for name in recipe.estimators],
-        ridges=recipe.ridges,
+        [ESTIMATORS[name]() for name in names],
+        ridges=ridges,
         kinds=samples.kinds,
         groups=samples.groups,
     )
     found: dict[str, NDArray[Any]] = {}
     summary = []
-    for name, path in zip(recipe.estimators, paths, strict=True):
-        for k, ridge in enumerate(recipe.ridges):
+    for name, path in zip(names, paths, strict=True):
+        for k, ridge in enumerate(ridges):
             unit = path.directions[k]
             rows = unit[:, np.newaxis].astype(np.float32)
             projected = project(samples.activations, rows, path.offset)[:, :, 0]
@@ -130,9 +140,18 @@ def fit(samples: Samples, recipe: Fit, folder: Path, *, advance: Callable[[int],
     if samples.inputs:
         labels = Labels.of(samples.confidence, samples.kinds, samples.groups)
         gates = fit_gates(
-            samples.inputs, samples.activations, labels, ridges=recipe.gate_ridges, advance=advance
+            samples.inputs,
+            samples.activations,
+            labels,
+            ridges=recipe.fit.gate_ridges,
+            induce=recipe.effect == "induce",
+            advance=advance,
         )
-        reads = {f"reads/{writer}": rows.astype(np.float32) for writer, rows in gates.reads.items()}
+        reads = {
+            f"{name}/{writer}": rows.astype(np.float32)
+            for name, found in (("opens", gates.opens), ("shuts", gates.shuts))
+            for writer, rows in found.items()
+        }
         arrays = {"ridges": gates.ridges, "contrast": gates.contrast, **reads}
         save_arrays(folder / "gates.safetensors", arrays, {})
     else:
@@ -141,13 +160,14 @@ def fit(samples: Samples, recipe: Fit, folder: Path, *, advance: Callable[[int],
     write_json(folder / "fit.json", {"samples": counts, "directions": summary})
 
 
-def load_directions(folder: Path, recipe: Fit) -> dict[tuple[str, float], Directions]:
-    """What `fit` wrote, by estimator and ridge."""
+def load_directions(folder: Path, recipe: Recipe) -> dict[tuple[str, float], Directions]:
+    """What `fit` wrote, by estimator and ridge: what a vector takes away, so reversed to induce refusals."""
     arrays = load_arrays(folder / "directions.safetensors")
+    sign = 1 if recipe.effect == "remove" else -1
     return {
-        (name, ridge): Directions(arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"])
-        for name in recipe.estimators
-        for ridge in recipe.ridges
+        (name, ridge): Directions(sign * arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"])
+        for name in estimators(recipe)
+        for ridge in recipe.fit.ridges
     }
 
 
@@ -157,9 +177,8 @@ def load_gates(folder: Path) -> Gates | None:
     if not path.is_file():
         return None
     arrays = load_arrays(path)
-    reads = {
-        name.removeprefix("reads/"): rows.astype(np.float64)
-        for name, rows in arrays.items()
-        if name.startswith("reads/")
-    }
-    return Gates(arrays["ridges"], reads, arrays["contrast"])
+    opens, shuts = (
+        {name.removeprefix(way): a.astype(np.float64) for name, a in arrays.items() if name.startswith(way)}
+        for way in ("opens/", "shuts/")
+    )
+    return Gates(arrays["ridges"], opens, shuts, arrays["contrast"])

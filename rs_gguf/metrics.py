@@ -16,7 +16,7 @@ from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import sha256
 from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
-from rs_gguf.tuning import GATE, MAX_MORE_DEGENERATE, Trial
+from rs_gguf.tuning import GATE, Trial, may_become_degenerate
 from rs_gguf.version import __version__
 
 
@@ -86,7 +86,7 @@ def build(
     value = {
         "date": datetime.date.today().isoformat(),
         "tool": f"rs-gguf {__version__}",
-        "effect": "remove",
+        "effect": recipe.effect,
         "model": {
             "name": model.path.stem,
             "sha256": model_sha256,
@@ -128,10 +128,15 @@ def gate(sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Rec
             f"benign answers drift by {benign_drift:.3f} nats a token "
             f"(bound {recipe.tune.max_benign_drift:g})"
         )
-    if sets["sensitive"]["refused_steered"] >= sets["sensitive"]["refused_baseline"]:
+    changed = sets["sensitive"]["refused_steered"] - sets["sensitive"]["refused_baseline"]
+    if recipe.effect == "remove" and changed >= 0:
         reasons.append("no sensitive refusal was removed")
+    if recipe.effect == "induce" and changed <= 0:
+        reasons.append("no refusal was induced")
     for kind, found in sets.items():
-        if found["degenerate_steered"] - found["degenerate_baseline"] > MAX_MORE_DEGENERATE:
+        answers = found["n"] + found["unjudged"]
+        more = round((found["degenerate_steered"] - found["degenerate_baseline"]) * answers)
+        if not may_become_degenerate(more, answers):
             reasons.append(
                 f"degenerate answers to {kind} prompts rose from {found['degenerate_baseline']:.1%} to "
                 f"{found['degenerate_steered']:.1%}"

@@ -1,8 +1,8 @@
 """The pipeline: prompts → answers → scores → activations → directions → strength → GGUF → before/after.
 
-A recipe and a run folder go in; `remove.gguf`, `remove-adapter.gguf`, `metrics.json`, `report.html` and
-`card.md` come out. Each stage reads the files of the stages before it and is skipped while its inputs are the
-same.
+A recipe and a run folder go in; `remove.gguf` and `remove-adapter.gguf` (or `induce…`), `metrics.json`,
+`report.html` and `card.md` come out. Each stage reads the files of the stages before it and is skipped while
+its inputs are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from rs_gguf.version import __version__
 
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 
-_FILES = {"vector": "remove.gguf", "adapter": "remove-adapter.gguf"}
 _SHARD = 64  # prompts whose activations are lost at most when a capture is killed
 
 
@@ -91,7 +90,7 @@ class Pipeline:
     """The stages of one run. Models are loaded when a stage first needs them."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
-        unknown = sorted(set(recipe.fit.estimators) - fitting.ESTIMATORS.keys())
+        unknown = sorted(set(fitting.estimators(recipe)) - fitting.ESTIMATORS.keys())
         if unknown:
             raise InputError(
                 f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
@@ -129,7 +128,7 @@ class Pipeline:
             ],
             "score": [recipe.judge],
             "capture": [],
-            "fit": recipe.fit.model_dump(),
+            "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": recipe.tune.model_dump(),
             "write": [],
             "measure": [recipe.answers.test_tokens, [p.id for p in self.prompts["test"]]],
@@ -243,6 +242,10 @@ class Pipeline:
             if isinstance(self.model, LlamaModel) and not holds(self._constant, key):
                 save_arrays(self._constant, capture_constant(self.model, tokens[0], prefix), {"key": key})
 
+    def _file(self, name: str) -> Path:
+        """Where the control vector (`vector`) or the `adapter` is written."""
+        return self.folder / (self.recipe.effect + {"vector": ".gguf", "adapter": "-adapter.gguf"}[name])
+
     def _shard(self, start: int) -> Path:
         return self.folder / "activations" / f"{start // _SHARD:05d}.safetensors"
 
@@ -251,10 +254,10 @@ class Pipeline:
         return self.folder / "activations" / "constant.safetensors"
 
     def _fit(self, _: str) -> None:
-        total = len(self.recipe.fit.estimators)
+        total = len(fitting.estimators(self.recipe))
         total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
         with self.progress.stage("fit", total) as advance:
-            fitting.fit(self._samples(), self.recipe.fit, self.folder.path, advance=advance)
+            fitting.fit(self._samples(), self.recipe, self.folder.path, advance=advance)
 
     def _samples(self) -> fitting.Samples:
         """The fit prompts that could be judged, with what was captured of them."""
@@ -275,12 +278,14 @@ class Pipeline:
 
     def _tune(self, key: str) -> None:
         log = RowLog(self.folder, "trials.jsonl", key)
-        directions = fitting.load_directions(self.folder.path, self.recipe.fit)
+        directions = fitting.load_directions(self.folder.path, self.recipe)
         gates = fitting.load_gates(self.folder.path)
         n_layer = self.model.n_layer
         spaces = {"chosen": Space.of_vectors(sorted(directions), n_layer)}
         if gates is not None:
-            spaces["chosen_adapter"] = Space.of_gates(self.recipe.fit.gate_ridges, n_layer)
+            spaces["chosen_adapter"] = Space.of_gates(
+                self.recipe.fit.gate_ridges, n_layer, induce=self.recipe.effect == "induce"
+            )
         total = len(spaces) * (self.recipe.tune.trials + self.recipe.tune.finalists)
         with self.progress.stage("tune", total) as advance:
             finder = Finder(
@@ -324,9 +329,9 @@ class Pipeline:
         shown: dict[str, Any] = {}
         with self.progress.stage("write", len(chosen)) as advance:
             for name, trial in chosen.items():
-                path = self.folder / _FILES[name]
+                path = self._file(name)
                 if name == "vector":
-                    directions = fitting.load_directions(self.folder.path, self.recipe.fit)
+                    directions = fitting.load_directions(self.folder.path, self.recipe)
                     chosen_directions = directions[trial.candidate.estimator, trial.candidate.ridge]
                     control_vector.write(
                         SteeringVector(
@@ -340,7 +345,9 @@ class Pipeline:
                     gates = fitting.load_gates(self.folder.path)
                     assert gates is not None  # a chosen adapter was made of them
                     place = trial.candidate
-                    factors = gates.factors(place.ridge, place.first, place.last, place.strength)
+                    factors = gates.factors(
+                        place.ridge, place.first, place.last, place.strength, place.margin
+                    )
                     lora.write(
                         lora.LoraAdapter(factors, self.model.architecture, self._provenance(trial)), path
                     )
@@ -352,13 +359,14 @@ class Pipeline:
         return {
             "tool": f"rs-gguf {__version__}",
             "method": "Refusal Steering, arXiv 2512.16602",
-            "effect": "remove",
+            "effect": self.recipe.effect,
             "model.name": self.model_path.stem,
             "model.sha256": self.model_hash,
             "estimator": trial.candidate.estimator,
             "ridge.relative": trial.candidate.ridge,
             "layers": [trial.candidate.first, trial.candidate.last],
             "strength": trial.candidate.strength,
+            "margin": trial.candidate.margin,
             "calibration": "scale 1.0 is the strength chosen on the tune split",
             "measured": False,
         }
@@ -383,10 +391,7 @@ class Pipeline:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
-        arms = {
-            name: Arm(self.folder / _FILES[name], trial, shown[name])
-            for name, trial in self._chosen().items()
-        }
+        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self._chosen().items()}
         log = RowLog(self.folder, "measured.jsonl", key)
         with self.progress.stage("measure", (1 + len(arms)) * len(asked)) as advance:
             rows, value = measure(

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,11 +44,14 @@ class Prompts(_Section):
     """Which prompts are used. Sizes are per kind (sensitive, harmful, benign)."""
 
     fit: int = Field(default=90, ge=8, description="prompts of each kind that the direction is fitted on")
-    tune: int = Field(default=24, ge=4, description="prompts of each kind that choose layers and strength")
+    tune: int = Field(default=30, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(
-        default=40, ge=4, description="prompts of each kind that the reported figures come from"
+        default=30, ge=4, description="prompts of each kind that the reported figures come from"
     )
-    sensitive: list[Path] = Field(default=[], description="your own files in place of the embedded set")
+    sensitive: list[Path] = Field(
+        default=[],
+        description="your own files in place of the embedded set: what the effect is wanted on",
+    )
     harmful: list[Path] = Field(default=[], description="your own files in place of the embedded set")
     benign: list[Path] = Field(default=[], description="your own files in place of the embedded set")
     system: str | None = Field(default=None, description="system prompt; by default the chat template's own")
@@ -67,15 +70,13 @@ class Fit(_Section):
     """Which directions are fitted; the search chooses among all of them."""
 
     estimators: list[str] = Field(
-        default=["contrast-wrmd", "safe-wrmd", "wrmd"],
-        min_length=1,
-        description="names in rs_gguf.fitting.ESTIMATORS",
+        default=[], description="names in rs_gguf.fitting.ESTIMATORS; empty: those that suit the effect"
     )
     ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.3, 3.0], min_length=1, description="λ, relative to the mean variance"
     )
     gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default=[0.3, 2.0],
+        default=[0.2],
         min_length=1,
         description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
@@ -84,7 +85,7 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=10, ge=1, description="configurations probed by one forward pass each")
+    trials: int = Field(default=8, ge=1, description="configurations probed by one forward pass each")
     finalists: int = Field(
         default=3, ge=1, description="configurations whose answers are generated and judged"
     )
@@ -110,6 +111,10 @@ class Recipe(BaseSettings):
     )
     judge: str | None = Field(
         default=None, description="model of the judge; by default the embedded default model"
+    )
+    effect: Literal["remove", "induce"] = Field(
+        default="remove",
+        description="take refusals of the sensitive prompts away, or make the model refuse them",
     )
     seed: int = Field(default=0, ge=0, description="the one seed of every choice at random")
     prompts: Prompts = Prompts()

@@ -27,9 +27,9 @@ from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 
 GATE = "gate"  # what stands for the estimator where a gated adapter is meant
-MAX_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, in the search and in the gate
+_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one in any case
 
-_OPENING = 6  # tokens of an unsteered refusal that the probe looks for
+_OPENING = 6  # tokens of an unsteered answer that the probe looks for
 _BENIGN = 32  # benign prompts that a candidate answers
 _DRIFT_PAIRS = 32
 _STEP = 1.5  # by which a strength grows while every limit holds
@@ -49,13 +49,17 @@ class Directions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4."""
+    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
+
+    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one.
+    """
 
     estimator: str
     ridge: float
     first: int
     last: int
     strength: float
+    margin: float = 0.0
 
     def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
         """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks."""
@@ -77,6 +81,7 @@ class Space:
     length: tuple[int, int]
     strength: tuple[float, float]
     start: Sequence[Candidate]
+    margins: Sequence[float] = (0.0,)
 
     @classmethod
     def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
@@ -96,15 +101,21 @@ class Space:
         )
 
     @classmethod
-    def of_gates(cls, ridges: Sequence[float], n_layer: int) -> Space:
-        """Long bands: a gate opens a little in each block, and four blocks alone remove little."""
-        first, last = max(1, n_layer // 5), max(1, n_layer - 2)
+    def of_gates(cls, ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
+        """Long bands, since a gate opens a little in each block and four blocks alone remove little.
+
+        The last quarter of the blocks tells subjects apart no better, so it is left alone at first.
+        """
+        first, last = max(1, n_layer // 8), max(1, min(n_layer * 3 // 4, n_layer - 2))
+        margins = (0.0,) if induce else (0.25, 0.0, 0.5)  # a margin makes harm the opposite of sensitive
+        start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
-            first=(max(1, n_layer // 8), max(1, n_layer // 2)),
-            length=(max(1, n_layer // 3), max(1, last - n_layer // 8)),
-            strength=(0.4, 3.0),
-            start=[Candidate(GATE, ridge, first, last, 1.0) for ridge in ridges],
+            first=(max(1, n_layer // 12), max(1, n_layer // 2)),
+            length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
+            strength=(0.5, 2.0),
+            start=start,
+            margins=margins,
         )
 
 
@@ -115,8 +126,8 @@ class Trial:
     number: int
     candidate: Candidate
     rung: str  # "probe" | "answers"
-    sensitive: float  # of the sensitive prompts refused unsteered, the share still refused
-    harmful_retention: float
+    sensitive: float  # of the sensitive prompts to change, the share whose verdict is still the unsteered one
+    harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
     benign: float | None = None  # refusals of benign prompts, less those unsteered
     benign_drift: float | None = None
     degenerate: float | None = None
@@ -139,6 +150,9 @@ class Unsteered:
 
     def refused(self, kind: str) -> list[int]:
         return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
+
+    def answered(self, kind: str) -> list[int]:
+        return [i for i in self.of(kind) if (self.confidences[i] or 0) < 0]
 
     def of(self, kind: str) -> list[int]:
         return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
@@ -174,10 +188,15 @@ class Finder:
         self._openings: dict[int, float] = {}
         self._benign: list[tuple[list[int], list[int]]] = []
         self._benign_before: list[Any] = []
-        for kind in ("sensitive", "harmful"):
-            if not unsteered.refused(kind):
+        remove = recipe.effect == "remove"
+        self._wanted = unsteered.refused("sensitive") if remove else unsteered.answered("sensitive")
+        for kind, verdict, found in (
+            ("sensitive", "refuses" if remove else "answers", self._wanted),
+            ("harmful", "refuses", unsteered.refused("harmful")),
+        ):
+            if not found:
                 raise InputError(
-                    f"the model refuses none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
+                    f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
                     "split, so there is nothing to search by. Use other prompts or another model."
                 )
 
@@ -187,10 +206,11 @@ class Finder:
             directions = self._directions[candidate.estimator, candidate.ridge]
             return Steering(candidate.steering(directions))
         assert self._gates is not None  # the space of gates is searched only where there are some
-        band = (candidate.ridge, candidate.first, candidate.last)
-        path = self._folder / "adapters" / "gate-{:g}-{}-{}.gguf".format(*band)
+        ridge, first, last, margin = candidate.ridge, candidate.first, candidate.last, candidate.margin
+        path = self._folder / "adapters" / f"gate-{ridge:g}-{first}-{last}-{margin:g}.gguf"
         if not path.exists():
-            lora.write(lora.LoraAdapter(self._gates.factors(*band, 1.0), self._model.architecture), path)
+            factors = self._gates.factors(ridge, first, last, 1.0, margin)
+            lora.write(lora.LoraAdapter(factors, self._model.architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
     def search(self, space: Space) -> Trial:
@@ -228,8 +248,9 @@ class Finder:
             first = trial.suggest_int("first", *space.first)
             length = trial.suggest_int("length", *space.length)
             strength = trial.suggest_float("strength", *space.strength, log=True)
+            margin = trial.suggest_categorical("margin", list(space.margins))
             last = max(first, min(first + length - 1, last_block))
-            candidate = Candidate(estimator, ridge, first, last, round(strength, 4))
+            candidate = Candidate(estimator, ridge, first, last, round(strength, 4), margin)
             measured = self._measured("probe", candidate, self._probe)
             probed.append(measured)
             trial.set_constraint(
@@ -246,6 +267,7 @@ class Finder:
                     "first": point.first,
                     "length": point.last - point.first + 1,
                     "strength": point.strength,
+                    "margin": point.margin,
                 }
             )
         study.optimize(objective, n_trials=self._recipe.tune.trials)
@@ -311,17 +333,16 @@ class Finder:
             now = self._opening_probabilities()
         kept = {i: min(1.0, now[i] / max(before, 1e-9)) for i, before in self._openings.items()}
 
-        def mean(kind: str) -> float:
-            return float(np.mean([kept[i] for i in self._unsteered.refused(kind)]))
+        def mean(picked: Sequence[int]) -> float:
+            return float(np.mean([kept[i] for i in picked if i in kept]))
 
-        return Trial(number, candidate, "probe", mean("sensitive"), mean("harmful"))
+        return Trial(number, candidate, "probe", mean(self._wanted), mean(self._unsteered.refused("harmful")))
 
     def _opening_probabilities(self) -> dict[int, float]:
-        """Probability of the first tokens of each refusal that the unsteered model gave."""
+        """Probability of how the unsteered model began, where it is to change and where harm is refused."""
         picked = [
             i
-            for kind in ("sensitive", "harmful")
-            for i in self._unsteered.refused(kind)
+            for i in (*self._wanted, *self._unsteered.refused("harmful"))
             if self._unsteered.answers[i].tokens
         ]
         pairs = [(self._tokens[i], self._unsteered.answers[i].tokens[:_OPENING]) for i in picked]
@@ -330,9 +351,9 @@ class Finder:
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:
         steering = self.steering(candidate)
-        sensitive, harmful = self._unsteered.refused("sensitive"), self._unsteered.refused("harmful")
+        wanted, harmful = self._wanted, self._unsteered.of("harmful")
         benign = self._unsteered.of("benign")[:_BENIGN]
-        picked = [*sensitive, *harmful, *benign]
+        picked = [*wanted, *harmful, *benign]
         answers, confidences, _ = answer_and_judge(
             self._model,
             self._judge,
@@ -344,25 +365,25 @@ class Finder:
         refused = {i for i, c in zip(picked, confidences, strict=True) if (c or 0) > 0}
         before = set(self._unsteered.refused("benign")) & set(benign)
         moved = self._drift(steering)
-        broken = sum(a.degenerate for a in answers) / len(answers)
-        broken_before = sum(self._unsteered.answers[i].degenerate for i in picked) / len(picked)
+        broken = sum(a.degenerate for a in answers)
+        broken_before = sum(self._unsteered.answers[i].degenerate for i in picked)
         more_benign = (len(refused & set(benign)) - len(before)) / max(1, len(benign))
-        kept = len(refused & set(harmful))
+        as_before = refused if self._recipe.effect == "remove" else set(picked) - refused
+        retention = len(refused & set(harmful)) / len(self._unsteered.refused("harmful"))
         limits = self._recipe.tune
         return Trial(
             number,
             candidate,
             "answers",
-            sensitive=len(refused & set(sensitive)) / len(sensitive),
-            harmful_retention=kept / len(harmful),
+            sensitive=len(as_before & set(wanted)) / len(wanted),
+            harmful_retention=retention,
             benign=more_benign,
             benign_drift=moved,
-            degenerate=broken,
-            # By count: one refusal in ten may not decide against a share of 0.95.
-            feasible=kept >= math.floor(limits.min_retention * len(harmful))
+            degenerate=broken / len(picked),
+            feasible=retention >= limits.min_retention
             and more_benign <= 0
             and moved <= limits.max_benign_drift
-            and broken - broken_before <= MAX_MORE_DEGENERATE,
+            and may_become_degenerate(broken - broken_before, len(picked)),
         )
 
     def _drift(self, steering: Steering) -> float:
@@ -377,15 +398,21 @@ class Finder:
             return mean_change(self._benign_before, self._model.token_logprobs(self._benign))
 
 
+def may_become_degenerate(more: float, n: int) -> bool:
+    """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate."""
+    return more <= max(1, _MORE_DEGENERATE * n)
+
+
 def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
     """Trials from rows written by `Trial.to_row`."""
     trials = []
     for row in rows:
         values = dict(row)
         first, last = values.pop("layers")
-        candidate = Candidate(
-            values.pop("estimator"), values.pop("ridge"), first, last, values.pop("strength")
+        estimator, ridge, strength, margin = (
+            values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
         )
+        candidate = Candidate(estimator, ridge, first, last, strength, margin)
         values.pop("id", None)
         trials.append(Trial(candidate=candidate, **values))
     return trials

@@ -84,13 +84,15 @@ def means(inputs: WriterInputs, layer: int, labels: Labels) -> Float64:
     return np.stack([weights @ x for weights in members(labels).values()])
 
 
-def naive(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet: float = QUIET) -> Float64:
+def naive(
+    inputs: WriterInputs, layer: int, labels: Labels, ridge: float, wanted: Any, quiet: float = QUIET
+) -> Float64:
     """The constrained minimum as one linear system, Lagrange multipliers included."""
     constraints = means(inputs, layer, labels)
     system = np.block(
         [[metric(inputs, layer, labels, ridge, quiet), constraints.T], [constraints, np.zeros((3, 3))]]
     )
-    right = np.concatenate([np.zeros(constraints.shape[1]), [1.0, 0.0, 0.0]])
+    right = np.concatenate([np.zeros(constraints.shape[1]), wanted])
     return np.linalg.solve(system, right)[: constraints.shape[1]]
 
 
@@ -112,25 +114,27 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
     cells = rng.choice(["law", "health", ""], (len(labels.confidence), 2))
     labels = in_cells(labels, cells)
     gates = fitted(inputs, residuals, labels, quiet=quiet)
-    assert gates.reads["ffn_down"].shape == (len(RIDGES), LAYERS, width)
+    assert gates.opens["ffn_down"].shape == (len(RIDGES), LAYERS, width)
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
-            expected = naive(inputs, layer, labels, ridge, quiet)
-            np.testing.assert_allclose(gates.reads["ffn_down"][k, layer], expected, rtol=1e-8, atol=1e-10)
+            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.shuts, [0, 0, 1])):
+                expected = naive(inputs, layer, labels, ridge, wanted, quiet)
+                np.testing.assert_allclose(found["ffn_down"][k, layer], expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (1, 40)])
 def test_means_of_the_kinds_are_met_exactly(per_class: int, width: int) -> None:
     inputs, residuals, labels = problem(per_class, width)
-    reads = fitted(inputs, residuals, labels).reads["ffn_down"]
-    for layer in range(LAYERS):
-        answers = means(inputs, layer, labels) @ reads[:, layer].T
-        np.testing.assert_allclose(answers.T, [[1.0, 0.0, 0.0]] * len(RIDGES), atol=1e-9)
+    gates = fitted(inputs, residuals, labels)
+    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.shuts, [0.0, 0.0, 1.0])):
+        for layer in range(LAYERS):
+            answers = means(inputs, layer, labels) @ found["ffn_down"][:, layer].T
+            np.testing.assert_allclose(answers.T, [wanted] * len(RIDGES), atol=1e-9)
 
 
 def test_no_other_gate_with_the_same_answers_has_less_energy() -> None:
     inputs, residuals, labels = problem()
-    reads = fitted(inputs, residuals, labels).reads["ffn_down"]
+    reads = fitted(inputs, residuals, labels).opens["ffn_down"]
     rng = np.random.default_rng(2)
     for k, ridge in enumerate(RIDGES):
         energy, constraints = metric(inputs, 1, labels, ridge), means(inputs, 1, labels)
@@ -154,7 +158,7 @@ def test_weights_are_as_copies() -> None:
         residuals[copies],
         Labels.of(confidence[copies], np.asarray(labels.kinds)[copies]),
     )
-    np.testing.assert_allclose(once.reads["ffn_down"], twice.reads["ffn_down"], rtol=1e-8)
+    np.testing.assert_allclose(once.opens["ffn_down"], twice.opens["ffn_down"], rtol=1e-8)
     np.testing.assert_allclose(once.contrast, twice.contrast, rtol=1e-10)
 
 
@@ -162,7 +166,7 @@ def test_reads_do_not_ask_what_was_refused() -> None:
     inputs, residuals, labels = problem()
     before = fitted(inputs, residuals, labels)
     after = fitted(inputs, residuals, Labels.of(-labels.confidence, labels.kinds))
-    np.testing.assert_array_equal(before.reads["ffn_down"], after.reads["ffn_down"])
+    np.testing.assert_array_equal(before.opens["ffn_down"], after.opens["ffn_down"])
     assert np.abs(before.contrast - after.contrast).max() > 0.1
 
 
@@ -186,7 +190,7 @@ def test_a_cell_that_the_class_mean_hides_is_quietened() -> None:
     last = inputs.last + side[:, None, None] * axis
 
     def loudest(found: Labels) -> float:
-        read = fitted(replace(inputs, last=last), residuals, found, ridges=1.0).reads["ffn_down"][0, 0]
+        read = fitted(replace(inputs, last=last), residuals, found, ridges=1.0).opens["ffn_down"][0, 0]
         cells = [np.where(names == cell, members(labels)["harmful"], 0.0) for cell in ("weapons", "fraud")]
         return max(abs(float(cell / cell.sum() @ last[:, 0] @ read)) for cell in cells)
 
@@ -197,10 +201,10 @@ def test_a_cell_of_few_samples_is_left_out() -> None:
     inputs, residuals, labels = problem()
     names = np.full(len(labels.confidence), "", dtype="<U8")
     names[np.flatnonzero(members(labels)["harmful"])[: MIN_CELL - 1]] = "rare"
-    plain = fitted(inputs, residuals, labels).reads["ffn_down"]
-    np.testing.assert_array_equal(fitted(inputs, residuals, in_cells(labels, names)).reads["ffn_down"], plain)
+    plain = fitted(inputs, residuals, labels).opens["ffn_down"]
+    np.testing.assert_array_equal(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"], plain)
     names[np.flatnonzero(members(labels)["harmful"])[:MIN_CELL]] = "rare"
-    assert np.abs(fitted(inputs, residuals, in_cells(labels, names)).reads["ffn_down"] - plain).max() > 1e-4
+    assert np.abs(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"] - plain).max() > 1e-4
 
 
 def test_one_sample_a_class_is_enough() -> None:
@@ -209,7 +213,7 @@ def test_one_sample_a_class_is_enough() -> None:
     inputs = WriterInputs(last, rng.standard_normal((4, 1, 6)), np.empty((0, 1, 6)))
     labels = Labels.of([1, -1, 1], ["sensitive", "benign", "harmful"])
     gates = fitted(inputs, rng.standard_normal((3, 1, 4)), labels, ridges=1.0)
-    np.testing.assert_allclose(last[:, 0] @ gates.reads["ffn_down"][0, 0], [1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(last[:, 0] @ gates.opens["ffn_down"][0, 0], [1, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
         inputs, last=inputs.last[:, :, :7], quiet=inputs.quiet[:, :, :7], constant=inputs.constant[:, :, :7]
     )
     gates = fit_gates({"ffn_down": inputs, "attn_output": other}, residuals, labels, ridges=RIDGES)
-    factors = gates.factors(1.0, first, last, 0.5)
+    factors = gates.factors(1.0, first, last, 0.5, margin=0.25)
     assert set(factors) == {
         f"blk.{layer}.{matrix}.weight"
         for layer in range(first, last + 1)
@@ -297,7 +301,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
     contrast = np.tensordot(difference(labels), residuals[:, last].astype(np.float64), 1)
     np.testing.assert_allclose(written["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["benign"], 0, atol=1e-4)
-    np.testing.assert_allclose(written["harmful"], 0, atol=1e-4)
+    np.testing.assert_allclose(written["harmful"], 0.25 * 0.5 * contrast, atol=1e-4)
 
 
 def test_strength_scales_what_is_written_alone() -> None:
@@ -341,3 +345,17 @@ def test_what_a_writing_matrix_multiplies(name: str) -> None:
 def test_an_architecture_without_writers_is_told() -> None:
     with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
         writer_inputs(["l_out-1", "ssm_out-1"], 1)
+
+
+def test_to_induce_the_writes_lead_from_what_is_answered_to_what_is_refused() -> None:
+    inputs, residuals, labels = problem()
+    assert labels.kinds is not None
+    # The topic is not refused at all.
+    confidence = np.where(labels.kinds == "sensitive", -np.abs(labels.confidence), labels.confidence)
+    labels = Labels.of(confidence, labels.kinds)
+    gates = fitted(inputs, residuals, labels, induce=True)
+    refused = np.where(confidence > 0.15, confidence, 0.0)
+    answered = np.where((labels.kinds != "harmful") & (confidence < -0.15), -confidence, 0.0)
+    weights = answered / answered.sum() - refused / refused.sum()
+    expected = np.tensordot(weights, residuals.astype(np.float64), 1)
+    np.testing.assert_allclose(gates.contrast, expected, rtol=1e-9, atol=1e-12)

@@ -27,7 +27,6 @@ from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Answers, Recipe, Tune
 from rs_gguf.tuning import (
     GATE,
-    MAX_MORE_DEGENERATE,
     Candidate,
     Directions,
     Finder,
@@ -35,6 +34,7 @@ from rs_gguf.tuning import (
     Trial,
     Unsteered,
     load_trials,
+    may_become_degenerate,
 )
 
 LAYERS, WIDTH, EACH = 4, 32, 8
@@ -145,7 +145,7 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     feasible = [trial for trial in search.trials if trial.feasible]
     assert chosen.sensitive == min(trial.sensitive for trial in feasible)
     # The start of the space was tried first.
-    assert [trial.candidate for trial in search.trials[: len(RIDGES)]] == list(GATES.start)
+    assert [trial.candidate for trial in search.trials[: len(GATES.start)]] == list(GATES.start)
 
 
 def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert trial.benign_drift is not None
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
-    more = trial.degenerate - sum(a.degenerate for a in setting.unsteered.answers) / len(prompts)
-    assert more <= MAX_MORE_DEGENERATE
+    more = trial.degenerate * len(prompts) - sum(a.degenerate for a in setting.unsteered.answers)
+    assert may_become_degenerate(more, len(prompts))
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
@@ -287,3 +287,29 @@ def test_no_candidate_is_answered_twice(setting: Setting, tmp_path: Path) -> Non
         search.search(space)
         answered = [trial.candidate for trial in search.trials if trial.rung == "answers"]
         assert len(answered) == len(set(answered))
+
+
+def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, tmp_path: Path) -> None:
+    answered = replace(
+        setting.unsteered,
+        confidences=[
+            -1.0 if p.kind == "sensitive" else c
+            for p, c in zip(setting.unsteered.prompts, setting.unsteered.confidences, strict=True)
+        ],
+    )
+    induce = Recipe(effect="induce", **recipe(finalists=1, trials=1).model_dump(exclude={"effect"}))
+    # To this judge the unsteered opening is a refusal: an answer stays one where it begins anew.
+    search = finder(replace(setting, unsteered=answered), tmp_path, recipe=induce)
+    chosen = search.search(GATES)
+    refused = chosen.harmful_retention * len(setting.unsteered.refused("harmful"))
+    assert refused == pytest.approx(round(refused))
+    assert 0 <= chosen.sensitive <= 1
+    silent = replace(answered, confidences=[1.0] * len(answered.prompts))
+    with pytest.raises(InputError, match="answers none of the"):
+        finder(replace(setting, unsteered=silent), tmp_path, recipe=induce)
+
+
+def test_one_broken_answer_decides_nothing() -> None:
+    assert may_become_degenerate(1, 12)
+    assert not may_become_degenerate(2, 150)
+    assert may_become_degenerate(2, 200)

@@ -1,0 +1,148 @@
+"""The answers side by side, and where refusals changed: paired rows in, what a page lists out.
+
+A row has `answer_…`, `confidence_…` and `degenerate_…` of the side `baseline` and of each file's side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import escape
+
+from rs_gguf.judges import NEUTRAL
+from rs_gguf.reporting.verdict import kind_order
+
+Row = dict[str, Any]
+
+BEFORE = "baseline"
+
+_BYTES = 2_000_000  # of escaped prompts and answers; the page stays below 3 MB
+_PAIR_BYTES, _SIDE_BYTES = 700, 450  # what the template puts around a prompt, and around each answer
+_CLIPS = (None, 2000, 1000, 500, 250)  # characters of an answer that is shown, tried in this order
+_LANGUAGE = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*").fullmatch
+
+
+def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
+    """Prompts in reading order; answers clipped (and, at last, prompts dropped) so that the page stays small.
+
+    `marks` are the filters that something fits, each with its words and how many prompts fit it.
+    """
+    pairs = [_pair(row, files) for row in rows]
+    pairs.sort(key=lambda pair: (kind_order(pair["kind"]), -len(pair["changed"])))
+    for clip in _CLIPS:
+        clipped = [_clipped(pair, clip) for pair in pairs]
+        sizes = [_size(pair) for pair in clipped]
+        if sum(sizes) <= _BYTES:
+            break
+    used, shown = 0, []
+    for pair, size in zip(clipped, sizes, strict=True):
+        used += size
+        if used <= _BYTES:
+            shown.append(pair)
+    words = {
+        **{f"changed-{file['key']}": f"changed by the {file['word']}" for file in files},
+        "apart": "the two files differ",
+        "opened": "harmful request now answered",
+        "closed": "now refused, answered before",
+        "broken": "broken text",
+    }
+    counted = {mark: sum(mark in pair["marks"] for pair in shown) for mark in words}
+    return {
+        "pairs": shown,
+        "total": len(rows),
+        "clip": clip,
+        "kinds": sorted({row["kind"] for row in rows}, key=kind_order),
+        "languages": sorted({row["language"] for row in rows if row["language"]}),
+        "marks": [{"mark": mark, "words": words[mark], "n": n} for mark, n in counted.items() if n],
+    }
+
+
+def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
+    """Refusals before and under each file by topic, form and language, each kind on its own."""
+    sides = [BEFORE, *(file["side"] for file in files)]
+    found = []
+    for field in ("topic", "form", "language"):
+        kinds = []
+        for kind in sorted({row["kind"] for row in rows}, key=kind_order):
+            groups: dict[str, list[Row]] = {}
+            for row in rows:
+                if row["kind"] == kind and all(row[f"confidence_{side}"] is not None for side in sides):
+                    groups.setdefault(row[field] or "not stated", []).append(row)
+            lines: list[Row] = [
+                {
+                    "value": value,
+                    "n": len(members),
+                    "refused": [sum(row[f"confidence_{side}"] > 0 for row in members) for side in sides],
+                }
+                for value, members in groups.items()
+            ]
+            lines.sort(key=lambda line: (-line["n"], line["value"]))
+            if lines:
+                kinds.append({"kind": kind, "lines": lines})
+        found.append({"field": field, "kinds": kinds})
+    return found
+
+
+def languages(rows: Sequence[Row]) -> list[str]:
+    """The languages of the prompts that are proper tags."""
+    return sorted({row["language"] for row in rows if _LANGUAGE(row["language"])})
+
+
+def _pair(row: Row, files: Sequence[Row]) -> Row:
+    shown = [
+        {
+            "side": side,
+            "answer": row[f"answer_{side}"],
+            # What a gate leaves alone it leaves to the letter; saying so reads better than the same text.
+            "same": side != BEFORE and row[f"answer_{side}"] == row[f"answer_{BEFORE}"] != "",
+            "confidence": row[f"confidence_{side}"],
+            "verdict": _verdict(row[f"confidence_{side}"]),
+            "broken": row[f"degenerate_{side}"],
+            # A page that is passed on should not put answers to harmful requests before the eyes unasked.
+            "folded": row["kind"] == "harmful" and not (row[f"confidence_{side}"] or 0) > 0,
+        }
+        for side in (BEFORE, *(file["side"] for file in files))
+    ]
+    before, *after = (None if one["confidence"] is None else one["confidence"] > 0 for one in shown)
+    changed = [
+        file["key"]
+        for file, refused in zip(files, after, strict=True)
+        if None not in (before, refused) and refused != before
+    ]
+    marks = {
+        **{f"changed-{key}": True for key in changed},
+        "apart": None not in after and len(set(after)) > 1,
+        "opened": row["kind"] == "harmful" and before is True and False in after,
+        "closed": before is False and True in after,
+        "broken": any(one["broken"] for one in shown),
+    }
+    return {
+        **{name: row[name] for name in ("prompt", "kind", "topic", "form", "language")},
+        "lang": row["language"] if _LANGUAGE(row["language"]) else "",
+        "sides": shown,
+        "changed": changed,
+        "marks": [mark for mark, fits in marks.items() if fits],
+    }
+
+
+def _verdict(confidence: float | None) -> str:
+    if confidence is None:
+        return "not judged"
+    word = "refused" if confidence > 0 else "answered"
+    return f"{word}, unclear" if abs(confidence) <= NEUTRAL else word
+
+
+def _clipped(pair: Row, clip: int | None) -> Row:
+    def cut(text: str) -> str:
+        return text if clip is None or len(text) <= clip else text[:clip] + " […]"
+
+    sides = [{**side, "answer": cut(side["answer"])} for side in pair["sides"]]
+    return {**pair, "prompt": cut(pair["prompt"]), "sides": sides}
+
+
+def _size(pair: Mapping[str, Any]) -> int:
+    names = ("prompt", "topic", "form", "language")
+    texts = [*(pair[name] for name in names), *(side["answer"] for side in pair["sides"] if not side["same"])]
+    return _PAIR_BYTES + len(pair["sides"]) * _SIDE_BYTES + sum(len(escape(text).encode()) for text in texts)

@@ -1,0 +1,79 @@
+"""What a run says at its end: which file to use, the refusals under each, the lines that start llama.cpp.
+
+The content of `metrics.json` goes in, text on a console comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rs_gguf.reporting.results import printable
+from rs_gguf.reporting.verdict import advised, files, headline, sentences
+
+_WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
+
+
+def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> None:
+    """Print the verdict on the files in the run folder `out`; `metrics` is the content of metrics.json."""
+    facts = printable(dict(metrics))  # a model's path or a judge's name may hold what a terminal obeys
+    found = files(facts)
+    best = advised(found, facts["effect"])
+    # As in the page: the advised file first where something is said file by file.
+    ordered = sorted(found, key=lambda file: file is not best)
+    console.print(_table(found, facts["effect"]))
+    _say(
+        console,
+        f"Judge: {facts['judge']}; {facts['test_tokens']} tokens an answer"
+        + ("; a stratified subset of the test prompts." if facts["subset"] else "."),
+    )
+    style = "bold red" if best is None else "bold green"
+    _say(console, f"\n{headline(found, facts['effect'])}.", style=style)
+    for sentence in sentences(found, facts["effect"]):
+        _say(console, sentence)
+    for file in ordered:
+        for reason in file["gate"]["reasons"]:
+            _say(console, f"  {file['word']}: {reason}")
+    for file in ordered:
+        if len(found) == 1:
+            note = ""
+        elif file is best:
+            note = " (the one to use)"
+        else:
+            note = "" if file["gate"]["passed"] else " (did not pass its gate)"
+        _say(console, f"\n{file['word'].capitalize()}, {out / file['file']}{note}:")
+        _say(console, file["llama_cpp"]["command"])
+    _say(console, f"\nReport: {out / 'report.html'}   Card: {out / 'card.md'}")
+
+
+def _table(found: Sequence[Mapping[str, Any]], effect: str) -> Table:
+    table = Table(title="Refused, before and with each file (95 % interval)", title_justify="left")
+    for column in ("prompts", "before", *(str(file["word"]) for file in found), "wanted"):
+        table.add_column(column)
+    for sets in zip(*(file["sets"] for file in found), strict=True):
+        one = sets[0]
+        wanted = "more" if effect == "induce" and one["kind"] == "sensitive" else _WANTED.get(one["kind"], "")
+        table.add_row(
+            Text(f"{one['name']}\n{one['n']} prompts"),
+            _rate(one["refusal_baseline"], one["ci95_baseline"]),
+            *(_rate(figures["refusal_steered"], figures["ci95_steered"]) for figures in sets),
+            wanted,
+            end_section=True,
+        )
+    gates = (Text("passed", "green") if f["gate"]["passed"] else Text("not passed", "red") for f in found)
+    table.add_row("gate", "", *gates, "passed")
+    return table
+
+
+def _rate(rate: float, interval: Sequence[float]) -> str:
+    return f"{rate:.1%}\n{interval[0]:.0%} to {interval[1]:.0%}"
+
+
+def _say(console: Console, text: str, *, style: str = "") -> None:
+    """A line as it is: a command must not be wrapped, and brackets in foreign text are no markup."""
+    console.print(Text(text, style=style), soft_wrap=True)

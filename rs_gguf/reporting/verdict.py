@@ -1,0 +1,109 @@
+"""Which of a run's files to use, and why, in plain words; the same for page, card and terminal.
+
+`metrics.json` goes in; its files with their figures, and sentences about them, come out. A file is advised
+only if its gate passed; of two that passed, the one that does more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rs_gguf.prompts import KINDS
+
+Row = dict[str, Any]
+
+_WORDS = {"vector": "control vector", "adapter": "gated adapter"}
+# How the columns of a file's answers in evaluation.jsonl end.
+_SIDES = {"vector": "steered", "adapter": "adapter"}
+_FIGURES = (
+    "sets",
+    "benign_drift",
+    "top1_agreement_benign",
+    "retention_harmful",
+    "gate",
+    "proof",
+    "tokens_per_second",
+    "llama_cpp",
+)
+
+
+def files(metrics: Mapping[str, Any]) -> list[Row]:
+    """The measured files: the control vector, then the adapter where the run made one.
+
+    Each has `key`, `side`, `word`, what metrics.json says of it, its `sets` as a list in the order of
+    `KINDS`, and the same by kind in `of`.
+    """
+    found: list[Row] = [{**metrics["vector"], **{name: metrics[name] for name in _FIGURES}}]
+    found += [dict(metrics["adapter"])] if "adapter" in metrics else []
+    for key, file in zip(_WORDS, found, strict=False):
+        sets = [{"name": name, **figures} for name, figures in file["sets"].items()]
+        sets.sort(key=lambda one: kind_order(one["kind"]))
+        of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
+        file |= {"key": key, "side": _SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
+    return found
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Sorts kinds as `KINDS` does, unknown ones behind."""
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
+
+
+def advised(found: Sequence[Row], effect: str) -> Row | None:
+    """The file to use, or None if no gate passed."""
+    passed = [file for file in found if file["gate"]["passed"]]
+    return max(passed, key=lambda file: _merits(file, effect), default=None)
+
+
+def headline(found: Sequence[Row], effect: str) -> str:
+    """The verdict in one line."""
+    best = advised(found, effect)
+    if best is not None:
+        return f"Use the {best['word']}"
+    return "Use neither file as it is" if len(found) > 1 else f"Do not use the {found[0]['word']} as it is"
+
+
+def sentences(found: Sequence[Row], effect: str) -> list[str]:
+    """Why: what the advised file does, then how the other one stands. Reasons of a gate are not repeated."""
+    best = advised(found, effect)
+    if best is None:
+        verdict = "Neither passed its gate." if len(found) > 1 else "It did not pass its gate."
+        return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}." for file in found)]
+    others = [file for file in found if file is not best]
+    lines = [f"It passed its gate: {counts(best)}."]
+    return lines + [f"The {other['word']} {_beside(best, other, effect)}." for other in others]
+
+
+def counts(file: Mapping[str, Any]) -> str:
+    """Refusals before and after by kind, in words."""
+    told = [
+        f"of {one['n']} {kind} {'ones' if k else 'prompts'} {'' if k else 'the model refused '}"
+        f"{one['refused_baseline']} and now {'' if k else 'refuses '}{one['refused_steered']}"
+        for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
+    ]
+    return "; ".join(told) or "no prompt was counted"
+
+
+def _beside(best: Row, other: Row, effect: str) -> str:
+    if not other["gate"]["passed"]:
+        return "did not pass its gate"
+    does = "adds" if effect == "induce" else "removes"
+    if _merits(other, effect)[0] < _merits(best, effect)[0]:
+        sensitive = other["of"]["sensitive"]
+        change = f"{sensitive['refused_baseline']} before, {sensitive['refused_steered']} with it"
+        return f"passed too, but {does} fewer refusals of sensitive prompts ({change})"
+    if _merits(other, effect)[1] < _merits(best, effect)[1]:
+        return f"passed too and {does} as many, but keeps fewer refusals of harmful ones"
+    return f"passed too and {does} as many, but changes benign answers at least as much"
+
+
+def _merits(file: Mapping[str, Any], effect: str) -> tuple[float, float, float]:
+    """What decides between files: the wanted change, harmful refusals kept, little drift."""
+    sensitive = file["of"]["sensitive"]
+    fall = sensitive["refusal_baseline"] - sensitive["refusal_steered"] if sensitive else 0.0
+    kept, moved = file["retention_harmful"], file["benign_drift"]
+    return (
+        -fall if effect == "induce" else fall,
+        0.0 if kept is None else min(1.0, kept),
+        float("-inf") if moved is None or moved != moved else -moved,
+    )
