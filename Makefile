@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := out/demo
 
-.PHONY: install demo test lint bench sanitize neon clean
+.PHONY: install demo test lint bench vectors sanitize neon clean
 
 install: $(STAMP)
 
@@ -34,6 +34,14 @@ lint: install
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# Everything that lies in vectors/, from its recipes. A run whose gate fails is published as such.
+vectors: install
+	for recipe in vectors/*/recipe.toml; do \
+		folder=$$(dirname $$recipe); out=out/$$folder; \
+		$(BIN)/rs-export run $$recipe --out $$out || test $$? -eq 1 || exit; \
+		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/; \
+	done
 
 clean:
 	rm -rf $(VENV) build out

@@ -1,0 +1,47 @@
+"""Published files are those that were measured, and their cards say what their metrics say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rs_gguf import control_vector, lora, recipe
+from rs_gguf.files import sha256
+
+FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "vectors").glob("*/recipe.toml"))
+PUBLISHED = [folder for folder in FOLDERS if (folder / "metrics.json").is_file()]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_recipes_are_valid(folder: Path) -> None:
+    assert recipe.load(folder / "recipe.toml").effect in folder.name
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_files_are_those_that_were_measured(folder: Path) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    card = (folder / "card.md").read_text()
+    files = [(metrics["vector"], metrics)]
+    if "adapter" in metrics:
+        files.append((metrics["adapter"], metrics["adapter"]))
+    for file, found in files:
+        path = folder / file["file"]
+        assert sha256(path) == file["sha256"]
+        assert file["sha256"] in card
+        check = lora.check(path) if lora.is_adapter(path) else control_vector.check(path)
+        assert check.valid, check
+        provenance = (
+            lora.read(path).provenance if lora.is_adapter(path) else control_vector.read(path).provenance
+        )
+        assert provenance["model.sha256"] == metrics["model"]["sha256"]
+        assert provenance["gate.passed"] == found["gate"]["passed"]
+        assert found["proof"]["effect_observed"] is True
+        for kind, one in found["sets"].items():
+            before, after = one["refused_baseline"], one["refused_steered"]
+            assert provenance[f"metrics.{kind}"] == [one["refusal_baseline"], one["refusal_steered"]]
+            assert f"{before}" in card, kind
+            assert f"{after}" in card, kind
+        for reason in found["gate"]["reasons"]:
+            assert reason.split("(")[0].strip() in card.replace("\\", "")
