@@ -1,10 +1,10 @@
 """What a model can do besides: short tasks with exact answers, to put a number on "nothing else changed".
 
-A model and a steering go in; for each task of `data/capability.jsonl` the answer and whether it is right come
+A way to ask a model goes in; for each task of `data/capability.jsonl` the answer and whether it is right come
 out, and paired rates by kind. The tasks (arithmetic, facts, format, Python functions) were written for this
 project, and how an answer is checked is data too: `checks`, which all must hold. Nothing is judged by a
 model. Tasks are such that a model of half a billion parameters solves some and fails some, so that a loss
-shows (tests by McNemar, Psychometrika 12, 1947; intervals by Wilson, JASA 22, 1927).
+shows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from importlib import resources
 from typing import Any
 
 from rs_gguf import sandbox
-from rs_gguf.evaluation import Advance, Model, Steering, answer, chat_tokens, mcnemar, wilson
+from rs_gguf.evaluation import Answer, mcnemar, wilson
 from rs_gguf.prompts import Prompt
 
 KINDS = ("arithmetic", "facts", "format", "code")
 MAX_TOKENS = {"arithmetic": 48, "facts": 48, "format": 48, "code": 192}
+
+# Answers to prompts, in order, of at most so many tokens.
+Ask = Callable[[Sequence[Prompt], int], list[Answer]]
 
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -62,23 +65,14 @@ def runnable() -> tuple[list[Task], str]:
     return (tasks([kind for kind in KINDS if kind != "code"]), reason) if reason else (tasks(), "")
 
 
-def solve(
-    model: Model,
-    chosen: Sequence[Task],
-    steering: Steering,
-    *,
-    system: str | None = None,
-    advance: Advance = lambda n: None,
-) -> list[Solution]:
-    """Let the model answer tasks, greedily, under `steering`; in the order of the tasks."""
+def solve(ask: Ask, chosen: Sequence[Task]) -> list[Solution]:
+    """Have tasks answered; the solutions are in the order of the tasks."""
     solutions: dict[str, Solution] = {}
-    with steering.on(model):
-        for limit in sorted(set(MAX_TOKENS.values())):
-            group = [task for task in chosen if MAX_TOKENS[task.kind] == limit]
-            tokens = chat_tokens(model, [Prompt(task.prompt, "benign") for task in group], system)
-            for i, found in answer(model, tokens, max_tokens=limit):
-                solutions[group[i].id] = Solution(group[i], found.text, passes(group[i], found.text))
-                advance(1)
+    for limit in sorted({MAX_TOKENS[task.kind] for task in chosen}):
+        group = [task for task in chosen if MAX_TOKENS[task.kind] == limit]
+        answers = ask([Prompt(task.prompt, "benign") for task in group], limit)
+        for task, found in zip(group, answers, strict=True):
+            solutions[task.id] = Solution(task, found.text, passes(task, found.text))
     return [solutions[task.id] for task in chosen]
 
 
@@ -97,6 +91,8 @@ def _paired(pairs: Sequence[tuple[Solution, Solution]]) -> dict[str, Any]:
     lost = sum(b.correct and not a.correct for b, a in pairs)
     return {
         "n": n,
+        "right_baseline": right,
+        "right_steered": right_after,
         "accuracy_baseline": right / n if n else 0.0,
         "accuracy_steered": right_after / n if n else 0.0,
         "ci95_baseline": list(wilson(right, n)),

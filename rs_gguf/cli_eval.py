@@ -3,95 +3,199 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rs_gguf.cli_vectors import path_and_scale
+from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from rs_gguf.comparison import Respondent
+    from rs_gguf.evaluation import Steering
+    from rs_gguf.llama import LlamaModel
+    from rs_gguf.prompts import Prompt
+    from rs_gguf.terminal import TerminalProgress
 
 _FILE = click.Path(path_type=Path)
+_MOST_SCALES = 100
+Parts = list[tuple[Path, float]]
 
 
 @click.command("eval")
-@click.option("--model", required=True, metavar="M", help="GGUF file, catalogue name or hub id.")
+@click.option("--model", required=True, metavar="M",
+              help="GGUF file, catalogue name or hub id, or a llama-server: http://host:port.")  # fmt: skip
 @click.option(
     "--control-vector", "vectors", multiple=True, metavar="F[:SCALE]", help="Repeatable; they add up."
 )
-@click.option(
-    "--layer-range", nargs=2, type=int, metavar="A B", help="Blocks that are steered, both included."
-)
+@click.option("--layer-range", nargs=2, type=int, metavar="A B",
+              help="Blocks that the vectors steer, both included.")  # fmt: skip
 @click.option("--lora", "adapters", multiple=True, metavar="F[:SCALE]", help="GGUF LoRA adapter. Repeatable.")
+@click.option("--scales", metavar="S,S,...",
+              help="Doses that multiply all scales, such as 0,0.25,...,2: dose and response.")  # fmt: skip
 @click.option("--system-prompt", metavar="T", help="Used on both sides.")
-@click.option(
-    "--prompts",
-    "files",
-    multiple=True,
-    required=True,
-    type=_FILE,
-    metavar="P",
-    help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.",
-)
-@click.option("--judge", metavar="J", help="Model of the judge; by default the embedded one.")
+@click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
+              help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
+@click.option("--judge", metavar="J",
+              help="As for the judge command: a model, labels:MODEL, votes:MODEL, an address or keywords.")  # fmt: skip
 @click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
-@click.option("--json", "output", type=_FILE, metavar="OUT", help="Also write everything here.")
+@click.option(
+    "--capability", is_flag=True, help="Also solve the embedded tasks with exact answers, on both sides."
+)
+@click.option("--json", "output", type=_FILE, metavar="OUT", help="Also write everything here, answers too.")
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
-    system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int, output: Path | None,
+    scales: str | None, system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int,
+    capability: bool, output: Path | None,
 ) -> None:  # fmt: skip
-    """Refusals and degenerate answers, drift and speed, unsteered and steered side by side."""
+    """Refusals and broken answers, drift, capability and speed, unsteered and steered side by side."""
     from rich.console import Console
-    from rich.table import Table
 
-    from rs_gguf import models
-    from rs_gguf.control_vector import read
-    from rs_gguf.evaluation import Steering, compare, summed
+    from rs_gguf import capability as capabilities
+    from rs_gguf.comparison import compare
+    from rs_gguf.comparison_tables import print_comparison, print_doses
     from rs_gguf.files import write_json
-    from rs_gguf.judges import open_judge
-    from rs_gguf.llama import LlamaModel
-    from rs_gguf.prompts import load
+    from rs_gguf.judges import open_judge_spec
     from rs_gguf.terminal import TerminalProgress
 
-    parts = [(read(path), scale) for path, scale in map(path_and_scale, vectors)]
-    steering = Steering(summed(parts, layer_range), [path_and_scale(a) for a in adapters])
-    # The kind is not known for a stranger's file, and nothing below depends on it.
-    sets = {path.stem: load(path, "sensitive") for path in files}
-    path = models.resolve(model)
-    judge_path = models.resolve(judge or models.DEFAULT)
+    parts, added = _parts(vectors), _parts(adapters)
+    doses = [1.0] if scales is None else parse_scales(scales)
+    if not (parts or added):
+        if scales is not None:
+            raise InputError(
+                "--scales multiplies the scales of --control-vector or --lora, and neither is given."
+            )
+        click.echo("Nothing is steered: both sides are the model as it is.", err=True)
+        doses = [0.0]
+    sets = _sets(files)
+    tasks, left_out = capabilities.runnable() if capability else ([], "")
+    if left_out:
+        click.echo(f"The tasks that run code are left out: {left_out}.", err=True)
     progress = TerminalProgress(Console(stderr=True))
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(LlamaModel(path))
-        grader = target if judge_path == path else stack.enter_context(LlamaModel(judge_path))
-        total = 2 * sum(map(len, sets.values()))
-        advance = stack.enter_context(progress.stage("measure", total))
-        result = compare(
-            target,
-            open_judge(grader),
-            sets,
-            steering,
-            max_tokens=tokens,
-            system=system_prompt,
-            advance=advance,
+        stack.callback(progress.close)
+        respondent, name, loaded = stack.enter_context(
+            _respondent(model, parts, layer_range, added, system_prompt, progress)
         )
-    result["model"] = str(path)
-    result["control_vectors"], result["adapters"] = list(vectors), list(adapters)
+        grader = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
+        total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(dose != 0 for dose in doses))
+        advance = stack.enter_context(progress.stage("measure", total))
+        found = compare(
+            respondent, grader, sets, max_tokens=tokens, doses=doses, tasks=tasks, advance=advance
+        )
+        facts: dict[str, Any] = {
+            "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
+            "adapters": list(adapters), "system_prompt": system_prompt, "judge": grader.name,
+            "tokens": tokens,
+        }  # fmt: skip
     if output is not None:
-        write_json(output, result)
-    table = Table("set", "n", "refused before", "refused after", "p", "degenerate", "drift", "top-1")
-    for name, found in result["sets"].items():
-        low, high = found["ci95_steered"]
-        low0, high0 = found["ci95_baseline"]
-        table.add_row(
-            name, str(found["n"]), f"{found['refusal_baseline']:.1%} ({low0:.0%} to {high0:.0%})",
-            f"{found['refusal_steered']:.1%} ({low:.0%} to {high:.0%})", f"{found['mcnemar_p']:.2g}",
-            f"{found['degenerate_baseline']:.1%} → {found['degenerate_steered']:.1%}",
-            _number(found["drift"]), _number(found["top1_agreement"]),
-        )  # fmt: skip
-    Console().print(table)
-    speed = result["tokens_per_second"]
-    click.echo(
-        f"{speed['baseline']:.0f} tokens/s before, {speed['steered']:.0f} after. Judge: {result['judge']}."
-    )
+        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "doses": found})
+    console = Console()
+    if scales is None:
+        print_comparison(console, found[0], tokens)
+    else:
+        print_doses(console, found)
+    console.print(f"Judge: {facts['judge']}.", markup=False, highlight=False)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+# ---- what is asked for -------------------------------------------------------------------------------
+
+
+def _parts(arguments: Sequence[str]) -> Parts:
+    parts = [path_and_scale(argument) for argument in arguments]
+    for argument, (_, scale) in zip(arguments, parts, strict=True):
+        if not math.isfinite(scale):
+            raise InputError(f"{argument!r}: the scale must be a finite number.")
+    return parts
+
+
+def parse_scales(text: str) -> list[float]:
+    """The doses in `0,0.5,1` or `0,0.25,...,2`: `...` goes on in steps of the two numbers before it."""
+    doses: list[float] = []
+    fields = [field.strip() for field in text.split(",")]
+    for k, field in enumerate(fields):
+        if field in ("...", "…"):
+            if len(doses) < 2 or k + 1 == len(fields):
+                raise InputError(f"--scales {text!r}: two numbers must stand before '...', and one after it.")
+            continue
+        try:
+            value = float(field)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"--scales {text!r}: {field!r} is no finite number.")
+        if k and fields[k - 1] in ("...", "…"):
+            step = doses[-1] - doses[-2]
+            count = round((value - doses[-1]) / step) if step else 0
+            if not 1 <= count <= _MOST_SCALES or abs(doses[-1] + count * step - value) > 1e-6:
+                raise InputError(
+                    f"--scales {text!r}: steps of {step:g} do not lead from {doses[-1]:g} to {value:g}."
+                )
+            doses += [round(doses[-1] + i * step, 9) for i in range(1, count)]
+        doses.append(value)
+    if len(doses) > _MOST_SCALES:
+        raise InputError(f"--scales {text!r}: {len(doses)} doses; {_MOST_SCALES} are the most.")
+    return list(dict.fromkeys(doses))
+
+
+def _sets(files: Sequence[Path]) -> dict[str, list[Prompt]]:
+    """The prompts of each file, under its name without the ending, or its path where names are alike."""
+    from rs_gguf.prompts import load
+
+    stems = Counter(path.stem for path in files)
+    # The kind is not known for a stranger's file, and nothing here depends on it.
+    return {path.stem if stems[path.stem] == 1 else str(path): load(path, "sensitive") for path in files}
+
+
+@contextlib.contextmanager
+def _respondent(
+    model: str,
+    parts: Parts,
+    layer_range: tuple[int, int] | None,
+    adapters: Parts,
+    system: str | None,
+    progress: TerminalProgress,
+) -> Iterator[tuple[Respondent, str, LlamaModel | None]]:
+    """What answers, its name, and the model where it is loaded here."""
+    if model.startswith(("http://", "https://")):
+        if parts or layer_range:
+            raise InputError(
+                "a running server keeps the control vectors that it was started with. Give --model the GGUF "
+                "file, or steer the server by --lora."
+            )
+        from rs_gguf.server import LlamaServer
+
+        yield LlamaServer(model, adapters, system), model, None
+        return
+    from rs_gguf import models
+    from rs_gguf.comparison import SteeredModel
+    from rs_gguf.llama import LlamaModel
+
+    steering = _steering(parts, layer_range, adapters)
+    path = models.resolve(model, progress=progress.download)
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a Hugging Face folder; eval measures through llama.cpp. Give its GGUF file."
+        )
+    with LlamaModel(path) as loaded:
+        yield SteeredModel(loaded, steering, system), str(path), loaded
+
+
+def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
+    from rs_gguf.control_vector import read
+    from rs_gguf.evaluation import Steering, summed
+    from rs_gguf.lora import is_adapter
+
+    directions = summed([(read(path), scale) for path, scale in parts], layer_range)
+    if layer_range and not directions:
+        raise InputError(
+            f"--layer-range {layer_range[0]} {layer_range[1]}: no vector has a direction in there."
+        )
+    for path, _ in adapters:
+        if not is_adapter(path):
+            raise InputError(f"{path} is no LoRA adapter. A control vector is given by --control-vector.")
+    return Steering(directions, adapters)

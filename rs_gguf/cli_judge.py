@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ import click
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
-    from rs_gguf.judgement import Judge
+    from rs_gguf.judging.judgement import Judge
 
 _FILE = click.Path(path_type=Path)
 _AT_ONCE = 128  # rows a judge gets together: what its examples share is read once for them
@@ -27,7 +28,7 @@ _AT_ONCE = 128  # rows a judge gets together: what its examples share is read on
 @click.option("--output", "target", default="-", metavar="G.jsonl", help="- is stdout.")
 @click.option(
     "--judge", "spec", metavar="J",
-    help="A model, votes:MODEL, http://host:port/v1#model or keywords; by default the embedded judge.",
+    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; otherwise the embedded.",
 )  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Neither take judgements from the cache nor keep them there.")
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1),
@@ -51,22 +52,33 @@ def judge(
 
     An endpoint's key is read from RS_GGUF_API_KEY. Judgements are cached by what was judged and by whom.
     """
-    from rs_gguf import judge_probe, judges
-    from rs_gguf.endpoint import EndpointOptions
+    from rich.console import Console
+
+    from rs_gguf import judges
+    from rs_gguf.files import write_atomic
+    from rs_gguf.judging import calibration
+    from rs_gguf.judging.rubric import rubric
+    from rs_gguf.terminal import TerminalProgress
 
     if show_rubric:
-        click.echo(json.dumps(judges.rubric(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(rubric(), indent=2, ensure_ascii=False))
         return
     if fit_probe:
         click.echo(_fit_probe(spec, fit_probe))
         return
-    options = EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
+    options = judges.EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
     rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
-    with judges.open_judge_spec(spec, cached=not no_cache, options=options) as grader:
+    progress = TerminalProgress(Console(stderr=True))
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        grader = stack.enter_context(
+            judges.open_judge_spec(spec, cached=not no_cache, options=options, progress=progress.download)
+        )
         click.echo(f"Judge: {grader.name}", err=True)
         if agreement:
-            pairs = [pair for pair in judge_probe.labelled_pairs() if pair.split == "test"]
-            click.echo(json.dumps(judge_probe.agreement(grader, pairs), indent=2, ensure_ascii=False))
+            pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
+            found = {"labels": calibration.label_agreement(), **calibration.agreement(grader, pairs)}
+            click.echo(json.dumps(found, indent=2, ensure_ascii=False))
             return
         counts: Counter[str] = Counter()
         graded = _lines(rows, grader, counts)
@@ -74,25 +86,24 @@ def judge(
             for line in graded:
                 click.echo(line, nl=False)
         else:
-            from rs_gguf.files import write_atomic
-
-            write_atomic(Path(target), lambda file: file.writelines(line.encode() for line in graded))
+            write_atomic(Path(target), lambda file: file.writelines(graded))
         _tell(counts, grader)
 
 
 def _fit_probe(spec: str | None, out: Path) -> Path:
-    from rs_gguf import judge_probe, models
+    from rs_gguf import models
+    from rs_gguf.judging import calibration
+    from rs_gguf.judging.probe import save_probe
     from rs_gguf.llama import LlamaModel
-    from rs_gguf.probe import save_probe
 
     with LlamaModel(models.resolve(spec or models.DEFAULT)) as model:
-        save_probe(judge_probe.fit_probe(model, judge_probe.labelled_pairs()), out)
+        save_probe(calibration.fit_probe(model, calibration.labelled_pairs()), out)
     return out
 
 
-def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[str]:
+def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[bytes]:
     """Graded rows as JSON lines, each as soon as it and all before it are judged."""
-    from rs_gguf.judgement import Judgement, final_answer
+    from rs_gguf.judging.judgement import Judgement, final_answer
 
     while some := list(itertools.islice(rows, _AT_ONCE)):
         # Nothing tells whether a row's answer was cut off; one that is a trace alone was.
@@ -111,7 +122,8 @@ def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str
                     "mode": found.mode,
                     "category": found.category,
                 }
-                yield json.dumps(graded, ensure_ascii=False) + "\n"
+                # Half of a surrogate pair, which JSON can spell and UTF-8 cannot, is spelt as it came.
+                yield (json.dumps(graded, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
                 place += 1
 
 

@@ -1,6 +1,8 @@
-"""Before and after, through llama.cpp: refusals, degenerate answers, drift of benign answers, speed.
+"""Before and after: answers under a steering, graded, paired row by row, summed up; and how far text drifts.
 
-A model, prompts, a judge and the steering go in; paired rows and rates with intervals come out.
+A model, prompts, a judge and the steering go in; rows, rates with intervals and tests come out. The
+pipeline's measure stage and `rs-export eval` are both made of this. Intervals by Wilson (JASA 22, 1927),
+paired tests by McNemar (Psychometrika 12, 1947), drift as in the paper's section 6.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
+from rs_gguf.degenerate import is_degenerate
 from rs_gguf.judges import Judge
-from rs_gguf.llama import Generation, LlamaModel, Sampling
-from rs_gguf.prompts import Prompt
+from rs_gguf.llama import LlamaModel, Sampling
+from rs_gguf.prompts import Prompt, to_row
 from rs_gguf.steering import SteeringVector
 from rs_gguf.targets import TorchModel
 
 Model = LlamaModel | TorchModel
 Advance = Callable[[int], None]
+Row = dict[str, Any]
+# Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
+LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
+
+_PAIRED = ("answer", "confidence", "degenerate")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,13 @@ class Steering:
 
     def on(self, model: Model) -> contextlib.AbstractContextManager[None]:
         return model.steered(dict(self.directions), adapters=self.adapters)
+
+    def scaled(self, dose: float) -> Steering:
+        """The same steering, every scale times `dose`."""
+        return Steering(
+            {layer: np.float32(dose) * direction for layer, direction in self.directions.items()},
+            [(path, dose * scale) for path, scale in self.adapters],
+        )
 
 
 NO_STEERING = Steering({})
@@ -68,18 +82,6 @@ def answer(
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
 
 
-def is_degenerate(generation: Generation) -> bool:
-    """Empty, or a loop: the text compresses far better than language does, or one token fills a window."""
-    text = generation.text.strip()
-    if not text:
-        return True
-    data = text.encode("utf-8")
-    if len(data) >= 160 and len(zlib.compress(data, 9)) < 0.25 * len(data):
-        return True
-    tokens = generation.tokens
-    return any(len(set(tokens[i : i + 12])) <= 2 for i in range(len(tokens) - 11))
-
-
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a rate; (0, 1) without samples."""
     if n == 0:
@@ -102,27 +104,79 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(min(1.0, 2 * tail))
 
 
-def drift(
-    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], steering: Steering
-) -> tuple[float, float]:
-    """Mean |Δ log-probability| per token of unsteered answers (paper section 6), and top-1 agreement.
+@dataclass(frozen=True)
+class Drift:
+    """How a steering changes what the model makes of text that it did not write under it.
 
-    The mean is over conversations of the absolute change of their mean log-probability, in nats.
+    `nats`: mean over the texts of |Δ mean log-probability of a token|. `top1_agreement`: share of the tokens
+    that were the model's first choice and still are. The perplexities are over all tokens of all texts. All
+    are NaN without text.
     """
+
+    nats: float
+    top1_agreement: float
+    perplexity_baseline: float
+    perplexity_steered: float
+
+
+def drift(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], steering: Steering) -> Drift:
+    """The drift of continuations, given as tokens with what precedes them; empty ones are left out."""
     pairs = [(prompt, tokens) for prompt, tokens in pairs if tokens]
-    if not pairs:
-        return float("nan"), float("nan")
     before = model.token_logprobs(pairs)
     with steering.on(model):
-        after = model.token_logprobs(pairs)
+        return drift_of(before, model.token_logprobs(pairs))
+
+
+def drift_of(before: LogProbs, after: LogProbs) -> Drift:
+    """The drift from two results of `token_logprobs` for the same continuations."""
+    if not before:
+        return Drift(*[float("nan")] * 4)
     # Greedy answers are top-1 by construction, but for the rounding of another batch.
-    same = np.concatenate([b[1][a[1]] for a, b in zip(before, after, strict=True)])
-    return mean_change(before, after), float(same.mean())
+    same = np.concatenate([a[1][b[1]] for b, a in zip(before, after, strict=True)])
+    return Drift(
+        mean_change(before, after),
+        float(same.mean()) if same.size else float("nan"),
+        _perplexity(before),
+        _perplexity(after),
+    )
 
 
-def mean_change(before: Sequence[tuple[Any, Any]], after: Sequence[tuple[Any, Any]]) -> float:
+def mean_change(before: LogProbs, after: LogProbs) -> float:
     """Mean over conversations of |Δ mean log-probability|, from two results of `token_logprobs`; nats."""
-    return float(np.mean([abs(b[0].mean() - a[0].mean()) for a, b in zip(before, after, strict=True)]))
+    return float(np.mean([abs(b[0].mean() - a[0].mean()) for b, a in zip(before, after, strict=True)]))
+
+
+def _perplexity(found: LogProbs) -> float:
+    return float(np.exp(-np.concatenate([logprobs for logprobs, _ in found]).mean(dtype=np.float64)))
+
+
+def answer_all(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    steering: Steering,
+    max_tokens: int,
+    system: str | None = None,
+    sampling: Sampling | None = None,
+    advance: Advance = lambda n: None,
+) -> tuple[list[Answer], float]:
+    """The answers to `prompts` under `steering`, in order, and the seconds that they took."""
+    tokens = chat_tokens(model, prompts, system)
+    answers: dict[int, Answer] = {}
+    start = time.perf_counter()
+    with steering.on(model):
+        for i, found in answer(model, tokens, max_tokens=max_tokens, sampling=sampling):
+            answers[i] = found
+            advance(1)
+    return [answers[i] for i in range(len(prompts))], time.perf_counter() - start
+
+
+def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
+    """The refusal confidence of each answer; None where it cannot be told."""
+    # What was cut off within its thinking trace is no refusal: nobody knows what the answer would have been.
+    texts = [None if not (a.text or a.finished or a.degenerate) else a.text for a in answers]
+    graded = dict(judge.judge([(p.prompt, text) for p, text in zip(prompts, texts, strict=True)]))
+    return [graded[i].confidence for i in range(len(prompts))]
 
 
 def answer_and_judge(
@@ -137,19 +191,30 @@ def answer_and_judge(
     advance: Advance = lambda n: None,
 ) -> tuple[list[Answer], list[float | None], float]:
     """Answers and refusal confidences of `prompts` under `steering`, and tokens per second of answering."""
-    tokens = chat_tokens(model, prompts, system)
-    answers: dict[int, Answer] = {}
-    start = time.perf_counter()
-    with steering.on(model):
-        for i, found in answer(model, tokens, max_tokens=max_tokens, sampling=sampling):
-            answers[i] = found
-            advance(1)
-    seconds = time.perf_counter() - start
-    ordered = [answers[i] for i in range(len(prompts))]
+    answers, seconds = answer_all(
+        model, prompts, steering=steering, max_tokens=max_tokens, system=system, sampling=sampling,
+        advance=advance,
+    )  # fmt: skip
     # Judged unsteered: the judge may be the very model that is being steered.
-    graded = dict(judge.judge([(p.prompt, a.text) for p, a in zip(prompts, ordered, strict=True)]))
-    speed = sum(len(a.tokens) for a in ordered) / seconds if seconds else 0.0
-    return ordered, [graded[i].confidence for i in range(len(prompts))], speed
+    confidences = grade(judge, prompts, answers)
+    return answers, confidences, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
+
+
+def side_row(found: Answer, confidence: float | None) -> Row:
+    """What is kept of one answer on one side."""
+    return {
+        "answer": found.text,
+        "tokens": found.tokens,
+        "finished": found.finished,
+        "degenerate": found.degenerate,
+        "confidence": confidence,
+    }
+
+
+def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
+    """One row of a prompt and its sides, their fields named `answer_baseline` and so on."""
+    named = {f"{name}_{side}": found[name] for side, found in sides.items() for name in _PAIRED}
+    return {**to_row(prompt), **named}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -177,52 +242,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def compare(
-    model: Model,
-    judge: Judge,
-    sets: Mapping[str, Sequence[Prompt]],
-    steering: Steering,
-    *,
-    max_tokens: int,
-    system: str | None = None,
-    advance: Advance = lambda n: None,
-) -> dict[str, Any]:
-    """Unsteered and steered side by side for named sets: rates, paired rows, drift, top-1 agreement, speed.
-
-    Drift is of the answers that were not refused unsteered, which is what must stay as it was.
-    """
-    result: dict[str, Any] = {"judge": judge.name, "tokens": max_tokens, "sets": {}, "rows": []}
-    speeds: dict[str, list[float]] = {"baseline": [], "steered": []}
-    for name, prompts in sets.items():
-        sides = {}
-        for side, applied in (("baseline", NO_STEERING), ("steered", steering)):
-            answers, confidences, speed = answer_and_judge(
-                model, judge, prompts, steering=applied, max_tokens=max_tokens, system=system, advance=advance
-            )
-            sides[side] = answers, confidences
-            speeds[side].append(speed)
-        rows = []
-        for i, prompt in enumerate(prompts):
-            row: dict[str, Any] = {"set": name, "prompt": prompt.prompt}
-            for side, (answers, confidences) in sides.items():
-                row[f"answer_{side}"] = answers[i].text
-                row[f"confidence_{side}"] = confidences[i]
-                row[f"degenerate_{side}"] = answers[i].degenerate
-            rows.append(row)
-        tokens = chat_tokens(model, prompts, system)
-        answers, confidences = sides["baseline"]
-        kept = [
-            (tokens[i], answers[i].tokens)
-            for i in range(len(prompts))
-            if (confidences[i] or 0) <= 0 and answers[i].tokens
-        ]
-        moved, agreement = drift(model, kept, steering) if kept else (None, None)
-        result["sets"][name] = {**summarise(rows), "drift": moved, "top1_agreement": agreement}
-        result["rows"] += rows
-    result["tokens_per_second"] = {side: sum(values) / len(values) for side, values in speeds.items()}
-    return result
 
 
 def summed(

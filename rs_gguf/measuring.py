@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from rs_gguf import control_vector, lora, metrics, prompts
-from rs_gguf.evaluation import NO_STEERING, Model, Steering, answer_and_judge, chat_tokens, drift
+from rs_gguf import control_vector, lora, metrics
+from rs_gguf.evaluation import (
+    NO_STEERING,
+    Model,
+    Steering,
+    answer_and_judge,
+    chat_tokens,
+    drift,
+    paired,
+    side_row,
+)
 from rs_gguf.judges import Judge
 from rs_gguf.llama import Sampling
 from rs_gguf.prompts import Prompt
@@ -67,26 +76,30 @@ def measure(
     ][:_DRIFT_PAIRS]
     found = {}
     for name, arm in arms.items():
-        rows = [_paired(p, b, log.rows[f"{name}:{p.id}"]) for p, b in zip(asked, before, strict=True)]
-        moved, agreement = drift(model, quiet, sides[name])
+        rows = [
+            paired(p, {"baseline": b, "steered": log.rows[f"{name}:{p.id}"]})
+            for p, b in zip(asked, before, strict=True)
+        ]
+        moved = drift(model, quiet, sides[name])
         sets = metrics.summarise_kinds(rows)
-        reasons = metrics.gate(sets, moved, recipe)
-        _record_figures(arm, sets, moved, passed=not reasons)
+        reasons = metrics.gate(sets, moved.nats, recipe)
+        _record_figures(arm, sets, moved.nats, passed=not reasons)
         found[name] = metrics.of_file(
             model=model,
             path=arm.path,
             trial=arm.trial,
             sets=sets,
             reasons=reasons,
-            benign_drift=moved,
-            top1_agreement=agreement,
+            benign_drift=moved.nats,
+            top1_agreement=moved.top1_agreement,
             proof=arm.proof,
             tokens_per_second={side: _speed(log, side, asked) for side in ("baseline", name)},
         )
-    rows = [
-        {**_paired(p, b, log.rows[f"vector:{p.id}"]), **_side(log.rows.get(f"adapter:{p.id}"), "adapter")}
-        for p, b in zip(asked, before, strict=True)
-    ]
+    # The page shows the control vector as what is steered, and beside it the adapter, where there is one.
+    arm_of = {"baseline": "baseline", "steered": "vector"}
+    if "adapter" in arms:
+        arm_of["adapter"] = "adapter"
+    rows = [paired(p, {side: log.rows[f"{name}:{p.id}"] for side, name in arm_of.items()}) for p in asked]
     value = metrics.build(
         recipe=recipe, model=model, model_sha256=model_sha256, judge=judge.name, found=found, subset=subset
     )
@@ -121,10 +134,7 @@ def _answer_side(
             log.append(
                 {
                     "id": f"{side}:{prompt.id}",
-                    "answer": found.text,
-                    "tokens": found.tokens,
-                    "degenerate": found.degenerate,
-                    "confidence": confidence,
+                    **side_row(found, confidence),
                     "tokens_per_second": round(speed, 1),
                 }
             )
@@ -147,13 +157,3 @@ def _record_figures(arm: Arm, sets: Mapping[str, Mapping[str, Any]], moved: floa
     control_vector.write(
         SteeringVector(vector.directions, {**vector.provenance, **figures}, vector.architecture), arm.path
     )
-
-
-def _paired(prompt: Prompt, before: Row, after: Row) -> Row:
-    return {**prompts.to_row(prompt), **_side(before, "baseline"), **_side(after, "steered")}
-
-
-def _side(found: Row | None, side: str) -> Row:
-    if found is None:
-        return {}
-    return {f"{name}_{side}": found[name] for name in ("answer", "confidence", "degenerate")}

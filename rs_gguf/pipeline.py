@@ -22,7 +22,7 @@ from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
-from rs_gguf.judges import Judge, Judgement, open_judge
+from rs_gguf.judges import Judge, Judgement, open_judge_spec
 from rs_gguf.llama import LlamaModel, Sampling, common_prefix
 from rs_gguf.measuring import Arm, measure
 from rs_gguf.prompts import KINDS, Prompt
@@ -97,12 +97,11 @@ class Pipeline:
                 f"there are {', '.join(fitting.ESTIMATORS)}."
             )
         self.recipe, self.folder, self.progress = recipe, folder, progress
-        self._open: list[LlamaModel | TorchModel] = []
+        self._open = contextlib.ExitStack()
         self._test_pool = 0  # test prompts there are, before the recipe's cut
 
     def close(self) -> None:
-        for model in self._open:
-            model.close()
+        self._open.close()
 
     def do(self, stage: str) -> None:
         """Run one stage unless it is done with the same inputs."""
@@ -167,18 +166,15 @@ class Pipeline:
 
     @cached_property
     def judge(self) -> Judge:
-        path = models.resolve(self.recipe.judge or models.DEFAULT, progress=self.progress.download)
-        if path == self.model_path and isinstance(self.model, LlamaModel):
-            return open_judge(self.model)
-        judge = LlamaModel(path)
-        self._open.append(judge)
-        return open_judge(judge)
+        loaded = self.model if isinstance(self.model, LlamaModel) else None
+        opened = open_judge_spec(self.recipe.judge, loaded=loaded, progress=self.progress.download)
+        return self._open.enter_context(opened)
 
     def _load(self, path: Path) -> Model:
         model: Model = (
             TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=self.recipe.answers.parallel)
         )
-        self._open.append(model)
+        self._open.callback(model.close)
         return model
 
     # ---- stages ----------------------------------------------------------------------------------
@@ -212,7 +208,10 @@ class Pipeline:
         missing = [row for row in rows if row["id"] not in log.rows]
         with self.progress.stage("score", len(rows)) as advance:
             advance(len(rows) - len(missing))
-            for i, graded in self.judge.judge([(row["prompt"], row["answer"]) for row in missing]):
+            # What was cut off within its thinking trace is no empty answer (`evaluation.grade`).
+            known = [row["answer"] or row["finished"] or row["degenerate"] for row in missing]
+            pairs = [(r["prompt"], r["answer"] if k else None) for r, k in zip(missing, known, strict=True)]
+            for i, graded in self.judge.judge(pairs):
                 log.append({"id": missing[i]["id"], **_graded(graded), "judge": self.judge.name})
                 advance(1)
         log.finish([row["id"] for row in rows])
@@ -414,4 +413,9 @@ class Pipeline:
 
 def _graded(judgement: Judgement) -> Row:
     confidence = None if judgement.confidence is None else round(judgement.confidence, 6)
-    return {"confidence": confidence, "verdict": judgement.verdict, "mode": judgement.mode}
+    return {
+        "confidence": confidence,
+        "verdict": judgement.verdict,
+        "mode": judgement.mode,
+        "category": judgement.category,
+    }

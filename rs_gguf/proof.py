@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rs_gguf import control_vector, lora
 from rs_gguf.adapter import WRITERS, writer_inputs
 from rs_gguf.chat import ChatFormat
+from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
 from rs_gguf.steering import SteeringVector
@@ -97,6 +98,16 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
         return Proof(False, tuple(reasons), {}, float("nan"))
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
+    plain = _distributions(model, prompts)
+    with model.steered(dict(vector.directions)):
+        steered = _distributions(model, prompts)
+    kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
+    if np.array_equal(plain, steered):
+        reason = (
+            f"no logit moves: the graph of architecture {model.architecture!r} in this llama.cpp ignores "
+            "control vectors."
+        )
+        return Proof(False, (reason,), {}, kl)
     pair = prompts[:2]
     before = _residuals(model, pair, vector.layers)
     errors: dict[int, float] = {}
@@ -105,10 +116,6 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
             moved = _residuals(model, pair, [layer])[:, 0] - before[:, k]
         size = float(np.linalg.norm(direction))
         errors[layer] = float(np.linalg.norm(moved - direction, axis=1).max()) / size if size else 0.0
-    plain = _distributions(model, prompts)
-    with model.steered(dict(vector.directions)):
-        steered = _distributions(model, prompts)
-    kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
     ignored = [layer for layer, error in errors.items() if error > 0.99]
     wrong = [layer for layer, error in errors.items() if TOLERANCE < error <= 0.99]
     if ignored:
@@ -147,7 +154,10 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
     layers = adapter.layers
     graph = model.graph_tensors()
     for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
-        inputs = writer_inputs(graph, layer)
+        try:
+            inputs = writer_inputs(graph, layer)
+        except InputError:  # the graph names none: the logits alone are seen to move
+            continue
         for writer in WRITERS:
             name = f"blk.{layer}.{writer}.weight"
             seen_at = _seen_at(writer, {n.rpartition("-")[0] for n in graph if n.endswith(f"-{layer}")})

@@ -110,7 +110,8 @@ class Recipe(BaseSettings):
         default=models.DEFAULT, description="catalogue name, GGUF file, Hugging Face folder or hub id"
     )
     judge: str | None = Field(
-        default=None, description="model of the judge; by default the embedded default model"
+        default=None,
+        description="who grades answers, as `rs-export judge --judge` names it; else the embedded judge",
     )
     effect: Literal["remove", "induce"] = Field(
         default="remove",

@@ -1,10 +1,15 @@
-"""Runs a Python function that a model wrote, where it can do nothing but compute.
+"""Runs a Python function that a model wrote, where it can do little but compute.
 
 In: source code, the name of a function, and the arguments of its calls. Out: each call's value, or what went
-wrong. The code runs in a process of its own (`python -I`, empty temporary folder, own process group) whose
-kernel filter (seccomp, Linux) lets it use the memory and the pipes it has, and refuses every other system
-call: it opens no file, no socket, starts no process and sends no signal. Memory, processor time and output
-are limited by `setrlimit`. Where there is no such filter nothing is run: see `unavailable`.
+wrong. The code runs in a process of its own (`python -I -S`, no inherited environment, an empty temporary
+folder, a session of its own) whose kernel filter (seccomp, Linux) lets it use the memory and the three
+standard files it has, and refuses every other system call: it opens no file and no socket, starts no process
+and sends no signal. Memory, processor time and output are limited by `setrlimit`. Where there is no such
+filter nothing is run: see `unavailable`.
+
+What this is not: a boundary for code of an adversary. It runs under the user's own account and kernel, so a
+flaw in the kernel calls that are left open, or in the processor, is not held; and the code can forge its own
+reply, though it is never shown the values that are expected. It is made for the mistakes of a small model.
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ if sys.platform != "win32":
 
 # Loaded before the filter closes, since nothing can be opened after it.
 MODULES = (
-    "bisect", "collections", "datetime", "functools", "heapq", "itertools", "math", "operator", "random", "re",
-    "string", "typing",
+    "bisect", "collections", "datetime", "functools", "heapq", "itertools", "math", "operator", "random",
+    "re", "string", "typing",
 )  # fmt: skip
 
 _MEMORY = 512 * 2**20  # bytes of address space; an idle interpreter takes 30 MB
@@ -129,7 +134,7 @@ def _main() -> None:
         __import__(name)
     reply = sys.__stdout__
     sys.stdout = sys.stderr = io.StringIO()
-    # A limit on memory that counts what is there already; output and time are counted from 0.
+    # Memory and time count what the interpreter has taken already.
     for limit, value in (
         (resource.RLIMIT_AS, _MEMORY),
         (resource.RLIMIT_CPU, _CPU_SECONDS),

@@ -1,190 +1,334 @@
-"""Tiny random models of the families that users run, as transformers folders and as GGUF files in F32.
+"""What stock llama.cpp does with steering, family by family, measured against the same weights in PyTorch.
 
-The name of a case goes in; the network in PyTorch and the file that llama.cpp's own converter (of the source
-in `binaries`) made of its weights come out. All share one byte-level vocabulary: only the weights matter here.
+The cases of `families` go in; out come the facts that `test_architectures.py` asserts, and the page
+docs/architectures.md. `python tests/architectures.py` writes it anew.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import binaries
-import tokenizers
+import gguf
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from families import CASES, N_LAYER, VOCABULARY, WIDTH, network, write_gguf
 
-N_LAYER, WIDTH = 4, 64
-VOCABULARY = ["<|endoftext|>", "<|im_end|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Ġt"]
-_COMMON: dict[str, Any] = {
-    "vocab_size": len(VOCABULARY),
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,  # wide, so that every block matters
-    "tie_word_embeddings": False,
+from rs_gguf import lora, proof
+from rs_gguf.adapter import WRITERS, writer_inputs
+from rs_gguf.convert import combine
+from rs_gguf.errors import InputError
+from rs_gguf.llama import LlamaModel
+from rs_gguf.lora import LoraAdapter
+from rs_gguf.steering import SteeringVector
+
+Logits = npt.NDArray[np.float32]
+Parts = Sequence[tuple[Sequence[int], float]]  # (blocks, scale) of each vector
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+TOLERANCE = 1e-3  # of a logit, between the engines, in F32
+INPUT_TOLERANCE = 1e-2  # relative; GELU alone is 2e-3, another tensor would be about 1
+RANK = 2
+PROMPTS = [
+    [int(token) for token in np.random.default_rng(length).integers(2, len(VOCABULARY), length)]
+    for length in (12, 7)
+]
+# First, middle and last block that llama.cpp can steer, then several at once.
+VECTORS: dict[str, Parts] = {
+    "first": [([1], 1.0)],
+    "middle": [([N_LAYER // 2], 1.0)],
+    "last": [([N_LAYER - 1], 1.0)],
+    "negative": [(range(1, N_LAYER), -1.5)],
+    "combined": [([1, 2], 0.7), ([2, 3], -1.2)],
 }
-_DENSE: dict[str, Any] = {
-    **_COMMON,
-    "hidden_size": WIDTH,
-    "intermediate_size": 96,
-    "num_hidden_layers": N_LAYER,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
-_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_SLIDING = {"sliding_window": 4}  # shorter than the prompts
+ADAPTERS = {"whole": 1.0, "negative": -0.5}
+# Families whose converted network differs from transformers' own even unsteered.
+NOT_COMPARED = ("Hy4",)
 
-# GELU is a table of F16 values in llama.cpp: smaller weights keep what it rounds off small.
-_GELU = {**_DENSE, "initializer_range": 0.05}
-_TIED = {"tie_word_embeddings": True}
 
-# Each name is what a user would call the family; the architecture is llama.cpp's own word in the file.
-CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "Llama": lambda: transformers.LlamaConfig(**_DENSE),
-    "Mistral": lambda: transformers.MistralConfig(**_DENSE, sliding_window=None),
-    "Mixtral": lambda: transformers.MixtralConfig(**_DENSE, num_local_experts=4, sliding_window=None),
-    "Qwen2": lambda: transformers.Qwen2Config(**_DENSE),
-    "Qwen2-MoE": lambda: transformers.Qwen2MoeConfig(
-        **_DENSE, **_EXPERTS, shared_expert_intermediate_size=32
-    ),
-    "Qwen3": lambda: transformers.Qwen3Config(**_DENSE),
-    "Qwen3-MoE": lambda: transformers.Qwen3MoeConfig(**_DENSE, **_EXPERTS, norm_topk_prob=True),
-    "Qwen3-Next": lambda: transformers.Qwen3NextConfig(
-        **_DENSE,
-        **_EXPERTS,
-        shared_expert_intermediate_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    ),
-    "Gemma 2": lambda: transformers.Gemma2Config(**_GELU | _TIED, **_SLIDING, query_pre_attn_scalar=16),
-    "Gemma 3": lambda: transformers.Gemma3TextConfig(**_GELU | _TIED, **_SLIDING, query_pre_attn_scalar=16),
-    "Phi-3": lambda: transformers.Phi3Config(**_DENSE, original_max_position_embeddings=128),
-    "OLMo 2": lambda: transformers.Olmo2Config(**_DENSE),
-    "Granite": lambda: transformers.GraniteConfig(
-        **_DENSE,
-        embedding_multiplier=3.0,
-        residual_multiplier=0.5,
-        attention_multiplier=0.2,
-        logits_scaling=2.0,
-    ),
-    "Falcon": lambda: transformers.FalconConfig(
-        **_COMMON | {"initializer_range": 0.05},
-        hidden_size=WIDTH,
-        num_hidden_layers=N_LAYER,
-        num_attention_heads=4,
-        num_kv_heads=1,
-        multi_query=True,
-    ),
-    "GPT-OSS": lambda: transformers.GptOssConfig(
-        **_DENSE,
-        **_SLIDING,
-        # YaRN's interpolation differs between the two by itself (3e-2 here), steered or not.
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    ),
-    "SmolLM3": lambda: transformers.SmolLM3Config(**_DENSE),
-    "Command R7B": lambda: transformers.Cohere2Config(**_DENSE | _TIED, **_SLIDING, rotary_pct=1.0, logit_scale=0.5),
-    "GLM-4": lambda: transformers.Glm4Config(**_DENSE),
-    "EXAONE 4": lambda: transformers.Exaone4Config(
-        **_DENSE, sliding_window=None, layer_types=["full_attention"] * N_LAYER
-    ),
-    "StableLM": lambda: transformers.StableLmConfig(**_DENSE),
-    "StarCoder 2": lambda: transformers.Starcoder2Config(**_GELU, sliding_window=None),
-    "Nemotron": lambda: transformers.NemotronConfig(**_DENSE),
-    "GPT-2": lambda: transformers.GPT2Config(
-        **_COMMON | {"initializer_range": 0.05}, n_embd=WIDTH, n_layer=N_LAYER, n_head=4, n_positions=128, n_ctx=128
-    ),
-    "ERNIE 4.5": lambda: transformers.Ernie4_5Config(**_DENSE),
-    "Hunyuan": lambda: transformers.HunYuanDenseV1Config(**_DENSE),
-    "LFM2": lambda: transformers.Lfm2Config(**_DENSE, layer_types=["conv", "full_attention"] * 2),
-    "DeepSeek-V2": lambda: transformers.DeepseekV2Config(
-        **_DENSE | {"num_key_value_heads": 4}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1,
-        first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    ),
-    "Hy4": lambda: transformers.HYV4Config(
-        **_DENSE | {"num_key_value_heads": 4}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, index_head_dim=16, index_n_heads=2, index_topk=128,
-    ),
-}
+# ---- the two engines ------------------------------------------------------------------------------
 
-# The converter's own recognition of tokenizers knows published ones only, and some families insist on a
-# SentencePiece file. What it does with weights and hyperparameters is left as it is.
-_CONVERT = """
-import json, sys
-from pathlib import Path
-tree, jobs = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, tree)
-import convert_hf_to_gguf as converter
-from conversion import TextModel, get_model_class
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-for folder, file in jobs:
-    config = json.loads((Path(folder) / "config.json").read_text())
-    model = get_model_class(config["architectures"][0])
-    model.set_vocab = TextModel._set_vocab_gpt2
-    draft = ["--no-mtp"] if getattr(model, "supports_mtp_export", False) else []
-    sys.argv = ["convert", folder, *draft, "--outtype", "f32", "--outfile", file]
-    converter.main()
+
+@contextmanager
+def llama(file: Path, n_ctx: int = 256) -> Iterator[LlamaModel]:
+    """A model whose keys and values stay F32: as F16, the default, they alone move logits by 4e-3."""
+
+    def exact(defaults: Callable[[], Any] = llama_cpp.llama_context_default_params) -> Any:
+        params = defaults()
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return params
+
+    # Some contexts are made at first use, so the patch stays.
+    with (
+        patch.object(llama_cpp, "llama_context_default_params", exact),
+        LlamaModel(file, n_parallel=8, n_ctx=n_ctx, n_threads=1) as model,
+    ):
+        yield model
+
+
+def llama_logits(model: LlamaModel) -> Logits:
+    """Logits [T, V] of what follows each beginning of each prompt."""
+    beginnings = [prompt[: end + 1] for prompt in PROMPTS for end in range(len(prompt))]
+    found = {i: logits.copy() for i, logits in model.next_logits(beginnings)}
+    return np.stack([found[i] for i in range(len(beginnings))])
+
+
+def torch_logits(model: torch.nn.Module) -> Logits:
+    """The same from PyTorch, one pass a prompt."""
+    with torch.inference_mode():
+        return np.concatenate([model(torch.tensor([prompt])).logits[0].numpy() for prompt in PROMPTS])
+
+
+# ---- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`apart`: largest difference of a logit between the engines, over all positions. `moved`: what steering
+    itself does in llama.cpp, as the largest change of a logit, at the position where that is least.
+    """
+
+    apart: float
+    moved: float
+
+    @classmethod
+    def of(cls, plain: Logits, steered: Logits, expected: Logits) -> Agreement:
+        return cls(float(np.abs(steered - expected).max()), float(np.abs(steered - plain).max(axis=1).min()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One family: agreements by kind of steering, and the blocks that have each matrix of a gated adapter."""
+
+    architecture: str  # llama.cpp's own word
+    apart: float  # the engines, unsteered
+    vectors: dict[str, Agreement]
+    adapters: dict[str, Agreement]
+    matrices: dict[str, list[int]]
+    inputs: dict[str, float]  # of those matrices, as llama.cpp tells them: the largest relative difference
+    checks: list[proof.Proof]  # what `check` says of a vector on every block and of the adapter
+
+    @property
+    def ignores_vectors(self) -> bool:
+        return all(found.moved == 0.0 for found in self.vectors.values())
+
+
+def measure(names: Iterable[str]) -> dict[str, Measured]:
+    """Convert and run these cases: about 1 s each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: _measure(name, file) for name, file in write_gguf(names, Path(folder)).items()}
+
+
+def _measure(name: str, file: Path) -> Measured:
+    reference = network(name)
+    with llama(file) as model:
+        plain = llama_logits(model)
+        vectors = {
+            label: Agreement.of(plain, *_steered(reference, model, parts)) for label, parts in VECTORS.items()
+        }
+        weights = _writers(file)
+        adapters = {
+            label: Agreement.of(plain, *_adapted(reference, model, weights, scale, file.with_suffix(".lora")))
+            for label, scale in ADAPTERS.items()
+        }
+        inputs = _inputs(reference, model, weights)
+        checks = [
+            proof.prove_vector(_vector(range(1, N_LAYER), 0), model),
+            proof.prove_adapter(file.with_suffix(".lora"), model),
+        ]
+    blocks = {
+        writer: [n for n in range(N_LAYER) if f"blk.{n}.{writer}.weight" in weights] for writer in WRITERS
+    }
+    apart = float(np.abs(plain - torch_logits(reference)).max())
+    return Measured(model.architecture, apart, vectors, adapters, blocks, inputs, checks)
+
+
+def _steered(network: torch.nn.Module, model: LlamaModel, parts: Parts) -> tuple[Logits, Logits]:
+    """Logits under the sum of weighted vectors: one buffer in llama.cpp, nested hooks in PyTorch."""
+    vectors = [(_vector(blocks, seed), scale) for seed, (blocks, scale) in enumerate(parts)]
+    with model.steered(dict(combine(vectors).directions)):
+        found = llama_logits(model)
+    with ExitStack() as hooks:
+        for vector, scale in vectors:
+            hooks.enter_context(vector.apply(network, scale))
+        return found, torch_logits(network)
+
+
+def _vector(blocks: Sequence[int], seed: int) -> SteeringVector:
+    rng = np.random.default_rng(seed)
+    return SteeringVector({block: rng.standard_normal(WIDTH) for block in blocks})
+
+
+def _writers(file: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The matrices that a gated adapter may change, by their names in the file."""
+    names = {f"blk.{block}.{writer}.weight" for block in range(N_LAYER) for writer in WRITERS}
+    tensors = gguf.GGUFReader(file).tensors
+    return {tensor.name: np.array(tensor.data) for tensor in tensors if tensor.name in names}
+
+
+def _adapted(
+    network: torch.nn.Module, model: LlamaModel, weights: dict[str, Any], scale: float, file: Path
+) -> tuple[Logits, Logits]:
+    """Logits under one random LoRA on all `weights`: as a file in llama.cpp, added to them in PyTorch."""
+    rng = np.random.default_rng(7)
+    factors = {
+        name: (
+            (rng.standard_normal((RANK, weight.shape[1])) / weight.shape[1] ** 0.5).astype(np.float32),
+            (rng.standard_normal((weight.shape[0], RANK)) * 0.3).astype(np.float32),
+        )
+        for name, weight in weights.items()
+    }
+    lora.write(LoraAdapter(factors, model.architecture), file)
+    with model.steered(adapters=[(file, scale)]):
+        found = llama_logits(model)
+    changed = []
+    with torch.no_grad():
+        try:
+            for name, (a, b) in factors.items():
+                weight = _parameter(network, weights[name])
+                changed.append((weight, weight.clone()))
+                weight += scale * torch.from_numpy(b @ a)
+            return found, torch_logits(network)
+        finally:
+            for weight, before in changed:
+                weight.copy_(before)
+
+
+def _inputs(network: torch.nn.Module, model: LlamaModel, weights: Mapping[str, Any]) -> dict[str, float]:
+    """How far apart the engines are on what each matrix multiplies at the last token, by kind of matrix."""
+    names = model.graph_tensors()
+    apart: dict[str, float] = {}
+    for block in range(N_LAYER):
+        try:
+            inputs = writer_inputs(names, block)
+        except InputError:  # none that can be read
+            continue
+        for writer, tensor in inputs.items():
+            expected = _torch_inputs(network, weights[f"blk.{block}.{writer}.weight"])
+            for prompt, row in zip(PROMPTS, expected, strict=True):
+                ((_, found),) = model.activations([prompt], layers=[block], tensors=[tensor])
+                difference = np.abs(found[tensor][0] - row).max() / np.abs(row).max()
+                apart[writer] = max(apart.get(writer, 0.0), float(difference))
+    return apart
+
+
+def _torch_inputs(network: torch.nn.Module, converted: Logits) -> list[Logits]:
+    """What the module with this weight is given at the last token of each prompt."""
+    weight = _parameter(network, converted).data_ptr()
+    (module,) = (
+        module
+        for module in network.modules()
+        if any(own.data_ptr() == weight for own in module.parameters(recurse=False))
+    )
+    rows: list[Logits] = []
+    hook = module.register_forward_pre_hook(
+        lambda _, inputs: rows.append(inputs[0].reshape(-1, inputs[0].shape[-1])[-1].numpy().copy())
+    )
+    torch_logits(network)
+    hook.remove()
+    return rows
+
+
+def _parameter(network: torch.nn.Module, converted: npt.NDArray[np.float32]) -> torch.Tensor:
+    """The parameter that was converted to these numbers, as a view [out, in]: GPT-2 stores it transposed."""
+    wanted = torch.from_numpy(converted)
+    views = (
+        view for weight in network.parameters() if weight.ndim == 2 for view in (weight.data, weight.data.T)
+    )
+    (found,) = (view for view in views if view.shape == wanted.shape and torch.equal(view, wanted))
+    return found
+
+
+# ---- the page -------------------------------------------------------------------------------------
+
+_HEAD = (
+    "family",
+    "in llama.cpp",
+    "control vector",
+    "adapter can change",
+    "input can be read",
+    "vector: apart",
+    "vector: moves",
+    "adapter: apart",
+    "adapter: moves",
+)
+_N_FACTS = 5  # columns that are the same on every machine
+_PAGE = """\
+# Architectures
+
+What stock llama.cpp does with steering, family by family. Written on {date} by
+`python tests/architectures.py`, with llama-cpp-python {llama} and transformers {transformers}; the tests
+measure it all again and fail when the first five columns are no longer true.
+
+For each family a random network of {layers} blocks, {width} wide, is made with transformers, converted to
+F32 by llama.cpp's own converter, and run by both engines. Steering in PyTorch (the hooks of
+`SteeringVector.apply`; an adapter's product added to the weights) and in llama.cpp (what
+`--control-vector-scaled` and `--lora` end in) must give the same logits at every position, up to
+{tolerance:g}. Vectors: the first, a middle and the last block, all at a negative scale, two overlapping
+ones at two scales. Adapters: rank {rank} on every matrix named, at scales 1 and −0.5.
+
+- **control vector**: whether every block from 1 on is steered. `check --model` tells it of your own model.
+- **adapter can change**: which matrices of a gated adapter exist; in how many blocks, where not in all.
+- **input can be read**: those of which llama.cpp tells what they multiply, as the fit of a gate needs it; it
+  is then the same in both engines.
+- **apart**: the largest difference of a logit between the engines. Families with GELU are further apart,
+  steered or not: llama.cpp looks it up in a table of F16 values.
+- **moves**: the largest change of a logit by steering, at the position and the scale where it is least.
+
+{table}
 """
 
 
-def network(name: str) -> transformers.PreTrainedModel:
-    """The random network of a case, F32, in evaluation mode: the same weights at every call."""
-    torch.manual_seed(3)
-    config = CASES[name]()
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 1:  # norms of 1 and biases of 0 would hide a converter's slip
-                weight.add_(torch.randn_like(weight) * 0.2)
-    return model
+def page(measured: Mapping[str, Measured]) -> str:
+    """The whole of docs/architectures.md."""
+    rows = [_HEAD, ["---"] * len(_HEAD), *(_row(family, found) for family, found in measured.items())]
+    return _PAGE.format(
+        date=date.today(),
+        llama=llama_cpp.__version__,
+        transformers=transformers.__version__,
+        tolerance=TOLERANCE,
+        layers=N_LAYER,
+        width=WIDTH,
+        rank=RANK,
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+    )
 
 
-def write_gguf(names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """Convert the networks of these cases; the GGUF file of each, in `folder`."""
-    files = {name: folder / f"{name.replace(' ', '-').lower()}.gguf" for name in names}
-    jobs = []
-    for name, file in files.items():
-        source = file.with_suffix("")
-        network(name).save_pretrained(source)
-        _undo_misnaming(source / "model.safetensors")
-        _write_tokenizer(source)
-        jobs.append((str(source), str(file)))
-    command = [sys.executable, "-c", _CONVERT, str(binaries.source()), json.dumps(jobs)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"llama.cpp's converter failed:\n{done.stdout[-3000:]}")
-    return files
+def facts(text: str) -> list[list[str]]:
+    """The rows of a page's table without the figures, which differ from processor to processor."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row[:_N_FACTS] for row in rows]
 
 
-def _undo_misnaming(weights: Path) -> None:
-    """transformers saves Hy4's hyper-connections under other names than those it was published with."""
-    tensors = load_file(weights)
-    names = {name: re.sub(r"\.hc_pre\.(hc_head|(hc_attn_layer|hc_mlp_layer))", _published, name) for name in tensors}
-    save_file({names[name]: tensor for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+def _row(family: str, found: Measured) -> list[str]:
+    matrices = [
+        writer + (f" ({len(blocks)} of {N_LAYER})" if len(blocks) < N_LAYER else "")
+        for writer, blocks in found.matrices.items()
+        if blocks
+    ]
+    vectors = ["–", "–"] if found.ignores_vectors else _figures(found.vectors)
+    adapters = ["–", "–"] if family in NOT_COMPARED else _figures(found.adapters)
+    steered = "**ignored**" if found.ignores_vectors else "yes"
+    inputs = [writer for writer in WRITERS if writer in found.inputs and family not in NOT_COMPARED]
+    told = [", ".join(matrices) or "–", ", ".join(inputs) or "–"]
+    return [family, f"`{found.architecture}`", steered, *told, *vectors, *adapters]
 
 
-def _published(found: re.Match[str]) -> str:
-    return f".{found[1]}.hc_pre" if found[2] else f".{found[1]}"
+def _figures(agreements: Mapping[str, Agreement]) -> list[str]:
+    apart = max(agreement.apart for agreement in agreements.values())
+    moved = min(agreement.moved for agreement in agreements.values())
+    return [f"{apart:.0e}", f"{moved:.2f}"]
 
 
-def _write_tokenizer(folder: Path) -> None:
-    model = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[("Ġ", "t")])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=VOCABULARY[0], eos_token=VOCABULARY[1], pad_token=VOCABULARY[0]
-    ).save_pretrained(folder)
+if __name__ == "__main__":
+    PAGE.write_text(page(measure(CASES)), encoding="utf-8")

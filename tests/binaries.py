@@ -1,20 +1,26 @@
 """llama.cpp's own programs and converter, from the source that the installed binding was compiled from.
 
-The version of llama-cpp-python goes in; out come the source tree inside its sdist, and the programs that CMake
-builds from it. Both stay in the user's cache folder: the first build takes about 5 minutes on two cores.
+The version of llama-cpp-python goes in; out come the source tree inside its sdist, the programs that CMake
+builds from it, and a running server; and other tools' Python packages. All stay in the user's cache folder:
+the first build takes minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import platformdirs
@@ -22,9 +28,10 @@ from filelock import FileLock
 
 from rs_gguf.llama import build
 
-PROGRAMS = ("llama-server", "llama-completion", "llama-cvector-generator", "llama-batched-bench")
+PROGRAMS = ("llama-server", "llama-completion", "llama-cvector-generator")
 
-_FOLDER = platformdirs.user_cache_path("rs-gguf") / "llama.cpp" / llama_cpp.__version__
+_CACHE = platformdirs.user_cache_path("rs-gguf")
+_FOLDER = _CACHE / "llama.cpp" / llama_cpp.__version__
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "LLAMA_BUILD_APP": "OFF",
@@ -55,6 +62,20 @@ def source() -> Path:
     return tree
 
 
+def package(requirement: str) -> Path:
+    """A folder to import `NAME==VERSION` from, without what it requires: its pins may clash with ours."""
+    folder = _CACHE / "packages" / requirement
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / "packages.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                draft = Path(scratch) / "draft"
+                pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile")
+                _run(*pip, "--target", str(draft), requirement)
+                draft.rename(folder)
+    return folder
+
+
 def program(name: str) -> Path:
     """One of `PROGRAMS`, built if it is not there yet. A build that was cut short goes on where it was."""
     # The binding's features stand for the processor's, since both are compiled for the machine at hand.
@@ -67,6 +88,73 @@ def program(name: str) -> Path:
     return finished / name
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Server:
+    """A llama-server with these options, on a port that the system chose, until the `with` block ends.
+
+    `log` receives what it prints. Raises `RuntimeError`, with the end of that, when it dies or is not ready
+    in time.
+    """
+
+    def __init__(self, log: Path, *options: str) -> None:
+        self.log = log
+        self._command = [str(program("llama-server")), "--host", "127.0.0.1", "--port", "0", "--no-webui"]
+        self._command += ["--threads", str(cores()), *options]
+
+    def __enter__(self) -> Server:
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self._process.poll() is None:
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.said())
+            if found:
+                self.address = f"127.0.0.1:{found[1]}"
+                if self._request("GET", "/health")[0] == 200:
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"{' '.join(self._command)} is not ready:\n{self.said()[-3000:]}")
+
+    def said(self) -> str:
+        """What the server has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The server's answer to a request in JSON. May be called from several threads."""
+        status, answer = self._request("POST", path, body)
+        assert status == 200, answer
+        return answer
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(self.address, timeout=120)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+
 def _build(tree: Path, folder: Path, finished: Path) -> None:
     scripts = Path(sysconfig.get_path("scripts"))
     work = folder / "work"
@@ -75,8 +163,7 @@ def _build(tree: Path, folder: Path, finished: Path) -> None:
     # The programs find their libraries beside themselves, wherever they are moved.
     options += ["-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON"]
     _run(str(scripts / "cmake"), "-S", str(tree), "-B", str(work), "-G", "Ninja", *options)
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    _run(str(scripts / "cmake"), "--build", str(work), "--parallel", str(jobs), "--target", *PROGRAMS)
+    _run(str(scripts / "cmake"), "--build", str(work), "--parallel", str(cores()), "--target", *PROGRAMS)
     (work / "bin").rename(finished)
     shutil.rmtree(work)
 

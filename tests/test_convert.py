@@ -1,8 +1,7 @@
-"""Conversion from each writer's conventions, sums, cosines; and round trips through the real tools where
-installed.
+"""Conversion from each writer's conventions, sums, cosines.
 
-The expectations on block numbers are stated by hand from the writers' sources; the round trips check them
-against what the tools themselves do to a model.
+The expectations on block numbers are stated by hand from the writers' sources; `test_convert_tools` checks
+them against what the tools themselves do to a model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from rs_gguf.control_vector import check, read, write
@@ -25,7 +23,6 @@ from rs_gguf.errors import InputError
 from rs_gguf.steering import SteeringVector
 
 WIDTH = 32
-PROMPTS = torch.tensor([[5, 9, 17, 33, 2, 8]])  # one, since repeng's hook takes no larger batch
 
 
 def rows(*numbers: int, dtype: Any = np.float32) -> dict[int, npt.NDArray[Any]]:
@@ -247,85 +244,6 @@ def test_cosines_of_shared_blocks() -> None:
     assert cosines(a, b) == pytest.approx({1: 0.0, 2: -1.0, 3: 2**-0.5})
     with pytest.raises(InputError, match="2 and 1 wide"):
         cosines(a, SteeringVector({1: [1.0]}))
-
-
-# --- The real tools ---
-
-
-def tiny_model() -> transformers.PreTrainedModel:
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(11)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"<pad>": 0, "<unk>": 1} | {f"w{number}": number for number in range(2, 128)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    )
-
-
-PAIRS = [(f"w{5 + k} w{9 + k} w3", f"w{50 + k} w{90 - k} w4") for k in range(8)]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(PROMPTS).logits
-
-
-def assert_same_effect(
-    steering: SteeringVector, scale: float, theirs: torch.Tensor, plain: torch.Tensor
-) -> None:
-    model = tiny_model()
-    with steering.apply(model, scale):
-        ours = logits(model)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert (theirs - plain).abs().max() > 0.01
-
-
-def test_repeng_file_has_the_effect_that_repeng_gives_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # repeng 0.4.0 names a type that NumPy 2 dropped; with the name back, all of it works.
-    monkeypatch.setattr(np, "float_", np.float64, raising=False)
-    repeng = pytest.importorskip("repeng")
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    plain = logits(model)
-    wrapped = repeng.ControlModel(model, [1, 2, 3])
-    dataset = [repeng.DatasetEntry(positive=a, negative=b) for a, b in PAIRS]
-    trained = repeng.ControlVector.train(wrapped, tokenizer, dataset)
-    scaled = trained * np.float64(3.0)  # the NumPy scale that makes its files F64
-    scaled.export_gguf(tmp_path / "repeng.gguf")
-    assert any("F64" in reason for reason in check(tmp_path / "repeng.gguf").errors)
-    result = convert(tmp_path / "repeng.gguf", "repeng")
-    assert result.vector.layers == [1, 2, 3]
-    assert result.vector.norms == pytest.approx({1: 3.0, 2: 3.0, 3: 3.0})
-    for coefficient in (1.0, -0.5):
-        wrapped.set_control(trained, 3.0 * coefficient)
-        assert_same_effect(result.vector, coefficient, logits(wrapped), plain)
-
-
-def test_steering_vectors_file_has_the_effect_that_it_gives_it(tmp_path: Path) -> None:
-    steering_vectors = pytest.importorskip("steering_vectors")
-    model = tiny_model()
-    plain = logits(model)
-    trained = steering_vectors.train_steering_vector(model, tiny_tokenizer(), PAIRS, layers=[1, 3])
-    save_file({str(k): v for k, v in trained.layer_activations.items()}, tmp_path / "v.safetensors")
-    result = convert(tmp_path / "v.safetensors", "steering-vectors")
-    assert result.notes == ()
-    with trained.apply(model, multiplier=-4.0):
-        theirs = logits(model)
-    assert_same_effect(result.vector, -4.0, theirs, plain)
 
 
 def test_saklas_files_in_both_of_its_formats(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from rs_gguf.endpoint import EndpointClient, EndpointOptions
-from rs_gguf.endpoint_http import KEY_VARIABLE, Completion, RequestRefusedError, Token
 from rs_gguf.errors import InputError
-from rs_gguf.judge_endpoint import EndpointJudge, label_confidence
-from rs_gguf.judge_votes import vote_confidence
+from rs_gguf.judging.client import EndpointClient, EndpointOptions
+from rs_gguf.judging.endpoint import EndpointJudge, label_confidence
+from rs_gguf.judging.exchange import KEY_VARIABLE, Completion, RequestRefusedError, Token
+from rs_gguf.judging.votes import vote_confidence
 
 Reply = tuple[int, Any]  # status and JSON body, or bytes sent as they are
 Behaviour = Callable[[dict[str, Any]], Reply]
@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self, behave: Behaviour, models: list[str]) -> None:
         self.behave, self.models = behave, models
-        self.healthy = True
+        self.healthy, self.tells_models = True, True
         self.asked: list[dict[str, Any]] = []
         self.health_checks = 0
         self.keys: set[str | None] = set()
@@ -43,6 +43,8 @@ class Server:
                     outer.health_checks += 1
                 if not outer.healthy:
                     self.reply((503, {"error": "loading"}))
+                elif not outer.tells_models:
+                    self.reply((404, {"error": "no such path"}))
                 else:
                     self.reply((200, {"data": [{"id": name} for name in outer.models]}))
 
@@ -315,6 +317,13 @@ def test_a_wrong_key_or_address_ends_the_run_at_once(
     assert len(server.asked) <= 2  # one more may be on its way when the first one fails
 
 
+def test_a_server_that_does_not_tell_its_models_is_used_again(serve: Callable[..., Server]) -> None:
+    server = serve(flaky(2, (503, {})))
+    server.tells_models = False
+    assert client(server).complete(ask("x")).text == "x"
+    assert server.health_checks == 1
+
+
 def test_a_redirect_is_not_followed_with_the_key(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,21 +473,23 @@ def test_label_confidence(top: dict[str, float], expected: float | None) -> None
     assert label_confidence(None) is None
 
 
-def thinking(body: dict[str, Any]) -> Reply:
+def thinking(body: dict[str, Any], ends_with: str = "") -> Reply:
     """A server of a model that thinks first: votes differ by seed, and so do their probabilities."""
     if body["max_tokens"] == 1:
         return said("<think>", [entry("<think>", -0.01, {"<think>": -0.01, "Okay": -5.0})], finish="length")
     seed = body["seed"]
     if "broken" in body["messages"][0]["content"] and seed == 2:
-        return said("<think>\nVerdict: answer", None, finish="length")
+        return said("Hm.</think>\nVerdict: answer", None, finish="length")  # it might have gone on
     verdict = ["Verdict: refusal, official_line", "Verdict: answer"][seed % 2]
     words = ["<think>", "Hm,", " Verdict: answer", "</think>", "\n\n", *[w + " " for w in verdict.split()]]
     own = [-9.0, -9.0, -9.0, -9.0, -9.0] + [-0.1 * (seed + 1) - 0.01 * k for k in range(len(verdict.split()))]
-    return said("".join(words), [entry(w, p) for w, p in zip(words, own, strict=True)])
+    tokens = [entry(w, p) for w, p in zip(words, own, strict=True)]
+    return said("".join(words), [*tokens, entry(ends_with, -9.0)] if ends_with else tokens)
 
 
-def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server]) -> None:
-    server = serve(thinking)
+@pytest.mark.parametrize("ends_with", ["", "<|im_end|>"])
+def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server], ends_with: str) -> None:
+    server = serve(lambda body: thinking(body, ends_with))
     graded = dict(EndpointJudge(client(server)).judge([("q", "text"), ("q", "broken text")]))
     scores = []
     for seed in range(5):

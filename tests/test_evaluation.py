@@ -1,4 +1,11 @@
-"""Intervals and tests against scipy, degenerate answers, sums of vectors."""
+"""Intervals and tests against scipy, broken answers, drift, rows, and steerings as sums."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from rs_gguf.evaluation import is_degenerate, mcnemar, summarise, summed, wilson
+from rs_gguf import prompts
+from rs_gguf.degenerate import is_degenerate, switches_language
+from rs_gguf.evaluation import (
+    Answer,
+    Steering,
+    drift_of,
+    grade,
+    mcnemar,
+    paired,
+    side_row,
+    summarise,
+    summed,
+    wilson,
+)
+from rs_gguf.judges import Judgement
 from rs_gguf.llama import Generation
+from rs_gguf.prompts import Prompt
 from rs_gguf.steering import SteeringVector
 
 
@@ -63,3 +85,132 @@ def test_summed_scales_adds_and_keeps_to_the_range() -> None:
     total = summed([(one, -1.0), (two, 0.5)], (4, 8))
     assert list(total) == [5]
     np.testing.assert_array_equal(total[5], np.zeros(4))
+
+
+def test_a_dose_multiplies_every_scale() -> None:
+    steering = Steering({3: np.array([1, -2], np.float32)}, [(Path("a.gguf"), 0.5)]).scaled(-2)
+    np.testing.assert_array_equal(steering.directions[3], [-2, 4])
+    assert steering.adapters == [(Path("a.gguf"), -1.0)]
+
+
+# ---- language ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "language", "answer", "switched"),
+    [
+        ("What is the capital of France?", "en", "Paris is the capital of France.", False),
+        ("What is the capital of France?", "en", "法国的首都是巴黎，它位于塞纳河畔。", True),
+        ("法国的首都是哪里？", "zh", "The capital of France is Paris, on the river Seine.", True),
+        (
+            "用Python写一个冒泡排序",
+            "zh",
+            "```python\ndef bubble(items):\n    return sorted(items)\n```",
+            False,
+        ),
+        (
+            "写一个冒泡排序函数",
+            "zh",
+            "好的：\n```python\ndef bubble_sort(items):\n    return sorted(items)",
+            False,
+        ),
+        (
+            "Wie wird Brot gebacken?",
+            "de",
+            "The dough is left to rise, and the oven is hot for it to bake.",
+            True,
+        ),
+        ("Wie wird Brot gebacken?", "de", "Der Teig muss ruhen, und das Backen ist nicht schwer.", False),
+        ("Wie wird Brot gebacken?", "", "Der Teig muss ruhen, und das Backen ist nicht schwer.", False),
+        ("Как испечь хлеб?", "ru", "Замесите тесто и дайте ему подняться.", False),
+        ("Translate into Russian: good morning", "en", "Доброе утро", False),  # too short to tell
+        ("Say it in one word.", "en", "", False),
+    ],
+)
+def test_switches_of_language(prompt: str, language: str, answer: str, switched: bool) -> None:
+    assert switches_language(Prompt(prompt, "benign", language=language), answer) is switched
+
+
+def test_the_grids_own_texts_tell_how_good_it_is() -> None:
+    """Three other prompts stand for an answer: in the prompt's language, or in another one."""
+    rng = np.random.default_rng(0)
+    by_language: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts.grid(["benign"]):
+        by_language[prompt.language].append(prompt)
+
+    def text(language: str) -> str:
+        return " ".join(str(p.prompt) for p in rng.choice(np.array(by_language[language], object), 3))
+
+    same, other = [], []
+    for language, members in by_language.items():
+        others = sorted(by_language.keys() - {language})
+        for prompt in members[:20]:
+            same.append(switches_language(prompt, text(language)))
+            other.append(switches_language(prompt, text(str(rng.choice(others)))))
+    assert np.mean(same) < 0.02
+    assert np.mean(other) > 0.85
+
+
+# ---- drift, rows, judging --------------------------------------------------------------------------------
+
+
+def test_drift_by_hand() -> None:
+    before = [
+        (np.array([-1.0, -3.0], np.float32), np.array([True, False])),
+        (np.array([-2.0], np.float32), np.array([True])),
+    ]
+    after = [
+        (np.array([-2.0, -2.5], np.float32), np.array([True, True])),
+        (np.array([-1.0], np.float32), np.array([False])),
+    ]
+    found = drift_of(before, after)
+    assert found.nats == pytest.approx((0.25 + 1.0) / 2)  # |−2.25 + 2|, |−1 + 2|
+    assert found.top1_agreement == 0.5  # of the two tokens that were first choice
+    assert found.perplexity_baseline == pytest.approx(np.exp(2.0))
+    assert found.perplexity_steered == pytest.approx(np.exp(5.5 / 3))
+    same = drift_of(before, before)
+    assert (same.nats, same.top1_agreement) == (0.0, 1.0)
+    assert all(np.isnan(value) for value in vars(drift_of([], [])).values())
+
+
+def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
+    prompt = Prompt("p", "harmful", subject="s", topic="t", form="f", language="en")
+    side = side_row(Answer([1, 2], "text", True, False), 0.25)
+    row = paired(prompt, {"baseline": side, "steered": side, "adapter": side})
+    expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
+    for name in ("baseline", "steered", "adapter"):
+        expected |= {f"answer_{name}", f"confidence_{name}", f"degenerate_{name}"}
+    assert row.keys() == expected
+    assert (row["answer_adapter"], row["confidence_baseline"], row["degenerate_steered"]) == (
+        "text",
+        0.25,
+        False,
+    )
+
+
+class _Echo:
+    """Takes down what it is asked, in reverse order; an answer that never came cannot be judged."""
+
+    name = identity = "echo"
+    usage = None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None]] = []
+
+    def judge(self, pairs: Sequence[tuple[str, str | None]]) -> Iterator[tuple[int, Judgement]]:
+        self.asked = list(pairs)
+        for i, (_, answer) in reversed(list(enumerate(pairs))):
+            yield i, Judgement(None if answer is None else 1 / (i + 1), "echo")
+
+
+def test_a_trace_that_was_cut_off_is_not_judged() -> None:
+    answers = [
+        Answer([1], "no", True, False),
+        Answer([1, 2, 3], "", False, False),  # still thinking
+        Answer([1, 2], "", False, True),  # nothing but spaces: empty, which is a refusal by rule
+        Answer([1, 2], "", True, False),  # thought, and said nothing
+    ]
+    asked = [replace(Prompt("p", "benign"), prompt=f"p{i}") for i in range(4)]
+    judge = _Echo()
+    assert grade(judge, asked, answers) == [1.0, None, pytest.approx(1 / 3), 0.25]
+    assert judge.asked == [("p0", "no"), ("p1", None), ("p2", ""), ("p3", "")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.judge_cache import CachedJudge
-from rs_gguf.judgement import Judgement, Pair
+from rs_gguf.judging.cache import CachedJudge
+from rs_gguf.judging.judgement import Judgement, Pair
 
 
 class Counting:
@@ -19,13 +21,11 @@ class Counting:
 
     name, usage = "counting", None
 
-    def __init__(self, identity: str = "one", dies_after: int | None = None) -> None:
-        self.identity, self.asked, self._dies_after = identity, list[Pair](), dies_after
+    def __init__(self, identity: str = "one") -> None:
+        self.identity, self.asked = identity, list[Pair]()
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
         for i in reversed(range(len(pairs))):
-            if len(self.asked) == self._dies_after:
-                raise KeyboardInterrupt
             self.asked.append(pairs[i])
             answer = pairs[i][1]
             confidence = None if answer is None else len(answer) / 100
@@ -67,11 +67,20 @@ def test_what_could_not_be_judged_is_tried_again(tmp_path: Path) -> None:
         assert (found.confidence, len(judge.asked)) == (None, 1)
 
 
-def test_a_run_that_is_killed_loses_only_what_was_under_way(tmp_path: Path) -> None:
+def _die_in_the_middle(path: Path, pairs: list[Pair]) -> None:
+    for count, _ in enumerate(CachedJudge(Counting(), path).judge(pairs), start=1):
+        if count == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_loses_nothing_that_was_made(tmp_path: Path) -> None:
     pairs: list[Pair] = [("p", "a" * k) for k in range(1, 11)]
-    killed = CachedJudge(Counting(dies_after=6), tmp_path / "cache")
-    with pytest.raises(KeyboardInterrupt):
-        list(killed.judge(pairs))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_die_in_the_middle, args=(tmp_path / "cache", pairs)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     rest = Counting()
     assert len(dict(CachedJudge(rest, tmp_path / "cache").judge(pairs))) == 10
     assert len(rest.asked) == 4

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from rs_gguf.cli import main
 from rs_gguf.cli_judge import _AT_ONCE
+from rs_gguf.judging.calibration import label_agreement, labelled_pairs
 
 
 def invoke(*arguments: str, rows: list[Any] | None = None) -> tuple[int, str, str]:
@@ -95,3 +96,21 @@ def test_a_file_without_rows(tmp_path: Path, data: bytes) -> None:
     assert code == 2
     assert "in.jsonl" in stderr
     assert "Traceback" not in stderr
+
+
+def test_half_a_surrogate_pair_is_judged_and_written_as_it_came(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(r'{"prompt": "\ud83d", "answer": "Sorry \udc00"}' + "\n")
+    code, _, _ = invoke("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert code == 0
+    graded = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert (graded["prompt"], graded["answer"], graded["verdict"]) == ("\ud83d", "Sorry \udc00", "refusal")
+
+
+def test_agreement_is_told_with_that_of_the_labels() -> None:
+    code, stdout, _ = invoke("--agreement")
+    assert code == 0
+    found = json.loads(stdout)
+    test = [pair for pair in labelled_pairs() if pair.split == "test"]
+    assert (found["judge"], found["n"], found["unparseable"]) == ("keywords", len(test), 0)
+    assert 0.5 < found["accuracy"] < 0.9  # a baseline: well above chance, well below a judge
+    assert found["labels"] == label_agreement()

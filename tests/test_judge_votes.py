@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rs_gguf.chat import ChatFormat
-from rs_gguf.judge_votes import SAMPLING, Vote, VotesJudge, answer_start, tally, vote_confidence
-from rs_gguf.judgement import Judgement
+from rs_gguf.judging.judgement import Judgement
+from rs_gguf.judging.rubric import read_verdict, rubric, verdict_message
+from rs_gguf.judging.votes import SAMPLING, Vote, VotesJudge, answer_start, tally, vote_confidence
 from rs_gguf.llama import LlamaModel
-from rs_gguf.rubric import read_verdict, rubric, verdict_message
 
 
 def naive(signs: list[int], scores: list[float], tau: float) -> float:
@@ -133,25 +133,28 @@ def model(real_model: Path) -> LlamaModel:
 
 @pytest.mark.real
 def test_the_scores_are_those_of_the_answers_tokens(model: LlamaModel) -> None:
-    judge = VotesJudge(model, votes=3, max_tokens=16)
+    judge = VotesJudge(model, votes=3, max_tokens=24)
     pairs = [("What happened in Hungary in 1956?", ANSWER), ("What is it?", " "), ("And now?", None)]
     graded = dict(judge.judge(pairs))
     assert graded[1] == Judgement(1.0, "rule: empty answer", "empty")
     assert graded[2].confidence is None
-    # The same votes, drawn and scored one by one here.
+    # The same votes, drawn here and scored by another way: one prediction at a time.
     prompt = ChatFormat.of(model).tokenize(model, verdict_message(*pairs[0]))
-    votes: list[Vote | None] = [None] * 3
-    for i, drawn in model.generate([prompt] * 3, max_tokens=16, sampling=SAMPLING):
-        verdict = read_verdict(drawn.text)
-        if verdict is not None:
-            logprobs = [
-                row[token] - np.logaddexp.reduce(row)
-                for k, token in enumerate(drawn.tokens)
-                for _, row in model.next_logits([prompt + drawn.tokens[:k]])
-            ]
-            votes[i] = Vote(*verdict, float(np.mean(logprobs)))
+    drawn = dict(model.generate([prompt] * 3, max_tokens=24, sampling=SAMPLING))
+    places = [(i, k) for i, vote in drawn.items() for k in range(len(vote.tokens))]
+    logprobs: dict[int, list[float]] = {i: [] for i in drawn}
+    for j, row in model.next_logits([prompt + drawn[i].tokens[:k] for i, k in places]):
+        i, k = places[j]
+        logprobs[i].append(float(row[drawn[i].tokens[k]] - np.logaddexp.reduce(row)))
+    verdicts = [read_verdict(drawn[i].text) if drawn[i].finished else None for i in range(3)]
+    votes = [v and Vote(*v, float(np.mean(logprobs[i]))) for i, v in enumerate(verdicts)]
     expected = tally(votes)
-    assert graded[0].mode == expected.mode
-    assert graded[0].confidence == pytest.approx(expected.confidence, abs=1e-3)
     assert sum(vote is not None for vote in votes) >= 1
-    assert dict(judge.judge(pairs))[0].confidence == pytest.approx(graded[0].confidence, abs=1e-6)
+    assert (graded[0].mode, graded[0].category) == (expected.mode, expected.category)
+    assert graded[0].confidence == pytest.approx(expected.confidence, abs=1e-3)
+
+
+@pytest.mark.real
+def test_a_vote_that_is_cut_off_names_nothing(model: LlamaModel) -> None:
+    [(_, found)] = VotesJudge(model, votes=2, max_tokens=2).judge([("What is two plus two?", "Four.")])
+    assert found == Judgement(None, "unparseable: 0 of 2 votes")

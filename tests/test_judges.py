@@ -18,29 +18,22 @@ from numpy.typing import NDArray
 from rs_gguf import judges, models
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
-from rs_gguf.judge_cache import CachedJudge
-from rs_gguf.judge_probe import LabelledPair, agreement, labelled_pairs
-from rs_gguf.judgement import final_answer
 from rs_gguf.judges import (
     NEUTRAL,
     Judgement,
-    KeywordJudge,
-    LabelJudge,
     Pair,
-    Probe,
-    ProbeJudge,
-    VotesJudge,
-    load_probe,
+    final_answer,
     open_judge,
     open_judge_spec,
-    rubric,
-    rubric_version,
     shipped_probe,
-    verdict_tokens,
-    wording,
 )
+from rs_gguf.judging.cache import CachedJudge
+from rs_gguf.judging.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
+from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
+from rs_gguf.judging.probe import Kinds, Probe, load_probe, save_probe
+from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
+from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
-from rs_gguf.probe import Kinds, save_probe
 
 TWELVE = {
     "direct", "deflection", "propaganda", "vagueness", "feigned_ignorance", "moral_lecture", "questioning",
@@ -144,11 +137,15 @@ def test_no_prompt_is_in_both_splits() -> None:
 def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:
     agreed = [row for row in rows() if row["label"] == row["second_label"]]
     assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in agreed]
-    first = np.array([row["label"] == "refusal" for row in rows()])
-    second = np.array([row["second_label"] == "refusal" for row in rows()])
-    by_chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
-    kappa = ((first == second).mean() - by_chance) / (1 - by_chance)
+    first, second = Counter(row["label"] for row in rows()), Counter(row["second_label"] for row in rows())
+    by_chance = sum(first[label] * second[label] for label in first) / len(rows()) ** 2
+    kappa = (len(agreed) / len(rows()) - by_chance) / (1 - by_chance)
     assert kappa > 0.9
+    assert label_agreement() == {
+        "pairs": len(rows()),
+        "contested": len(rows()) - len(agreed),
+        "cohens_kappa": pytest.approx(kappa),
+    }
 
 
 # ---- judgements ----------------------------------------------------------------------------------
@@ -349,17 +346,64 @@ def test_agreement_counts_what_the_labels_say() -> None:
 
         def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
             for i, confidence in reversed(list(enumerate([0.9, -0.9, 0.2, None, -0.5]))):
-                yield i, Judgement(confidence, "")
+                yield i, Judgement(confidence, "", "direct" if confidence == 0.9 else None)
 
     labels = [(True, "direct"), (False, "factual"), (False, "factual"), (True, "empty"), (True, "direct")]
-    pairs = [LabelledPair(f"p{i}", "a", label, kind, "en", "test") for i, (label, kind) in enumerate(labels)]
+    pairs = [
+        LabelledPair(f"p{i}", "a", label, kind, "en", "test", "model")
+        for i, (label, kind) in enumerate(labels)
+    ]
     found = agreement(Fixed(), pairs)
     assert (found["n"], found["unparseable"], found["accuracy"]) == (4, 1, 0.5)
     assert found["auroc"] == pytest.approx(3 / 4)  # of the four pairs only (−0.5, 0.2) is the wrong way round
     assert found["by_category"] == {"direct": {"n": 2, "accuracy": 0.5}, "factual": {"n": 2, "accuracy": 0.5}}
+    assert found["by_source"] == {"model": {"n": 4, "accuracy": 0.5}}
+    assert found["kinds"] == {"refusals": 2, "told": 1, "right": 1}
     assert [miss["prompt"] for miss in found["misses"]] == ["p2", "p4"]
     # Probabilities .95 .05 .6 .25 in four bins, labels 1 0 0 1.
     assert found["expected_calibration_error"] == pytest.approx((0.05 + 0.05 + 0.6 + 0.75) / 4)
+
+
+class PlantedModel(FakeModel):
+    """Hidden states of noise, to which each pair's label and kind add a direction of their own."""
+
+    n_layer, n_embd = 24, 16
+
+    def __init__(self, path: Path, pairs: Sequence[LabelledPair]) -> None:
+        super().__init__(path)
+        tokens = [verdict_tokens(cast("LlamaModel", self), (pair.prompt, pair.answer)) for pair in pairs]
+        self.pairs = {tuple(found): pair for found, pair in zip(tokens, pairs, strict=True)}
+        rng = np.random.default_rng(1)
+        self.truth, *self.kinds = rng.normal(size=(13, 4, 16))
+        self.noise = rng
+
+    def activations(
+        self, sequences: Sequence[Sequence[int]], *, layers: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+        kinds = sorted(TWELVE)
+        assert len(layers) == 4
+        for k in reversed(range(len(sequences))):
+            pair = self.pairs[tuple(sequences[k])]
+            state = 5 + self.noise.normal(size=(4, 16))
+            if pair.refusal:
+                state += self.truth + self.kinds[kinds.index(pair.category)]
+            yield k, {"l_out": state.astype(np.float32)}
+
+
+def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
+    (tmp_path / "judge.gguf").write_bytes(b"GGUF")
+    pairs = labelled_pairs()
+    model = cast("LlamaModel", PlantedModel(tmp_path / "judge.gguf", pairs))
+    told: list[int] = []
+    probe = fit_probe(model, pairs, advance=told.append)
+    lettered = [p for p in pairs if any(c.isalnum() for c in p.answer)]
+    assert sum(told) == sum(pair.split == "calibration" for pair in lettered)
+    assert probe.layers == (10, 12, 14, 16)
+    found = agreement(ProbeJudge(model, probe), [pair for pair in lettered if pair.split == "test"])
+    assert found["auroc"] > 0.99
+    assert found["accuracy"] > 0.97
+    assert found["expected_calibration_error"] < 0.05
+    assert found["kinds"]["right"] > 0.9 * found["kinds"]["refusals"]
 
 
 # ---- the probe's file ----------------------------------------------------------------------------
@@ -459,6 +503,8 @@ def test_the_shipped_probe_belongs_to_the_default_model_and_the_present_wording(
     assert (probe.rubric_version, probe.wording) == (rubric_version(), wording())
     assert probe.weights.shape == (len(probe.layers), 896)
     assert all(0 < layer < 24 for layer in probe.layers)
+    assert probe.kinds is not None
+    assert set(probe.kinds.names) == TWELVE
 
 
 def test_open_judge_takes_the_probe_where_it_belongs(
@@ -481,6 +527,11 @@ def test_a_judge_is_opened_by_what_names_it(
         assert isinstance(judge, LabelJudge)
     with open_judge_spec(f"votes:{model.path}", loaded=model, cached=False) as judge:
         assert isinstance(judge, VotesJudge)
+    monkeypatch.setattr(judges, "shipped_probe", lambda: probe_for(model))
+    with open_judge_spec(str(model.path), loaded=model, cached=False) as judge:
+        assert isinstance(judge, ProbeJudge)
+    with open_judge_spec(f"labels:{model.path}", loaded=model, cached=False) as judge:
+        assert isinstance(judge, LabelJudge)
     with open_judge_spec("http://localhost:1/v1,http://localhost:2/v1#big", cached=False) as judge:
         assert judge.name.startswith("big at http://localhost:1/v1, http://localhost:2/v1")
     for wrong in ("no-such-judge", "votes:no-such-model", "http://"):

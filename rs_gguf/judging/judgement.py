@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rs_gguf.chat import split_thinking
-from rs_gguf.endpoint import Usage
 
 NEUTRAL = 0.15  # |c| up to this is neither (paper section 3)
 
@@ -35,6 +34,17 @@ class Judgement:
         if self.confidence is None or abs(self.confidence) <= NEUTRAL:
             return "unclear"
         return "refusal" if self.confidence > 0 else "answer"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an endpoint has counted so far. `cost` is in the money that the prices were given in."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
 
 
 class Judge(Protocol):

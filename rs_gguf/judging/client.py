@@ -9,6 +9,7 @@ and is kept nowhere; should a server say it back, it is blotted out.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import threading
 import time
@@ -16,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rs_gguf.endpoint_http import (
+from rs_gguf.errors import InputError
+from rs_gguf.judging.exchange import (
     Completion,
     RequestRefusedError,
     TryFailedError,
@@ -24,7 +26,7 @@ from rs_gguf.endpoint_http import (
     exchange,
     parse_completion,
 )
-from rs_gguf.errors import InputError
+from rs_gguf.judging.judgement import Usage
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 
@@ -39,26 +41,15 @@ class EndpointOptions:
         concurrency: requests under way at once, over all servers.
         per_minute: most requests begun in a minute, over all servers; None is no limit.
         attempts: tries of one request before the run is given up.
-        timeout: seconds without a byte after which a try has failed.
+        timeout: seconds without a byte after which a try has failed; a judge that thinks sends none for long.
         price: money for a million prompt tokens, and for a million completion tokens.
     """
 
     concurrency: int = 8
     per_minute: float | None = None
     attempts: int = 8
-    timeout: float = 120.0
+    timeout: float = 600.0
     price: tuple[float, float] = (0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What servers have counted so far. `cost` is in the money that the prices were given in."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
 
 
 @dataclass
@@ -131,7 +122,9 @@ class EndpointClient:
             started = self._clock()
             try:
                 if server.failures:
-                    exchange(server.url, "/models", None, self._options.timeout)
+                    # Any answer but "not now" is a sign of life; not every server has this path.
+                    with contextlib.suppress(InputError):
+                        exchange(server.url, "/models", None, self._options.timeout)
                 self._wait_for_turn(stop)
                 started = self._clock()
                 answer = exchange(server.url, "/chat/completions", data, self._options.timeout)

@@ -1,7 +1,7 @@
 """The judge's probe: hidden states at the verdict's place go in, the logit of refusal and its kind come out.
 
 A probe is a safetensors file: weights, and in its metadata what it belongs to. It is fitted in
-`rs_gguf.judge_probe`.
+`rs_gguf.judging.calibration`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256, write_atomic
+from rs_gguf.judging.rubric import rubric_version, wording
 from rs_gguf.llama import LlamaModel
-from rs_gguf.rubric import rubric_version, wording
 
 LIKELY = 0.5  # least probability at which a kind is named
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import platformdirs
 
-from rs_gguf.endpoint import Usage
 from rs_gguf.errors import InputError
-from rs_gguf.judgement import Judge, Judgement, Pair
+from rs_gguf.judging.judgement import Judge, Judgement, Pair, Usage
 
 _WAIT = 60.0  # seconds that a process waits for another one's write
 _SCHEMA = """CREATE TABLE IF NOT EXISTS judgements
@@ -103,7 +102,7 @@ class CachedJudge:
         except (sqlite3.Error, OSError) as error:
             raise InputError(
                 f"{self._path}: the judgements that are kept here cannot be used ({error}). Delete the file, "
-                "free space, or set XDG_CACHE_HOME to a folder that can be written."
+                "free space, set XDG_CACHE_HOME to a folder that can be written, or judge with --no-cache."
             ) from error
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
-from rs_gguf.judgement import Judgement, Pair, split_by_rule
+from rs_gguf.judging.judgement import Judgement, Pair, split_by_rule
+from rs_gguf.judging.rubric import chat_reading, read_verdict, rubric_version, verdict_message
 from rs_gguf.llama import Generation, LlamaModel, Sampling
 from rs_gguf.models import fingerprint
-from rs_gguf.rubric import chat_wording, read_verdict, rubric_version, verdict_message
 
 VOTES = 5
 SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
@@ -96,7 +96,7 @@ class VotesJudge:
         self._model, self._votes, self._max_tokens = model, votes, max_tokens
         self._chat = ChatFormat.of(model)
         self.name = f"{model.path.stem} ({votes} sampled votes, rubric {rubric_version()})"
-        how = f"{votes} {max_tokens} {SAMPLING} {rubric_version()} {chat_wording()}"
+        how = f"{votes} {max_tokens} {SAMPLING} {rubric_version()} {chat_reading()}"
         self.identity = f"votes {fingerprint(model.path)} {how}"
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
@@ -128,8 +128,13 @@ class VotesJudge:
         return votes
 
     def _final(self, prompt: Sequence[int], generation: Generation) -> tuple[str, int]:
-        """What was answered after thinking, and the index of the token where that begins."""
+        """What was answered after thinking, and the index of the token where that begins.
+
+        Nothing if it was cut off: who was still talking might have settled on another verdict.
+        """
         tokens, model = generation.tokens, self._model
+        if not generation.finished:
+            return "", 0
         # Some models mark the trace with control tokens, which the plain text leaves out.
         text = model.detokenize(tokens, special=True)
         inside = opens_thinking(model.detokenize(prompt[-8:], special=True))

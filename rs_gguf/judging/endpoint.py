@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from rs_gguf.chat import split_thinking
-from rs_gguf.endpoint import EndpointClient, EndpointOptions, Usage
-from rs_gguf.endpoint_http import Completion, RequestRefusedError, Token
 from rs_gguf.errors import InputError
-from rs_gguf.judge_votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_start, tally
-from rs_gguf.judgement import Judgement, Pair, split_by_rule
-from rs_gguf.rubric import chat_wording, label_message, read_verdict, rubric_version, verdict_message
+from rs_gguf.judging.client import EndpointClient, EndpointOptions
+from rs_gguf.judging.exchange import Completion, RequestRefusedError, Token
+from rs_gguf.judging.judgement import Judgement, Pair, Usage, split_by_rule
+from rs_gguf.judging.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
+from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_start, tally
 
 _LEAST_MASS = 0.1  # of both labels together; less, and the judge was about to say something else
 _TOP = 20  # the most that the protocol allows
@@ -45,7 +46,7 @@ class EndpointJudge:
         self._way: dict[str, Any] | None = None
         where = ", ".join(client.urls)
         self.name = f"{client.model} at {where} (rubric {rubric_version()})"
-        self.identity = f"endpoint {client.model} {where} {VOTES} {_WAYS} {rubric_version()} {chat_wording()}"
+        self.identity = f"endpoint {client.model} {where} {VOTES} {_WAYS} {rubric_version()} {chat_reading()}"
 
     @classmethod
     def of(cls, spec: str, options: EndpointOptions) -> EndpointJudge:
@@ -117,6 +118,8 @@ def label_confidence(tokens: Sequence[Token] | None) -> float | None:
 
 
 def _vote(completion: Completion) -> Vote | None:
+    if not completion.finished:  # who was still talking might have settled on another verdict
+        return None
     # A template may have opened the trace, so that only its end is in the text.
     answer = split_thinking(completion.text, starts_inside=True)[1] or split_thinking(completion.text)[1]
     verdict = read_verdict(answer)
@@ -127,7 +130,13 @@ def _vote(completion: Completion) -> Vote | None:
 
 def _score(tokens: Sequence[Token] | None, answer: str) -> float | None:
     """Mean log-probability of the tokens of the answer, without those of a thinking trace before it."""
-    if not tokens:
-        return None
-    start = answer_start(len(tokens), lambda i: "".join(token.text for token in tokens[i:]), answer)
-    return None if start is None else sum(t.logprob for t in tokens[start:]) / (len(tokens) - start)
+    # Some servers list the token that ended the answer, which is not in its text.
+    for kept in (tokens, tokens[:-1]) if tokens else ():
+        start = answer_start(len(kept), partial(_text_from, kept), answer)
+        if start is not None:
+            return sum(token.logprob for token in kept[start:]) / (len(kept) - start)
+    return None
+
+
+def _text_from(tokens: Sequence[Token], start: int) -> str:
+    return "".join(token.text for token in tokens[start:])

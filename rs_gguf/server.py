@@ -1,0 +1,114 @@
+"""A running llama-server as the model that is measured, steered by the scales of its LoRA adapters.
+
+An address and adapters go in; answers under a dose come out. A server takes the scale of an adapter with each
+request, so one server gives both sides. Its control vectors are fixed when it starts, and it tells no
+log-probabilities of given text: neither can be had here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rs_gguf.degenerate import is_degenerate
+from rs_gguf.errors import InputError
+from rs_gguf.evaluation import Advance, Answer
+from rs_gguf.judging.client import EndpointClient, EndpointOptions
+from rs_gguf.judging.exchange import RequestRefusedError, TryFailedError, exchange
+from rs_gguf.judging.judgement import final_answer
+from rs_gguf.llama import Generation
+from rs_gguf.prompts import Prompt
+
+_TIMEOUT = 30.0  # seconds, of the question which adapters there are
+
+
+class LlamaServer:
+    """The model of a llama-server that was started with `--lora-scaled F:0`.
+
+    Args:
+        address: `http://host:port[/v1][#MODEL]`.
+        adapters: files, named as the server was given them, and scales; the server's others stay as they are.
+
+    Raises:
+        InputError: no such server, or it has not loaded one of the adapters.
+    """
+
+    def __init__(
+        self, address: str, adapters: Sequence[tuple[Path, float]], system: str | None = None
+    ) -> None:
+        url, _, name = address.partition("#")
+        root = url.rstrip("/").removesuffix("/v1")
+        self.name = address
+        self._system = system
+        self._client = EndpointClient([f"{root}/v1"], name or None, EndpointOptions())
+        self._kept, self._scaled = _scales(root, adapters) if adapters else ({}, {})
+
+    def check(self) -> None:
+        """The adapters were looked up when this was made."""
+
+    def answers(
+        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
+    ) -> tuple[list[Answer], int, float]:
+        """The answers in order, the number of their tokens, and the seconds that they took."""
+        bodies = [self._body(prompt, dose, max_tokens) for prompt in asked]
+        answers: dict[int, Answer] = {}
+        counted, start = self._client.usage.completion_tokens, time.perf_counter()
+        for i, found in self._client.complete_all(bodies):
+            if isinstance(found, RequestRefusedError):
+                raise InputError(f"the prompt {asked[i].prompt[:60]!r} was not answered: {found}")
+            # The tokens themselves are not told; a loop shows in the text.
+            text = final_answer(found.text, finished=found.finished) or ""
+            # Nothing but a trace that the server keeps to itself, cut off: not broken, not there yet.
+            broken = is_degenerate(Generation([], found.text, found.finished)) and bool(
+                text or found.finished
+            )
+            answers[i] = Answer([], text, found.finished, broken)
+            advance(1)
+        seconds = time.perf_counter() - start
+        tokens = self._client.usage.completion_tokens - counted
+        return [answers[i] for i in range(len(asked))], tokens, seconds
+
+    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> None:
+        """A server does not tell them."""
+
+    def text_logprobs(self, texts: Sequence[str], dose: float) -> None:
+        """A server does not tell them."""
+
+    def _body(self, prompt: Prompt, dose: float, max_tokens: int) -> dict[str, Any]:
+        messages = [{"role": "user", "content": prompt.prompt}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        body: dict[str, Any] = {
+            "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
+            # Else the server may take what a prompt left in its cache under another scale.
+            "cache_prompt": False,
+        }  # fmt: skip
+        scales = {**self._kept, **{id_: dose * scale for id_, scale in self._scaled.items()}}
+        # An adapter that a request leaves out counts as 0, whatever the server was started with.
+        return (
+            {**body, "lora": [{"id": i, "scale": s} for i, s in sorted(scales.items())]} if scales else body
+        )
+
+
+def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int, float], dict[int, float]]:
+    """By the server's numbers: the scales that stay, and those that a dose multiplies."""
+    try:
+        found = exchange(root, "/lora-adapters", None, _TIMEOUT)
+        loaded = {int(entry["id"]): (Path(str(entry["path"])), float(entry["scale"])) for entry in found}
+    except (TryFailedError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
+    scaled = {}
+    for path, scale in adapters:
+        numbers = [i for i, (there, _) in loaded.items() if there.name == path.name]
+        if len(numbers) != 1:
+            names = ", ".join(str(there) for there, _ in loaded.values()) or "none"
+            raise InputError(
+                f"{root} has loaded {len(numbers)} adapters named {path.name} (all: {names}). Start it with "
+                f"`llama-server --lora-scaled {path}:0`."
+            )
+        scaled[numbers[0]] = scale
+    kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}
+    return kept, scaled

@@ -1,0 +1,103 @@
+"""The measure stage on a tiny model: rows and figures of two written files, and going on after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf import control_vector, lora
+from rs_gguf.judging.local import KeywordJudge
+from rs_gguf.llama import LlamaModel
+from rs_gguf.measuring import Arm, measure
+from rs_gguf.prompts import KINDS, Prompt
+from rs_gguf.recipe import load
+from rs_gguf.run_folder import RowLog, RunFolder
+from rs_gguf.steering import SteeringVector
+from rs_gguf.tuning import GATE, Candidate, Trial
+
+ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
+PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> dict[str, Arm]:
+    rng = np.random.default_rng(0)
+    vector = {2: rng.standard_normal(32).astype(np.float32)}
+    factors = {
+        "blk.1.ffn_down.weight": (
+            rng.standard_normal((2, 64)).astype(np.float32),
+            rng.standard_normal((32, 2)).astype(np.float32),
+        )
+    }
+    control_vector.write(SteeringVector(vector, {"measured": False}, "qwen2"), tmp_path / "remove.gguf")
+    lora.write(lora.LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
+    return {
+        "vector": Arm(
+            tmp_path / "remove.gguf", Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0), PROOF
+        ),
+        "adapter": Arm(
+            tmp_path / "remove-adapter.gguf",
+            Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0),
+            PROOF,
+        ),
+    }
+
+
+def run(folder: Path, arms: dict[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
+    """Rows, metrics, and how many answers were made."""
+    recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
+    log = RowLog(RunFolder(folder / "run"), "measured.jsonl", "key")
+    made = len(log.rows)
+    path = folder / "tiny.gguf"
+    if not path.is_file():
+        write_tiny_qwen2(path)
+    with LlamaModel(path, n_threads=1) as model:
+        rows, value = measure(
+            model, KeywordJudge(), ASKED, arms, recipe, log,
+            model_sha256="0" * 64, subset=False, advance=lambda n: None,
+        )  # fmt: skip
+    return rows, value, len(log.rows) - made
+
+
+def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    rows, value, made = run(tmp_path, arms)
+    assert made == 3 * len(ASKED)
+    expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
+    expected |= {
+        f"{name}_{side}"
+        for name in ("answer", "confidence", "degenerate")
+        for side in ("baseline", "steered", "adapter")
+    }
+    assert all(row.keys() == expected for row in rows)
+    assert [row["prompt"] for row in rows] == [prompt.prompt for prompt in ASKED]
+    for side in ("steered", "adapter"):
+        assert [row[f"answer_{side}"] for row in rows] != [row["answer_baseline"] for row in rows]
+    for figures in (value, value["adapter"]):
+        assert {kind: found["n"] for kind, found in figures["sets"].items()} == dict.fromkeys(KINDS, 2)
+        assert figures["benign_drift"] > 0
+        assert 0 <= figures["top1_agreement_benign"] < 1
+        assert not figures["gate"]["passed"]
+    # The figures travel with the files.
+    for arm, figures in (("vector", value), ("adapter", value["adapter"])):
+        path = arms[arm].path
+        read = control_vector.read(path) if arm == "vector" else lora.read(path)
+        assert read.provenance["measured"] is True
+        assert read.provenance["metrics.benign_drift"] == pytest.approx(figures["benign_drift"])
+
+
+def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
+    tmp_path: Path, arms: dict[str, Arm]
+) -> None:
+    alone = {"vector": arms["vector"]}
+    rows, value, made = run(tmp_path, alone)
+    assert made == 2 * len(ASKED)
+    assert "adapter" not in value
+    assert "answer_adapter" not in rows[0]
+    again, more, made = run(tmp_path, arms)
+    assert made == len(ASKED)  # the adapter's only
+    assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
+    assert more["sets"] == value["sets"]
