@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := out/demo
 
-.PHONY: install demo test lint bench vectors sanitize neon clean
+.PHONY: install demo test lint docs bench vectors sanitize neon clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --group dev
+	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --group dev --group docs
 	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/python -c "import llama_cpp" || CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet \
 		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: install
 	$(BIN)/rs-export run --out $(DEMO)
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest
 
 lint: install
@@ -31,6 +31,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -40,8 +40,7 @@ Parts = list[tuple[Path, float]]
 @click.option("--system-prompt", metavar="T", help="Used on both sides.")
 @click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
-@click.option("--judge", metavar="J",
-              help="As for the judge command: a model, labels:MODEL, votes:MODEL, an address or keywords.")  # fmt: skip
+@click.option("--judge", metavar="J", help="Who grades, named as for `rs-export judge --judge`.")
 @click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
 @click.option(
     "--capability", is_flag=True, help="Also solve the embedded tasks with exact answers, on both sides."

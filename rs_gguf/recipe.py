@@ -33,7 +33,8 @@ else:
 
 
 _PREFIX = "RS_GGUF_"
-_OTHER_VARIABLES = {"RS_GGUF_KERNEL"}  # read by the projection kernel
+# Read by the projection kernel, and by judges and models behind an address.
+_OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY"}
 
 
 class _Section(BaseModel):

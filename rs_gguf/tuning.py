@@ -107,7 +107,7 @@ class Space:
         The last quarter of the blocks tells subjects apart no better, so it is left alone at first.
         """
         first, last = max(1, n_layer // 8), max(1, min(n_layer * 3 // 4, n_layer - 2))
-        margins = (0.0,) if induce else (0.25, 0.0, 0.5)  # a margin makes harm the opposite of sensitive
+        margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
         start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
