@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +45,10 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
     check_file = lora.check if adapter else control_vector.check
     report = check_file(file, models.resolve(model) if model else None)
     if as_json:
-        proof = dataclasses.asdict(report.proof) if report.proof is not None else None
         value = {
             "file": report.path, "valid": report.valid, "errors": list(report.errors),
-            "warnings": list(report.warnings), "loader_says": report.loader_says, "proof": proof,
+            "warnings": list(report.warnings), "loader_says": report.loader_says,
+            "proof": None if report.proof is None else _finite(dataclasses.asdict(report.proof)),
         }  # fmt: skip
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
     else:
@@ -61,10 +62,18 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             moves = "the residual moves by B A x" if adapter else "every block moves by its direction"
             click.echo(
                 f"effect observed on the model: {moves} (largest relative error "
-                f"{report.proof.largest_relative_error:.1e}); next-token KL {report.proof.kl_mean:.4f} nats"
+                f"{report.proof.largest_relative_error:.1e})"
             )
+        if report.proof is not None and report.proof.kl_mean is not None:
+            click.echo(f"next-token KL, steered against unsteered: {report.proof.kl_mean:.4f} nats")
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
     sys.exit(0 if report.valid else 1)
+
+
+def _finite(proof: dict[str, Any]) -> dict[str, Any]:
+    """A proof without the NaN and infinities that JSON does not have: null stands for them."""
+    errors = proof["relative_error"]
+    return {**proof, "relative_error": {k: e if math.isfinite(e) else None for k, e in errors.items()}}
 
 
 @click.command()
@@ -85,9 +94,9 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     facts = Table("fact", "value", show_header=False, box=None)
     for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
         if name in value:
-            facts.add_row(name, Text(str(value[name])))
+            facts.add_row(name, Text(_harmless(value[name])))
     for name, entry in value["provenance"].items():
-        facts.add_row(Text(name), Text(str(entry)))
+        facts.add_row(Text(name), Text(_harmless(entry)))
     console.print(facts)
     table = Table("block" if value["kind"] == "control vector" else "matrix", "norm")
     if against is not None:
@@ -97,6 +106,11 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
         extra = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
         table.add_row(name, f"{norm:.4g}", *extra)
     console.print(table)
+
+
+def _harmless(value: Any) -> str:
+    """A stranger's text without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _facts(file: Path, against: Path | None) -> dict[str, Any]:
@@ -152,6 +166,7 @@ def _vectors(files: Sequence[Path]) -> list[SteeringVector]:
 @click.option("--to", "to_format", type=click.Choice(("peft",)), help="For whom to write an adapter.")
 @click.option("--output", required=True, type=_FILE, help="A file; with --to peft, a folder.")
 @click.option("--base", type=int, help="Number that FILE gives to block 0, where the format leaves it open.")
+@click.option("--architecture", metavar="NAME", help="With --from: the model family, such as qwen2.")
 @click.option("--model", metavar="M", help="With --to: the model, whose modules the adapter names.")
 def convert(
     file: Path,
@@ -159,6 +174,7 @@ def convert(
     to_format: str | None,
     output: Path,
     base: int | None,
+    architecture: str | None,
     model: str | None,
 ) -> None:
     """Turn another tool's vector into one that llama.cpp loads at the right layer (--from), or an adapter of
@@ -167,20 +183,24 @@ def convert(
     if (from_format is None) == (to_format is None):
         raise InputError("Give either --from (another tool's vector) or --to (our adapter for another tool).")
     if to_format is not None:
-        if model is None or base is not None:
+        if model is None or base is not None or architecture is not None:
             raise InputError(
-                f"--to {to_format} needs --model, the model that FILE is for, and takes no --base."
+                f"--to {to_format} needs --model, the model that FILE is for, and takes neither --base nor "
+                "--architecture."
             )
         from rs_gguf import lora, peft_export
 
         peft_export.export(lora.read(file), model, output)
     else:
         if model is not None:
-            raise InputError("--model goes with --to; another tool's vector is converted without a model.")
+            raise InputError(
+                "--model goes with --to; another tool's vector is converted without a model. --architecture "
+                "says which family it is for."
+            )
         from rs_gguf.control_vector import write
         from rs_gguf.convert import convert as convert_file
 
-        conversion = convert_file(file, str(from_format), base=base)
+        conversion = convert_file(file, str(from_format), base=base, architecture=architecture)
         write(conversion.vector, output)
         for note in conversion.notes:
             click.echo(note, err=True)

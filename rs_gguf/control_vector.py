@@ -43,9 +43,9 @@ class CheckReport:
     """What `check` found.
 
     `errors` make the file unfit, `warnings` do not. `loader_says` is the line that llama.cpp would log before
-    going on without the vector, or empty where it would load the file. `vector` is what was read, None when
-    nothing could be. `proof` is the report of `rs_gguf.proof.prove_vector`, when a model was given and the
-    file could be read.
+    going on without the vector, or empty where it would load the file (on the model, when one was given).
+    `vector` is what was read, None when nothing could be. `proof` is the report of
+    `rs_gguf.proof.prove_vector`, when a model was given and the file could be read.
     """
 
     path: str
@@ -107,6 +107,7 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
 
         proof = prove_vector(vector, model)
         survey.errors += proof.reasons
+        survey.complaints += [proof.loader_says] if proof.loader_says else []
     says = survey.complaints[0].replace("%s", str(path)) if survey.complaints else ""
     return CheckReport(str(path), tuple(survey.errors), tuple(survey.warnings), says, vector, proof)
 

@@ -23,7 +23,7 @@ from gguf.quants import dequantize
 from rs_gguf.control_vector import loader_layer
 from rs_gguf.errors import InputError
 from rs_gguf.gguf_file import SCHEMA_KEY, metadata
-from rs_gguf.gguf_guard import open_gguf, read_bounded
+from rs_gguf.gguf_guard import MAX_NUMBERS, open_gguf, read_bounded
 from rs_gguf.steering import INT64, KEY, ProvenanceValue, SteeringVector
 
 FORMATS = {
@@ -88,6 +88,8 @@ def convert(
     start = FORMATS[from_format] if base is None else base
     directions = _placed(numbered, start, from_format, notes)
     hint = known.get("controlvector.model_hint", "") if architecture is None else architecture
+    if not hint:
+        notes.append("The file does not say which model it is for; name the family with --architecture.")
     provenance: dict[str, ProvenanceValue] = {
         "source.format": from_format,
         "source.file": Path(path).name,
@@ -188,10 +190,16 @@ def _safetensors_rows(path: str | Path, data: bytes) -> Iterator[tuple[str, int,
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"{path}: not a sound safetensors file ({error}). Get or write it again.") from error
+    total = 0
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: tensor {name!r} is of type {tensor.dtype}; floats are needed.")
-        rows = tensor.to(torch.float64).numpy()
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{path}: tensor {name!r} is of type {tensor.dtype}; floats are needed, of 16 bits or more."
+            )
+        total += tensor.numel()
+        if total > MAX_NUMBERS:
+            raise InputError(f"{path}: no vector has more than {MAX_NUMBERS} numbers. Is this a model?")
+        rows = tensor.to(torch.float32).numpy()
         numbers = re.findall(r"[0-9]+", name)
         if len(numbers) == 1 and len(numbers[0]) < 10:
             yield name, int(numbers[0]), rows

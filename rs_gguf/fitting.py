@@ -1,7 +1,8 @@
 """The fit stage: from captured arrays and judged answers to directions and gates, as files of a run folder.
 
 `Samples` of the fit split enter; `directions.safetensors` (one unit direction and calibration a layer, for
-each estimator and ridge), `gates.safetensors` (the adapter's reads and writes) and `fit.json` leave.
+each estimator and ridge), `gates.safetensors` (the adapter's reads and writes), `fit.json` and `figures/`
+leave.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf import figures
 from rs_gguf.adapter import Gates, WriterInputs, fit_gates
 from rs_gguf.arrays import load_arrays, save_arrays
 from rs_gguf.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
@@ -32,10 +34,11 @@ from rs_gguf.estimators import (
 from rs_gguf.files import write_json
 from rs_gguf.judges import NEUTRAL
 from rs_gguf.labels import Labels
-from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores
+from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores, score_bands
 from rs_gguf.projection import project
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
+from rs_gguf.ridge_selection import choose_ridge
 from rs_gguf.tuning import Directions
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
@@ -53,6 +56,8 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
     )
 }
 
+# λ of the figures' path: wide enough to see where it stops to matter. One factorisation serves all of them.
+_PATH_RIDGES = np.geomspace(1e-3, 1e3, 13)
 
 _SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
 
@@ -105,7 +110,7 @@ class Samples:
 
 
 def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[int], None]) -> None:
-    """Fit everything the recipe names and write the three files. `advance` counts blocks, then estimators."""
+    """Fit and draw all that the recipe names, write the files. `advance` counts estimators, then blocks."""
     samples.check_classes(recipe.effect)
     names, ridges = estimators(recipe), recipe.fit.ridges
     shutil.rmtree(folder / "adapters", ignore_errors=True)  # that a search made of earlier gates
@@ -119,11 +124,14 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
     )
     found: dict[str, NDArray[Any]] = {}
     summary = []
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # of an earlier fit, with other estimators perhaps
+    shown: dict[str, NDArray[np.float64]] = {}
     for name, path in zip(names, paths, strict=True):
+        # All ridges at once: the activations are read but once.
+        projections = project(samples.activations, path.directions.swapaxes(0, 1), path.offset)
+        auroc = np.stack([layer_auroc(p, samples.confidence) for p in np.moveaxis(projections, 2, 0)])
         for k, ridge in enumerate(ridges):
-            unit = path.directions[k]
-            rows = unit[:, np.newaxis].astype(np.float32)
-            projected = project(samples.activations, rows, path.offset)[:, :, 0]
+            unit, projected = path.directions[k], projections[:, :, k]
             scales = calibration_scales(projected, samples.confidence)[1]
             found |= {f"{name}@{ridge:g}/unit": unit, f"{name}@{ridge:g}/scales": scales}
             summary.append(
@@ -131,11 +139,17 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
                     "estimator": name,
                     "ridge": ridge,
                     "score": layer_scores(projected, samples.confidence).tolist(),
-                    "auroc": layer_auroc(projected, samples.confidence).tolist(),
+                    "auroc": auroc[k].tolist(),
                     "harm_cosine": path.harm_cosine[k].tolist(),
                 }
             )
+        best, layer = (int(index) for index in np.unravel_index(auroc.argmax(), auroc.shape))
+        shown[f"{name}@{ridges[best]:g}"] = path.directions[best]
+        _draw(samples, name, projections[:, :, best], path.directions[best], layer, folder / "figures")
+        if len(shown) == 1:
+            figures.save_pca(folder / "figures" / "pca.svg", samples.activations, layer, samples.confidence)
         advance(1)
+    figures.save_cosines(folder / "figures" / "cosines.svg", shown)
     save_arrays(folder / "directions.safetensors", found, {})
     if samples.inputs:
         labels = Labels.of(samples.confidence, samples.kinds, samples.groups)
@@ -158,6 +172,48 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
         (folder / "gates.safetensors").unlink(missing_ok=True)
     counts = {kind: samples.counts(kind) for kind in KINDS}
     write_json(folder / "fit.json", {"samples": counts, "directions": summary})
+
+
+def _draw(
+    samples: Samples,
+    name: str,
+    projected: NDArray[np.float32],
+    directions: NDArray[np.float64],
+    layer: int,
+    folder: Path,
+) -> None:
+    """One estimator at its best ridge: `projected` [N, L], `directions` [L, D], and `layer`, the best one."""
+    figures.save_layer_scores(
+        folder / f"{name}-scores.svg",
+        layer_scores(projected, samples.confidence),
+        bands=score_bands(projected, samples.confidence),
+        chosen=[layer],
+        label="Pearson − RMSE",
+    )
+    figures.save_projections(
+        folder / f"{name}-projections.svg",
+        projected[:, layer],
+        samples.confidence,
+        neutral=NEUTRAL,
+        layer=layer,
+    )
+    figures.save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
+    if not ESTIMATORS[name].uses_covariance:
+        return  # no ridge
+    try:
+        choice = choose_ridge(
+            samples.activations,
+            samples.confidence,
+            _PATH_RIDGES,
+            ESTIMATORS[name](),
+            kinds=samples.kinds,
+            groups=samples.groups,
+        )
+    except InputError:  # too few of a class to hold any out: the path cannot be known, the fit stands
+        return
+    figures.save_ridge_path(
+        folder / f"{name}-ridge.svg", choice.ridges, choice.scores, best=choice.best, label="held-out AUROC"
+    )
 
 
 def load_directions(folder: Path, recipe: Recipe) -> dict[tuple[str, float], Directions]:

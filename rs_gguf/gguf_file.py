@@ -86,6 +86,11 @@ def write_verified(path: Path, serialise: Callable[[Path], None], same: Callable
             data = draft.read_bytes()
     except OSError as error:
         raise InputError(f"No room for a draft of {path} ({error}). Free space or set TMPDIR.") from error
+    write_compared(path, data)
+
+
+def write_compared(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all and compare its bytes. Raises as `write_verified` does."""
     write_atomic(path, lambda file: file.write(data))
     if path.read_bytes() != data:
         raise GateError(f"{path} holds other bytes than were written; check the disk and write it again.")

@@ -20,6 +20,8 @@ from rs_gguf.errors import InputError
 
 MAX_BYTES = 32 * 2**20
 """Twice what the largest open model so far needs in float64 (126 blocks of width 16384)."""
+MAX_NUMBERS = MAX_BYTES // 4
+"""Numbers in all tensors: in float32 they fill a file of `MAX_BYTES`, and memory to match."""
 MAX_ENTRIES = 16_384
 """Metadata values (list elements counted one by one) and tensors together; each costs the reader about 1 KiB.
 """
@@ -81,6 +83,7 @@ class _Walk:
         self.data = data
         self.at = 0
         self.entries = 0
+        self.numbers = 0
         self.alignment = DEFAULT_ALIGNMENT
 
     def file(self) -> None:
@@ -98,6 +101,8 @@ class _Walk:
         sizes = self.tensors(n_tensors)
         if n_tensors:
             self.layout(sizes)
+        if self.numbers > MAX_NUMBERS:
+            raise _Fault(f"its tensors hold {self.numbers} numbers; at most {MAX_NUMBERS} are accepted")
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:
@@ -189,6 +194,7 @@ class _Walk:
             raise _Fault(
                 f"{label} has shape {dims}; no dimension may be 0 and the first must divide by {block}"
             )
+        self.numbers += elements
         return offset, elements // block * block_bytes
 
     def layout(self, sizes: list[tuple[str, int, int]]) -> None:

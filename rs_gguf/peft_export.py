@@ -17,19 +17,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from torch import nn
 
 from rs_gguf import models
 from rs_gguf.adapter import WRITERS
-from rs_gguf.errors import InputError
-from rs_gguf.files import write_atomic, write_json
+from rs_gguf.errors import GateError, InputError
+from rs_gguf.gguf_file import write_compared
 from rs_gguf.lora import LoraAdapter
 from rs_gguf.targets import llama_cpp_name
 
 
 def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
-    """Write `folder` for `PeftModel.from_pretrained(model, folder)`; the same adapter gives the same bytes.
+    """Write `folder` for `PeftModel.from_pretrained(model, folder)`; the same adapter gives the same bytes,
+    which are read back and compared.
 
     `model` is a Hugging Face folder, hub id, GGUF file or catalogue name, of which the configuration is read.
 
@@ -58,8 +59,14 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
     }
     # One entry, since the order of several differs from run to run.
     data = save(tensors, metadata={"rs_gguf": json.dumps(dict(adapter.provenance), ensure_ascii=False)})
-    write_atomic(Path(folder) / "adapter_model.safetensors", lambda file: file.write(data))
-    write_json(Path(folder) / "adapter_config.json", config)
+    read_back = load(data)
+    if read_back.keys() != tensors.keys() or any(
+        not np.array_equal(row, read_back[name]) for name, row in tensors.items()
+    ):
+        raise GateError(f"{folder}: the content did not survive a round trip; nothing was written.")
+    write_compared(Path(folder) / "adapter_model.safetensors", data)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_compared(Path(folder) / "adapter_config.json", text.encode())
 
 
 def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:

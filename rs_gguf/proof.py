@@ -24,9 +24,10 @@ from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
 from rs_gguf.steering import SteeringVector
 
-# llama.cpp adds the direction in F32 to a residual that is far larger, so rounding alone leaves about
-# 1e-7 × ‖h‖/‖direction‖ of relative error.
 TOLERANCE = 1e-3
+# llama.cpp adds the direction in F32 to a residual h that is far larger: each sum is off by up to 2^-24 |h|,
+# which is no fault of a short direction.
+ROUNDING = 2.0**-23
 # An adapter's product is computed from F32 inputs too, but its two factors round apart.
 ADAPTER_TOLERANCE = 1e-2
 # Where a matrix's product shows: by itself, or in the sum that it goes into.
@@ -48,7 +49,8 @@ class Proof:
     effect_observed: bool
     reasons: tuple[str, ...]
     relative_error: dict[str, float]  # of each steered block, or of each matrix that was looked at
-    kl_mean: float  # nats, next-token distribution steered against unsteered
+    kl_mean: float | None  # nats, next-token distribution steered against unsteered, where it is a number
+    loader_says: str = ""  # what llama.cpp logs where it refuses a sound file for this model
 
     @property
     def largest_relative_error(self) -> float:
@@ -70,7 +72,7 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proo
     """Run `vector` on `model` (a GGUF file, or one already loaded) and compare effect and promise.
 
     Each block is steered alone, so that what is upstream stays the same and the difference at its output
-    must be the direction itself, up to F32 rounding (`TOLERANCE`, relative).
+    must be the direction itself, up to `TOLERANCE` (relative) and what F32 rounds away.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -83,7 +85,9 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proo
 
 def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
     reasons = []
+    says = ""
     if vector.width != model.n_embd:
+        says = "control vector n_embd does not match model"
         reasons.append(
             f"the vector is {vector.width} wide but {model.path.name} is {model.n_embd}: "
             "it belongs to another model."
@@ -93,31 +97,54 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
         reasons.append(
             f"layers {beyond} do not exist: {model.path.name} has blocks 0 to {model.n_layer - 1}. "
             "llama.cpp ignores them in silence."
+            + (
+                " Does the file count blocks from 1? `rs-export convert --base 1` moves them."
+                if beyond == [model.n_layer]
+                else ""
+            )
         )
     if reasons:
-        return Proof(False, tuple(reasons), {}, float("nan"))
+        return Proof(False, tuple(reasons), {}, None, says)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     plain = _distributions(model, prompts)
     with model.steered(dict(vector.directions)):
         steered = _distributions(model, prompts)
-    kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
-    if np.array_equal(plain, steered):
-        reason = (
+    kl = _mean_kl(plain, steered)
+    if kl is None:
+        reason = "the next-token probabilities are no numbers any more: the directions are far too long."
+        return Proof(False, (reason,), {}, None)
+    pair = prompts[:2]
+    before = _residuals(model, pair, vector.layers)
+    lost = {
+        layer: ROUNDING * float(np.linalg.norm(before[:, k], axis=1).max())
+        for k, layer in enumerate(vector.layers)
+    }
+    short = [layer for layer, norm in vector.norms.items() if 0.0 < norm <= lost[layer]]
+    if short:
+        reasons.append(
+            f"blocks {short}: the direction is so short beside the residual (block {short[0]}: "
+            f"{vector.norms[short[0]]:.2g} to {lost[short[0]] / ROUNDING:.2g}) that rounding swallows it."
+        )
+    elif np.array_equal(plain, steered):
+        reasons.append(
             f"no logit moves: the graph of architecture {model.architecture!r} in this llama.cpp ignores "
             "control vectors."
         )
-        return Proof(False, (reason,), {}, kl)
-    pair = prompts[:2]
-    before = _residuals(model, pair, vector.layers)
+    if reasons:
+        return Proof(False, tuple(reasons), {}, kl)
     errors: dict[int, float] = {}
+    ignored, wrong = [], []
     for k, (layer, direction) in enumerate(vector.directions.items()):
         with model.steered({layer: direction}):
             moved = _residuals(model, pair, [layer])[:, 0] - before[:, k]
-        size = float(np.linalg.norm(direction))
-        errors[layer] = float(np.linalg.norm(moved - direction, axis=1).max()) / size if size else 0.0
-    ignored = [layer for layer, error in errors.items() if error > 0.99]
-    wrong = [layer for layer, error in errors.items() if TOLERANCE < error <= 0.99]
+        size = vector.norms[layer]
+        missed = float(np.linalg.norm(moved - direction, axis=1).max())
+        errors[layer] = missed / size if size else 0.0
+        if size and not moved.any():
+            ignored.append(layer)
+        elif size and not missed <= TOLERANCE * size + lost[layer]:  # so that NaN is a miss
+            wrong.append(layer)
     if ignored:
         reasons.append(
             f"blocks {ignored}: the residual does not move. The graph of architecture {model.architecture!r} "
@@ -143,13 +170,16 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
             f"the adapter is for {adapter.architecture!r}, {model.path.name} is {model.architecture!r}: it "
             "belongs to another model."
         )
-        return Proof(False, (reason,), {}, float("nan"))
+        return Proof(False, (reason,), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     with model.steered(adapters=[(path, 1.0)]):  # raises what the loader says of a file that it refuses
         steered = _distributions(model, prompts)
     plain = _distributions(model, prompts)
-    kl = float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
+    kl = _mean_kl(plain, steered)
+    if kl is None:
+        reason = "the next-token probabilities are no numbers any more: the change is far too large."
+        return Proof(False, (reason,), {}, None)
     errors: dict[str, float] = {}
     layers = adapter.layers
     graph = model.graph_tensors()
@@ -209,6 +239,13 @@ def _residuals(model: LlamaModel, prompts: list[list[int]], layers: list[int]) -
     """Block outputs [N, L, D] at the last token, in the same batch every time: only steering differs."""
     found = dict(model.activations(prompts, layers=layers))
     return np.stack([found[i]["l_out"] for i in range(len(prompts))]).astype(np.float64)
+
+
+def _mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:
+    """Mean of KL(steered ‖ plain) over prompts, in nats, of log-probabilities; None where it is no number."""
+    if not np.isfinite(steered).all():
+        return None
+    return float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
 
 
 def _distributions(model: LlamaModel, prompts: list[list[int]]) -> NDArray[np.float64]:

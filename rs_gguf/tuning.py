@@ -32,6 +32,7 @@ _MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one 
 _OPENING = 6  # tokens of an unsteered answer that the probe looks for
 _BENIGN = 32  # benign prompts that a candidate answers
 _DRIFT_PAIRS = 32
+_SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 
@@ -274,12 +275,18 @@ class Finder:
         return probed
 
     def _ranked(self, probes: Sequence[Trial]) -> list[Candidate]:
-        """Candidates in the order in which they deserve answers: what they remove beyond what harm loses.
+        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
 
-        Of those that differ in strength alone the best stands for all, since the strength is moved anyway.
+        The ratio of log-probabilities does not depend on strength while the effect is small, and strength is
+        moved anyway: of candidates that differ in strength alone the best stands for all.
         """
+
+        def merit(trial: Trial) -> float:
+            lost, harm = (-math.log(max(kept, 1e-6)) for kept in (trial.sensitive, trial.harmful_retention))
+            return lost / (harm + _SMALL_LOSS)
+
         best: dict[Candidate, Trial] = {}
-        for trial in sorted(probes, key=lambda t: t.harmful_retention - t.sensitive, reverse=True):
+        for trial in sorted(probes, key=merit, reverse=True):
             best.setdefault(replace(trial.candidate, strength=0), trial)
         return [trial.candidate for trial in best.values()]
 

@@ -1,0 +1,123 @@
+"""What `check --model` says of a vector, on a tiny model that llama.cpp runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf.control_vector import check, write
+from rs_gguf.llama import LlamaModel
+from rs_gguf.proof import TOLERANCE, prove_vector
+from rs_gguf.steering import SteeringVector
+
+N_LAYER, WIDTH = 4, 32
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=N_LAYER, n_embd=WIDTH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> Iterator[LlamaModel]:
+    with LlamaModel(file, n_parallel=4, n_ctx=512, n_threads=1) as loaded:
+        yield loaded
+
+
+def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVector:
+    rng = np.random.default_rng(5)
+    rows = {layer: rng.standard_normal(width) for layer in layers}
+    return SteeringVector({n: length * row / np.linalg.norm(row) for n, row in rows.items()}, {}, "qwen2")
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
+def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
+    """The short one is within rounding, which counts for more beside it, and is not called wrong."""
+    shown = prove_vector(vector(1, 2, 3).scaled(scale), model)
+    assert shown.reasons == ()
+    assert shown.effect_observed
+    assert list(shown.relative_error) == ["1", "2", "3"]
+    assert shown.largest_relative_error < (TOLERANCE if abs(scale) > 0.01 else 0.1)
+    assert shown.kl_mean is not None
+    assert shown.kl_mean > 0
+
+
+def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
+    rows = {1: np.zeros(WIDTH), 2: vector(2).directions[2]}
+    shown = prove_vector(SteeringVector(rows), model)
+    assert shown.effect_observed
+    assert shown.relative_error["1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "loader_says"),
+    [
+        (vector(1, width=16), "16 wide but tiny.gguf is 32", "control vector n_embd does not match model"),
+        (vector(1, 7, 9), "layers [7, 9] do not exist: tiny.gguf has blocks 0 to 3", ""),
+        (vector(1, N_LAYER), "Does the file count blocks from 1?", ""),
+        (vector(2, length=1e-12), "so short beside the residual", ""),
+        (vector(2, length=3e38), "no numbers any more", ""),
+    ],
+)
+def test_what_does_not_fit_the_model(
+    tmp_path: Path, file: Path, given: SteeringVector, said: str, loader_says: str
+) -> None:
+    write(given, tmp_path / "v.gguf")
+    assert check(tmp_path / "v.gguf").valid  # seen only with the model
+    report = check(tmp_path / "v.gguf", file)
+    assert len(report.errors) == 1
+    assert said in report.errors[0]
+    assert report.loader_says == loader_says
+    assert not report.proof.effect_observed
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (0.0, "ignores control vectors"),
+        (0.5, "something else than the direction (relative error 0.5 at block"),
+        (-1.0, "something else than the direction (relative error 2 at block"),
+    ],
+)
+def test_finds_a_runtime_that_does_something_else(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, factor: float, said: str
+) -> None:
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def otherwise(
+        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
+    ) -> Iterator[None]:
+        with steered(self, {n: np.float32(factor) * row for n, row in directions.items()}, **options):
+            yield
+
+    monkeypatch.setattr(LlamaModel, "steered", otherwise)
+    shown = prove_vector(vector(1, 2, 3), model)
+    assert not shown.effect_observed
+    assert len(shown.reasons) == 1
+    assert said in shown.reasons[0]
+
+
+def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def otherwise(
+        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
+    ) -> Iterator[None]:
+        with steered(self, {n: row * (n != 2) for n, row in directions.items()}, **options):
+            yield
+
+    monkeypatch.setattr(LlamaModel, "steered", otherwise)
+    shown = prove_vector(vector(1, 2, 3), model)
+    assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
+    assert shown.relative_error["2"] == 1.0
