@@ -8,7 +8,7 @@ gives the same bytes with the same matplotlib. They show what sections 3 to 5 of
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,9 @@ def save_layer_scores(
     scores: npt.ArrayLike,
     *,
     bands: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
-    chosen: Sequence[int] = (),
     label: str = "score",
 ) -> None:
-    """Scores [L] over the block index, with `bands` (low [L], high [L]) and the chosen layers marked."""
+    """Scores [L] over the block index, with `bands` (low [L], high [L])."""
     values = np.asarray(scores, dtype=np.float64)
     figure, axes = _figure(8, 4)
     layers = np.arange(len(values))
@@ -44,9 +43,6 @@ def save_layer_scores(
         low, high = (np.asarray(band, dtype=np.float64) for band in bands)
         axes.fill_between(layers, low, high, alpha=0.25, linewidth=0, label="95 % interval")
     axes.plot(layers, values, marker=".", label=label)
-    if len(chosen):
-        picked = np.asarray(chosen, dtype=np.intp)
-        axes.scatter(picked, values[picked], color="C3", zorder=3, label="chosen")
     axes.set(xlabel="block", ylabel=label, title="Layer scores")
     axes.legend()
     _save(figure, path)

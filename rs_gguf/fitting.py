@@ -39,7 +39,7 @@ from rs_gguf.projection import project
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.ridge_selection import choose_ridge
-from rs_gguf.tuning import Directions
+from rs_gguf.search_space import Directions
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
     estimator.name: estimator
@@ -187,7 +187,6 @@ def _draw(
         folder / f"{name}-scores.svg",
         layer_scores(projected, samples.confidence),
         bands=score_bands(projected, samples.confidence),
-        chosen=[layer],
         label="Pearson − RMSE",
     )
     figures.save_projections(

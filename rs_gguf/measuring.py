@@ -29,8 +29,8 @@ from rs_gguf.llama import Sampling
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import Row, RowLog
+from rs_gguf.search_space import GATE, Trial
 from rs_gguf.steering import SteeringVector
-from rs_gguf.tuning import GATE, Trial
 
 _PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed
 _DRIFT_PAIRS = 128  # conversations, as in the paper

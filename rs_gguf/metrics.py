@@ -16,7 +16,8 @@ from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import sha256
 from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
-from rs_gguf.tuning import GATE, Trial, may_become_degenerate
+from rs_gguf.search_space import GATE, Trial
+from rs_gguf.tuning import may_become_degenerate
 from rs_gguf.version import __version__
 
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rs_gguf import control_vector, fitting, lora, models, prompts, proof
+from rs_gguf import fitting, models, prompts, writing
 from rs_gguf.arrays import holds, load_arrays, save_arrays
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
 from rs_gguf.judges import Judge, Judgement, open_judge_spec
@@ -29,9 +29,9 @@ from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
 from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
-from rs_gguf.steering import SteeringVector
+from rs_gguf.search_space import Space, Trial, load_trials
 from rs_gguf.targets import TorchModel
-from rs_gguf.tuning import Finder, Space, Trial, Unsteered, load_trials
+from rs_gguf.tuning import Finder, Unsteered
 from rs_gguf.version import __version__
 
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
@@ -325,66 +325,26 @@ class Pipeline:
     def _write(self, _: str) -> None:
         """The files, each loaded again and its effect on the model observed."""
         chosen = self._chosen()
-        shown: dict[str, Any] = {}
-        with self.progress.stage("write", len(chosen)) as advance:
-            for name, trial in chosen.items():
-                path = self._file(name)
-                if name == "vector":
-                    directions = fitting.load_directions(self.folder.path, self.recipe)
-                    chosen_directions = directions[trial.candidate.estimator, trial.candidate.ridge]
-                    control_vector.write(
-                        SteeringVector(
-                            trial.candidate.steering(chosen_directions),
-                            self._provenance(trial),
-                            self.model.architecture,
-                        ),
-                        path,
-                    )
-                else:
-                    gates = fitting.load_gates(self.folder.path)
-                    assert gates is not None  # a chosen adapter was made of them
-                    place = trial.candidate
-                    factors = gates.factors(
-                        place.ridge, place.first, place.last, place.strength, place.margin
-                    )
-                    lora.write(
-                        lora.LoraAdapter(factors, self.model.architecture, self._provenance(trial)), path
-                    )
-                shown[name] = self._proven(path)
-                advance(1)
-        write_json(self.folder / "proof.json", shown)
-
-    def _provenance(self, trial: Trial) -> dict[str, Any]:
-        return {
-            "tool": f"rs-gguf {__version__}",
-            "method": "Refusal Steering, arXiv 2512.16602",
+        facts = {
             "effect": self.recipe.effect,
             "model.name": self.model_path.stem,
             "model.sha256": self.model_hash,
-            "estimator": trial.candidate.estimator,
-            "ridge.relative": trial.candidate.ridge,
-            "layers": [trial.candidate.first, trial.candidate.last],
-            "strength": trial.candidate.strength,
-            "margin": trial.candidate.margin,
-            "calibration": "scale 1.0 is the strength chosen on the tune split",
-            "measured": False,
         }
-
-    def _proven(self, path: Path) -> dict[str, Any]:
-        if not isinstance(self.model, LlamaModel):
-            reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
-            return {
-                "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
-            }  # fmt: skip
-        found = proof.prove(path, self.model)
-        if not found.effect_observed:
-            raise GateError(f"{path}: " + " ".join(found.reasons))
-        return {
-            "effect_observed": True,
-            "largest_relative_error": found.largest_relative_error,
-            "kl_mean": found.kl_mean,
-            "reasons": list(found.reasons),
-        }
+        shown: dict[str, Any] = {}
+        with self.progress.stage("write", len(chosen)) as advance:
+            for name, trial in chosen.items():
+                path, place = self._file(name), trial.candidate
+                if name == "vector":
+                    directions = fitting.load_directions(self.folder.path, self.recipe)
+                    found = directions[place.estimator, place.ridge]
+                    writing.write_vector(path, trial, found, self.model.architecture, facts)
+                else:
+                    gates = fitting.load_gates(self.folder.path)
+                    assert gates is not None  # a chosen adapter was made of them
+                    writing.write_adapter(path, trial, gates, self.model.architecture, facts)
+                shown[name] = writing.proven(path, self.model)
+                advance(1)
+        write_json(self.folder / "proof.json", shown)
 
     def _measure(self, key: str) -> None:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rs_gguf import lora
 from rs_gguf.adapter import Gates
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, Steering, answer_and_judge, chat_tokens, mean_change
 from rs_gguf.judges import Judge
-from rs_gguf.layers import band_profile
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
+from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial
 
-GATE = "gate"  # what stands for the estimator where a gated adapter is meant
 _MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one in any case
 
 _OPENING = 6  # tokens of an unsteered answer that the probe looks for
@@ -35,110 +33,6 @@ _DRIFT_PAIRS = 32
 _SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
-
-
-@dataclass(frozen=True)
-class Directions:
-    """What `fit` leaves for the search: unit directions and calibration, one row a layer.
-
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4.
-    """
-
-    unit: NDArray[np.float64]  # [L, D]
-    scales: NDArray[np.float64]  # [L]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
-
-    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one.
-    """
-
-    estimator: str
-    ridge: float
-    first: int
-    last: int
-    strength: float
-    margin: float = 0.0
-
-    def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
-        """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks."""
-        profile = band_profile(len(directions.unit), self.first, self.last)
-        alpha = -self.strength / profile.sum()
-        rows = (alpha * profile * directions.scales)[:, np.newaxis] * directions.unit
-        return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
-
-
-@dataclass(frozen=True)
-class Space:
-    """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
-
-    `first` and `length` are in blocks. The points of `start` are tried before all others.
-    """
-
-    directions: Sequence[tuple[str, float]]
-    first: tuple[int, int]
-    length: tuple[int, int]
-    strength: tuple[float, float]
-    start: Sequence[Candidate]
-    margins: Sequence[float] = (0.0,)
-
-    @classmethod
-    def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
-        """Middle blocks, begun at the paper's prior of k·|α| from 2 to 4."""
-        third = max(1, n_layer // 3)
-        start = [
-            Candidate(estimator, ridge, first, min(first + third - 1, n_layer - 2), 2.0 + k % 3)
-            for k, (estimator, ridge) in enumerate(directions)
-            for first in [n_layer // 2 if k % 2 else third]
-        ]
-        return cls(
-            directions,
-            first=(max(1, n_layer // 5), max(1, n_layer * 2 // 3)),
-            length=(1, max(1, n_layer // 2)),
-            strength=(0.5, 12.0),
-            start=start,
-        )
-
-    @classmethod
-    def of_gates(cls, ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
-        """Long bands, since a gate opens a little in each block and four blocks alone remove little.
-
-        The last quarter of the blocks tells subjects apart no better, so it is left alone at first.
-        """
-        first, last = max(1, n_layer // 8), max(1, min(n_layer * 3 // 4, n_layer - 2))
-        margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
-        start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
-        return cls(
-            [(GATE, ridge) for ridge in ridges],
-            first=(max(1, n_layer // 12), max(1, n_layer // 2)),
-            length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
-            strength=(0.5, 2.0),
-            start=start,
-            margins=margins,
-        )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A measured candidate. Rates are fractions; `None` where a rung does not measure it."""
-
-    number: int
-    candidate: Candidate
-    rung: str  # "probe" | "answers"
-    sensitive: float  # of the sensitive prompts to change, the share whose verdict is still the unsteered one
-    harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
-    benign: float | None = None  # refusals of benign prompts, less those unsteered
-    benign_drift: float | None = None
-    degenerate: float | None = None
-    feasible: bool | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        row = asdict(self)
-        candidate = row.pop("candidate")
-        layers = [candidate.pop("first"), candidate.pop("last")]
-        return {"number": self.number, **candidate, "layers": layers, **row}
 
 
 @dataclass(frozen=True)
@@ -408,18 +302,3 @@ class Finder:
 def may_become_degenerate(more: float, n: int) -> bool:
     """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate."""
     return more <= max(1, _MORE_DEGENERATE * n)
-
-
-def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """Trials from rows written by `Trial.to_row`."""
-    trials = []
-    for row in rows:
-        values = dict(row)
-        first, last = values.pop("layers")
-        estimator, ridge, strength, margin = (
-            values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
-        )
-        candidate = Candidate(estimator, ridge, first, last, strength, margin)
-        values.pop("id", None)
-        trials.append(Trial(candidate=candidate, **values))
-    return trials

@@ -350,7 +350,7 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
 
     def prove_vector(vector: SteeringVector, model: Any) -> SimpleNamespace:
         asked.append((vector, model))
-        return SimpleNamespace(reasons=("the model has 6 blocks",))
+        return SimpleNamespace(reasons=("the model has 6 blocks",), loader_says="refused")
 
     stub = ModuleType("rs_gguf.proof")
     stub.prove_vector = prove_vector  # type: ignore[attr-defined]
@@ -359,6 +359,7 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
     assert asked == [(FULL, "model.gguf")]
     assert report.errors == ("the model has 6 blocks",)
     assert report.proof.reasons == report.errors
+    assert report.loader_says == "refused"
     # A file that cannot be used is not run.
     assert not check(hinted(tmp_path / "bad.gguf", {"direction.0": ones()}), "model.gguf").valid
     assert len(asked) == 1

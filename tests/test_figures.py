@@ -1,4 +1,4 @@
-"""Each figure is a readable image, the same bytes each time, and shows what it is given."""
+"""Each figure is a readable image, repeats byte for byte and shows what it is given; the fit stage draws."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
-from rs_gguf import figures
+from rs_gguf import figures, fitting
 from rs_gguf.errors import InputError
+from rs_gguf.prompts import KINDS, Prompt
+from rs_gguf.recipe import Fit, Recipe
 
 
 @pytest.fixture
@@ -19,9 +22,7 @@ def draw():
     directions = np.linalg.qr(rng.normal(size=(12, 4)))[0].T
     scores = rng.normal(size=4)
     return {
-        "scores": lambda p: figures.save_layer_scores(
-            p, scores, bands=(scores - 1, scores + 1), chosen=[1, 2]
-        ),
+        "scores": lambda p: figures.save_layer_scores(p, scores, bands=(scores - 1, scores + 1)),
         "cosines": lambda p: figures.save_cosines(p, {"md": directions, "rmd": -directions[:3]}),
         "pca": lambda p: figures.save_pca(p, activations, 1, confidence),
         "projections": lambda p: figures.save_projections(p, activations[:, 0, 0], confidence, layer=0),
@@ -68,3 +69,42 @@ def test_principal_components_equal_the_svd(shape):
     left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :2] * singular[:2]), atol=1e-10)
     np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)
+
+
+def samples(n: int) -> fitting.Samples:
+    """Judged prompts of all kinds, refused and answered in turn, that differ along the first dimension."""
+    rng = np.random.default_rng(2)
+    confidence = np.resize([0.9, 0.8, 0.7, -0.9, -0.8, -0.7], n) + rng.uniform(-0.1, 0.1, n)
+    activations = rng.normal(size=(n, 3, 24)).astype(np.float32)
+    activations[:, :, 0] += confidence[:, None]
+    prompts = [Prompt(str(i), KINDS[i % 3], topic="AB"[i % 2]) for i in range(n)]
+    return fitting.Samples(prompts, activations, confidence, {})
+
+
+def fit(given: fitting.Samples, folder, estimators):
+    folder.mkdir(exist_ok=True)
+    fitting.fit(given, Recipe(fit=Fit(estimators=estimators)), folder, advance=lambda _: None)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path):
+    # Large enough that BLAS would share out a product over the samples.
+    given, results = samples(3600), []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            results.append(fit(given, tmp_path / str(threads), ["contrast-wrmd", "md"]))
+    drawn = {name for name in results[0] if name.startswith("figures")}
+    of_each = [f"{e}-{n}" for e in ("contrast-wrmd", "md") for n in ("scores", "projections", "mass")]
+    names = [*of_each, "contrast-wrmd-ridge", "pca", "cosines"]  # md has no ridge
+    assert drawn == {f"figures/{name}.svg" for name in names}
+    assert all(ElementTree.fromstring(results[0][name]).tag.endswith("svg") for name in drawn)
+    assert results[0] == results[1]
+
+
+def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(tmp_path):
+    fit(samples(60), tmp_path, ["wrmd", "md"])
+    assert (tmp_path / "figures" / "wrmd-ridge.svg").is_file()
+    left = fit(samples(6), tmp_path, ["wrmd"])  # three of a class: five folds are not to be had
+    assert {name for name in left if name.startswith("figures")} == {
+        f"figures/{name}.svg" for name in ("cosines", "pca", "wrmd-mass", "wrmd-projections", "wrmd-scores")
+    }

@@ -16,8 +16,8 @@ from rs_gguf.measuring import Arm, measure
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import load
 from rs_gguf.run_folder import RowLog, RunFolder
+from rs_gguf.search_space import GATE, Candidate, Trial
 from rs_gguf.steering import SteeringVector
-from rs_gguf.tuning import GATE, Candidate, Trial
 
 ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
 PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}

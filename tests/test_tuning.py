@@ -25,17 +25,8 @@ from rs_gguf.layers import band_profile
 from rs_gguf.llama import LlamaModel, common_prefix
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Answers, Recipe, Tune
-from rs_gguf.tuning import (
-    GATE,
-    Candidate,
-    Directions,
-    Finder,
-    Space,
-    Trial,
-    Unsteered,
-    load_trials,
-    may_become_degenerate,
-)
+from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial, load_trials
+from rs_gguf.tuning import Finder, Unsteered, may_become_degenerate
 
 LAYERS, WIDTH, EACH = 4, 32, 8
 RIDGES = [0.05, 1.0]

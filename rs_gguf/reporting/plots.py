@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rs_gguf.tuning import GATE
+from rs_gguf.search_space import GATE
 
 Row = dict[str, Any]
 

@@ -1,0 +1,137 @@
+"""What a search looks among, and what it found: candidates, the space they come from, measured trials.
+
+Directions of the fit and numbers of blocks go in; `Candidate`s and, as rows of JSON, `Trial`s come out. The
+starting points are the paper's prior for vectors (section 6), and long bands for gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.layers import band_profile
+
+GATE = "gate"  # what stands for the estimator where a gated adapter is meant
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What `fit` leaves for the search: unit directions and calibration, one row a layer.
+
+    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4.
+    """
+
+    unit: NDArray[np.float64]  # [L, D]
+    scales: NDArray[np.float64]  # [L]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
+
+    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one.
+    """
+
+    estimator: str
+    ridge: float
+    first: int
+    last: int
+    strength: float
+    margin: float = 0.0
+
+    def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
+        """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks."""
+        profile = band_profile(len(directions.unit), self.first, self.last)
+        alpha = -self.strength / profile.sum()
+        rows = (alpha * profile * directions.scales)[:, np.newaxis] * directions.unit
+        return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
+
+    `first` and `length` are in blocks. The points of `start` are tried before all others.
+    """
+
+    directions: Sequence[tuple[str, float]]
+    first: tuple[int, int]
+    length: tuple[int, int]
+    strength: tuple[float, float]
+    start: Sequence[Candidate]
+    margins: Sequence[float] = (0.0,)
+
+    @classmethod
+    def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
+        """Middle blocks, begun at the paper's prior of k·|α| from 2 to 4."""
+        third = max(1, n_layer // 3)
+        start = [
+            Candidate(estimator, ridge, first, min(first + third - 1, n_layer - 2), 2.0 + k % 3)
+            for k, (estimator, ridge) in enumerate(directions)
+            for first in [n_layer // 2 if k % 2 else third]
+        ]
+        return cls(
+            directions,
+            first=(max(1, n_layer // 5), max(1, n_layer * 2 // 3)),
+            length=(1, max(1, n_layer // 2)),
+            strength=(0.5, 12.0),
+            start=start,
+        )
+
+    @classmethod
+    def of_gates(cls, ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
+        """Long bands, since a gate opens a little in each block and four blocks alone remove little.
+
+        The last quarter of the blocks tells subjects apart no better, so it is left alone at first.
+        """
+        first, last = max(1, n_layer // 8), max(1, min(n_layer * 3 // 4, n_layer - 2))
+        margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
+        start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
+        return cls(
+            [(GATE, ridge) for ridge in ridges],
+            first=(max(1, n_layer // 12), max(1, n_layer // 2)),
+            length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
+            strength=(0.5, 2.0),
+            start=start,
+            margins=margins,
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A measured candidate. Rates are fractions; `None` where a rung does not measure it."""
+
+    number: int
+    candidate: Candidate
+    rung: str  # "probe" | "answers"
+    sensitive: float  # of the sensitive prompts to change, the share whose verdict is still the unsteered one
+    harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
+    benign: float | None = None  # refusals of benign prompts, less those unsteered
+    benign_drift: float | None = None
+    degenerate: float | None = None
+    feasible: bool | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        row = asdict(self)
+        candidate = row.pop("candidate")
+        layers = [candidate.pop("first"), candidate.pop("last")]
+        return {"number": self.number, **candidate, "layers": layers, **row}
+
+
+def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """Trials from rows written by `Trial.to_row`."""
+    trials = []
+    for row in rows:
+        values = dict(row)
+        first, last = values.pop("layers")
+        estimator, ridge, strength, margin = (
+            values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
+        )
+        candidate = Candidate(estimator, ridge, first, last, strength, margin)
+        values.pop("id", None)
+        trials.append(Trial(candidate=candidate, **values))
+    return trials

@@ -1,0 +1,75 @@
+"""The write stage: a chosen trial as a file that llama.cpp loads, and the proof that the file has its effect.
+
+The trial, what the fit left and facts of the run go in; `remove.gguf`, `remove-adapter.gguf` (or `induce…`)
+and what was observed come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rs_gguf import control_vector, lora, proof
+from rs_gguf.adapter import Gates
+from rs_gguf.errors import GateError
+from rs_gguf.evaluation import Model
+from rs_gguf.llama import LlamaModel
+from rs_gguf.search_space import Directions, Trial
+from rs_gguf.steering import SteeringVector
+from rs_gguf.version import __version__
+
+
+def write_vector(
+    path: Path, trial: Trial, directions: Directions, architecture: str, facts: Mapping[str, Any]
+) -> None:
+    """Write the control vector at scale 1.0, with its provenance; `facts` are those of the run."""
+    steering = trial.candidate.steering(directions)
+    control_vector.write(SteeringVector(steering, _provenance(trial, facts), architecture), path)
+
+
+def write_adapter(
+    path: Path, trial: Trial, gates: Gates, architecture: str, facts: Mapping[str, Any]
+) -> None:
+    """Write the gated adapter at scale 1.0, with its provenance; `facts` are those of the run."""
+    place = trial.candidate
+    factors = gates.factors(place.ridge, place.first, place.last, place.strength, place.margin)
+    lora.write(lora.LoraAdapter(factors, architecture, _provenance(trial, facts)), path)
+
+
+def proven(path: Path, model: Model) -> dict[str, Any]:
+    """What running the file on the model showed, as JSON.
+
+    Raises:
+        GateError: the effect was not observed.
+    """
+    if not isinstance(model, LlamaModel):
+        reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
+        return {
+            "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
+        }  # fmt: skip
+    found = proof.prove(path, model)
+    if not found.effect_observed:
+        raise GateError(f"{path}: " + " ".join(found.reasons))
+    return {
+        "effect_observed": True,
+        "largest_relative_error": found.largest_relative_error,
+        "kl_mean": found.kl_mean,
+        "reasons": list(found.reasons),
+    }
+
+
+def _provenance(trial: Trial, facts: Mapping[str, Any]) -> dict[str, Any]:
+    place = trial.candidate
+    return {
+        "tool": f"rs-gguf {__version__}",
+        "method": "Refusal Steering, arXiv 2512.16602",
+        **facts,
+        "estimator": place.estimator,
+        "ridge.relative": place.ridge,
+        "layers": [place.first, place.last],
+        "strength": place.strength,
+        "margin": place.margin,
+        "calibration": "scale 1.0 is the strength chosen on the tune split",
+        "measured": False,
+    }
