@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from rs_gguf import figures
 from rs_gguf.adapter import Gates, WriterInputs, fit_gates
@@ -112,8 +113,38 @@ class Samples:
 def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[int], None]) -> None:
     """Fit and draw all that the recipe names, write the files. `advance` counts estimators, then blocks."""
     samples.check_classes(recipe.effect)
+    for stale in ("adapters", "figures"):  # of a search, or of estimators, that are no more
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
+        summary = _fit_directions(samples, recipe, folder, advance)
+    if samples.inputs:
+        labels = Labels.of(samples.confidence, samples.kinds, samples.groups)
+        gates = fit_gates(
+            samples.inputs,
+            samples.activations,
+            labels,
+            ridges=recipe.fit.gate_ridges,
+            induce=recipe.effect == "induce",
+            advance=advance,
+        )
+        reads = {
+            f"{name}/{writer}": rows.astype(np.float32)
+            for name, found in (("opens", gates.opens), ("shuts", gates.shuts))
+            for writer, rows in found.items()
+        }
+        arrays = {"ridges": gates.ridges, "contrast": gates.contrast, **reads}
+        save_arrays(folder / "gates.safetensors", arrays, {})
+    else:
+        (folder / "gates.safetensors").unlink(missing_ok=True)
+    counts = {kind: samples.counts(kind) for kind in KINDS}
+    write_json(folder / "fit.json", {"samples": counts, "directions": summary})
+
+
+def _fit_directions(
+    samples: Samples, recipe: Recipe, folder: Path, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Write `directions.safetensors` and the figures; the rows of `fit.json`, one an estimator and ridge."""
     names, ridges = estimators(recipe), recipe.fit.ridges
-    shutil.rmtree(folder / "adapters", ignore_errors=True)  # that a search made of earlier gates
     paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
         samples.activations,
         samples.confidence,
@@ -123,8 +154,7 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
         groups=samples.groups,
     )
     found: dict[str, NDArray[Any]] = {}
-    summary = []
-    shutil.rmtree(folder / "figures", ignore_errors=True)  # of an earlier fit, with other estimators perhaps
+    summary: list[dict[str, Any]] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for name, path in zip(names, paths, strict=True):
         # All ridges at once: the activations are read but once.
@@ -151,27 +181,7 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
         advance(1)
     figures.save_cosines(folder / "figures" / "cosines.svg", shown)
     save_arrays(folder / "directions.safetensors", found, {})
-    if samples.inputs:
-        labels = Labels.of(samples.confidence, samples.kinds, samples.groups)
-        gates = fit_gates(
-            samples.inputs,
-            samples.activations,
-            labels,
-            ridges=recipe.fit.gate_ridges,
-            induce=recipe.effect == "induce",
-            advance=advance,
-        )
-        reads = {
-            f"{name}/{writer}": rows.astype(np.float32)
-            for name, found in (("opens", gates.opens), ("shuts", gates.shuts))
-            for writer, rows in found.items()
-        }
-        arrays = {"ridges": gates.ridges, "contrast": gates.contrast, **reads}
-        save_arrays(folder / "gates.safetensors", arrays, {})
-    else:
-        (folder / "gates.safetensors").unlink(missing_ok=True)
-    counts = {kind: samples.counts(kind) for kind in KINDS}
-    write_json(folder / "fit.json", {"samples": counts, "directions": summary})
+    return summary
 
 
 def _draw(

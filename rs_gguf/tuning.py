@@ -31,6 +31,7 @@ _OPENING = 6  # tokens of an unsteered answer that the probe looks for
 _BENIGN = 32  # benign prompts that a candidate answers
 _DRIFT_PAIRS = 32
 _SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
+_FIRST_LOSS = -math.log(0.85)  # of harm in the probe, at the strength that is answered with first
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 
@@ -175,14 +176,20 @@ class Finder:
         moved anyway: of candidates that differ in strength alone the best stands for all.
         """
 
-        def merit(trial: Trial) -> float:
-            lost, harm = (-math.log(max(kept, 1e-6)) for kept in (trial.sensitive, trial.harmful_retention))
-            return lost / (harm + _SMALL_LOSS)
+        def losses(trial: Trial) -> tuple[float, float]:
+            return -math.log(max(trial.sensitive, 1e-6)), -math.log(max(trial.harmful_retention, 1e-6))
 
-        best: dict[Candidate, Trial] = {}
+        def merit(trial: Trial) -> float:
+            wanted, harm = losses(trial)
+            return wanted / (harm + _SMALL_LOSS)
+
+        best: dict[Candidate, Candidate] = {}
         for trial in sorted(probes, key=merit, reverse=True):
-            best.setdefault(replace(trial.candidate, strength=0), trial)
-        return [trial.candidate for trial in best.values()]
+            # To first order what harm loses grows with the strength.
+            factor = min(2.0, _FIRST_LOSS / max(losses(trial)[1], 1e-6))
+            strength = round(trial.candidate.strength * factor, 4)
+            best.setdefault(replace(trial.candidate, strength=0), replace(trial.candidate, strength=strength))
+        return list(best.values())
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where one does not."""

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -148,6 +149,42 @@ def test_invariances(kind, seed, width):
         assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
 
 
+@pytest.mark.parametrize("kind", SAFE)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), width=st.sampled_from([9, 80]))
+def test_safe_invariances(kind, seed, width):
+    activations, confidence, kinds, _ = labelled(120, width, seed)
+    rng = np.random.default_rng(seed)
+    fit = kind(ridge=0.2).fit(activations, confidence, kinds=kinds).directions_
+
+    order = rng.permutation(120)
+    shuffled = kind(ridge=0.2).fit(activations[order], confidence[order], kinds=kinds[order])
+    np.testing.assert_allclose(shuffled.directions_, fit, atol=1e-9)
+
+    doubled = kind(ridge=0.2).fit(
+        np.concatenate([activations] * 2),
+        np.tile(confidence, 2),
+        kinds=np.tile(kinds, 2),
+        sample_weight=np.full(240, 0.5),
+    )
+    np.testing.assert_allclose(doubled.directions_, fit, atol=1e-9)
+
+    rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    turned = kind(ridge=0.2).fit(activations @ rotation, confidence, kinds=kinds)
+    np.testing.assert_allclose(turned.directions_, fit @ rotation, atol=1e-9)
+
+    refused = (kinds == "sensitive") & (confidence > 0.15)
+    answered = (kinds != "harmful") & (confidence < -0.15)
+    if kind is ContrastRidge:
+        harmful = (kinds == "harmful") & (confidence > 0.15)
+        answered = (kinds == "benign") & (confidence < -0.15) | harmful
+    weights = np.abs(confidence)
+    gap = np.average(activations[refused], axis=0, weights=weights[refused]) - np.average(
+        activations[answered], axis=0, weights=weights[answered]
+    )
+    assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
+
+
 @pytest.mark.parametrize(
     "kind", [WeightedMeanDifference, WeightedRidgeMeanDifference, UncentredWeightedRidgeMeanDifference]
 )
@@ -229,6 +266,17 @@ def test_constant_features_and_a_single_answered_sample():
     np.testing.assert_allclose(np.abs(one_wide.directions_), 1)
 
 
+@pytest.mark.parametrize("kind", FIVE)
+def test_one_sample_a_class(kind):
+    activations, _ = planted(n=2)
+    fitted = kind().fit(activations, [0.8, -0.6])
+    # Without a spread there is no metric: the line through the two points, but for the two forms that measure
+    # from a point of their own. That of WMD is the midpoint here, on the same line.
+    if kind is not UncentredWeightedRidgeMeanDifference:
+        np.testing.assert_allclose(fitted.directions_, unit(activations[0] - activations[1]), atol=1e-12)
+    assert (np.einsum("ld,ld->l", fitted.directions_, activations[0] - activations[1]) > 0).all()
+
+
 @pytest.mark.parametrize("width", [10, 150])
 def test_zero_weight_equals_absence(width):
     activations, confidence = planted(width=width)
@@ -267,6 +315,20 @@ def test_same_bytes_for_any_thread_count(width):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("shape", [(1000, 448), (500, 896)], ids=["n>D", "n<D"])
+def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(shape):
+    activations, confidence = planted(shape[0], 2, shape[1])
+    half = activations.astype(np.float16)
+    tracemalloc.start()
+    try:
+        paths = fit_paths(half, confidence, [kind() for kind in FIVE], ridges=np.geomspace(1e-3, 1e2, 32))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    results = sum(path.directions.nbytes + path.offset.nbytes for path in paths)
+    assert peak - results < 1.5 * activations[:, 0].nbytes
+
+
 def test_sklearn_manners():
     estimator = RidgeMeanDifference(ridge=0.3, neutral=0.2)
     assert estimator.get_params() == {
@@ -283,7 +345,7 @@ def test_sklearn_manners():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", [MeanDifference, WeightedRidgeMeanDifference])
+@pytest.mark.parametrize("kind", FIVE)
 def test_non_finite_activations_name_the_layer(kind, bad):
     activations, confidence = planted()
     activations[7, 2, 3] = bad

@@ -313,6 +313,19 @@ def test_the_binding_checks_what_it_is_given() -> None:
         _core.statistics(h, v, np.zeros(4), np.ones(3), neutral=0.1, quantile=0.9, threads=1)
 
 
+@needs_kernel
+def test_the_stub_describes_the_binary() -> None:
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "rs_gguf._core"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_without_the_kernel_numpy_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "HAS_KERNEL", False)
     monkeypatch.setattr(projection, "_warned", False)

@@ -1,17 +1,12 @@
-"""Twenty thousand broken vector files: each is refused with a reason or read correctly, in bounded memory.
-
-The mutator starts from valid files, so that most of each file still makes sense, and knows what hurts a
-reader: sizes at the edges of integers, cut ends, moved and repeated pieces, and pieces of other files. It
-draws from one seed.
-"""
+"""Broken files, 20,000 a format: each is refused with a reason or read correctly, in bounded memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import random
-import struct
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +14,25 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from binaries import program
+from mutator import MEMORY, limits, mutate
 from safetensors.torch import save
+from tiny_gguf import write_tiny_qwen2
 
+from rs_gguf import lora
 from rs_gguf.control_vector import check, read, write
 from rs_gguf.convert import convert
 from rs_gguf.errors import InputError
+from rs_gguf.gguf_file import finish
 from rs_gguf.gguf_guard import open_gguf
+from rs_gguf.lora import LoraAdapter
 from rs_gguf.steering import SteeringVector
 
 SEED = 20260714
-GGUF_FILES = 20_000
-SAFETENSORS_FILES = 5_000
-MEMORY = 200 * 2**20
+FILES = 20_000
+LOADED = 300  # by llama.cpp's own program, a process each
 
-POWERS = (0, 1, 5, 7, 8, 15, 16, 31, 32, 63, 64)
-EDGES = sorted({2**bits + step for bits in POWERS for step in (-1, 0, 1)})
-
-
-@contextlib.contextmanager
-def bounded_memory(extra: int) -> Iterator[None]:
-    """Let the address space of the process grow by `extra` bytes at most; beyond, allocation fails."""
-    resource = pytest.importorskip("resource", reason="the limit needs a POSIX system")
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        pytest.skip("the limit needs /proc")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(status.read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + extra, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
-    data = bytearray(rng.choice(seeds))
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        at = rng.randrange(len(data) + 1)
-        size = rng.choice((1, 2, 4, 8, 16, 32, 64))
-        kind = rng.randrange(8)
-        if kind == 0:
-            data[at : at + 1] = bytes([rng.randrange(256)])
-        elif kind == 1:
-            flip = 1 << rng.randrange(8)
-            data[at : at + 1] = bytes(byte ^ flip for byte in data[at : at + 1])
-        elif kind == 2:
-            width, code = rng.choice(((4, "<I"), (8, "<Q")))
-            data[at : at + width] = struct.pack(code, rng.choice(EDGES) % 2 ** (8 * width))
-        elif kind == 3:
-            del data[at : len(data) if rng.random() < 0.3 else at + size]
-        elif kind == 4:
-            data[at:at] = data[at : at + size] if rng.random() < 0.5 else rng.randbytes(size)
-        elif kind == 5:
-            other = rng.choice(seeds)
-            start = rng.randrange(len(other))
-            data[at : at + size] = other[start : start + size]
-        elif kind == 6 and len(data) >= 24:
-            # The two counts of the header, or the length of the first key: the numbers a reader loops on.
-            field = rng.choice((8, 16, 24))
-            data[field : field + 8] = struct.pack("<Q", rng.choice(EDGES) % 2**64)
-        else:
-            data[at : at + 4] = rng.choice((b"\0" * 4, b"\xff" * 4, b"\0\0\xc0\x7f", b"\0\0\x80\x7f"))
-    return bytes(data)
+PIECES = (b"\0" * 4, b"\xff" * 4, b"\0\0\xc0\x7f", b"\0\0\x80\x7f")
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +49,7 @@ def gguf_seeds(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     writer.add_uint32("controlvector.layer_count", 3)
     for name, kind in (("direction.0", np.float32), ("direction.1", np.float64), ("x", np.float16)):
         writer.add_tensor(name, rng.standard_normal(4).astype(kind))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
@@ -156,9 +105,10 @@ def test_mutated_vectors_are_refused_or_read(tmp_path: Path, gguf_seeds: list[by
     rng = random.Random(SEED)
     path = tmp_path / "f.gguf"
     verdicts = {"read": 0, "refused": 0}
-    with bounded_memory(MEMORY):
-        for number in range(GGUF_FILES):
-            path.write_bytes(mutate(rng, gguf_seeds))
+    with limits() as start:
+        for number in range(FILES):
+            path.write_bytes(mutate(rng, gguf_seeds, PIECES))
+            start()
             try:
                 verdicts[judge(path)] += 1
             except Exception as error:
@@ -166,7 +116,7 @@ def test_mutated_vectors_are_refused_or_read(tmp_path: Path, gguf_seeds: list[by
                 path.rename(kept)
                 raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
     # A mutator that only makes rubbish, or only noise in the numbers, would test nothing.
-    assert min(verdicts.values()) > GGUF_FILES // 20, verdicts
+    assert min(verdicts.values()) > FILES // 20, verdicts
 
 
 def test_every_prefix_of_a_valid_file_is_refused(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
@@ -182,13 +132,13 @@ def test_what_the_guard_lets_in_llama_cpp_can_open(
     rng = random.Random(SEED + 1)
     path = tmp_path / "f.gguf"
     sound = 0
-    for number in range(GGUF_FILES // 5):
-        path.write_bytes(mutate(rng, gguf_seeds))
+    for number in range(FILES // 5):
+        path.write_bytes(mutate(rng, gguf_seeds, PIECES))
         with contextlib.suppress(InputError):
             open_gguf(path)
             sound += 1
             assert llama_cpp_opens(path), f"mutation {number}: the guard is too lenient"
-    assert sound > GGUF_FILES // 50
+    assert sound > FILES // 50
 
 
 def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
@@ -201,9 +151,10 @@ def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     path = tmp_path / "f.safetensors"
     verdicts = {"read": 0, "refused": 0}
-    with bounded_memory(MEMORY):
-        for number in range(SAFETENSORS_FILES):
-            path.write_bytes(mutate(rng, seeds))
+    with limits() as start:
+        for number in range(FILES):
+            path.write_bytes(mutate(rng, seeds, PIECES))
+            start()
             try:
                 vector = convert(path, "huggingface").vector
                 assert all(np.isfinite(row).all() for row in vector.directions.values())
@@ -212,4 +163,134 @@ def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
                 verdicts["refused"] += 1
             except BaseException as error:
                 raise AssertionError(f"mutation {number}: {error!r}") from error
-    assert min(verdicts.values()) > SAFETENSORS_FILES // 20, verdicts
+    assert min(verdicts.values()) > FILES // 20, verdicts
+
+
+def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(SEED)
+    path = tmp_path / "f.gguf"
+    seeds = []
+    for rank, names in ((1, ["blk.1.ffn_down"]), (2, ["blk.0.attn_output", "blk.1.ffn_down"])):
+        factors = {
+            f"{n}.weight": (rng.standard_normal((rank, 4)), rng.standard_normal((3, rank))) for n in names
+        }
+        lora.write(LoraAdapter(factors, "qwen2", {"method": "gate", "margin": 0.5}), path)
+        seeds.append(path.read_bytes())
+    draw = random.Random(SEED)
+    verdicts = {"read": 0, "refused": 0}
+    with limits() as start:
+        for number in range(FILES):
+            path.write_bytes(mutate(draw, seeds, PIECES))
+            start()
+            try:
+                report = lora.check(path)
+                try:
+                    adapter = lora.read(path)
+                except InputError as error:
+                    assert not report.valid
+                    assert all(reason in str(error) for reason in report.errors)
+                    assert len(str(error)) < 20_000
+                    verdicts["refused"] += 1
+                else:
+                    assert all(np.isfinite(half).all() for pair in adapter.factors.values() for half in pair)
+                    verdicts["read"] += 1
+            except Exception as error:
+                raise AssertionError(f"mutation {number}: {error!r}") from error
+    assert min(verdicts.values()) > FILES // 20, verdicts
+
+
+@pytest.mark.real  # not on the real model, but the program is built for minutes
+def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
+    model, path = tmp_path / "tiny.gguf", tmp_path / "f.gguf"
+    write_tiny_qwen2(model)
+    command = [str(program("llama-completion")), "--model", str(model), "--control-vector", str(path)]
+    command += ["--prompt", "a", "--predict", "1", "--no-conversation", "--no-warmup"]
+    command += ["--ctx-size", "64", "--threads", "1"]
+    rng = random.Random(SEED + 2)
+    said = set()
+    for number in range(LOADED):
+        path.write_bytes(mutate(rng, gguf_seeds, PIECES))
+        report = check(path)
+        if any("that no model has" in reason for reason in report.errors):
+            continue  # the loader would make room for the blocks before it
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if str(path) in line]
+        if report.loader_says:
+            assert report.loader_says in lines[0], f"mutation {number}: {lines}"
+            said.add(report.loader_says)
+        else:
+            assert not lines, f"mutation {number}: {lines}"
+    assert len(said) >= 4
+
+
+# Run in a process of its own, so that the peak is theirs alone.
+PEAK = """
+import sys
+from pathlib import Path
+from rs_gguf import control_vector, lora
+from rs_gguf.convert import convert
+from rs_gguf.errors import InputError
+from rs_gguf.gguf_file import finish
+
+def memory(name):
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) * 1024
+
+files = [Path(name) for name in sys.argv[1:]]
+if files[0].suffix == ".safetensors":
+    import safetensors.torch
+before = memory("VmRSS")
+for file in files:
+    for read in (control_vector.check, lora.check, lambda path: convert(path, "huggingface")):
+        try:
+            read(file)
+        except InputError:
+            pass
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_the_largest_files_fit_into_the_memory(tmp_path: Path) -> None:
+    """Files at the ceilings: of bytes, of numbers, of entries, of one text."""
+
+    def gguf_file(name: str, metadata: str | list[str], tensors: dict[str, Any]) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "qwen2" if "lora" in name else "controlvector")
+        for key, value in {"type": "adapter"}.items() if "lora" in name else ():
+            writer.add_string(f"general.{key}", value)
+        if "lora" in name:
+            writer.add_string("adapter.type", "lora")
+        (writer.add_array if isinstance(metadata, list) else writer.add_string)("rs_gguf.note", metadata)
+        for tensor, data in tensors.items():
+            writer.add_tensor(tensor, data)
+        finish(writer)
+        return tmp_path / name
+
+    def directions(kind: Any, count: int) -> dict[str, Any]:
+        return {f"direction.{n}": np.ones(count // 500, kind) for n in range(1, 501)}
+
+    millions = 2**20
+    a, b = np.ones((16, 2**18), np.float16), np.ones((2**18 - 2**12, 16), np.float16)
+    row = {"direction.1": np.ones(4, np.float32)}
+    vectors = [
+        gguf_file("f32.gguf", "", directions(np.float32, 8 * millions - 50_000)),
+        gguf_file("f16.gguf", "", directions(np.float16, 8 * millions)),
+        gguf_file("f16-too-many.gguf", "", directions(np.float16, 16 * millions - 50_000)),
+        gguf_file("entries.gguf", ["a"] * 16_000, row),
+        gguf_file("text.gguf", "ä" * (15 * millions), row),
+        gguf_file("tensors.gguf", "", {f"x.{n}": np.ones(1, np.float32) for n in range(16_000)}),
+        gguf_file("lora.gguf", "", {"blk.1.ffn_down.weight.lora_a": a, "blk.1.ffn_down.weight.lora_b": b}),
+    ]
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+    matrices = []
+    for kind in kinds:
+        width = (32 * millions - 4096) // kind.itemsize // 511
+        for part in (1, 2):  # the 16-bit ones fit in number at half of the bytes
+            matrices.append(tmp_path / f"{len(matrices)}.safetensors")
+            matrices[-1].write_bytes(save({"m": torch.ones(511, width // part, dtype=kind)}))
+    for files in (vectors, matrices):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, files)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) <= MEMORY

@@ -1,0 +1,72 @@
+"""Broken prompt files, 20,000 over all formats: each is refused with a reason or read, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from mutator import limits, mutate
+
+from rs_gguf import prompts
+from rs_gguf.errors import InputError
+
+SEED = 20260714
+FILES = 20_000
+
+ROWS = [
+    {"prompt": "Name three rivers, please.", "topic": "geography", "split": "fit"},
+    {"prompt": 'Who said "no"?\nAnswer briefly.', "language": "en", "split": "tune"},
+    {"prompt": "写一首关于秋天的短诗。", "form": "poem", "split": "test"},
+]
+TURNS = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]}]
+COLUMNS = {"Goal": ["Bake bread", "Tie a knot"], "category": ["food", None]}
+SEEDS = {
+    ".txt": ["What is tea?\nWho was Ada?\n\nWhy?\n", "\ufeffÜber den Fluss\r\n第二\r\n"],
+    ".csv": ['Goal,category\n"Bake, then eat",food\n"Say ""hi""\nto her",talk\n', "instruction,input\na,b\n"],
+    ".tsv": ["question\tsubject\nWhat is tea?\tdrinks\nWhy?\t\n"],
+    ".json": [json.dumps(ROWS), json.dumps(COLUMNS), json.dumps({"data": TURNS}), json.dumps(["a", "b"])],
+    ".jsonl": ["\n".join(json.dumps(row, ensure_ascii=False) for row in [*ROWS, *TURNS]) + "\n"],
+}
+# What parsers of text stumble over: nesting, numbers without end, halves of characters, other line ends.
+PIECES = [
+    *(b'"', b"'", b",", b"\t", b"\n", b"\r", b"\0", b"\\", b"{", b"[", b"]", b"}", b":", b"null", b"NaN"),
+    *(b'""', b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80"),
+    *(b"1e999", b"9" * 5_000, b"[" * 50_000, b'{"prompt":' * 20_000, b"," * 5_000, b"x" * 200_000),
+    *(b'"prompt"', b'"role": "user"', b'"split": "train"', b"true", b"-1"),
+]
+
+
+def test_mutated_prompt_files_are_refused_or_read(tmp_path: Path) -> None:
+    rng = random.Random(SEED)
+    verdicts = {(suffix, verdict): 0 for suffix in SEEDS for verdict in ("read", "refused")}
+    with limits() as start:
+        for number in range(FILES):
+            suffix = rng.choice(list(SEEDS))
+            path = tmp_path / f"f{suffix}"
+            path.write_bytes(mutate(rng, [seed.encode() for seed in SEEDS[suffix]], PIECES))
+            start()
+            try:
+                verdicts[suffix, judge(path)] += 1
+            except Exception as error:
+                kept = path.rename(tmp_path / f"failed-{number}{suffix}")
+                raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
+    assert min(verdicts.values()) > FILES // len(verdicts) // 20, verdicts
+
+
+def judge(path: Path) -> str:
+    try:
+        found = prompts.load(path, "benign")
+    except InputError as error:
+        assert str(path) in str(error)
+        assert len(str(error)) < 20_000
+        return "refused"
+    assert found
+    assert len({row.id for row in found}) == len(found)
+    for row in found:
+        assert row.prompt == row.prompt.strip() != ""
+        row.prompt.encode()
+        assert row.split in prompts.SPLITS
+        # Read correctly: it can be kept and read back, as the run folder does.
+        assert prompts.from_row(json.loads(json.dumps(prompts.to_row(row)))) == row
+    return "read"
