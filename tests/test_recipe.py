@@ -102,6 +102,7 @@ def test_all_faults_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "override", ["fit.ridges=[0.0]", "fit.ridges=[nan]", "fit.ridges=[inf]", "fit.ridges=[]",
+                 "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1"],
 )  # fmt: skip
 def test_values_that_cannot_work_are_errors(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):

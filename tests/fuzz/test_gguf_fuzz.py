@@ -184,16 +184,12 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
             start()
             try:
                 report = lora.check(path)
-                try:
+                verdicts["read" if report.valid else "refused"] += 1
+                if report.valid:
                     adapter = lora.read(path)
-                except InputError as error:
-                    assert not report.valid
-                    assert all(reason in str(error) for reason in report.errors)
-                    assert len(str(error)) < 20_000
-                    verdicts["refused"] += 1
-                else:
                     assert all(np.isfinite(half).all() for pair in adapter.factors.values() for half in pair)
-                    verdicts["read"] += 1
+                else:
+                    assert all(reason.strip() and len(reason) < 2_000 for reason in report.errors)
             except Exception as error:
                 raise AssertionError(f"mutation {number}: {error!r}") from error
     assert min(verdicts.values()) > FILES // 20, verdicts
@@ -216,6 +212,7 @@ def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[by
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if str(path) in line]
         if report.loader_says:
+            assert lines, f"mutation {number}: not {report.loader_says} for {report.errors}"
             assert report.loader_says in lines[0], f"mutation {number}: {lines}"
             said.add(report.loader_says)
         else:

@@ -58,8 +58,11 @@ def judge(path: Path) -> str:
     try:
         found = prompts.load(path, "benign")
     except InputError as error:
-        assert str(path) in str(error)
-        assert len(str(error)) < 20_000
+        reason = str(error)
+    else:
+        reason = ""
+    if reason:
+        assert str(path) in reason
         return "refused"
     assert found
     assert len({row.id for row in found}) == len(found)
