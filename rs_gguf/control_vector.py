@@ -28,7 +28,7 @@ from rs_gguf.gguf_file import (
     schema_faults,
     write_verified,
 )
-from rs_gguf.gguf_guard import open_gguf
+from rs_gguf.gguf_guard import StricterThanLlamaCpp, open_gguf
 from rs_gguf.steering import MAX_LAYERS, SteeringVector
 
 ARCHITECTURE = "controlvector"
@@ -43,7 +43,8 @@ class CheckReport:
     """What `check` found.
 
     `errors` make the file unfit, `warnings` do not. `loader_says` is the line that llama.cpp would log before
-    going on without the vector, or empty where it would load the file (on the model, when one was given).
+    going on without the vector, or empty where it would load the file (on the model, when one was given)
+    or where a rule of ours ended the reading before it was known.
     `vector` is what was read, None when nothing could be. `proof` is the report of
     `rs_gguf.proof.prove_vector`, when a model was given and the file could be read.
     """
@@ -97,7 +98,8 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     try:
         reader = open_gguf(path)
     except InputError as error:
-        says = f"failed to load control vector file from {path}"
+        known = not isinstance(error, StricterThanLlamaCpp)
+        says = f"failed to load control vector file from {path}" if known else ""
         return CheckReport(str(path), errors=(str(error),), warnings=(), loader_says=says)
     survey = _Survey(reader)
     vector = survey.vector()

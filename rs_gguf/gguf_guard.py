@@ -45,13 +45,21 @@ _SCALARS = {
 }
 
 
+class StricterThanLlamaCpp(InputError):
+    """A file that is refused here although llama.cpp may open it."""
+
+
 def open_gguf(path: str | Path) -> GGUFReader:
-    """Open a GGUF file for reading. Raises `InputError`, with the first fault found, when it is not sound."""
+    """Open a GGUF file for reading. Raises `InputError`, with the first fault found, when it is not sound.
+
+    `StricterThanLlamaCpp` where that fault alone would not keep llama.cpp from opening it.
+    """
     data = read_bounded(path)
     try:
         _Walk(data).file()
     except _Fault as fault:
-        raise InputError(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
+        kind = StricterThanLlamaCpp if isinstance(fault, _OwnFault) else InputError
+        raise kind(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
     return GGUFReader(path)
 
 
@@ -63,7 +71,7 @@ def read_bounded(path: str | Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file; give the path of a file.")
         if status.st_size > MAX_BYTES:
-            raise InputError(
+            raise StricterThanLlamaCpp(
                 f"{path}: {status.st_size} bytes; a vector or adapter has at most {MAX_BYTES}. "
                 "Is this a model? Give the vector's file."
             )
@@ -74,6 +82,10 @@ def read_bounded(path: str | Path) -> bytes:
 
 class _Fault(Exception):
     """Where and how the bytes break the format."""
+
+
+class _OwnFault(_Fault):
+    """Where and how they break a rule that is not llama.cpp's."""
 
 
 class _Walk:
@@ -102,7 +114,7 @@ class _Walk:
         if n_tensors:
             self.layout(sizes)
         if self.numbers > MAX_NUMBERS:
-            raise _Fault(f"its tensors hold {self.numbers} numbers; at most {MAX_NUMBERS} are accepted")
+            raise _OwnFault(f"its tensors hold {self.numbers} numbers; at most {MAX_NUMBERS} are accepted")
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:
@@ -116,22 +128,24 @@ class _Walk:
     def text(self, what: str, limit: int = MAX_BYTES) -> str:
         size = self.number("Q", f"the length of {what}")
         if size > limit:
-            raise _Fault(f"{what} is {size} bytes long; at most {limit} are accepted")
+            kind = _OwnFault if limit == MAX_KEY_BYTES else _Fault
+            raise kind(f"{what} is {size} bytes long; at most {limit} are accepted")
         try:
             return self.take(size, what).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _Fault(f"{what} is not UTF-8 text ({error})") from None
+            raise _OwnFault(f"{what} is not UTF-8 text ({error})") from None
 
     def spend(self, count: int, what: str) -> None:
         self.entries += count
         if self.entries > MAX_ENTRIES:
-            raise _Fault(f"{count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in all")
+            raise _OwnFault(f"{count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in all")
 
     def metadata(self, keys: set[str]) -> None:
         key = self.text("a metadata key", MAX_KEY_BYTES)
         # The reader files its own three fields under GGUF.* and stops at a second entry of one name.
         if not key or key in keys or key.startswith("GGUF."):
-            raise _Fault(f"metadata key {_label(key)} is empty, reserved or used twice")
+            kind = _OwnFault if key.startswith("GGUF.") else _Fault
+            raise kind(f"metadata key {_label(key)} is empty, reserved or used twice")
         keys.add(key)
         label = _label(key)
         kind = self.kind(label)
@@ -170,12 +184,16 @@ class _Walk:
             name = self.text("a tensor name", MAX_NAME_BYTES)
             # llama.cpp keeps names as C strings: a NUL would cut it short there and not here.
             if name in names or "\0" in name:
-                raise _Fault(f"tensor name {_label(name)} is used twice or holds a NUL")
+                raise (_OwnFault if "\0" in name else _Fault)(
+                    f"tensor name {_label(name)} is used twice or holds a NUL"
+                )
             names.add(name)
             label = _label(name)
             n_dims = self.number("I", f"the dimension count of {label}")
             if not 1 <= n_dims <= MAX_DIMS:
-                raise _Fault(f"{label} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
+                raise (_Fault if n_dims else _OwnFault)(
+                    f"{label} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible"
+                )
             dims = [self.number("Q", f"a dimension of {label}") for _ in range(n_dims)]
             sizes.append((label, *self.extent(label, dims)))
         return sizes
@@ -191,7 +209,7 @@ class _Walk:
         for dim in dims:  # Python's integers do not wrap, so an overflow shows as a size beyond the file
             elements *= dim
         if elements == 0 or dims[0] % block:
-            raise _Fault(
+            raise (_Fault if elements else _OwnFault)(
                 f"{label} has shape {dims}; no dimension may be 0 and the first must divide by {block}"
             )
         self.numbers += elements

@@ -112,8 +112,9 @@ class Finder:
     def search(self, space: Space) -> Trial:
         """Probe candidates, answer with the best, move the strength until a limit binds; the chosen trial.
 
-        The chosen trial is the feasible one with the fewest sensitive refusals left; if none is
-        feasible, the one that keeps most harmful refusals, and it says so.
+        Of the feasible trials that leave as few sensitive refusals as the best one, up to its standard
+        error, the one that moves benign answers least is chosen. If none is feasible, it is the one that
+        keeps most harmful refusals, and it says so.
         """
         ranked = self._ranked(self._probe_all(space))
         answered: list[Trial] = []
@@ -124,7 +125,11 @@ class Finder:
             answered.append(self._measured("answers", candidate, self._answer))
         feasible = [trial for trial in answered if trial.feasible]
         if feasible:
-            return min(feasible, key=lambda t: (t.sensitive, t.benign_drift))
+            fewest = min(trial.sensitive for trial in feasible)
+            limit = fewest + _standard_error(fewest, len(self._wanted))
+            return min(
+                (t for t in feasible if t.sensitive <= limit), key=lambda t: (t.benign_drift, t.sensitive)
+            )
         return max(answered, key=lambda t: (t.harmful_retention, -t.sensitive))
 
     # ---- candidates ------------------------------------------------------------------------------
@@ -309,3 +314,9 @@ class Finder:
 def may_become_degenerate(more: float, n: int) -> bool:
     """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate."""
     return more <= max(1, _MORE_DEGENERATE * n)
+
+
+def _standard_error(rate: float, n: int) -> float:
+    """Of a rate seen in `n` trials, one success and one failure more counted, so that it is never 0."""
+    smoothed = (rate * n + 1) / (n + 2)
+    return math.sqrt(smoothed * (1 - smoothed) / (n + 2))

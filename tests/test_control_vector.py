@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from binaries import program
+from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import control_vector, files, gguf_file
 from rs_gguf.control_vector import check, loader_layer, read, write
@@ -163,53 +166,53 @@ def test_write_refuses_what_would_do_nothing(tmp_path: Path) -> None:
 UNPARSABLE = "invalid/unparsable direction tensor layer index in"
 
 
-@pytest.mark.parametrize(
-    ("tensors", "errors", "says"),
-    [
-        (
-            {"direction.0": ones()},
-            ["block 0 cannot be steered"],
-            "invalid (zero) direction tensor layer index",
-        ),
-        ({"direction.-1": ones()}, ["only tensors named"], UNPARSABLE),
-        ({"direction.x": ones()}, ["only tensors named"], UNPARSABLE),
-        ({"directions.1": ones()}, ["only tensors named"], UNPARSABLE),
-        ({"direction.4294967296": ones()}, ["only tensors named"], UNPARSABLE),
-        ({"direction.1": ones(), "offset": ones()}, ["'offset': only tensors named"], UNPARSABLE),
-        ({"direction.1": ones(dtype=np.float64)}, ["type is F64"], "invalid (non-F32) direction tensor type"),
-        ({"direction.1": ones(dtype=np.float16)}, ["type is F16"], "invalid (non-F32) direction tensor type"),
-        (
-            {"direction.1": np.ones((2, 4), dtype=np.float32)},
-            ["shape is [4, 2]"],
-            "invalid (non-1D) direction tensor shape",
-        ),
-        (
-            {"direction.1": np.ones((4, 1), dtype=np.float32)},
-            ["shape is [1, 4]"],
-            "invalid (non-1D) direction tensor shape",
-        ),
-        (
-            {"direction.1": ones(4), "direction.2": ones(5)},
-            ["5 wide, the directions before it 4"],
-            "does not match previous dimensions",
-        ),
-        ({"direction.1": ones(), "direction.01": ones()}, ["all mean block 1"], ""),
-        ({"direction.512": ones()}, ["first direction.512"], ""),
-        ({"direction.1": np.array([1, np.nan, np.inf, -np.inf], dtype=np.float32)}, ["3 of 4 values"], ""),
-        ({"direction.1": 0 * ones(), "direction.2": 0 * ones()}, ["Every direction is zero"], ""),
-        # Several faults at once are all told, in the file's order; the loader stops at the first.
-        (
-            {"direction.2": ones(dtype=np.float64), "direction.0": ones(dtype=np.float64), "b": ones()},
-            [
-                "'direction.2': the type is F64",
-                "block 0",
-                "'direction.0': the type is F64",
-                "'b': only tensors",
-            ],
-            "invalid (non-F32) direction tensor type",
-        ),
-    ],
-)
+REJECTED: list[tuple[dict[str, npt.NDArray[Any]], list[str], str]] = [
+    (
+        {"direction.0": ones()},
+        ["block 0 cannot be steered"],
+        "invalid (zero) direction tensor layer index",
+    ),
+    ({"direction.-1": ones()}, ["only tensors named"], UNPARSABLE),
+    ({"direction.x": ones()}, ["only tensors named"], UNPARSABLE),
+    ({"directions.1": ones()}, ["only tensors named"], UNPARSABLE),
+    ({"direction.4294967296": ones()}, ["only tensors named"], UNPARSABLE),
+    ({"direction.1": ones(), "offset": ones()}, ["'offset': only tensors named"], UNPARSABLE),
+    ({"direction.1": ones(dtype=np.float64)}, ["type is F64"], "invalid (non-F32) direction tensor type"),
+    ({"direction.1": ones(dtype=np.float16)}, ["type is F16"], "invalid (non-F32) direction tensor type"),
+    (
+        {"direction.1": np.ones((2, 4), dtype=np.float32)},
+        ["shape is [4, 2]"],
+        "invalid (non-1D) direction tensor shape",
+    ),
+    (
+        {"direction.1": np.ones((4, 1), dtype=np.float32)},
+        ["shape is [1, 4]"],
+        "invalid (non-1D) direction tensor shape",
+    ),
+    (
+        {"direction.1": ones(4), "direction.2": ones(5)},
+        ["5 wide, the directions before it 4"],
+        "does not match previous dimensions",
+    ),
+    ({"direction.1": ones(), "direction.01": ones()}, ["all mean block 1"], ""),
+    ({"direction.512": ones()}, ["first direction.512"], ""),
+    ({"direction.1": np.array([1, np.nan, np.inf, -np.inf], dtype=np.float32)}, ["3 of 4 values"], ""),
+    ({"direction.1": 0 * ones(), "direction.2": 0 * ones()}, ["Every direction is zero"], ""),
+    # Several faults at once are all told, in the file's order; the loader stops at the first.
+    (
+        {"direction.2": ones(dtype=np.float64), "direction.0": ones(dtype=np.float64), "b": ones()},
+        [
+            "'direction.2': the type is F64",
+            "block 0",
+            "'direction.0': the type is F64",
+            "'b': only tensors",
+        ],
+        "invalid (non-F32) direction tensor type",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensors", "errors", "says"), REJECTED)
 def test_reasons_to_reject(
     tmp_path: Path, tensors: dict[str, npt.NDArray[Any]], errors: list[str], says: str
 ) -> None:
@@ -225,6 +228,25 @@ def test_reasons_to_reject(
     with pytest.raises(InputError) as caught:
         read(path)
     assert all(reason in str(caught.value) for reason in report.errors)
+
+
+@pytest.mark.real  # not on the real model, but the program is built for minutes
+def test_llama_cpp_logs_what_is_foretold_and_goes_on(tmp_path: Path) -> None:
+    model, path = tmp_path / "tiny.gguf", tmp_path / "v.gguf"
+    write_tiny_qwen2(model)
+    command = [str(program("llama-completion")), "--model", str(model), "--control-vector", str(path)]
+    command += ["--prompt", "a", "--predict", "1", "--no-conversation", "--no-warmup", "--threads", "1"]
+    full = {"direction.1": ones(32), "direction.2": ones(32)}
+    for tensors in [{}, *(tensors for tensors, _, _ in REJECTED), {"direction.01 x": ones(4)}, full]:
+        report = check(hinted(path, tensors), model)
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        assert done.returncode == 0
+        lines = done.stderr.decode(errors="replace").splitlines()
+        logged = [line for line in lines if str(path) in line or "does not match model" in line]
+        if report.loader_says:
+            assert report.loader_says in logged[0]
+        elif report.valid or "all mean block" in report.errors[0]:
+            assert not logged
 
 
 def test_an_empty_file_of_the_right_kind(tmp_path: Path) -> None:
@@ -337,7 +359,8 @@ def test_what_is_no_readable_file(tmp_path: Path) -> None:
     }.items():
         report = check(path)
         assert reason in report.errors[0]
-        assert report.loader_says.startswith("failed to load control vector file from")
+        loaded = "failed to load control vector file from"
+        assert report.loader_says.startswith(loaded if path != big else "")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         assert "not a regular file" in check(tmp_path / "pipe").errors[0]

@@ -134,7 +134,11 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     assert rungs == ["probe"] * 6 + ["answers"] * (len(rungs) - 6)
     assert [trial.number for trial in search.trials] == list(range(len(rungs)))
     feasible = [trial for trial in search.trials if trial.feasible]
-    assert chosen.sensitive == min(trial.sensitive for trial in feasible)
+    # One standard error of the best, and the gentlest of these.
+    fewest, n = min(trial.sensitive for trial in feasible), len(setting.unsteered.refused("sensitive"))
+    rate = (fewest * n + 1) / (n + 2)
+    near = [t for t in feasible if t.sensitive <= fewest + math.sqrt(rate * (1 - rate) / (n + 2))]
+    assert chosen.benign_drift == min(trial.benign_drift for trial in near if trial.benign_drift is not None)
     # The start of the space was tried first.
     assert [trial.candidate for trial in search.trials[: len(GATES.start)]] == list(GATES.start)
 
