@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: install
 	$(BIN)/rs-export run --out $(DEMO)
 
-test: lint docs
+test: lint docs sanitize
 	$(BIN)/python -m pytest
 
 lint: install
@@ -50,11 +50,12 @@ clean:
 	rm -rf $(VENV) build out
 
 # The kernel's own tests under AddressSanitizer and UBSan, and its NEON target under an emulator (Debian:
-# g++-aarch64-linux-gnu, qemu-user).
+# g++-aarch64-linux-gnu, qemu-user). GCC 12 does not align the stack on which it finds uses after return as
+# AVX-512 wants it, so these are not looked for.
 sanitize: install
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DRS_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
-	build/sanitize/rs_check
+	ASAN_OPTIONS=detect_stack_use_after_return=0 build/sanitize/rs_check
 
 neon: install
 	$(BIN)/cmake -S . -B build/neon -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \

@@ -5,10 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <optional>
-#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "projection.hpp"
@@ -98,6 +100,7 @@ std::map<std::string, py::array_t<double>> statistics(const py::array& activatio
     const rs::Problem problem = problem_of(activations, directions, offset);
     expect_shape("confidence", confidence, {activations.shape(0)});
     expect_shape("weights", weights, {activations.shape(0)});
+    // NOLINTNEXTLINE(readability-simplify-boolean-expr): written so that NaN is refused too
     if (!(quantile >= 0 && quantile <= 1))
         throw py::value_error("quantile: expected 0 to 1, got " + std::to_string(quantile));
     const std::size_t workers = thread_count(threads);

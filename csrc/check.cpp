@@ -1,12 +1,17 @@
 // The kernel's self-test without Python: for cross-compiled builds under an emulator, and for sanitizers.
 // Compares every target that this CPU has with a float64 reference, over shapes, types, strides and
-// alignments, and two callers at once. Prints one line a target; exit status 1 if one is wrong.
+// alignments, and two callers at once; then the figures of merit with their formulas. Prints one line a
+// target; exit status 1 if one is wrong.
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <thread>
+#include <vector>
 
 #include "projection.hpp"
 
@@ -25,11 +30,12 @@ float widen(Type type, std::uint16_t bits) {
         std::memcpy(&value, &wide, sizeof value);
         return value;
     }
-    const int exponent = (bits >> 10) & 0x1F;
-    const int mantissa = bits & 0x3FF;
+    const std::uint32_t half = bits;
+    const int exponent = static_cast<int>(half >> 10U & 0x1FU);
+    const int mantissa = static_cast<int>(half & 0x3FFU);
     const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                                           : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-    return (bits & 0x8000) != 0 ? -magnitude : magnitude;
+    return (half & 0x8000U) != 0 ? -magnitude : magnitude;
 }
 
 // A finite random number of the type, written to `to`; its value. Denormal float16 included.
@@ -108,6 +114,86 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, bool
     return worst;
 }
 
+// Whether the figures of merit are those of the projections, by the formulas as written.
+bool statistics_agree(const rs::Target& target, std::mt19937& random) {
+    constexpr std::size_t samples = 61;
+    constexpr std::size_t layers = 3;
+    constexpr std::size_t rank = 2;
+    constexpr std::size_t width = 37;
+    constexpr double neutral = 0.15;
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<double> uniform(-1, 1);
+    std::vector<float> activations(samples * layers * width);
+    std::vector<float> directions(layers * rank * width);
+    std::vector<double> c(samples);
+    std::vector<double> w(samples);
+    for (float& h : activations) h = normal(random);
+    for (float& v : directions) v = normal(random);
+    for (double& value : c) value = uniform(random);
+    for (double& value : w) value = 1 + uniform(random);
+    const rs::Problem problem = {Type::f32,
+                                 reinterpret_cast<const unsigned char*>(activations.data()),
+                                 layers * width * sizeof(float),
+                                 width * sizeof(float),
+                                 directions.data(),
+                                 nullptr,
+                                 samples,
+                                 layers,
+                                 width,
+                                 rank};
+    constexpr std::size_t count = layers * rank;
+    std::vector<float> p(samples * count);
+    rs::project(target, problem, 1, p.data());
+    std::vector<double> found(6 * count, NAN);
+    const auto at = [&](std::size_t figure) { return found.data() + figure * count; };
+    rs::statistics(target, problem, c.data(), w.data(), neutral, 0.5, 2,
+                   {at(0), at(1), at(2), at(3), at(4), at(5)});
+
+    const auto near = [](double a, double b) { return std::fabs(a - b) <= 1e-9 * (1 + std::fabs(b)); };
+    for (std::size_t i = 0; i < count; ++i) {
+        double weight = 0;
+        double sum_p = 0;
+        double sum_c = 0;
+        double wrong = 0;
+        double squares = 0;
+        double refused = 0;
+        double sum_refused = 0;
+        std::vector<float> above;
+        for (std::size_t n = 0; n < samples; ++n) {
+            const double value = p[n * count + i];
+            weight += w[n];
+            sum_p += w[n] * value;
+            sum_c += w[n] * c[n];
+            if ((value > 0) != (c[n] > 0)) {
+                wrong += w[n];
+                squares += w[n] * (value - c[n]) * (value - c[n]);
+            }
+            if (c[n] > neutral) {
+                refused += w[n];
+                sum_refused += w[n] * value;
+            }
+            if (c[n] > 0) above.push_back(p[n * count + i]);
+        }
+        double pp = 0;
+        double pc = 0;
+        double cc = 0;
+        for (std::size_t n = 0; n < samples; ++n) {
+            const double dp = p[n * count + i] - sum_p / weight;
+            const double dc = c[n] - sum_c / weight;
+            pp += w[n] * dp * dp;
+            pc += w[n] * dp * dc;
+            cc += w[n] * dc * dc;
+        }
+        std::sort(above.begin(), above.end());
+        const double median =
+            (static_cast<double>(above[(above.size() - 1) / 2]) + above[above.size() / 2]) / 2;
+        if (!near(at(0)[i], pc / std::sqrt(pp * cc)) || !near(at(1)[i], std::sqrt(squares / wrong)) ||
+            !near(at(2)[i], sum_refused / refused) || !near(at(4)[i], median))
+            return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -126,7 +212,7 @@ int main() {
                     for (const std::size_t shift : {0U, 1U})
                         worst =
                             std::fmax(worst, worst_error(*target, type, shape, with_offset, shift, random));
-        const bool good = worst <= tolerance;
+        const bool good = worst <= tolerance && statistics_agree(*target, random);
         passed = passed && good;
         std::printf("%-8s largest error %.1e of the sum of magnitudes: %s\n", target->name, worst,
                     good ? "passed" : "FAILED");

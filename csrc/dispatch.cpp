@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "projection.hpp"
 #include "targets.hpp"
 
 #ifdef RS_X86

@@ -21,6 +21,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstring>
 
 #include "projection.hpp"
@@ -39,9 +40,9 @@ class Kernel {
 
     static constexpr std::size_t lanes = V::lanes;
     static constexpr std::size_t step = 2 * lanes;
-    static constexpr std::size_t columns = 6;              // C, the most directions in a tile
-    static constexpr std::size_t most_rows = 12;           // of a block: a multiple of every R
-    static constexpr std::size_t panel_floats = 48 << 10;  // directions in the second-level cache: 192 KiB
+    static constexpr std::size_t columns = 6;                // C, the most directions in a tile
+    static constexpr std::size_t most_rows = 12;             // of a block: a multiple of every R
+    static constexpr std::size_t panel_floats = 48U << 10U;  // directions in the second-level cache: 192 KiB
     static constexpr std::size_t line = 64;
 
     // Sources: where a tile reads its rows, and how one half of a step becomes a vector of float32.
@@ -82,7 +83,11 @@ class Kernel {
     };
     static Blocking blocking(std::size_t rank) {
         const std::size_t rows = rank <= 16 ? 4 : most_rows;
-        const std::size_t chunk = rank <= 2 ? 2048 : rank <= 16 ? 1024 : 512;
+        std::size_t chunk = 512;
+        if (rank <= 2)
+            chunk = 2048;
+        else if (rank <= 16)
+            chunk = 1024;
         const std::size_t chunks = panel_floats / rank / chunk;
         return {rows, chunk / step, (chunks == 0 ? 1 : chunks) * chunk / step};
     }
@@ -119,8 +124,8 @@ class Kernel {
     }
 
     template <int half, class Source, std::size_t R, std::size_t C, bool offset>
-    static inline void half_step(const unsigned char* const* rows, std::size_t at, const float* origin,
-                                 const float* column, Vector (&sum)[R][C]) {
+    static void half_step(const unsigned char* const* rows, std::size_t at, const float* origin,
+                          const float* column, Vector (&sum)[R][C]) {
         Vector h[R];
         for (std::size_t r = 0; r < R; ++r) {
             const Vector value = Source::template load<half>(rows[r] + at);

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -46,14 +47,14 @@ private:
     void grow(std::size_t threads) {
         try {
             for (; threads_ < threads; ++threads_) std::thread([this] { serve(); }).detach();
-        } catch (const std::exception&) {
+        } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
             // The system gives no more threads: those that there are, and the caller, do the work.
         }
     }
 
     void open(Job& job, std::size_t seats) {
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::scoped_lock lock(mutex_);
             job_ = &job;
             seats_ = seats;
             taken_ = 0;

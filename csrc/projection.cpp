@@ -3,6 +3,8 @@
 #include "projection.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <vector>
 
 #include "parallel.hpp"
 #include "workspace.hpp"

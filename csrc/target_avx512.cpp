@@ -3,7 +3,10 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
+
 #include "kernel.hpp"
+#include "projection.hpp"
 #include "targets.hpp"
 
 namespace rs {

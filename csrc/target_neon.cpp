@@ -4,7 +4,10 @@
 
 #include <arm_neon.h>
 
+#include <cstddef>
+
 #include "kernel.hpp"
+#include "projection.hpp"
 #include "targets.hpp"
 
 namespace rs {

@@ -1,7 +1,12 @@
 // Scalar: plain C++ for any machine, and the yardstick of the other targets. Its "vector" is an array of
 // eight floats, so that it sums in the same order as they do.
 
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
 #include "kernel.hpp"
+#include "projection.hpp"
 #include "targets.hpp"
 
 namespace rs {
@@ -9,7 +14,7 @@ namespace {
 
 float widen_f16(std::uint16_t half) {
     const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16U;
-    const std::uint32_t exponent = (half >> 10U) & 0x1FU;
+    const std::uint32_t exponent = static_cast<std::uint32_t>(half) >> 10U & 0x1FU;
     const std::uint32_t mantissa = half & 0x3FFU;
     float value = 0;
     if (exponent == 0) {  // zero or denormal: mantissa · 2^−24, which float32 holds exactly
