@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import zip_longest
@@ -31,8 +31,11 @@ _PROMPT_COLUMNS = (
     "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text",
     "vanilla", "turns", "messages",
 )  # fmt: skip
+_MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
 # Columns that complete the prompt of the column named.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
+_KEPT = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
+_KEPT |= {"subject", "topic", "category", "form", "language", "split"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,11 @@ def from_row(row: Mapping[str, str]) -> Prompt:
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     """(line or row number, row) of a file; a plain string where the format has no columns."""
     suffix = path.suffix.lower()
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(
+            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are read. "
+            "Split it, or keep the rows that you need."
+        )
     if suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -164,6 +172,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         if isinstance(value, dict):  # columns of lists, or {"data": [...]}
             columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
             if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
+                # Thousands of columns times thousands of rows fit into no memory; the longest says how many.
+                kept = {name for name in columns if name.strip().lower() in _KEPT}
+                kept.add(max(columns, key=lambda name: len(columns[name])))
+                columns = {name: cells for name, cells in columns.items() if name in kept}
                 value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
             else:
                 value = next(iter(columns.values()), None)
@@ -205,7 +217,7 @@ def _prompt_text(row: Mapping[str, Any] | str, where: str) -> str:
         name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
         if name is None:
             raise InputError(
-                f"{where}: no prompt in columns {', '.join(sorted(columns)) or '(none)'}; "
+                f"{where}: no prompt in columns {_listed(columns)}; "
                 f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
             )
         text = _flatten(columns[name], where)
@@ -219,6 +231,12 @@ def _prompt_text(row: Mapping[str, Any] | str, where: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise InputError(f"{where}: the prompt holds half of a character pair (a lone surrogate).")
     return text.strip()
+
+
+def _listed(names: Iterable[str]) -> str:
+    """A stranger's names as they may be printed: no control characters, no kilobytes."""
+    shown = ", ".join(repr(name[:40])[1:-1] for name in sorted(names)[:12])
+    return shown or "(none)"
 
 
 def _flatten(value: Any, where: str) -> str:

@@ -30,6 +30,7 @@ TOLERANCE = 1e-3
 ROUNDING = 2.0**-23
 # An adapter's product is computed from F32 inputs too, but its two factors round apart.
 ADAPTER_TOLERANCE = 1e-2
+_SHORT = "beside the residual the direction is so short that rounding swallows it"
 # Where a matrix's product shows: by itself, or in the sum that it goes into.
 _SEEN_AT = {"attn_output": ("attn_out", "ffn_inp"), "ffn_down": ("ffn_out", "l_out")}
 _POST_NORMS = {"attn_post_norm", "post_attn_norm"}  # of the product, before the sum
@@ -114,6 +115,8 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
     if kl is None:
         reason = "the next-token probabilities are no numbers any more: the directions are far too long."
         return Proof(False, (reason,), {}, None)
+    if np.array_equal(plain, steered):
+        return Proof(False, (_why_nothing_moves(vector, model, prompts, plain),), {}, kl)
     pair = prompts[:2]
     before = _residuals(model, pair, vector.layers)
     lost = {
@@ -122,17 +125,8 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
     }
     short = [layer for layer, norm in vector.norms.items() if 0.0 < norm <= lost[layer]]
     if short:
-        reasons.append(
-            f"blocks {short}: the direction is so short beside the residual (block {short[0]}: "
-            f"{vector.norms[short[0]]:.2g} to {lost[short[0]] / ROUNDING:.2g}) that rounding swallows it."
-        )
-    elif np.array_equal(plain, steered):
-        reasons.append(
-            f"no logit moves: the graph of architecture {model.architecture!r} in this llama.cpp ignores "
-            "control vectors."
-        )
-    if reasons:
-        return Proof(False, tuple(reasons), {}, kl)
+        reason = f"blocks {short}: {_SHORT} (length {vector.norms[short[0]]:.2g} at block {short[0]})."
+        return Proof(False, (reason,), {}, kl)
     errors: dict[int, float] = {}
     ignored, wrong = [], []
     for k, (layer, direction) in enumerate(vector.directions.items()):
@@ -157,6 +151,21 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
             f"{errors[worst]:.2g} at block {worst}, tolerance {TOLERANCE:g})."
         )
     return Proof(not reasons, tuple(reasons), {str(layer): e for layer, e in errors.items()}, kl)
+
+
+def _why_nothing_moves(
+    vector: SteeringVector, model: LlamaModel, prompts: list[list[int]], plain: NDArray[np.float64]
+) -> str:
+    """Directions lost in rounding do move the logits once they are made long."""
+    longest = max(vector.norms.values())
+    rows = {n: row.astype(np.float64) / (longest or 1.0) * 1e3 for n, row in vector.directions.items()}
+    with model.steered({n: row.astype(np.float32) for n, row in rows.items()}):
+        if not np.array_equal(plain, _distributions(model, prompts)):
+            return f"no logit moves: {_SHORT} (longest {longest:.2g})."
+    return (
+        f"no logit moves: the graph of architecture {model.architecture!r} in this llama.cpp ignores control "
+        "vectors."
+    )
 
 
 def prove_adapter(path: Path, model: LlamaModel) -> Proof:

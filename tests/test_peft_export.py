@@ -15,8 +15,8 @@ from adapters import PROMPTS, factors, llama_logits, random_adapter
 from safetensors import safe_open
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import lora, peft_export
-from rs_gguf.errors import InputError
+from rs_gguf import gguf_file, lora, peft_export
+from rs_gguf.errors import GateError, InputError
 from rs_gguf.lora import LoraAdapter
 
 
@@ -182,3 +182,16 @@ def test_a_folder_that_cannot_be_written(tiny: tuple[Path, Any], tmp_path: Path)
     (tmp_path / "peft").write_text("a file")
     with pytest.raises(InputError, match="cannot write"):
         peft_export.export(random_adapter(), str(tiny[0]), tmp_path / "peft")
+
+
+def test_what_is_written_is_read_back(
+    tiny: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_export, "load", lambda _: {})
+        with pytest.raises(GateError, match="round trip"):
+            peft_export.export(random_adapter(), str(tiny[0]), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    monkeypatch.setattr(gguf_file, "write_atomic", lambda path, _: path.write_bytes(b""))
+    with pytest.raises(GateError, match="other bytes"):
+        peft_export.export(random_adapter(), str(tiny[0]), tmp_path)

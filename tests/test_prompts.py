@@ -123,6 +123,14 @@ def test_what_is_known_of_a_row_is_kept(tmp_path: Path) -> None:
     assert from_row(json.loads(json.dumps(to_row(prompt)))) == prompt
 
 
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "big.txt"
+    with path.open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(InputError, match=r"big\.txt has 16 MiB; .*Split it"):
+        load(path, "benign")
+
+
 def test_equal_prompts_count_once(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "file.txt", "one\ntwo\none\n")) == ["one", "two"]
 

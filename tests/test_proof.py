@@ -64,7 +64,12 @@ def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
         (vector(1, width=16), "16 wide but tiny.gguf is 32", "control vector n_embd does not match model"),
         (vector(1, 7, 9), "layers [7, 9] do not exist: tiny.gguf has blocks 0 to 3", ""),
         (vector(1, N_LAYER), "Does the file count blocks from 1?", ""),
-        (vector(2, length=1e-12), "so short beside the residual", ""),
+        (vector(2, length=1e-12), "so short that rounding swallows it (longest 1e-12)", ""),
+        (
+            SteeringVector({1: 1e-9 * np.ones(WIDTH), 2: np.ones(WIDTH)}),
+            "blocks [1]: beside the residual the direction is so short",
+            "",
+        ),
         (SteeringVector({n: np.full(WIDTH, 3e38) for n in (1, 2)}), "no numbers any more", ""),
     ],
 )

@@ -25,7 +25,7 @@ EDGES = sorted({2**bits + step for bits in POWERS for step in (-1, 0, 1)})
 
 
 @contextlib.contextmanager
-def limits(memory: int = MEMORY) -> Iterator[Callable[[], None]]:
+def limits(memory: int = MEMORY) -> Iterator[Callable[[], object]]:
     """Within the block the process may grow by `memory` bytes, and each file may take `SECONDS`.
 
     Growth is bounded as address space, where allocation then fails, and measured as peak of resident memory.
@@ -45,7 +45,7 @@ def limits(memory: int = MEMORY) -> Iterator[Callable[[], None]]:
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + memory, hard))
     handler = signal.signal(signal.SIGVTALRM, give_up)
     try:
-        yield lambda: signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS) and None
+        yield lambda: signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, handler)
@@ -84,6 +84,12 @@ def mutate(rng: random.Random, seeds: Sequence[bytes], pieces: Sequence[bytes]) 
             piece = rng.choice(pieces)
             data[at : at + rng.choice((0, len(piece)))] = piece
     return bytes(data)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """A new file instead of an old one: emptying that makes some file systems wait for the disk."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
 
 
 def _status(name: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from binaries import program
-from mutator import MEMORY, limits, mutate
+from mutator import MEMORY, limits, mutate, replace
 from safetensors.torch import save
 from tiny_gguf import write_tiny_qwen2
 
@@ -107,7 +107,7 @@ def test_mutated_vectors_are_refused_or_read(tmp_path: Path, gguf_seeds: list[by
     verdicts = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
-            path.write_bytes(mutate(rng, gguf_seeds, PIECES))
+            replace(path, mutate(rng, gguf_seeds, PIECES))
             start()
             try:
                 verdicts[judge(path)] += 1
@@ -133,7 +133,7 @@ def test_what_the_guard_lets_in_llama_cpp_can_open(
     path = tmp_path / "f.gguf"
     sound = 0
     for number in range(FILES // 5):
-        path.write_bytes(mutate(rng, gguf_seeds, PIECES))
+        replace(path, mutate(rng, gguf_seeds, PIECES))
         with contextlib.suppress(InputError):
             open_gguf(path)
             sound += 1
@@ -153,7 +153,7 @@ def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
     verdicts = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
-            path.write_bytes(mutate(rng, seeds, PIECES))
+            replace(path, mutate(rng, seeds, PIECES))
             start()
             try:
                 vector = convert(path, "huggingface").vector
@@ -180,7 +180,7 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
     verdicts = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
-            path.write_bytes(mutate(draw, seeds, PIECES))
+            replace(path, mutate(draw, seeds, PIECES))
             start()
             try:
                 report = lora.check(path)
@@ -188,6 +188,7 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
                 if report.valid:
                     adapter = lora.read(path)
                     assert all(np.isfinite(half).all() for pair in adapter.factors.values() for half in pair)
+                    assert all(np.isfinite(norm) for norm in adapter.norms.values())
                 else:
                     assert all(reason.strip() and len(reason) < 2_000 for reason in report.errors)
             except Exception as error:
@@ -205,7 +206,7 @@ def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[by
     rng = random.Random(SEED + 2)
     said = set()
     for number in range(LOADED):
-        path.write_bytes(mutate(rng, gguf_seeds, PIECES))
+        replace(path, mutate(rng, gguf_seeds, PIECES))
         report = check(path)
         if any("that no model has" in reason for reason in report.errors):
             continue  # the loader would make room for the blocks before it

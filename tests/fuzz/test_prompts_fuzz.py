@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from mutator import limits, mutate
+from mutator import limits, mutate, replace
 
 from rs_gguf import prompts
 from rs_gguf.errors import InputError
@@ -44,7 +44,7 @@ def test_mutated_prompt_files_are_refused_or_read(tmp_path: Path) -> None:
         for number in range(FILES):
             suffix = rng.choice(list(SEEDS))
             path = tmp_path / f"f{suffix}"
-            path.write_bytes(mutate(rng, [seed.encode() for seed in SEEDS[suffix]], PIECES))
+            replace(path, mutate(rng, [seed.encode() for seed in SEEDS[suffix]], PIECES))
             start()
             try:
                 verdicts[suffix, judge(path)] += 1
@@ -63,6 +63,8 @@ def judge(path: Path) -> str:
         reason = ""
     if reason:
         assert str(path) in reason
+        assert len(reason) < 2_000
+        assert reason.isprintable()
         return "refused"
     assert found
     assert len({row.id for row in found}) == len(found)
@@ -73,3 +75,10 @@ def judge(path: Path) -> str:
         # Read correctly: it can be kept and read back, as the run folder does.
         assert prompts.from_row(json.loads(json.dumps(prompts.to_row(row)))) == row
     return "read"
+
+
+def test_many_columns_times_many_rows_stay_small(tmp_path: Path) -> None:
+    columns = {"prompt": [f"Why {i}?" for i in range(5_000)], **{f"c{i}": [] for i in range(5_000)}}
+    (tmp_path / "f.json").write_text(json.dumps(columns))
+    with limits():
+        assert len(prompts.load(tmp_path / "f.json", "benign")) == 5_000
