@@ -143,8 +143,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     suffix = path.suffix.lower()
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(
-            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are read. "
-            "Split it, or keep the rows that you need."
+            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are "
+            "read. Split it, or keep the rows that you need."
         )
     if suffix == ".parquet":
         yield from _parquet_rows(path)
