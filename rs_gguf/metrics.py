@@ -41,12 +41,10 @@ def of_file(
     """What was measured of one written file, and how to use it."""
     candidate = trial.candidate
     harmful = sets["harmful"]
-    command = ["llama-server", "-m", str(model.path)]
-    if candidate.estimator == GATE:
-        command += ["--lora", str(path)]
-    else:
-        command += ["--control-vector-scaled", f"{path}:1.0"]
-        command += ["--control-vector-layer-range", str(candidate.first), str(candidate.last)]
+    options = ["--lora", str(path)]
+    if candidate.estimator != GATE:
+        options = ["--control-vector-scaled", f"{path}:1.0"]
+        options += ["--control-vector-layer-range", str(candidate.first), str(candidate.last)]
     before, after = tokens_per_second.values()
     return {
         "file": {
@@ -56,6 +54,7 @@ def of_file(
             "ridge": candidate.ridge,
             "layers": [candidate.first, candidate.last],
             "strength": candidate.strength,
+            "margin": candidate.margin,
             "scale": 1.0,
         },
         "sets": dict(sets),
@@ -67,8 +66,18 @@ def of_file(
         "gate": {"passed": not reasons, "reasons": list(reasons)},
         "proof": dict(proof),
         "tokens_per_second": {"baseline": before, "steered": after},
-        "llama_cpp": {"command": shlex.join(command), "build": llama.build()},
+        "llama_cpp": {
+            "command": f"llama-server -m {_from_home(model.path)} {shlex.join(options)}",
+            "build": llama.build(),
+        },
     }
+
+
+def _from_home(path: Path) -> str:
+    """A path as a word of the shell; below the home folder by `~`, so that it says nothing of whose it is."""
+    if path.is_relative_to(Path.home()):
+        return f"~/{shlex.quote(path.relative_to(Path.home()).as_posix())}"
+    return shlex.quote(str(path))
 
 
 def build(
