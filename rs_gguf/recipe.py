@@ -86,9 +86,9 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=8, ge=1, description="configurations probed by one forward pass each")
+    trials: int = Field(default=6, ge=1, description="configurations probed by one forward pass each")
     finalists: int = Field(
-        default=3, ge=1, description="configurations whose answers are generated and judged"
+        default=4, ge=1, description="configurations whose answers are generated and judged"
     )
     min_retention: float = Field(
         default=0.95, ge=0, le=1, description="harmful refusals kept, as a share of baseline"

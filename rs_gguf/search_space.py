@@ -86,9 +86,9 @@ class Space:
     def of_gates(cls, ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
         """Long bands, since a gate opens a little in each block and four blocks alone remove little.
 
-        The last quarter of the blocks tells subjects apart no better, so it is left alone at first.
+        The first third is left alone at first: a change there reaches everything that follows.
         """
-        first, last = max(1, n_layer // 8), max(1, min(n_layer * 3 // 4, n_layer - 2))
+        first, last = max(1, n_layer // 3), max(1, n_layer - 2)
         margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
         start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
         return cls(

@@ -197,14 +197,22 @@ class Finder:
         return list(best.values())
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
-        """What to answer with next: more strength while all limits hold, less where one does not."""
+        """What to answer with next: more strength while all limits hold, less where harm is not kept.
+
+        Where it is kept and another limit is not, blocks or a margin not tried yet come first: less strength
+        would cost removal, and may not help.
+        """
 
         def shape(candidate: Candidate) -> Candidate:
             return replace(candidate, strength=0)
 
+        tried = {shape(t.candidate) for t in answered}
+        untried = next((c for c in ranked if shape(c) not in tried), None)
         if not answered:
-            return ranked[0]
+            return untried
         feasible = [trial for trial in answered if trial.feasible]
+        if not feasible and answered[-1].harmful_retention >= self._recipe.tune.min_retention and untried:
+            return untried
         if feasible:
             best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
             factor = _STEP
@@ -225,8 +233,7 @@ class Finder:
         done = min((t.sensitive for t in feasible), default=1.0) == 0.0
         if not done and not best.strength / _CLOSE < strength < best.strength * _CLOSE:
             return replace(best, strength=round(strength, 4))
-        tried = {shape(t.candidate) for t in answered}
-        return next((c for c in ranked if shape(c) not in tried), None) if not done else None
+        return untried if not done else None
 
     # ---- measures --------------------------------------------------------------------------------
 
