@@ -197,8 +197,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({error}).") from error
+    except (
+        ArrowException,
+        MemoryError,
+        OSError,
+        ValueError,
+    ) as error:  # a ValueError: text that is not UTF-8
+        said = " ".join(str(error).split())[:200]
+        said = "".join(c if c.isprintable() else "?" for c in said)
+        raise InputError(f"{path}: not a parquet file that can be read ({said}).") from error
     yield from enumerate(rows, start=1)
 
 

@@ -1,11 +1,13 @@
-"""Broken prompt files, 20,000 over all formats: each is refused with a reason or read, in bounded memory."""
+"""Broken prompt files, 20,000 of text and as many of parquet: each is refused or read, in bounded memory."""
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
 
+import pytest
 from mutator import limits, mutate, replace
 
 from rs_gguf import prompts
@@ -52,6 +54,29 @@ def test_mutated_prompt_files_are_refused_or_read(tmp_path: Path) -> None:
                 kept = path.rename(tmp_path / f"failed-{number}{suffix}")
                 raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
     assert min(verdicts.values()) > FILES // len(verdicts) // 20, verdicts
+
+
+def test_mutated_parquet_files_are_refused_or_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    seeds = []
+    for compression in ("none", "snappy", "zstd"):
+        file = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS * 3), file, compression=compression)
+        seeds.append(file.getvalue())
+    rng = random.Random(SEED)
+    path = tmp_path / "f.parquet"
+    verdicts = {"read": 0, "refused": 0}
+    with limits() as start:
+        for number in range(FILES):
+            replace(path, mutate(rng, seeds, [b"PAR1", b"\xff" * 8, b"\0" * 16]))
+            start()
+            try:
+                verdicts[judge(path)] += 1
+            except Exception as error:
+                kept = path.rename(tmp_path / f"failed-{number}.parquet")
+                raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
+    assert min(verdicts.values()) > FILES // 20, verdicts
 
 
 def judge(path: Path) -> str:
