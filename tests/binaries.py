@@ -88,6 +88,20 @@ def program(name: str) -> Path:
     return finished / name
 
 
+def completion(*options: str) -> tuple[str, list[str]]:
+    """What `llama-completion` writes, and the lines that it logs until its end.
+
+    A thread of its own writes both, and now and then the program ends before it does: then once more.
+    """
+    command = [str(program("llama-completion")), *options]
+    for _ in range(10):
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=True)
+        lines = done.stderr.decode(errors="replace").splitlines()
+        if any("graphs reused" in line for line in lines):  # the last thing that it says
+            return done.stdout.decode("utf-8", "replace"), lines
+    raise RuntimeError(f"{' '.join(command)} never logs to its end:\n{done.stderr.decode(errors='replace')}")
+
+
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +12,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from binaries import program
+from binaries import completion
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import control_vector, files, gguf_file
@@ -234,14 +233,12 @@ def test_reasons_to_reject(
 def test_llama_cpp_logs_what_is_foretold_and_goes_on(tmp_path: Path) -> None:
     model, path = tmp_path / "tiny.gguf", tmp_path / "v.gguf"
     write_tiny_qwen2(model)
-    command = [str(program("llama-completion")), "--model", str(model), "--control-vector", str(path)]
-    command += ["--prompt", "a", "--predict", "1", "--no-conversation", "--no-warmup", "--threads", "1"]
+    options = ["--model", str(model), "--control-vector", str(path), "--prompt", "a", "--predict", "1"]
+    options += ["--no-conversation", "--no-warmup", "--threads", "1"]
     full = {"direction.1": ones(32), "direction.2": ones(32)}
     for tensors in [{}, *(tensors for tensors, _, _ in REJECTED), {"direction.01 x": ones(4)}, full]:
         report = check(hinted(path, tensors), model)
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        assert done.returncode == 0
-        lines = done.stderr.decode(errors="replace").splitlines()
+        lines = completion(*options)[1]
         logged = [line for line in lines if str(path) in line or "does not match model" in line]
         if report.loader_says:
             assert report.loader_says in logged[0]

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from binaries import program
+from binaries import completion
 from mutator import MEMORY, limits, mutate, replace
 from safetensors.torch import save
 from tiny_gguf import write_tiny_qwen2
@@ -200,9 +200,8 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
 def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
     model, path = tmp_path / "tiny.gguf", tmp_path / "f.gguf"
     write_tiny_qwen2(model)
-    command = [str(program("llama-completion")), "--model", str(model), "--control-vector", str(path)]
-    command += ["--prompt", "a", "--predict", "1", "--no-conversation", "--no-warmup"]
-    command += ["--ctx-size", "64", "--threads", "1"]
+    options = ["--model", str(model), "--control-vector", str(path), "--prompt", "a", "--predict", "1"]
+    options += ["--no-conversation", "--no-warmup", "--ctx-size", "64", "--threads", "1"]
     rng = random.Random(SEED + 2)
     said = set()
     for number in range(LOADED):
@@ -215,8 +214,7 @@ def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[by
                 open_gguf(path)
             except StricterThanLlamaCpp:
                 continue
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if str(path) in line]
+        lines = [line for line in completion(*options)[1] if str(path) in line]
         if report.loader_says:
             assert lines, f"mutation {number}: not {report.loader_says} for {report.errors}"
             assert report.loader_says in lines[0], f"mutation {number}: {lines}"

@@ -7,7 +7,6 @@ its products of quantised matrices depend on what else is in the batch.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from adapters import random_adapter
 from architectures import llama
-from binaries import Server, program
+from binaries import Server, completion
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import control_vector, lora, prompts
@@ -102,12 +101,9 @@ def test_llama_completion_steers_like_python(
     directions, options = steering
     with tiny.steered(directions):
         expected = tiny.detokenize(answers(tiny)[0])
-    command = [str(program("llama-completion")), "--model", str(tiny_file), *EXACT, *options]
-    command += ["--prompt", TEXTS[0], "--predict", str(TOKENS), "--temp", "0"]
-    command += ["--no-conversation", "--no-display-prompt"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert done.stdout.decode("utf-8", "replace").startswith(expected)
+    options = ["--model", str(tiny_file), *EXACT, *options, "--prompt", TEXTS[0], "--predict", str(TOKENS)]
+    options += ["--temp", "0", "--no-conversation", "--no-display-prompt"]
+    assert completion(*options)[0].startswith(expected)
 
 
 def test_parallel_requests_choose_the_strength_of_an_adapter(
