@@ -171,6 +171,7 @@ def _fit_directions(
                     "score": layer_scores(projected, samples.confidence).tolist(),
                     "auroc": auroc[k].tolist(),
                     "harm_cosine": path.harm_cosine[k].tolist(),
+                    "contrast_cosine": path.contrast_cosine.tolist(),
                 }
             )
         best, layer = (int(index) for index in np.unravel_index(auroc.argmax(), auroc.shape))

@@ -79,6 +79,11 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
     assert set(adapter["sets"]) == set(metrics["sets"])
     assert adapter["proof"]["effect_observed"] is True
     assert "--lora" in adapter["llama_cpp"]["command"]
+    for fitted in json.loads((out / "fit.json").read_text())["directions"]:
+        # The first block sees the same token in every prompt's last place: no direction to compare.
+        for name in ("score", "auroc", "harm_cosine", "contrast_cosine"):
+            assert len(fitted[name]) == metrics["model"]["n_layer"]
+        assert all(-1 <= cosine <= 1 for cosine in fitted["contrast_cosine"][1:])
     assert set(metrics["seconds"]) >= {"answer", "score", "capture", "fit", "tune", "write", "measure"}
     rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
     assert len(rows) == 12
