@@ -53,12 +53,14 @@ clean:
 # g++-aarch64-linux-gnu, qemu-user). GCC 12 does not align the stack on which it finds uses after return as
 # AVX-512 wants it, so these are not looked for.
 sanitize: install
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DRS_SANITIZE=address,undefined
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DRS_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/sanitize/rs_check
 
 neon: install
-	$(BIN)/cmake -S . -B build/neon -G Ninja -DRS_PYTHON=OFF -DRS_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
+	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DRS_PYTHON=OFF -DRS_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 		-DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/neon
