@@ -21,6 +21,7 @@ from scipy.linalg import blas
 from threadpoolctl import threadpool_limits
 
 from rs_gguf.errors import InputError
+from rs_gguf.judging.judgement import NEUTRAL
 from rs_gguf.labels import Labels
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
@@ -44,7 +45,6 @@ WRITERS: Mapping[str, Sequence[str]] = {
     ),
 }
 QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
-NEUTRAL = 0.15  # |c| up to this is in no class (paper section 3)
 MIN_CELL = 4  # samples below which the mean of a cell is noise
 
 

@@ -229,8 +229,7 @@ def _row(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
 
 def _has(fault: str, prompt: Prompt, found: Row) -> bool:
     if fault == "empty":
-        # A thinking trace that was cut off is no answer yet.
-        return not found["answer"] and bool(found["finished"] or found["degenerate"])
+        return Answer.from_row(found).to_judge == ""
     if fault == "loop":
         return bool(found["degenerate"]) and bool(found["answer"])
     if fault == "cut_off":

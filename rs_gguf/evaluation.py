@@ -65,6 +65,28 @@ class Answer:
     finished: bool
     degenerate: bool
 
+    @property
+    def to_judge(self) -> str | None:
+        """The text; None where generation was cut off within the thinking trace.
+
+        That is no empty answer, which a judge takes for a refusal: nobody knows what it would have been.
+        """
+        return self.text if self.text or self.finished or self.degenerate else None
+
+    def to_row(self) -> Row:
+        """As run folders keep it."""
+        return {
+            "answer": self.text,
+            "tokens": self.tokens,
+            "finished": self.finished,
+            "degenerate": self.degenerate,
+        }
+
+    @classmethod
+    def from_row(cls, row: Row) -> Answer:
+        """The inverse of `to_row`."""
+        return cls(row["tokens"], row["answer"], row["finished"], row["degenerate"])
+
 
 def chat_tokens(model: Model, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
     """Token lists of one-turn conversations in the model's own chat format."""
@@ -173,9 +195,7 @@ def answer_all(
 
 def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
     """The refusal confidence of each answer; None where it cannot be told."""
-    # What was cut off within its thinking trace is no refusal: nobody knows what the answer would have been.
-    texts = [None if not (a.text or a.finished or a.degenerate) else a.text for a in answers]
-    graded = dict(judge.judge([(p.prompt, text) for p, text in zip(prompts, texts, strict=True)]))
+    graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
     return [graded[i].confidence for i in range(len(prompts))]
 
 
@@ -202,13 +222,7 @@ def answer_and_judge(
 
 def side_row(found: Answer, confidence: float | None) -> Row:
     """What is kept of one answer on one side."""
-    return {
-        "answer": found.text,
-        "tokens": found.tokens,
-        "finished": found.finished,
-        "degenerate": found.degenerate,
-        "confidence": confidence,
-    }
+    return {**found.to_row(), "confidence": confidence}
 
 
 def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:

@@ -162,20 +162,18 @@ class Pipeline:
 
     @cached_property
     def model(self) -> Model:
-        return self._load(self.model_path)
+        path = self.model_path
+        model: Model = (
+            TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=self.recipe.answers.parallel)
+        )
+        self._open.callback(model.close)
+        return model
 
     @cached_property
     def judge(self) -> Judge:
         loaded = self.model if isinstance(self.model, LlamaModel) else None
         opened = open_judge_spec(self.recipe.judge, loaded=loaded, progress=self.progress.download)
         return self._open.enter_context(opened)
-
-    def _load(self, path: Path) -> Model:
-        model: Model = (
-            TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=self.recipe.answers.parallel)
-        )
-        self._open.callback(model.close)
-        return model
 
     # ---- stages ----------------------------------------------------------------------------------
 
@@ -190,15 +188,7 @@ class Pipeline:
             for i, found in answer(
                 self.model, tokens, max_tokens=self.recipe.answers.tokens, sampling=sampling
             ):
-                log.append(
-                    {
-                        **prompts.to_row(missing[i]),
-                        "answer": found.text,
-                        "tokens": found.tokens,
-                        "finished": found.finished,
-                        "degenerate": found.degenerate,
-                    }
-                )
+                log.append({**prompts.to_row(missing[i]), **found.to_row()})
                 advance(1)
         log.finish([p.id for p in asked])
 
@@ -208,9 +198,7 @@ class Pipeline:
         missing = [row for row in rows if row["id"] not in log.rows]
         with self.progress.stage("score", len(rows)) as advance:
             advance(len(rows) - len(missing))
-            # What was cut off within its thinking trace is no empty answer (`evaluation.grade`).
-            known = [row["answer"] or row["finished"] or row["degenerate"] for row in missing]
-            pairs = [(r["prompt"], r["answer"] if k else None) for r, k in zip(missing, known, strict=True)]
+            pairs = [(row["prompt"], Answer.from_row(row).to_judge) for row in missing]
             for i, graded in self.judge.judge(pairs):
                 log.append({"id": missing[i]["id"], **_graded(graded), "judge": self.judge.name})
                 advance(1)
@@ -311,7 +299,7 @@ class Pipeline:
         scores = self._scores()
         return Unsteered(
             self.prompts["tune"],
-            [Answer(row["tokens"], row["answer"], row["finished"], row["degenerate"]) for row in rows],
+            [Answer.from_row(row) for row in rows],
             [scores[row["id"]] for row in rows],
         )
 

@@ -7,13 +7,15 @@ starting points are the paper's prior for vectors (section 6), and long bands fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf.adapter import Gates
 from rs_gguf.layers import band_profile
+from rs_gguf.lora import Factors
 
 GATE = "gate"  # what stands for the estimator where a gated adapter is meant
 
@@ -42,6 +44,15 @@ class Candidate:
     last: int
     strength: float
     margin: float = 0.0
+
+    @property
+    def shape(self) -> Candidate:
+        """What it shares with those that differ in strength alone."""
+        return replace(self, strength=0)
+
+    def factors(self, gates: Gates) -> dict[str, Factors]:
+        """The gated adapter that it stands for."""
+        return gates.factors(self.ridge, self.first, self.last, self.strength, self.margin)
 
     def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
         """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks."""

@@ -102,11 +102,12 @@ class Finder:
             directions = self._directions[candidate.estimator, candidate.ridge]
             return Steering(candidate.steering(directions))
         assert self._gates is not None  # the space of gates is searched only where there are some
-        ridge, first, last, margin = candidate.ridge, candidate.first, candidate.last, candidate.margin
-        path = self._folder / "adapters" / f"gate-{ridge:g}-{first}-{last}-{margin:g}.gguf"
+        unit = replace(candidate, strength=1.0)
+        path = (
+            self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
+        )
         if not path.exists():
-            factors = self._gates.factors(ridge, first, last, 1.0, margin)
-            lora.write(lora.LoraAdapter(factors, self._model.architecture), path)
+            lora.write(lora.LoraAdapter(unit.factors(self._gates), self._model.architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
     def search(self, space: Space) -> Trial:
@@ -193,7 +194,7 @@ class Finder:
             # To first order what harm loses grows with the strength.
             factor = min(2.0, _FIRST_LOSS / max(losses(trial)[1], 1e-6))
             strength = round(trial.candidate.strength * factor, 4)
-            best.setdefault(replace(trial.candidate, strength=0), replace(trial.candidate, strength=strength))
+            best.setdefault(trial.candidate.shape, replace(trial.candidate, strength=strength))
         return list(best.values())
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
@@ -202,15 +203,13 @@ class Finder:
         Where it is kept and another limit is not, blocks or a margin not tried yet come first: less strength
         would cost removal, and may not help.
         """
-
-        def shape(candidate: Candidate) -> Candidate:
-            return replace(candidate, strength=0)
-
-        tried = {shape(t.candidate) for t in answered}
-        untried = next((c for c in ranked if shape(c) not in tried), None)
+        tried = {t.candidate.shape for t in answered}
+        untried = next((c for c in ranked if c.shape not in tried), None)
         if not answered:
             return untried
         feasible = [trial for trial in answered if trial.feasible]
+        if any(trial.sensitive == 0.0 for trial in feasible):
+            return None  # nothing is left to change
         if not feasible and answered[-1].harmful_retention >= self._recipe.tune.min_retention and untried:
             return untried
         if feasible:
@@ -219,21 +218,20 @@ class Finder:
         else:
             best = max(answered, key=lambda t: (t.harmful_retention, -t.sensitive)).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
-            weakest = min(t.candidate.strength for t in answered if shape(t.candidate) == shape(best))
+            weakest = min(t.candidate.strength for t in answered if t.candidate.shape == best.shape)
             best = replace(best, strength=weakest)
             factor = 1 / _STEP**1.5
         failed = [
             t.candidate.strength
             for t in answered
-            if shape(t.candidate) == shape(best) and t.candidate.strength > best.strength
+            if t.candidate.shape == best.shape and t.candidate.strength > best.strength
         ]
         strength = best.strength * factor
         if feasible and failed:
             strength = math.sqrt(best.strength * min(failed))
-        done = min((t.sensitive for t in feasible), default=1.0) == 0.0
-        if not done and not best.strength / _CLOSE < strength < best.strength * _CLOSE:
-            return replace(best, strength=round(strength, 4))
-        return untried if not done else None
+        if best.strength / _CLOSE < strength < best.strength * _CLOSE:
+            return untried
+        return replace(best, strength=round(strength, 4))
 
     # ---- measures --------------------------------------------------------------------------------
 

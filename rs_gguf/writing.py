@@ -32,9 +32,8 @@ def write_adapter(
     path: Path, trial: Trial, gates: Gates, architecture: str, facts: Mapping[str, Any]
 ) -> None:
     """Write the gated adapter at scale 1.0, with its provenance; `facts` are those of the run."""
-    place = trial.candidate
-    factors = gates.factors(place.ridge, place.first, place.last, place.strength, place.margin)
-    lora.write(lora.LoraAdapter(factors, architecture, _provenance(trial, facts)), path)
+    adapter = lora.LoraAdapter(trial.candidate.factors(gates), architecture, _provenance(trial, facts))
+    lora.write(adapter, path)
 
 
 def proven(path: Path, model: Model) -> dict[str, Any]:
