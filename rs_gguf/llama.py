@@ -425,24 +425,23 @@ class LlamaModel:
         prefix = self._share_prefix(context, prompts, min(map(len, prompts)) - 1)
         # Of like length together: llama.cpp runs sequences of unequal length in several smaller steps.
         queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-        free = list(range(context.n_slots, 0, -1))
         running: dict[int, int] = {}  # slot → index of prompt
         answers: dict[int, list[int]] = {}
         draws = {}
         while queue or running:
-            batch = [
-                _Token(answers[i][-1], len(prompts[i]) + len(answers[i]) - 1, slot, True)
-                for slot, i in running.items()
-            ]
-            while queue and free:
-                i, slot = queue.popleft(), free.pop()
-                llama_cpp.llama_memory_seq_cp(context.memory, 0, slot, -1, -1)
-                running[slot], answers[i] = i, []
-                draws[i] = np.random.default_rng((sampling.seed, i))
-                last = len(prompts[i]) - 1
+            for slot in range(1, context.n_slots + 1):
+                if queue and slot not in running:
+                    i = running[slot] = queue.popleft()
+                    answers[i], draws[i] = [], np.random.default_rng((sampling.seed, i))
+                    llama_cpp.llama_memory_seq_cp(context.memory, 0, slot, -1, -1)
+            self._close_gaps(context, running)
+            batch = []
+            for slot, i in sorted(running.items()):
+                known = [*prompts[i], *answers[i]]
+                start = len(known) - 1 if answers[i] else prefix
                 batch += [
-                    _Token(t, pos, slot, pos == last)
-                    for pos, t in enumerate(prompts[i][prefix:], start=prefix)
+                    _Token(t, pos, slot, pos == len(known) - 1)
+                    for pos, t in enumerate(known[start:], start=start)
                 ]
             for token, logits in self._decode(context, batch):
                 i = running[token.seq]
@@ -452,10 +451,22 @@ class LlamaModel:
                     answers[i].append(drawn)
                 if finished or len(answers[i]) >= max_tokens:
                     llama_cpp.llama_memory_seq_rm(context.memory, token.seq, -1, -1)
-                    free.append(token.seq)
                     del running[token.seq], draws[i]
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
+
+    @staticmethod
+    def _close_gaps(context: _Context, running: dict[int, int]) -> None:
+        """Move the last slots into the free ones before them.
+
+        llama.cpp computes sequences side by side only where their numbers follow one another.
+        """
+        for slot in range(1, len(running) + 1):
+            if slot not in running:
+                last = max(running)
+                llama_cpp.llama_memory_seq_cp(context.memory, last, slot, -1, -1)
+                llama_cpp.llama_memory_seq_rm(context.memory, last, -1, -1)
+                running[slot] = running.pop(last)
 
     def _forward(
         self, sequences: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]
