@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import blas
+from scipy.linalg import LinAlgError, blas, cho_factor, cho_solve
 from threadpoolctl import threadpool_limits
 
 from rs_gguf.errors import InputError
@@ -25,7 +25,7 @@ from rs_gguf.judging.judgement import NEUTRAL
 from rs_gguf.labels import Labels
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
-from rs_gguf.ridge import RidgeSystem, check_ridges
+from rs_gguf.ridge import check_ridges
 
 # Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
 # last step first, since llama.cpp's build_ffn names them one after another.
@@ -238,12 +238,11 @@ def _reads(
     if cells:
         parts.append(np.stack(cells) @ last / np.sqrt(len(cells)))
     factor = np.concatenate(parts)
-    system = _system(factor)
-    if system.trace == 0.0:
+    solved = _solve(factor, means, ridges)  # [R, W, 3]
+    if solved is None:
         raise InputError(
             f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
         )
-    solved = system.solve(means, ridges * (system.trace / factor.shape[1]))  # [R, W, 3]
     kinds = list(mean)
     wanted = np.eye(3)[:, [kinds.index("sensitive"), kinds.index("harmful")]]
     found = np.empty((2, len(ridges), factor.shape[1]))
@@ -269,9 +268,27 @@ def _block(rows: Any, layer: int, name: str) -> Float64:
     return block
 
 
-def _system(factor: Float64) -> RidgeSystem:
-    """(AᵀA + λI)⁻¹ for A = `factor` [n, W], by the smaller of its two products."""
-    zero = np.zeros(factor.shape[1])
-    if len(factor) < factor.shape[1]:
-        return RidgeSystem(blas.dsyrk(1.0, factor.T, trans=1, lower=1), zero, factor)
-    return RidgeSystem(blas.dsyrk(1.0, factor.T, lower=1), zero)
+def _solve(factor: Float64, right: Float64, ridges: Float64) -> Float64 | None:
+    """(AᵀA + ρI)⁻¹B for A = `factor` [n, W], B = `right` [W, r], and each ρ = λ tr(AᵀA)/W: [R, W, r].
+
+    By Cholesky of the smaller of AᵀA and AAᵀ, the latter through Woodbury's identity. None where A vanishes.
+    """
+    wide = len(factor) < factor.shape[1]
+    gram = blas.dsyrk(1.0, factor.T, trans=int(wide), lower=1)
+    trace = float(np.trace(gram))
+    if trace == 0.0:
+        return None
+    inner = factor @ right if wide else right
+    solved = []
+    for ridge in ridges * (trace / factor.shape[1]):
+        shifted = gram.copy(order="F")
+        shifted.flat[:: len(gram) + 1] += ridge
+        try:
+            found = cho_solve(cho_factor(shifted, lower=True, overwrite_a=True), inner)
+        except LinAlgError as error:
+            raise InputError(
+                f"gated adapter: ridge {ridge:.3g} (absolute) is lost in the rounding of a metric with trace "
+                f"{trace:.3g}; choose a larger ridge."
+            ) from error
+        solved.append((right - factor.T @ found) / ridge if wide else found)
+    return np.stack(solved)

@@ -267,6 +267,19 @@ def test_a_metric_without_any_energy_is_an_error() -> None:
         fitted(WriterInputs(last, nothing, nothing), np.ones((3, 1, 4), np.float32), labels)
 
 
+@pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (1, 40)])
+def test_a_ridge_that_rounding_swallows_is_an_error(per_class: int, width: int) -> None:
+    """Samples twice over leave the metric singular, by either of its two products."""
+    inputs, residuals, labels = problem(per_class, width)
+    twice = WriterInputs(
+        *(np.concatenate([rows] * 2, axis=2) for rows in (inputs.last, inputs.quiet, inputs.constant))
+    )
+    if per_class == 1:
+        twice = WriterInputs(twice.last, np.concatenate([twice.quiet] * 2), twice.constant)
+    with pytest.raises(InputError, match="is lost in the rounding.*choose a larger ridge"):
+        fit_gates({"ffn_down": twice}, residuals, labels, ridges=[1e-25])
+
+
 def test_bad_ridges_are_refused() -> None:
     with pytest.raises(InputError, match="positive finite"):
         fitted(*problem(), ridges=[1.0, 0.0])
