@@ -4,12 +4,13 @@ Claim: a path of 32 ridges x all layers x four ridge estimators (RMD, WRMD, WRMD
 many times faster than solving each with torch.linalg.solve, within 1.5 layers of fp64 activations beyond
 the input.
 
-Two peers, both torch fp64 at the faster of 1 and all threads:
-  solve   the covariance of a layer and weighting is formed once, then one torch.linalg.solve a ridge and
+Two peers, both torch fp64, at the fastest of 1 or all threads and of one system a call or a batch of four:
+  solve   the covariance of a layer and weighting is formed once, then torch.linalg.solve for each ridge and
           estimator: 128 a layer;
   refit   what fitting each setting on its own costs: covariance and torch.linalg.solve, 128 times a layer.
-The peers run on a sample of ridges of one layer and are multiplied out; ours runs in full. Data: N samples,
-45 % refused, 45 % answered, 10 % neutral, the spread of the dimensions falling over three decades.
+The peers run on a sample of ridges of one layer, of the cheapest of the four estimators, and are multiplied
+out; ours runs in full. Memory is that of the arrays each side allocates. Data: N samples, 45 % refused, 45 %
+answered, 10 % neutral, the spread of the dimensions falling over three decades.
 
 Usage: python benchmarks/ridge_path.py [--small] [--repeats R]
 """
@@ -31,6 +32,7 @@ from rs_gguf.estimators import (
     WeightedRidgeMeanDifference,
     fit_paths,
 )
+from rs_gguf.paths import RidgePath
 
 RIDGES = np.geomspace(1e-3, 1e2, 32)
 ESTIMATORS = [
@@ -90,15 +92,19 @@ class Peer:
         return matrix, (mean("refused") - centre)[:, None]
 
     @staticmethod
-    def solve(matrix: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
-        shifted = matrix.clone()
-        shifted.diagonal().add_(ridge * matrix.trace() / len(matrix))
-        solved = torch.linalg.solve(shifted, right)
-        direction = solved[:, 0]
+    def solve(matrix: torch.Tensor, right: torch.Tensor, ridges: np.ndarray) -> torch.Tensor:
+        """Unit directions [R, D], by one call."""
+        shifted = matrix.repeat(len(ridges), 1, 1)
+        shifted.diagonal(dim1=1, dim2=2).add_(
+            torch.from_numpy(ridges)[:, None] * matrix.trace() / len(matrix)
+        )
+        # Each is symmetric; its transpose is already in the order that LAPACK wants.
+        solved = torch.linalg.solve(shifted.mT, right.expand(len(ridges), -1, -1))
+        directions = solved[:, :, 0]
         if right.shape[1] > 1:
-            harm = right[:, 1]
-            direction = direction - solved[:, 1] * (harm @ direction) / (harm @ solved[:, 1])
-        return direction / direction.norm()
+            harm, pull = right[:, 1], solved[:, :, 1]
+            directions = directions - pull * ((directions @ harm) / (pull @ harm))[:, None]
+        return directions / directions.norm(dim=1, keepdim=True)
 
 
 def best(function: Callable[[], object], repeats: int) -> float:
@@ -110,6 +116,35 @@ def best(function: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def peak_of_numpy(function: Callable[[], object]) -> int:
+    tracemalloc.start()
+    function()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def peak_of_torch(function: Callable[[], object]) -> int:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(np.cumsum([change for _, change in sorted(changes)]), default=0)
+
+
+def flop_ratio(n: int, width: int) -> float:
+    """Floating-point operations of the peer over ours, a layer with n answered samples, leading terms alone.
+
+    Peer: three covariances and 128 solves. Ours: two covariances, or Gram matrices where n < D, of which one
+    triangle is computed, and two reductions.
+    """
+    size = min(n, width)
+    peer = 3 * 2 * n * width**2 + len(RIDGES) * len(ESTIMATORS) * 2 / 3 * width**3
+    return peer / (2 * (n * width * size + 4 / 3 * size**3))
+
+
 def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
     activations, confidence, kinds = make(n, n_layers, width)
     answered = int((confidence < -0.15).sum())
@@ -117,57 +152,50 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
         f"\nN {n}, L {n_layers}, D {width}, {answered} answered, {activations.nbytes / 2**20:.0f} MiB float32"
     )
 
-    start = time.perf_counter()
-    paths = fit_paths(activations, confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
-    ours = time.perf_counter() - start
-    for _ in range(repeats - 1):
-        start = time.perf_counter()
-        fit_paths(activations, confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
-        ours = min(ours, time.perf_counter() - start)
+    def fit(layers: int) -> list[RidgePath]:
+        return fit_paths(activations[:, :layers], confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
+
+    ours = best(lambda: fit(n_layers), repeats)
     print(f"ours, in full, 1 thread:              {ours:9.2f} s  ({ours / n_layers * 1e3:.0f} ms a layer)")
 
+    paths = fit(1)
     peer = Peer(activations[:, 0].copy(), confidence, kinds)
-    names = [estimator.name for estimator in ESTIMATORS]
-    parts = {name: peer.parts(name) for name in names}
     worst = 0.0
-    for name, path in zip(names, paths, strict=True):
-        for index in (0, 16, 31):
-            theirs = peer.solve(*parts[name], RIDGES[index]).numpy()
-            worst = max(worst, float(np.abs(theirs - path.directions[index, 0]).max()))
+    for estimator, path in zip(ESTIMATORS, paths, strict=True):
+        theirs = peer.solve(*peer.parts(estimator.name), RIDGES[[0, 16, 31]]).numpy()
+        worst = max(worst, float(np.abs(theirs - path.directions[[0, 16, 31], 0]).max()))
     print(f"largest difference of a component:    {worst:9.1e}")
 
-    solve, refit, chosen = np.inf, np.inf, 1
+    parts = peer.parts("wrmd")
     threads = torch.get_num_threads()
-    for count in (1, threads):
+    forms, solves = {}, {}
+    for count in {1, threads}:
         torch.set_num_threads(count)
-        for name in names:
-            once = best(lambda name=name: peer.solve(*parts[name], 0.1), repeats)
-            if once < solve:
-                solve, chosen = once, count
-            refit = min(refit, best(lambda name=name: peer.solve(*peer.parts(name), 0.1), repeats))
-    form = best(lambda: peer.parts("wrmd"), repeats)
+        forms[count] = best(lambda: peer.parts("wrmd"), repeats)
+        for batch in (1, 4):
+            solves[count, batch] = (
+                best(lambda batch=batch: peer.solve(*parts, RIDGES[:batch]), repeats) / batch
+            )
     torch.set_num_threads(threads)
+    form, (solve, (count, batch)) = min(forms.values()), min((v, k) for k, v in solves.items())
     fits = len(RIDGES) * len(ESTIMATORS) * n_layers
     # RMD, WRMD and the uncentred matrix: three to form a layer, SafeRidge shares WRMD's.
-    total = fits * solve + 3 * n_layers * form
-    print(f"one torch.linalg.solve, {chosen} of {threads} threads: {solve * 1e3:9.1f} ms")
+    total, refit = fits * solve + 3 * n_layers * form, fits * (solve + form)
+    print(f"one solve, {count} of {threads} threads, {batch} a call:    {solve * 1e3:9.1f} ms")
     print(f"peer solve, {fits} fits, extrapolated: {total:8.1f} s  = {total / ours:7.1f} x ours")
-    print(
-        f"peer refit, {fits} fits, extrapolated: {fits * refit:8.1f} s  = {fits * refit / ours:7.1f} x ours"
-    )
+    print(f"peer refit, {fits} fits, extrapolated: {refit:8.1f} s  = {refit / ours:7.1f} x ours")
+    print(f"peer solve, ratio of flops:           {flop_ratio(answered, width):9.1f}")
 
-    few = activations[:, :2]
-    tracemalloc.start()
-    kept = fit_paths(few, confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    results = sum(p.directions.nbytes + p.offset.nbytes for p in kept)
+    few = fit(2)
+    results = sum(path.directions.nbytes + path.offset.nbytes for path in few)
     layer = n * width * 8
-    beyond = peak - results
+    beyond = peak_of_numpy(lambda: fit(2)) - results
     print(
-        f"peak beyond input and result:         {beyond / 2**20:9.1f} MiB = {beyond / layer:.2f} layers in "
+        f"ours, peak beyond input and result:   {beyond / 2**20:9.1f} MiB = {beyond / layer:.2f} layers in "
         f"fp64, {2 * beyond / layer:.2f} in float32"
     )
+    theirs = peak_of_torch(lambda: peer.solve(*peer.parts("wrmd"), RIDGES[:1]))
+    print(f"peer, one fit:                        {theirs / 2**20:9.1f} MiB = {theirs / layer:.2f} layers")
 
 
 if __name__ == "__main__":

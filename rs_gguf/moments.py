@@ -21,8 +21,8 @@ from rs_gguf.errors import InputError
 Float64 = npt.NDArray[np.float64]
 T = TypeVar("T")
 
-# Samples converted to fp64 at once: small beside a layer, large enough for BLAS 3 to run at full speed.
-CHUNK_SAMPLES = 256
+# Samples converted to fp64 at once: small beside a layer, large enough for BLAS 3 to run near full speed.
+CHUNK_SAMPLES = 128
 
 
 class Moments:
@@ -122,6 +122,16 @@ def chunks(activations: Any, layer: int) -> Iterator[tuple[slice, Float64]]:
         yield part, read_rows(activations, part, layer)
 
 
+def member_chunks(
+    activations: Any, layer: int, weights: Float64
+) -> Iterator[tuple[npt.NDArray[np.intp], Float64]]:
+    """As `chunks`, but only the samples with a weight, as (indices [n], rows [n, D]); others are not read."""
+    members = np.flatnonzero(weights)
+    for start in range(0, len(members), CHUNK_SAMPLES):
+        part = members[start : start + CHUNK_SAMPLES]
+        yield part, read_rows(activations, part, layer)
+
+
 def gather(value: T, distributed: bool) -> list[T]:
     """`value` of every rank of torch.distributed's default group, in rank order; `[value]` when not asked."""
     if not distributed:
@@ -157,7 +167,7 @@ def layer_means(
 def layer_covariance(activations: Any, layer: int, weights: Float64, *, distributed: bool = False) -> Moments:
     """`Moments` with scatter of one class at `layer`, for `weights` [N]; `distributed` as above."""
     moments = Moments(activations.shape[2], scatter=True)
-    for part, rows in chunks(activations, layer):
+    for part, rows in member_chunks(activations, layer, weights):
         moments.update(rows, weights[part])
     first, *others = gather(moments, distributed)
     for other in others:

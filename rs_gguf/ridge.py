@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy.linalg import blas, lapack
 
 from rs_gguf.errors import InputError
-from rs_gguf.moments import CHUNK_SAMPLES, Float64, chunks, gather, layer_covariance, read_rows
+from rs_gguf.moments import Float64, gather, layer_covariance, member_chunks
 
 SHRINKAGES = ("ledoit-wolf", "oas")
 
@@ -67,9 +67,10 @@ class RidgeSystem:
         """Qᵀ (`T`) or Q (`N`) times `columns`; the first coordinate is Q's fixed point."""
         rotated = np.array(columns, order="F")
         if len(self._tau):
-            rotated[1:], _, _ = lapack.dormqr(
-                b"L", side, self._reflectors, self._tau, rotated[1:], 64 * columns.shape[1]
-            )
+            # What LAPACK needs for blocks of 64 reflectors, its largest; with less it takes smaller ones, at
+            # half the speed.
+            workspace = 64 * columns.shape[1] + 65 * 64
+            rotated[1:], _, _ = lapack.dormqr(b"L", side, self._reflectors, self._tau, rotated[1:], workspace)
         return rotated
 
     def _shifted(self, ridge: float, columns: Float64) -> Float64:
@@ -100,11 +101,11 @@ def layer_system(
         assert moments.lower is not None  # asked for above
         moments.lower /= moments.weight
         return RidgeSystem(moments.lower, moments.mean)
-    mine = np.flatnonzero(weights[local])
-    rows = np.empty((len(mine), width))
-    for start in range(0, len(mine), CHUNK_SAMPLES):
-        part = mine[start : start + CHUNK_SAMPLES]
-        rows[start : start + len(part)] = read_rows(activations, part, layer)
+    rows = np.empty((np.count_nonzero(weights[local]), width))
+    filled = 0
+    for _, chunk in member_chunks(activations, layer, weights[local]):
+        rows[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
     parts = gather(rows, distributed)
     rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
     shares = weights[members] / weights[members].sum()
@@ -138,7 +139,7 @@ def shrinkage_ridge(
         share = (system.squares / width**2 + (system.trace / width) ** 2) / ((count + 1) * spread / width**2)
     else:
         fourth = 0.0  # Σ w ‖h − μ‖⁴ / Σ w, about the mean that the factorisation found
-        for part, rows in chunks(activations, layer):
+        for part, rows in member_chunks(activations, layer, weights[local]):
             rows -= system.mean
             fourth += float(weights[local][part] @ np.einsum("ij,ij->i", rows, rows) ** 2)
         fourth = sum(gather(fourth, distributed)) / float(weights.sum())

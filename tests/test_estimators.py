@@ -100,11 +100,47 @@ def reference(estimator, activations, confidence, ridge, weights=None):
 @pytest.mark.parametrize("kind", FIVE)
 def test_equals_direct_solve(kind, scale, width):
     activations, confidence = planted(width=width)
-    estimator = kind(ridge=0.03, ridge_scale=scale).fit(activations, confidence)
-    assert estimator.directions_.shape == estimator.offset_.shape == (3, width)
-    expected = reference(estimator, activations, confidence, 0.03)
-    np.testing.assert_allclose(estimator.directions_, expected, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(np.linalg.norm(estimator.directions_, axis=1), 1, atol=1e-14)
+    estimator, ridges = kind(ridge_scale=scale), [1e-4, 1e-3, 0.03, 1, 100]
+    path = fit_paths(activations, confidence, [estimator], ridges=ridges)[0]
+    assert path.directions.shape == (5, 3, width)
+    assert path.offset.shape == (3, width)
+    for ridge, directions in zip(ridges, path.directions, strict=True):
+        expected = reference(estimator, activations, confidence, ridge)
+        np.testing.assert_allclose(directions, expected, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-14)
+
+
+def eliminate(matrix, right):
+    """matrix⁻¹ right by Gaussian elimination; NumPy's solvers would go back to fp64."""
+    matrix, right = matrix.copy(), right.copy()
+    for k in range(len(matrix)):
+        factor = matrix[k + 1 :, k] / matrix[k, k]
+        matrix[k + 1 :, k:] -= factor[:, None] * matrix[k, k:]
+        right[k + 1 :] -= factor * right[k]
+    for k in reversed(range(len(matrix))):
+        right[k] = (right[k] - matrix[k, k + 1 :] @ right[k + 1 :]) / matrix[k, k]
+    return right
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no type wider than fp64 on this platform")
+@pytest.mark.parametrize("width", [10, 54, 200], ids=["n>D", "n~D", "n<D"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_tiny_ridges_equal_elimination_in_extended_precision(centred, width):
+    # Here a solve in fp64 itself is wrong in the eighth digit, so it can be no reference.
+    activations, confidence = planted(n_layers=1, width=width)
+    kind = WeightedRidgeMeanDifference if centred else UncentredWeightedRidgeMeanDifference
+    ridges = [1e-8, 1e-6]
+    paths = ridge_path(activations, confidence, ridges, kind())
+    h, plus, minus = activations[:, 0].astype(np.longdouble), confidence > 0.15, confidence < -0.15
+    weights = np.abs(confidence).astype(np.longdouble)
+    mean_plus, mean_minus = (weights[m] @ h[m] / weights[m].sum() for m in (plus, minus))
+    rows = h[minus] - (mean_minus if centred else 0)
+    matrix = (rows.T * weights[minus]) @ rows / weights[minus].sum()
+    for ridge, directions in zip(ridges, paths, strict=True):
+        shifted = matrix + ridge * np.trace(matrix) / width * np.eye(width)
+        expected = eliminate(shifted, mean_plus - mean_minus)
+        expected /= np.sqrt(expected @ expected)
+        np.testing.assert_allclose(directions[0], expected.astype(np.float64), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("width", [10, 200])

@@ -71,6 +71,18 @@ def test_zero_weight_leaves_a_sample_out_and_an_empty_part_changes_nothing():
     np.testing.assert_allclose(moments.covariance(), np.cov(rows[:12], rowvar=False, ddof=0), atol=1e-14)
 
 
+def test_a_covariance_reads_the_samples_of_its_class_alone():
+    rng = np.random.default_rng(5)
+    rows, weights = rng.normal(size=(3 * CHUNK_SAMPLES, 7)), rng.uniform(0.1, 1, 3 * CHUNK_SAMPLES)
+    inside = rng.random(len(rows)) < 0.7
+    moments = layer_covariance(
+        np.where(inside[:, None], rows, np.nan)[:, None], 0, np.where(inside, weights, 0)
+    )
+    mean, covariance = reference(rows[inside], weights[inside])
+    np.testing.assert_allclose(moments.mean, mean, atol=1e-13)
+    np.testing.assert_allclose(moments.covariance(), covariance, atol=1e-13)
+
+
 def test_layer_means_of_several_classes_across_chunks():
     rng = np.random.default_rng(2)
     activations = rng.normal(size=(CHUNK_SAMPLES + 50, 3, 5)).astype(np.float32)
