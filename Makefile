@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := out/demo
 
-.PHONY: install demo test lint docs bench vectors sanitize neon clean
+.PHONY: install demo test lint docs bench vectors screenshots sanitize neon clean
 
 install: $(STAMP)
 
@@ -24,6 +24,8 @@ demo: install
 	$(BIN)/rs-export run --out $(DEMO)
 
 test: lint docs sanitize
+	@if { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then $(MAKE) neon; \
+		else echo "the kernel's NEON target is not tested: no g++-aarch64-linux-gnu, qemu-user"; fi
 	$(BIN)/python -m pytest
 
 lint: install
@@ -31,6 +33,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/cmake -S . -B build/tidy -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRS_CHECK=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build/tidy.log || { cat build/tidy.log; exit 1; }
+	$(BIN)/run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(BIN)/clang-tidy >build/tidy.log 2>&1 || \
+		{ cat build/tidy.log; exit 1; }
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -45,6 +52,10 @@ vectors: install
 		$(BIN)/rs-export run $$recipe --out $$out || test $$? -eq 1 || exit; \
 		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/; \
 	done
+
+# Pictures of the reports at hand, to look at before and after a change of the page.
+screenshots: install
+	$(BIN)/python tests/browser.py out/screenshots $(wildcard $(DEMO)/report.html vectors/*/report.html)
 
 clean:
 	rm -rf $(VENV) build out

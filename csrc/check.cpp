@@ -144,10 +144,10 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     constexpr std::size_t count = layers * rank;
     std::vector<float> p(samples * count);
     rs::project(target, problem, 1, p.data());
-    std::vector<double> found(6 * count, NAN);
+    std::vector<double> found(7 * count, NAN);
     const auto at = [&](std::size_t figure) { return found.data() + figure * count; };
     rs::statistics(target, problem, c.data(), w.data(), neutral, 0.5, 2,
-                   {at(0), at(1), at(2), at(3), at(4), at(5)});
+                   {at(0), at(1), at(2), at(3), at(4), at(5), at(6)});
 
     const auto near = [](double a, double b) { return std::fabs(a - b) <= 1e-9 * (1 + std::fabs(b)); };
     for (std::size_t i = 0; i < count; ++i) {
@@ -159,6 +159,8 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
         double refused = 0;
         double sum_refused = 0;
         std::vector<float> above;
+        double pairs = 0;
+        double won = 0;
         for (std::size_t n = 0; n < samples; ++n) {
             const double value = p[n * count + i];
             weight += w[n];
@@ -167,6 +169,12 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
             if ((value > 0) != (c[n] > 0)) {
                 wrong += w[n];
                 squares += w[n] * (value - c[n]) * (value - c[n]);
+            }
+            for (std::size_t m = 0; m < samples && c[n] > neutral; ++m) {
+                if (c[m] >= -neutral) continue;
+                const double other = p[m * count + i];
+                pairs += 1;
+                won += (value > other ? 0.5 : 0) + (value >= other ? 0.5 : 0);
             }
             if (c[n] > neutral) {
                 refused += w[n];
@@ -188,7 +196,7 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
         const double median =
             (static_cast<double>(above[(above.size() - 1) / 2]) + above[above.size() / 2]) / 2;
         if (!near(at(0)[i], pc / std::sqrt(pp * cc)) || !near(at(1)[i], std::sqrt(squares / wrong)) ||
-            !near(at(2)[i], sum_refused / refused) || !near(at(4)[i], median))
+            !near(at(2)[i], won / pairs) || !near(at(3)[i], sum_refused / refused) || !near(at(5)[i], median))
             return false;
     }
     return true;

@@ -71,10 +71,12 @@ const Target& chosen_target();
 void project(const Target& target, const Problem& problem, std::size_t threads, float* out);
 
 // statistics.cpp: the figures by which a direction is judged, from one pass over the activations. A thread
-// holds the projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous.
+// holds the projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous;
+// NaN where it has no meaning, and everywhere in a column of which a projection is not finite.
 struct Statistics {
     double* pearson;        // weighted correlation of p with c
-    double* disagreement;   // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 where there is no such sample
+    double* disagreement;   // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 without such a sample
+    double* auroc;          // area under the ROC curve of p, c > neutral against c < −neutral, unweighted
     double* mean_refused;   // weighted mean of p over c > neutral
     double* mean_answered;  // weighted mean of p over c < −neutral
     double* upper;          // quantile q of p over c > 0

@@ -18,10 +18,9 @@ constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 int sign(double x) { return static_cast<int>(x > 0) - static_cast<int>(x < 0); }
 
 // The quantile q of values, with linear interpolation between order statistics (Hyndman and Fan's type 7,
-// NumPy's default). Reorders values. NaN if there are none, or a NaN among them.
+// NumPy's default). Reorders values. NaN if there are none.
 double quantile(std::vector<float>& values, double q) {
-    if (values.empty() || std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); }))
-        return nan;
+    if (values.empty()) return nan;
     const double position = q * static_cast<double>(values.size() - 1);
     const auto below = static_cast<std::size_t>(position);
     const double fraction = position - static_cast<double>(below);
@@ -33,6 +32,23 @@ double quantile(std::vector<float>& values, double q) {
     return low + fraction * (high - low);
 }
 
+// Area under the ROC curve: the share of pairs of a refused and an answered sample of which the refused one
+// lies higher, ties counted half. Sorts both. NaN without a pair.
+double auroc(std::vector<float>& refused, std::vector<float>& answered) {
+    if (refused.empty() || answered.empty()) return nan;
+    std::sort(refused.begin(), refused.end());
+    std::sort(answered.begin(), answered.end());
+    double twice = 0;  // a pair counts 2, a tie 1
+    auto below = answered.begin();
+    auto upto = answered.begin();
+    for (const float value : refused) {
+        while (below != answered.end() && *below < value) ++below;
+        while (upto != answered.end() && *upto <= value) ++upto;
+        twice += static_cast<double>((below - answered.begin()) + (upto - answered.begin()));
+    }
+    return twice / 2 / (static_cast<double>(refused.size()) * static_cast<double>(answered.size()));
+}
+
 double mean_or_nan(double sum, double weight) { return weight > 0 ? sum / weight : nan; }
 
 // One direction of one layer. p is strided: projections are [N, K].
@@ -40,8 +56,8 @@ class Column {
 public:
     Column(std::size_t samples, const double* confidence, const double* weights, double neutral, double q)
         : samples_(samples), c_(confidence), w_(weights), neutral_(neutral), q_(q) {
-        positive_.reserve(samples);
-        negative_.reserve(samples);
+        for (std::vector<float>* values : {&positive_, &negative_, &refused_, &answered_})
+            values->reserve(samples);
     }
 
     void reduce(const float* p, std::size_t stride, std::size_t index, const Statistics& out) {
@@ -54,8 +70,7 @@ public:
         double sum_refused = 0;
         double weight_answered = 0;
         double sum_answered = 0;
-        positive_.clear();
-        negative_.clear();
+        for (std::vector<float>* values : {&positive_, &negative_, &refused_, &answered_}) values->clear();
         for (std::size_t n = 0; n < samples_; ++n) {
             const float value = p[n * stride];
             const double w = w_[n];
@@ -72,16 +87,25 @@ public:
             if (c > neutral_) {
                 weight_refused += w;
                 sum_refused += wp;
+                refused_.push_back(value);
             } else if (c < -neutral_) {
                 weight_answered += w;
                 sum_answered += wp;
+                answered_.push_back(value);
             }
             if (c > 0) positive_.push_back(value);
             if (c < 0) negative_.push_back(value);
         }
+        if (!std::isfinite(sum_p)) {  // a projection is infinite or NaN: no figure means anything
+            for (double* const figure : {out.pearson, out.disagreement, out.auroc, out.mean_refused,
+                                         out.mean_answered, out.upper, out.lower})
+                figure[index] = nan;
+            return;
+        }
         out.pearson[index] = pearson(p, stride, sum_p / weight, sum_c / weight);
         out.disagreement[index] =
             weight_disagreeing > 0 ? std::sqrt(squares_disagreeing / weight_disagreeing) : 0;
+        out.auroc[index] = auroc(refused_, answered_);
         out.mean_refused[index] = mean_or_nan(sum_refused, weight_refused);
         out.mean_answered[index] = mean_or_nan(sum_answered, weight_answered);
         out.upper[index] = quantile(positive_, q_);
@@ -89,19 +113,24 @@ public:
     }
 
 private:
-    // About the means, in a second run over the column: one-pass sums of squares would cancel.
+    // About the means, in a second run over the column: one-pass sums of squares would cancel. A constant is
+    // told by its range, since rounding of the mean leaves it a small variance.
     double pearson(const float* p, std::size_t stride, double mean_p, double mean_c) const {
         double pp = 0;
         double pc = 0;
         double cc = 0;
+        bool p_varies = false;
+        bool c_varies = false;
         for (std::size_t n = 0; n < samples_; ++n) {
+            p_varies = p_varies || p[n * stride] != p[0];
+            c_varies = c_varies || c_[n] != c_[0];
             const double dp = static_cast<double>(p[n * stride]) - mean_p;
             const double dc = c_[n] - mean_c;
             pp += w_[n] * dp * dp;
             pc += w_[n] * dp * dc;
             cc += w_[n] * dc * dc;
         }
-        return pp == 0 || cc == 0 ? nan : pc / std::sqrt(pp) / std::sqrt(cc);
+        return !p_varies || !c_varies || pp == 0 || cc == 0 ? nan : pc / std::sqrt(pp) / std::sqrt(cc);
     }
 
     std::size_t samples_;
@@ -111,6 +140,8 @@ private:
     double q_;
     std::vector<float> positive_;
     std::vector<float> negative_;
+    std::vector<float> refused_;
+    std::vector<float> answered_;
 };
 
 struct Worker {

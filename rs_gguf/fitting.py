@@ -35,8 +35,8 @@ from rs_gguf.estimators import (
 from rs_gguf.files import write_json
 from rs_gguf.judges import NEUTRAL
 from rs_gguf.labels import Labels
-from rs_gguf.layers import calibration_scales, layer_auroc, layer_scores, score_bands
-from rs_gguf.projection import project
+from rs_gguf.layers import layer_scores, scales_of, score_bands, scores_of
+from rs_gguf.projection import project, project_statistics
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.ridge_selection import choose_ridge
@@ -157,26 +157,30 @@ def _fit_directions(
     summary: list[dict[str, Any]] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for name, path in zip(names, paths, strict=True):
-        # All ridges at once: the activations are read but once.
-        projections = project(samples.activations, path.directions.swapaxes(0, 1), path.offset)
-        auroc = np.stack([layer_auroc(p, samples.confidence) for p in np.moveaxis(projections, 2, 0)])
+        # All ridges at once: the activations are read but once, and no projections are kept.
+        directions, c = path.directions.swapaxes(0, 1), samples.confidence
+        merit = project_statistics(samples.activations, directions, c, path.offset, neutral=NEUTRAL)
+        scores, auroc = scores_of(merit).T, merit.auroc.T  # [ridges, L]
+        scales = scales_of(merit, c)[1].T
         for k, ridge in enumerate(ridges):
-            unit, projected = path.directions[k], projections[:, :, k]
-            scales = calibration_scales(projected, samples.confidence)[1]
-            found |= {f"{name}@{ridge:g}/unit": unit, f"{name}@{ridge:g}/scales": scales}
+            unit = path.directions[k]
+            found |= {f"{name}@{ridge:g}/unit": unit, f"{name}@{ridge:g}/scales": scales[k]}
             summary.append(
                 {
                     "estimator": name,
                     "ridge": ridge,
-                    "score": layer_scores(projected, samples.confidence).tolist(),
+                    "score": scores[k].tolist(),
                     "auroc": auroc[k].tolist(),
+                    "mean_refused": merit.mean_refused[:, k].tolist(),
+                    "mean_answered": merit.mean_answered[:, k].tolist(),
                     "harm_cosine": path.harm_cosine[k].tolist(),
                     "contrast_cosine": path.contrast_cosine.tolist(),
                 }
             )
         best, layer = (int(index) for index in np.unravel_index(auroc.argmax(), auroc.shape))
         shown[f"{name}@{ridges[best]:g}"] = path.directions[best]
-        _draw(samples, name, projections[:, :, best], path.directions[best], layer, folder / "figures")
+        projected = project(samples.activations, directions[:, best, np.newaxis], path.offset)[:, :, 0]
+        _draw(samples, name, projected, path.directions[best], layer, folder / "figures")
         if len(shown) == 1:
             figures.save_pca(folder / "figures" / "pca.svg", samples.activations, layer, samples.confidence)
         advance(1)

@@ -1,7 +1,8 @@
 """Which layers to steer, and how strongly each: scores, choice, profiles, calibration.
 
 Projections [N, L] of all layers (p = ⟨h − o, v⟩, one batched call of `rs_gguf.projection.project`) and
-confidence [N] enter; scores [L], layer indices, weights [L] and calibration scales [L] leave. Scores and
+confidence [N] enter, or what `project_statistics` found of many directions at once; scores [L], layer
+indices, weights [L] and calibration scales [L] leave. Scores and
 choice: section 5 of García-Ferrero et al. (arXiv 2512.16602); calibration: their section 4. A layer is the
 0-based block index.
 """
@@ -17,9 +18,12 @@ from scipy.stats import rankdata
 
 from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64
+from rs_gguf.projection import ProjectionStatistics
 
 # llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads.
 FIRST_STEERABLE = 1
+
+_HIGH = 0.95  # quantile of calibration, project_statistics' own
 
 
 def layer_scores(projections: npt.ArrayLike, confidence: npt.ArrayLike) -> Float64:
@@ -37,6 +41,11 @@ def layer_scores(projections: npt.ArrayLike, confidence: npt.ArrayLike) -> Float
     wrong = np.sign(p) != np.sign(c)[:, None]
     squares = np.where(wrong, (p - c[:, None]) ** 2, 0.0).sum(axis=0)
     return np.asarray(correlation - np.sqrt(squares / np.maximum(wrong.sum(axis=0), 1)))
+
+
+def scores_of(figures: ProjectionStatistics) -> Float64:
+    """`layer_scores` of every direction, [L, K], from what one pass over the activations found."""
+    return np.asarray(np.where(np.isnan(figures.pearson), 0.0, figures.pearson) - figures.disagreement)
 
 
 def layer_auroc(projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = 0.15) -> Float64:
@@ -140,11 +149,25 @@ def calibration_scales(projections: npt.ArrayLike, confidence: npt.ArrayLike) ->
     no sample or its quotient is 0.
     """
     p, c = _checked(projections, confidence)
+    upper, lower = (
+        np.quantile(p[side], quantile, axis=0) if side.any() else np.full(p.shape[1], np.nan)
+        for side, quantile in ((c > 0, _HIGH), (c < 0, 1 - _HIGH))
+    )
+    return _scales(upper, lower, c)
+
+
+def scales_of(figures: ProjectionStatistics, confidence: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """`calibration_scales` of every direction, each [L, K]. figures: of these samples, at quantile 0.95."""
+    return _scales(figures.upper, figures.lower, np.asarray(confidence, dtype=np.float64))
+
+
+def _scales(upper: Float64, lower: Float64, c: Float64) -> tuple[Float64, Float64]:
+    """|Q(p)/Q(c)| of both sides, where Q(p) is `upper` and `lower`."""
     scales = []
-    for side, quantile in ((c > 0, 0.95), (c < 0, 0.05)):
-        scale = np.ones(p.shape[1])
+    for side, quantile, of_p in ((c > 0, _HIGH, upper), (c < 0, 1 - _HIGH, lower)):
+        scale = np.ones(of_p.shape)
         if side.any():
-            quotient = np.abs(np.quantile(p[side], quantile, axis=0) / np.quantile(c[side], quantile))
+            quotient = np.abs(of_p / np.quantile(c[side], quantile))
             scale = np.where(quotient > 0, quotient, 1.0)
         scales.append(scale)
     return scales[0], scales[1]

@@ -43,6 +43,8 @@ class SlowProjectionWarning(RuntimeWarning):
 class ProjectionStatistics:
     """Figures of merit of every direction; p its projections, c the refusal confidence. All float64 [L, K].
 
+    `rs_gguf.layers` makes layer scores and calibration scales of them.
+
     NaN stands where a figure has no meaning: no sample in the class, or no variance.
     """
 
@@ -50,6 +52,8 @@ class ProjectionStatistics:
     """Weighted correlation of p with c."""
     disagreement: Float64
     """Weighted root mean square of p − c over the samples where sign(p) ≠ sign(c); 0 if there is none."""
+    auroc: Float64
+    """Area under the ROC curve of p for c > neutral against c < −neutral, unweighted."""
     mean_refused: Float64
     """Weighted mean of p over c > neutral."""
     mean_answered: Float64
@@ -109,7 +113,7 @@ def project_statistics(
     confidence: c, [N] in [−1, 1]. weights: [N] ≥ 0, None for equal ones. neutral: |c| up to which a sample is
     neither refused nor answered. quantile: q of `upper` and 1 − q of `lower`. The others as in `project`.
     One pass over the activations; one layer's N × K projections a thread. Threads share out layers.
-    Raises InputError, which names the argument.
+    Raises InputError, which names the argument, or the layer of a projection that is NaN or infinite.
     """
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)
@@ -119,12 +123,12 @@ def project_statistics(
     workers = _as_threads(threads)
     if not HAS_KERNEL:
         _warn_once()
-        return _statistics_numpy(h, v, o, c, w, neutral, quantile)
+        return _finite(_statistics_numpy(h, v, o, c, w, neutral, quantile))
     try:
         figures = _core.statistics(h, v, c, w, o, neutral=neutral, quantile=quantile, threads=workers)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return ProjectionStatistics(**figures)
+    return _finite(ProjectionStatistics(**figures))
 
 
 def project_statistics_reference(
@@ -141,7 +145,14 @@ def project_statistics_reference(
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)
     c, w = _as_samples(confidence, weights, h.shape[0])
-    return _statistics_numpy(h, v, o, c, w, neutral, quantile)
+    return _finite(_statistics_numpy(h, v, o, c, w, neutral, quantile))
+
+
+def _finite(figures: ProjectionStatistics) -> ProjectionStatistics:
+    bad = np.flatnonzero(np.isnan(figures.disagreement).any(axis=1))
+    if len(bad):
+        raise InputError(f"projections of layer {bad[0]} hold NaN or Inf; check its activations")
+    return figures
 
 
 # --- arguments ---
@@ -292,20 +303,27 @@ def _statistics_numpy(
     neutral: float,
     quantile: float,
 ) -> ProjectionStatistics:
-    names = ("pearson", "disagreement", "mean_refused", "mean_answered", "upper", "lower")
+    names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
     figures = {name: np.full(v.shape[:2], np.nan) for name in names}
+    refused, answered = c > neutral, c < -neutral
     for layer in range(h.shape[1]):
         p = _layer(h, v, o, layer).astype(np.float64)
+        if not np.isfinite(p).all():
+            continue
         with np.errstate(all="ignore"):
             dp = p - w @ p / w.sum()
             dc = c - w @ c / w.sum()
+            varies = (p != p[:1]).any(axis=0) & (c != c[:1]).any()
             spread = np.sqrt(w @ dp**2) * np.sqrt(w @ dc**2)
-            figures["pearson"][layer] = np.where(spread > 0, (w * dc) @ dp / spread, np.nan)
+            figures["pearson"][layer] = np.where(varies & (spread > 0), (w * dc) @ dp / spread, np.nan)
             mass = w[:, None] * (np.sign(p) != np.sign(c)[:, None])
             errors = np.where(mass > 0, p - c[:, None], 0)
             mean_square = (mass * errors**2).sum(axis=0) / mass.sum(axis=0)
             figures["disagreement"][layer] = np.where(mass.sum(axis=0) > 0, np.sqrt(mean_square), 0)
-        for name, chosen in (("mean_refused", c > neutral), ("mean_answered", c < -neutral)):
+        if refused.any() and answered.any():
+            gap = p[refused][:, np.newaxis] - p[answered]
+            figures["auroc"][layer] = ((gap > 0) + 0.5 * (gap == 0)).mean(axis=(0, 1))
+        for name, chosen in (("mean_refused", refused), ("mean_answered", answered)):
             if w[chosen].sum() > 0:
                 figures[name][layer] = w[chosen] @ p[chosen] / w[chosen].sum()
         for name, chosen, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):

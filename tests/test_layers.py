@@ -24,9 +24,12 @@ from rs_gguf.layers import (
     layer_auroc,
     layer_margin,
     layer_scores,
+    scales_of,
     score_bands,
+    scores_of,
     triangular_profile,
 )
+from rs_gguf.projection import project, project_statistics
 from rs_gguf.ridge_selection import choose_ridge, leave_one_out
 
 
@@ -125,6 +128,25 @@ def test_calibration_scales():
         )
     plus, minus = calibration_scales(np.zeros((3, 2)), [-1, -0.5, 0])
     np.testing.assert_array_equal([plus, minus], np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+def test_one_pass_gives_what_the_projections_give(rank):
+    rng = np.random.default_rng(rank)
+    confidence = rng.uniform(-1, 1, 90)
+    h = (rng.normal(size=(90, 3, 33)) + confidence[:, None, None]).astype(np.float16)
+    directions, offset = rng.normal(size=(3, rank, 33)), rng.normal(size=(3, 33))
+    directions[2, 0] = 0  # projections that are constant
+    p = project(h, directions, offset)
+    for c in (confidence, np.abs(confidence), np.full(90, 0.5)):
+        figures = project_statistics(h, directions, c, offset)
+        scores, (plus, minus) = scores_of(figures), scales_of(figures, c)
+        for k in range(rank):
+            np.testing.assert_allclose(scores[:, k], layer_scores(p[:, :, k], c), rtol=1e-12, atol=1e-12)
+            expected = calibration_scales(p[:, :, k], c)
+            np.testing.assert_allclose([plus[:, k], minus[:, k]], expected, rtol=1e-12)
+            if (c < -0.15).any():
+                np.testing.assert_allclose(figures.auroc[:, k], layer_auroc(p[:, :, k], c), atol=1e-12)
 
 
 # --- ridge selection -------------------------------------------------------------------------------------

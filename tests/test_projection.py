@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from rs_gguf import projection
 from rs_gguf.errors import InputError
@@ -74,16 +75,16 @@ def assert_close(result: npt.NDArray[Any], h: npt.NDArray[Any], v: Any, o: Any =
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("d", [1, 3, 896, 4095, 16384])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 13, 64])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 13, 17, 33, 64])
 def test_every_width_rank_and_type(kernel: str, dtype: Any, d: int, k: int) -> None:
     h, v, o = case(5, 2, k, d, dtype, seed=d + k)
     assert_close(project(h, v), h, v)
     assert_close(project(h, v, o), h, v, o)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11, 12, 13, 97])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 9, 11, 12, 13, 48, 49, 97])
 def test_every_number_of_rows(kernel: str, n: int) -> None:
-    for k in (1, 5, 17):
+    for k in (1, 5, 17, 40):
         h, v, o = case(n, 3, k, 130, np.float16, seed=n)
         assert_close(project(h, v, o), h, v, o)
 
@@ -100,17 +101,19 @@ def test_positive_data_keeps_the_relative_error(kernel: str) -> None:
     # No cancellation: the sums grow to 16,384 terms' worth, and one running float32 sum would drift.
     rng = np.random.default_rng(3)
     h = rng.uniform(0.5, 1.5, (3, 1, 16384)).astype(np.float32)
-    v = rng.uniform(0.5, 1.5, (1, 9, 16384)).astype(np.float32)
-    expected = np.einsum("nld,lkd->nlk", h.astype(np.float64), v.astype(np.float64))
-    np.testing.assert_allclose(project(h, v), expected, rtol=TOLERANCE)
+    for k in (9, 40):
+        v = rng.uniform(0.5, 1.5, (1, k, 16384)).astype(np.float32)
+        expected = np.einsum("nld,lkd->nlk", h.astype(np.float64), v.astype(np.float64))
+        np.testing.assert_allclose(project(h, v), expected, rtol=TOLERANCE)
 
 
 def test_offset_is_subtracted_before_the_sum(kernel: str) -> None:
     # h lies close to o and both are far from the origin: ⟨h, v⟩ − ⟨o, v⟩ would keep about two digits here.
-    h, v, o = case(7, 2, 9, 896)
-    o = np.float32(10_000) + o
-    h = (o + h).astype(np.float32)
-    assert_close(project(h, v, o), h, v, o)
+    for k in (9, 40):
+        h, v, o = case(7, 2, k, 896)
+        o = np.float32(10_000) + o
+        h = (o + h).astype(np.float32)
+        assert_close(project(h, v, o), h, v, o)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -170,12 +173,14 @@ def test_activations_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_denormals(kernel: str, dtype: Any) -> None:
     tiny = {np.float32: np.float32(1e-42), np.float16: np.float16(3e-7), ml_dtypes.bfloat16: 1e-39}[dtype]
     h = np.full((3, 1, 37), tiny, dtype)
-    v = np.full((1, 7, 37), 2.0**20, np.float32)
-    np.testing.assert_allclose(project(h, v), np.full((3, 1, 7), float(h[0, 0, 0]) * 2.0**20 * 37), rtol=1e-6)
+    for k in (7, 20):
+        v = np.full((1, k, 37), 2.0**20, np.float32)
+        expected = np.full((3, 1, k), float(h[0, 0, 0]) * 2.0**20 * 37)
+        np.testing.assert_allclose(project(h, v), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("k", [1, 3, 9])
+@pytest.mark.parametrize("k", [1, 3, 9, 20])
 def test_infinities_and_nan_propagate_and_stay_in_their_row(kernel: str, dtype: Any, k: int) -> None:
     h, v, o = case(9, 2, k, 45, dtype)
     h[1, 0, 44] = np.nan
@@ -379,6 +384,7 @@ def test_statistics_by_their_definitions(kernel: str) -> None:
             expected = {
                 "pearson": np.corrcoef(x, c)[0, 1],
                 "disagreement": np.sqrt(np.mean((x - c)[wrong] ** 2)),
+                "auroc": roc_auc_score(c[np.abs(c) > 0.15] > 0, x[np.abs(c) > 0.15]),
                 "mean_refused": x[c > 0.15].mean(),
                 "mean_answered": x[c < -0.15].mean(),
                 "upper": np.quantile(x[c > 0], 0.95),
@@ -401,6 +407,7 @@ def test_figures_without_meaning_are_nan(kernel: str) -> None:
     h, v, c, _, _ = statistics_case(20)
     refused_only = project_statistics(h, v, np.full(20, 0.5))
     assert np.isnan(refused_only.pearson).all()  # c does not vary
+    assert np.isnan(refused_only.auroc).all()
     assert np.isnan(refused_only.mean_answered).all()
     assert np.isnan(refused_only.lower).all()
     assert np.isfinite(refused_only.upper).all()
@@ -409,6 +416,30 @@ def test_figures_without_meaning_are_nan(kernel: str) -> None:
     assert not nothing.disagreement.any()
     agreeing = project_statistics(np.ones((20, 3, 65), np.float16), np.ones_like(v), np.abs(c) + 1e-3)
     assert not agreeing.disagreement.any()
+
+
+def test_ties_and_constants(kernel: str) -> None:
+    # h holds a few values only, so projections on one axis tie across the classes; layer 1 is constant.
+    rng = np.random.default_rng(1)
+    c = rng.choice([-0.9, -0.1, 0.7], 50)
+    h = np.stack([rng.integers(0, 3, (50, 5)), np.full((50, 5), 0.1)], axis=1).astype(np.float32)
+    v = np.zeros((2, 1, 5), np.float32)
+    v[:, 0, 2] = 0.1
+    figures = project_statistics(h, v, c)
+    used = np.abs(c) > 0.15
+    assert figures.auroc[0, 0] == pytest.approx(roc_auc_score(c[used] > 0, h[used, 0, 2]), abs=1e-12)
+    assert figures.auroc[1, 0] == 0.5
+    assert np.isnan(figures.pearson[1, 0])
+    assert_same_figures(figures, project_statistics_reference(h, v, c))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_statistics_of_what_is_not_finite_are_refused(value: float) -> None:
+    h, v, c, o, _ = statistics_case(20)
+    h[7, 1, 3] = value
+    for call in (project_statistics, project_statistics_reference):
+        with pytest.raises(InputError, match="projections of layer 1 hold NaN or Inf"):
+            call(h, v, c, o)
 
 
 def test_statistics_errors_name_the_argument() -> None:
