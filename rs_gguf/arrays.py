@@ -26,14 +26,3 @@ def load_arrays(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
-
-
-def holds(path: Path, key: str) -> bool:
-    """Whether a shard is whole and was made under this key."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return bool((file.metadata() or {}).get("key") == key)
-    except (OSError, SafetensorError):
-        return False

@@ -1,27 +1,33 @@
 """What a fit reads from the model: block outputs and the inputs of the matrices that write to the residual.
 
 A model, conversations with their answers and the model's own chat prefix go in; arrays by name come out, for
-safetensors shards: `activations` [n, L, D] at the last prompt token (method §2) and, for the gated adapter,
-`<matrix>/last` [n, L, W] there and `<matrix>/quiet` [q, L, W] at tokens of prompts and answers that no gate
-should open for. One forward pass a conversation serves all.
+the shards of an `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2) and, for the
+gated adapter, `<matrix>/last` [n, L, W] there and `<matrix>/quiet` [q, L, W] at tokens of prompts and answers
+that no gate should open for. One forward pass a conversation serves all. Processes can share the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf.activation_store import ActivationStore, Rows
 from rs_gguf.adapter import WriterInputs, writer_inputs
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
-from rs_gguf.targets import TorchModel
+from rs_gguf.moments import gather
+
+if TYPE_CHECKING:
+    from rs_gguf.targets import TorchModel
 
 Arrays = dict[str, NDArray[Any]]
 
+_SHARD = 64  # prompts whose activations are lost at most when a capture is killed
+_CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
 _ANSWER_EVERY = 3  # conversations of which one gives a token of its answer: they cost a longer pass
 _LARGEST_F16 = 65504.0
 
@@ -33,6 +39,62 @@ class Conversation:
     prompt: Sequence[int]
     answer: Sequence[int]
     quiet: bool
+
+
+def capture_all(
+    model: LlamaModel | TorchModel,
+    ids: Sequence[str],
+    conversations: Sequence[Conversation],
+    prefix: int,
+    store: ActivationStore,
+    *,
+    distributed: bool = False,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Read what the store does not hold yet of the prompts `ids` and their conversations, shard by shard.
+
+    With `distributed`, the ranks of torch.distributed's default group (`torchrun`) take turns with the shards
+    of one store, each with a model of its own; all of it is there when this returns on any of them. `advance`
+    counts the prompts of this rank.
+
+    Raises:
+        InputError: the disk is full; what was captured is kept.
+    """
+    rank, ranks = _rank(distributed)
+    for start in range(rank * _SHARD, len(ids), ranks * _SHARD):
+        part = slice(start, start + _SHARD)
+        if not store.holds(_shard_of(start), ids[part]):
+            store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
+        advance(len(ids[part]))
+    if rank == 0 and isinstance(model, LlamaModel) and not store.holds(_CONSTANT, []):
+        store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
+    gather(None, distributed)  # waits for the others
+
+
+def captured(store: ActivationStore, count: int, *, inputs: bool) -> tuple[Rows, dict[str, WriterInputs]]:
+    """Block outputs of all `count` prompts and, if asked for, the matrices' inputs: what `capture_all` left.
+
+    Raises:
+        DamagedStoreError: a shard is missing or was changed.
+    """
+    shards = store.read([_shard_of(start) for start in range(0, count, _SHARD)])
+    constant = {name: Rows([part]) for name, part in store.read([_CONSTANT])[0].items()} if inputs else {}
+    return Rows([shard["activations"] for shard in shards]), writers_of(shards, constant)
+
+
+def _shard_of(start: int) -> str:
+    """Name of the shard that begins with prompt number `start`."""
+    return f"{start // _SHARD:05d}"
+
+
+def _rank(distributed: bool) -> tuple[int, int]:
+    """The number of this process among all, and how many there are."""
+    if not distributed:
+        return 0, 1
+    gather(None, distributed)  # which also says so if there is no group
+    import torch.distributed as dist
+
+    return dist.get_rank(), dist.get_world_size()
 
 
 def capture(
@@ -67,8 +129,9 @@ def capture(
     count = range(len(conversations))
     arrays: Arrays = {"activations": np.stack([last["l_out"][i] for i in count])}
     for writer, name in writers.items():
-        arrays[f"{writer}/last"] = _compact(np.stack([last[name][i] for i in count]))
-        arrays[f"{writer}/quiet"] = _compact(np.array(quiet[name]))
+        here = np.stack([last[name][i] for i in count])
+        arrays[f"{writer}/last"] = _compact(here)
+        arrays[f"{writer}/quiet"] = _compact(np.reshape(quiet[name], (-1, *here.shape[1:])))
     return arrays
 
 
@@ -98,11 +161,11 @@ def _writers(model: LlamaModel) -> dict[str, str]:
 
 
 def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:
-    """The matrices' inputs of all shards, in the order of the samples."""
+    """The matrices' inputs of all shards, in the order of the samples and not read yet."""
     return {
         name.removesuffix("/constant"): WriterInputs(
-            last=np.concatenate([shard[name.replace("/constant", "/last")] for shard in shards]),
-            quiet=np.concatenate([shard[name.replace("/constant", "/quiet")] for shard in shards]),
+            last=Rows([shard[name.replace("/constant", "/last")] for shard in shards]),
+            quiet=Rows([shard[name.replace("/constant", "/quiet")] for shard in shards]),
             constant=rows,
         )
         for name, rows in constant.items()

@@ -28,7 +28,7 @@ Parts = list[tuple[Path, float]]
 
 @click.command("eval")
 @click.option("--model", required=True, metavar="M",
-              help="GGUF file, catalogue name or hub id, or a llama-server: http://host:port.")  # fmt: skip
+              help="GGUF file, catalogue name, hub id, or llama-servers: http://host:port,…")  # fmt: skip
 @click.option(
     "--control-vector", "vectors", multiple=True, metavar="F[:SCALE]", help="Repeatable; they add up."
 )

@@ -21,6 +21,7 @@ from rs_gguf.evaluation import (
     Model,
     Row,
     Steering,
+    after_trace,
     answer_all,
     chat_tokens,
     drift_of,
@@ -85,7 +86,8 @@ class SteeredModel:
 
     def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> LogProbs:
         tokens = chat_tokens(self.model, asked, self.system)
-        return self._logprobs([(t, a.tokens) for t, a in zip(tokens, answers, strict=True)], dose)
+        pairs = zip(tokens, answers, strict=True)
+        return self._logprobs([after_trace(self.model, t, answer) for t, answer in pairs], dose)
 
     def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
@@ -144,7 +146,7 @@ def compare(
 
     before = side(0.0)
     # What was not refused is what must stay as it was. An answer of no token has nothing to drift.
-    quiet = [i for i, row in enumerate(before.rows) if (row["confidence"] or 0) <= 0 and row["tokens"]]
+    quiet = [i for i, row in enumerate(before.rows) if (row["confidence"] or 0) <= 0 and row["answer"]]
     benign = [p for p in prompts.grid(["benign"]) if p.split == "test"]
     texts = [p.prompt for p in prompts.stratified(benign, _TEXTS, seed=0)]
 

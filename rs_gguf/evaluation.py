@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.judges import Judge
+from rs_gguf.judging.votes import answer_start
 from rs_gguf.llama import LlamaModel, Sampling
 from rs_gguf.prompts import Prompt, to_row
 from rs_gguf.steering import SteeringVector
-from rs_gguf.targets import TorchModel
 
-Model = LlamaModel | TorchModel
+if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megabytes: for who uses it
+    from rs_gguf.targets import TorchModel
+
+Model: TypeAlias = "LlamaModel | TorchModel"
 Advance = Callable[[int], None]
 Row = dict[str, Any]
 # Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
@@ -102,6 +105,21 @@ def answer(
     for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
         _, text = split_thinking(generation.text, starts_inside=opened[i])
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
+
+
+def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[list[int], list[int]]:
+    """Tokens of what came before the final answer, and its own, for log-probabilities under a steering.
+
+    A thinking trace counts to what came before: what a steering does is measured on the answer. Traces begin
+    alike, and what they say is not what anybody asked for.
+    """
+    tokens = found.tokens
+    if not found.text:
+        return [*prompt, *tokens], []
+    start = 0
+    if model.detokenize(tokens).strip() != found.text:  # there is a trace
+        start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:]), found.text) or 0
+    return [*prompt, *tokens[:start]], tokens[start:]
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

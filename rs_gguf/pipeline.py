@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rs_gguf import fitting, models, prompts, writing
-from rs_gguf.arrays import holds, load_arrays, save_arrays
-from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
+from rs_gguf import baselines, fitting, models, prompts, writing
+from rs_gguf.activation_store import ActivationStore, DamagedStoreError
+from rs_gguf.capture import Conversation, capture_all, captured
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
@@ -29,14 +29,13 @@ from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
 from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
+from rs_gguf.rungs import Rungs, Unsteered
+from rs_gguf.search_results import summary
 from rs_gguf.search_space import Space, Trial, load_trials
-from rs_gguf.targets import TorchModel
-from rs_gguf.tuning import Finder, Unsteered
+from rs_gguf.tuning import Finder
 from rs_gguf.version import __version__
 
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
-
-_SHARD = 64  # prompts whose activations are lost at most when a capture is killed
 
 
 class Progress(Protocol):
@@ -55,7 +54,9 @@ class Progress(Protocol):
         ...
 
 
-class _Silent:
+class Silent:
+    """Tells nothing."""
+
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: None
@@ -79,7 +80,7 @@ def run(
         GateError: the written vector's effect could not be observed on the model.
     """
     folder = RunFolder(out, fresh=fresh)
-    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or _Silent())) as pipeline:
+    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
         dump(recipe, folder / "recipe.toml")
         for stage in STAGES[: STAGES.index(until) + 1]:
             pipeline.do(stage)
@@ -104,9 +105,12 @@ class Pipeline:
         self._open.close()
 
     def do(self, stage: str) -> None:
-        """Run one stage unless it is done with the same inputs."""
+        """Run one stage unless it is done with the same inputs.
+
+        The report is always written again: it takes seconds, and shows what others put into the folder too.
+        """
         key = self._key(stage)
-        if self.folder.is_done(stage, key):
+        if stage != "report" and self.folder.is_done(stage, key):
             self.progress.skipped(stage)
             return
         start = time.monotonic()
@@ -130,7 +134,9 @@ class Pipeline:
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": recipe.tune.model_dump(),
             "write": [],
-            "measure": [recipe.answers.test_tokens, [p.id for p in self.prompts["test"]]],
+            "measure": [
+                recipe.answers.test_tokens, recipe.measure.model_dump(), [p.id for p in self.prompts["test"]],
+            ],
             "report": [],
         }  # fmt: skip
         before = STAGES[: STAGES.index(stage) + 1]
@@ -163,9 +169,13 @@ class Pipeline:
     @cached_property
     def model(self) -> Model:
         path = self.model_path
-        model: Model = (
-            TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=self.recipe.answers.parallel)
-        )
+        model: Model
+        if path.is_dir():
+            from rs_gguf.targets import TorchModel  # and with it PyTorch, which GGUF files do without
+
+            model = TorchModel(path)
+        else:
+            model = LlamaModel(path, n_parallel=self.recipe.answers.parallel)
         self._open.callback(model.close)
         return model
 
@@ -205,93 +215,99 @@ class Pipeline:
         log.finish([row["id"] for row in rows])
 
     def _capture(self, key: str) -> None:
-        """Block outputs and writers' inputs of the fit prompts, in shards."""
+        """Block outputs and writers' inputs of the fit prompts, in the store."""
         asked = self.prompts["fit"]
         answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
         scores = self._scores()
         with self.progress.stage("capture", len(asked)) as advance:
             tokens = chat_tokens(self.model, asked, self.recipe.prompts.system)
-            prefix = common_prefix(tokens)
-            for start in range(0, len(asked), _SHARD):
-                shard = range(start, min(start + _SHARD, len(asked)))
-                if not holds(self._shard(start), key):
-                    conversations = [
-                        Conversation(
-                            tokens[i],
-                            answers[asked[i].id],
-                            quiet=asked[i].kind != "sensitive" or (scores[asked[i].id] or 0) <= 0,
-                        )
-                        for i in shard
-                    ]
-                    arrays = capture(self.model, conversations, prefix, seed=start)
-                    save_arrays(self._shard(start), arrays, {"key": key})
-                advance(len(shard))
-            if isinstance(self.model, LlamaModel) and not holds(self._constant, key):
-                save_arrays(self._constant, capture_constant(self.model, tokens[0], prefix), {"key": key})
+            conversations = [
+                Conversation(
+                    prompt,
+                    answers[p.id],
+                    quiet=p.kind != "sensitive" or (scores[p.id] or 0) <= 0,
+                )
+                for p, prompt in zip(asked, tokens, strict=True)
+            ]
+            capture_all(
+                self.model, [p.id for p in asked], conversations, common_prefix(tokens), self._store(key),
+                advance=advance,
+            )  # fmt: skip
 
     def _file(self, name: str) -> Path:
         """Where the control vector (`vector`) or the `adapter` is written."""
         return self.folder / (self.recipe.effect + {"vector": ".gguf", "adapter": "-adapter.gguf"}[name])
 
-    def _shard(self, start: int) -> Path:
-        return self.folder / "activations" / f"{start // _SHARD:05d}.safetensors"
-
-    @property
-    def _constant(self) -> Path:
-        return self.folder / "activations" / "constant.safetensors"
+    def _store(self, key: str) -> ActivationStore:
+        return ActivationStore(self.folder / "activations", key)
 
     def _fit(self, _: str) -> None:
         total = len(fitting.estimators(self.recipe))
         total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
         with self.progress.stage("fit", total) as advance:
-            fitting.fit(self._samples(), self.recipe, self.folder.path, advance=advance)
+            fitting.fit(self.samples(), self.recipe, self.folder.path, advance=advance)
 
-    def _samples(self) -> fitting.Samples:
+    def samples(self) -> fitting.Samples:
         """The fit prompts that could be judged, with what was captured of them."""
         asked = self.prompts["fit"]
-        shards = [load_arrays(self._shard(start)) for start in range(0, len(asked), _SHARD)]
         scores = self._scores()
-        judged = np.array([i for i, p in enumerate(asked) if scores[p.id] is not None])
-        constant = load_arrays(self._constant) if isinstance(self.model, LlamaModel) else {}
+        judged = np.array([i for i, p in enumerate(asked) if scores[p.id] is not None], dtype=np.intp)
+        if not judged.size:
+            raise InputError(
+                f"fit: none of the {len(asked)} answers could be judged; scores.jsonl says why. Answers that "
+                "end within a thinking trace need more room: raise answers.tokens."
+            )
+        try:
+            activations, inputs = captured(
+                self._store(self._key("capture")), len(asked), inputs=isinstance(self.model, LlamaModel)
+            )
+        except DamagedStoreError:
+            self.folder.forget("capture")
+            raise
         return fitting.Samples(
             [asked[i] for i in judged],
-            np.concatenate([shard["activations"] for shard in shards])[judged],
+            activations[judged].mapped(self.folder.path),
             np.array([scores[asked[i].id] for i in judged]),
-            {name: rows.of(judged) for name, rows in writers_of(shards, constant).items()},
+            {name: rows.of(judged) for name, rows in inputs.items()},
         )
 
     def _scores(self) -> dict[str, float | None]:
         return {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
 
-    def _tune(self, key: str) -> None:
+    def _tune(self, _: str) -> None:
+        # A measured candidate stays what it is when the search gets more time or less.
+        limits = self.recipe.tune.model_dump(exclude={"trials", "finalists", "budget"})
+        key, path = key_of(self._key("fit"), limits), self.folder / "tune.json"
         log = RowLog(self.folder, "trials.jsonl", key)
+        if not log.rows and path.is_file() and (ended := read_json(path)).get("key") == key:
+            for row in ended["trials"]:
+                log.append({"id": str(row["number"]), **row})
         directions = fitting.load_directions(self.folder.path, self.recipe)
         gates = fitting.load_gates(self.folder.path)
         n_layer = self.model.n_layer
-        spaces = {"chosen": Space.of_vectors(sorted(directions), n_layer)}
+        spaces = {"vector": Space.of_vectors(sorted(directions), n_layer)}
         if gates is not None:
-            spaces["chosen_adapter"] = Space.of_gates(
+            spaces["adapter"] = Space.of_gates(
                 self.recipe.fit.gate_ridges, n_layer, induce=self.recipe.effect == "induce"
             )
-        total = len(spaces) * (self.recipe.tune.trials + self.recipe.tune.finalists)
-        with self.progress.stage("tune", total) as advance:
+        rungs = Rungs(
+            self.model, self.judge, self._unsteered(), directions, gates, self.recipe, self.folder.path
+        )
+        with self.progress.stage("tune", Finder.effort(self.recipe, len(spaces))) as advance:
             finder = Finder(
-                self.model,
-                self.judge,
-                self._unsteered(),
-                directions,
-                gates,
+                rungs,
                 self.recipe,
-                self.folder.path,
                 known=load_trials(list(log.rows.values())),
                 record=lambda trial: log.append({"id": str(trial.number), **trial.to_row()}),
                 advance=advance,
             )
-            chosen = {name: finder.search(space).number for name, space in spaces.items()}
+            budget = self.recipe.tune.budget
+            try:
+                for space in spaces.values():
+                    finder.search(space, None if budget is None else budget / len(spaces))
+            finally:  # also when interrupted: the best so far is kept, and the search goes on from there
+                write_json(path, {"key": key, **summary(finder.trials, spaces, len(rungs.wanted))})
         log.finish(list(log.rows))
-        write_json(
-            self.folder / "tune.json", {**chosen, "trials": [trial.to_row() for trial in finder.trials]}
-        )
 
     def _unsteered(self) -> Unsteered:
         ids = {p.id for p in self.prompts["tune"]}
@@ -339,14 +355,16 @@ class Pipeline:
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
         arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self._chosen().items()}
+        others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
         log = RowLog(self.folder, "measured.jsonl", key)
-        with self.progress.stage("measure", (1 + len(arms)) * len(asked)) as advance:
+        with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
             rows, value = measure(
-                self.model, self.judge, asked, arms, self.recipe, log,
+                self.model, self.judge, asked, arms, others, self.recipe, log,
                 model_sha256=self.model_hash, subset=len(asked) < self._test_pool, advance=advance,
             )  # fmt: skip
         self.folder.write_rows("evaluation.jsonl", rows)
-        write_json(self.folder / "metrics.json", value)
+        tuned = read_json(self.folder / "tune.json")
+        write_json(self.folder / "metrics.json", {**value, "rank_correlation": tuned["rank_correlation"]})
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:

@@ -65,6 +65,10 @@ class RunFolder:
     def mark_done(self, stage: str, key: str, seconds: float) -> None:
         write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})
 
+    def forget(self, stage: str) -> None:
+        """Have `stage` done again, whatever its inputs."""
+        write_json(self / "state.json", {k: v for k, v in self._state().items() if k != stage})
+
     def seconds(self) -> dict[str, float]:
         """How long each stage took when it was last run."""
         return {stage: entry["seconds"] for stage, entry in self._state().items()}

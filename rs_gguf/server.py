@@ -1,8 +1,9 @@
-"""A running llama-server as the model that is measured, steered by the scales of its LoRA adapters.
+"""Running llama-servers as the model that is measured, steered by the scales of their LoRA adapters.
 
-An address and adapters go in; answers under a dose come out. A server takes the scale of an adapter with each
-request, so one server gives both sides. Its control vectors are fixed when it starts, and it tells no
-log-probabilities of given text: neither can be had here.
+Addresses and adapters go in; answers under a dose come out. A server takes the scale of an adapter with each
+request, so one server gives both sides. Several of the same model share the prompts, and what one does not
+answer goes to another. Their control vectors are fixed when they start, and they tell no log-probabilities of
+given text: neither can be had here.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ from rs_gguf.llama import Generation
 from rs_gguf.prompts import Prompt
 
 _TIMEOUT = 30.0  # seconds, of the question which adapters there are
+_REQUESTS = 8  # under way at once, for each server
 
 
 class LlamaServer:
-    """The model of a llama-server that was started with `--lora-scaled F:0`.
+    """The model of one or several llama-servers that were started with `--lora-scaled F:0`.
 
     Args:
-        address: `http://host:port[/v1][#MODEL]`.
-        adapters: files, named as the server was given them, and scales; the server's others stay as they are.
+        address: `http://host:port[/v1][,http://host:port…][#MODEL]`.
+        adapters: files, named as the servers were given them, and scales; the others stay as they are.
 
     Raises:
-        InputError: no such server, or it has not loaded one of the adapters.
+        InputError: no such server, one that has not loaded one of the adapters, or servers that differ.
     """
 
     def __init__(
         self, address: str, adapters: Sequence[tuple[Path, float]], system: str | None = None
     ) -> None:
-        url, _, name = address.partition("#")
-        root = url.rstrip("/").removesuffix("/v1")
+        urls, _, name = address.partition("#")
+        roots = [url.strip().rstrip("/").removesuffix("/v1") for url in urls.split(",")]
         self.name = address
         self._system = system
-        self._client = EndpointClient([f"{root}/v1"], name or None, EndpointOptions())
-        self._kept, self._scaled = _scales(root, adapters) if adapters else ({}, {})
+        options = EndpointOptions(concurrency=_REQUESTS * len(roots))
+        self._client = EndpointClient([f"{root}/v1" for root in roots], name or None, options)
+        self._kept, self._scaled = _common_scales(roots, adapters) if adapters else ({}, {})
 
     def check(self) -> None:
         """The adapters were looked up when this was made."""
@@ -53,7 +56,7 @@ class LlamaServer:
         self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
     ) -> tuple[list[Answer], int, float]:
         """The answers in order, the number of their tokens, and the seconds that they took."""
-        bodies = [self._body(prompt, dose, max_tokens) for prompt in asked]
+        bodies = (self._body(prompt, dose, max_tokens) for prompt in asked)
         answers: dict[int, Answer] = {}
         counted, start = self._client.usage.completion_tokens, time.perf_counter()
         for i, found in self._client.complete_all(bodies):
@@ -91,6 +94,20 @@ class LlamaServer:
         return (
             {**body, "lora": [{"id": i, "scale": s} for i, s in sorted(scales.items())]} if scales else body
         )
+
+
+def _common_scales(
+    roots: Sequence[str], adapters: Sequence[tuple[Path, float]]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """What `_scales` says of every server: a request may go to any of them."""
+    first, *others = [_scales(root, adapters) for root in roots]
+    for root, found in zip(roots[1:], others, strict=True):
+        if found != first:
+            raise InputError(
+                f"{roots[0]} and {root} differ in their adapters, or in the numbers or scales of these. "
+                "Start all servers with the same options."
+            )
+    return first
 
 
 def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int, float], dict[int, float]]:

@@ -65,7 +65,9 @@ class TorchModel:
     Args:
         path: a Hugging Face folder with safetensors, or a GGUF file of a family that transformers can read.
         n_parallel: sequences that are answered at once.
-        device: a torch device; CUDA when there is one, else the CPU, where all runs in F32.
+        device: a torch device. By default the CPU, where all runs in F32, or the GPUs if there are any:
+            blocks are spread over them by accelerate, what they do not hold stays in main memory, and the
+            weights of a folder keep the type that they are published in (mostly bf16).
 
     Raises:
         InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
@@ -74,9 +76,12 @@ class TorchModel:
     def __init__(self, path: Path, *, n_parallel: int = 32, device: str | None = None) -> None:
         self.path = Path(path)
         self.n_parallel = n_parallel
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.tokenizer = _load(self.path, on_cpu=self.device.type == "cpu")
-        self.model.eval().to(self.device)
+        spread = device is None and torch.cuda.is_available()
+        self.device = torch.device(device or ("cuda" if spread else "cpu"))
+        self.model, self.tokenizer = _load(self.path, on_cpu=self.device.type == "cpu", spread=spread)
+        self.model.eval()
+        if not spread:
+            self.model.to(self.device)
         config = self.model.config.get_text_config()
         self.architecture = llama_cpp_name(config.model_type)
         self.n_layer = len(decoder_blocks(self.model))
@@ -263,7 +268,8 @@ class TorchModel:
             if len(rows) < len(group):  # those that ended leave the batch
                 group = [group[row] for row in rows]
                 mask = mask[rows]
-                cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=self.device))
+                # On the CPU, since the blocks' caches may lie on several devices.
+                cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
             ids = torch.tensor([[answers[i][-1]] for i in group], dtype=torch.long, device=self.device)
             mask = torch.cat([mask, mask.new_ones((len(group), 1))], dim=1)
 
@@ -366,8 +372,8 @@ def _squashed(name: str) -> str:
     return name.replace("_", "").replace("-", "")
 
 
-def _load(path: Path, *, on_cpu: bool) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+def _load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer; `spread`: over all GPUs and, where they do not suffice, main memory."""
     if path.is_dir() and (path / "config.json").is_file():
         folder, file = path, None
     elif path.is_file() and path.suffix == ".gguf":
@@ -386,6 +392,7 @@ def _load(path: Path, *, on_cpu: bool) -> tuple[Any, Any]:
                 **source,
                 use_safetensors=True,
                 output_loading_info=True,
+                device_map="auto" if spread else None,
                 **{name: torch.float32 if on_cpu or file else "auto"},
             )
     except Exception as error:  # its error family depends on its version and on the model

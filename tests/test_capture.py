@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,15 @@ import numpy.typing as npt
 import pytest
 import torch
 import transformers
+from architectures import llama as exact_llama
 from tiny_gguf import write_tiny_qwen2
 
+from rs_gguf import capture as capture_module
+from rs_gguf.activation_store import ActivationStore
 from rs_gguf.adapter import writer_inputs
-from rs_gguf.capture import Arrays, Conversation, capture, capture_constant, writers_of
+from rs_gguf.capture import Arrays, Conversation, capture, capture_all, capture_constant, writers_of
+from rs_gguf.capture import captured as captured_of
+from rs_gguf.estimators import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.llama import LlamaModel
 from rs_gguf.targets import TorchModel
 
@@ -177,7 +185,9 @@ def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Ar
     joined = writers_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
     assert set(joined) == {"attn_output", "ffn_down"}
     for matrix, rows in joined.items():
-        assert distance(rows.last, captured[f"{matrix}/last"]) < TOLERANCE
+        assert distance(np.asarray(rows.last), captured[f"{matrix}/last"]) < TOLERANCE
+        few = rows.of(np.array([7, 2]))
+        assert distance(np.asarray(few.last), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
         assert len(rows.quiet) == sum(len(shard[f"{matrix}/quiet"]) for shard in shards)
         assert rows.constant.shape == (len(PREFIX), LAYERS, rows.last.shape[2])
 
@@ -202,3 +212,105 @@ def test_pytorch_gives_block_outputs_alone(network: tuple[Path, Any], captured: 
     arrays = capture(TorchModel(network[0]), conversations(), len(PREFIX), seed=7)
     assert set(arrays) == {"activations"}
     assert distance(arrays["activations"], captured["activations"]) < TOLERANCE
+
+
+def test_directions_are_those_of_pytorch(network: tuple[Path, Any]) -> None:
+    talks = conversations(60)
+    confidence = np.random.default_rng(4).uniform(-1, 1, len(talks))
+    with exact_llama(network[0]) as model:  # keys and values in F32, as PyTorch's
+        read = [capture(engine, talks, len(PREFIX), seed=0) for engine in (model, TorchModel(network[0]))]
+    estimators = [MeanDifference(), WeightedRidgeMeanDifference()]
+    ours, theirs = (
+        np.stack([p.directions for p in fit_paths(r["activations"], confidence, estimators, ridges=[0.3])])
+        for r in read
+    )
+    assert (ours * theirs).sum(-1).min() >= 0.9999
+
+
+WORKER = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import numpy as np
+import torch.distributed as dist
+from rs_gguf import capture as module
+from rs_gguf.activation_store import ActivationStore
+from rs_gguf.capture import Conversation, capture_all, captured
+from rs_gguf.estimators import WeightedRidgeMeanDifference, fit_paths
+from rs_gguf.llama import LlamaModel
+model, folder = map(Path, sys.argv[1:])
+dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+module._SHARD = 4
+data = np.load(folder / "in.npz")
+talks = [Conversation(row[row >= 0].tolist(), row[row >= 0][-3:].tolist(), True) for row in data["prompts"]]
+ids = [str(k) for k in range(len(talks))]
+store = ActivationStore(folder / "two", "k")
+with LlamaModel(model, n_parallel=3, n_ctx=512, n_threads=1) as loaded:
+    done = []
+    capture_all(loaded, ids, talks, int(data["prefix"]), store, distributed=True, advance=done.append)
+rows, _ = captured(store, len(ids), inputs=True)
+mine = np.array_split(np.arange(len(ids)), 2)[dist.get_rank()]  # moments by samples, whoever captured them
+confidence = data["confidence"][mine]
+path, = fit_paths(rows[mine], confidence, [WeightedRidgeMeanDifference()], ridges=[1.0], distributed=True)
+np.savez(folder / f"{dist.get_rank()}.npz", done=done, directions=path.directions)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_capture_and_fit_what_one_does(
+    network: tuple[Path, Any], model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "_SHARD", 4)
+    talks = [Conversation(c.prompt, list(c.prompt[-3:]), quiet=True) for c in conversations(18)]
+    prompts = np.full((len(talks), 40), -1)
+    for row, talk in zip(prompts, talks, strict=True):
+        row[: len(talk.prompt)] = talk.prompt
+    confidence = np.linspace(-1, 1, len(talks))
+    np.savez(tmp_path / "in.npz", prompts=prompts, prefix=len(PREFIX), confidence=confidence)
+    (tmp_path / "worker.py").write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "worker.py"), str(network[0]), str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ids = [str(k) for k in range(len(talks))]
+    one = ActivationStore(tmp_path / "one", "k")
+    capture_all(model, ids, talks, len(PREFIX), one)
+    shards = sorted(path.name for path in one.folder.glob("*.safetensors"))
+    assert shards == [*(f"{k:05d}.safetensors" for k in range(5)), "constant.safetensors"]
+    for shard in shards:
+        assert (tmp_path / "two" / shard).read_bytes() == (one.folder / shard).read_bytes()
+    activations = captured_of(one, len(ids), inputs=True)[0]
+    (path,) = fit_paths(activations, confidence, [WeightedRidgeMeanDifference()], ridges=[1.0])
+    for rank, mine in enumerate(([4, 4, 2], [4, 4])):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert found["done"].tolist() == mine
+        np.testing.assert_allclose(found["directions"], path.directions, atol=1e-12)
+
+
+def test_a_capture_goes_on_where_it_was(
+    model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "_SHARD", 4)
+    ids, talks = [str(k) for k in range(10)], conversations()
+
+    class KilledError(Exception):
+        pass
+
+    def killed(count: int) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        capture_all(model, ids, talks, len(PREFIX), ActivationStore(tmp_path / "a", "k"), advance=killed)
+    first = (tmp_path / "a" / "00000.safetensors").stat()
+    for folder in ("a", "b"):
+        capture_all(model, ids, talks, len(PREFIX), ActivationStore(tmp_path / folder, "k"))
+    assert (tmp_path / "a" / "00000.safetensors").stat() == first
+    for path in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -12,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from endpoints import Behaviour, Reply, Server, entry, said
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
@@ -19,65 +19,7 @@ from rs_gguf.judging.endpoint import EndpointJudge, label_confidence
 from rs_gguf.judging.exchange import KEY_VARIABLE, Completion, RequestRefusedError, Token
 from rs_gguf.judging.votes import vote_confidence
 
-Reply = tuple[int, Any]  # status and JSON body, or bytes sent as they are
-Behaviour = Callable[[dict[str, Any]], Reply]
 KEY = "sk-do-not-tell-anybody"
-
-
-class Server:
-    """Counts what is asked of it, and answers as the test says."""
-
-    def __init__(self, behave: Behaviour, models: list[str]) -> None:
-        self.behave, self.models = behave, models
-        self.healthy, self.tells_models = True, True
-        self.asked: list[dict[str, Any]] = []
-        self.health_checks = 0
-        self.keys: set[str | None] = set()
-        self.headers: dict[str, str] = {}
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with outer.lock:
-                    outer.health_checks += 1
-                if not outer.healthy:
-                    self.reply((503, {"error": "loading"}))
-                elif not outer.tells_models:
-                    self.reply((404, {"error": "no such path"}))
-                else:
-                    self.reply((200, {"data": [{"id": name} for name in outer.models]}))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.asked.append(body)
-                    outer.keys.add(self.headers["Authorization"])
-                assert self.path == "/v1/chat/completions"
-                self.reply(outer.behave(body))
-
-            def reply(self, reply: Reply) -> None:
-                status, value = reply
-                data = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status, "the reason")
-                for name, text in outer.headers.items():
-                    self.send_header(name, text)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
 
 
 @pytest.fixture
@@ -116,15 +58,6 @@ def client(*servers: Server, time: Time | None = None, **options: Any) -> Endpoi
     time = time or Time()
     urls = [server.url for server in servers]
     return EndpointClient(urls, "judge", EndpointOptions(**options), clock=time.clock, sleep=time.sleep)
-
-
-def said(text: str, tokens: list[dict[str, Any]] | None = None, *, finish: str = "stop") -> Reply:
-    choice = {
-        "message": {"content": text},
-        "finish_reason": finish,
-        "logprobs": tokens and {"content": tokens},
-    }
-    return 200, {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 7}}
 
 
 def echo(body: dict[str, Any]) -> Reply:
@@ -337,6 +270,19 @@ def test_a_redirect_is_not_followed_with_the_key(
     assert other.health_checks == 0
 
 
+def test_requests_are_made_as_they_are_needed(serve: Callable[..., Server]) -> None:
+    made: list[int] = []
+
+    def bodies() -> Iterator[dict[str, Any]]:
+        for i in range(200):
+            made.append(i)
+            yield ask(str(i))
+
+    for done, _ in enumerate(client(serve(echo), concurrency=2).complete_all(bodies())):
+        assert len(made) <= done + 1 + 2 * 2  # twice what may be under way
+    assert len(made) == 200
+
+
 def test_leaving_early_asks_nothing_more(serve: Callable[..., Server]) -> None:
     server = serve(echo)
     for i, _ in client(server, concurrency=2).complete_all([ask(str(i)) for i in range(500)]):
@@ -409,17 +355,15 @@ def test_the_only_model_need_not_be_named(serve: Callable[..., Server]) -> None:
     server = serve(echo, ["only-one"])
     assert EndpointClient.of(server.url + "/", EndpointOptions()).model == "only-one"
     assert EndpointClient.of(server.url + "#other", EndpointOptions()).model == "other"
+    gone = serve(echo)
+    gone.healthy = False  # any of the others may tell it
+    assert EndpointClient.of(f"{gone.url},{server.url}", EndpointOptions()).model == "only-one"
     server.models = ["one", "two"]
     with pytest.raises(InputError, match="one, two"):
         EndpointClient.of(server.url, EndpointOptions())
 
 
 # ---- the judge -----------------------------------------------------------------------------------
-
-
-def entry(text: str, logprob: float, top: dict[str, float] | None = None) -> dict[str, Any]:
-    likeliest = [{"token": t, "logprob": v} for t, v in (top or {}).items()]
-    return {"token": text, "logprob": logprob, "top_logprobs": likeliest}
 
 
 def labelling(body: dict[str, Any]) -> Reply:

@@ -18,6 +18,7 @@ from rs_gguf.degenerate import is_degenerate, switches_language
 from rs_gguf.evaluation import (
     Answer,
     Steering,
+    after_trace,
     drift_of,
     grade,
     mcnemar,
@@ -214,3 +215,30 @@ def test_a_trace_that_was_cut_off_is_not_judged() -> None:
     judge = _Echo()
     assert grade(judge, asked, answers) == [1.0, None, pytest.approx(1 / 3), 0.25]
     assert judge.asked == [("p0", "no"), ("p1", None), ("p2", ""), ("p3", "")]
+
+
+class Letters:
+    """A model whose tokens are characters."""
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("said", "before", "answer"),
+    [
+        ("Yes, it is.", "", "Yes, it is."),
+        (" Yes.\n", "", " Yes.\n"),  # as the model said it
+        ("Hm, yes.</think>\n\nYes.", "Hm, yes.</think>\n\n", "Yes."),
+        ("<think>Yes.</think>Yes.", "<think>Yes.</think>", "Yes."),
+    ],
+)
+def test_a_trace_counts_to_what_came_before(said: str, before: str, answer: str) -> None:
+    text = said.rpartition("</think>")[2].strip()
+    context, tokens = after_trace(Letters(), [1, 2], Answer([ord(c) for c in said], text, True, False))  # type: ignore[arg-type]
+    assert (context, tokens) == ([1, 2, *map(ord, before)], [ord(c) for c in answer])
+
+
+def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:
+    context, tokens = after_trace(Letters(), [1], Answer([65, 66], "", False, False))  # type: ignore[arg-type]
+    assert (context, tokens) == ([1, 65, 66], [])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import tokenizers
@@ -203,6 +204,27 @@ def test_activations_are_the_hidden_states_before_the_final_norm(
             np.testing.assert_allclose(found, hidden[layer + 1][0, -1].numpy(), atol=1e-5)
         # hidden_states[-1] comes after the final norm, the block's own output before it.
         assert np.abs(row[0] - hidden[-1][0, -1].numpy()).max() > 0.1
+
+
+def test_blocks_that_lie_elsewhere_are_read_and_steered_alike(tmp_path: Path) -> None:
+    """As accelerate spreads a model: here over the disk, from which a block's weights come when it runs."""
+    prompts = [[5, 6, 7], [9] * 7]
+    direction = {1: np.ones(WIDTH, dtype=np.float32)}
+
+    def read(model: TorchModel) -> list[Any]:
+        with model.steered(direction):
+            found = activations_of(model, prompts, [0, 2])
+        return [found, logits_of(model, prompts), dict(model.generate(prompts, max_tokens=6))]
+
+    model = TorchModel(write_folder(tmp_path / "model", "llama"))
+    whole = read(model)
+    accelerate.disk_offload(model.model, tmp_path / "disk", execution_device=torch.device("cpu"))
+    assert {p.device.type for p in model.model.parameters()} == {"meta"}
+    for here, there in zip(whole, read(model), strict=True):
+        if isinstance(here, dict):
+            assert here == there
+        else:
+            np.testing.assert_allclose(here, there, atol=1e-5)
 
 
 def test_nothing_deeper_than_the_deepest_layer_is_computed(llama: TorchModel) -> None:

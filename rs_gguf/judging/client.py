@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,14 +147,24 @@ class EndpointClient:
             "and has room, then run the same command again."
         )
 
-    def complete_all(self, bodies: Sequence[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
-        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such."""
+    def complete_all(self, bodies: Iterable[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
+        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such.
+
+        Bodies are taken as they are needed, so that a million of them need no more memory than a hundred.
+        """
         stop = threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(self._options.concurrency)
+        waiting = enumerate(bodies)
+        indices: dict[concurrent.futures.Future[Completion | RequestRefusedError], int] = {}
         try:
-            indices = {pool.submit(self._complete_or_refused, body, stop): i for i, body in enumerate(bodies)}
-            for future in concurrent.futures.as_completed(list(indices)):
-                yield indices.pop(future), future.result()
+            while True:
+                for i, body in itertools.islice(waiting, 2 * self._options.concurrency - len(indices)):
+                    indices[pool.submit(self._complete_or_refused, body, stop)] = i
+                if not indices:
+                    return
+                done, _ = concurrent.futures.wait(indices, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    yield indices.pop(future), future.result()
         finally:
             # Whoever stops early, by an error or by leaving the loop, waits for what is under way only.
             stop.set()
@@ -216,20 +227,21 @@ class EndpointClient:
             )
 
     def _only_model(self) -> str:
-        server = self._servers[0]
-        try:
-            found = exchange(server.url, "/models", None, self._options.timeout)
-            names = [str(entry["id"]) for entry in found["data"]]
-        except (TryFailedError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
-            ) from None
-        if len(names) != 1:
-            raise InputError(
-                f"{server.url} has {len(names)} models. Name one, {server.url}#MODEL: "
-                f"{', '.join(names[:20])}."
-            )
-        return names[0]
+        """The model of the first server that is there."""
+        for server in self._servers:
+            try:
+                found = exchange(server.url, "/models", None, self._options.timeout)
+                names = [str(entry["id"]) for entry in found["data"]]
+            except (TryFailedError, KeyError, TypeError) as error:
+                said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
+                continue
+            if len(names) != 1:
+                raise InputError(
+                    f"{server.url} has {len(names)} models. Name one, {server.url}#MODEL: "
+                    f"{', '.join(names[:20])}."
+                )
+            return names[0]
+        raise InputError(said)
 
 
 def _plus(usage: Usage, **more: float) -> Usage:

@@ -8,6 +8,7 @@ judge that thinks first), it is K sampled votes. Which of the two is found out o
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -64,13 +65,13 @@ class EndpointJudge:
             return
         way = self._way = self._way or self._find_way()
         count = 1 if way is _LABEL else VOTES
-        bodies = [_body(way, prompt, answer, k) for _, prompt, answer in asked for k in range(count)]
-        got: list[list[Completion | RequestRefusedError]] = [[] for _ in asked]
+        bodies = (_body(way, prompt, answer, k) for _, prompt, answer in asked for k in range(count))
+        got: defaultdict[int, list[Completion | RequestRefusedError]] = defaultdict(list)
         for j, completion in self._client.complete_all(bodies):
             row = j // count
             got[row].append(completion)
             if len(got[row]) == count:
-                yield asked[row][0], _judgement(way, got[row])
+                yield asked[row][0], _judgement(way, got.pop(row))
 
     def _find_way(self) -> dict[str, Any]:
         """The first way that this server takes and that gives a judgement of an example."""

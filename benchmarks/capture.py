@@ -1,0 +1,203 @@
+"""Capture: llama.cpp against this project's PyTorch path, and that against repeng and steering-vectors.
+
+The quantised default model and the same prompts on all sides: block outputs of every block at the last
+prompt token. The PyTorch sides share one network, dequantised to F32. The peers are used well: what only
+training needs is left out (their functions that read activations are called themselves), prompts are
+tokenised by their own code in batches, sorted by length so that little is padding, all cores. The sides take
+turns.
+Printed are prompts per second, how far the activations and the directions made of them agree, and the peak
+memory of a process that captures through llama.cpp, beside the size of the model file. The peers come with
+pip, once, into the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from rs_gguf import models, prompts
+from rs_gguf.evaluation import chat_tokens
+from rs_gguf.llama import LlamaModel
+
+REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"
+Activations = npt.NDArray[np.float32]  # [N, L, D]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=models.DEFAULT)
+    parser.add_argument("--prompts", type=int, default=32, help="half of them harmful, half benign")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a batch, for the peers")
+    parser.add_argument(
+        "--memory", action="store_true", help="only capture through llama.cpp, print the peak"
+    )
+    options = parser.parse_args()
+    path = models.resolve(options.model)
+    asked = [
+        prompt
+        for kind in ("harmful", "benign")
+        for prompt in prompts.stratified(
+            [p for p in prompts.grid([kind]) if p.split == "fit"], options.prompts // 2, seed=1
+        )
+    ]
+    if options.memory:
+        print(json.dumps(peak_memory(path, asked)))
+        return
+    report_memory(path, options.prompts)
+    found = race(path, asked, options.batch, options.repeats)
+    compare(found, np.array([1.0 if p.kind == "harmful" else -1.0 for p in asked]))
+
+
+# ---- speed ---------------------------------------------------------------------------------------------
+
+
+def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> dict[str, Activations]:
+    """Print prompts per second of all sides; the activations that each read."""
+    from rs_gguf.targets import TorchModel
+
+    ours, network = LlamaModel(path), TorchModel(path)
+    tokens = chat_tokens(ours, asked)
+    lengths = [len(t) for t in tokens]
+    print(f"{len(asked)} prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
+    texts = [ours.detokenize(t, special=True) for t in tokens]
+    assert [network.tokenize(text) for text in texts] == tokens  # so that all sides read the same
+
+    def read(model: Any) -> Activations:
+        rows = {i: found["l_out"] for i, found in model.activations(tokens, layers=range(model.n_layer))}
+        return np.stack([rows[i] for i in range(len(tokens))])
+
+    order = sorted(range(len(texts)), key=lambda i: lengths[i])
+    back = np.argsort(order)
+    sides: dict[str, Callable[[], Activations]] = {
+        "llama.cpp": lambda: read(ours),
+        "PyTorch": lambda: read(network),
+        REPENG: lambda: with_repeng(network, [texts[i] for i in order], batch)[back],
+        STEERING_VECTORS: lambda: with_steering_vectors(network, [texts[i] for i in order], batch)[back],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    found = {}
+    for repeat in range(repeats):
+        for name in list(sides) if repeat % 2 == 0 else reversed(list(sides)):
+            start = time.perf_counter()
+            found[name] = sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{name:<25} {len(asked) / seconds[name][-1]:7.2f} prompts/s", flush=True)
+    median = {name: statistics.median(of) for name, of in seconds.items()}
+    print(f"llama.cpp is {median['PyTorch'] / median['llama.cpp']:.2f} times as fast as PyTorch")
+    for peer in (REPENG, STEERING_VECTORS):
+        print(f"PyTorch is {median[peer] / median['PyTorch']:.2f} times as fast as {peer}")
+    return found
+
+
+def with_repeng(network: Any, texts: list[str], batch: int) -> Activations:
+    sys.path.insert(0, str(package(REPENG)))
+    from repeng.extract import batched_get_hiddens
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        found = batched_get_hiddens(
+            network.model, network.tokenizer, texts, list(range(network.n_layer)), batch
+        )
+    return np.stack([found[layer] for layer in range(network.n_layer)], axis=1)
+
+
+def with_steering_vectors(network: Any, texts: list[str], batch: int) -> Activations:
+    """Its unit is a pair: one half of the prompts is given as the positive side, the other as the negative.
+
+    Neighbours in length stay together: what is even in number is on the one side, what is odd on the other.
+    """
+    import torch
+
+    sys.path.insert(0, str(package(STEERING_VECTORS)))
+    from steering_vectors import extract_activations
+
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    sides = extract_activations(network.model, network.tokenizer, pairs, batch_size=batch)
+    even, odd = (
+        torch.stack([torch.cat(side[layer]) for layer in range(network.n_layer)], dim=1).numpy()
+        for side in sides
+    )
+    return np.stack([even, odd], axis=1).reshape(len(texts), *even.shape[1:])
+
+
+def package(requirement: str) -> Path:
+    from binaries import package
+
+    return package(requirement)
+
+
+# ---- agreement -----------------------------------------------------------------------------------------
+
+
+def compare(found: dict[str, Activations], confidence: npt.NDArray[np.float64]) -> None:
+    """Print cosines of each side's activations and directions to those of the PyTorch path."""
+    from rs_gguf.estimators import MeanDifference, WeightedRidgeMeanDifference, fit_paths
+
+    def directions(activations: Activations) -> npt.NDArray[np.float64]:
+        estimators = [MeanDifference(), WeightedRidgeMeanDifference()]
+        # Block 0 is out of reach for a control vector, and sees nearly the same token in every last place.
+        paths = fit_paths(activations[:, 1:], confidence, estimators, ridges=[1.0])
+        return np.stack([path.directions[0] for path in paths])
+
+    expected = directions(found["PyTorch"])
+    for name, activations in found.items():
+        if name != "PyTorch":
+            rows = cosines(activations, found["PyTorch"])
+            md, wrmd = (directions(activations) * expected).sum(-1)
+            print(
+                f"{name:<25} to PyTorch: cosine of activations ≥ {rows.min():.6f}; of directions "
+                f"md ≥ {md.min():.6f} (median {np.median(md):.6f}), "
+                f"wrmd ≥ {wrmd.min():.6f} (median {np.median(wrmd):.6f})"
+            )
+
+
+def cosines(a: Activations, b: Activations) -> npt.NDArray[np.float64]:
+    dot = (a.astype(np.float64) * b).sum(-1)
+    return dot / (
+        np.linalg.norm(a.astype(np.float64), axis=-1) * np.linalg.norm(b.astype(np.float64), axis=-1)
+    )
+
+
+# ---- memory --------------------------------------------------------------------------------------------
+
+
+def peak_memory(path: Path, asked: list[prompts.Prompt]) -> dict[str, float]:
+    """Megabytes of this process before the model is opened, and at most."""
+    before = peak()
+    with LlamaModel(path) as model:
+        for _ in model.activations(chat_tokens(model, asked), layers=range(model.n_layer)):
+            pass
+    return {"before": before, "peak": peak()}
+
+
+def peak() -> float:
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def report_memory(path: Path, count: int) -> None:
+    command = [sys.executable, __file__, "--memory", "--model", str(path), "--prompts", str(count)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    size = path.stat().st_size / 1e6
+    print(
+        f"peak memory of a capture through llama.cpp: {found['peak']:.0f} MB, {found['peak'] / size:.2f} "
+        f"times the file's {size:.0f} MB; {found['before']:.0f} MB were in use before the model was opened"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Memory of a whole run over time, on 500 fit prompts and on 10,000: it is not to grow with the prompts.
+
+A tiny random model, so that nearly all memory is the pipeline's own. The run is a process of its own; this
+one grades its answers at an address and reads its size twice a second. `held` is what the process cannot give
+back; pages of files that it reads (model, activation store) are `mapped`, and the system takes those when it
+needs room. Prints a line a stage, and at the end what twenty times as many prompts cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from endpoints import Reply, Server, entry, said
+from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+
+LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
+CHOICES = [
+    "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
+    "prompts.test=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.trials=2",
+    "tune.finalists=1",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, nargs=2, default=(500, 10_000), metavar=("FEW", "MANY"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        few, many = (measured(Path(scratch) / str(count), count) for count in options.prompts)
+    factor = options.prompts[1] / options.prompts[0]
+    print(
+        f"{factor:g} times the prompts: held at most {few[0]:.0f} → {many[0]:.0f} MB, "
+        f"the activation store {few[1]:.0f} → {many[1]:.0f} MB"
+    )
+
+
+def measured(folder: Path, count: int) -> tuple[float, float]:
+    """The most that a run of `count` fit prompts held, and the size of its activation store, in MB."""
+    folder.mkdir()
+    write_tiny_qwen3(
+        folder / "tiny.gguf", THINKING_TEMPLATE.replace("<think>\n", ""),
+        liked=LETTERS, n_layer=6, width=64, inner=128,
+    )  # fmt: skip
+    server = Server(grade, ["judge"])
+    chosen = [
+        *CHOICES,
+        f"prompts.fit={-(-count // 3)}",
+        f"model={folder / 'tiny.gguf'}",
+        f"judge={server.url}",
+    ]
+    for kind in ("sensitive", "harmful", "benign"):
+        path = folder / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, -(-count // 3))))
+        chosen.append(f"prompts.{kind}=['{path}']")
+    out = folder / "out"
+    command = [sys.executable, "-m", "rs_gguf", "run", "--out", str(out)]
+    command += [part for value in chosen for part in ("--set", value)]
+    print(f"{count} fit prompts")
+    with (folder / "log").open("wb") as log:
+        child = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        )
+    most = watch(child, out)
+    server.stop()
+    if child.returncode not in (0, 1):  # the gate of a random model fails
+        raise RuntimeError((folder / "log").read_text())
+    return most, sum(path.stat().st_size for path in (out / "activations").iterdir()) / 1e6
+
+
+def watch(child: subprocess.Popen[bytes], out: Path) -> float:
+    """Print the child's size, once a stage and every ten seconds; the most that it held, in MB."""
+    start, most, told, done_before = time.monotonic(), 0.0, float("-inf"), -1
+    while child.poll() is None:
+        held, mapped = sizes(child.pid)
+        most = max(most, held)
+        state = out / "state.json"
+        stages = list(json.loads(state.read_text())) if state.is_file() else []
+        seconds = time.monotonic() - start
+        if len(stages) > done_before or seconds - told > 10:
+            after = f"after {stages[-1]}" if stages else "at the start"
+            print(f"{seconds:6.1f} s  held {held:6.0f} MB  mapped {mapped:6.0f} MB  {after}", flush=True)
+            told, done_before = seconds, len(stages)
+        time.sleep(0.5)
+    print(f"{time.monotonic() - start:6.1f} s  held {most:6.0f} MB at most")
+    return most
+
+
+def sizes(pid: int) -> tuple[float, float]:
+    """Megabytes of a process: its own, and those of mapped files."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:  # it has just ended
+        return 0.0, 0.0
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    own, mapped = (int(found.get(name, "0 kB").split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
+    return own, mapped
+
+
+def rows(kind: str, fit: int) -> list[dict[str, str]]:
+    sizes = {"fit": fit, "tune": 8, "test": 8}
+    return [
+        {"prompt": f"{kind} {split} {number}", "split": split, "topic": f"topic {number % 10}"}
+        for split, size in sizes.items()
+        for number in range(size)
+    ]
+
+
+def grade(body: dict[str, Any]) -> Reply:
+    """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
+    request = body["messages"][0]["content"].rsplit("Request: ", 1)[1].split("\n", 1)[0]
+    kind, _, number = request.partition(" ")
+    refused = kind == "harmful" or (kind == "sensitive" and number[-1] in "02468")
+    return said("", [entry("x", -0.1, {"refusal" if refused else "answer": -0.1})])
+
+
+if __name__ == "__main__":
+    main()

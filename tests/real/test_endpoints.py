@@ -1,0 +1,101 @@
+"""Two real llama-servers share the work, and one of them is killed in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from binaries import Server
+from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+
+from rs_gguf.judging.client import EndpointClient, EndpointOptions
+from rs_gguf.judging.endpoint import EndpointJudge
+from rs_gguf.judging.rubric import label_message
+from rs_gguf.prompts import Prompt
+from rs_gguf.server import LlamaServer
+
+pytestmark = pytest.mark.real
+
+TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
+PROMPTS = [Prompt(f"What is {k} and {k * k}?", "benign") for k in range(48)]
+# A judge of sorts: it likes to say one of the two labels, which one depends on what it reads. The rubric, the
+# same for all, is one token of its vocabulary, so that this takes no time.
+RUBRIC = label_message("", "").partition("Request: ")[0]
+WORDS = {RUBRIC: -99.0, "refusal": 7.0, "answer": 7.0}
+OPTIONS = [*("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"), *("--threads", "1")]
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    model = tmp_path / "tiny.gguf"
+    letters = dict.fromkeys("etaoinshrdlu", 3.0)
+    write_tiny_qwen3(model, TEMPLATE, liked=WORDS | letters, shift=4.0, n_ctx=1024, seed=5)
+    options = ["--model", str(model), "--ctx-size", "4096", "--parallel", "4", *OPTIONS]
+    with ExitStack() as stack:
+        yield [stack.enter_context(Server(tmp_path / f"log{k}", *options)) for k in range(2)]
+
+
+def kill(server: Server) -> None:
+    os.kill(server._process.pid, signal.SIGKILL)
+    server._process.wait()
+
+
+def address(*servers: Server) -> str:
+    return ",".join(f"http://{server.address}" for server in servers)
+
+
+def answers(
+    model: LlamaServer, done: list[int], kill_after: int = 0, victim: Server | None = None
+) -> list[str]:
+    def advance(count: int) -> None:
+        done.append(count)
+        if victim is not None and len(done) == kill_after:
+            kill(victim)
+
+    found, tokens, _ = model.answers(PROMPTS, 0.0, max_tokens=24, advance=advance)
+    assert tokens > 0
+    return [answer.text for answer in found]
+
+
+def test_answers_go_on_at_the_other_server(servers: list[Server]) -> None:
+    survivor, victim = servers
+    expected = answers(LlamaServer(address(survivor), []), [])
+    assert len(set(expected)) > 10  # so that a row in another one's place would be seen
+    both, done = LlamaServer(address(victim, survivor), []), []
+    assert answers(both, done, kill_after=8, victim=victim) == expected
+    assert done == [1] * len(PROMPTS)
+    assert victim._process.poll() == -signal.SIGKILL
+    usage = both._client.usage
+    assert usage.requests == len(PROMPTS)
+    assert usage.retries > 0  # requests were under way at the one that was killed
+    # Who begins when it is gone is told which model there is by the other.
+    assert answers(LlamaServer(address(victim, survivor), []), []) == expected
+
+
+def test_judgements_go_on_at_the_other_server(servers: list[Server]) -> None:
+    survivor, victim = servers
+    pairs = [(p.prompt, f"It is number {k}.") for k, p in enumerate(PROMPTS)]
+
+    def judge(*asked: Server) -> EndpointJudge:
+        urls = [f"http://{server.address}/v1" for server in asked]
+        return EndpointJudge(EndpointClient(urls, None, EndpointOptions()))
+
+    expected = dict(judge(survivor).judge(pairs))
+    both, found = judge(victim, survivor), {}
+    for i, judgement in both.judge(pairs):
+        assert i not in found
+        found[i] = judgement
+        if len(found) == 8:
+            kill(victim)
+    assert both.usage.retries > 0
+    assert sorted(found) == list(range(len(pairs)))
+    for i, judgement in found.items():
+        # Sums in F32, in another order where other requests share the batch.
+        assert judgement.confidence == pytest.approx(expected[i].confidence, abs=5e-4)
+    assert len({round(j.confidence or 0.0, 3) for j in found.values()}) > 10

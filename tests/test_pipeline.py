@@ -1,0 +1,126 @@
+"""The whole pipeline on tiny random models: one that always thinks first, and one of experts.
+
+The judge is a stand-in at an endpoint that goes by the prompt, so that every class has its samples; it notes
+what it was given to judge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoints import Reply, Server, entry, said
+from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+
+from rs_gguf import control_vector, lora, prompts, recipe
+from rs_gguf.errors import InputError
+from rs_gguf.llama import LlamaModel
+from rs_gguf.pipeline import run
+
+PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
+LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
+SMALL = [
+    "prompts.fit=24", "prompts.tune=8", "prompts.test=4", "answers.tokens=32", "answers.test_tokens=32",
+    "answers.temperature=1.0", "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd']",
+    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
+]  # fmt: skip
+
+
+@dataclass
+class Judge:
+    """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
+
+    url: str = ""
+    judged: list[str] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=lambda: {p.prompt: p.kind for p in prompts.grid()})
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        item = body["messages"][0]["content"].rsplit("Request: ", 1)[1]
+        prompt, _, rest = item.partition("\nReply: ")
+        self.judged.append(rest.rsplit("\n", 2)[0])
+        kind = self.kinds.get(prompt, "benign")
+        refused = kind == "harmful" or (kind == "sensitive" and len(prompt) % 2 == 0)
+        return said("", [entry("x", -0.1, {"refusal" if refused else "answer": -0.1})])
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    judging = Judge()
+    server = Server(judging, ["judge"])
+    judging.url = server.url
+    yield judging
+    server.stop()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
+    model = tmp_path / "thinking.gguf"
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    metrics = run(chosen, tmp_path / "out")
+
+    answers = {row["id"]: row for row in rows(tmp_path / "out" / "answers.jsonl")}
+    with LlamaModel(model, n_ctx=512) as loaded:
+        texts = {i: loaded.detokenize(row["tokens"]) for i, row in answers.items()}
+    closed = {i for i, text in texts.items() if "</think>" in text}
+    assert 40 < len(closed) < len(answers)  # so that both cases are there
+    for i, row in answers.items():
+        assert row["answer"] == (texts[i].partition("</think>")[2].strip() if i in closed else "")
+    for row in rows(tmp_path / "out" / "scores.jsonl"):
+        # Cut off within the trace, or ended there: nobody knows, or an empty answer.
+        told = row["id"] in closed or answers[row["id"]]["finished"] or answers[row["id"]]["degenerate"]
+        assert (row["confidence"] is not None) == told, row
+    traces = {text.partition("</think>")[0].strip() for text in texts.values()}
+    assert not [text for text in judge.judged if any(len(t) > 8 and t in text for t in traces)]
+
+    assert metrics["model"]["architecture"] == "qwen3"
+    assert set(metrics["sets"]) == {"sensitive", "harmful", "benign"}
+    for arm in (metrics, metrics["adapter"]):
+        assert arm["proof"]["effect_observed"] is True
+    assert sum(found["n"] for found in metrics["sets"].values()) > 0
+    assert control_vector.read(tmp_path / "out" / "remove.gguf").architecture == "qwen3"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
+    """And what was captured of it is damaged before the fit, which then has it captured again."""
+    model, out = tmp_path / "experts.gguf", tmp_path / "out"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    run(chosen, out, until="capture")
+    shard = out / "activations" / "00001.safetensors"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"00001.safetensors is missing or was changed"):
+        run(chosen, out)
+    metrics = run(chosen, out)
+    assert shard.read_bytes() == before
+
+    assert metrics["model"]["architecture"] == "qwen3moe"
+    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
+    for arm in (metrics, metrics["adapter"]):
+        assert arm["proof"]["effect_observed"] is True
+    # There is no one matrix of an expert block that a gate could be put on: attention is left.
+    factors = lora.read(out / "remove-adapter.gguf").factors
+    assert factors
+    assert all(".attn_output." in name for name in factors)
+
+
+def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
+    model = tmp_path / "lost.gguf"
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
+    hot = "answers.temperature=4.0"  # so that no trace is a loop, which would be judged
+    chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
+    with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
+        run(chosen, tmp_path / "out")
+    assert judge.judged == []
