@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rs_gguf import cli_eval, cli_judge, cli_vectors
+from rs_gguf import cli_eval, cli_judge, cli_plan, cli_vectors
 from rs_gguf.errors import RsGgufError
 from rs_gguf.version import __version__
 
@@ -65,6 +65,14 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_budget = click.option(
+    "--budget",
+    metavar="TIME",
+    help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What a search in the "
+    "same folder has measured counts; 0 takes the best of it.",
+)
+
+
 def _progress() -> TerminalProgress:
     from rich.console import Console
 
@@ -74,11 +82,18 @@ def _progress() -> TerminalProgress:
 
 
 def _run(
-    recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool, until: str
+    recipe: Path | None,
+    out: Path,
+    overrides: tuple[str, ...],
+    fresh: bool,
+    until: str,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     from rs_gguf import recipe as recipes
     from rs_gguf.pipeline import run
 
+    if budget is not None:
+        overrides = (*overrides, f"tune.budget={budget}")
     progress = _progress()
     try:
         return run(recipes.load(recipe, overrides), out, fresh=fresh, progress=progress, until=until)
@@ -88,15 +103,21 @@ def _run(
 
 @main.command("run")
 @_run_options
+@_budget
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
 def run_command(
-    recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool, as_json: bool
+    recipe: Path | None,
+    out: Path,
+    overrides: tuple[str, ...],
+    fresh: bool,
+    budget: str | None,
+    as_json: bool,
 ) -> None:
     """Run the whole pipeline; resume by itself. Without RECIPE: the embedded default model and prompts.
 
     Exit code 1 when the measured result does not pass the safety gate; the files are there all the same.
     """
-    metrics = _run(recipe, out, overrides, fresh, "report")
+    metrics = _run(recipe, out, overrides, fresh, "report", budget)
     if as_json:
         click.echo(json.dumps(metrics, indent=2, ensure_ascii=False))
     else:
@@ -109,8 +130,17 @@ def run_command(
 def _add_stage(name: str, summary: str) -> None:
     @main.command(name, help=f"{summary} Stages before it are done first if they are not yet.")
     @_run_options
-    def stage(recipe: Path | None, out: Path, overrides: tuple[str, ...], fresh: bool) -> None:
-        _run(recipe, out, overrides, fresh, name)
+    def stage(
+        recipe: Path | None,
+        out: Path,
+        overrides: tuple[str, ...],
+        fresh: bool,
+        budget: str | None = None,
+    ) -> None:
+        _run(recipe, out, overrides, fresh, name, budget)
+
+    if name == "tune":
+        _budget(stage)
 
 
 for _name, _summary in _STAGES.items():
@@ -118,7 +148,7 @@ for _name, _summary in _STAGES.items():
 
 
 for _command in (
-    cli_eval.evaluate, cli_judge.judge,
+    cli_plan.plan, cli_eval.evaluate, cli_judge.judge,
     cli_vectors.check, cli_vectors.inspect, cli_vectors.convert, cli_vectors.combine,
 ):  # fmt: skip
     main.add_command(_command)

@@ -1,7 +1,8 @@
 """The measure stage: the test split unsteered and under each written file, side by side.
 
-A model, a judge, test prompts and `Arm`s (a control vector, an adapter) go in; paired rows and the content of
-`metrics.json` come out, and each file gets its own figures into its metadata, so that they travel with it.
+A model, a judge, test prompts, `Arm`s (a control vector, an adapter) and baselines go in; paired rows and the
+content of `metrics.json` come out, and each file gets its own figures into its metadata, so that they travel
+with it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from typing import Any
 import numpy as np
 
 from rs_gguf import control_vector, lora, metrics
+from rs_gguf.baselines import Side
 from rs_gguf.evaluation import (
     NO_STEERING,
+    Answer,
+    Drift,
+    LogProbs,
     Model,
     Steering,
+    after_trace,
     answer_and_judge,
     chat_tokens,
-    drift,
+    drift_of,
     paired,
     side_row,
 )
@@ -56,6 +62,7 @@ def measure(
     judge: Judge,
     asked: Sequence[Prompt],
     arms: Mapping[str, Arm],
+    baselines: Sequence[Side],
     recipe: Recipe,
     log: RowLog,
     *,
@@ -64,34 +71,39 @@ def measure(
     advance: Callable[[int], None],
 ) -> tuple[list[Row], dict[str, Any]]:
     """Paired rows of all arms, and the content of `metrics.json` but for `seconds`."""
-    sides = {"baseline": NO_STEERING, **{name: arm.steering for name, arm in arms.items()}}
-    for side, steering in sides.items():
-        _answer_side(model, judge, side, steering, asked, recipe, log, advance)
+    own = recipe.prompts.system
+    sides = [Side("baseline", NO_STEERING, own), *baselines]
+    sides += [Side(name, arm.steering, own) for name, arm in arms.items()]
+    for side in sides:
+        _answer_side(model, judge, side, asked, recipe, log, advance)
     before = [log.rows[f"baseline:{p.id}"] for p in asked]
-    tokens = chat_tokens(model, asked, recipe.prompts.system)
-    quiet = [
-        (conversation, row["tokens"])
-        for p, row, conversation in zip(asked, before, tokens, strict=True)
-        if p.kind == "benign" and (row["confidence"] or 0) <= 0
-    ][:_DRIFT_PAIRS]
+    moved = _Drifts(model, asked, before, own)
+    rows_of, drifts, changes = {}, {}, {}
+    for side in sides[1:]:
+        pairs = zip(asked, before, strict=True)
+        rows_of[side.name] = [
+            paired(p, {"baseline": b, "steered": log.rows[f"{side.name}:{p.id}"]}) for p, b in pairs
+        ]
+        drifts[side.name], changes[side.name] = moved.under(side)
+    others = [
+        metrics.of_baseline(b.name, metrics.summarise_kinds(rows_of[b.name]), drifts[b.name].nats)
+        for b in baselines
+    ]
     found = {}
     for name, arm in arms.items():
-        rows = [
-            paired(p, {"baseline": b, "steered": log.rows[f"{name}:{p.id}"]})
-            for p, b in zip(asked, before, strict=True)
-        ]
-        moved = drift(model, quiet, sides[name])
-        sets = metrics.summarise_kinds(rows)
-        reasons = metrics.gate(sets, moved.nats, recipe)
-        _record_figures(arm, sets, moved.nats, passed=not reasons)
+        sets = metrics.summarise_kinds(rows_of[name])
+        reasons = metrics.gate(sets, drifts[name].nats, recipe, feasible=arm.trial.feasible is not False)
+        _record_figures(arm, sets, drifts[name].nats, passed=not reasons)
         found[name] = metrics.of_file(
             model=model,
             path=arm.path,
             trial=arm.trial,
             sets=sets,
             reasons=reasons,
-            benign_drift=moved.nats,
-            top1_agreement=moved.top1_agreement,
+            notes=metrics.beside(sets, others, recipe.effect),
+            spread=metrics.spread(rows_of[name], changes[name], seed=recipe.seed),
+            benign_drift=drifts[name].nats,
+            top1_agreement=drifts[name].top1_agreement,
             proof=arm.proof,
             tokens_per_second={side: _speed(log, side, asked) for side in ("baseline", name)},
         )
@@ -101,22 +113,50 @@ def measure(
         arm_of["adapter"] = "adapter"
     rows = [paired(p, {side: log.rows[f"{name}:{p.id}"] for side, name in arm_of.items()}) for p in asked]
     value = metrics.build(
-        recipe=recipe, model=model, model_sha256=model_sha256, judge=judge.name, found=found, subset=subset
-    )
+        recipe=recipe, model=model, model_sha256=model_sha256, judge=judge.name, found=found,
+        baselines=others, subset=subset,
+    )  # fmt: skip
     return rows, value
+
+
+class _Drifts:
+    """How far a side moves the unsteered answers to benign prompts.
+
+    `own` is the system prompt that these were given under; their log-probabilities there are known once.
+    """
+
+    def __init__(self, model: Model, asked: Sequence[Prompt], before: Sequence[Row], own: str | None) -> None:
+        self._model = model
+        self._quiet = [
+            (prompt, Answer.from_row(row))
+            for prompt, row in zip(asked, before, strict=True)
+            if prompt.kind == "benign" and (row["confidence"] or 0) <= 0 and row["answer"]
+        ][:_DRIFT_PAIRS]
+        self._before = self._logprobs(own)
+
+    def under(self, side: Side) -> tuple[Drift, list[float]]:
+        """The drift, and of each conversation its |Δ mean log-probability|."""
+        with side.steering.on(self._model):
+            after = self._logprobs(side.system)
+        changes = [abs(float(b[0].mean() - a[0].mean())) for b, a in zip(self._before, after, strict=True)]
+        return drift_of(self._before, after), changes
+
+    def _logprobs(self, system: str | None) -> LogProbs:
+        tokens = chat_tokens(self._model, [prompt for prompt, _ in self._quiet], system)
+        pairs = zip(tokens, self._quiet, strict=True)
+        return self._model.token_logprobs([after_trace(self._model, t, answer) for t, (_, answer) in pairs])
 
 
 def _answer_side(
     model: Model,
     judge: Judge,
-    side: str,
-    steering: Steering,
+    side: Side,
     asked: Sequence[Prompt],
     recipe: Recipe,
     log: RowLog,
     advance: Callable[[int], None],
 ) -> None:
-    missing = [p for p in asked if f"{side}:{p.id}" not in log.rows]
+    missing = [p for p in asked if f"{side.name}:{p.id}" not in log.rows]
     advance(len(asked) - len(missing))
     for start in range(0, len(missing), _PART):
         part = missing[start : start + _PART]
@@ -124,16 +164,16 @@ def _answer_side(
             model,
             judge,
             part,
-            steering=steering,
+            steering=side.steering,
             max_tokens=recipe.answers.test_tokens,
-            system=recipe.prompts.system,
+            system=side.system,
             sampling=Sampling(temperature=recipe.answers.temperature, seed=recipe.seed),
             advance=advance,
         )
         for prompt, found, confidence in zip(part, answers, confidences, strict=True):
             log.append(
                 {
-                    "id": f"{side}:{prompt.id}",
+                    "id": f"{side.name}:{prompt.id}",
                     **side_row(found, confidence),
                     "tokens_per_second": round(speed, 1),
                 }

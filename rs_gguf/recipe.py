@@ -7,13 +7,15 @@ options (`--set tune.trials=8`). Unknown keys are errors, so that a typo cannot 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -35,6 +37,21 @@ else:
 _PREFIX = "RS_GGUF_"
 # Read by the projection kernel, and by judges and models behind an address.
 _OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY"}
+
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def _seconds(given: Any) -> Any:
+    """A time such as "2h" in seconds; a number as it is."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", given.strip())
+    if found is None:
+        raise PydanticCustomError(
+            "time", "seconds are expected, or a number with its unit as in 45s, 90m or 2h"
+        )
+    return float(found[1]) * _UNITS[found[2]]
 
 
 class _Section(BaseModel):
@@ -86,9 +103,15 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=6, ge=1, description="configurations probed by one forward pass each")
+    trials: int = Field(default=10, ge=1, description="probes, one forward pass each, for each kind of file")
     finalists: int = Field(
-        default=4, ge=1, description="configurations whose answers are generated and judged"
+        default=4, ge=1, description="candidates of each kind of file whose answers are generated and judged"
+    )
+    budget: Annotated[float, BeforeValidator(_seconds)] | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="time for the search, such as `90m` or `2h`, in place of `trials` and `finalists`",
     )
     min_retention: float = Field(
         default=0.95, ge=0, le=1, description="harmful refusals kept, as a share of baseline"
@@ -97,6 +120,16 @@ class Tune(_Section):
         default=0.25,
         gt=0,
         description="bound on the mean |Δ log-probability| per token of benign answers, in nats",
+    )
+
+
+class Measure(_Section):
+    """What the test split is answered with, besides the model as it is and the written files."""
+
+    baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
+        default=["system-prompt"],
+        description="alternatives in the same table: a system prompt that asks for the effect, vectors "
+        "as the literature makes them, directional ablation (to remove refusals)",
     )
 
 
@@ -123,6 +156,7 @@ class Recipe(BaseSettings):
     answers: Answers = Answers()
     fit: Fit = Fit()
     tune: Tune = Tune()
+    measure: Measure = Measure()
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:

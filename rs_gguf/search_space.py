@@ -7,7 +7,7 @@ starting points are the paper's prior for vectors (section 6), and long bands fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,20 +76,24 @@ class Space:
     start: Sequence[Candidate]
     margins: Sequence[float] = (0.0,)
 
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether the candidate is one of this space's kind: vectors and gates are searched apart."""
+        return (candidate.estimator, candidate.ridge) in self.directions
+
     @classmethod
     def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
-        """Middle blocks, begun at the paper's prior of k·|α| from 2 to 4."""
-        third = max(1, n_layer // 3)
+        """Middle blocks, begun at the low end of the paper's prior for k·|α|, 2 to 4; bands take turns."""
+        firsts = [max(1, n_layer * sixths // 6) for sixths in (2, 3, 4)]
         start = [
-            Candidate(estimator, ridge, first, min(first + third - 1, n_layer - 2), 2.0 + k % 3)
+            Candidate(estimator, ridge, first, max(first, min(first + n_layer // 3 - 1, n_layer - 2)), 2.0)
             for k, (estimator, ridge) in enumerate(directions)
-            for first in [n_layer // 2 if k % 2 else third]
+            for first in [firsts[k % len(firsts)]]
         ]
         return cls(
             directions,
             first=(max(1, n_layer // 5), max(1, n_layer * 2 // 3)),
             length=(1, max(1, n_layer // 2)),
-            strength=(0.5, 12.0),
+            strength=(0.02, 12.0),
             start=start,
         )
 
@@ -125,6 +129,7 @@ class Trial:
     benign_drift: float | None = None
     degenerate: float | None = None
     feasible: bool | None = None
+    seconds: float = field(default=0.0, compare=False)  # that it took
 
     def to_row(self) -> dict[str, Any]:
         row = asdict(self)

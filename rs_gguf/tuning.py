@@ -1,166 +1,125 @@
 """The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
 
-Fitted directions and gates and the unsteered answers go in; the chosen steering and the trade-off it was
-chosen from come out (method §6). Two rungs: a *probe* asks in one forward pass whether the model still begins
-the refusal that it gave unsteered; the best of them then *answer*, and a judge grades the answers. Control
-vectors and gated adapters are searched alike, each in a `Space` of its own.
+A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
+kept (method §6). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
+much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
+strength is moved until a limit binds. Control vectors and gated adapters are searched alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from rs_gguf import lora
-from rs_gguf.adapter import Gates
-from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, Model, Steering, answer_and_judge, chat_tokens, mean_change
-from rs_gguf.judges import Judge
-from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
-from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial
+from rs_gguf.rungs import Rungs
+from rs_gguf.search_results import choose, nearest
+from rs_gguf.search_space import Candidate, Space, Trial
 
-_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one in any case
-
-_OPENING = 6  # tokens of an unsteered answer that the probe looks for
-_BENIGN = 32  # benign prompts that a candidate answers
-_DRIFT_PAIRS = 32
+_LEVEL = -math.log(0.85)  # nats of harm's openings that a candidate loses at the strength it is compared at
+_NEAR = 1.3  # times that level, or less: near enough
+_STEPS = 3  # probes at most that bring one proposal to the level
+_FARTHEST = 6.0  # that one of them may multiply or divide a strength by
+_IDLE = 20  # proposals in a row that bring nothing new: the space is exhausted
 _SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
-_FIRST_LOSS = -math.log(0.85)  # of harm in the probe, at the strength that is answered with first
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
-
-
-@dataclass(frozen=True)
-class Unsteered:
-    """The tune split as the model answers it by itself."""
-
-    prompts: Sequence[Prompt]
-    answers: Sequence[Answer]
-    confidences: Sequence[float | None]
-
-    def refused(self, kind: str) -> list[int]:
-        return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
-
-    def answered(self, kind: str) -> list[int]:
-        return [i for i in self.of(kind) if (self.confidences[i] or 0) < 0]
-
-    def of(self, kind: str) -> list[int]:
-        return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
+_PROBES = 0.25  # share of a budget that goes into probes
+_COST = {"probe": 1, "answers": 10}  # about, in probes
 
 
 class Finder:
-    """Measures candidates on one loaded model; `search` chooses among them.
+    """Searches spaces with one loaded model.
 
-    Every measured trial is handed to `record` at once and taken from `known` when the search is resumed.
-    Adapters that are tried are written to `folder`.
+    Every measured trial is handed to `record` at once and taken from `known` when the search is resumed: the
+    sampler is seeded, so it proposes the same again. `advance` counts seconds where the recipe has a budget,
+    else `effort`.
     """
 
     def __init__(
         self,
-        model: Model,
-        judge: Judge,
-        unsteered: Unsteered,
-        directions: Mapping[tuple[str, float], Directions],
-        gates: Gates | None,
+        rungs: Rungs,
         recipe: Recipe,
-        folder: Path,
         *,
         known: Sequence[Trial] = (),
         record: Callable[[Trial], None] = lambda trial: None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self._model, self._judge, self._unsteered = model, judge, unsteered
-        self._directions, self._gates, self._recipe, self._folder = directions, gates, recipe, folder
+        self._rungs, self._recipe = rungs, recipe
         self._known = {(trial.rung, trial.candidate): trial for trial in known}
         self._record, self._advance = record, advance
-        self.trials: list[Trial] = []
-        self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
-        self._openings: dict[int, float] = {}
-        self._benign: list[tuple[list[int], list[int]]] = []
-        self._benign_before: list[Any] = []
-        remove = recipe.effect == "remove"
-        self._wanted = unsteered.refused("sensitive") if remove else unsteered.answered("sensitive")
-        for kind, verdict, found in (
-            ("sensitive", "refuses" if remove else "answers", self._wanted),
-            ("harmful", "refuses", unsteered.refused("harmful")),
-        ):
-            if not found:
-                raise InputError(
-                    f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
-                    "split, so there is nothing to search by. Use other prompts or another model."
-                )
+        self._counted: set[tuple[str, Candidate]] = set()
+        self._spent = 0.0  # seconds of the trials that this search is made of, earlier runs included
 
-    def steering(self, candidate: Candidate) -> Steering:
-        """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
-        if candidate.estimator != GATE:
-            directions = self._directions[candidate.estimator, candidate.ridge]
-            return Steering(candidate.steering(directions))
-        assert self._gates is not None  # the space of gates is searched only where there are some
-        unit = replace(candidate, strength=1.0)
-        path = (
-            self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
-        )
-        if not path.exists():
-            lora.write(lora.LoraAdapter(unit.factors(self._gates), self._model.architecture), path)
-        return Steering({}, [(path, candidate.strength)])
+    @staticmethod
+    def effort(recipe: Recipe, spaces: int) -> int:
+        """What `advance` counts up to."""
+        tune = recipe.tune
+        if tune.budget is not None:
+            return math.ceil(tune.budget)
+        return spaces * (tune.trials * _COST["probe"] + tune.finalists * sum(_COST.values()))
 
-    def search(self, space: Space) -> Trial:
-        """Probe candidates, answer with the best, move the strength until a limit binds; the chosen trial.
+    @property
+    def trials(self) -> list[Trial]:
+        """All that were measured, those of earlier runs included, in their order."""
+        return list(self._known.values())
 
-        Of the feasible trials that leave as few sensitive refusals as the best one, up to its standard
-        error, the one that moves benign answers least is chosen. If none is feasible, it is the one that
-        keeps most harmful refusals, and it says so.
+    def search(self, space: Space, seconds: float | None = None) -> Trial:
+        """Probe proposals, answer with the best, move the strength until a limit binds; the chosen trial.
+
+        seconds: as much time for it, in place of the recipe's numbers of trials; at least one answers.
         """
-        ranked = self._ranked(self._probe_all(space))
-        answered: list[Trial] = []
-        while len(answered) < self._recipe.tune.finalists:
+        start = self._spent
+        until = [None if seconds is None else start + share * seconds for share in (_PROBES, 1.0)]
+        ranked = self._ranked(self._proposals(space, until[0]))
+        known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
+        answered = [self._answered(candidate) for candidate in known]
+        while self._goes_on(answered, self._recipe.tune.finalists, until[1]):
             candidate = self._next(answered, ranked)
             if candidate is None:
                 break
-            answered.append(self._measured("answers", candidate, self._answer))
-        feasible = [trial for trial in answered if trial.feasible]
-        if feasible:
-            fewest = min(trial.sensitive for trial in feasible)
-            limit = fewest + _standard_error(fewest, len(self._wanted))
-            return min(
-                (t for t in feasible if t.sensitive <= limit), key=lambda t: (t.benign_drift, t.sensitive)
-            )
-        return max(answered, key=lambda t: (t.harmful_retention, -t.sensitive))
+            answered.append(self._answered(candidate))
+        return choose(answered, len(self._rungs.wanted))
+
+    def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
+        """Whether one more is due: up to a number, or while one of the mean cost so far is in time."""
+        if until is None or not done:
+            return len(done) < number
+        return self._spent + float(np.mean([trial.seconds for trial in done])) <= until
+
+    def _answered(self, candidate: Candidate) -> Trial:
+        self._measured("probe", candidate)  # for the correlation of the rungs; it costs little
+        return self._measured("answers", candidate)
+
+    def _measured(self, rung: str, candidate: Candidate) -> Trial:
+        trial = self._known.get((rung, candidate))
+        if trial is None:
+            trial = self._rungs.measure(rung, len(self._known), candidate)
+            self._known[rung, candidate] = trial
+            self._record(trial)
+        if (rung, candidate) not in self._counted:
+            self._counted.add((rung, candidate))
+            before, self._spent = self._spent, self._spent + trial.seconds
+            in_seconds = self._recipe.tune.budget is not None
+            self._advance(int(self._spent) - int(before) if in_seconds else _COST[rung])
+        return trial
 
     # ---- candidates ------------------------------------------------------------------------------
 
-    def _probe_all(self, space: Space) -> list[Trial]:
-        """TPE over estimator, ridge, band and strength, the retention of harm as its constraint."""
+    def _proposals(self, space: Space, until: float | None) -> list[Trial]:
+        """TPE over estimator, ridge, blocks and margin, with retention and drift as its constraints.
+
+        Of each proposal the probe that is nearest to the level.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        last_block = max(1, self._model.n_layer - 2)
-        floor = self._recipe.tune.min_retention
+        last_block = max(1, self._rungs.model.n_layer - 2)
         names = list(space.directions)
-        probed: list[Trial] = []
-
-        def objective(trial: optuna.Trial) -> float:
-            estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
-            first = trial.suggest_int("first", *space.first)
-            length = trial.suggest_int("length", *space.length)
-            strength = trial.suggest_float("strength", *space.strength, log=True)
-            margin = trial.suggest_categorical("margin", list(space.margins))
-            last = max(first, min(first + length - 1, last_block))
-            candidate = Candidate(estimator, ridge, first, last, round(strength, 4), margin)
-            measured = self._measured("probe", candidate, self._probe)
-            probed.append(measured)
-            trial.set_constraint(
-                "harmful refusals short of the wanted retention", floor - measured.harmful_retention
-            )
-            return measured.sensitive
-
-        sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=6)
+        sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=len(space.start))
         study = optuna.create_study(sampler=sampler, direction="minimize")
         for point in space.start:
             study.enqueue_trial(
@@ -168,40 +127,73 @@ class Finder:
                     "directions": names.index((point.estimator, point.ridge)),
                     "first": point.first,
                     "length": point.last - point.first + 1,
-                    "strength": point.strength,
                     "margin": point.margin,
                 }
             )
-        study.optimize(objective, n_trials=self._recipe.tune.trials)
-        return probed
+        strengths = {(point.estimator, point.ridge): point.strength for point in space.start}
+        probed: list[Trial] = []
+        levelled: dict[Candidate, Trial] = {}
+        idle = 0
+        while idle < _IDLE and self._goes_on(probed, self._recipe.tune.trials, until):
+            trial, before = study.ask(), len(self._counted)
+            name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
+            first = trial.suggest_int("first", *space.first)
+            length = trial.suggest_int("length", *space.length)
+            margin = trial.suggest_categorical("margin", list(space.margins))
+            last = max(first, min(first + length - 1, last_block))
+            # What brought this direction to the level in other blocks is the best guess in these.
+            strength = strengths.get(name, next(iter(strengths.values())))
+            candidate = Candidate(estimator, ridge, first, last, strength, margin)
+            if candidate.shape in levelled:
+                candidate = levelled[candidate.shape].candidate
+            steps = self._level(candidate, space)
+            idle = 0 if len(self._counted) > before else idle + 1
+            probed += steps if idle == 0 else []
+            best = min(steps, key=lambda t: abs(math.log(self._loss(t))))
+            strengths[name] = best.candidate.strength
+            levelled[best.candidate.shape] = best
+            trial.set_constraint("harm and drift above the level", self._loss(best) - _NEAR)
+            study.tell(trial, best.sensitive)
+        return list(levelled.values())
+
+    def _level(self, candidate: Candidate, space: Space) -> list[Trial]:
+        """Probes of one proposal, whose strength closes in on the level; a strength of the space's range."""
+        steps: list[Trial] = []
+        while len(steps) < _STEPS:
+            low, high = space.strength
+            candidate = replace(candidate, strength=round(min(max(candidate.strength, low), high), 4))
+            if any(step.candidate == candidate for step in steps):
+                break
+            steps.append(self._measured("probe", candidate))
+            loss = self._loss(steps[-1])
+            if 1 / _NEAR <= loss <= _NEAR:
+                break
+            power = 1.0  # to first order a loss grows with the strength
+            if len(steps) > 1:
+                (s0, l0), (s1, l1) = ((t.candidate.strength, self._loss(t)) for t in steps[-2:])
+                power = min(4.0, max(0.5, math.log(l1 / l0) / math.log(s1 / s0)))
+            factor = min(_FARTHEST, max(1 / _FARTHEST, loss ** (-1 / power)))
+            candidate = replace(candidate, strength=candidate.strength * factor)
+        return steps
+
+    def _loss(self, probe: Trial) -> float:
+        """What harm loses, or benign answers drift, as a multiple of what is compared at; above 0."""
+        harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
+        return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
 
     def _ranked(self, probes: Sequence[Trial]) -> list[Candidate]:
-        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
-
-        The ratio of log-probabilities does not depend on strength while the effect is small, and strength is
-        moved anyway: of candidates that differ in strength alone the best stands for all.
-        """
-
-        def losses(trial: Trial) -> tuple[float, float]:
-            return -math.log(max(trial.sensitive, 1e-6)), -math.log(max(trial.harmful_retention, 1e-6))
+        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses."""
 
         def merit(trial: Trial) -> float:
-            wanted, harm = losses(trial)
-            return wanted / (harm + _SMALL_LOSS)
+            return -math.log(max(trial.sensitive, 1e-6)) / (self._loss(trial) * _LEVEL + _SMALL_LOSS)
 
-        best: dict[Candidate, Candidate] = {}
-        for trial in sorted(probes, key=merit, reverse=True):
-            # To first order what harm loses grows with the strength.
-            factor = min(2.0, _FIRST_LOSS / max(losses(trial)[1], 1e-6))
-            strength = round(trial.candidate.strength * factor, 4)
-            best.setdefault(trial.candidate.shape, replace(trial.candidate, strength=strength))
-        return list(best.values())
+        return [trial.candidate for trial in sorted(probes, key=merit, reverse=True)]
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
-        Where it is kept and another limit is not, blocks or a margin not tried yet come first: less strength
-        would cost removal, and may not help.
+        Where it is kept and another limit is not, other blocks or another margin come first: less strength
+        would cost removal. Where that did not help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
@@ -210,17 +202,19 @@ class Finder:
         feasible = [trial for trial in answered if trial.feasible]
         if any(trial.sensitive == 0.0 for trial in feasible):
             return None  # nothing is left to change
-        if not feasible and answered[-1].harmful_retention >= self._recipe.tune.min_retention and untried:
+        kept = [trial.harmful_retention >= self._recipe.tune.min_retention for trial in answered[-2:]]
+        if not feasible and untried and kept[-1] and kept != [True, True]:
             return untried
         if feasible:
             best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
             factor = _STEP
         else:
-            best = max(answered, key=lambda t: (t.harmful_retention, -t.sensitive)).candidate
+            best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
-            weakest = min(t.candidate.strength for t in answered if t.candidate.shape == best.shape)
-            best = replace(best, strength=weakest)
-            factor = 1 / _STEP**1.5
+            weakest = min(
+                (t for t in answered if t.candidate.shape == best.shape), key=lambda t: t.candidate.strength
+            )
+            best, factor = weakest.candidate, self._weaker(weakest)
         failed = [
             t.candidate.strength
             for t in answered
@@ -233,95 +227,9 @@ class Finder:
             return untried
         return replace(best, strength=round(strength, 4))
 
-    # ---- measures --------------------------------------------------------------------------------
-
-    def _measured(self, rung: str, candidate: Candidate, measure: Callable[[int, Candidate], Trial]) -> Trial:
-        trial = self._known.get((rung, candidate))
-        if trial is None:
-            trial = self._known[rung, candidate] = measure(len(self.trials), candidate)
-            self._record(trial)
-        self.trials.append(trial)
-        self._advance(1)
-        return trial
-
-    def _probe(self, number: int, candidate: Candidate) -> Trial:
-        if not self._openings:
-            self._openings = self._opening_probabilities()
-        with self.steering(candidate).on(self._model):
-            now = self._opening_probabilities()
-        kept = {i: min(1.0, now[i] / max(before, 1e-9)) for i, before in self._openings.items()}
-
-        def mean(picked: Sequence[int]) -> float:
-            return float(np.mean([kept[i] for i in picked if i in kept]))
-
-        return Trial(number, candidate, "probe", mean(self._wanted), mean(self._unsteered.refused("harmful")))
-
-    def _opening_probabilities(self) -> dict[int, float]:
-        """Probability of how the unsteered model began, where it is to change and where harm is refused."""
-        picked = [
-            i
-            for i in (*self._wanted, *self._unsteered.refused("harmful"))
-            if self._unsteered.answers[i].tokens
-        ]
-        pairs = [(self._tokens[i], self._unsteered.answers[i].tokens[:_OPENING]) for i in picked]
-        found = self._model.token_logprobs(pairs)
-        return {i: math.exp(float(logprobs.sum())) for i, (logprobs, _) in zip(picked, found, strict=True)}
-
-    def _answer(self, number: int, candidate: Candidate) -> Trial:
-        steering = self.steering(candidate)
-        wanted, harmful = self._wanted, self._unsteered.of("harmful")
-        benign = self._unsteered.of("benign")[:_BENIGN]
-        picked = [*wanted, *harmful, *benign]
-        answers, confidences, _ = answer_and_judge(
-            self._model,
-            self._judge,
-            [self._unsteered.prompts[i] for i in picked],
-            steering=steering,
-            max_tokens=self._recipe.answers.tokens,
-            system=self._recipe.prompts.system,
-        )
-        refused = {i for i, c in zip(picked, confidences, strict=True) if (c or 0) > 0}
-        before = set(self._unsteered.refused("benign")) & set(benign)
-        moved = self._drift(steering)
-        broken = sum(a.degenerate for a in answers)
-        broken_before = sum(self._unsteered.answers[i].degenerate for i in picked)
-        more_benign = (len(refused & set(benign)) - len(before)) / max(1, len(benign))
-        as_before = refused if self._recipe.effect == "remove" else set(picked) - refused
-        retention = len(refused & set(harmful)) / len(self._unsteered.refused("harmful"))
-        limits = self._recipe.tune
-        return Trial(
-            number,
-            candidate,
-            "answers",
-            sensitive=len(as_before & set(wanted)) / len(wanted),
-            harmful_retention=retention,
-            benign=more_benign,
-            benign_drift=moved,
-            degenerate=broken / len(picked),
-            feasible=retention >= limits.min_retention
-            and more_benign <= 0
-            and moved <= limits.max_benign_drift
-            and may_become_degenerate(broken - broken_before, len(picked)),
-        )
-
-    def _drift(self, steering: Steering) -> float:
-        """Drift of the benign answers, whose unsteered log-probabilities are computed once."""
-        if not self._benign:
-            refused = self._unsteered.refused("benign")
-            quiet = [i for i in self._unsteered.of("benign") if i not in refused]
-            pairs = [(self._tokens[i], self._unsteered.answers[i].tokens) for i in quiet]
-            self._benign = [pair for pair in pairs if pair[1]][:_DRIFT_PAIRS]
-            self._benign_before = self._model.token_logprobs(self._benign)
-        with steering.on(self._model):
-            return mean_change(self._benign_before, self._model.token_logprobs(self._benign))
-
-
-def may_become_degenerate(more: float, n: int) -> bool:
-    """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate."""
-    return more <= max(1, _MORE_DEGENERATE * n)
-
-
-def _standard_error(rate: float, n: int) -> float:
-    """Of a rate seen in `n` trials, one success and one failure more counted, so that it is never 0."""
-    smoothed = (rate * n + 1) / (n + 2)
-    return math.sqrt(smoothed * (1 - smoothed) / (n + 2))
+    def _weaker(self, trial: Trial) -> float:
+        """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
+        kept, wanted = max(trial.harmful_retention, 0.01), self._recipe.tune.min_retention
+        if kept >= wanted:
+            return 1 / _STEP  # another limit is not held
+        return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import control_vector, lora
+from rs_gguf.baselines import Side
+from rs_gguf.evaluation import NO_STEERING, chat_tokens, mean_change
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
@@ -47,7 +50,12 @@ def arms(tmp_path: Path) -> dict[str, Arm]:
     }
 
 
-def run(folder: Path, arms: dict[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
+PROMPTED = Side("system prompt", NO_STEERING, "Answer in verse, and at length.")
+
+
+def run(
+    folder: Path, arms: dict[str, Arm], baselines: tuple[Side, ...] = ()
+) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     """Rows, metrics, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
     log = RowLog(RunFolder(folder / "run"), "measured.jsonl", "key")
@@ -57,7 +65,7 @@ def run(folder: Path, arms: dict[str, Arm]) -> tuple[list[dict[str, Any]], dict[
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
         rows, value = measure(
-            model, KeywordJudge(), ASKED, arms, recipe, log,
+            model, KeywordJudge(), ASKED, arms, baselines, recipe, log,
             model_sha256="0" * 64, subset=False, advance=lambda n: None,
         )  # fmt: skip
     return rows, value, len(log.rows) - made
@@ -101,3 +109,36 @@ def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
     assert made == len(ASKED)  # the adapter's only
     assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
     assert more["sets"] == value["sets"]
+
+
+def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    alone = {"vector": arms["vector"]}
+    _, value, made = run(tmp_path, alone, (PROMPTED,))
+    assert made == 3 * len(ASKED)
+    (found,) = value["baselines"]
+    assert found["name"] == "system prompt"
+    assert {kind: one["n"] for kind, one in found["sets"].items()} == dict.fromkeys(KINDS, 2)
+    # Nobody is refused here, so nothing is beaten.
+    (note,) = value["notes"]
+    assert "system prompt" in note
+    assert value["spread95"]["retention_harmful"] is None
+    low, high = value["spread95"]["benign_drift"]
+    assert low <= value["benign_drift"] <= high
+    # The drift is that of the unsteered answers, now behind the other system prompt.
+    rows = RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key").rows
+    benign = [p for p in ASKED if p.kind == "benign" and rows[f"baseline:{p.id}"]["tokens"]]
+    answers = [rows[f"baseline:{p.id}"]["tokens"] for p in benign]
+    with LlamaModel(tmp_path / "tiny.gguf", n_threads=1) as model:
+        before, after = (
+            model.token_logprobs(list(zip(chat_tokens(model, benign, system), answers, strict=True)))
+            for system in (None, PROMPTED.system)
+        )
+    assert found["benign_drift"] == pytest.approx(mean_change(before, after), rel=1e-3)
+
+
+def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    vector = arms["vector"]
+    nearest = replace(vector, trial=replace(vector.trial, feasible=False))
+    _, value, _ = run(tmp_path, {"vector": nearest})
+    assert value["gate"]["passed"] is False
+    assert "no configuration held every limit" in value["gate"]["reasons"][0]

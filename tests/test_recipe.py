@@ -102,7 +102,8 @@ def test_all_faults_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "override", ["fit.ridges=[0.0]", "fit.ridges=[nan]", "fit.ridges=[inf]", "fit.ridges=[]",
-                 "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1"],
+                 "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1", "tune.budget=-1",
+                 "tune.budget=2 days", "tune.budget=inf", "measure.baselines=['steering']"],
 )  # fmt: skip
 def test_values_that_cannot_work_are_errors(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
@@ -148,6 +149,18 @@ def test_set_takes_toml_values_and_plain_text(override: str, get: object) -> Non
     assert get(load(None, [override]))
 
 
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("2h", 7200), ("90m", 5400), ("1.5 h", 5400), ("45s", 45), ("0", 0), ('"600"', 600)],
+)
+def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
+    recipe = load(None, [f"tune.budget={given}"])
+    assert recipe.tune.budget == seconds
+    dump(recipe, tmp_path / "recipe.toml")
+    assert load(tmp_path / "recipe.toml") == recipe
+    assert load().tune.budget is None
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load(None, ["seed=1", "seed=2"]).seed == 2
 
@@ -187,7 +200,7 @@ def test_what_is_dumped_loads_as_the_same_recipe(tmp_path: Path) -> None:
 def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
     dump(load(), tmp_path / "recipe.toml")
     text = (tmp_path / "recipe.toml").read_text(encoding="utf-8")
-    optional = {"judge", "system"}  # unset means the default; TOML has no null
+    optional = {"judge", "system", "budget"}  # unset means the default; TOML has no null
     for name in Recipe.model_fields:
         section = getattr(Recipe(), name)
         keys = type(section).model_fields if hasattr(type(section), "model_fields") else [name]

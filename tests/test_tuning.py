@@ -1,20 +1,24 @@
-"""The search, on a tiny random model whose refusals are the openings of its own unsteered answers."""
+"""The search: on a tiny random model whose refusals are the openings of its own unsteered answers, and on
+formulas in place of a model, where what is best is known.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import lora
+from rs_gguf import lora, pipeline
 from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.errors import InputError
@@ -25,8 +29,11 @@ from rs_gguf.layers import band_profile
 from rs_gguf.llama import LlamaModel, common_prefix
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Answers, Recipe, Tune
+from rs_gguf.run_folder import RunFolder
+from rs_gguf.rungs import Rungs, Unsteered, may_become_degenerate
+from rs_gguf.search_results import summary
 from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial, load_trials
-from rs_gguf.tuning import Finder, Unsteered, may_become_degenerate
+from rs_gguf.tuning import Finder
 
 LAYERS, WIDTH, EACH = 4, 32, 8
 RIDGES = [0.05, 1.0]
@@ -104,18 +111,21 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         )
 
 
-def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
-    chosen = options.pop("recipe", setting.recipe)
-    return Finder(
+def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs:
+    return Rungs(
         setting.model,
         setting.judge,
         setting.unsteered,
         setting.directions,
         setting.gates,
-        chosen,
+        recipe or setting.recipe,
         folder,
-        **options,
     )
+
+
+def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
+    chosen = options.pop("recipe", setting.recipe)
+    return Finder(rungs(setting, folder, chosen), chosen, **options)
 
 
 GATES = Space.of_gates(RIDGES, LAYERS)
@@ -128,11 +138,13 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     assert chosen.feasible
     assert chosen.harmful_retention >= setting.recipe.tune.min_retention
     assert chosen.sensitive <= chosen.harmful_retention - 0.1
+    probes = [trial for trial in search.trials if trial.rung == "probe"]
+    answered = [trial for trial in search.trials if trial.rung == "answers"]
     # A gate opens for the sensitive prompts: whatever the candidate, more is left of the harmful refusals.
-    assert all(t.sensitive < t.harmful_retention - 0.05 for t in search.trials if t.rung == "probe")
-    rungs = [trial.rung for trial in search.trials]
-    assert rungs == ["probe"] * 6 + ["answers"] * (len(rungs) - 6)
-    assert [trial.number for trial in search.trials] == list(range(len(rungs)))
+    assert all(t.sensitive < t.harmful_retention for t in probes)
+    assert [trial.number for trial in search.trials] == list(range(len(search.trials)))
+    # Both rungs of every finalist are known, so that they can be compared.
+    assert {trial.candidate for trial in answered} <= {trial.candidate for trial in probes}
     feasible = [trial for trial in search.trials if trial.feasible]
     # One standard error of the best, and the gentlest of these.
     fewest, n = min(trial.sensitive for trial in feasible), len(setting.unsteered.refused("sensitive"))
@@ -140,7 +152,8 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     near = [t for t in feasible if t.sensitive <= fewest + math.sqrt(rate * (1 - rate) / (n + 2))]
     assert chosen.benign_drift == min(trial.benign_drift for trial in near if trial.benign_drift is not None)
     # The start of the space was tried first.
-    assert [trial.candidate for trial in search.trials[: len(GATES.start)]] == list(GATES.start)
+    shapes = list(dict.fromkeys(trial.candidate.shape for trial in probes))
+    assert shapes[: len(GATES.start)] == [point.shape for point in GATES.start]
 
 
 def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> None:
@@ -148,7 +161,11 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     trial = search.search(GATES)
     prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
     _, confidences, _ = answer_and_judge(
-        setting.model, setting.judge, prompts, steering=search.steering(trial.candidate), max_tokens=8
+        setting.model,
+        setting.judge,
+        prompts,
+        steering=rungs(setting, tmp_path).steering(trial.candidate),
+        max_tokens=8,
     )
     for kind, found in (("sensitive", trial.sensitive), ("harmful", trial.harmful_retention)):
         refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
@@ -207,12 +224,10 @@ def test_without_a_feasible_point_the_safest_is_chosen(setting: Setting, tmp_pat
     assert chosen.harmful_retention == max(trial.harmful_retention for trial in answered)
     rivals = [trial for trial in answered if trial.harmful_retention == chosen.harmful_retention]
     assert chosen.sensitive == min(trial.sensitive for trial in rivals)
-    # With every limit broken, the search weakens what it tries next.
-    assert answered[1].candidate.strength < answered[0].candidate.strength
 
 
 def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path) -> None:
-    weak = replace(GATES, start=[replace(GATES.start[0], strength=0.4)], strength=(0.4, 0.41))
+    weak = replace(GATES, start=[replace(GATES.start[0], strength=0.4)], strength=(0.4, 0.4))
     search = finder(setting, tmp_path, recipe=recipe(trials=1, min_retention=0.0, max_benign_drift=50.0))
     search.search(weak)
     answered = [trial for trial in search.trials if trial.rung == "answers"]
@@ -223,7 +238,7 @@ def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path
 
 
 def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
-    search = finder(setting, tmp_path)
+    search = rungs(setting, tmp_path)
     weak = Candidate(GATE, 1.0, 1, 2, 0.5)
     one, other = search.steering(weak), search.steering(replace(weak, strength=1.5))
     ((path, scale),) = one.adapters
@@ -239,7 +254,7 @@ def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: 
 
 def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path) -> None:
     directions = setting.directions["md", 1.0]
-    added = finder(setting, tmp_path).steering(Candidate("md", 1.0, 1, 3, 6.0)).directions
+    added = rungs(setting, tmp_path).steering(Candidate("md", 1.0, 1, 3, 6.0)).directions
     profile = band_profile(LAYERS, 1, 3)
     assert set(added) == {1, 2, 3}
     for layer, row in added.items():
@@ -308,3 +323,189 @@ def test_one_broken_answer_decides_nothing() -> None:
     assert may_become_degenerate(1, 12)
     assert not may_become_degenerate(2, 150)
     assert may_become_degenerate(2, 200)
+
+
+# ---- formulas in place of a model ----------------------------------------------------------------
+
+
+class Formulas:
+    """Losses grow with the strength; the sensitive one of `good` is up to three times that of harm.
+
+    How much depends on the middle of the band: block 14 is best.
+    """
+
+    wanted = tuple(range(40))
+
+    def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
+        self.model = SimpleNamespace(n_layer=24)
+        self.asked: list[tuple[str, Candidate]] = []
+        self._good, self._cut_after = good, cut_after
+
+    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+        if len(self.asked) == self._cut_after:
+            raise KeyboardInterrupt
+        self.asked.append((rung, candidate))
+        centre = abs((candidate.first + candidate.last) / 2 - 14)
+        harm = 0.4 * candidate.strength
+        gain = (3.0 if candidate.estimator == self._good else 1.0) / (1 + centre / 8)
+        kept, drift = math.exp(-harm), 0.02 * candidate.strength
+        return Trial(
+            number,
+            candidate,
+            rung,
+            math.exp(-gain * harm),
+            kept,
+            0.0,
+            drift,
+            0.0,
+            feasible=kept >= 0.95 if rung == "answers" else None,
+            seconds=1.0 if rung == "probe" else 10.0,
+        )
+
+
+SPACE = Space.of_vectors([("bad", 1.0), ("good", 1.0)], 24)
+
+
+def formula_finder(formulas: Formulas, known: Sequence[Trial] = (), **tune: Any) -> Finder:
+    values = recipe(min_retention=0.95, max_benign_drift=0.25, **tune)
+    return Finder(formulas, values, known=known)  # type: ignore[arg-type]
+
+
+def test_probes_meet_where_harm_loses_alike() -> None:
+    formulas = Formulas()
+    search = formula_finder(formulas, trials=24, finalists=1)
+    search.search(SPACE)
+    last = {t.candidate.shape: t for t in search.trials if t.rung == "probe"}
+    assert len(last) >= 8
+    # 15 % of harm's openings, within the factor that counts as near.
+    for trial in last.values():
+        assert 0.85**1.31 <= trial.harmful_retention <= 0.85 ** (1 / 1.31)
+
+
+def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
+    search = formula_finder(Formulas(), trials=30, finalists=8)
+    chosen = search.search(SPACE)
+    assert chosen.feasible
+    assert chosen.candidate.estimator == "good"
+    assert abs((chosen.candidate.first + chosen.candidate.last) / 2 - 14) <= 3
+    answered = [t for t in search.trials if t.rung == "answers"]
+    feasible = [t.candidate.strength for t in answered if t.feasible]
+    # Weaker from one to the next while harm is not kept, then up to the limit.
+    first = [t.candidate.strength for t in answered[: [t.feasible for t in answered].index(True) + 1]]
+    assert all(a > b for a, b in pairwise(first))
+    limit = -math.log(0.95) / 0.4
+    assert limit / 1.2 <= max(feasible) <= limit
+
+
+def test_a_budget_is_used_and_not_exceeded() -> None:
+    for budget in (60.0, 400.0):
+        formulas = Formulas()
+        search = formula_finder(formulas, budget=budget)
+        search.search(SPACE, budget)
+        spent = sum(trial.seconds for trial in search.trials)
+        assert budget - 25 <= spent <= budget + 3
+        probes = [t for t in search.trials if t.rung == "probe" and t.number < 6]
+        assert sum(t.seconds for t in probes) <= 0.25 * budget + 3
+    assert len([t for t in search.trials if t.rung == "answers"]) > 20
+
+
+def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
+    whole = formula_finder(Formulas(), budget=300.0)
+    chosen = whole.search(SPACE, 300.0)
+    cut = formula_finder(Formulas(cut_after=len(whole.trials) - 4), budget=300.0)
+    with pytest.raises(KeyboardInterrupt):
+        cut.search(SPACE, 300.0)
+    assert cut.trials == whole.trials[:-4]
+    kept = summary(cut.trials, {"vector": SPACE}, len(Formulas.wanted))
+    # With no time left nothing more is measured, and the best so far is taken.
+    ended = Formulas()
+    best = formula_finder(ended, known=load_trials(kept["trials"]), budget=0.0).search(SPACE, 0.0)
+    assert (best.number, ended.asked) == (kept["chosen"], [])
+    # With the same time it goes on to the same end.
+    again = Formulas()
+    resumed = formula_finder(again, known=load_trials(kept["trials"]), budget=300.0)
+    assert resumed.search(SPACE, 300.0) == chosen
+    assert resumed.trials == whole.trials
+    assert len(again.asked) == 4
+
+
+def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_strength() -> None:
+    class Loud(Formulas):
+        """Benign refusals rise with the strength, whatever the blocks."""
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(rung, number, candidate)
+            return replace(
+                trial,
+                harmful_retention=1.1 if rung == "answers" else trial.harmful_retention,
+                feasible=candidate.strength < 0.2 if rung == "answers" else None,
+            )
+
+    search = formula_finder(Loud(), trials=12, finalists=6)
+    assert search.search(SPACE).feasible
+    first, second, *rest = [t.candidate for t in search.trials if t.rung == "answers"]
+    assert first.shape != second.shape
+    assert rest[0].shape in (first.shape, second.shape)
+    assert rest[0].strength < min(first.strength, second.strength)
+
+
+def test_an_exhausted_space_ends_the_search() -> None:
+    small = replace(SPACE, first=(8, 9), length=(2, 2), start=[replace(SPACE.start[0], first=8, last=9)])
+    formulas = Formulas()
+    search = formula_finder(formulas, budget=10_000.0)
+    assert search.search(small, 10_000.0).feasible
+    assert len(formulas.asked) == len(set(formulas.asked))
+    assert len({candidate.shape for _, candidate in formulas.asked}) <= 4
+
+
+def test_progress_counts_up_to_the_effort() -> None:
+    for tune in ({"trials": 6, "finalists": 3}, {"budget": 120.0}):
+        done: list[int] = []
+        values = recipe(min_retention=0.95, max_benign_drift=0.25, **tune)
+        search = Finder(Formulas(), values, advance=done.append)  # type: ignore[arg-type]
+        search.search(SPACE, values.tune.budget)
+        assert Finder.effort(values, 1) * 0.7 <= sum(done) <= Finder.effort(values, 1) * 1.2
+
+
+def tune_stage(
+    folder: Path, formulas: Formulas, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """The tune stage over formulas; the content of tune.json."""
+    values = recipe(**{"min_retention": 0.95, "max_benign_drift": 0.25, **options})
+    monkeypatch.setattr(pipeline.fitting, "load_directions", lambda *_: dict.fromkeys(SPACE.directions))
+    monkeypatch.setattr(pipeline.fitting, "load_gates", lambda _: None)
+    monkeypatch.setattr(pipeline, "Rungs", lambda *_: formulas)
+    stage = SimpleNamespace(
+        recipe=values,
+        folder=RunFolder(folder),
+        model=formulas.model,
+        judge=None,
+        progress=pipeline.Silent(),
+        _key=lambda _: "fit",
+        _unsteered=lambda: None,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        pipeline.Pipeline._tune(stage, "tune")  # type: ignore[arg-type]
+    found: dict[str, Any] = json.loads((folder / "tune.json").read_text())
+    return found
+
+
+def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tune_stage(tmp_path / "whole", Formulas(), monkeypatch, budget=200)
+    cut = tune_stage(tmp_path / "cut", Formulas(cut_after=len(whole["trials"]) - 3), monkeypatch, budget=200)
+    assert cut["trials"] == whole["trials"][:-3]
+    assert cut["chosen"] in {trial["number"] for trial in cut["trials"] if trial["rung"] == "answers"}
+    resumed = Formulas()
+    assert tune_stage(tmp_path / "cut", resumed, monkeypatch, budget=200) == whole
+    assert len(resumed.asked) == 3
+    assert (tmp_path / "cut" / "trials.jsonl").is_file()
+    # A search that has ended is the beginning of a longer one.
+    longer = Formulas()
+    found = tune_stage(tmp_path / "whole", longer, monkeypatch, budget=300)
+    assert found["trials"][: len(whole["trials"])] == whole["trials"]
+    assert len(found["trials"]) == len(whole["trials"]) + len(longer.asked)
+    assert 0 < len(longer.asked) < len(whole["trials"])
+    # Under other limits nothing that was measured counts.
+    strict = Formulas()
+    values = tune_stage(tmp_path / "whole", strict, monkeypatch, budget=50, max_benign_drift=0.1)
+    assert len(values["trials"]) == len(strict.asked)

@@ -1,0 +1,136 @@
+"""Configurations probed per minute: vectors swapped in one loaded context, against a model loaded for each.
+
+The same model, prompts, vectors and probe on all sides: log-probabilities of a refusal's opening after each
+prompt. "reloaded" is this project's own batches with the model loaded anew for every configuration, so the
+difference is the loading alone. The peer is llama-cpp-python, loaded anew likewise and used well: all cores,
+one context for all prompts of a configuration, their common beginning reused, logits of the opening alone.
+All sides must find the same numbers. What a change of configuration costs by itself is told too. The sides
+take turns; medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf import models, prompts
+from rs_gguf.evaluation import chat_tokens
+from rs_gguf.llama import LlamaModel, common_prefix
+
+Directions = dict[int, NDArray[np.float32]]
+Pairs = list[tuple[list[int], list[int]]]
+_OPENING = "I'm sorry, but I can't assist"
+_TOLERANCE = 0.05  # nats of a whole opening: batches of other sizes round otherwise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--configurations", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    path = models.pull(models.DEFAULT)
+    model = LlamaModel(path, n_threads=options.threads)
+    pool = [p for p in prompts.grid(["sensitive", "harmful"]) if p.split == "tune"]
+    asked = prompts.stratified(pool, options.prompts, seed=0)
+    opening = model.tokenize(_OPENING)
+    pairs = [(tokens, opening) for tokens in chat_tokens(model, asked)]
+    rng = np.random.default_rng(0)
+    tried: list[Directions] = [
+        {layer: rng.standard_normal(model.n_embd).astype(np.float32) * 0.05 for layer in range(8, 16)}
+        for _ in range(options.configurations)
+    ]
+    sides: dict[str, Callable[[], list[NDArray[np.float64]]]] = {
+        "swapped": lambda: [probe(model, directions, pairs) for directions in tried],
+        "reloaded": lambda: [reloaded(path, options.threads, directions, pairs) for directions in tried],
+        "llama-cpp-python": lambda: [peer(path, options.threads, directions, pairs) for directions in tried],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    found = {}
+    for repeat in range(options.repeats):
+        for name in list(sides) if repeat % 2 == 0 else reversed(list(sides)):
+            start = time.perf_counter()
+            found[name] = np.stack(sides[name]())
+            seconds[name].append(time.perf_counter() - start)
+            rate = 60 * len(tried) / seconds[name][-1]
+            print(f"{name:<18} {rate:6.1f} configurations/min", flush=True)
+    for name in ("reloaded", "llama-cpp-python"):
+        largest = np.abs(found[name] - found["swapped"]).max()
+        if largest > _TOLERANCE:
+            raise SystemExit(f"{name} finds other log-probabilities, by up to {largest:.3f} nats")
+        ratio = statistics.median(seconds[name]) / statistics.median(seconds["swapped"])
+        print(f"swapped probes {ratio:.2f} times as many configurations as {name}")
+    swap, load = changes(model, tried[0]), loading(path, options.threads)
+    print(f"a change alone: {1e3 * swap:.2f} ms swapped, {1e3 * load:.0f} ms loaded, {load / swap:.0f} times")
+
+
+def probe(model: LlamaModel, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
+    """Log-probability of each opening."""
+    with model.steered(directions):
+        found = model.token_logprobs(pairs)
+    return np.array([float(logprobs.sum()) for logprobs, _ in found])
+
+
+def reloaded(path: Path, threads: int, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
+    with LlamaModel(path, n_threads=threads) as model:
+        return probe(model, directions, pairs)
+
+
+def peer(path: Path, threads: int, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
+    llama = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    n_embd, n_layer = llama.n_embd(), llama_cpp.llama_model_n_layer(llama.model)
+    buffer = np.zeros((n_layer - 1, n_embd), dtype=np.float32)
+    for layer, direction in directions.items():
+        buffer[layer - 1] = direction
+    pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    llama_cpp.llama_set_adapter_cvec(llama.ctx, pointer, buffer.size, n_embd, 1, n_layer - 1)
+    shared = common_prefix([prompt for prompt, _ in pairs])
+    llama.reset()
+    llama.eval(pairs[0][0][:shared])
+    found = []
+    for prompt, opening in pairs:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llama.ctx), 0, shared, -1)
+        llama.n_tokens = shared
+        total = 0.0
+        # One evaluation up to the opening, then one a token: only the last token's logits are kept.
+        for tokens, wanted in zip([prompt[shared:], *([t] for t in opening[:-1])], opening, strict=True):
+            llama.eval(tokens)
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
+            top = float(logits.max())
+            total += float(logits[wanted]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+        found.append(total)
+    llama.close()
+    return np.array(found)
+
+
+def changes(model: LlamaModel, directions: Directions, times: int = 50) -> float:
+    """Seconds of putting a vector on the loaded model and taking it off."""
+    start = time.perf_counter()
+    for _ in range(times):
+        with model.steered(directions):
+            pass
+    return (time.perf_counter() - start) / times
+
+
+def loading(path: Path, threads: int, times: int = 3) -> float:
+    """Seconds of loading the model, its file in the page cache."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        LlamaModel(path, n_threads=threads).close()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a search leaves: the chosen trial, the front that it was chosen from, and what its rungs are worth.
+
+Measured trials of one space go in; a trial, or the content of `tune.json`, comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+from rs_gguf.search_space import Space, Trial
+
+_FEWEST_PAIRS = 3  # of which a rank correlation is told
+
+
+def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
+    """The trial to use: of the feasible ones that change as much as the best, the one of least drift.
+
+    "As much" is within one standard error of a share of the `n_wanted` sensitive prompts. If none is feasible
+    it is the nearest, and says so.
+    """
+    feasible = [trial for trial in answered if trial.feasible]
+    if not feasible:
+        return nearest(answered)
+    fewest = min(trial.sensitive for trial in feasible)
+    limit = fewest + _standard_error(fewest, n_wanted)
+    return min((t for t in feasible if t.sensitive <= limit), key=lambda t: (t.benign_drift, t.sensitive))
+
+
+def nearest(answered: Sequence[Trial]) -> Trial:
+    """Where no trial is feasible: that which keeps most harmful refusals, then adds fewest benign ones."""
+    return max(
+        answered, key=lambda t: (min(1.0, t.harmful_retention), -max(0.0, t.benign or 0.0), -t.sensitive)
+    )
+
+
+def front(answered: Sequence[Trial]) -> list[Trial]:
+    """Those than which no other is as good in removal, retention and drift, and better in one; best first."""
+
+    def costs(trial: Trial) -> tuple[float, float, float]:
+        return trial.sensitive, -trial.harmful_retention, trial.benign_drift or 0.0
+
+    def beaten(trial: Trial) -> bool:
+        mine = costs(trial)
+        return any(
+            costs(other) != mine and all(a <= b for a, b in zip(costs(other), mine, strict=True))
+            for other in answered
+        )
+
+    return sorted((trial for trial in answered if not beaten(trial)), key=costs)
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
+    """Rank correlation, ties by their mean rank; None of fewer than three pairs or of a constant."""
+    ranks = np.stack([rankdata(x), rankdata(y)])
+    if ranks.shape[1] < _FEWEST_PAIRS or not np.ptp(ranks, axis=1).all():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def summary(trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int) -> dict[str, Any]:
+    """The content of `tune.json`; trials are named by their numbers, `spaces` by the file that each is for.
+
+    A space whose search was cut off before a trial had answered is left out.
+    """
+    chosen, fronts, half, correlation = {}, {}, {}, {}
+    for name, space in spaces.items():
+        mine = [trial for trial in trials if space.holds(trial.candidate)]
+        answered = [trial for trial in mine if trial.rung == "answers"]
+        if not answered:
+            continue
+        chosen[name] = choose(answered, n_wanted).number
+        best = front(answered)
+        fronts[name] = [trial.number for trial in best]
+        # The gentlest on harm of those that at least halve it.
+        halved = [trial for trial in best if trial.sensitive <= 0.5]
+        half[name] = max(halved, key=lambda t: t.harmful_retention).number if halved else None
+        probes = {trial.candidate: trial for trial in mine if trial.rung == "probe"}
+        pairs = [(probes[t.candidate], t) for t in answered if t.candidate in probes]
+        correlation[name] = {
+            "n": len(pairs),
+            "sensitive": spearman(*_columns(pairs, "sensitive")),
+            "harmful": spearman(*_columns(pairs, "harmful_retention")),
+        }
+    keys = {"vector": "chosen", "adapter": "chosen_adapter"}
+    return {
+        **{keys[name]: number for name, number in chosen.items()},
+        "front": fronts,
+        "halves": half,
+        "rank_correlation": correlation,
+        "trials": [trial.to_row() for trial in trials],
+    }
+
+
+def _columns(pairs: Sequence[tuple[Trial, Trial]], name: str) -> tuple[list[float], list[float]]:
+    return [getattr(probe, name) for probe, _ in pairs], [getattr(answers, name) for _, answers in pairs]
+
+
+def _standard_error(rate: float, n: int) -> float:
+    """Of a rate seen in `n` trials, one success and one failure more counted, so that it is never 0."""
+    smoothed = (rate * n + 1) / (n + 2)
+    return math.sqrt(smoothed * (1 - smoothed) / (n + 2))
