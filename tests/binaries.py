@@ -19,6 +19,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,18 @@ def package(requirement: str) -> Path:
 
 
 def program(name: str) -> Path:
-    """One of `PROGRAMS`, built if it is not there yet. A build that was cut short goes on where it was."""
+    """One of llama.cpp's programs, built if it is not there yet: `PROGRAMS` together, any other by itself.
+
+    A build that was cut short goes on where it was.
+    """
     # The binding's features stand for the processor's, since both are compiled for the machine at hand.
     features = hashlib.sha256(build().encode()).hexdigest()[:12]
-    folder = _FOLDER / f"build-{features}"
+    together = name in PROGRAMS  # no test should wait for what only a benchmark needs
+    folder = _FOLDER / (f"build-{features}" if together else f"build-{features}-{name}")
     finished = folder / "bin"
-    with FileLock(_FOLDER / "build.lock"):
+    with FileLock(f"{folder}.lock"):
         if not finished.is_dir():
-            _build(source(), folder, finished)
+            _build(source(), folder, finished, PROGRAMS if together else (name,))
     return finished / name
 
 
@@ -169,7 +174,7 @@ class Server:
             connection.close()
 
 
-def _build(tree: Path, folder: Path, finished: Path) -> None:
+def _build(tree: Path, folder: Path, finished: Path, targets: Sequence[str]) -> None:
     scripts = Path(sysconfig.get_path("scripts"))
     work = folder / "work"
     options = [f"-D{key}={value}" for key, value in _OPTIONS.items()]
@@ -177,7 +182,7 @@ def _build(tree: Path, folder: Path, finished: Path) -> None:
     # The programs find their libraries beside themselves, wherever they are moved.
     options += ["-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON"]
     _run(str(scripts / "cmake"), "-S", str(tree), "-B", str(work), "-G", "Ninja", *options)
-    _run(str(scripts / "cmake"), "--build", str(work), "--parallel", str(cores()), "--target", *PROGRAMS)
+    _run(str(scripts / "cmake"), "--build", str(work), "--parallel", str(cores()), "--target", *targets)
     (work / "bin").rename(finished)
     shutil.rmtree(work)
 

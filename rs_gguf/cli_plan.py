@@ -1,0 +1,91 @@
+"""The `rs-export plan` command: what a run will cost, before it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rs_gguf.plan import Plan
+
+
+@click.command("plan")
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a recipe value, for example prompts.fit=500. Repeatable.")  # fmt: skip
+@click.option("--bits", type=click.FloatRange(1, 64), metavar="B",
+              help="Plan for a GGUF file of B bits a weight, 4.85 in Q4_K_M; for a config.json.")  # fmt: skip
+@click.option("--measure", is_flag=True,
+              help="Load the model and time it; otherwise the speed is that of docs/scaling.md.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: seconds, bytes, tokens.")
+def plan(
+    recipe: Path | None, overrides: tuple[str, ...], bits: float | None, measure: bool, as_json: bool
+) -> None:
+    """Say how long a run will take, stage by stage, and the memory and disk that it needs.
+
+    Nothing is downloaded and, without --measure, no weight is read: the recipe's model may be a GGUF file, or
+    a folder with a config.json alone.
+    """
+    from rs_gguf import plan as planning
+    from rs_gguf import recipe as recipes
+    from rs_gguf.speed import stored_speed
+
+    chosen = recipes.load(recipe, overrides)
+    path = planning.model_file(chosen)
+    shape = planning.model_shape(path, bits)
+    if measure and (bits is not None or path.suffix == ".json"):
+        raise InputError("--measure times the model itself: give its weights, and leave --bits away.")
+    if measure:
+        click.echo("Timing the model...", err=True)
+    speed = planning.measure(chosen, path) if measure else stored_speed(_cores())
+    found = planning.plan(chosen, shape, speed, planning.judge_of(chosen))
+    if as_json:
+        click.echo(json.dumps(found.to_row(), indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_table(found))
+    console.print(f"Speed: {speed.source}.", highlight=False)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _table(found: Plan) -> Table:
+    from rich.table import Table
+
+    asked = ", ".join(f"{n} {split}" for split, n in found.prompts.items())
+    table = Table(
+        title=f"{found.model.n_layer} blocks of width {found.model.width}; prompts: {asked}",
+        title_justify="left",
+    )
+    table.add_column("stage")
+    for column in ("time", "tokens read", "tokens answered", "memory", "disk"):
+        table.add_column(column, justify="right")
+    for name, stage in found.stages.items():
+        counts = (f"{round(n):,}" if n else "" for n in (stage.read, stage.answered))
+        table.add_row(name, _duration(stage.seconds), *counts, _bytes(stage.memory), _bytes(stage.disk))
+    table.add_section()
+    table.add_row("all", _duration(found.seconds), "", "", _bytes(found.memory), _bytes(found.disk))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

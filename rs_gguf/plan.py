@@ -1,0 +1,150 @@
+"""What a run will cost before it is run: seconds, memory and disk, stage by stage.
+
+A recipe goes in; a `Plan` comes out. Nothing is downloaded. The metadata of the model is enough: its weights
+are read only when the speed of this machine is to be measured on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rs_gguf import models, prompts
+from rs_gguf import shape as shapes
+from rs_gguf.costs import Costs, Grader, Pool, Stage
+from rs_gguf.errors import InputError
+from rs_gguf.prompts import KINDS, SPLITS
+from rs_gguf.recipe import Recipe
+from rs_gguf.shape import Shape
+from rs_gguf.speed import Speed, measured_speed
+
+if TYPE_CHECKING:
+    from rs_gguf.evaluation import Model
+
+STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in their order, and what the figures follow from; sizes are bytes."""
+
+    stages: Mapping[str, Stage]
+    prompts: Mapping[str, int]  # by split
+    model: Shape
+    speed: Speed
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def memory(self) -> float:
+        return max(stage.memory for stage in self.stages.values())
+
+    @property
+    def disk(self) -> float:
+        return sum(stage.disk for stage in self.stages.values())
+
+    def to_row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, **asdict(self)}
+
+
+def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Plan:
+    """What running `recipe` on `model` takes. Without `judge`, judging costs this machine nothing.
+
+    Raises:
+        InputError: a prompt file of the recipe that cannot be read.
+    """
+    costs = Costs(recipe, _pool(recipe), model, speed, judge)
+    stages: dict[str, Stage] = {name: getattr(costs, name)() for name in STAGES}
+    return Plan(stages, {split: sum(n.values()) for split, n in costs.sizes.items()}, model, speed)
+
+
+def model_file(recipe: Recipe) -> Path:
+    """Where the recipe's model is: a GGUF file, a Hugging Face folder or a config.json.
+
+    Raises:
+        InputError: it is not on this machine.
+    """
+    return _here(recipe.model)
+
+
+def model_shape(path: Path, bits: float | None = None) -> Shape:
+    """The shape of the model there; `bits` turn a configuration into that of a GGUF file.
+
+    Raises:
+        InputError: nothing that can be read, or `bits` for a GGUF file.
+    """
+    if path.is_dir() or path.suffix == ".json":
+        return shapes.of_folder(path, bits)
+    if bits is not None:
+        raise InputError(f"bits a weight are for a config.json; {path.name} has its own.")
+    return shapes.of_gguf(path)
+
+
+def judge_of(recipe: Recipe) -> Grader | None:
+    """The model that judges on this machine, if one does.
+
+    Raises:
+        InputError: it is not here, or thinks for nobody knows how long.
+    """
+    from rs_gguf.judges import shipped_probe
+
+    spec = recipe.judge or models.DEFAULT
+    if spec == "keywords" or spec.startswith(("http://", "https://")):
+        return None
+    if spec.startswith("votes:"):
+        raise InputError(f"judge {spec}: how long a judge thinks cannot be planned. Plan with another judge.")
+    path = _here(spec.removeprefix("labels:"))
+    model = shapes.of_gguf(path)
+    probe = shipped_probe()
+    # The probe belongs to the default model, whose deeper blocks it does not need.
+    if probe is None or spec.startswith("labels:") or path != models.CATALOGUE[models.DEFAULT].path:
+        return Grader(model)
+    return Grader(model, (max(probe.layers) + 1) / model.n_layer)
+
+
+def measure(recipe: Recipe, path: Path) -> Speed:
+    """The speed of this machine on the recipe's model, loaded from `path`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from rs_gguf.evaluation import chat_tokens
+    from rs_gguf.llama import LlamaModel
+    from rs_gguf.targets import TorchModel
+
+    count = recipe.answers.parallel
+    rows = [row for kind in _pool(recipe)["fit"].values() for row in kind]
+    some = rows[:: max(1, len(rows) // count)][:count]
+    model: Model = TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=len(some))
+    with model:
+        return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
+
+
+def _pool(recipe: Recipe) -> Pool:
+    """The prompts that a run chooses from, by split and kind."""
+    pool: dict[str, dict[str, list[prompts.Prompt]]] = {split: {} for split in SPLITS}
+    for kind in KINDS:
+        files = getattr(recipe.prompts, kind)
+        rows = [row for path in files for row in prompts.load(path, kind)] or prompts.grid([kind])
+        for split in SPLITS:
+            pool[split][kind] = [row for row in rows if row.split == split]
+    return pool
+
+
+def _here(model: str) -> Path:
+    known = models.CATALOGUE.get(model)
+    if known is not None:
+        if not known.path.is_file():
+            raise InputError(f"{model} is not here yet. Run `rs-export models pull {model}`.")
+        return known.path
+    if not Path(model).expanduser().exists():
+        raise InputError(
+            f"no file or folder {model}. A plan downloads nothing: give a GGUF file or a Hugging Face "
+            "folder, of which config.json alone will do."
+        )
+    return models.resolve(model)

@@ -1,0 +1,265 @@
+"""The shape of a model from its metadata alone: what a token is multiplied with, and what is kept of it.
+
+A GGUF file, of which the header is read, or a configuration of transformers goes in; a `Shape` comes out. No
+weight is read, so the model may be larger than the machine.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    import transformers
+
+Tensor = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_WRITERS = ("attn_output", "ffn_down")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of transformers' configurations
+# struct's codes of the value types of the format, by their number there; 8 is text, 9 a list.
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a model follows from. Parameters are counted as numbers, not bytes.
+
+    `dense`: of the blocks, for every token; `experts`: of the blocks, of which a token uses the share `used`;
+    `head`: the output matrix. `weights`: bytes of all that is stored. `attention`: heads times their width,
+    and `cache`: numbers of keys and values kept of a token, both summed over the blocks. `writers`: how many
+    numbers each matrix multiplies that a gated adapter may change.
+    """
+
+    n_layer: int
+    width: int
+    n_vocab: int
+    dense: int
+    experts: int
+    used: float
+    head: int
+    weights: int
+    attention: int
+    cache: int
+    writers: Mapping[str, int]
+
+    @property
+    def active(self) -> float:
+        """Parameters that one token is multiplied with in the blocks."""
+        return self.dense + self.used * self.experts
+
+    def flops(self, context: float) -> float:
+        """Floating-point operations of all blocks for a token that attends to `context` others."""
+        return 2 * self.active + 4 * context * self.attention
+
+    def bytes_read(self, tokens: float) -> float:
+        """Bytes of weights that a step over so many tokens reads; of the experts, those that any uses."""
+        touched = self.dense + self.head + self.experts * (1 - math.pow(1 - self.used, tokens))
+        return touched * self.weights / (self.dense + self.head + self.experts)
+
+
+def of_gguf(path: Path) -> Shape:
+    """The shape of the model in a GGUF file.
+
+    Raises:
+        InputError: not a GGUF file, a damaged header, or no language model.
+    """
+    values, tensors = _read_header(path)
+    family = values.get("general.architecture", "")
+    try:
+        n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
+        used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
+        return _shape(tensors, n_layer, width, used, path.stat().st_size, str(path))
+    # No number, or no matrix, where one belongs.
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the header of a language model ({error!r}).") from error
+
+
+def of_folder(path: Path, bits: float | None = None) -> Shape:
+    """The shape of the model in a Hugging Face folder, of which config.json (or that alone) is read.
+
+    With `bits` it is that of a GGUF file of so many bits a weight; else F32, as PyTorch runs it.
+
+    Raises:
+        InputError: no configuration, or none that transformers knows.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # its error family depends on its version and on the file
+        raise InputError(
+            f"{path}: transformers cannot read its configuration ({_first_line(error)})."
+        ) from error
+    if bits is not None:
+        return of_config(config, bits)
+    return replace(of_config(config, 32.0), writers={})  # PyTorch reads block outputs alone
+
+
+def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
+    """The shape of the model that transformers makes of a configuration, at so many `bits` a weight.
+
+    Raises:
+        InputError: transformers cannot make it.
+    """
+    import gguf
+    import torch
+    import transformers
+
+    from rs_gguf.targets import llama_cpp_name
+
+    text = config.get_text_config()  # without eyes and ears
+    try:
+        with torch.device("meta"):  # modules without numbers
+            network = transformers.AutoModelForCausalLM.from_config(text)
+    except Exception as error:  # its error family depends on its version and on the model
+        raise InputError(
+            f"transformers cannot make a {config.model_type} model ({_first_line(error)})."
+        ) from error
+    families = {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
+    family = families.get(llama_cpp_name(text.model_type), gguf.MODEL_ARCH.LLAMA)
+    table = gguf.get_tensor_name_map(family, text.num_hidden_layers)
+    experts = next((n for n in (getattr(text, k, None) for k in _EXPERT_COUNTS) if n), 1)
+    tensors = [
+        (_gguf_name(name, table), tuple(reversed(parameter.shape)))
+        for name, parameter in network.named_parameters()
+    ]
+    count = sum(math.prod(shape) for _, shape in tensors)
+    used = (getattr(text, "num_experts_per_tok", None) or 0) / experts
+    return _shape(
+        tensors, text.num_hidden_layers, text.hidden_size, used, int(count * bits / 8), text.model_type
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _gguf_name(name: str, table: Any) -> str:
+    """What llama.cpp's converter calls a parameter; experts, which it stacks, by one name for all."""
+    block = re.search(r"\.(\d+)\.", name)
+    if block and ".experts." in name:
+        return f"blk.{block[1]}.{name.rpartition('.experts.')[2]}_exps"
+    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None and block:
+        return f"blk.{block[1]}.{name.partition(block[0])[2]}"
+    return str(found or name)
+
+
+def _shape(
+    tensors: Iterable[Tensor], n_layer: int, width: int, used: float, weights: int, source: str
+) -> Shape:
+    blocks: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
+    outside: dict[str, Sequence[int]] = {}
+    dense = experts = 0
+    for name, shape in tensors:
+        found = _BLOCK.fullmatch(name)
+        if found is None:
+            outside[name] = shape
+        elif "_exps" in found[2]:
+            experts += math.prod(shape)
+        else:
+            dense += math.prod(shape)
+            blocks[int(found[1])][found[2].removesuffix(".weight")] = shape
+    embedding = outside.get("token_embd.weight")
+    if embedding is None or min(n_layer, width, *embedding) < 1:
+        raise InputError(f"{source}: no token_embd.weight among its tensors. Give a language model.")
+    kept = [_attention(block) for block in blocks.values()]
+    every = [{w: block[w][0] for w in _WRITERS if w in block} for block in blocks.values()]
+    alike = every and all(found == every[0] for found in every)
+    return Shape(
+        n_layer=n_layer,
+        width=width,
+        n_vocab=embedding[1],
+        dense=dense,
+        experts=experts,
+        used=used,
+        head=math.prod(outside.get("output.weight", embedding)),
+        weights=weights,
+        attention=sum(queries for _, queries in kept),
+        cache=sum(numbers for numbers, _ in kept),
+        writers=every[0] if alike else {},
+    )
+
+
+def _attention(block: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """(numbers kept of a token, heads times their width) of one block; (0, 0) without attention."""
+    if "attn_output" not in block or any(name.startswith("ssm") for name in block):
+        return 0, 0
+    queries = block["attn_output"][0]
+    if "attn_kv_a_mqa" in block:  # one latent stands for keys and values
+        return block["attn_kv_a_mqa"][1], queries
+    if "attn_qkv" in block:
+        return block["attn_qkv"][1] - queries, queries
+    return sum(block[name][1] for name in ("attn_k", "attn_v") if name in block), queries
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    """Metadata that is no list, and the tensors. Every length is followed, none is believed."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(data).read()
+    except (OSError, OverflowError, ValueError, struct.error) as error:  # a ValueError: an empty file
+        raise InputError(
+            f"{path}: not a GGUF file that can be read ({error}). Get the file again."
+        ) from error
+
+
+class _Header:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, 0
+
+    def read(self) -> tuple[dict[str, Any], list[Tensor]]:
+        if self._data[:4] != b"GGUF":
+            raise ValueError("it does not begin with 'GGUF'")
+        self._at = 8
+        n_tensors, n_values = self._number("Q"), self._number("Q")
+        values = {}
+        for _ in range(n_values):
+            key = self._text()
+            values[key] = self._value(self._number("I"))
+        tensors: list[Tensor] = []
+        for _ in range(n_tensors):
+            name = self._text()
+            shape = [self._number("Q") for _ in range(self._number("I"))]
+            self._at += 12  # type and offset
+            tensors.append((name, shape))
+        return values, tensors
+
+    def _number(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self._data, self._at)
+        self._at += struct.calcsize("<" + code)
+        return value
+
+    def _text(self) -> str:
+        size = self._number("Q")
+        self._at += size
+        return self._data[self._at - size : self._at].decode("utf-8", "replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _TEXT:
+            return self._text()
+        if kind in _CODES:
+            return self._number(_CODES[kind])
+        if kind != _LIST:
+            raise ValueError(f"unknown value type {kind}")
+        kind, count = self._number("I"), self._number("Q")
+        if kind == _TEXT:  # a vocabulary: passed over
+            for _ in range(count):
+                size = self._number("Q")
+                self._at += size
+        elif kind in _CODES:
+            self._at += count * struct.calcsize("<" + _CODES[kind])
+        else:
+            raise ValueError("a list of lists")
+        return None
