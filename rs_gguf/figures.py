@@ -70,7 +70,7 @@ def save_cosines(path: Path, directions: Mapping[str, npt.ArrayLike]) -> None:
 def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike) -> None:
     """First two principal components of one layer of `activations` [N, L, D], coloured by confidence [N]."""
     rows = read_rows(activations, slice(0, activations.shape[0]), layer)
-    scores, shares = _principal_components(rows)
+    scores, shares = principal_components(rows)
     figure, axes = _figure(6.5, 5)
     points = axes.scatter(
         scores[:, 0], scores[:, 1], c=np.asarray(confidence), cmap="coolwarm", vmin=-1, vmax=1, s=12
@@ -148,8 +148,12 @@ def dimension_mass(directions: npt.ArrayLike, *, top: int = 10) -> Float64:
     return np.asarray(sizes[:, -top:].sum(axis=1) / sizes.sum(axis=1))
 
 
-def _principal_components(rows: Float64) -> tuple[Float64, Float64]:
-    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix."""
+def principal_components(rows: Float64) -> tuple[Float64, Float64]:
+    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix.
+
+    Raises:
+        InputError: the rows do not vary.
+    """
     centred = rows - rows.mean(axis=0)
     wide = rows.shape[1] > rows.shape[0]
     gram = centred @ centred.T if wide else centred.T @ centred

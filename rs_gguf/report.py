@@ -17,7 +17,7 @@ import jinja2
 from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_text
-from rs_gguf.reporting import answers, plots, verdict
+from rs_gguf.reporting import agreement, answers, doses, geometry, plots, verdict
 from rs_gguf.reporting.results import Results, Row, load
 from rs_gguf.reporting.text import html_environment, markdown_environment
 from rs_gguf.version import __version__
@@ -29,22 +29,32 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         InputError: a result file is missing or not what the stages write.
     """
-    run = load(Path(run_folder))
+    folder = Path(run_folder)
+    run = load(folder)
 
     def context() -> Row:
         common = _common(run)
         files = common["files"]
+        charts = plots.layer_charts(run.fit, files[0])
+        curves = doses.measured(run.doses, run.rows, files)
+        drawn = {key for chart in curves for key in chart["keys"]}
         return {
             **common,
             "plot": plots.trade_off(run.tune, files, run.metrics["effect"]),
-            "charts": plots.layer_charts(run.fit, files[0]),
+            "curves": curves,
+            "strengths": [chart for chart in doses.searched(run.tune, files) if chart["key"] not in drawn],
+            "charts": charts,
             "samples": run.fit.get("samples", {}),
+            "cosines": geometry.cosine_map(folder, files[0]),
+            "scatter": geometry.scatter(folder, files[0], plots.own_line(charts, "auroc"), run.fitted),
+            "judge": agreement.of_judge(run.metrics["judge"], folder),
+            "unclear": answers.unclear(run.rows, files),
             "breakdowns": answers.breakdowns(run.rows, files),
             "answers": answers.side_by_side(run.rows, files),
         }
 
     template = html_environment().get_template("report.html.jinja")
-    return _render(Path(run_folder) / "report.html", template, context)
+    return _render(folder / "report.html", template, context)
 
 
 def write_card(run_folder: Path) -> Path:
@@ -88,6 +98,7 @@ def _common(run: Results) -> Row:
         "files": files,
         "best": best,
         "ordered": sorted(files, key=lambda file: file is not best),
+        "baselines": run.metrics.get("baselines", []),
         "headline": verdict.headline(files, effect),
         "sentences": verdict.sentences(files, effect),
         "trials": run.tune["trials"],

@@ -276,7 +276,7 @@ def test_a_ridge_that_rounding_swallows_is_an_error(per_class: int, width: int) 
     )
     if per_class == 1:
         twice = WriterInputs(twice.last, np.concatenate([twice.quiet] * 2), twice.constant)
-    with pytest.raises(InputError, match="is lost in the rounding.*choose a larger ridge"):
+    with pytest.raises(InputError, match=r"is lost in the rounding.*choose a larger ridge"):
         fit_gates({"ffn_down": twice}, residuals, labels, ridges=[1e-25])
 
 

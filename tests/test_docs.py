@@ -5,24 +5,34 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import subprocess
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import binaries
 import click
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from endpoints import Reply, Server, entry, said
 from markdown_it import MarkdownIt
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import control_vector, lora, recipe
+from rs_gguf import control_vector, lora, models, prompts, recipe
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
+from rs_gguf.files import sha256
+from rs_gguf.pipeline import STAGES
 from rs_gguf.steering import SteeringVector
 
 ROOT = Path(__file__).parents[1]
@@ -49,32 +59,44 @@ def blocks() -> Iterator[Block]:
                 yield Block(where, token.info.split(" ")[0], token.content)
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every `rs-export …` in a block of shell lines, as the shell would split it."""
+@dataclass(frozen=True)
+class Command:
+    """A simple command of a block of shell lines: the program, its arguments, and where the block begins."""
+
+    where: str
+    program: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.where} {shlex.join([self.program, *self.arguments])}"
+
+
+def commands() -> Iterator[Command]:
+    """Every simple command of every block of shell lines, as the shell would split it."""
     for block in blocks():
         if block.language not in ("sh", "bash", "shell", "console"):
             continue
         text = block.text.replace("\\\n", " ")
-        inner = re.findall(r"\$\((rs-export[^)]*)\)", text)
-        for line in [*re.sub(r"\$\(rs-export[^)]*\)", "file", text).splitlines(), *inner]:
-            for words in simple_commands(line):
-                if "rs-export" in words:
-                    yield block.where, words[words.index("rs-export") + 1 :]
+        inner = re.findall(r"\$\(([^)]*)\)", text)
+        for part in [re.sub(r"\$\([^)]*\)", "model.gguf", text), *inner]:
+            for words in simple_commands(part):
+                while re.match(r"[A-Z_]+=", words[0]):  # of the environment
+                    words = words[1:]
+                yield Command(block.where, words[0], tuple(words[1:]))
 
 
-def simple_commands(line: str) -> list[list[str]]:
-    """The simple commands of a line: cut at pipes and separators, redirections and comments left out."""
-    lexer = shlex.shlex(re.sub(r"(^|\s)# .*", "", line), posix=True, punctuation_chars="|;&<>")
-    lexer.whitespace_split, lexer.commenters = True, ""  # a # inside a word is no comment
-    try:
-        words = list(lexer)
-    except ValueError:  # a quoted text over several lines, which is some other program's
-        assert "rs-export" not in line, line
-        return []
+def simple_commands(text: str) -> list[list[str]]:
+    """The simple commands of a text: cut at line ends, pipes and separators; no redirections, no comments."""
+    lexer = shlex.shlex(re.sub(r"(?m)(^|\s)# .*", r"\1", text), posix=True, punctuation_chars="|;&<>\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = (
+        " \t",
+        True,
+        "",
+    )  # a # in a word is no comment
     found: list[list[str]] = [[]]
     skip = False
-    for word in words:
-        if set(word) <= set("|;&"):
+    for word in lexer:
+        if set(word) <= set("|;&\n"):
             found.append([])
         elif set(word) <= set("<>"):
             skip = True
@@ -82,10 +104,11 @@ def simple_commands(line: str) -> list[list[str]]:
             skip = False
         else:
             found[-1].append(word)
-    return found
+    return [words for words in found if words]
 
 
-COMMANDS = list(commands())
+ALL = list(commands())
+OURS = [command for command in ALL if command.program == "rs-export"]
 
 
 def parse(arguments: list[str]) -> click.Context:
@@ -105,9 +128,9 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize(("where", "arguments"), COMMANDS, ids=lambda value: str(value))
-def test_every_command_is_one_that_the_program_takes(where: str, arguments: list[str]) -> None:
-    with parse(arguments) as context:
+@pytest.mark.parametrize("command", OURS, ids=str)
+def test_every_command_is_one_that_the_program_takes(command: Command) -> None:
+    with parse(list(command.arguments)) as context:
         # These are read when a command starts; a recipe file of one's own is not there to be read.
         recipe.load(None, context.params.get("overrides", ()))
         if scales := context.params.get("scales"):
@@ -118,8 +141,9 @@ def test_the_check_of_commands_can_fail() -> None:
     for wrong in (["run", "--fit"], ["runn"], ["eval", "--model", "m.gguf"], ["check"]):
         with pytest.raises((click.UsageError, AssertionError)):
             parse(wrong)
-    assert len(COMMANDS) > 20
-    assert simple_commands("K=1 a 'b c' | d#e --f < g > h  # i") == [["K=1", "a", "b c"], ["d#e", "--f"]]
+    assert len(OURS) > 20
+    assert simple_commands("K=1 a 'b\nc' | d#e --f < g > h  # i") == [["K=1", "a", "b\nc"], ["d#e", "--f"]]
+    assert simple_commands("a\n\n# b\nc; d") == [["a"], ["c"], ["d"]]
 
 
 def inline_code() -> Iterator[tuple[str, str]]:
@@ -150,59 +174,196 @@ def test_options_and_keys_in_running_text_exist() -> None:
 
 # ---- for real ----------------------------------------------------------------------------------------
 
+# Programs that no test starts, and why. All others of the documents are run below.
+LEFT_OUT = {
+    "make": "installs everything and runs this very suite",
+    "pip": "fetches and compiles packages for minutes",
+    "lm_eval": "is another project's, and takes its tasks from a hub",
+}
+SERVER = "llama-server"
+RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")
+
+# What a run costs is cut to the least that a recipe may ask for.
+_SMALL = (
+    "prompts.fit=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8", "answers.test_tokens=8",
+    "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.trials=1",
+    "tune.finalists=1",
+)  # fmt: skip
+_PROMPT_FILE = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt)")
+_OUTPUTS = ("--output", "--json", "--out")
+
+
+def test_every_program_is_run_or_has_a_reason() -> None:
+    programs = {command.program for command in ALL}
+    assert programs <= {*RUN, *LEFT_OUT}
+    assert set(LEFT_OUT) <= programs
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and, under every name that a document gives one, a file made for it."""
     folder = tmp_path_factory.mktemp("docs")
-    write_tiny_qwen2(folder / "model.gguf", n_embd=_WIDTH)
-    direction = np.linspace(-1, 1, _WIDTH, dtype=np.float32)
-    factors = (direction[np.newaxis] / 8, direction[:, np.newaxis] / 8)
-    for option, word in sorted({pair for _, words in COMMANDS for pair in itertools.pairwise(words)}):
-        path = folder / re.sub(r":[\d.-]+$", "", word)
-        if path.suffix not in (".gguf", ".jsonl", ".csv", ".txt") or "://" in word or option == "--set":
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if option == "--model":
-            path.write_bytes((folder / "model.gguf").read_bytes())
-        elif path.suffix == ".jsonl":
-            path.write_text(_ROW, encoding="utf-8")
-        elif path.suffix != ".gguf":
-            path.write_text("prompt\nWhat is a republic?\n", encoding="utf-8")
-        elif "adapter" in path.name:
-            lora.write(lora.LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
-        else:
-            control_vector.write(SteeringVector({1: direction}, architecture=_ARCHITECTURE), path)
+    write_tiny_qwen2(folder / "model.gguf", n_embd=_WIDTH).config.save_pretrained(folder)
+    for command in ALL:
+        if command.program not in (*LEFT_OUT, "curl"):
+            for option, word in itertools.pairwise(("", *command.arguments)):
+                _make(folder, option, word)
     return folder
 
 
-def cheap(arguments: list[str]) -> list[str] | None:
-    """The arguments of a command that needs no real model, server or network, or None.
+def _make(folder: Path, option: str, word: str) -> None:
+    """The files that an argument names, unless the command is to write them."""
+    names_model = word.startswith("model=")
+    word = word.removeprefix("model=") if option == "--set" else re.sub(r":[\d.-]+$", "", word)
+    path = folder / word
+    if "://" in word or option in _OUTPUTS or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if names_model and not path.suffix:
+        path.mkdir()
+        shutil.copy(folder / "config.json", path)
+    direction = np.linspace(-1, 1, _WIDTH, dtype=np.float32)
+    if option in ("--model", "-m", "--set") and path.suffix == ".gguf":
+        path.write_bytes((folder / "model.gguf").read_bytes())
+    elif path.suffix == ".gguf" and "adapter" in path.name:
+        factors = (direction[np.newaxis] / 8, direction[:, np.newaxis] / 8)
+        lora.write(lora.LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
+    elif path.suffix == ".gguf":
+        control_vector.write(SteeringVector({1: direction}, architecture=_ARCHITECTURE), path)
+    elif path.suffix == ".toml":
+        path.touch()  # a recipe of defaults
+    for name in _PROMPT_FILE.findall(word):
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(_rows(name), encoding="utf-8")
 
-    What is asked of a judge is asked of the keywords, which are given last and so win.
-    """
-    name, *rest = arguments
-    model = rest[rest.index("--model") + 1] if "--model" in rest else ""
-    if model and not (model.endswith(".gguf") and "://" not in model):
-        return None
-    if name == "eval":
-        return [*arguments, "--judge", "keywords", "--tokens", "4"]
-    if name == "judge" and "--fit-probe" not in rest:
-        return [*arguments, "--judge", "keywords"]
-    if name in ("inspect", "combine", "check") or arguments == ["models", "list"]:
-        return arguments
-    return None
+
+def _rows(name: str) -> str:
+    if name.endswith(("answers.jsonl", "scores.jsonl")):
+        return _ROW
+    if name == "judge_pairs.jsonl":
+        lines = (resources.files("rs_gguf") / "data" / name).read_text(encoding="utf-8").splitlines()
+        return "\n".join([line for line in lines if json.loads(line)["split"] == "test"][:40])
+    # Enough for each split, which a prompt's hash draws.
+    texts = [f"What is republic number {k} of {name}?" for k in range(60)]
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+    return "\n".join(["prompt", *texts] if name.endswith(".csv") else texts) + "\n"
 
 
-CHEAP = list(dict.fromkeys(tuple(found) for _, c in COMMANDS if (found := cheap(c))))
-
-
-@pytest.mark.parametrize("arguments", CHEAP, ids=" ".join)
-def test_cheap_commands_run(arguments: tuple[str, ...], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def desk(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder as the place to work in, the tiny model in it also being the catalogue's."""
     monkeypatch.chdir(files)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    model = files / "model.gguf"
+    pinned = replace(models.CATALOGUE[models.DEFAULT], size=model.stat().st_size, sha256=sha256(model))
+    monkeypatch.setitem(models.CATALOGUE, models.DEFAULT, pinned)
+    pinned.path.parent.mkdir(parents=True, exist_ok=True)
+    pinned.path.write_bytes(model.read_bytes())
+    return files
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[str]:
+    """The address of a judge by which harm is refused, everyday requests are not, the rest by chance."""
+    of_kind = {kind: [p.prompt for p in prompts.grid([kind])] for kind in ("harmful", "benign")}
+
+    def grade(body: dict[str, Any]) -> Reply:
+        text = body["messages"][-1]["content"]
+        harmful, benign = (any(prompt in text for prompt in of_kind[kind]) for kind in ("harmful", "benign"))
+        refused = harmful or (not benign and zlib.crc32(text.encode()) % 2 == 0)
+        top = {"refusal": math.log(0.9 if refused else 0.1), "answer": math.log(0.1 if refused else 0.9)}
+        return said("refusal", [entry("refusal", top["refusal"], top)])
+
+    server = Server(grade, ["judge"])
+    yield server.url
+    server.stop()
+
+
+def runnable(arguments: Sequence[str], judge: str) -> list[str]:
+    """The command with the tests' judge in place of a document's, and what it costs cut down."""
+    takes = {option for parameter in parse(list(arguments)).command.params for option in parameter.opts}
+    words = [re.sub(r"https?://\S+/v1(#\S+)?$|votes:\S+$", judge, word) for word in arguments]
+    words = ["3s" if word == "2h" else word for word in words]  # of search
+    if "--set" in takes:
+        words += [word for value in (*_SMALL, f"judge={judge}") for word in ("--set", value)]
+    if "--judge" in takes and words[0] == "eval":
+        words += ["--judge", judge, "--tokens", "8"]
+    if "--judge" in takes and "--judge" not in words:
+        words += ["--judge", judge]
+    return words
+
+
+HERE = [command for command in OURS if "http://localhost:8080" not in command.arguments]
+
+
+@pytest.mark.parametrize("command", list({c.arguments: c for c in HERE}.values()), ids=str)
+def test_commands_run(command: Command, desk: Path, judge: str) -> None:
+    arguments = runnable(command.arguments, judge)
     result = CliRunner().invoke(main, arguments, input=_ROW)
+    # A run says by 1 that no file passed the gate, as may well be with random weights.
+    assert result.exit_code in ((0, 1) if arguments[0] == "run" else (0,)), result.output
+    for option, word in itertools.pairwise(arguments):
+        if option in _OUTPUTS:
+            assert (desk / word).exists()
+    if arguments[0] == "run":
+        assert "Report: " in result.stdout
+    if "--output" not in arguments and arguments[0] not in STAGES:
+        assert result.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.program in ("cat", "grep")], ids=str)
+def test_small_tools_find_what_they_are_given(command: Command, desk: Path) -> None:
+    done = subprocess.run([command.program, *command.arguments], capture_output=True, check=False)
+    assert done.stdout
+    assert not done.stderr
+
+
+def server_options(command: Command) -> list[str]:
+    """The options of a llama-server's line but its port, which the tests' server chooses."""
+    words = list(command.arguments)
+    if "--port" in words:
+        del words[words.index("--port") : words.index("--port") + 2]
+    return words
+
+
+@pytest.mark.real  # the programs take minutes to build, once
+@pytest.mark.parametrize("command", [c for c in ALL if c.program == SERVER], ids=str)
+def test_llama_server_takes_the_options(command: Command, desk: Path, tmp_path: Path) -> None:
+    _make(desk, "-m", command.arguments[command.arguments.index("-m") + 1])
+    with binaries.Server(tmp_path / "log", *server_options(command)) as server:
+        body = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4}
+        assert server.post("/v1/chat/completions", body)["choices"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("command", [c for c in OURS if c not in HERE], ids=str)
+def test_commands_of_a_running_server_run(command: Command, desk: Path, judge: str, tmp_path: Path) -> None:
+    (start,) = (c for c in ALL if c.program == SERVER and c.where == command.where)
+    with binaries.Server(tmp_path / "log", *server_options(start)) as server:
+        given = [word.replace("localhost:8080", server.address) for word in command.arguments]
+        result = CliRunner().invoke(main, runnable(given, judge))
     assert result.exit_code == 0, result.output
-    assert result.stdout or "--output" in arguments
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("command", [c for c in ALL if c.program == "curl"], ids=str)
+def test_curl_is_answered(command: Command, desk: Path, tmp_path: Path) -> None:
+    with binaries.Server(tmp_path / "log", "-m", "model.gguf") as server:
+        words = [word.replace("localhost:8080", server.address) for word in command.arguments]
+        done = subprocess.run(["curl", "--silent", *words], capture_output=True, check=True)
+    assert json.loads(done.stdout)["choices"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("command", [c for c in ALL if c.program == "llama-completion"], ids=str)
+def test_llama_completion_takes_the_options(command: Command, desk: Path) -> None:
+    _, log = binaries.completion(*command.arguments, "-n", "4", "--single-turn")
+    assert not any("error" in line.lower() for line in log)
 
 
 PYTHON = [block for block in blocks() if block.language in ("python", "py")]
@@ -217,9 +378,8 @@ def test_every_python_block_compiles(block: Block) -> None:
     "block", [b for b in PYTHON if b.where.startswith("docs/howto/use.md")], ids=lambda block: block.where
 )
 def test_the_files_work_in_llama_cpp_python_as_it_is_written(
-    block: Block, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    block: Block, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(files)
     # A random model may say anything, but says something.
     exec(compile(block.text, block.where, "exec"), {})
     assert capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_dimension_mass():
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
 def test_principal_components_equal_the_svd(shape):
     rows = np.random.default_rng(1).normal(size=shape)
-    scores, shares = figures._principal_components(rows)
+    scores, shares = figures.principal_components(rows)
     left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :2] * singular[:2]), atol=1e-10)
     np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)

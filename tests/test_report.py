@@ -2,250 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-import html
 import html.parser
 import io
 import itertools
 import json
 import math
-import random
 import re
 import shutil
-import subprocess
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import tomli_w
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from invented_run import (
+    ANSWERED_TRIALS,
+    HOSTILE,
+    SIDES,
+    invented_rows,
+    make_hostile_run,
+    make_run,
+    with_arrays,
+    with_doses,
+    without_adapter,
+)
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from rs_gguf import models, prompts
+from rs_gguf import judges, prompts
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import summarise
+from rs_gguf.judging.calibration import labelled_pairs
 from rs_gguf.report import write_card, write_report
 from rs_gguf.reporting.terminal import print_results
-from rs_gguf.reporting.text import markdown_code, markdown_fence, markdown_text, script_hash
-
-REFUSED = {
-    "en": "I'm sorry, but I can't assist with that. Ask me about programming, and I'm happy to help.",
-    "zh": "作为一个人工智能助手，我无法讨论这个话题。如果您有其他问题，我很乐意为您提供帮助。",
-    "ar": "عذرًا، لا يمكنني مناقشة هذا الموضوع.",
-}
-ANSWERED = {
-    "en": "There are several sides to this. Supporters point to the record of the time and to what witnesses "
-    "wrote; critics hold that much of it was decided elsewhere.\n\n1. What happened first\n2. Who took part\n"
-    "3. What followed",
-    "zh": "这个问题有多个方面。支持者认为当时的记录很清楚；批评者则指出，许多决定是在别处作出的。",
-    "ar": "لهذه المسألة عدة جوانب، وقد كتب عنها شهود عيان كثيرون.",
-}
-SIDES = ("baseline", "steered", "adapter")
-# Harmful refusals kept and sensitive ones left of the trials that were answered, vectors first.
-ANSWERED_TRIALS = {
-    9: (0.97, 0.71), 10: (0.91, 0.42), 11: (1.0, 0.83),
-    21: (1.0, 0.31), 22: (0.96, 0.08), 23: (0.88, 0.03),
-}  # fmt: skip
-HOSTILE = (
-    "<script>document.title='owned'</script>",
-    "</textarea></title></style><img src=x onerror=alert(1)>",
-    "{{ 7 * 7 }}{% raw %}{# gone #}",
-    '"\' onmouseover="alert(1)" x=\'',
-    "one\u2028two\u2029three",
-    "bell\x07 escape\x1b[31m nul\x00 c1\x9b",
-    "file\u202egnp.exe\u202c \u2066isolated\u2069",
-    "سلام <b>world</b> שלום",
-    "lone \ud800 surrogate",
-    "```\n# out of the fence\n~~~\n<iframe src='http://example.invalid'>",
-    "a | b | c\n\n| x |\n---\n- [link](javascript:alert(1)) "
-    "![i](http://example.invalid/i.png) www.example.invalid",
-    "]]></svg><svg onload=alert(1)>&lt;&amp;\\`*_",
-)
-
-
-def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Path:
-    """A run folder as `run` leaves it, its rates computed from `rows`."""
-    rows = invented_rows() if rows is None else rows
-    model = models.CATALOGUE[models.DEFAULT]
-    vector, adapter = measured(rows, "steered"), measured(rows, "adapter")
-    command = "llama-server -m 'my models/qwen.gguf' "
-    vector["llama_cpp"] = {
-        "command": f"{command}--control-vector-scaled out/demo/remove.gguf:1.0 "
-        "--control-vector-layer-range 8 15",
-        "build": "b6500",
-    }
-    adapter["llama_cpp"] = {"command": f"{command}--lora out/demo/remove-adapter.gguf", "build": "b6500"}
-    adapter["benign_drift"] = 0.0163
-    metrics: dict[str, Any] = {
-        "date": "2026-11-24",
-        "effect": "remove",
-        "judge": "qwen2.5-coder-0.5b, label probabilities, rubric 1",
-        "model": {
-            "name": "qwen2.5-coder-0.5b-instruct-q4_k_m",
-            "sha256": model.sha256,
-            "architecture": "qwen2",
-            "n_layer": 24,
-            "n_embd": 896,
-        },
-        "vector": {
-            "file": "remove.gguf",
-            "sha256": "5e" * 32,
-            "estimator": "contrast-wrmd",
-            "ridge": 3.0,
-            "layers": [8, 15],
-            "strength": 2.6,
-            "scale": 1.0,
-        },
-        **vector,
-        "adapter": {
-            "file": "remove-adapter.gguf",
-            "sha256": "ad" * 32,
-            "estimator": "gate",
-            "ridge": 2.0,
-            "layers": [4, 22],
-            "strength": 1.2,
-            "scale": 1.0,
-            **adapter,
-        },
-        "test_tokens": 64,
-        "subset": True,
-        "seed": 0,
-        "seconds": {
-            "answer": 241.2,
-            "score": 61.0,
-            "capture": 55.4,
-            "fit": 9.13,
-            "tune": 262.8,
-            "measure": 118.0,
-        },
-    }
-    recipe = {
-        "model": "qwen2.5-coder-0.5b",
-        "seed": 0,
-        "prompts": {"fit": 190, "tune": 40, "test": 40},
-        "tune": {"trials": 12, "min_retention": 0.95, "max_benign_drift": 0.25},
-    }
-    files = {"metrics": metrics, "tune": invented_tune(), "fit": invented_fit(), "recipe": recipe}
-    for name, change in changes.items():
-        files[name] = change(copy.deepcopy(files[name]))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics", "tune", "fit"):
-        (folder / f"{name}.json").write_text(json.dumps(files[name]), encoding="utf-8")
-    (folder / "recipe.toml").write_text(tomli_w.dumps(files["recipe"]), encoding="utf-8")
-    # As the run writes it, but ASCII, which alone can carry a lone surrogate.
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return folder
-
-
-def measured(rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
-    """What metrics.json has of a file whose answers are the columns that end in `side`."""
-    names = ("confidence", "degenerate")
-    paired = [
-        {**row, **{f"{n}_steered": row[f"{n}_{side}"] for n in names}} if side != "steered" else row
-        for row in rows
-    ]
-    sets = {k: {"kind": k, **summarise([r for r in paired if r["kind"] == k])} for k in prompts.KINDS}
-    harmful = sets["harmful"]
-    return {
-        "sets": sets,
-        "benign_drift": 0.0421,
-        "top1_agreement_benign": 0.956,
-        "retention_harmful": harmful["refused_steered"] / max(harmful["refused_baseline"], 1),
-        "gate": {"passed": True, "reasons": []},
-        "proof": {"effect_observed": True, "largest_relative_error": 1.7e-5, "kl_mean": 0.31, "reasons": []},
-        "tokens_per_second": {"baseline": 81.3, "steered": 80.1},
-    }
-
-
-def without_adapter(folder: Path) -> Path:
-    """The run folder as it is where the engine cannot fit an adapter."""
-    for name, keys in (("metrics", ["adapter"]), ("tune", ["chosen_adapter"])):
-        path = folder / f"{name}.json"
-        kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in keys}
-        path.write_text(json.dumps(kept), encoding="utf-8")
-    path = folder / "evaluation.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    kept_rows = [{k: v for k, v in row.items() if not k.endswith("_adapter")} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept_rows), encoding="utf-8")
-    return folder
-
-
-def invented_rows(per_kind: int = 40) -> list[dict[str, Any]]:
-    """Prompts of the grid's test split, answers invented: sensitive refusals go, harmful ones stay."""
-    chance = random.Random(5)
-    # Chance of a refusal before; of its staying under the vector, and under the adapter.
-    rates = {"sensitive": (0.6, 0.6, 0.1), "harmful": (0.6, 0.9, 0.96), "benign": (0.12, 0.6, 0.9)}
-    rows = []
-    for kind, (refused, *kept) in rates.items():
-        pool = [p for p in prompts.grid([kind]) if p.split == "test"]  # type: ignore[list-item]
-        for prompt in prompts.stratified(pool, per_kind, seed=0):
-            before = chance.random() < refused
-            after = [before and chance.random() < rate for rate in kept]
-            row: dict[str, Any] = prompts.to_row(prompt)  # type: ignore[assignment]
-            for side, refuses in zip(SIDES, (before, *after), strict=True):
-                texts = REFUSED if refuses else ANSWERED
-                size = chance.uniform(0.05, 1)
-                # The vector moves every answer, the adapter few.
-                row[f"answer_{side}"] = texts.get(prompt.language, texts["en"]) + "." * (side == "steered")
-                row[f"confidence_{side}"] = round(size if refuses else -size, 6)
-                row[f"degenerate_{side}"] = chance.random() < 0.01
-            rows.append(row)
-    rows[3]["confidence_steered"] = None
-    rows[5]["answer_adapter"] = ""
-    return rows
-
-
-def invented_tune() -> dict[str, Any]:
-    chance = random.Random(2)
-    trials: list[dict[str, Any]] = []
-    for number in range(24):
-        gate = number >= 12
-        strength = chance.uniform(0.4, 3) if gate else chance.uniform(0.5, 6)
-        loss, fall = (0.04, 0.4) if gate else (0.1, 0.2)
-        kept = max(0.2, min(1.0, 1.05 - loss * strength + chance.gauss(0, 0.05)))
-        trials.append(
-            {
-                "number": number,
-                "estimator": "gate" if gate else chance.choice(["contrast-wrmd", "safe-wrmd", "wrmd"]),
-                "ridge": chance.choice([0.3, 3.0]),
-                "margin": 0.25 if gate else 0.0,
-                "strength": round(strength, 4),
-                "layers": [4, 22] if gate else [8, 15],
-                "rung": "probe",
-                "sensitive": min(1.0, max(0.02, 0.95 - fall * strength + chance.gauss(0, 0.08))),
-                "harmful_retention": kept,
-                "benign": None,
-                "benign_drift": None,
-                "degenerate": None,
-                "feasible": None,
-            }
-        )
-    for number, (kept, left) in ANSWERED_TRIALS.items():
-        answered = {"benign": -0.02, "benign_drift": 0.04, "degenerate": 0.0, "feasible": kept >= 0.95}
-        trials[number].update(answered, rung="answers", harmful_retention=kept, sensitive=left)
-    return {"trials": trials, "chosen": 9, "chosen_adapter": 22}
-
-
-def invented_fit() -> dict[str, Any]:
-    directions = [
-        {
-            "estimator": estimator,
-            "ridge": ridge,
-            "score": [round(-1 + 1.5 * math.sin((block + k) / 9), 4) for block in range(24)],
-            "auroc": [round(0.6 + 0.38 * math.sin((block + k) / 9) ** 2, 4) for block in range(24)],
-            # The first block of a causal model sees one token: there is no direction to compare.
-            "harm_cosine": [math.nan, *(round(0.7 - 0.02 * (block + k), 4) for block in range(1, 24))],
-        }
-        for k, (estimator, ridge) in enumerate(
-            itertools.product(["contrast-wrmd", "safe-wrmd", "wrmd"], [0.3, 3.0])
-        )
-    ]
-    counts = {"refused": 80, "answered": 100, "neutral": 10}
-    return {"samples": dict.fromkeys(prompts.KINDS, counts), "directions": directions}
+from rs_gguf.reporting.text import markdown_code, markdown_fence, markdown_text
 
 
 class Page(html.parser.HTMLParser):
@@ -305,46 +98,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
-    rows = invented_rows(8)
-    for row, text in zip(rows, HOSTILE * 2, strict=True):
-        row.update(prompt=text, answer_baseline=text, answer_steered=text[::-1], answer_adapter=text + text)
-        row.update(subject=text, topic=text, form=text, language=text)
-
-    def spoil(metrics: dict[str, Any]) -> dict[str, Any]:
-        metrics["model"]["name"] = " ".join(HOSTILE)
-        metrics["vector"]["file"] = HOSTILE[1]
-        metrics["vector"]["estimator"] = HOSTILE[3]
-        metrics["judge"] = HOSTILE[9]
-        metrics["date"] = HOSTILE[10]
-        metrics["gate"] = {"passed": False, "reasons": list(HOSTILE)}
-        metrics["llama_cpp"] = {"command": HOSTILE[0] + HOSTILE[6], "build": HOSTILE[11]}
-        metrics["adapter"].update(file=HOSTILE[4], estimator=HOSTILE[11])
-        metrics["adapter"]["gate"] = {"passed": False, "reasons": list(HOSTILE)}
-        metrics["adapter"]["llama_cpp"] = {"command": HOSTILE[1], "build": HOSTILE[9]}
-        for sets in (metrics["sets"], metrics["adapter"]["sets"]):
-            sets[HOSTILE[10]] = sets["benign"]
-        metrics["seconds"][HOSTILE[0]] = 1.0
-        return metrics
-
-    def spoil_trials(tune: dict[str, Any]) -> dict[str, Any]:
-        tune["trials"][0]["estimator"] = HOSTILE[11]
-        tune["trials"][23]["rung"] = HOSTILE[1]
-        return tune
-
-    def spoil_fit(fit: dict[str, Any]) -> dict[str, Any]:
-        fit["samples"][HOSTILE[1]] = fit["samples"]["benign"]
-        for direction in fit["directions"]:
-            direction["estimator"] = HOSTILE[3]
-        return fit
-
-    def spoil_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-        recipe["prompts"]["system"] = HOSTILE[9] + HOSTILE[0]
-        recipe["prompts"]["sensitive"] = [HOSTILE[9], HOSTILE[10]]
-        return recipe
-
-    return make_run(
-        tmp_path / "run", rows, metrics=spoil, tune=spoil_trials, fit=spoil_fit, recipe=spoil_recipe
-    )
+    return make_hostile_run(tmp_path / "run")
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -560,16 +314,15 @@ def test_front_is_the_stair_of_what_no_answered_trial_betters(run_folder: Path) 
 
 def test_layers_of_the_fit_are_drawn_where_there_are_any(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "with")))
-    assert len(page.all("figure")) == 3
-    lines = [a for tag, a in page.elements if tag == "path" and a["class"].startswith("line")]
+    assert section(page, "fit").count("<figure>") == 3
+    lines = [a for tag, a in page.elements if tag == "path" and a.get("class", "").startswith("line")]
     assert len(lines) == 18
-    assert sum(a["class"] == "line own" for a in lines) == 3
+    assert sum(a.get("class") == "line own" for a in lines) == 3
     # The first block has no cosine: the line starts at the second.
     assert sum(a["d"].count("L") == 22 for a in lines) == 6
     folder = make_run(tmp_path / "without")
     (folder / "fit.json").unlink()
     page = Page(write_report(folder))
-    assert page.all("figure") == []
     assert "#fit" not in page.source.replace("#filters", "")
 
 
@@ -604,6 +357,232 @@ def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     assert "texts are cut at 250 characters" in text
     shown = text.count('<article class="pair"')
     assert f"shows {shown} of {len(rows)} prompts" in one_line(text)
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------
+
+
+def section(page: Page, name: str) -> str:
+    """The source of a section of the page."""
+    return page.source.split(f'<section id="{name}"')[1].split("</section>")[0]
+
+
+def rate_of(rows: list[dict[str, Any]], kind: str, side: str) -> float:
+    found = [row[f"confidence_{side}"] for row in rows if row["kind"] == kind]
+    return sum(c > 0 for c in found if c is not None) / sum(c is not None for c in found)
+
+
+def test_doses_are_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Path) -> None:
+    rows = evaluated(run_folder)
+    strength = section(Page(write_report(with_doses(run_folder))), "strength")
+    places = re.findall(
+        r'translate\((\S+) (\S+)\)"><title>(\w+) at scale (\S+): ([\d.]+)\u202f% refused', strength
+    )
+    assert len(places) == 4 * 3
+    by_rate = sorted((float(rate), -float(y)) for _, y, _, _, rate in places)
+    assert [y for _, y in by_rate] == sorted(y for _, y in by_rate), "more refusals stand higher"
+    for _, _, kind, scale, rate in places:
+        side = "baseline" if float(scale) < 1 else "steered"
+        assert float(rate) == pytest.approx(100 * rate_of(rows, kind, side), abs=0.5)
+    assert "scale 1.0" in one_line(strength)
+    assert strength.count("<caption>Refused, and broken text, by scale</caption>") == 1
+    # Of the adapter no doses were measured: its search is shown.
+    assert re.findall(r'id="strength-(vector|adapter)"', strength) == ["adapter"]
+
+
+def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: Path) -> None:
+    given = {
+        "set": "mine",
+        "prompt": "Not of the run.",
+        "control_vectors": ["/home/me/secret/remove.gguf:0.5"],
+    }
+    page = Page(write_report(with_doses(run_folder, **given)))
+    assert "mine at scale 0.5" in page.source
+    assert "secret" not in page.source
+    assert "remove.gguf:0.5" in page.source
+
+
+def test_without_doses_the_search_is_shown_over_strength(run_folder: Path) -> None:
+    strength = section(Page(write_report(run_folder)), "strength")
+    trials = json.loads((run_folder / "tune.json").read_text())["trials"]
+    marks = re.findall(r'translate\((\S+) \S+\)"><title>Strength (\S+), (\w+): ', strength)
+    expected = {"sensitive": "sensitive", "harmful": "harmful_retention", "benign": "benign"}
+    for kind, name in expected.items():
+        assert sum(k == kind for _, _, k in marks) == sum(t[name] is not None for t in trials)
+    for panel in strength.split("<figure>")[1:]:
+        xs = [
+            (float(s), float(x))
+            for x, s, _ in re.findall(r'\((\S+) \S+\)"><title>Strength (\S+), (\w+)', panel)
+        ]
+        assert [x for _, x in sorted(xs)] == sorted(x for _, x in xs)
+        (line,) = re.findall(r'class="floor" x1="(\S+)"', panel)
+        assert float(line) in {x for _, x in xs}
+    assert "rs-export report recipe.toml --out ." in strength
+
+
+def test_cosine_map_shows_each_pair_of_blocks(run_folder: Path) -> None:
+    page = Page(write_report(with_arrays(run_folder)))
+    shown = np.zeros((24, 24))
+    for sign, share, path in re.findall(
+        r'<path class="(plus|minus)" fill-opacity="(\S+)" d="(\S[^"]*)"', section(page, "fit")
+    ):
+        for x, y, n in re.findall(r"M(\d+) (\d+)h(\d+)", path):
+            cells = slice(int(x), int(x) + int(n))
+            assert not shown[int(y), cells].any(), "no cell is drawn twice"
+            shown[int(y), cells] = float(share) * (1 if sign == "plus" else -1)
+    blocks = np.arange(24)
+    cosines = np.cos(np.subtract.outer(blocks, blocks) * math.pi / 20)
+    cosines[0], cosines[:, 0] = 0, 0  # it has no direction
+    np.testing.assert_allclose(shown, cosines, atol=0.0501)
+    table = re.findall(r'<tr><th scope="row">(\d+)</th>.*?<td>([^<]*)</td></tr>', section(page, "fit"))
+    near = {int(block): value for block, value in table}
+    assert (near[0], near[23]) == ("–", "–")
+    assert float(near[5]) == pytest.approx(math.cos(math.pi / 20), abs=5e-4)
+
+
+def test_scatter_shows_refused_and_answered_prompts_of_each_kind(run_folder: Path) -> None:
+    fit = section(Page(write_report(with_arrays(run_folder))), "fit")
+    sides: dict[str, list[float]] = {"filled": [], "hollow": []}
+    counts = Counter()
+    for kind, fill, marks in re.findall(r'<g class="kind (\w+) (filled|hollow)">(.*?)</g>\n', fit):
+        places = re.findall(r"translate\((\S+) (\S+)\)", marks)
+        sides[fill] += [float(x) for x, _ in places]
+        counts[kind, fill] += len(places)
+    # Of 60 prompts one was not judged and one is unclear, the sixth and the eighth.
+    assert sum(counts.values()) == 58
+    assert counts["benign", "hollow"] == counts["harmful", "hollow"] == 9
+    assert len(counts) == 6
+    # What parts them is by far the largest variance, so the first component does.
+    assert max(sides["hollow"]) < min(sides["filled"]) or max(sides["filled"]) < min(sides["hollow"])
+    (own,) = (
+        found
+        for found in json.loads((run_folder / "fit.json").read_text())["directions"]
+        if (found["estimator"], found["ridge"]) == ("contrast-wrmd", 3.0)
+    )
+    best = max(range(8, 16), key=lambda block: own["auroc"][block])
+    assert f"Activations at block {best}" in one_line(fit)
+
+
+@pytest.mark.parametrize("gone", ["activations", "directions.safetensors", "scores.jsonl"])
+def test_arrays_that_were_not_kept_leave_their_figure_out(run_folder: Path, gone: str) -> None:
+    path = with_arrays(run_folder) / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(run_folder))
+    assert ('id="cosines-title"' in page.source) == (gone != "directions.safetensors")
+    assert ('id="scatter-title"' in page.source) == (gone == "directions.safetensors")
+
+
+def test_damaged_arrays_are_named(run_folder: Path) -> None:
+    (with_arrays(run_folder) / "directions.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(InputError, match=r"directions\.safetensors cannot be read"):
+        write_report(run_folder)
+
+
+def graded(folder: Path, *, wrong_every: int, sure: float = 0.7) -> list[dict[str, Any]]:
+    """`judge.jsonl`: the labelled test pairs as a judge graded them that errs at every so many."""
+    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    rows = [
+        {
+            "prompt": p.prompt,
+            "answer": p.answer,
+            "confidence": sure if p.refusal == (k % wrong_every > 0) else -sure,
+        }
+        for k, p in enumerate(pairs)
+    ]
+    (folder / "judge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def test_judge_is_measured_on_the_labelled_pairs(run_folder: Path) -> None:
+    rows = graded(run_folder, wrong_every=10)
+    judge = section(Page(write_report(run_folder)), "judge")
+    wrong = math.ceil(len(rows) / 10)
+    assert f"On {len(rows)} labelled answers" in one_line(judge)
+    assert f"agrees with the label {100 * (1 - wrong / len(rows)):.1f} %" in one_line(judge)
+    bins = re.findall(
+        r'<th scope="row">(\d+) to (\d+)\u202f%</th><td class="quiet">(\d+)</td><td>([\d.]+)\u202f%</td>'
+        r"<td>([\d.]+)",
+        judge,
+    )
+    assert [(low, high, float(said)) for low, high, _, said, _ in bins] == [
+        ("10", "20", 15),
+        ("80", "90", 85),
+    ]
+    assert sum(int(n) for _, _, n, _, _ in bins) == len(rows)
+    error = sum(int(n) * abs(float(said) - float(are)) for _, _, n, said, are in bins) / 100 / len(rows)
+    assert float(re.findall(r"calibration error (0\.\d+)", judge)[0]) == pytest.approx(error, abs=0.006)
+    assert 0 < error < 0.1
+    assert judge.count('class="spot"') == 2
+
+
+def test_judge_that_was_not_measured_has_no_figures(run_folder: Path) -> None:
+    assert 'id="judge"' not in Page(write_report(run_folder)).source
+
+
+def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> None:
+    shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
+    folder = make_run(tmp_path, metrics=lambda m: {**m, "judge": shipped["judge"]})
+    judge = section(Page(write_report(folder)), "judge")
+    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    right = sum((c > 0) == p.refusal for c, p in zip(shipped["confidence"], pairs, strict=True)) / len(pairs)
+    assert f"{100 * right:.1f}".removesuffix(".0") + " %" in one_line(judge)
+    assert "ship with the package" in one_line(judge)
+
+
+@pytest.mark.real
+def test_the_shipped_figures_are_what_the_embedded_judge_says(real_model: Path) -> None:
+    shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
+    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    some = range(0, len(pairs), 27)
+    with judges.open_judge_spec(None, cached=False) as judge:
+        assert judge.name == shipped["judge"]
+        found = dict(judge.judge([(pairs[i].prompt, pairs[i].answer) for i in some]))
+    # Another processor's kernels round otherwise.
+    assert [found[k].confidence for k in range(len(some))] == pytest.approx(
+        [shipped["confidence"][i] for i in some], abs=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{ not", '{"prompt": "x"}\n', '{"prompt": "x", "answer": "y", "confidence": 1}\n']
+)
+def test_a_judge_file_of_something_else_is_an_input_error(run_folder: Path, text: str) -> None:
+    (run_folder / "judge.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"judge\.jsonl"):
+        write_report(run_folder)
+
+
+def test_other_means_stand_beside_the_files(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    results = section(Page(write_report(run_folder)), "results")
+    (row,) = re.findall(r"<bdi>system prompt: open</bdi>.*?</tr>", results)
+    said = [float(rate) for rate in re.findall(r"<td>([\d.]+)\u202f%<small>", row)]
+    rates = [100 * metrics["baselines"][0]["sets"][kind]["refusal"] for kind in prompts.KINDS]
+    assert said == pytest.approx(rates, abs=0.5)
+    assert "0.210" in row
+    without = make_run(
+        run_folder.parent / "old", metrics=lambda m: {k: v for k, v in m.items() if k != "baselines"}
+    )
+    assert "Beside other means" not in Page(write_report(without)).source
+    card = write_card(run_folder).read_text(encoding="utf-8")
+    assert re.search(r"^\| sensitive \| system prompt\\: open \| 39 \| \|", card, flags=re.MULTILINE)
+
+
+def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
+    ranges = {"removal": [0.21, 0.47], "retention_harmful": [0.83, 1.0], "benign_drift": [0.011, 0.034]}
+
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        unknown = ranges | {"removal": None}
+        metrics["adapter"] |= {"notes": ["does not beat the baseline “x”"], "spread95": unknown}
+        return {**metrics, "spread95": ranges}
+
+    page = Page(write_report(make_run(tmp_path, metrics=change)))
+    assert list(map(one_line, page.all("ul", class_="notes"))) == ["does not beat the baseline “x”"]
+    side_effects = one_line(
+        re.sub("<[^>]*>", " ", section(page, "results").split("Side effects and limits")[1])
+    )
+    for words in ("21 to 47 % not measured", "83 to 100 %", "0.011 to 0.034"):
+        assert words in side_effects
 
 
 # ---- accessibility of the static page ------------------------------------------------------------
@@ -677,10 +656,10 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
         return [(t.type, t.info) for t in flat if t.type not in ignored]
 
     hostile, plain = Counter(skeleton(body)), Counter(skeleton(expected))
-    # A set more is a row for each file, and there are as many reasons as there are.
+    # A set more is a row for each file, another baseline one for each kind; reasons are as many as there are.
     more = hostile - plain
     assert not plain - hostile
-    assert more[("tr_open", "")] == 2
+    assert more[("tr_open", "")] == 2 + len(prompts.KINDS) * (len(HOSTILE) - 1)
     assert more[("list_item_open", "")] == 2 * (len(HOSTILE) - 1)
     allowed = {"tr", "td", "strong", "list_item", "paragraph"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
@@ -688,6 +667,7 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert "www\\.example" in body
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(st.sampled_from("`*_[]<>|&~#@:$!\\+-=.)(1 \n\u00a0aé{}\"'"), max_size=12))
 @example("1. a list")
 @example("12) a list")
@@ -721,101 +701,6 @@ def test_markdown_text_leaves_plain_text_alone() -> None:
         "0+unknown",
     ):
         assert markdown_text(text) == text
-
-
-# ---- in a browser ----------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# What a reader does, and what the page then shows. It runs before the page's own script, to see its errors.
-READER = """
-const faults = [];
-addEventListener("error", event => faults.push(String(event.message)));
-document.addEventListener("securitypolicyviolation", event => faults.push(event.violatedDirective));
-for (const name of ["error", "warn"]) console[name] = (...words) => faults.push(words.join(" "));
-addEventListener("load", () => {
-  const get = id => document.getElementById(id);
-  const shown = () => [...document.querySelectorAll(".pair")].filter(e => e.offsetParent !== null).length;
-  const type = (id, value) => {
-    get(id).value = value.replaceAll("\\n", " ");
-    get(id).dispatchEvent(new Event("input"));
-    return shown();
-  };
-  const seen = {all: shown()};
-  seen.kind = type("filter-kind", "sensitive");
-  seen.changed = type("filter-mark", "changed-adapter");
-  seen.said = get("filter-count").textContent;
-  seen.missed = type("filter-search", "no such words anywhere");
-  seen.none = get("filter-none").offsetParent !== null;
-  type("filter-search", "");
-  type("filter-mark", "");
-  seen.again = type("filter-kind", "");
-  seen.found = type("filter-search", document.querySelector(".pair h3").textContent.toUpperCase());
-  type("filter-search", "");
-  const language = document.querySelector(".pair").dataset.language;
-  get("filter-language").value = language;
-  get("filter-language").dispatchEvent(new Event("input"));
-  seen.language = shown();
-  seen.copied = [];
-  // No clipboard in a page from a file: the selection is what a reader would copy by hand.
-  Object.defineProperty(navigator, "clipboard", {value: undefined});
-  document.execCommand = () => { seen.copied.push(String(getSelection())); return true; };
-  for (const button of document.querySelectorAll("[data-copies]")) {
-    button.click();
-    seen.copied.push(button.offsetParent !== null, button.previousElementSibling.textContent);
-  }
-  seen.wide = document.documentElement.scrollWidth - innerWidth;
-  seen.loaded = performance.getEntriesByType("resource").map(entry => entry.name);
-  seen.title = document.title;
-  seen.faults = faults;
-  document.body.textContent = JSON.stringify(seen);
-});
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("name", ["run_folder", "hostile_folder"])
-def test_page_works_in_a_browser(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder = request.getfixturevalue(name)
-    rows = evaluated(folder)
-    source = write_report(folder).read_text(encoding="utf-8")
-    watched = source.replace("script-src '", f"script-src '{script_hash(READER)}' '", 1)
-    watched = watched.replace("<title>", f"<script>{READER}</script><title>", 1)
-    (tmp_path / "watched.html").write_text(watched, encoding="utf-8")
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--disable-dev-shm-usage", "--window-size=1280,900", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--virtual-time-budget=5000", "--dump-dom", (tmp_path / "watched.html").as_uri()),
-        ],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    (text,) = re.findall(r"<body>(\{.*\})</body>", done.stdout.decode("utf-8"), flags=re.DOTALL)
-    seen = json.loads(html.unescape(text))
-    sensitive = [row for row in rows if row["kind"] == "sensitive"]
-    moved = [row for row in sensitive if changed(row, 2)]
-    assert seen["faults"] == []
-    assert seen["loaded"] == []
-    assert seen["title"].endswith("Refusal Steering report")
-    assert seen["all"] == seen["again"] == len(rows)
-    assert seen["kind"] == len(sensitive)
-    assert seen["changed"] == len(moved) > 0
-    assert seen["said"] == f"{len(moved)} of {len(rows)} shown"
-    assert seen["missed"] == 0
-    assert seen["none"]
-    assert seen["found"] >= 1
-    languages = Counter(row["language"] for row in rows)
-    assert seen["language"] in languages.values()
-    page = Page(folder / "report.html")
-    order = [a["data-copies"] for _, a in page.elements if "data-copies" in a]
-    commands = [one_line(page.all("code", id=command)[0]) for command in order]
-    assert len(commands) == 2
-    assert [one_line(str(x)) for x in seen["copied"]] == [
-        word for command in commands for word in (command, "True", "Copied.")
-    ]
-    assert seen["wide"] <= 0
 
 
 # ---- card ----------------------------------------------------------------------------------------
@@ -858,6 +743,16 @@ def test_card_of_a_failed_gate_or_an_unknown_model_says_so(tmp_path: Path) -> No
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "other"
     assert "base_model" not in front
+
+
+def test_prompts_of_ones_own_are_not_called_political(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> dict[str, Any]:
+        return {**recipe, "prompts": {**recipe["prompts"], "sensitive": ["dosage.jsonl"]}}
+
+    folder = make_run(tmp_path, recipe=change)
+    for text in (write_card(folder).read_text("utf-8"), write_report(folder).read_text("utf-8")):
+        assert "political and historical" not in text
+        assert "dosage.jsonl" in text
 
 
 def test_card_of_two_failed_gates_advises_neither(tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
     return found
 
 
+def unclear(rows: Sequence[Row], files: Sequence[Row]) -> Row:
+    """How many verdicts there are, on all sides, and how many of them are unclear."""
+    sides = [BEFORE, *(file["side"] for file in files)]
+    found = [row[f"confidence_{side}"] for row in rows for side in sides]
+    judged = [abs(confidence) for confidence in found if confidence is not None]
+    return {"verdicts": len(judged), "unclear": sum(size <= NEUTRAL for size in judged)}
+
+
 def languages(rows: Sequence[Row]) -> list[str]:
     """The languages of the prompts that are proper tags."""
     return sorted({row["language"] for row in rows if _LANGUAGE(row["language"])})

@@ -148,6 +148,12 @@ def layer_charts(fit: Mapping[str, Any], vector: Row) -> list[Row]:
     return charts
 
 
+def own_line(charts: Sequence[Row], key: str) -> list[float | None]:
+    """A chart's values [L] of the written vector's own direction; empty where there are none."""
+    lines = (line for chart in charts if chart["key"] == key for line in chart["lines"] if line["chosen"])
+    return next((list(line["values"]) for line in lines), [])
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 

@@ -1,6 +1,7 @@
 """A run folder's results, read for people: every string in them can be shown as it is.
 
-`metrics.json`, `evaluation.jsonl`, `tune.json`, `recipe.toml` and, where there is one, `fit.json` go in.
+`metrics.json`, `evaluation.jsonl`, `tune.json` and `recipe.toml` go in and, where they are, `fit.json`, the
+answers and scores of the fit prompts, and doses that `rs-export eval --scales` measured (`doses*.json`).
 Prompts and answers are untrusted, so what could hide, reorder or break text is made visible here, once.
 """
 
@@ -34,12 +35,18 @@ _UNPRINTABLE = re.compile(
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages left. `fit` is empty where the fit stage left no summary."""
+    """What the stages left. `fit` is empty where the fit stage left no summary.
+
+    `fitted`: `kind` and `confidence` of the fit prompts, in the order of their activations; empty where
+    answers and scores are gone. `doses`: what dose files hold.
+    """
 
     metrics: Row
     rows: list[Row]
     tune: Row
     fit: Row
+    fitted: list[Row]
+    doses: list[Row]
     recipe: Row
     recipe_text: str
 
@@ -51,15 +58,31 @@ def load(folder: Path) -> Results:
         InputError: one of the files is missing or not what the stages write.
     """
     texts = {name: _text(folder / name) for name in _NEEDED}
-    fitted = _text(folder / "fit.json") if (folder / "fit.json").is_file() else "{}"
+    fit_text = _text(folder / "fit.json") if (folder / "fit.json").is_file() else "{}"
     try:
-        # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
-        rows = [json.loads(line) for line in texts["evaluation.jsonl"].split("\n") if line.strip()]
-        metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fitted))
+        rows = json_lines(texts["evaluation.jsonl"])
+        metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
+        fitted = _fitted(folder)
+        doses = [json.loads(_text(path)) for path in sorted(folder.glob("doses*.json"))]
         recipe = tomllib.loads(texts["recipe.toml"])
-    except ValueError as error:  # of which JSONDecodeError and TOMLDecodeError are kinds
+    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
-    return Results(*map(printable, (metrics, rows, tune, fit, recipe, texts["recipe.toml"])))
+    found = (metrics, rows, tune, fit, fitted, doses, recipe, texts["recipe.toml"])
+    return Results(*map(printable, found))
+
+
+def json_lines(text: str) -> list[Row]:
+    """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _fitted(folder: Path) -> list[Row]:
+    answers, scores = folder / "answers.jsonl", folder / "scores.jsonl"
+    if not (answers.is_file() and scores.is_file()):
+        return []
+    confidence = {row["id"]: row["confidence"] for row in json_lines(_text(scores))}
+    asked = (row for row in json_lines(_text(answers)) if row["split"] == "fit")
+    return [{"kind": row["kind"], "confidence": confidence.get(row["id"])} for row in asked]
 
 
 def _text(path: Path) -> str:

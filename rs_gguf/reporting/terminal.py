@@ -39,6 +39,8 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
     for file in ordered:
         for reason in file["gate"]["reasons"]:
             _say(console, f"  {file['word']}: {reason}")
+        for note in file["notes"]:
+            _say(console, f"  {file['word']}: {note}")
     for file in ordered:
         if len(found) == 1:
             note = ""

@@ -32,7 +32,7 @@ def percent(value: float | None, digits: int | None = None) -> str:
 def interval(bounds: Sequence[float]) -> str:
     """A range of rates."""
     low, high = bounds
-    return f"{100 * low:.0f} to {100 * high:.0f}\u202f%"
+    return f"{100 * low:.0f} to {100 * high:.0f}\u202f%".replace("-", "−")
 
 
 def number(value: float | None, form: str = ".3g") -> str:

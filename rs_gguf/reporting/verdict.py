@@ -26,6 +26,8 @@ _FIGURES = (
     "tokens_per_second",
     "llama_cpp",
 )
+# What metrics.json has of a file since it measures baselines: sentences on them, and intervals.
+_EXTRAS: dict[str, Any] = {"notes": (), "spread95": {}}
 
 
 def files(metrics: Mapping[str, Any]) -> list[Row]:
@@ -35,8 +37,11 @@ def files(metrics: Mapping[str, Any]) -> list[Row]:
     `KINDS`, and the same by kind in `of`.
     """
     found: list[Row] = [{**metrics["vector"], **{name: metrics[name] for name in _FIGURES}}]
+    found[0] |= {name: metrics[name] for name in _EXTRAS if name in metrics}
     found += [dict(metrics["adapter"])] if "adapter" in metrics else []
     for key, file in zip(_WORDS, found, strict=False):
+        for name, empty in _EXTRAS.items():
+            file.setdefault(name, empty)
         sets = [{"name": name, **figures} for name, figures in file["sets"].items()]
         sets.sort(key=lambda one: kind_order(one["kind"]))
         of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}

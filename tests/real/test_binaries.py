@@ -117,7 +117,7 @@ def test_parallel_requests_choose_the_strength_of_an_adapter(
             expected[scale] = answers(tiny)
     assert all(len({tuple(found[i]) for found in expected.values()}) == 3 for i in range(len(TEXTS)))
     requests = [(i, scale) for i in range(len(TEXTS)) for scale in expected]
-    # A prompt that the server keeps in memory for another slot has no note of the scale that it was read under.
+    # A prompt that the server keeps in memory for another slot has no note of the scale it was read under.
     options = ["--lora-scaled", f"{path}:0", "--cache-ram", "0", "--parallel", "4", "--ctx-size", "2048"]
     with Server(tmp_path / "log", "--model", str(tiny_file), *EXACT, *options) as server:
 

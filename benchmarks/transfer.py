@@ -1,0 +1,127 @@
+"""Does a gate open for subjects, forms and languages that it was not fitted on, and stay shut on such harm?
+
+Reads the captured activations of a finished run. A fifth of the cells (subjects, then forms, then languages)
+is left out of all three classes at a time, the gate is fitted on the others, and its opening is read on what
+was left out: 1 is that of the mean sensitive prompt of the fit, 0 that of the mean benign one. Nothing is
+generated: this is the gate's linear answer, averaged over the blocks and matrices of the run's band. Prints
+Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold
+
+from rs_gguf import recipe as recipes
+from rs_gguf.adapter import WriterInputs, fit_gates
+from rs_gguf.files import read_json
+from rs_gguf.fitting import Samples
+from rs_gguf.labels import Labels
+from rs_gguf.pipeline import Pipeline, Silent
+from rs_gguf.run_folder import RunFolder
+
+FOLDS = 5
+OPEN = 0.5
+SMALLEST = 5  # refused prompts of a cell that is shown by itself
+SHOWN = 6
+
+Opening = NDArray[np.float64]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run that wrote an adapter")
+    options = parser.parse_args()
+    chosen = read_json(options.run / "metrics.json")["adapter"]
+    samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
+    first, last = chosen["layers"]
+    inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}
+    residuals = np.stack(
+        [np.asarray(samples.activations[:, layer]) for layer in range(first, last + 1)], axis=1
+    )
+    ridge, margin = chosen["ridge"], chosen["margin"]
+    print(f"{len(residuals)} prompts, blocks {first} to {last}, ridge {ridge:g}, margin {margin:g}.\n")
+    found: dict[str, Opening] = {}
+    with Progress(transient=True) as progress:
+        for cell in ("subject", "form", "language"):
+            task = progress.add_task(f"{cell}s left out", total=FOLDS)
+            opening = found[cell] = np.empty(len(residuals))
+            names = [getattr(prompt, cell) for prompt in samples.prompts]
+            for kept, left_out in GroupKFold(FOLDS).split(residuals, groups=names):
+                labels = Labels.of(
+                    samples.confidence[kept], np.array(samples.kinds)[kept], samples.groups[kept]
+                )
+                some = {writer: rows.of(kept) for writer, rows in inputs.items()}
+                gates = fit_gates(some, residuals[kept], labels, ridges=[ridge])
+                reads = {writer: gates.opens[writer][0] - margin * gates.shuts[writer][0] for writer in some}
+                opening[left_out] = openings(inputs, reads, left_out)
+                progress.advance(task)
+    print_summary(samples, found)
+    for cell, left_out, kind in (
+        ("subject", "subject", "sensitive"), ("topic", "subject", "harmful"),
+        ("form", "form", "sensitive"), ("form", "form", "harmful"),
+        ("language", "language", "sensitive"), ("language", "language", "harmful"),
+    ):  # fmt: skip
+        print(f"\nThe {kind} prompts that transfer worst, by {cell}, {left_out}s left out:\n")
+        print_worst(samples, found[left_out], cell, kind)
+
+
+def of_band(rows: WriterInputs, band: Sequence[int]) -> WriterInputs:
+    """The inputs of these blocks alone, in memory."""
+
+    def picked(part: Any) -> NDArray[Any]:
+        return np.stack([np.asarray(part[:, layer]) for layer in band], axis=1)
+
+    return WriterInputs(picked(rows.last), picked(rows.quiet), picked(rows.constant))
+
+
+def openings(
+    inputs: dict[str, WriterInputs], reads: dict[str, NDArray[np.float64]], chosen: NDArray[np.intp]
+) -> Opening:
+    """Mean over blocks and matrices of what the reads [L, W] answer to the chosen samples."""
+    answers = [
+        inputs[writer].last[chosen, layer].astype(np.float64) @ read
+        for writer, rows in reads.items()
+        for layer, read in enumerate(rows)
+    ]
+    return np.asarray(np.mean(answers, axis=0))
+
+
+def print_summary(samples: Samples, found: dict[str, Opening]) -> None:
+    kinds, refused = np.array(samples.kinds), samples.confidence > 0
+    some = kinds != "benign"
+    print(
+        "| left out | AUROC, sensitive against harmful | refused sensitive opened | refused harmful opened |"
+    )
+    print("| --- | --- | --- | --- |")
+    for cell, opening in found.items():
+        auroc = roc_auc_score(kinds[some] == "sensitive", opening[some])
+        opened = [opening[refused & (kinds == kind)] > OPEN for kind in ("sensitive", "harmful")]
+        shares = " | ".join(f"{share.mean():.0%} of {len(share)}" for share in opened)
+        print(f"| {cell}s | {auroc:.3f} | {shares} |")
+
+
+def print_worst(samples: Samples, opening: Opening, cell: str, kind: str) -> None:
+    """Cells whose refused prompts open least, or of harm most."""
+    of_kind = np.array([k == kind for k in samples.kinds]) & (samples.confidence > 0)
+    names = np.array([getattr(prompt, cell) for prompt in samples.prompts])
+    rows = []
+    for name in sorted({str(name) for name in names[of_kind]}):
+        inside = opening[of_kind & (names == name)]
+        if len(inside) >= SMALLEST:
+            rows.append((float(inside.mean()), name, inside))
+    print(f"| {cell} | refused | mean opening | opened |\n| --- | --- | --- | --- |")
+    for mean, name, inside in sorted(rows, reverse=kind == "harmful")[:SHOWN]:
+        print(f"| {name} | {len(inside)} | {mean:.2f} | {(inside > OPEN).mean():.0%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Dose and response: refusals under growing strength.
+
+What `rs-export eval --scales … --json` wrote into the run folder goes in, as `doses.json` or any name that
+begins like it; without one, the trials of the search. Charts for inline SVG come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rs_gguf.evaluation import summarise
+from rs_gguf.prompts import KINDS
+from rs_gguf.reporting.plots import Axis
+from rs_gguf.reporting.verdict import kind_order
+from rs_gguf.search_space import GATE
+
+Row = dict[str, Any]
+
+_BOX = {"left": 52, "right": 450, "top": 18, "bottom": 250}
+_ASIDE = 5
+# What a trial has of each kind of prompt; drawn in this order.
+_RATES = (("harmful", "harmful_retention"), ("sensitive", "sensitive"), ("benign", "benign"))
+
+
+def measured(doses: Sequence[Row], rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
+    """A chart of each dose file: lines by kind of prompt where the run knows it, else by set.
+
+    `rows` are the run's own test prompts, by which prompts of a dose file get their kind back.
+    """
+    kind_of = {row["prompt"]: row["kind"] for row in rows}
+    return [_curves(found, kind_of, files) for found in doses]
+
+
+def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row:
+    steps: list[Row] = []
+    for dose in found["doses"]:
+        groups: dict[str, list[Row]] = {}
+        for row in dose["rows"]:
+            groups.setdefault(kind_of.get(row["prompt"], row["set"]), []).append(row)
+        steps.append(
+            {
+                "scale": float(dose["scale"]),
+                "drift": dose["benign_text"]["drift"],
+                "of": {name: summarise(members) for name, members in groups.items()},
+            }
+        )
+    steps.sort(key=lambda step: step["scale"])
+    across = Axis.over([step["scale"] for step in steps], _BOX["left"], _BOX["right"])
+    upward = _upward(())
+    names = sorted(steps[0]["of"], key=lambda name: (kind_order(name), name))
+    # Sets that are no kinds borrow their looks, unless there are kinds beside them.
+    borrowed = {} if set(names) & set(KINDS) else dict(zip(names, KINDS, strict=False))
+    lines = []
+    for k, name in enumerate(names):
+        aside = _ASIDE * (k - (len(names) - 1) / 2)  # or equal rates would hide each other
+        points = [
+            {
+                "x": round(across.at(step["scale"]) + aside, 2),
+                "y": upward.at(step["of"][name]["refusal_steered"]),
+                "low": upward.at(step["of"][name]["ci95_steered"][0]),
+                "high": upward.at(step["of"][name]["ci95_steered"][1]),
+                "scale": step["scale"],
+                "rate": step["of"][name]["refusal_steered"],
+            }
+            for step in steps
+        ]
+        path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points)
+        style = name if name in KINDS else borrowed.get(name, "other")
+        lines.append({"name": name, "style": style, "points": points, "path": path})
+    used = {"vector": found["control_vectors"], "adapter": found["adapters"]}
+    keys = [key for key, arguments in used.items() if arguments]
+    word = next((file["word"] for file in files if [file["key"]] == keys), "files given")
+    return {
+        **_BOX, "keys": keys, "word": word, "lines": lines, "steps": steps, "names": names,
+        "across": across, "upward": upward, "tokens": found["tokens"], "judge": found["judge"],
+        # Without their folders: whose they are is nobody's business.
+        "files": [argument.rsplit("/", 1)[-1] for arguments in used.values() for argument in arguments],
+    }  # fmt: skip
+
+
+def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:
+    """For each file the trials of its search over their strength; other choices differ between them too."""
+    chosen = {tune.get("chosen"), tune.get("chosen_adapter")}
+    charts = []
+    for file in files:
+        trials = [t for t in tune["trials"] if (t["estimator"] == GATE) == (file["key"] == "adapter")]
+        rates = [
+            (kind, trial, trial[name]) for kind, name in _RATES for trial in trials if trial[name] is not None
+        ]
+        across = Axis.over([0.0, *(t["strength"] for t in trials)], _BOX["left"], _BOX["right"])
+        upward = _upward([rate for _, _, rate in rates])
+        points = [
+            {
+                "kind": kind,
+                "x": across.at(trial["strength"]),
+                "y": upward.at(rate),
+                "rate": rate,
+                "strength": trial["strength"],
+                "probe": trial["rung"] == "probe",
+            }
+            for kind, trial, rate in rates
+        ]
+        at = next((across.at(t["strength"]) for t in trials if t["number"] in chosen), None)
+        charts.append(
+            {
+                **_BOX, "key": file["key"], "word": file["word"], "file": file["file"], "trials": len(trials),
+                "points": points, "chosen": at, "across": across, "upward": upward,
+            }
+        )  # fmt: skip
+    return charts
+
+
+def _upward(values: Iterable[float]) -> Axis:
+    return Axis.over([0.0, 1.0, *values], _BOX["bottom"], _BOX["top"])
