@@ -35,6 +35,7 @@ TURNS: list[Message] = [
     {"role": "user", "content": "Which is heavier, a litre of water or a litre of oil?"},
     {"role": "assistant", "content": "A litre of water is heavier than a litre of oil."},
 ]
+PUBLISHED = Path(__file__).parent.parent / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
 DOCUMENT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 DOCUMENT_TOKENS = 2000
 
@@ -85,7 +86,9 @@ def conditions(document: str) -> list[Condition]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="control vector or LoRA adapter, at scale 1.0")
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=PUBLISHED, help="vector or adapter, at scale 1.0"
+    )
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--prompts", type=int, default=20, help="of each kind and condition")
     parser.add_argument("--json", type=Path)

@@ -38,7 +38,9 @@ Opening = NDArray[np.float64]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run that wrote an adapter")
+    parser.add_argument(
+        "run", type=Path, nargs="?", default=Path("out/demo"), help="folder of a finished run with an adapter"
+    )
     options = parser.parse_args()
     chosen = read_json(options.run / "metrics.json")["adapter"]
     samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
