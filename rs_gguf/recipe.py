@@ -103,7 +103,7 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=10, ge=1, description="probes, one forward pass each, for each kind of file")
+    trials: int = Field(default=6, ge=1, description="probes, one forward pass each, for each kind of file")
     finalists: int = Field(
         default=4, ge=1, description="candidates of each kind of file whose answers are generated and judged"
     )
