@@ -16,6 +16,7 @@ from tiny_gguf import write_tiny_qwen2
 from rs_gguf.arrays import load_arrays, save_arrays
 from rs_gguf.cli import main
 from rs_gguf.errors import InputError
+from rs_gguf.llama import build
 
 resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
 
@@ -76,11 +77,15 @@ def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(tmp_path: Path) 
     np.testing.assert_array_equal(load_arrays(path)["a"], before)
 
 
+# MiB of the default model's weights that llama.cpp copies into another order where the CPU has AMX.
+_REORDERED = 236 if "AMX_INT8 = 1" in build() else 0
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from /proc")
 @pytest.mark.parametrize(
     ("beyond_weights", "said"),
-    [(-200, "cannot load"), (150, "cannot make a context")],
+    [(-200, "cannot load"), (150 + _REORDERED, "cannot make a context")],
     ids=["weights", "context"],
 )
 def test_too_little_memory(tmp_path: Path, real_model: Path, beyond_weights: int, said: str) -> None:

@@ -125,4 +125,4 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
     shown = prove_vector(vector(1, 2, 3), model)
     assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
-    assert shown.relative_error["2"] == 1.0
+    assert shown.relative_error["2"] == pytest.approx(1.0)

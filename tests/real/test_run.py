@@ -97,7 +97,7 @@ def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> N
     before = [file.read_bytes() for file in files]
     again = subprocess.run(command(out, "--json"), capture_output=True, text=True, check=False)
     assert again.returncode in (0, 1), again.stderr
-    assert again.stderr.count("done before") == len(LINES)
+    assert again.stderr.count("done before") == len(LINES) - 1, "the page alone is written again"
     assert json.loads(again.stdout)["vector"]["file"] == "remove.gguf"
     assert [file.read_bytes() for file in files] == before
 
