@@ -104,7 +104,7 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        margins = (0.0,) if induce else (0.1, 0.25, 0.0)  # a margin makes harm the opposite of sensitive
+        margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
         start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
