@@ -152,7 +152,7 @@ class ActivationStore:
             InputError: the disk is full. The store is as it was.
         """
         path = self._path(shard)
-        save_arrays(path, dict(arrays), {})
+        save_arrays(path, dict(arrays))
         entry = {
             "shard": shard,
             "sha256": sha256(path),

@@ -11,10 +11,10 @@ from rs_gguf.errors import InputError
 from rs_gguf.files import write_atomic
 
 
-def save_arrays(path: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     from safetensors.numpy import save
 
-    data = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata=metadata)
+    data = save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
     write_atomic(path, lambda file: file.write(data))
 
 

@@ -133,7 +133,7 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
             for writer, rows in found.items()
         }
         arrays = {"ridges": gates.ridges, "contrast": gates.contrast, **reads}
-        save_arrays(folder / "gates.safetensors", arrays, {})
+        save_arrays(folder / "gates.safetensors", arrays)
     else:
         (folder / "gates.safetensors").unlink(missing_ok=True)
     counts = {kind: samples.counts(kind) for kind in KINDS}
@@ -185,7 +185,7 @@ def _fit_directions(
             figures.save_pca(folder / "figures" / "pca.svg", samples.activations, layer, samples.confidence)
         advance(1)
     figures.save_cosines(folder / "figures" / "cosines.svg", shown)
-    save_arrays(folder / "directions.safetensors", found, {})
+    save_arrays(folder / "directions.safetensors", found)
     return summary
 
 

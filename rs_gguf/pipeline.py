@@ -25,7 +25,7 @@ from rs_gguf.files import read_json, write_json
 from rs_gguf.judges import Judge, Judgement, open_judge_spec
 from rs_gguf.llama import LlamaModel, Sampling, common_prefix
 from rs_gguf.measuring import Arm, measure
-from rs_gguf.prompts import KINDS, Prompt
+from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
 from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
@@ -99,7 +99,6 @@ class Pipeline:
             )
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self._open = contextlib.ExitStack()
-        self._test_pool = 0  # test prompts there are, before the recipe's cut
 
     def close(self) -> None:
         self._open.close()
@@ -145,18 +144,22 @@ class Pipeline:
     # ---- what the stages work on -----------------------------------------------------------------
 
     @cached_property
+    def _pool(self) -> dict[str, dict[str, list[Prompt]]]:
+        return prompts.pool(self.recipe.prompts.files)
+
+    @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
         """Prompts by split, each kind cut to the recipe's size."""
-        chosen: dict[str, list[Prompt]] = {split: [] for split in prompts.SPLITS}
-        for kind in KINDS:
-            files = getattr(self.recipe.prompts, kind)
-            rows = [row for path in files for row in prompts.load(path, kind)] or prompts.grid([kind])
-            for split in prompts.SPLITS:
-                pool = [row for row in rows if row.split == split]
-                self._test_pool += len(pool) if split == "test" else 0
-                size = getattr(self.recipe.prompts, split)
-                chosen[split] += prompts.stratified(pool, size, seed=self.recipe.seed)
-        return chosen
+        return {
+            split: [
+                prompt
+                for rows in kinds.values()
+                for prompt in prompts.stratified(
+                    rows, getattr(self.recipe.prompts, split), seed=self.recipe.seed
+                )
+            ]
+            for split, kinds in self._pool.items()
+        }
 
     @cached_property
     def model_path(self) -> Path:
@@ -360,7 +363,8 @@ class Pipeline:
         with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
             rows, value = measure(
                 self.model, self.judge, asked, arms, others, self.recipe, log,
-                model_sha256=self.model_hash, subset=len(asked) < self._test_pool, advance=advance,
+                model_sha256=self.model_hash, advance=advance,
+                subset=len(asked) < sum(map(len, self._pool["test"].values())),
             )  # fmt: skip
         self.folder.write_rows("evaluation.jsonl", rows)
         tuned = read_json(self.folder / "tune.json")

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rs_gguf import models, prompts
 from rs_gguf import shape as shapes
-from rs_gguf.costs import Costs, Grader, Pool, Stage
+from rs_gguf.costs import Costs, Grader, Stage
 from rs_gguf.errors import InputError
-from rs_gguf.prompts import KINDS, SPLITS
 from rs_gguf.recipe import Recipe
 from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed, measured_speed
@@ -58,7 +57,7 @@ def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Pl
     Raises:
         InputError: a prompt file of the recipe that cannot be read.
     """
-    costs = Costs(recipe, _pool(recipe), model, speed, judge)
+    costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
     stages: dict[str, Stage] = {name: getattr(costs, name)() for name in STAGES}
     return Plan(stages, {split: sum(n.values()) for split, n in costs.sizes.items()}, model, speed)
 
@@ -118,22 +117,11 @@ def measure(recipe: Recipe, path: Path) -> Speed:
     from rs_gguf.targets import TorchModel
 
     count = recipe.answers.parallel
-    rows = [row for kind in _pool(recipe)["fit"].values() for row in kind]
+    rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
     some = rows[:: max(1, len(rows) // count)][:count]
     model: Model = TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=len(some))
     with model:
         return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
-
-
-def _pool(recipe: Recipe) -> Pool:
-    """The prompts that a run chooses from, by split and kind."""
-    pool: dict[str, dict[str, list[prompts.Prompt]]] = {split: {} for split in SPLITS}
-    for kind in KINDS:
-        files = getattr(recipe.prompts, kind)
-        rows = [row for path in files for row in prompts.load(path, kind)] or prompts.grid([kind])
-        for split in SPLITS:
-            pool[split][kind] = [row for row in rows if row.split == split]
-    return pool
 
 
 def _here(model: str) -> Path:

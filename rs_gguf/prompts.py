@@ -98,6 +98,20 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
     return list({row.id: row for row in rows}.values())
 
 
+def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
+    """All prompts to choose from, by split and kind: those of the files, or the grid's where none is given.
+
+    Raises:
+        InputError: a file or a row of it that cannot be used.
+    """
+    found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
+    for kind in KINDS:
+        rows = [row for path in files[kind] for row in load(path, kind)] or grid([kind])
+        for split in SPLITS:
+            found[split][kind] = [row for row in rows if row.split == split]
+    return found
+
+
 def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
     """At most `size` prompts in their order, the same for the same seed.
 

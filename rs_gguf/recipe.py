@@ -27,6 +27,7 @@ from pydantic_settings import (
 from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_text
+from rs_gguf.prompts import Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,6 +74,11 @@ class Prompts(_Section):
     harmful: list[Path] = Field(default=[], description="your own files in place of the embedded set")
     benign: list[Path] = Field(default=[], description="your own files in place of the embedded set")
     system: str | None = Field(default=None, description="system prompt; by default the chat template's own")
+
+    @property
+    def files(self) -> dict[Kind, list[Path]]:
+        """Your own files by kind of prompt."""
+        return {"sensitive": self.sensitive, "harmful": self.harmful, "benign": self.benign}
 
 
 class Answers(_Section):

@@ -180,13 +180,13 @@ def with_arrays(folder: Path, *, blocks: int = 24, width: int = 16, each: int = 
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     captured = np.stack(vectors).astype(np.float32)
     for k, shard in enumerate(np.split(captured, [each])):
-        save_arrays(folder / "activations" / f"{k:05d}.safetensors", {"activations": shard}, {})
+        save_arrays(folder / "activations" / f"{k:05d}.safetensors", {"activations": shard})
     angles = np.arange(blocks) * math.pi / 20
     unit = np.zeros((blocks, width))
     unit[1:, :2] = np.stack([np.cos(angles), np.sin(angles)], axis=1)[1:]
     vector = json.loads((folder / "metrics.json").read_text())["vector"]
     name = f"{vector['estimator']}@{vector['ridge']:g}/unit"
-    save_arrays(folder / "directions.safetensors", {name: unit}, {})
+    save_arrays(folder / "directions.safetensors", {name: unit})
     return folder
 
 

@@ -70,9 +70,9 @@ def test_a_full_disk_stops_with_one_error_and_keeps_what_was_answered(tmp_path: 
 def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "00000.safetensors"
     before = np.arange(4.0)
-    save_arrays(path, {"a": before}, {})
+    save_arrays(path, {"a": before})
     with largest_file(4096), pytest.raises(InputError, match=r"cannot write .*00000.safetensors.*Free space"):
-        save_arrays(path, {"a": np.zeros(10_000)}, {})
+        save_arrays(path, {"a": np.zeros(10_000)})
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     np.testing.assert_array_equal(load_arrays(path)["a"], before)
 
