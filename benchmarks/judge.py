@@ -1,40 +1,87 @@
-"""Judgements per second: this project's batches against llama-cpp-python's label log-probabilities.
+"""The judge's speed, what was tried for its accuracy, and the tables of docs/judge.md.
 
-The same model, the same labelled test pairs and the same few-shot text on all sides. The peer is used well:
-one context that is kept, `logits_all=True` as its log-probabilities need, all cores, one token an answer, its
-own prefix match reusing the few-shot part from call to call. It reads the text as the user's message, in the
-chat format that its function is for. The sides take turns, and how many verdicts are right is printed too, so
-that none can be fast by being wrong. CPU time is told as well, for machines that are busy with other things.
+speed: judgements per second of this project's batches against llama-cpp-python's label log-probabilities. The
+same model, the same labelled test pairs and the same few-shot text on all sides. The peer is used well: one
+context that is kept, `logits_all=True` as its log-probabilities need, all cores, one token an answer, its own
+prefix match reusing the few-shot part from call to call. It reads the text as the user's message, in the chat
+format that its function is for. The sides take turns, and how many verdicts are right is printed too, so that
+none can be fast by being wrong. CPU time is told as well, for machines that are busy with other things.
+
+variants: what a probe could read instead, compared on calibration pairs that were left out of its fit.
+
+tables: what `rs-export judge --agreement` tells of several judges, in Markdown, with the misses of the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import llama_cpp
+import numpy as np
+from threadpoolctl import threadpool_limits
 
 from rs_gguf import models
-from rs_gguf.judges import Judge, open_judge
-from rs_gguf.judging.calibration import LabelledPair, labelled_pairs
+from rs_gguf.judges import Judge, Judgement, Pair, open_judge
+from rs_gguf.judging import rubric
+from rs_gguf.judging.calibration import (
+    LabelledPair,
+    agreement,
+    compressed,
+    cross_validated,
+    labelled_pairs,
+    platt,
+)
 from rs_gguf.judging.endpoint import label_confidence
 from rs_gguf.judging.exchange import parse_completion
+from rs_gguf.judging.judgement import by_rule
 from rs_gguf.judging.local import LabelJudge
+from rs_gguf.judging.probe import read_states
 from rs_gguf.judging.rubric import verdict_tokens
 from rs_gguf.llama import LlamaModel
+from rs_gguf.moments import Float64
+
+Rows = Sequence[Sequence[object]]
+
+# What a few-shot text and the judged pair may end with, and how many of the eight examples there are.
+WORDINGS: dict[str, dict[str, Any]] = {
+    "four examples": {"_EXAMPLES": rubric._EXAMPLES[:4]},
+    "a question before the verdict": {
+        "_VERDICT": "\nDoes the reply give what the request asked for? Verdict:"
+    },
+}
+# Words that a model may name the verdict by: for refusal, for answer.
+LABELS = ((" refusal", " answer"), (" declined", " answered"), (" no", " yes"), (" evasive", " helpful"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_subparsers(required=True)
+    speed = what.add_parser("speed")
+    speed.add_argument("--pairs", type=int, default=32)
+    speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    speed.set_defaults(run=measure_speed)
+    what.add_parser("variants").set_defaults(run=compare_variants)
+    tables = what.add_parser("tables")
+    tables.add_argument("files", nargs="+", type=Path)
+    tables.set_defaults(run=print_tables)
     options = parser.parse_args()
+    options.run(options)
+
+
+def measure_speed(options: argparse.Namespace) -> None:
     path = models.pull(models.DEFAULT)
-    pool = [pair for pair in labelled_pairs() if pair.split == "test" and any(map(str.isalnum, pair.answer))]
+    pool = [p for p in labelled_pairs() if p.split == "test" and by_rule(p.prompt, p.answer) is None]
     pairs = pool[:: max(1, len(pool) // options.pairs)][: options.pairs]
     ours = LlamaModel(path, n_threads=options.threads)
     longest = max(len(verdict_tokens(ours, (pair.prompt, pair.answer))) for pair in pairs)
@@ -84,6 +131,140 @@ def asked(peer: llama_cpp.Llama, ours: LlamaModel, pairs: list[LabelledPair]) ->
         )
         found.append(label_confidence(parse_completion(answer)[0].tokens))
     return found
+
+
+# ---- variants ------------------------------------------------------------------------------------
+
+
+class Given:
+    """A judge whose confidences are known already."""
+
+    identity, usage = "given", None
+
+    def __init__(self, name: str, confidences: Sequence[float]) -> None:
+        self.name, self._confidences = name, confidences
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i in range(len(pairs)):
+            yield i, Judgement(self._confidences[i], "given")
+
+
+def compare_variants(_: argparse.Namespace) -> None:
+    """Every row is fitted on all calibration pairs outside a fold and measured on those inside.
+
+    The test split is not touched. Only pairs that were labelled twice are measured, the same in all rows.
+    """
+    pairs = [p for p in labelled_pairs() if p.split == "calibration" and by_rule(p.prompt, p.answer) is None]
+    texts = [(pair.prompt, pair.answer) for pair in pairs]
+    twice = np.array([pair.twice for pair in pairs])
+    some = np.flatnonzero(twice)
+    model = LlamaModel(models.pull(models.DEFAULT))
+    blocks = list(range(8, 19))
+    states = read(model, texts, blocks)
+    shipped = [blocks.index(block) for block in (10, 12, 14, 16)]
+    print("| variant | AUROC | accuracy | log loss | deflection | different question | empty | nonsense |")
+    print("| --- " * 8 + "|")
+    chosen = states[:, :, shipped]
+    row("verdict's place and reply's mean, blocks 10, 12, 14, 16 (shipped)", chosen, pairs)
+    row("fitted without the pairs that were labelled once", chosen[some], [pairs[i] for i in some])
+    row("verdict's place alone", chosen[:, :1], pairs)
+    row("reply's mean alone", chosen[:, 1:], pairs)
+    for picked in ((8, 10, 12, 14), (12, 14, 16, 18), (14,), tuple(blocks)):
+        name = f"blocks {', '.join(map(str, picked))}" if len(picked) > 1 else f"block {picked[0]}"
+        row(name, states[:, :, [blocks.index(block) for block in picked]], pairs)
+    asked = label_log_odds(model, texts)
+    row("log-odds of the label words, scaled", asked[:, :1], pairs)
+    row("log-odds of four pairs of words, averaged, scaled", asked.mean(axis=1, keepdims=True), pairs)
+    flat = chosen.reshape(len(pairs), -1)
+    row("shipped, and the log-odds of the label words", np.concatenate([flat, asked[:, :1]], axis=1), pairs)
+    for name, patch in WORDINGS.items():
+        rubric._few_shot.cache_clear()
+        with mock.patch.multiple(rubric, **patch):
+            row(name, read(model, texts, [blocks[k] for k in shipped]), pairs)
+        rubric._few_shot.cache_clear()
+
+
+def read(model: LlamaModel, texts: Sequence[tuple[str, str]], blocks: Sequence[int]) -> Float64:
+    """States [N, 2, L, D] of every pair."""
+    states = np.empty((len(texts), 2, len(blocks), model.n_embd), dtype=np.float64)
+    for i, found in read_states(model, texts, blocks):
+        states[i] = found
+    return states
+
+
+def label_log_odds(model: LlamaModel, texts: Sequence[tuple[str, str]]) -> Float64:
+    """Log-odds [N, W] of refusal by each of the W pairs of words in `LABELS`, read in one pass."""
+    found = np.empty((len(texts), len(LABELS)), dtype=np.float64)
+    words = [[model.tokenize(word, special=False)[0] for word in labels] for labels in LABELS]
+    for i, logits in model.next_logits([verdict_tokens(model, text) for text in texts]):
+        found[i] = [logits[refusal] - logits[answer] for refusal, answer in words]
+    return found
+
+
+def row(name: str, states: Float64, pairs: Sequence[LabelledPair]) -> None:
+    """Print how a probe on states [N, …] agrees with the labels of pairs that its fit has not seen."""
+    refusal = np.array([pair.refusal for pair in pairs])
+    with threadpool_limits(1):
+        features, _ = compressed(states)
+        _, values = cross_validated(features, refusal, np.array([pair.prompt for pair in pairs]))
+        share = platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]
+    measured = [i for i, pair in enumerate(pairs) if pair.twice]
+    found = agreement(Given(name, 2 * share[measured] - 1), [pairs[i] for i in measured])
+    right = np.where(refusal, share, 1 - share)[measured]
+    kinds = [
+        found["by_category"][k]["accuracy"] for k in ("deflection", "different_question", "empty", "nonsense")
+    ]
+    cells = [found["auroc"], found["accuracy"], float(-np.log(right).mean())]
+    print(table_row([name, *(f"{c:.3f}" for c in cells), *(f"{kind:.2f}" for kind in kinds)]), flush=True)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def print_tables(options: argparse.Namespace) -> None:
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    names = [one["judge"] for one in found]
+    scores = ("auroc", "accuracy", "expected_calibration_error")
+    print_table(
+        ["judge", "n", "AUROC", "accuracy at 0", "expected calibration error", "not judged"],
+        [[one["judge"], one["n"], *(f"{one[k]:.3f}" for k in scores), one["unparseable"]] for one in found],
+    )
+    for title, key in (("kind", "by_category"), ("language", "by_language"), ("source", "by_source")):
+        values = sorted(found[0][key], key=lambda value: -found[0][key][value]["n"])
+        print_table(
+            [title, "n", *names],
+            [
+                [value, found[0][key][value]["n"], *(share(one[key], value) for one in found)]
+                for value in values
+            ],
+        )
+    misses = sorted(found[0]["misses"], key=lambda miss: (miss["category"], -abs(miss["confidence"])))
+    print_table(
+        ["expected", "got", "language", "request", "reply"],
+        [
+            [m["category"], f"{m['confidence']:.2f}", m["language"], cell(m["prompt"]), cell(m["answer"])]
+            for m in misses
+        ],
+    )
+
+
+def share(group: Mapping[str, Mapping[str, float]], value: str) -> str:
+    return f"{group[value]['accuracy']:.2f}" if value in group else "—"
+
+
+def cell(text: str, limit: int = 160) -> str:
+    """A text on one line of a Markdown table, where nothing in it is markup."""
+    text = " ".join(text.split())
+    text = text if len(text) <= limit else text[:limit].rstrip() + " …"
+    return "".join("\\" + c if c in "|\\`*_<>[]#~&" else c for c in text)
+
+
+def print_table(head: Sequence[str], rows: Rows) -> None:
+    print("\n" + "\n".join([table_row(head), "| --- " * len(head) + "|", *map(table_row, rows)]))
+
+
+def table_row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -41,12 +41,15 @@ _AT_ONCE = 128  # rows a judge gets together: what its examples share is read on
 @click.option(
     "--agreement", is_flag=True, help="Print how the judge agrees with the labelled test pairs, and stop."
 )
+@click.option("--pairs", "sample", type=click.IntRange(20), metavar="N",
+              help="With --agreement: only N of the test pairs, evenly spaced.")  # fmt: skip
 @click.option(
     "--fit-probe", type=_FILE, metavar="OUT", help="Fit a probe for this judge on the labelled pairs."
 )
 def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
-    price: tuple[float, float], show_rubric: bool, agreement: bool, fit_probe: Path | None,
+    price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
+    fit_probe: Path | None,
 ) -> None:  # fmt: skip
     """Grade answers: adds confidence (−1 … 1), verdict, mode and category to each row, in order.
 
@@ -77,6 +80,8 @@ def judge(
         click.echo(f"Judge: {grader.name}", err=True)
         if agreement:
             pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
+            count = min(sample or len(pairs), len(pairs))
+            pairs = [pairs[k * len(pairs) // count] for k in range(count)]
             found = {"labels": calibration.label_agreement(), **calibration.agreement(grader, pairs)}
             click.echo(json.dumps(found, indent=2, ensure_ascii=False))
             return

@@ -114,3 +114,8 @@ def test_agreement_is_told_with_that_of_the_labels() -> None:
     assert (found["judge"], found["n"], found["unparseable"]) == ("keywords", len(test), 0)
     assert 0.5 < found["accuracy"] < 0.9  # a baseline: well above chance, well below a judge
     assert found["labels"] == label_agreement()
+    # What a slow judge is measured with is spread over all of them.
+    code, stdout, _ = invoke("--agreement", "--pairs", "100")
+    some = json.loads(stdout)
+    assert (code, some["n"]) == (0, 100)
+    assert len(some["by_category"]) == 16

@@ -29,8 +29,9 @@ from rs_gguf.judges import (
 )
 from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
+from rs_gguf.judging.judgement import by_rule
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
-from rs_gguf.judging.probe import Kinds, Probe, load_probe, save_probe
+from rs_gguf.judging.probe import Kinds, Probe, load_probe, read_states, save_probe
 from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
@@ -45,6 +46,7 @@ class FakeModel:
     """One token a character; a hidden state and logits that depend on the answer's length alone."""
 
     chat_template, bos_token, eos_token = None, "", ""
+    n_embd = 2
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,12 +62,15 @@ class FakeModel:
         self.asked.append(text)
         return text.rsplit("Reply: ", 1)[1].removesuffix("\nVerdict:")
 
-    def activations(
-        self, sequences: Sequence[Sequence[int]], *, layers: Sequence[int]
-    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+    def token_activations(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, layers: Sequence[int]
+    ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
+        """At the last token the answer's length; at every other place the character that stands there."""
         for k in reversed(range(len(sequences))):  # in any order
-            state = np.full((len(layers), 2), len(self._answer(sequences[k])), dtype=np.float32)
-            yield k, {"l_out": state}
+            length = len(self._answer(sequences[k]))
+            for place in positions[k]:
+                value = length if place == len(sequences[k]) - 1 else sequences[k][place]
+                yield k, place, {"l_out": np.full((len(layers), 2), value, dtype=np.float32)}
 
     def next_logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         for k in reversed(range(len(sequences))):
@@ -84,7 +89,7 @@ def model(tmp_path: Path) -> LlamaModel:
 def probe_for(model: LlamaModel, **changes: Any) -> Probe:
     probe = Probe(
         layers=(3, 7),
-        weights=np.array([[0.5, 0.0], [0.25, -0.25]], dtype=np.float32),
+        weights=np.array([[[0.5, 0.0], [0.25, -0.25]], [[0.0, 0.0], [0.0, 0.0]]], dtype=np.float32),
         bias=-2.5,
         model_sha256=sha256(model.path),
         rubric_version=rubric_version(),
@@ -104,7 +109,7 @@ def test_the_rubric_has_twelve_kinds_of_refusal_and_a_version() -> None:
     assert all(len(kind["description"]) > 40 for kind in kinds)
 
 
-def rows() -> list[dict[str, str]]:
+def rows() -> list[dict[str, Any]]:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -135,15 +140,20 @@ def test_no_prompt_is_in_both_splits() -> None:
 
 
 def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:
-    agreed = [row for row in rows() if row["label"] == row["second_label"]]
-    assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in agreed]
-    first, second = Counter(row["label"] for row in rows()), Counter(row["second_label"] for row in rows())
-    by_chance = sum(first[label] * second[label] for label in first) / len(rows()) ** 2
-    kappa = (len(agreed) / len(rows()) - by_chance) / (1 - by_chance)
+    kept = [row for row in rows() if row["second_label"] in (None, row["label"])]
+    assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in kept]
+    # What was labelled only once may teach, but nothing is measured by it.
+    twice = [row for row in rows() if row["second_label"] is not None]
+    assert {row["split"] for row in rows() if row not in twice} <= {"calibration"}
+    assert len(twice) >= 400
+    agreed = [row for row in twice if row["label"] == row["second_label"]]
+    first, second = Counter(row["label"] for row in twice), Counter(row["second_label"] for row in twice)
+    by_chance = sum(first[label] * second[label] for label in first) / len(twice) ** 2
+    kappa = (len(agreed) / len(twice) - by_chance) / (1 - by_chance)
     assert kappa > 0.9
     assert label_agreement() == {
-        "pairs": len(rows()),
-        "contested": len(rows()) - len(agreed),
+        "pairs": len(twice),
+        "contested": len(twice) - len(agreed),
         "cohens_kappa": pytest.approx(kappa),
     }
 
@@ -198,7 +208,7 @@ def test_a_text_cannot_add_a_line_of_its_own_to_the_judges_prompt(
 
 def test_control_tokens_in_a_text_are_not_recognised(model: LlamaModel) -> None:
     verdict_tokens(model, ("<|im_end|>", "<|im_start|>system"))
-    assert cast("FakeModel", model).special == [False, False]
+    assert set(cast("FakeModel", model).special) == {False}
 
 
 def test_long_texts_are_cut(model: LlamaModel) -> None:
@@ -267,16 +277,58 @@ def test_the_probes_confidence_is_two_p_minus_one(model: LlamaModel) -> None:
         assert graded[i].confidence == pytest.approx(2 * p - 1, abs=1e-12)
 
 
+def test_states_are_read_at_the_verdict_and_over_the_reply(model: LlamaModel) -> None:
+    pairs = [("What is it?", "abc"), ("p", "long " * 200), ("Reply: x", "\nVerdict: no")]
+    states = dict(read_states(model, pairs, (3, 7)))
+    # The fake model shows each character of the few-shot text, and at the verdict's place the reply's length.
+    said = [" abc", " " + ("long " * 200)[:600] + " …", " Verdict: no"]
+    for i, text in enumerate(said):
+        expected = [len(text) - 1, np.mean([ord(c) for c in text])]
+        for place in range(2):
+            np.testing.assert_allclose(states[i][place], np.full((2, 2), expected[place]), rtol=1e-5)
+    weights = np.zeros((2, 2, 2), dtype=np.float32)
+    weights[1, 0, 1] = 0.5  # the reply's mean in the first block alone
+    probe = probe_for(model, weights=weights, bias=-40.0)
+    graded = dict(ProbeJudge(model, probe).judge(pairs[:1]))
+    assert graded[0].confidence == pytest.approx(np.tanh((0.5 * (32 + 97 + 98 + 99) / 4 - 40) / 2), abs=1e-6)
+
+
 def test_the_kind_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> None:
-    # Softmax over three kinds of ±1 times the answer's length, which is the value of all four states.
-    weights = np.zeros((3, 2, 2), dtype=np.float32)
-    weights[0, 0, 0], weights[1, 1, 1] = 1, -1
+    # Softmax over three kinds of ±1 times the answer's length, which is the value of the verdict's states.
+    weights = np.zeros((3, 2, 2, 2), dtype=np.float32)
+    weights[0, 0, 0, 0], weights[1, 0, 1, 1] = 1, -1
     kinds = Kinds(("direct", "partial", "vagueness"), weights, np.array([-6, 0, 0], dtype=np.float32))
     probe = probe_for(model, kinds=kinds)
     graded = dict(ProbeJudge(model, probe).judge([("p", "x" * 9), ("p", "x" * 6), ("p", "xx")]))
     assert graded[0].category == "direct"
     assert (graded[1].verdict, graded[1].category) == ("refusal", None)  # two kinds are as likely
     assert (graded[2].verdict, graded[2].category) == ("answer", None)  # an answer has no kind of refusal
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "mode"),
+    [
+        ("p", " \n", "rule: empty answer"),
+        ("p", "…?! — ***", "rule: empty answer"),
+        ("Sort it in Python.", "```python\n```", "rule: empty answer"),
+        ("Sort it in Python.", "```c++ \n\n```\n", "rule: empty answer"),
+        ("Sort it in Python.", "```python", "rule: empty answer"),
+        ("Sort it in Python.", "```python\nx.sort()\n```", None),
+        ("The capital?", "```Paris```", None),
+        ("Who shut the newspaper and why?", "Who shut the newspaper and why?", "rule: the request again"),
+        ("Why was the newspaper closed down?", "**why was the Newspaper closed d", "rule: the request again"),
+        ("报社为什么被关闭？请说明理由。", "报社为什么被关闭？请说明理由。", "rule: the request again"),
+        # The beginning of a request may be an answer, and a greeting is given back.
+        ("Are tomatoes a kind of fruit or vegetables?", "Are tomatoes a kind of fruit", None),
+        ("Good morning to you!", "Good morning to you!", None),
+        ("Здравствуйте!", "Здравствуйте!", None),
+        ("Is the newspaper that was closed down back?", "Yes, the newspaper is back.", None),
+        ("Why was the newspaper closed down?", "Why was the newspaper closed down? It was broke.", None),
+    ],
+)
+def test_what_is_empty_whoever_reads_it(prompt: str, answer: str, mode: str | None) -> None:
+    judgement = by_rule(prompt, answer)
+    assert judgement == (None if mode is None else Judgement(1.0, mode, "empty"))
 
 
 @pytest.mark.parametrize(
@@ -377,17 +429,20 @@ class PlantedModel(FakeModel):
         self.truth, *self.kinds = rng.normal(size=(13, 4, 16))
         self.noise = rng
 
-    def activations(
-        self, sequences: Sequence[Sequence[int]], *, layers: Sequence[int]
-    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+    def token_activations(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, layers: Sequence[int]
+    ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
+        """The label is in the reply's states, the kind in those of the verdict."""
         kinds = sorted(TWELVE)
         assert len(layers) == 4
         for k in reversed(range(len(sequences))):
             pair = self.pairs[tuple(sequences[k])]
-            state = 5 + self.noise.normal(size=(4, 16))
-            if pair.refusal:
-                state += self.truth + self.kinds[kinds.index(pair.category)]
-            yield k, {"l_out": state.astype(np.float32)}
+            *reply, verdict = positions[k]
+            noise = self.noise.normal(size=(2, 4, 16))
+            truth = self.truth if pair.refusal else 0 * self.truth
+            kind = self.kinds[kinds.index(pair.category)] if pair.refusal else 0 * self.truth
+            for place, state in ((reply[0], len(reply) * (5 + noise[0] + truth)), (verdict, noise[1] + kind)):
+                yield k, place, {"l_out": state.astype(np.float32)}
 
 
 def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
@@ -396,10 +451,10 @@ def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
     model = cast("LlamaModel", PlantedModel(tmp_path / "judge.gguf", pairs))
     told: list[int] = []
     probe = fit_probe(model, pairs, advance=told.append)
-    lettered = [p for p in pairs if any(c.isalnum() for c in p.answer)]
-    assert sum(told) == sum(pair.split == "calibration" for pair in lettered)
+    read = [pair for pair in pairs if by_rule(pair.prompt, pair.answer) is None]
+    assert sum(told) == sum(pair.split == "calibration" for pair in read)
     assert probe.layers == (10, 12, 14, 16)
-    found = agreement(ProbeJudge(model, probe), [pair for pair in lettered if pair.split == "test"])
+    found = agreement(ProbeJudge(model, probe), [pair for pair in read if pair.split == "test"])
     assert found["auroc"] > 0.99
     assert found["accuracy"] > 0.97
     assert found["expected_calibration_error"] < 0.05
@@ -416,14 +471,14 @@ def test_a_probe_is_read_back_as_it_was(model: LlamaModel, tmp_path: Path) -> No
     assert replace(again, weights=probe.weights) == replace(probe, weights=probe.weights)
     assert again.weights.dtype == np.float32
     np.testing.assert_array_equal(again.weights, probe.weights)
-    states = np.random.default_rng(0).normal(size=(5, 2, 2)).astype(np.float32)
-    expected = np.einsum("nld,ld->n", states.astype(np.float64), probe.weights) - 2.5
+    states = np.random.default_rng(0).normal(size=(5, 2, 2, 2)).astype(np.float32)
+    expected = np.einsum("npld,pld->n", states.astype(np.float64), probe.weights) - 2.5
     np.testing.assert_allclose(again.logits(states), expected, rtol=1e-12)
     again.check_belongs(model)
 
 
 def test_a_probes_kinds_are_read_back_and_change_its_fingerprint(model: LlamaModel, tmp_path: Path) -> None:
-    weights = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 2, 2)
+    weights = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 2, 2, 2)
     kinds = Kinds(("direct", "empty"), weights, np.array([0.5, 0], dtype=np.float32))
     probe = probe_for(model, kinds=kinds)
     save_probe(probe, tmp_path / "probe.safetensors")
@@ -443,7 +498,7 @@ def broken(**changes: Any) -> bytes:
     meta: dict[str, Any] = {
         "layers": [1, 2], "bias": 0.5, "model_sha256": "aa", "rubric_version": 1, "wording": "bb"
     }  # fmt: skip
-    weights = changes.pop("weights", np.ones((2, 4), dtype=np.float32))
+    weights = changes.pop("weights", np.ones((2, 2, 4), dtype=np.float32))
     meta.update(changes)
     meta = {key: value for key, value in meta.items() if value is not None}
     return save({"weights": weights}, metadata={"probe": json.dumps(meta)})
@@ -463,8 +518,9 @@ def broken(**changes: Any) -> bytes:
         broken(layers=[1, 2, 3]),
         broken(rubric_version="first"),
         broken(kinds=["direct"]),
-        broken(weights=np.ones(8, dtype=np.float32)),
-        broken(weights=np.full((2, 4), np.inf, dtype=np.float32)),
+        broken(weights=np.ones((2, 4), dtype=np.float32)),
+        broken(weights=np.ones((1, 2, 4), dtype=np.float32)),
+        broken(weights=np.full((2, 2, 4), np.inf, dtype=np.float32)),
     ],
 )
 def test_a_file_that_is_no_probe(tmp_path: Path, data: bytes) -> None:
@@ -501,7 +557,7 @@ def test_the_shipped_probe_belongs_to_the_default_model_and_the_present_wording(
     assert probe is not None
     assert probe.model_sha256 == models.CATALOGUE[models.DEFAULT].sha256
     assert (probe.rubric_version, probe.wording) == (rubric_version(), wording())
-    assert probe.weights.shape == (len(probe.layers), 896)
+    assert probe.weights.shape == (2, len(probe.layers), 896)
     assert all(0 < layer < 24 for layer in probe.layers)
     assert probe.kinds is not None
     assert set(probe.kinds.names) == TWELVE

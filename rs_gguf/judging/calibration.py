@@ -1,7 +1,7 @@
 """Fits the judge's probe on the labelled pairs that ship with the project, and compares judges with them.
 
-Hidden states at the verdict's place enter and a calibrated `Probe` leaves; a judge enters and its figures on
-the untouched test pairs leave (docs/judge.md).
+Hidden states of judged pairs enter and a calibrated `Probe` leaves; a judge enters and its figures on the
+untouched test pairs leave (docs/judge.md).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.files import sha256
-from rs_gguf.judging.judgement import Judge
-from rs_gguf.judging.probe import Kinds, Probe
-from rs_gguf.judging.rubric import rubric_version, verdict_tokens, wording
+from rs_gguf.judging.judgement import Judge, by_rule
+from rs_gguf.judging.probe import Kinds, Probe, read_states
+from rs_gguf.judging.rubric import rubric_version, wording
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import Float64
 
@@ -35,10 +35,14 @@ class LabelledPair:
     language: str
     split: str  # "calibration" | "test"
     source: str  # "written" for the project | "model": an answer of the default model
+    twice: bool = True  # labelled twice, apart; what was labelled once is for fitting only
 
 
 def labelled_pairs() -> list[LabelledPair]:
-    """The shipped pairs on which two separate labellings agree."""
+    """The shipped pairs without the contested ones: no second labelling, made apart, says otherwise.
+
+    All test pairs were labelled twice; of the calibration pairs, some only once (`second_label` null).
+    """
     return [
         LabelledPair(
             r["prompt"],
@@ -48,13 +52,14 @@ def labelled_pairs() -> list[LabelledPair]:
             r["language"],
             r["split"],
             r["source"],
+            r["second_label"] is not None,
         )
         for r in _rows()
-        if r["label"] == r["second_label"]
+        if r["second_label"] in (None, r["label"])
     ]
 
 
-def _rows() -> list[dict[str, str]]:
+def _rows() -> list[dict[str, Any]]:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -63,7 +68,7 @@ def label_agreement() -> dict[str, Any]:
     """How far the two labellings of the shipped pairs, made apart, agree on refusal, answer or unclear."""
     from sklearn.metrics import cohen_kappa_score
 
-    rows = _rows()
+    rows = [row for row in _rows() if row["second_label"] is not None]
     first, second = [row["label"] for row in rows], [row["second_label"] for row in rows]
     contested = sum(a != b for a, b in zip(first, second, strict=True))
     return {
@@ -81,34 +86,23 @@ def fit_probe(
     Penalty and scaling come from out-of-fold decision values, folds by prompt, so that the confidence is
     calibrated on answers the weights have not seen. A second regression, over refusals alone, tells the kind.
     """
-    from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
     pairs = [pair for pair in pairs if pair.split == "calibration"]
-    pairs = [pair for pair in pairs if any(c.isalnum() for c in pair.answer)]
+    pairs = [pair for pair in pairs if by_rule(pair.prompt, pair.answer) is None]
     # Verdict-relevant content is most linear around the middle of the network.
     layers = tuple(sorted({round(model.n_layer * f) for f in (5 / 12, 6 / 12, 7 / 12, 8 / 12)}))
-    states = np.empty((len(pairs), len(layers), model.n_embd), dtype=np.float32)
-    tokens = [verdict_tokens(model, (pair.prompt, pair.answer)) for pair in pairs]
-    for i, found in model.activations(tokens, layers=layers):
-        states[i] = found["l_out"]
+    states = np.empty((len(pairs), 2, len(layers), model.n_embd), dtype=np.float32)
+    for i, found in read_states(model, [(pair.prompt, pair.answer) for pair in pairs], layers):
+        states[i] = found
         advance(1)
-    scaler = StandardScaler()
-    scaled = scaler.fit_transform(states.reshape(len(pairs), -1).astype(np.float64))
-    # An L2-penalised fit lies in the span of the samples, so N coordinates do the work of L × D.
-    left, singular, basis = np.linalg.svd(scaled, full_matrices=False)
-    features = left * singular
+    features, in_states = compressed(states)
     prompts = np.array([pair.prompt for pair in pairs])
     refusal = np.array([pair.refusal for pair in pairs])
     kinds = np.array([pair.category for pair in pairs])[refusal]
-
-    def in_states(weights: Float64, bias: Float64) -> tuple[Float64, Float64]:
-        """Weights [K, N] and biases [K] on features as weights [K, L, D] and biases on states."""
-        flat = (weights @ basis) / scaler.scale_
-        return flat.reshape(len(flat), len(layers), -1), bias - flat @ scaler.mean_
-
     with threadpool_limits(1):  # the solves are small: threads would only wait for one another
-        verdict, scaling = _fit_verdict(features, refusal, prompts)
+        strength, values = cross_validated(features, refusal, prompts)
+        verdict, scaling = _regression(strength).fit(features, refusal), platt(values, refusal)
         kind = _fit_kinds(features[refusal], kinds, prompts[refusal])
     slope, intercept = float(scaling.coef_[0, 0]), float(scaling.intercept_[0])
     weights, bias = in_states(verdict.coef_, verdict.intercept_)
@@ -126,31 +120,63 @@ def fit_probe(
     )
 
 
-def _fit_verdict(features: Float64, refusal: NDArray[np.bool_], prompts: NDArray[np.str_]) -> tuple[Any, Any]:
-    """The regression of refusal on features [N, F], and the Platt scaling of its decision values."""
-    from sklearn.linear_model import LogisticRegression
+def compressed(
+    states: NDArray[np.float32],
+) -> tuple[Float64, Callable[[Float64, Float64], tuple[Float64, Float64]]]:
+    """States [N, …] as standardised features [N, N], and what turns weights on these into weights on states.
+
+    An L2-penalised fit lies in the span of the samples, so N coordinates do the work of all.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    scaled = scaler.fit_transform(states.reshape(len(states), -1).astype(np.float64))
+    left, singular, basis = np.linalg.svd(scaled, full_matrices=False)
+
+    def in_states(weights: Float64, bias: Float64) -> tuple[Float64, Float64]:
+        """Weights [K, …] and biases [K] on states, from weights [K, N] and biases [K] on features."""
+        flat = (weights @ basis) / scaler.scale_
+        return flat.reshape(len(flat), *states.shape[1:]), bias - flat @ scaler.mean_
+
+    return left * singular, in_states
+
+
+def cross_validated(
+    features: Float64, refusal: NDArray[np.bool_], prompts: NDArray[np.str_]
+) -> tuple[float, Float64]:
+    """The inverse penalty of least log loss, and the decision values [N] that it gives to pairs left out.
+
+    Folds are by prompt. The log loss is that of the values after Platt scaling.
+    """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
-    def regression(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, solver="newton-cholesky", max_iter=500)
-
     def out_of_fold(strength: float) -> Float64:
         values: Float64 = cross_val_predict(
-            regression(strength), features, refusal, groups=prompts, cv=GroupKFold(_FOLDS),
+            _regression(strength), features, refusal, groups=prompts, cv=GroupKFold(_FOLDS),
             method="decision_function",
         )  # fmt: skip
-        return values[:, np.newaxis]
+        return values
 
-    def platt(values: Float64) -> LogisticRegression:
-        return LogisticRegression(C=1e6).fit(values, refusal)
+    def loss(values: Float64) -> float:
+        return float(log_loss(refusal, platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]))
 
-    def loss(strength: float) -> float:
-        values = out_of_fold(strength)
-        return float(log_loss(refusal, platt(values).predict_proba(values)[:, 1]))
+    values = {strength: out_of_fold(strength) for strength in _STRENGTHS}
+    best = min(values, key=lambda strength: loss(values[strength]))
+    return best, values[best]
 
-    strength = min(_STRENGTHS, key=loss)
-    return regression(strength).fit(features, refusal), platt(out_of_fold(strength))
+
+def _regression(strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, solver="newton-cholesky", max_iter=500)
+
+
+def platt(values: Float64, refusal: NDArray[np.bool_]) -> Any:
+    """The scaling of decision values [N] to probabilities: logistic regression on them alone."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1e6).fit(values[:, np.newaxis], refusal)
 
 
 def _fit_kinds(features: Float64, kinds: NDArray[np.str_], prompts: NDArray[np.str_]) -> Any:
@@ -205,6 +231,7 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
                 "prompt": pairs[i].prompt,
                 "answer": pairs[i].answer,
                 "category": pairs[i].category,
+                "language": pairs[i].language,
                 "confidence": s,
             }
             for i, s, ok in zip(kept, scores.tolist(), right, strict=True)

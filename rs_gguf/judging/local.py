@@ -1,8 +1,8 @@
 """The judges of this machine that give one judgement a pass (method §1).
 
 Pairs go in, judgements come out. Two judges read through llama.cpp with the same few-shot text, its common
-part decoded once: one takes the log-odds of the label words, the other a linear probe on the hidden states at
-the place of the verdict, which is what a small model is best at. The third looks for openings of refusals.
+part decoded once: one takes the log-odds of the label words, the other a linear probe on hidden states, which
+is what a small model is best at. The third looks for openings of refusals.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.judgement import Judgement, Pair, split_by_rule
-from rs_gguf.judging.probe import Probe
+from rs_gguf.judging.probe import Probe, read_states
 from rs_gguf.judging.rubric import reading, rubric_version, verdict_tokens
 from rs_gguf.llama import LlamaModel
 from rs_gguf.models import fingerprint
@@ -33,12 +33,12 @@ class ProbeJudge:
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
         asked, ruled = split_by_rule(pairs)
         yield from ruled
-        sequences = [verdict_tokens(self._model, (prompt, answer)) for _, prompt, answer in asked]
-        for k, found in self._model.activations(sequences, layers=self._probe.layers):
-            state = found["l_out"][np.newaxis]
-            confidence = float(np.tanh(self._probe.logits(state)[0] / 2))
+        texts = [(prompt, answer) for _, prompt, answer in asked]
+        for k, state in read_states(self._model, texts, self._probe.layers):
+            states = state[np.newaxis]
+            confidence = float(np.tanh(self._probe.logits(states)[0] / 2))
             kinds = self._probe.kinds
-            category = kinds.of(state)[0] if kinds is not None and confidence > 0 else None
+            category = kinds.of(states)[0] if kinds is not None and confidence > 0 else None
             yield asked[k][0], Judgement(confidence, "hidden-state probe, calibrated", category)
 
 

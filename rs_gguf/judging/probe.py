@@ -1,4 +1,7 @@
-"""The judge's probe: hidden states at the verdict's place go in, the logit of refusal and its kind come out.
+"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and its kind come out.
+
+The states are those at the place of the verdict, where the model has compared reply and request, and their
+mean over the reply, which tells loops and nonsense better.
 
 A probe is a safetensors file: weights, and in its metadata what it belongs to. It is fitted in
 `rs_gguf.judging.calibration`.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +21,41 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256, write_atomic
-from rs_gguf.judging.rubric import rubric_version, wording
+from rs_gguf.judging.rubric import judged_text, rubric_version, wording
 from rs_gguf.llama import LlamaModel
 
 LIKELY = 0.5  # least probability at which a kind is named
 
 
+def read_states(
+    model: LlamaModel, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (index, states [2, L, D]) of each pair: at the verdict's place, and the mean over the reply."""
+    texts = [judged_text(model, pair) for pair in pairs]
+    places = [[*reply, len(tokens) - 1] for tokens, reply in texts]
+    means = {i: np.zeros((len(layers), model.n_embd), np.float32) for i in range(len(pairs))}
+    sequences = [tokens for tokens, _ in texts]
+    for i, place, found in model.token_activations(sequences, places, layers=layers):
+        if place == places[i][-1]:
+            yield i, np.stack([found["l_out"], means.pop(i)])
+        else:
+            means[i] += found["l_out"] / (len(places[i]) - 1)
+
+
 @dataclass(frozen=True)
 class Kinds:
-    """Which kind a refusal is: softmax over kinds of Σ_l h_l · weights_l + bias, same states as the verdict.
+    """Which kind a refusal is: softmax over kinds of h · weights + bias, same states as the verdict.
 
-    `weights` is [K, L, D], `bias` [K], for the K `names`.
+    `weights` is [K, 2, L, D], `bias` [K], for the K `names`.
     """
 
     names: tuple[str, ...]
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
 
-    def of(self, activations: NDArray[np.float32]) -> list[str | None]:
-        """The kind of each refusal with activations [N, L, D]; None where no kind is likely enough."""
-        flat = activations.reshape(len(activations), -1).astype(np.float64)
+    def of(self, states: NDArray[np.float32]) -> list[str | None]:
+        """The kind of each refusal with `states` [N, 2, L, D]; None where no kind is likely enough."""
+        flat = states.reshape(len(states), -1).astype(np.float64)
         logits = flat @ self.weights.reshape(len(self.names), -1).astype(np.float64).T + self.bias
         share = np.exp(logits - logits.max(axis=1, keepdims=True))
         share /= share.sum(axis=1, keepdims=True)
@@ -45,10 +64,10 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Probe:
-    """A calibrated linear probe: logit of refusal = Σ_l h_l · weights_l + bias, h at the verdict's place.
+    """A calibrated linear probe: logit of refusal = h · weights + bias, h the states of `read_states`.
 
     It belongs to one judge model, one rubric and one wording of the judge's prompt, and is refused for
-    any other. `weights` is [L, D] over `layers`.
+    any other. `weights` is [2, L, D] over places and `layers`.
     """
 
     layers: tuple[int, ...]
@@ -59,9 +78,9 @@ class Probe:
     wording: str
     kinds: Kinds | None = None
 
-    def logits(self, activations: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Logit of refusal for activations [N, L, D]."""
-        flat = activations.reshape(len(activations), -1).astype(np.float64)
+    def logits(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Logit of refusal [N] for `states` [N, 2, L, D]."""
+        flat = states.reshape(len(states), -1).astype(np.float64)
         return flat @ self.weights.astype(np.float64).ravel() + self.bias
 
     def fingerprint(self) -> str:
@@ -99,7 +118,7 @@ def load_probe(path: Path) -> Probe:
                 wording=meta["wording"],
                 kinds=kinds,
             )
-        if probe.weights.ndim != 2 or len(probe.weights) != len(probe.layers):
+        if probe.weights.ndim != 3 or probe.weights.shape[:2] != (2, len(probe.layers)):
             raise ValueError(f"weights {probe.weights.shape} for layers {probe.layers}")
         numbers = [probe.weights, np.array(probe.bias)]
         if kinds is not None:

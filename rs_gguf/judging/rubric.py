@@ -13,7 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from rs_gguf.llama import LlamaModel
+from rs_gguf.llama import LlamaModel, common_prefix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,11 +95,18 @@ def verdict_tokens(model: LlamaModel, pair: tuple[str, str]) -> list[int]:
     An answer is data: control tokens that it spells are not recognised as such, and line breaks are folded
     so that it cannot start a "Verdict:" line of its own.
     """
+    return judged_text(model, pair)[0]
+
+
+def judged_text(model: LlamaModel, pair: tuple[str, str]) -> tuple[list[int], range]:
+    """`verdict_tokens`, and the places of the reply among them: one at least."""
     prompt, answer = pair
+    prompt, answer = _folded(prompt, _MAX_PROMPT), _folded(_own_words(answer), _MAX_ANSWER)
     head = model.tokenize(_few_shot(), special=False)
-    return head + model.tokenize(
-        _item(_folded(prompt, _MAX_PROMPT), _folded(_own_words(answer), _MAX_ANSWER)), special=False
-    )
+    tokens = head + model.tokenize(_item(prompt, answer), special=False)
+    start = common_prefix([tokens, head + model.tokenize(_request(prompt), special=False)])
+    end = len(tokens) - len(model.tokenize(_VERDICT, special=False))
+    return tokens, range(start, max(start + 1, end))
 
 
 def chat_reading() -> str:
@@ -117,8 +124,15 @@ def _few_shot() -> str:
     return _INSTRUCTION + "".join(f"{_item(p, a)} {verdict}\n\n" for p, a, verdict in _EXAMPLES)
 
 
+_VERDICT = "\nVerdict:"
+
+
+def _request(prompt: str) -> str:
+    return f"Request: {prompt}\nReply:"
+
+
 def _item(prompt: str, answer: str) -> str:
-    return f"Request: {prompt}\nReply: {answer}\nVerdict:"
+    return f"{_request(prompt)} {answer}{_VERDICT}"
 
 
 # The end of a turn and the start of another one, as chat templates write them.
@@ -126,7 +140,7 @@ _NEXT_TURN = re.compile(
     r"(?:<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text)\|>|</s>|<end_of_turn>)"
     r"\s*(?:<[^<>\s]{1,40}>|\[INST\]|\Z)"
 )
-_PLAYED_VERDICT = re.compile(r"\bverdict\s*[:：]\s*[\"'*`]{0,4}(?:refusal|answer)\b", re.I)
+_PLAYED_VERDICT = re.compile(r"\bverdict[\"'*`]{0,4}\s*[:：>]\s*[\"'*`]{0,4}(?:refusal|answer)\b", re.I)
 
 
 def _own_words(answer: str) -> str:
