@@ -152,12 +152,10 @@ class Given:
 def compare_variants(_: argparse.Namespace) -> None:
     """Every row is fitted on all calibration pairs outside a fold and measured on those inside.
 
-    The test split is not touched. Only pairs that were labelled twice are measured, the same in all rows.
+    The test split is not touched.
     """
     pairs = [p for p in labelled_pairs() if p.split == "calibration" and by_rule(p.prompt, p.answer) is None]
     texts = [(pair.prompt, pair.answer) for pair in pairs]
-    twice = np.array([pair.twice for pair in pairs])
-    some = np.flatnonzero(twice)
     model = LlamaModel(models.pull(models.DEFAULT))
     blocks = list(range(8, 19))
     states = read(model, texts, blocks)
@@ -166,7 +164,6 @@ def compare_variants(_: argparse.Namespace) -> None:
     print("| --- " * 8 + "|")
     chosen = states[:, :, shipped]
     row("verdict's place and reply's mean, blocks 10, 12, 14, 16 (shipped)", chosen, pairs)
-    row("fitted without the pairs that were labelled once", chosen[some], [pairs[i] for i in some])
     row("verdict's place alone", chosen[:, :1], pairs)
     row("reply's mean alone", chosen[:, 1:], pairs)
     for picked in ((8, 10, 12, 14), (12, 14, 16, 18), (14,), tuple(blocks)):
@@ -208,9 +205,8 @@ def row(name: str, states: Float64, pairs: Sequence[LabelledPair]) -> None:
         features, _ = compressed(states)
         _, values = cross_validated(features, refusal, np.array([pair.prompt for pair in pairs]))
         share = platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]
-    measured = [i for i, pair in enumerate(pairs) if pair.twice]
-    found = agreement(Given(name, 2 * share[measured] - 1), [pairs[i] for i in measured])
-    right = np.where(refusal, share, 1 - share)[measured]
+    found = agreement(Given(name, 2 * share - 1), pairs)
+    right = np.where(refusal, share, 1 - share)
     kinds = [
         found["by_category"][k]["accuracy"] for k in ("deflection", "different_question", "empty", "nonsense")
     ]

@@ -109,7 +109,7 @@ def test_the_rubric_has_twelve_kinds_of_refusal_and_a_version() -> None:
     assert all(len(kind["description"]) > 40 for kind in kinds)
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[dict[str, str]]:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -140,20 +140,15 @@ def test_no_prompt_is_in_both_splits() -> None:
 
 
 def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:
-    kept = [row for row in rows() if row["second_label"] in (None, row["label"])]
-    assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in kept]
-    # What was labelled only once may teach, but nothing is measured by it.
-    twice = [row for row in rows() if row["second_label"] is not None]
-    assert {row["split"] for row in rows() if row not in twice} <= {"calibration"}
-    assert len(twice) >= 400
-    agreed = [row for row in twice if row["label"] == row["second_label"]]
-    first, second = Counter(row["label"] for row in twice), Counter(row["second_label"] for row in twice)
-    by_chance = sum(first[label] * second[label] for label in first) / len(twice) ** 2
-    kappa = (len(agreed) / len(twice) - by_chance) / (1 - by_chance)
+    agreed = [row for row in rows() if row["label"] == row["second_label"]]
+    assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in agreed]
+    first, second = (Counter(row[key] for row in rows()) for key in ("label", "second_label"))
+    by_chance = sum(first[label] * second[label] for label in first) / len(rows()) ** 2
+    kappa = (len(agreed) / len(rows()) - by_chance) / (1 - by_chance)
     assert kappa > 0.9
     assert label_agreement() == {
-        "pairs": len(twice),
-        "contested": len(twice) - len(agreed),
+        "pairs": len(rows()),
+        "contested": len(rows()) - len(agreed),
         "cohens_kappa": pytest.approx(kappa),
     }
 

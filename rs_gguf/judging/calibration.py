@@ -35,14 +35,10 @@ class LabelledPair:
     language: str
     split: str  # "calibration" | "test"
     source: str  # "written" for the project | "model": an answer of the default model
-    twice: bool = True  # labelled twice, apart; what was labelled once is for fitting only
 
 
 def labelled_pairs() -> list[LabelledPair]:
-    """The shipped pairs without the contested ones: no second labelling, made apart, says otherwise.
-
-    All test pairs were labelled twice; of the calibration pairs, some only once (`second_label` null).
-    """
+    """The shipped pairs on which two separate labellings agree."""
     return [
         LabelledPair(
             r["prompt"],
@@ -52,14 +48,13 @@ def labelled_pairs() -> list[LabelledPair]:
             r["language"],
             r["split"],
             r["source"],
-            r["second_label"] is not None,
         )
         for r in _rows()
-        if r["second_label"] in (None, r["label"])
+        if r["label"] == r["second_label"]
     ]
 
 
-def _rows() -> list[dict[str, Any]]:
+def _rows() -> list[dict[str, str]]:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -68,7 +63,7 @@ def label_agreement() -> dict[str, Any]:
     """How far the two labellings of the shipped pairs, made apart, agree on refusal, answer or unclear."""
     from sklearn.metrics import cohen_kappa_score
 
-    rows = [row for row in _rows() if row["second_label"] is not None]
+    rows = _rows()
     first, second = [row["label"] for row in rows], [row["second_label"] for row in rows]
     contested = sum(a != b for a, b in zip(first, second, strict=True))
     return {
