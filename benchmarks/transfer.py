@@ -63,7 +63,7 @@ def main() -> None:
                 )
                 some = {writer: rows.of(kept) for writer, rows in inputs.items()}
                 gates = fit_gates(some, residuals[kept], labels, ridges=[ridge])
-                reads = {writer: gates.opens[writer][0] - margin * gates.shuts[writer][0] for writer in some}
+                reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
                 opening[left_out] = openings(inputs, reads, left_out)
                 progress.advance(task)
     print_summary(samples, found)

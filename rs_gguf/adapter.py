@@ -2,11 +2,12 @@
 
 Inputs of the matrices that write to the residual stream (last prompt token, and tokens that must stay quiet),
 block outputs and judged labels enter; for each block a *read* direction per matrix and a *write* direction
-leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts and 0 to the means
-of benign and of harmful ones, with the least energy on everything else: minimum-variance beamforming under
-linear constraints (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The write d is what the
-block adds to the difference of refused sensitive and answered benign means. This goes beyond García-Ferrero
-et al. (arXiv 2512.16602), whose vector moves every prompt alike.
+leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts, a margin to that of
+benign ones and minus the margin to that of harmful ones, with the least energy on everything else:
+minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in
+`constrained.SafeRidge`. The write d is what the block adds to the difference of refused and answered
+sensitive means. This goes beyond García-Ferrero et al. (arXiv 2512.16602), whose vector moves every prompt
+alike.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ WRITERS: Mapping[str, Sequence[str]] = {
     ),
 }
 QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
-MIN_CELL = 4  # samples below which the mean of a cell is noise
+MIN_CELL = 4  # samples below which a mean is noise
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ class WriterInputs:
 class Gates:
     """Reads for every ridge and block, and the difference of class means that the writes are made of.
 
-    `opens`, `shuts`: by matrix, [R, L, W] fp64; the mean sensitive input answers 1 to the one and the mean
-    harmful input to the other, the means of the other two kinds 0.
-    `contrast` [L, D]: mean block output of refused sensitive minus answered benign prompts, or to induce of
-    answered minus refused prompts: what a gate takes away.
+    `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
+    of the other kinds 0; to `guards` the mean benign input answers 1, the harmful −1, the sensitive 0.
+    `contrast` [L, D]: mean block output of refused minus answered sensitive prompts (benign ones where hardly
+    a sensitive one is answered), or to induce of answered minus refused prompts: what a gate takes away.
     """
 
     ridges: Float64
     opens: Mapping[str, Float64]
-    shuts: Mapping[str, Float64]
+    guards: Mapping[str, Float64]
     contrast: Float64
 
     def factors(
@@ -86,8 +87,9 @@ class Gates:
         """LoRA factors that gate the blocks `first` to `last`, both included.
 
         At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
-        and to −`margin` times it for the mean harmful one: unseen harm answers a little above the fitted
-        mean, and a margin takes that back. Each matrix of a block writes an equal part.
+        to `margin` times it for the mean benign and to −`margin` times it for the mean harmful one. Unseen
+        prompts scatter about these means: with a margin, few that are harmful are opened for, and few that
+        are benign pushed to a refusal. Each matrix of a block writes an equal part.
         """
         index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
         found = {}
@@ -95,7 +97,7 @@ class Gates:
             before = self.contrast[layer - 1] if layer > first else 0.0
             write = (self.contrast[layer] - before) * (-strength / len(self.opens))
             for writer, opens in self.opens.items():
-                read = opens[index, layer] - margin * self.shuts[writer][index, layer]
+                read = opens[index, layer] + margin * self.guards[writer][index, layer]
                 found[f"blk.{layer}.{writer}.weight"] = (
                     read[np.newaxis].astype(np.float32),
                     write[:, np.newaxis].astype(np.float32),
@@ -154,7 +156,7 @@ def fit_gates(
     mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
     cells = _cells(labels, kinds)
     opens = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
-    shuts = {writer: np.zeros_like(found) for writer, found in opens.items()}
+    guards = {writer: np.zeros_like(found) for writer, found in opens.items()}
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
         contrast = np.stack(
             [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
@@ -162,9 +164,9 @@ def fit_gates(
         for layer in range(n_layers):
             for writer, rows in inputs.items():
                 found = _reads(rows, layer, writer, mean, cells, grid, quiet)
-                opens[writer][:, layer], shuts[writer][:, layer] = found
+                opens[writer][:, layer], guards[writer][:, layer] = found
             advance(1)
-    return Gates(grid, opens, shuts, contrast)
+    return Gates(grid, opens, guards, contrast)
 
 
 def _kinds(labels: Labels) -> dict[str, Float64]:
@@ -183,13 +185,17 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
 def _difference(labels: Labels, induce: bool) -> Float64:
     """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other."""
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
-    harmful = labels.kind("harmful")
-    sides = {
-        "refused sensitive": labels.kind("sensitive") & refused,
-        "answered benign": labels.kind("benign") & answered,
-    }
+    sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
-        sides = {"answered benign or sensitive": ~harmful & answered, "refused": refused}
+        sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
+    elif np.count_nonzero(sensitive & answered) >= MIN_CELL:
+        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
+        sides = {"refused sensitive": sensitive & refused, "answered sensitive": sensitive & answered}
+    else:
+        sides = {
+            "refused sensitive": sensitive & refused,
+            "answered benign": labels.kind("benign") & answered,
+        }
     difference = np.zeros(len(labels.confidence))
     for sign, (verdict, mask) in zip((1, -1), sides.items(), strict=True):
         if not mask.any():
@@ -220,9 +226,9 @@ def _reads(
     ridges: Float64,
     quiet: float,
 ) -> Float64:
-    """argmin aᵀ(S + ρI)a subject to aᵀμ = 1 on one kind and 0 on the other two, for each ridge.
+    """argmin aᵀ(S + ρI)a subject to what `Gates` says of aᵀμ, for each ridge.
 
-    [2, R, W]: for sensitive, then for harmful. S is AᵀA of the rows that should not answer: samples about the
+    [2, R, W]: of `opens`, then of `guards`. S is AᵀA of the rows that should not answer: samples about the
     mean of their kind, other tokens and cell means as they are.
     """
     name = f"what {writer} multiplies"
@@ -243,8 +249,8 @@ def _reads(
         raise InputError(
             f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
         )
-    kinds = list(mean)
-    wanted = np.eye(3)[:, [kinds.index("sensitive"), kinds.index("harmful")]]
+    opens, guards = {"sensitive": 1.0}, {"benign": 1.0, "harmful": -1.0}
+    wanted = np.array([[read.get(kind, 0.0) for read in (opens, guards)] for kind in mean])
     found = np.empty((2, len(ridges), factor.shape[1]))
     for k, pulls in enumerate(solved):
         gram = means.T @ pulls

@@ -129,7 +129,7 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
         )
         reads = {
             f"{name}/{writer}": rows.astype(np.float32)
-            for name, found in (("opens", gates.opens), ("shuts", gates.shuts))
+            for name, found in (("opens", gates.opens), ("guards", gates.guards))
             for writer, rows in found.items()
         }
         arrays = {"ridges": gates.ridges, "contrast": gates.contrast, **reads}
@@ -247,8 +247,8 @@ def load_gates(folder: Path) -> Gates | None:
     if not path.is_file():
         return None
     arrays = load_arrays(path)
-    opens, shuts = (
+    opens, guards = (
         {name.removeprefix(way): a.astype(np.float64) for name, a in arrays.items() if name.startswith(way)}
-        for way in ("opens/", "shuts/")
+        for way in ("opens/", "guards/")
     )
-    return Gates(arrays["ridges"], opens, shuts, arrays["contrast"])
+    return Gates(arrays["ridges"], opens, guards, arrays["contrast"])

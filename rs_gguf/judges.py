@@ -19,12 +19,13 @@ from rs_gguf.judging.endpoint import EndpointJudge
 from rs_gguf.judging.judgement import NEUTRAL, Judge, Judgement, Pair, Verdict, final_answer
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judging.probe import Probe, load_probe
+from rs_gguf.judging.rubric import reading, rubric_version
 from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
 
 __all__ = [
     "NEUTRAL", "EndpointOptions", "Judge", "Judgement", "Pair", "Verdict", "final_answer", "open_judge",
-    "open_judge_spec", "shipped_probe",
+    "open_judge_spec", "shipped_probe", "shipped_version",
 ]  # fmt: skip
 
 
@@ -88,6 +89,12 @@ def open_judge_spec(
             model = loaded if loaded is not None and same else stack.enter_context(LlamaModel(path))
             judge = _KINDS[kind](model)
         yield CachedJudge(judge) if cached else judge
+
+
+def shipped_version() -> str:
+    """Changes with the shipped rubric, wording or probe: with what the embedded judge would say."""
+    probe = shipped_probe()
+    return f"{rubric_version()} {reading()} {probe.fingerprint() if probe else None}"
 
 
 def shipped_probe() -> Probe | None:

@@ -22,7 +22,7 @@ from rs_gguf.capture import Conversation, capture_all, captured
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
-from rs_gguf.judges import Judge, Judgement, open_judge_spec
+from rs_gguf.judges import Judge, Judgement, open_judge_spec, shipped_version
 from rs_gguf.llama import LlamaModel, Sampling, common_prefix
 from rs_gguf.measuring import Arm, measure
 from rs_gguf.prompts import Prompt
@@ -121,14 +121,14 @@ class Pipeline:
         return value
 
     def _key(self, stage: str) -> str:
-        """Hash of all that matters up to this stage: recipe sections, prompts, model, version."""
+        """Hash of all that matters up to this stage: recipe sections, prompts, model, judge, version."""
         recipe = self.recipe
         parts: dict[str, Any] = {
             "answer": [
                 __version__, self.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
-            "score": [recipe.judge],
+            "score": [recipe.judge, shipped_version()],
             "capture": [],
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": recipe.tune.model_dump(),

@@ -35,7 +35,8 @@ class Directions:
 class Candidate:
     """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
 
-    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one.
+    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one, and the
+    mean benign prompt with it.
     """
 
     estimator: str
@@ -104,8 +105,8 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        margins = (0.0,) if induce else (0.25, 0.0)  # a margin makes harm the opposite of sensitive
-        start = [Candidate(GATE, ridge, first, last, 1.0, margin) for margin in margins for ridge in ridges]
+        margins = (0.0,) if induce else (0.25, 0.1)  # what is to be refused has no room for one
+        start = [Candidate(GATE, ridge, first, last, 1.25, margin) for margin in margins for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
             first=(max(1, n_layer // 12), max(1, n_layer // 2)),

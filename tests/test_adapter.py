@@ -48,9 +48,9 @@ def members(labels: Labels) -> dict[str, Float64]:
 
 
 def difference(labels: Labels) -> Float64:
-    """Weights of the contrast: refused sensitive minus answered benign, each by |confidence|."""
+    """Weights of the contrast: refused minus answered sensitive, each by |confidence|."""
     refused = np.where((labels.kinds == "sensitive") & (labels.confidence > 0.15), labels.confidence, 0.0)
-    answered = np.where((labels.kinds == "benign") & (labels.confidence < -0.15), labels.confidence, 0.0)
+    answered = np.where((labels.kinds == "sensitive") & (labels.confidence < -0.15), labels.confidence, 0.0)
     return refused / refused.sum() - answered / answered.sum()
 
 
@@ -117,7 +117,7 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
     assert gates.opens["ffn_down"].shape == (len(RIDGES), LAYERS, width)
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
-            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.shuts, [0, 0, 1])):
+            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.guards, [0, 1, -1])):
                 expected = naive(inputs, layer, labels, ridge, wanted, quiet)
                 np.testing.assert_allclose(found["ffn_down"][k, layer], expected, rtol=1e-8, atol=1e-10)
 
@@ -126,7 +126,7 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
 def test_means_of_the_kinds_are_met_exactly(per_class: int, width: int) -> None:
     inputs, residuals, labels = problem(per_class, width)
     gates = fitted(inputs, residuals, labels)
-    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.shuts, [0.0, 0.0, 1.0])):
+    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.guards, [0.0, 1.0, -1.0])):
         for layer in range(LAYERS):
             answers = means(inputs, layer, labels) @ found["ffn_down"][:, layer].T
             np.testing.assert_allclose(answers.T, [wanted] * len(RIDGES), atol=1e-9)
@@ -170,13 +170,27 @@ def test_reads_do_not_ask_what_was_refused() -> None:
     assert np.abs(before.contrast - after.contrast).max() > 0.1
 
 
-def test_the_contrast_is_of_refused_sensitive_and_answered_benign_prompts() -> None:
+def test_the_contrast_is_of_refused_and_answered_sensitive_prompts() -> None:
     inputs, residuals, labels = problem()
     weights = difference(labels)
     outside = weights == 0
-    assert outside.sum() > 10  # neutral, sensitive answered, all harmful, benign refused
+    assert outside.sum() > 10  # neutral, all harmful, all benign
     found = fitted(inputs, np.where(outside[:, None, None], 1e3, residuals), labels).contrast
     np.testing.assert_allclose(found, np.tensordot(weights, residuals.astype(np.float64), 1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("left", [MIN_CELL - 1, MIN_CELL])
+def test_where_hardly_a_sensitive_prompt_is_answered_benign_ones_take_their_place(left: int) -> None:
+    inputs, residuals, labels = problem(per_class=12)
+    answered = np.flatnonzero((labels.kinds == "sensitive") & (labels.confidence < -0.15))
+    confidence = labels.confidence.copy()
+    confidence[answered[left:]] = 0.1
+    labels = Labels.of(confidence, labels.kinds)
+    other = "sensitive" if left == MIN_CELL else "benign"
+    refused = np.where((labels.kinds == "sensitive") & (confidence > 0.15), confidence, 0.0)
+    kept = np.where((labels.kinds == other) & (confidence < -0.15), confidence, 0.0)
+    expected = np.tensordot(refused / refused.sum() - kept / kept.sum(), residuals.astype(np.float64), 1)
+    np.testing.assert_allclose(fitted(inputs, residuals, labels).contrast, expected, rtol=1e-9)
 
 
 def test_a_cell_that_the_class_mean_hides_is_quietened() -> None:
@@ -217,12 +231,15 @@ def test_one_sample_a_class_is_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "verdict", "side"), [("sensitive", "refused", 1), ("benign", "answered", -1)]
+    ("empty", "named"),
+    [({"sensitive": 1}, "refused sensitive"), ({"sensitive": -1, "benign": -1}, "answered benign")],
 )
-def test_a_side_of_the_contrast_without_samples_is_named(kind: str, verdict: str, side: int) -> None:
+def test_a_side_of_the_contrast_without_samples_is_named(empty: dict[str, int], named: str) -> None:
     inputs, residuals, labels = problem()
-    confidence = np.where((labels.kinds == kind) & (side * labels.confidence > 0), 0.1, labels.confidence)
-    with pytest.raises(InputError, match=f"no {verdict} {kind} prompt"):
+    confidence = labels.confidence
+    for kind, side in empty.items():
+        confidence = np.where((labels.kinds == kind) & (side * confidence > 0), side * 0.1, confidence)
+    with pytest.raises(InputError, match=f"no {named} prompt"):
         fitted(inputs, residuals, Labels.of(confidence, labels.kinds))
 
 
@@ -313,7 +330,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
             written[kind] += (b @ a).astype(np.float64) @ mean
     contrast = np.tensordot(difference(labels), residuals[:, last].astype(np.float64), 1)
     np.testing.assert_allclose(written["sensitive"], -0.5 * contrast, atol=1e-4)
-    np.testing.assert_allclose(written["benign"], 0, atol=1e-4)
+    np.testing.assert_allclose(written["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["harmful"], 0.25 * 0.5 * contrast, atol=1e-4)
 
 
