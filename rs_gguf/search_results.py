@@ -21,9 +21,9 @@ _FEWEST_PAIRS = 3  # of which a rank correlation is told
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
     """The trial to use: of the feasible ones that change as much as the best, the one of least drift.
 
-    "As much" is within one standard error of a share of the `n_wanted` sensitive prompts, or one of them, since
-    a single prompt that two trials answer differently tells nothing (McNemar's z is 1). If none is feasible it
-    is the nearest, and says so.
+    "As much" is within one standard error of a share of the `n_wanted` sensitive prompts, or one of them,
+    since a single prompt that two trials answer differently tells nothing (McNemar's z is 1). If none is
+    feasible it is the nearest, and says so.
     """
     feasible = [trial for trial in answered if trial.feasible]
     if not feasible:

@@ -37,7 +37,8 @@ def test_of_trials_that_change_as_much_the_gentlest_is_chosen() -> None:
     assert choose(trials, 40).number == 1
     assert choose(trials[::2], 40).number == 0
     # One standard error of 0 of 10 is less than a prompt; one prompt is no difference, two are.
-    assert choose([trial(0, 0.0, 1.0, 0.2), trial(1, 0.1, 1.0, 0.1), trial(2, 0.2, 1.0, 0.05)], 10).number == 1
+    few = [trial(0, 0.0, 1.0, 0.2), trial(1, 0.1, 1.0, 0.1), trial(2, 0.2, 1.0, 0.05)]
+    assert choose(few, 10).number == 1
 
 
 def test_an_infeasible_trial_is_chosen_only_where_all_are() -> None:
