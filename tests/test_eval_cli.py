@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import binaries
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from endpoints import Reply, Server, said
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import capability, comparison, control_vector, lora, prompts, sandbox
@@ -154,8 +153,8 @@ def test_the_tables_tell_every_figure(folder: Path, monkeypatch: pytest.MonkeyPa
     common += ["--control-vector", str(folder / "v.gguf"), "--judge", "keywords", "--tokens", "4"]
     code, stdout, _ = invoke(*common)
     assert code == 0
-    for said in ("columns: 3 prompts", "refused by language", "weather", "loop", "tokens a second", "p = "):
-        assert said in stdout
+    for words in ("columns: 3 prompts", "refused by language", "weather", "loop", "tokens a second", "p = "):
+        assert words in stdout
     assert "Judge: keywords." in stdout
     code, stdout, _ = invoke(*common, "--scales", "0,0.5,...,1.5")
     assert code == 0
@@ -329,55 +328,21 @@ def test_bad_scales(text: str) -> None:
 # ---- a running server ------------------------------------------------------------------------------------
 
 
-class Server:
-    """Answers as llama-server does where the scale of adapter 1 decides whether it refuses."""
-
-    def __init__(self, adapters: list[dict[str, Any]]) -> None:
-        self.asked: list[dict[str, Any]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                assert self.path in ("/lora-adapters", "/v1/models")
-                self.reply(adapters if self.path == "/lora-adapters" else {"data": [{"id": "m"}]})
-
-            def do_POST(self) -> None:
-                assert self.path == "/v1/chat/completions"
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append(body)
-                scales = {entry["id"]: entry["scale"] for entry in body.get("lora", [])}
-                text = "Paris it is." if scales.get(1, 0) > 0.4 else "I'm sorry, but I can't."
-                choice = {"message": {"content": text}, "finish_reason": "stop"}
-                self.reply({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 5}})
-
-            def reply(self, value: Any) -> None:
-                data = json.dumps(value).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
+def refuses_below(body: dict[str, Any]) -> Reply:
+    """As llama-server where the scale of adapter 1 decides whether it refuses."""
+    scales = {entry["id"]: entry["scale"] for entry in body.get("lora", [])}
+    return said("Paris it is." if scales.get(1, 0) > 0.4 else "I'm sorry, but I can't.")
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    started = Server(
-        [{"id": 0, "path": "/m/style.gguf", "scale": 0.75}, {"id": 1, "path": "/m/remove.gguf", "scale": 1.0}]
-    )
+    started = Server(refuses_below, ["m"])
+    started.adapters = [
+        {"id": 0, "path": "/m/style.gguf", "scale": 0.75},
+        {"id": 1, "path": "/m/remove.gguf", "scale": 1.0},
+    ]
     yield started
     started.stop()
 
@@ -387,7 +352,7 @@ def test_a_server_is_steered_by_each_requests_scales(server: Server, folder: Pat
     found = evaluate(
         folder,
         "--model",
-        server.url + path,
+        server.url.removesuffix("/v1") + path,
         "--lora",
         "remove.gguf:0.5",
         "--scales",
