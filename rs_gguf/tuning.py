@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -192,22 +193,30 @@ class Finder:
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
-        Where it is kept and another limit is not, other blocks or another margin come first: less strength
-        would cost removal. Where that did not help, the strength it is.
+        Where more strength changed no more, less is tried: short answers do not show how a model that is
+        pushed too far breaks down later, and the gentlest of equals is chosen. Where harm is kept and another
+        limit is not, other blocks or another margin come first: less strength would cost removal. Where that
+        did not help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
         if not answered:
             return untried
         feasible = [trial for trial in answered if trial.feasible]
-        if any(trial.sensitive == 0.0 for trial in feasible):
-            return None  # nothing is left to change
         kept = [trial.harmful_retention >= self._recipe.tune.min_retention for trial in answered[-2:]]
         if not feasible and untried and kept[-1] and kept != [True, True]:
             return untried
         if feasible:
             best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
             factor = _STEP
+            same = [trial for trial in feasible if trial.candidate.shape == best.shape]
+            same.sort(key=lambda t: t.candidate.strength)
+            left = [trial.sensitive for trial in same]
+            if min(left) == 0.0 or any(weak <= strong for weak, strong in pairwise(left)):
+                if choose(same, len(self._rungs.wanted)) is not same[0]:
+                    return untried if min(left) > 0.0 else None
+                gentlest = same[0].candidate
+                return replace(gentlest, strength=round(gentlest.strength / _STEP, 4))
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.

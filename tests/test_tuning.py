@@ -160,7 +160,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     search = finder(setting, tmp_path)
     trial = search.search(GATES)
     prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
-    _, confidences, _ = answer_and_judge(
+    _, graded, _ = answer_and_judge(
         setting.model,
         setting.judge,
         prompts,
@@ -169,7 +169,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     )
     for kind, found in (("sensitive", trial.sensitive), ("harmful", trial.harmful_retention)):
         refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
-        assert found == pytest.approx(sum((confidences[i] or 0) > 0 for i in refused) / len(refused))
+        assert found == pytest.approx(sum((graded[i].confidence or 0) > 0 for i in refused) / len(refused))
     assert trial.benign == 0  # the judge knows no refusal of a benign prompt
     assert trial.benign_drift is not None
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
@@ -395,6 +395,29 @@ def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
     assert all(a > b for a, b in pairwise(first))
     limit = -math.log(0.95) / 0.4
     assert limit / 1.2 <= max(feasible) <= limit
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_where_more_strength_changes_no_more_less_is_tried(floor: float) -> None:
+    class Saturated(Formulas):
+        """Answers of strength 1 change all that can be changed, as do those of 0.6; harm is always kept."""
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(rung, number, candidate)
+            if rung == "probe":
+                return trial
+            left = floor if candidate.strength >= 0.6 else 0.9
+            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=True)
+
+    one = replace(SPACE.start[1], strength=1.0)
+    space = replace(
+        SPACE, first=(12, 12), length=(8, 8), start=[one], directions=[("good", 1.0)], strength=(1.0, 1.0)
+    )
+    search = formula_finder(Saturated(), trials=1, finalists=6)
+    chosen = search.search(space)
+    tried = [t.candidate.strength for t in search.trials if t.rung == "answers"]
+    assert tried == ([1.0, 0.6667, 0.4445] if floor == 0.0 else [1.0, 1.5, 0.6667, 0.4445])
+    assert chosen.candidate.strength == pytest.approx(1 / 1.5, abs=1e-4)
 
 
 def test_a_budget_is_used_and_not_exceeded() -> None:
