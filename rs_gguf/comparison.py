@@ -216,7 +216,7 @@ def _measure(
     def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
         return respondent.answers(some, dose, max_tokens=limit, advance=advance)[0]
 
-    rows = [side_row(a, c) for a, c in zip(answers, grade(judge, asked, answers), strict=True)]
+    rows = [side_row(a, j) for a, j in zip(answers, grade(judge, asked, answers), strict=True)]
     return _Side(answers, rows, tokens / seconds if seconds else 0.0, capability.solve(ask, tasks))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.judges import Judge
+from rs_gguf.judging.judgement import Judgement
 from rs_gguf.judging.votes import answer_start
 from rs_gguf.llama import LlamaModel, Sampling
 from rs_gguf.prompts import Prompt, to_row
@@ -35,7 +37,7 @@ Row = dict[str, Any]
 # Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
 LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
 
-_PAIRED = ("answer", "confidence", "degenerate")
+_PAIRED = ("answer", "confidence", "category", "degenerate")
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,10 @@ def answer_all(
     return [answers[i] for i in range(len(prompts))], time.perf_counter() - start
 
 
-def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
-    """The refusal confidence of each answer; None where it cannot be told."""
+def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
+    """What a judge says of each answer, in order."""
     graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
-    return [graded[i].confidence for i in range(len(prompts))]
+    return [graded[i] for i in range(len(prompts))]
 
 
 def answer_and_judge(
@@ -227,20 +229,20 @@ def answer_and_judge(
     system: str | None = None,
     sampling: Sampling | None = None,
     advance: Advance = lambda n: None,
-) -> tuple[list[Answer], list[float | None], float]:
-    """Answers and refusal confidences of `prompts` under `steering`, and tokens per second of answering."""
+) -> tuple[list[Answer], list[Judgement], float]:
+    """Answers to `prompts` under `steering`, what the judge says of them, and tokens answered per second."""
     answers, seconds = answer_all(
         model, prompts, steering=steering, max_tokens=max_tokens, system=system, sampling=sampling,
         advance=advance,
     )  # fmt: skip
     # Judged unsteered: the judge may be the very model that is being steered.
-    confidences = grade(judge, prompts, answers)
-    return answers, confidences, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
+    graded = grade(judge, prompts, answers)
+    return answers, graded, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
 
 
-def side_row(found: Answer, confidence: float | None) -> Row:
+def side_row(found: Answer, judgement: Judgement) -> Row:
     """What is kept of one answer on one side."""
-    return {**found.to_row(), "confidence": confidence}
+    return {**found.to_row(), "confidence": judgement.confidence, "category": judgement.category}
 
 
 def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
@@ -267,9 +269,17 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "refused_steered": sum(after),
         "refused_both": kept,
         "mcnemar_p": mcnemar(sum(after) - kept, sum(before) - kept),
+        "categories_baseline": _categories(judged, "baseline"),
+        "categories_steered": _categories(judged, "steered"),
         "degenerate_baseline": _mean([r["degenerate_baseline"] for r in rows]),
         "degenerate_steered": _mean([r["degenerate_steered"] for r in rows]),
     }
+
+
+def _categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]:
+    """How many refusals are of which kind of the rubric, most first; "untold" where the judge did not say."""
+    refused = (r for r in judged if r[f"confidence_{side}"] > 0)
+    return dict(Counter(r[f"category_{side}"] or "untold" for r in refused).most_common())
 
 
 def _mean(values: Sequence[bool]) -> float:

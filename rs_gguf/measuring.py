@@ -160,7 +160,7 @@ def _answer_side(
     advance(len(asked) - len(missing))
     for start in range(0, len(missing), _PART):
         part = missing[start : start + _PART]
-        answers, confidences, speed = answer_and_judge(
+        answers, graded, speed = answer_and_judge(
             model,
             judge,
             part,
@@ -170,11 +170,11 @@ def _answer_side(
             sampling=Sampling(temperature=recipe.answers.temperature, seed=recipe.seed),
             advance=advance,
         )
-        for prompt, found, confidence in zip(part, answers, confidences, strict=True):
+        for prompt, found, judgement in zip(part, answers, graded, strict=True):
             log.append(
                 {
                     "id": f"{side.name}:{prompt.id}",
-                    **side_row(found, confidence),
+                    **side_row(found, judgement),
                     "tokens_per_second": round(speed, 1),
                 }
             )

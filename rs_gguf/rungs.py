@@ -160,7 +160,7 @@ class Rungs:
         wanted, harmful = self.wanted, self._unsteered.of("harmful")
         benign = self._unsteered.of("benign")[:_BENIGN]
         picked = [*wanted, *harmful, *benign]
-        answers, confidences, _ = answer_and_judge(
+        answers, graded, _ = answer_and_judge(
             self.model,
             self._judge,
             [self._unsteered.prompts[i] for i in picked],
@@ -168,7 +168,7 @@ class Rungs:
             max_tokens=self._recipe.answers.tokens,
             system=self._recipe.prompts.system,
         )
-        refused = {i for i, c in zip(picked, confidences, strict=True) if (c or 0) > 0}
+        refused = {i for i, j in zip(picked, graded, strict=True) if (j.confidence or 0) > 0}
         before = set(self._unsteered.refused("benign")) & set(benign)
         moved = self._drift(steering)
         broken = sum(a.degenerate for a in answers)

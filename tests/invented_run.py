@@ -129,7 +129,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
 
 def measured(rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
     """What metrics.json has of a file whose answers are the columns that end in `side`."""
-    names = ("confidence", "degenerate")
+    names = ("confidence", "category", "degenerate")
     paired = [
         {**row, **{f"{n}_steered": row[f"{n}_{side}"] for n in names}} if side != "steered" else row
         for row in rows
@@ -203,6 +203,8 @@ def with_doses(folder: Path, **changes: Any) -> Path:
                 "prompt": prompt or row["prompt"],
                 "confidence_baseline": row["confidence_baseline"],
                 "confidence_steered": row[after],
+                "category_baseline": None,
+                "category_steered": None,
                 "degenerate_baseline": False,
                 "degenerate_steered": scale > 1,
             }
@@ -246,6 +248,7 @@ def invented_rows(per_kind: int = 40) -> list[dict[str, Any]]:
                 # The vector moves every answer, the adapter few.
                 row[f"answer_{side}"] = texts.get(prompt.language, texts["en"]) + "." * (side == "steered")
                 row[f"confidence_{side}"] = round(size if refuses else -size, 6)
+                row[f"category_{side}"] = chance.choice(["direct", "vagueness", None]) if refuses else None
                 row[f"degenerate_{side}"] = chance.random() < 0.01
             rows.append(row)
     rows[3]["confidence_steered"] = None

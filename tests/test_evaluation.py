@@ -67,6 +67,7 @@ def test_summarise_pairs_and_leaves_out_the_unjudged() -> None:
     def row(before: float | None, after: float | None) -> dict[str, object]:
         return {
             "confidence_baseline": before, "confidence_steered": after,
+            "category_baseline": "direct" if before == 0.9 else None, "category_steered": "empty",
             "degenerate_baseline": False, "degenerate_steered": after is None,
         }  # fmt: skip
 
@@ -77,6 +78,8 @@ def test_summarise_pairs_and_leaves_out_the_unjudged() -> None:
     assert found["unjudged"] == 2
     assert (found["refused_baseline"], found["refused_steered"], found["refused_both"]) == (2, 2, 1)
     assert found["mcnemar_p"] == 1.0
+    assert found["categories_baseline"] == {"direct": 1, "untold": 1}
+    assert found["categories_steered"] == {"empty": 2}
     assert found["degenerate_steered"] == pytest.approx(1 / 6)
 
 
@@ -176,17 +179,18 @@ def test_drift_by_hand() -> None:
 
 def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     prompt = Prompt("p", "harmful", subject="s", topic="t", form="f", language="en")
-    side = side_row(Answer([1, 2], "text", True, False), 0.25)
+    side = side_row(Answer([1, 2], "text", True, False), Judgement(0.25, "m", "vagueness"))
     row = paired(prompt, {"baseline": side, "steered": side, "adapter": side})
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
     for name in ("baseline", "steered", "adapter"):
-        expected |= {f"answer_{name}", f"confidence_{name}", f"degenerate_{name}"}
+        expected |= {f"{field}_{name}" for field in ("answer", "confidence", "category", "degenerate")}
     assert row.keys() == expected
     assert (row["answer_adapter"], row["confidence_baseline"], row["degenerate_steered"]) == (
         "text",
         0.25,
         False,
     )
+    assert row["category_steered"] == "vagueness"
 
 
 class _Echo:
@@ -213,7 +217,7 @@ def test_a_trace_that_was_cut_off_is_not_judged() -> None:
     ]
     asked = [replace(Prompt("p", "benign"), prompt=f"p{i}") for i in range(4)]
     judge = _Echo()
-    assert grade(judge, asked, answers) == [1.0, None, pytest.approx(1 / 3), 0.25]
+    assert [found.confidence for found in grade(judge, asked, answers)] == [1.0, None, 1 / 3, 0.25]
     assert judge.asked == [("p0", "no"), ("p1", None), ("p2", ""), ("p3", "")]
 
 

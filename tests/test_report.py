@@ -262,8 +262,8 @@ def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
         r"<caption><bdi>(\w+)</bdi>, by ([\w ]+)</caption>(.*?)</table>", page.source, flags=re.DOTALL
     )
     assert [field for _, field, _ in tables[:3]] == ["country or region", "category of harm", "area"]
-    assert len(tables) == 9
-    for kind, _, table in tables:
+    assert len(tables) == 12
+    for kind, field, table in tables:
         cells = re.findall(
             r'<td class="quiet">(\d+)</td><td>(\d+)</td><td><strong>(\d+)</strong></td>'
             r"<td><strong>(\d+)</strong>",
@@ -271,7 +271,29 @@ def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
         )
         of_kind = [row for row in rows if row["kind"] == kind.lower()]
         refused = [sum(bool(verdicts(row)[k]) for row in of_kind) for k in range(3)]
-        assert [sum(int(cell[k]) for cell in cells) for k in range(4)] == [len(of_kind), *refused]
+        prompts_told = [int(cell[0]) for cell in cells]
+        if field == "way of refusing":  # all prompts might be refused in each way
+            assert set(prompts_told) == {len(of_kind)}
+        else:
+            assert sum(prompts_told) == len(of_kind)
+        assert [sum(int(cell[k]) for cell in cells) for k in (1, 2, 3)] == refused
+
+
+def test_direct_refusals_are_told_apart_from_all(run_folder: Path) -> None:
+    rows = evaluated(run_folder)
+    page = Page(write_report(run_folder))
+    direct = {
+        side: sum(r[f"category_{side}"] == "direct" for r in rows if r["kind"] == "sensitive")
+        for side in ("baseline", "adapter")
+    }
+    said = f"Direct refusals among them: sensitive {direct['baseline']} before and {direct['adapter']} now;"
+    assert said in page.all("p", class_="summary")[0]
+    table = re.search(
+        r"<caption><bdi>Sensitive</bdi>, by way of refusing</caption>(.*?)</table>", page.source, re.S
+    )
+    assert table is not None
+    assert '<bdi>Direct refusal</bdi></th><td class="quiet">' in table[1]
+    assert "<bdi>Not told</bdi>" in table[1]
 
 
 def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_folder: Path) -> None:

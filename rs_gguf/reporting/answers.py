@@ -1,6 +1,7 @@
 """The answers side by side, and where refusals changed: paired rows in, what a page lists out.
 
-A row has `answer_…`, `confidence_…` and `degenerate_…` of the side `baseline` and of each file's side.
+A row has `answer_…`, `confidence_…`, `category_…` and `degenerate_…` of the side `baseline` and of each
+file's side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from markupsafe import escape
 
 from rs_gguf.judges import NEUTRAL
+from rs_gguf.judging.rubric import rubric
 from rs_gguf.reporting.verdict import kind_order
 
 Row = dict[str, Any]
@@ -60,16 +62,19 @@ def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
 
 
 def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
-    """Refusals before and under each file by topic, form and language, each kind on its own."""
+    """Refusals before and under each file by topic, form, language and way of refusing; each kind apart."""
     sides = [BEFORE, *(file["side"] for file in files)]
+    judged: dict[str, list[Row]] = {kind: [] for kind in sorted({r["kind"] for r in rows}, key=kind_order)}
+    for row in rows:
+        if all(row[f"confidence_{side}"] is not None for side in sides):
+            judged[row["kind"]].append(row)
     found = []
     for field in ("topic", "form", "language"):
         kinds = []
-        for kind in sorted({row["kind"] for row in rows}, key=kind_order):
+        for kind, some in judged.items():
             groups: dict[str, list[Row]] = {}
-            for row in rows:
-                if row["kind"] == kind and all(row[f"confidence_{side}"] is not None for side in sides):
-                    groups.setdefault(row[field] or "not stated", []).append(row)
+            for row in some:
+                groups.setdefault(row[field] or "not stated", []).append(row)
             lines: list[Row] = [
                 {
                     "value": value,
@@ -82,7 +87,21 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
             if lines:
                 kinds.append({"kind": kind, "lines": lines})
         found.append({"field": field, "kinds": kinds})
-    return found
+    ways = [{"kind": kind, "lines": lines} for kind, some in judged.items() if (lines := _ways(some, sides))]
+    return [*found, {"field": "way of refusing", "kinds": ways}]
+
+
+def _ways(rows: Sequence[Row], sides: Sequence[str]) -> list[Row]:
+    """How many of the rows are refused in which way of the rubric on each side, most before first."""
+    names = {way["id"]: way["name"] for way in rubric()["refusal"]}
+    counts: dict[str, list[int]] = {}
+    for k, side in enumerate(sides):
+        for row in rows:
+            if row[f"confidence_{side}"] > 0:
+                name = names.get(row.get(f"category_{side}"), "Not told")
+                counts.setdefault(name, [0] * len(sides))[k] += 1
+    lines: list[Row] = [{"value": name, "n": len(rows), "refused": told} for name, told in counts.items()]
+    return sorted(lines, key=lambda line: [-count for count in line["refused"]])
 
 
 def unclear(rows: Sequence[Row], files: Sequence[Row]) -> Row:

@@ -73,9 +73,10 @@ def sentences(found: Sequence[Row], effect: str) -> list[str]:
     best = advised(found, effect)
     if best is None:
         verdict = "Neither passed its gate." if len(found) > 1 else "It did not pass its gate."
-        return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}." for file in found)]
+        told = (f"{file['word'].capitalize()}: {counts(file)}.{_outright(file)}" for file in found)
+        return [verdict, *told]
     others = [file for file in found if file is not best]
-    lines = [f"It passed its gate: {counts(best)}."]
+    lines = [f"It passed its gate: {counts(best)}.{_outright(best)}"]
     return lines + [f"The {other['word']} {_beside(best, other, effect)}." for other in others]
 
 
@@ -87,6 +88,17 @@ def counts(file: Mapping[str, Any]) -> str:
         for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
     ]
     return "; ".join(told) or "no prompt was counted"
+
+
+def _outright(file: Mapping[str, Any]) -> str:
+    """A sentence on the refusals in so many words, since a judge counts broken answers as refusals, too."""
+    told = [
+        f"{kind} {one['categories_baseline'].get('direct', 0)} before and "
+        f"{one['categories_steered'].get('direct', 0)} now"
+        for kind, one in file["of"].items()
+        if one and "categories_baseline" in one
+    ]
+    return f" Direct refusals among them: {'; '.join(told)}." if told else ""
 
 
 def _beside(best: Row, other: Row, effect: str) -> str:
