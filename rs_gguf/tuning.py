@@ -213,10 +213,13 @@ class Finder:
             same.sort(key=lambda t: t.candidate.strength)
             left = [trial.sensitive for trial in same]
             if min(left) == 0.0 or any(weak <= strong for weak, strong in pairwise(left)):
-                if choose(same, len(self._rungs.wanted)) is not same[0]:
-                    return untried if min(left) > 0.0 else None
                 gentlest = same[0].candidate
-                return replace(gentlest, strength=round(gentlest.strength / _STEP, 4))
+                weaker = replace(gentlest, strength=round(gentlest.strength / _STEP, 4))
+                if choose(same, len(self._rungs.wanted)) is same[0] and all(
+                    trial.candidate != weaker for trial in answered
+                ):
+                    return weaker
+                return untried if min(left) > 0.0 else None
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.

@@ -397,8 +397,9 @@ def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
     assert limit / 1.2 <= max(feasible) <= limit
 
 
+@pytest.mark.parametrize("holds", [True, False])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_where_more_strength_changes_no_more_less_is_tried(floor: float) -> None:
+def test_where_more_strength_changes_no_more_less_is_tried(floor: float, holds: bool) -> None:
     class Saturated(Formulas):
         """Answers of strength 1 change all that can be changed, as do those of 0.6; harm is always kept."""
 
@@ -407,7 +408,8 @@ def test_where_more_strength_changes_no_more_less_is_tried(floor: float) -> None
             if rung == "probe":
                 return trial
             left = floor if candidate.strength >= 0.6 else 0.9
-            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=True)
+            feasible = holds or candidate.strength >= 1.0
+            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=feasible)
 
     one = replace(SPACE.start[1], strength=1.0)
     space = replace(
@@ -416,8 +418,9 @@ def test_where_more_strength_changes_no_more_less_is_tried(floor: float) -> None
     search = formula_finder(Saturated(), trials=1, finalists=6)
     chosen = search.search(space)
     tried = [t.candidate.strength for t in search.trials if t.rung == "answers"]
-    assert tried == ([1.0, 0.6667, 0.4445] if floor == 0.0 else [1.0, 1.5, 0.6667, 0.4445])
-    assert chosen.candidate.strength == pytest.approx(1 / 1.5, abs=1e-4)
+    # Up once, unless nothing is left; then down, until a weaker one is not as good or breaks a limit.
+    assert tried == [1.0, *([1.5] if floor else []), 0.6667, *([0.4445] if holds else [])]
+    assert chosen.candidate.strength == (0.6667 if holds else 1.0)
 
 
 def test_a_budget_is_used_and_not_exceeded() -> None:
