@@ -193,10 +193,10 @@ class Finder:
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
-        Where more strength changed no more, less is tried: short answers do not show how a model that is
-        pushed too far breaks down later, and the gentlest of equals is chosen. Where harm is kept and another
-        limit is not, other blocks or another margin come first: less strength would cost removal. Where that
-        did not help, the strength it is.
+        Where more strength than the first changed no more, less is tried, once: short answers do not show how
+        a model that is pushed too far breaks down later, and the gentlest of equals is chosen. Where harm is
+        kept and another limit is not, other blocks or another margin come first: less strength would cost
+        removal. Where that did not help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
@@ -213,13 +213,7 @@ class Finder:
             same.sort(key=lambda t: t.candidate.strength)
             left = [trial.sensitive for trial in same]
             if min(left) == 0.0 or any(weak <= strong for weak, strong in pairwise(left)):
-                gentlest = same[0].candidate
-                weaker = replace(gentlest, strength=round(gentlest.strength / _STEP, 4))
-                if choose(same, len(self._rungs.wanted)) is same[0] and all(
-                    trial.candidate != weaker for trial in answered
-                ):
-                    return weaker
-                return untried if min(left) > 0.0 else None
+                return self._gentler(answered, same) or (untried if min(left) > 0.0 else None)
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
@@ -238,6 +232,13 @@ class Finder:
         if best.strength / _CLOSE < strength < best.strength * _CLOSE:
             return untried
         return replace(best, strength=round(strength, 4))
+
+    def _gentler(self, answered: Sequence[Trial], same: Sequence[Trial]) -> Candidate | None:
+        """Less strength than the first answered of a shape, if that one is the gentlest of equals, once."""
+        first = next(trial for trial in answered if trial.candidate.shape == same[0].candidate.shape)
+        gentler = replace(first.candidate, strength=round(first.candidate.strength / _STEP, 4))
+        known = any(trial.candidate == gentler for trial in answered)
+        return None if known or choose(same, len(self._rungs.wanted)) is not first else gentler
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
