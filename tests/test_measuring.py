@@ -77,7 +77,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) ->
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
     expected |= {
         f"{name}_{side}"
-        for name in ("answer", "confidence", "degenerate")
+        for name in ("answer", "confidence", "category", "degenerate")
         for side in ("baseline", "steered", "adapter")
     }
     assert all(row.keys() == expected for row in rows)
