@@ -269,17 +269,17 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "refused_steered": sum(after),
         "refused_both": kept,
         "mcnemar_p": mcnemar(sum(after) - kept, sum(before) - kept),
-        "categories_baseline": _categories(judged, "baseline"),
-        "categories_steered": _categories(judged, "steered"),
+        "categories_baseline": categories(judged, "baseline"),
+        "categories_steered": categories(judged, "steered"),
         "degenerate_baseline": _mean([r["degenerate_baseline"] for r in rows]),
         "degenerate_steered": _mean([r["degenerate_steered"] for r in rows]),
     }
 
 
-def _categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]:
+def categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]:
     """How many refusals are of which kind of the rubric, most first; "untold" where the judge did not say."""
     refused = (r for r in judged if r[f"confidence_{side}"] > 0)
-    return dict(Counter(r[f"category_{side}"] or "untold" for r in refused).most_common())
+    return dict(Counter(r.get(f"category_{side}") or "untold" for r in refused).most_common())
 
 
 def _mean(values: Sequence[bool]) -> float:

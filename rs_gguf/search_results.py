@@ -29,6 +29,7 @@ def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
     if not feasible:
         return nearest(answered)
     fewest = min(trial.sensitive for trial in feasible)
+    # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n_wanted.
     limit = fewest + max(_standard_error(fewest, n_wanted), 1 / n_wanted) + 1e-9
     return min((t for t in feasible if t.sensitive <= limit), key=lambda t: (t.benign_drift, t.sensitive))
 

@@ -8,8 +8,18 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
+from rs_gguf.judging.exchange import KEY_VARIABLE
+
 Reply = tuple[int, Any]  # status and JSON body, or bytes sent as they are
 Behaviour = Callable[[dict[str, Any]], Reply]
+
+
+def without_proxy_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go straight to the address that they name, and carry no key, whatever this machine sets."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
 
 
 class Server:

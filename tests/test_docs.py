@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from endpoints import Reply, Server, entry, said
+from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from markdown_it import MarkdownIt
 from tiny_gguf import write_tiny_qwen2
 
@@ -256,8 +256,7 @@ def desk(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder as the place to work in, the tiny model in it also being the catalogue's."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     model = files / "model.gguf"
     pinned = replace(models.CATALOGUE[models.DEFAULT], size=model.stat().st_size, sha256=sha256(model))
     monkeypatch.setitem(models.CATALOGUE, models.DEFAULT, pinned)

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from endpoints import Behaviour, Reply, Server, entry, said
+from endpoints import Behaviour, Reply, Server, entry, said, without_proxy_or_key
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
@@ -24,8 +24,7 @@ KEY = "sk-do-not-tell-anybody"
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     servers: list[Server] = []
 
     def start(behave: Behaviour, models: list[str] | None = None) -> Server:

@@ -11,7 +11,7 @@ import binaries
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from endpoints import Reply, Server, said
+from endpoints import Reply, Server, said, without_proxy_or_key
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import capability, comparison, control_vector, lora, prompts, sandbox
@@ -336,8 +336,7 @@ def refuses_below(body: dict[str, Any]) -> Reply:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     started = Server(refuses_below, ["m"])
     started.adapters = [
         {"id": 0, "path": "/m/style.gguf", "scale": 0.75},

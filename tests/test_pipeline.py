@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import Reply, Server, entry, said
+from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import control_vector, lora, prompts, recipe
@@ -49,8 +49,7 @@ class Judge:
 
 @pytest.fixture
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     judging = Judge()
     server = Server(judging, ["judge"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import Reply, Server, said
+from endpoints import Reply, Server, said, without_proxy_or_key
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import Prompt
@@ -23,8 +23,7 @@ def echo(body: dict[str, Any]) -> Reply:
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     started = [Server(echo, ["m"]) for _ in range(3)]
     for server in started:
         server.adapters = ADAPTERS

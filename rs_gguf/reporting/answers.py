@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from markupsafe import escape
 
+from rs_gguf.evaluation import categories
 from rs_gguf.judges import NEUTRAL
 from rs_gguf.judging.rubric import rubric
 from rs_gguf.reporting.verdict import kind_order
@@ -94,13 +96,15 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
 def _ways(rows: Sequence[Row], sides: Sequence[str]) -> list[Row]:
     """How many of the rows are refused in which way of the rubric on each side, most before first."""
     names = {way["id"]: way["name"] for way in rubric()["refusal"]}
-    counts: dict[str, list[int]] = {}
-    for k, side in enumerate(sides):
-        for row in rows:
-            if row[f"confidence_{side}"] > 0:
-                name = names.get(row.get(f"category_{side}"), "Not told")
-                counts.setdefault(name, [0] * len(sides))[k] += 1
-    lines: list[Row] = [{"value": name, "n": len(rows), "refused": told} for name, told in counts.items()]
+    counts = [categories(rows, side) for side in sides]
+    lines: list[Row] = [
+        {
+            "value": names.get(way, "Not told"),
+            "n": len(rows),
+            "refused": [found.get(way, 0) for found in counts],
+        }
+        for way in dict.fromkeys(chain(*counts))
+    ]
     return sorted(lines, key=lambda line: [-count for count in line["refused"]])
 
 

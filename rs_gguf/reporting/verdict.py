@@ -73,32 +73,28 @@ def sentences(found: Sequence[Row], effect: str) -> list[str]:
     best = advised(found, effect)
     if best is None:
         verdict = "Neither passed its gate." if len(found) > 1 else "It did not pass its gate."
-        told = (f"{file['word'].capitalize()}: {counts(file)}.{_outright(file)}" for file in found)
-        return [verdict, *told]
+        return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}" for file in found)]
     others = [file for file in found if file is not best]
-    lines = [f"It passed its gate: {counts(best)}.{_outright(best)}"]
+    lines = [f"It passed its gate: {counts(best)}"]
     return lines + [f"The {other['word']} {_beside(best, other, effect)}." for other in others]
 
 
 def counts(file: Mapping[str, Any]) -> str:
-    """Refusals before and after by kind, in words."""
+    """Refusals before and after by kind, as sentences: all, then the direct ones."""
     told = [
         f"of {one['n']} {kind} {'ones' if k else 'prompts'} {'' if k else 'the model refused '}"
         f"{one['refused_baseline']} and now {'' if k else 'refuses '}{one['refused_steered']}"
         for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
     ]
-    return "; ".join(told) or "no prompt was counted"
-
-
-def _outright(file: Mapping[str, Any]) -> str:
-    """A sentence on the refusals in so many words, since a judge counts broken answers as refusals, too."""
-    told = [
+    # A judge counts broken answers as refusals, too. Older runs do not tell the one from the other.
+    direct = [
         f"{kind} {one['categories_baseline'].get('direct', 0)} before and "
         f"{one['categories_steered'].get('direct', 0)} now"
         for kind, one in file["of"].items()
         if one and "categories_baseline" in one
     ]
-    return f" Direct refusals among them: {'; '.join(told)}." if told else ""
+    among = f" Direct refusals among them: {'; '.join(direct)}." if direct else ""
+    return f"{'; '.join(told) or 'no prompt was counted'}.{among}"
 
 
 def _beside(best: Row, other: Row, effect: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from binaries import Server
+from endpoints import without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
@@ -31,8 +32,7 @@ OPTIONS = [*("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "
 
 @pytest.fixture
 def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "RS_GGUF_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    without_proxy_or_key(monkeypatch)
     model = tmp_path / "tiny.gguf"
     letters = dict.fromkeys("etaoinshrdlu", 3.0)
     write_tiny_qwen3(model, TEMPLATE, liked=WORDS | letters, shift=4.0, n_ctx=1024, seed=5)
