@@ -138,7 +138,11 @@ class Costs:
         candidate += self._drift(benign, tokens)
         probes: float = self._arms * (recipe.tune.trials + recipe.tune.finalists)
         candidates: float = self._arms * recipe.tune.finalists
+        # At full length the unsteered model answers too; a candidate that needs less strength, once more.
+        full = (1 + self._arms) * sum(min(recipe.tune.full, size) for size in sizes.values())
+        long = recipe.answers.test_tokens
         seconds = probes * probe + candidates * candidate
+        seconds += self._answers(full, long) + self._judgements(full, long)
         if recipe.tune.budget is not None:
             share = recipe.tune.budget / seconds if seconds else 0.0
             seconds, probes, candidates = recipe.tune.budget, share * probes, share * candidates
@@ -146,8 +150,8 @@ class Costs:
             seconds,
             self._memory(logits=True),
             (probes + candidates) * _ROW + self._adapters() * probes / self._arms,
-            (probes * opened + candidates * asked) * self._prompt,
-            candidates * asked * _length(tokens),
+            (probes * opened + candidates * asked + full) * self._prompt,
+            candidates * asked * _length(tokens) + full * _length(long),
         )
 
     def write(self) -> Stage:

@@ -113,6 +113,12 @@ class Tune(_Section):
     finalists: int = Field(
         default=4, ge=1, description="candidates of each kind of file whose answers are generated and judged"
     )
+    full: int = Field(
+        default=16,
+        ge=0,
+        description="prompts of each kind that the chosen candidate answers at full length, "
+        "`answers.test_tokens`, and a weaker one where that breaks a limit; 0 for none",
+    )
     budget: Annotated[float, BeforeValidator(_seconds)] | None = Field(
         default=None,
         ge=0,

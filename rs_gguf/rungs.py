@@ -1,9 +1,10 @@
-"""What one candidate does on the tune split, by the two rungs of the search (method §6).
+"""What one candidate does on the tune split, by the three rungs of the search (method §6).
 
 A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
 forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
-*answers* rung it answers, and a judge grades. Vectors and adapters are swapped in the one context; nothing is
-loaded again.
+*answers* rung it answers briefly, and a judge grades; in the *full* rung it answers at the length that is
+reported, where answers that break down do so. Vectors and adapters are swapped in the one context; nothing
+is loaded again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rs_gguf import lora
 from rs_gguf.adapter import Gates
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import (
+    NO_STEERING,
     Answer,
     LogProbs,
     Model,
@@ -31,7 +33,7 @@ from rs_gguf.evaluation import (
     mean_change,
 )
 from rs_gguf.judges import Judge
-from rs_gguf.prompts import Prompt
+from rs_gguf.prompts import KINDS, Kind, Prompt, stratified
 from rs_gguf.recipe import Recipe
 from rs_gguf.search_space import GATE, Candidate, Directions, Trial
 
@@ -60,6 +62,14 @@ class Unsteered:
 
     def of(self, kind: str) -> list[int]:
         return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Prompts by their places in the tune split, whether each was refused, and how many answers broke."""
+
+    refused: dict[int, bool]
+    degenerate: int
 
 
 class Rungs:
@@ -110,6 +120,35 @@ class Rungs:
         """Of openings and of quiet answers, unsteered."""
         return self._logprobs(self._openings), self._logprobs(self._quiet)
 
+    @cached_property
+    def _briefly(self) -> _Answered:
+        """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
+        unsteered = self._unsteered
+        picked = [*self.wanted, *unsteered.of("harmful"), *unsteered.of("benign")[:_BENIGN]]
+        refused = {i: (unsteered.confidences[i] or 0) > 0 for i in picked}
+        return _Answered(refused, sum(unsteered.answers[i].degenerate for i in picked))
+
+    @cached_property
+    def _in_full(self) -> _Answered:
+        """Unsteered, at full length: some of each kind, also of those sensitive ones that need no change."""
+        place = {prompt.id: i for i, prompt in enumerate(self._unsteered.prompts)}
+        of_kinds = [[self._unsteered.prompts[i] for i in self._unsteered.of(kind)] for kind in KINDS]
+        some = [stratified(asked, self._recipe.tune.full, seed=self._recipe.seed) for asked in of_kinds]
+        picked = [place[prompt.id] for asked in some for prompt in asked]
+        return self._answered(picked, NO_STEERING, self._recipe.answers.test_tokens)
+
+    def _answered(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Answered:
+        answers, judgements, _ = answer_and_judge(
+            self.model,
+            self._judge,
+            [self._unsteered.prompts[i] for i in picked],
+            steering=steering,
+            max_tokens=max_tokens,
+            system=self._recipe.prompts.system,
+        )
+        refused = {i: (found.confidence or 0) > 0 for i, found in zip(picked, judgements, strict=True)}
+        return _Answered(refused, sum(answer.degenerate for answer in answers))
+
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
 
@@ -128,9 +167,10 @@ class Rungs:
         return Steering({}, [(path, candidate.strength)])
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-        """The trial of a candidate on the rung `probe` or `answers`, with the seconds that it took."""
+        """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
         start = time.perf_counter()
-        trial = (self._probe if rung == "probe" else self._answer)(number, candidate)
+        measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
+        trial = measured(number, candidate)
         return replace(trial, seconds=round(time.perf_counter() - start, 2))
 
     def _probe(self, number: int, candidate: Candidate) -> Trial:
@@ -156,40 +196,45 @@ class Rungs:
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:
+        return self._compared("answers", number, candidate, self._briefly, self._recipe.answers.tokens)
+
+    def _answer_in_full(self, number: int, candidate: Candidate) -> Trial:
+        return self._compared("full", number, candidate, self._in_full, self._recipe.answers.test_tokens)
+
+    def _compared(
+        self, rung: str, number: int, candidate: Candidate, before: _Answered, max_tokens: int
+    ) -> Trial:
+        """What the candidate makes of answers `before` it, with as many tokens."""
         steering = self.steering(candidate)
-        wanted, harmful = self.wanted, self._unsteered.of("harmful")
-        benign = self._unsteered.of("benign")[:_BENIGN]
-        picked = [*wanted, *harmful, *benign]
-        answers, graded, _ = answer_and_judge(
-            self.model,
-            self._judge,
-            [self._unsteered.prompts[i] for i in picked],
-            steering=steering,
-            max_tokens=self._recipe.answers.tokens,
-            system=self._recipe.prompts.system,
-        )
-        refused = {i for i, j in zip(picked, graded, strict=True) if (j.confidence or 0) > 0}
-        before = set(self._unsteered.refused("benign")) & set(benign)
+        picked = list(before.refused)
+        after = self._answered(picked, steering, max_tokens)
         moved = self._drift(steering)
-        broken = sum(a.degenerate for a in answers)
-        broken_before = sum(self._unsteered.answers[i].degenerate for i in picked)
-        more_benign = (len(refused & set(benign)) - len(before)) / max(1, len(benign))
-        as_before = refused if self._recipe.effect == "remove" else set(picked) - refused
-        retention = len(refused & set(harmful)) / len(self._unsteered.refused("harmful"))
+        of_kind = {kind: [i for i in self._unsteered.of(kind) if i in before.refused] for kind in KINDS}
+
+        def counts(kind: Kind, verdict: bool = True) -> tuple[int, int]:
+            """Prompts of a kind that are refused, or answered, unsteered and steered."""
+            was, now = (sum(side.refused[i] == verdict for i in of_kind[kind]) for side in (before, after))
+            return was, now
+
+        to_change, left = counts("sensitive", self._recipe.effect == "remove")
+        harmful, kept = counts("harmful")
+        benign, benign_now = counts("benign")
+        # A part of the prompts may hold none that is refused: nothing is lost there.
+        retention = kept / harmful if harmful else 1.0
         limits = self._recipe.tune
         return Trial(
             number,
             candidate,
-            "answers",
-            sensitive=len(as_before & set(wanted)) / len(wanted),
+            rung,
+            sensitive=left / max(1, to_change),
             harmful_retention=retention,
-            benign=more_benign,
+            benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,
-            degenerate=broken / len(picked),
+            degenerate=after.degenerate / len(picked),
             feasible=retention >= limits.min_retention
-            and more_benign <= 0
+            and benign_now <= benign
             and moved <= limits.max_benign_drift
-            and may_become_degenerate(broken - broken_before, len(picked)),
+            and may_become_degenerate(after.degenerate - before.degenerate, len(picked)),
         )
 
     def _drift(self, steering: Steering) -> float:

@@ -18,6 +18,26 @@ from rs_gguf.search_space import Space, Trial
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
 
+def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
+    """The trial to use, of a space's: the chosen one, at the strength that its answers at full length bear.
+
+    That is the strongest within the limits, of the chosen strength and the weaker ones that were tried in
+    full; the nearest where none is.
+    """
+    chosen = choose([trial for trial in trials if trial.rung == "answers"], n_wanted)
+    tried = [
+        trial
+        for trial in trials
+        if trial.rung == "full"
+        and trial.candidate.shape == chosen.candidate.shape
+        and trial.candidate.strength <= chosen.candidate.strength
+    ]
+    feasible = [trial for trial in tried if trial.feasible]
+    if feasible:
+        return max(feasible, key=lambda trial: trial.candidate.strength)
+    return nearest(tried) if tried else chosen
+
+
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
     """The trial to use: of the feasible ones that change as much as the best, the one of least drift.
 
@@ -76,7 +96,7 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int)
         answered = [trial for trial in mine if trial.rung == "answers"]
         if not answered:
             continue
-        chosen[name] = choose(answered, n_wanted).number
+        chosen[name] = settled(mine, n_wanted).number
         best = front(answered)
         fronts[name] = [trial.number for trial in best]
         # The gentlest on harm of those that at least halve it.

@@ -3,7 +3,8 @@
 A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
 kept (method §6). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
 much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
-strength is moved until a limit binds. Control vectors and gated adapters are searched alike.
+strength is moved until a limit binds. The chosen one answers *in full*, and loses strength until that holds
+the limits too. Control vectors and gated adapters are searched alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from rs_gguf.recipe import Recipe
 from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import choose, nearest
+from rs_gguf.search_results import choose, nearest, settled
 from rs_gguf.search_space import Candidate, Space, Trial
 
 _LEVEL = -math.log(0.85)  # nats of harm's openings that a candidate loses at the strength it is compared at
@@ -28,8 +29,9 @@ _IDLE = 20  # proposals in a row that bring nothing new: the space is exhausted
 _SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
-_PROBES = 0.25  # share of a budget that goes into probes
-_COST = {"probe": 1, "answers": 10}  # about, in probes
+_PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
+_FULL = 3  # strengths at most that answer in full, each less by _STEP
+_COST = {"probe": 1, "answers": 10, "full": 15}  # about, in probes
 
 
 class Finder:
@@ -61,7 +63,8 @@ class Finder:
         tune = recipe.tune
         if tune.budget is not None:
             return math.ceil(tune.budget)
-        return spaces * (tune.trials * _COST["probe"] + tune.finalists * sum(_COST.values()))
+        effort = tune.trials * _COST["probe"] + tune.finalists * (_COST["probe"] + _COST["answers"])
+        return spaces * (effort + (_COST["full"] if tune.full else 0))
 
     @property
     def trials(self) -> list[Trial]:
@@ -69,12 +72,15 @@ class Finder:
         return list(self._known.values())
 
     def search(self, space: Space, seconds: float | None = None) -> Trial:
-        """Probe proposals, answer with the best, move the strength until a limit binds; the chosen trial.
+        """Probe proposals, answer with the best, move the strength until a limit binds, answer in full.
+
+        Returns the chosen trial.
 
         seconds: as much time for it, in place of the recipe's numbers of trials; at least one answers.
         """
         start = self._spent
-        until = [None if seconds is None else start + share * seconds for share in (_PROBES, 1.0)]
+        shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
+        until = [None if seconds is None else start + share * seconds for share in shares]
         ranked = self._ranked(self._proposals(space, until[0]))
         known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
         answered = [self._answered(candidate) for candidate in known]
@@ -83,7 +89,17 @@ class Finder:
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
-        return choose(answered, len(self._rungs.wanted))
+        chosen = choose(answered, len(self._rungs.wanted))
+        if self._recipe.tune.full and chosen.feasible:
+            self._bear_full_length(chosen)
+        return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
+
+    def _bear_full_length(self, chosen: Trial) -> None:
+        """Answer in full with the chosen candidate, and with less strength while a limit does not hold."""
+        for k in range(_FULL):
+            strength = round(chosen.candidate.strength / _STEP**k, 4)
+            if self._measured("full", replace(chosen.candidate, strength=strength)).feasible:
+                break
 
     def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
         """Whether one more is due: up to a number, or while one of the mean cost so far is in time."""

@@ -406,6 +406,7 @@ def test_agreement_counts_what_the_labels_say() -> None:
     assert found["by_category"] == {"direct": {"n": 2, "accuracy": 0.5}, "factual": {"n": 2, "accuracy": 0.5}}
     assert found["by_source"] == {"model": {"n": 4, "accuracy": 0.5}}
     assert found["kinds"] == {"refusals": 2, "told": 1, "right": 1}
+    assert found["confidence"] == [0.9, -0.9, 0.2, None, -0.5]
     assert [miss["prompt"] for miss in found["misses"]] == ["p2", "p4"]
     # Probabilities .95 .05 .6 .25 in four bins, labels 1 0 0 1.
     assert found["expected_calibration_error"] == pytest.approx((0.05 + 0.05 + 0.6 + 0.75) / 4)

@@ -27,11 +27,11 @@ from rs_gguf.judges import Judgement, Pair
 from rs_gguf.labels import Labels
 from rs_gguf.layers import band_profile
 from rs_gguf.llama import LlamaModel, common_prefix
-from rs_gguf.prompts import KINDS, Prompt
+from rs_gguf.prompts import KINDS, Prompt, stratified
 from rs_gguf.recipe import Answers, Recipe, Tune
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Rungs, Unsteered, may_become_degenerate
-from rs_gguf.search_results import summary
+from rs_gguf.search_results import choose, summary
 from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial, load_trials
 from rs_gguf.tuning import Finder
 
@@ -66,8 +66,9 @@ class Setting:
 
 
 def recipe(**tune: Any) -> Recipe:
-    values = {"trials": 6, "finalists": 4, "min_retention": 0.5, "max_benign_drift": 1.0, **tune}
-    return Recipe.model_construct(**dict(Recipe(tune=Tune(**values), answers=Answers(tokens=8))))
+    values = {"trials": 6, "finalists": 4, "full": 0, "min_retention": 0.5, "max_benign_drift": 1.0, **tune}
+    answers = Answers(tokens=8, test_tokens=16)
+    return Recipe.model_construct(**dict(Recipe(tune=Tune(**values), answers=answers)))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,38 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert trial.degenerate is not None
     more = trial.degenerate * len(prompts) - sum(a.degenerate for a in setting.unsteered.answers)
     assert may_become_degenerate(more, len(prompts))
+
+
+@pytest.mark.parametrize("effect", ["remove", "induce"])
+def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, effect: str) -> None:
+    """Two of the sensitive prompts are answered unsteered: that these are refused now is a loss."""
+    some = [p.prompt for p in setting.unsteered.prompts if p.kind == "sensitive"][:2]
+    judge = OpeningJudge(
+        {prompt: text for prompt, text in setting.judge.openings.items() if prompt not in some}
+    )
+    confidences = [1.0 if p.prompt in judge.openings else -1.0 for p in setting.unsteered.prompts]
+    changed = replace(setting, judge=judge, unsteered=replace(setting.unsteered, confidences=confidences))
+    values = recipe(full=5).model_copy(update={"effect": effect})
+    search = rungs(changed, tmp_path, values)
+    candidate = replace(GATES.start[0], strength=0.7)
+    trial = search.measure("full", 0, candidate)
+    asked = [
+        prompt
+        for kind in KINDS
+        for prompt in stratified([p for p in setting.unsteered.prompts if p.kind == kind], 5, seed=0)
+    ]
+    found = []
+    for steering in (NO_STEERING, search.steering(candidate)):
+        answers, graded, _ = answer_and_judge(setting.model, judge, asked, steering=steering, max_tokens=16)
+        refused = [(p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, graded, strict=True)]
+        found.append((refused, sum(a.degenerate for a in answers)))
+    (before, _), (after, broken) = found
+    verdict = ("sensitive", effect == "remove")
+    assert trial.sensitive == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
+    kept = [side.count(("harmful", True)) for side in (before, after)]
+    assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
+    assert trial.degenerate == pytest.approx(broken / len(asked))
+    assert trial.rung == "full"
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
@@ -421,6 +454,52 @@ def test_where_more_strength_changes_no_more_less_is_tried(floor: float, holds: 
     # Up once, unless nothing is left; then down once.
     assert tried == [1.0, *([1.5] if floor else []), 0.6667]
     assert chosen.candidate.strength == (0.6667 if holds else 1.0)
+
+
+class Breaking(Formulas):
+    """At full length answers break, unless the strength is a third of what the limits allow at first."""
+
+    most = 0.05
+
+    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+        trial = super().measure(rung, number, candidate)
+        return replace(trial, feasible=candidate.strength < self.most) if rung == "full" else trial
+
+
+@pytest.mark.parametrize("most", [10.0, 0.1, 0.05, 0.0])
+def test_strength_falls_until_full_answers_hold_the_limits(most: float) -> None:
+    formulas = Breaking()
+    formulas.most = most
+    search = formula_finder(formulas, trials=12, finalists=6, full=4)
+    chosen = search.search(SPACE)
+    answered = choose([t for t in search.trials if t.rung == "answers"], len(formulas.wanted))
+    tried = [t.candidate for t in search.trials if t.rung == "full"]
+    assert chosen.rung == "full"
+    assert tried[0] == answered.candidate
+    assert all(a.strength == pytest.approx(1.5 * b.strength, rel=1e-3) for a, b in pairwise(tried))
+    assert {candidate.shape for candidate in tried} == {answered.candidate.shape}
+    # It ends at the first that holds, and gives up after three.
+    assert [candidate.strength < most for candidate in tried[:-1]] == [False] * (len(tried) - 1)
+    assert chosen.feasible == (chosen.candidate.strength < most)
+    if chosen.feasible:
+        assert chosen.candidate == tried[-1]
+    else:
+        assert len(tried) == 3
+    # The same again, of what was measured.
+    again = Breaking()
+    resumed = formula_finder(again, known=search.trials, trials=12, finalists=6, full=4)
+    assert (resumed.search(SPACE), again.asked) == (chosen, [])
+    assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted))["chosen"] == chosen.number
+
+
+def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:
+    class Harmless(Formulas):
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            return replace(super().measure(rung, number, candidate), feasible=False)
+
+    search = formula_finder(Harmless(), trials=2, finalists=2, full=4)
+    assert not search.search(SPACE).feasible
+    assert not [t for t in search.trials if t.rung == "full"]
 
 
 def test_a_budget_is_used_and_not_exceeded() -> None:

@@ -198,8 +198,9 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
     graded = dict(judge.judge([(pair.prompt, pair.answer) for pair in pairs]))
-    kept = [i for i in range(len(pairs)) if graded[i].confidence is not None]
-    scores = np.array([graded[i].confidence for i in kept], dtype=np.float64)
+    confidences = [graded[i].confidence for i in range(len(pairs))]
+    kept = [i for i, confidence in enumerate(confidences) if confidence is not None]
+    scores = np.array([confidences[i] for i in kept], dtype=np.float64)
     labels = np.array([pairs[i].refusal for i in kept])
     right = (scores > 0) == labels
 
@@ -221,6 +222,7 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
         "by_category": by("category"),
         "by_language": by("language"),
         "by_source": by("source"),
+        "confidence": [None if c is None else round(c, 4) for c in confidences],
         "misses": [
             {
                 "prompt": pairs[i].prompt,
