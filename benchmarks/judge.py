@@ -34,10 +34,10 @@ from rs_gguf.judging import rubric
 from rs_gguf.judging.calibration import (
     LabelledPair,
     agreement,
-    compressed,
     cross_validated,
     labelled_pairs,
     platt,
+    principal_components,
 )
 from rs_gguf.judging.endpoint import label_confidence
 from rs_gguf.judging.exchange import parse_completion
@@ -202,7 +202,7 @@ def row(name: str, states: Float64, pairs: Sequence[LabelledPair]) -> None:
     """Print how a probe on states [N, …] agrees with the labels of pairs that its fit has not seen."""
     refusal = np.array([pair.refusal for pair in pairs])
     with threadpool_limits(1):
-        features, _ = compressed(states)
+        features = principal_components(states).of(states)
         _, values = cross_validated(features, refusal, np.array([pair.prompt for pair in pairs]))
         share = platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]
     found = agreement(Given(name, 2 * share - 1), pairs)

@@ -20,8 +20,9 @@ from rs_gguf import control_vector, lora, models, prompts
 from rs_gguf.chat import ChatFormat, Message
 from rs_gguf.evaluation import NO_STEERING, Answer, Steering, answer, grade
 from rs_gguf.files import write_json
+from rs_gguf.generation import Sampling
 from rs_gguf.judges import open_judge_spec
-from rs_gguf.llama import LlamaModel, Sampling
+from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt
 
 # Earlier turns, of nothing in particular.

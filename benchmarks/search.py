@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from rs_gguf import models, prompts
 from rs_gguf.evaluation import chat_tokens
-from rs_gguf.llama import LlamaModel, common_prefix
+from rs_gguf.generation import common_prefix
+from rs_gguf.llama import LlamaModel
 
 Directions = dict[int, NDArray[np.float32]]
 Pairs = list[tuple[list[int], list[int]]]

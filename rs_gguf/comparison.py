@@ -30,8 +30,8 @@ from rs_gguf.evaluation import (
     side_row,
     summarise,
 )
+from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge
-from rs_gguf.llama import common_prefix
 from rs_gguf.prompts import Prompt
 
 _GROUPS = ("subject", "topic", "form", "language")

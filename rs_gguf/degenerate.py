@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from functools import lru_cache
 
-from rs_gguf.llama import Generation
+from rs_gguf.generation import Generation
 from rs_gguf.prompts import Prompt
 
 _LOOP_BYTES, _LOOP_RATIO = 160, 0.25  # language compresses to 0.4 or more at such lengths

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
 from rs_gguf.degenerate import is_degenerate
+from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import Judgement
 from rs_gguf.judging.votes import answer_start
-from rs_gguf.llama import LlamaModel, Sampling
+from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt, to_row
 from rs_gguf.steering import SteeringVector
 

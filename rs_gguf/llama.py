@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
+from rs_gguf.generation import Generation, Sampling, common_prefix, draw
 
 _log = logging.getLogger("rs_gguf.llama")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h, which the binding does not name
@@ -41,25 +42,6 @@ def build() -> str:
     """Which llama.cpp this is: the binding's version and the CPU features it was built with."""
     features = llama_cpp.llama_print_system_info().decode().strip(" |")
     return f"llama-cpp-python {llama_cpp.__version__} ({features})"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw."""
-
-    temperature: float = 0.0
-    top_k: int = 20
-    top_p: float = 0.95
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one sequence answered: its tokens, text, and whether it ended by itself (`finished`)."""
-
-    tokens: list[int]
-    text: str
-    finished: bool
 
 
 @dataclass
@@ -445,7 +427,7 @@ class LlamaModel:
                 ]
             for token, logits in self._decode(context, batch):
                 i = running[token.seq]
-                drawn = _draw(logits, sampling, draws[i])
+                drawn = draw(logits, sampling, draws[i])
                 finished = bool(llama_cpp.llama_vocab_is_eog(self._vocab, drawn))
                 if not finished:
                     answers[i].append(drawn)
@@ -627,27 +609,6 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all sequences begin with."""
-    first, last = min(map(list, sequences)), max(map(list, sequences))
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return length
-
-
-def _draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
-    if sampling.temperature <= 0:
-        return int(logits.argmax())
-    k = min(sampling.top_k, logits.size) if sampling.top_k > 0 else logits.size
-    top = np.argpartition(logits, -k)[-k:]
-    top = top[np.argsort(-logits[top], kind="stable")]
-    weights = np.exp((logits[top] - logits[top[0]]).astype(np.float64) / sampling.temperature)
-    weights /= weights.sum()
-    keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-    return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
 
 
 def _loader_failure(what: str) -> str:

@@ -30,8 +30,8 @@ from rs_gguf.evaluation import (
     paired,
     side_row,
 )
+from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
-from rs_gguf.llama import Sampling
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import Row, RowLog

@@ -22,8 +22,9 @@ from rs_gguf.capture import Conversation, capture_all, captured
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
+from rs_gguf.generation import Sampling, common_prefix
 from rs_gguf.judges import Judge, Judgement, open_judge_spec, shipped_version
-from rs_gguf.llama import LlamaModel, Sampling, common_prefix
+from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe, dump

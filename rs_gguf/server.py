@@ -17,10 +17,10 @@ from typing import Any
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Advance, Answer
+from rs_gguf.generation import Generation
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import RequestRefusedError, TryFailedError, exchange
 from rs_gguf.judging.judgement import final_answer
-from rs_gguf.llama import Generation
 from rs_gguf.prompts import Prompt
 
 _TIMEOUT = 30.0  # seconds, of the question which adapters there are

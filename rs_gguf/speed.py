@@ -61,7 +61,7 @@ def stored_speed(cores: int) -> Speed:
 
 def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
     """The speed of this machine on a loaded model: `conversations` are read together, and one is answered."""
-    from rs_gguf.llama import common_prefix
+    from rs_gguf.generation import common_prefix
 
     count, prefix = len(conversations), common_prefix(conversations)
     tokens = sum(map(len, conversations)) - (count - 1) * prefix

@@ -22,7 +22,7 @@ from gguf.constants import MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
-from rs_gguf.llama import Generation, Sampling, _draw
+from rs_gguf.generation import Generation, Sampling, draw
 from rs_gguf.steering import SteeringVector, decoder_blocks
 
 # Families that llama.cpp files under another's name. The others differ in hyphens and underscores at most.
@@ -257,7 +257,7 @@ class TorchModel:
                 )
             rows = []
             for row, i in enumerate(group):
-                drawn = _draw(logits[row, -1].numpy(), sampling, draws[i])
+                drawn = draw(logits[row, -1].numpy(), sampling, draws[i])
                 finished = drawn in self._ends
                 if not finished:
                     answers[i].append(drawn)

@@ -28,8 +28,8 @@ from rs_gguf.evaluation import (
     summed,
     wilson,
 )
+from rs_gguf.generation import Generation
 from rs_gguf.judges import Judgement
-from rs_gguf.llama import Generation
 from rs_gguf.prompts import Prompt
 from rs_gguf.steering import SteeringVector
 

@@ -31,7 +31,7 @@ from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
 from rs_gguf.judging.judgement import by_rule
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
-from rs_gguf.judging.probe import Kinds, Probe, load_probe, read_states, save_probe
+from rs_gguf.judging.probe import Components, Kinds, Probe, load_probe, read_states, save_probe
 from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
@@ -86,10 +86,22 @@ def model(tmp_path: Path) -> LlamaModel:
     return cast("LlamaModel", FakeModel(path))
 
 
+def seeing(*places: tuple[int, int, int]) -> Components:
+    """Components that are single numbers of the states [2, 2, 2]."""
+    basis = np.zeros((len(places), 2, 2, 2), dtype=np.float16)
+    for row, place in zip(basis, places, strict=True):
+        row[place] = 1
+    return Components(np.zeros((2, 2, 2), np.float32), np.ones((2, 2, 2), np.float32), basis)
+
+
 def probe_for(model: LlamaModel, **changes: Any) -> Probe:
+    """It sees one number, the first at the verdict's place: the answer's length. At 8 it is surest."""
     probe = Probe(
         layers=(3, 7),
-        weights=np.array([[[0.5, 0.0], [0.25, -0.25]], [[0.0, 0.0], [0.0, 0.0]]], dtype=np.float32),
+        components=seeing((0, 0, 0)),
+        centres=np.array([[8]], dtype=np.float16),
+        dual=np.array([6], dtype=np.float32),
+        gamma=0.1,
         bias=-2.5,
         model_sha256=sha256(model.path),
         rubric_version=rubric_version(),
@@ -267,8 +279,7 @@ def test_every_pair_is_judged_once_and_blank_answers_by_rule(kind: type, model: 
 def test_the_probes_confidence_is_two_p_minus_one(model: LlamaModel) -> None:
     graded = dict(ProbeJudge(model, probe_for(model)).judge(PAIRS))
     for i in (0, 2):
-        # weights sum to one half over states that are all the answer's length
-        p = 1 / (1 + np.exp(-(0.5 * len(PAIRS[i][1]) - 2.5)))
+        p = 1 / (1 + np.exp(-(6 * np.exp(-0.1 * (len(PAIRS[i][1]) - 8) ** 2) - 2.5)))
         assert graded[i].confidence == pytest.approx(2 * p - 1, abs=1e-12)
 
 
@@ -281,17 +292,17 @@ def test_states_are_read_at_the_verdict_and_over_the_reply(model: LlamaModel) ->
         expected = [len(text) - 1, np.mean([ord(c) for c in text])]
         for place in range(2):
             np.testing.assert_allclose(states[i][place], np.full((2, 2), expected[place]), rtol=1e-5)
-    weights = np.zeros((2, 2, 2), dtype=np.float32)
-    weights[1, 0, 1] = 0.5  # the reply's mean in the first block alone
-    probe = probe_for(model, weights=weights, bias=-40.0)
+    centre = np.array([[80]], dtype=np.float16)
+    probe = probe_for(model, components=seeing((1, 0, 1)), centres=centre)  # the reply's mean, first block
     graded = dict(ProbeJudge(model, probe).judge(pairs[:1]))
-    assert graded[0].confidence == pytest.approx(np.tanh((0.5 * (32 + 97 + 98 + 99) / 4 - 40) / 2), abs=1e-6)
+    distance = (32 + 97 + 98 + 99) / 4 - 80
+    expected = np.tanh((6 * np.exp(-0.1 * distance**2) - 2.5) / 2)
+    assert graded[0].confidence == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_kind_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> None:
-    # Softmax over three kinds of ±1 times the answer's length, which is the value of the verdict's states.
-    weights = np.zeros((3, 2, 2, 2), dtype=np.float32)
-    weights[0, 0, 0, 0], weights[1, 0, 1, 1] = 1, -1
+    # Softmax over three kinds of ±1 or 0 times the answer's length.
+    weights = np.array([[1], [-1], [0]], dtype=np.float32)
     kinds = Kinds(("direct", "partial", "vagueness"), weights, np.array([-6, 0, 0], dtype=np.float32))
     probe = probe_for(model, kinds=kinds)
     graded = dict(ProbeJudge(model, probe).judge([("p", "x" * 9), ("p", "x" * 6), ("p", "xx")]))
@@ -460,44 +471,67 @@ def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
 # ---- the probe's file ----------------------------------------------------------------------------
 
 
-def test_a_probe_is_read_back_as_it_was(model: LlamaModel, tmp_path: Path) -> None:
-    probe = probe_for(model)
+def random_probe(model: LlamaModel) -> Probe:
+    rng = np.random.default_rng(0)
+    mean, scale, *basis = rng.normal(size=(2 + 3, 2, 2, 2))
+    return probe_for(
+        model,
+        components=Components(
+            mean.astype(np.float32), np.abs(scale).astype(np.float32), np.array(basis, dtype=np.float16)
+        ),
+        centres=rng.normal(size=(5, 3)).astype(np.float16),
+        dual=rng.normal(size=5).astype(np.float32),
+        gamma=0.25,
+        # As scikit-learn leaves them: in Fortran's order.
+        kinds=Kinds(("direct", "empty"), np.asfortranarray(rng.normal(size=(2, 3)), np.float32), FEW),
+    )
+
+
+FEW = np.array([0.5, 0], dtype=np.float32)
+
+
+def test_a_probe_read_back_gives_the_formulas_logits_and_the_same_kinds(
+    model: LlamaModel, tmp_path: Path
+) -> None:
+    probe = random_probe(model)
     save_probe(probe, tmp_path / "out" / "probe.safetensors")
     again = load_probe(tmp_path / "out" / "probe.safetensors")
-    assert replace(again, weights=probe.weights) == replace(probe, weights=probe.weights)
-    assert again.weights.dtype == np.float32
-    np.testing.assert_array_equal(again.weights, probe.weights)
-    states = np.random.default_rng(0).normal(size=(5, 2, 2, 2)).astype(np.float32)
-    expected = np.einsum("npld,pld->n", states.astype(np.float64), probe.weights) - 2.5
-    np.testing.assert_allclose(again.logits(states), expected, rtol=1e-12)
+    assert again.kinds is not None
+    assert probe.kinds is not None
+    states = np.random.default_rng(1).normal(size=(6, 2, 2, 2)).astype(np.float32)
+    seen = probe.components
+    for n, (logit, kind) in enumerate(zip(again.logits(states), again.kinds_of(states), strict=True)):
+        scaled = (states[n].astype(float) - seen.mean) / seen.scale
+        z = np.array([(scaled * row.astype(float)).sum() for row in seen.basis])
+        kernel = [np.exp(-0.25 * ((z - centre.astype(float)) ** 2).sum()) for centre in probe.centres]
+        assert logit == pytest.approx(np.dot(kernel, probe.dual) - 2.5, rel=1e-12)
+        assert kind == probe.kinds.names[(probe.kinds.weights.astype(float) @ z + FEW).argmax()]
     again.check_belongs(model)
-
-
-def test_a_probes_kinds_are_read_back_and_change_its_fingerprint(model: LlamaModel, tmp_path: Path) -> None:
-    weights = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 2, 2, 2)
-    kinds = Kinds(("direct", "empty"), weights, np.array([0.5, 0], dtype=np.float32))
-    probe = probe_for(model, kinds=kinds)
-    save_probe(probe, tmp_path / "probe.safetensors")
-    again = load_probe(tmp_path / "probe.safetensors").kinds
-    assert again is not None
-    assert again.names == kinds.names
-    np.testing.assert_allclose(again.weights, kinds.weights, atol=1e-3)  # half precision
-    np.testing.assert_array_equal(again.bias, kinds.bias)
-    prints = {probe.fingerprint(), probe_for(model).fingerprint(), probe_for(model, bias=0.0).fingerprint()}
-    assert len(prints) == 3
-    assert load_probe(tmp_path / "probe.safetensors").fingerprint() == probe.fingerprint()
+    assert again.fingerprint() == probe.fingerprint()
+    others = [replace(probe, bias=0.0), replace(probe, gamma=0.5), replace(probe, kinds=None)]
+    assert len({probe.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 
 def broken(**changes: Any) -> bytes:
+    """A probe's file of 2 blocks, width 4, 3 components and 5 centres, but for the changes."""
     from safetensors.numpy import save
 
     meta: dict[str, Any] = {
-        "layers": [1, 2], "bias": 0.5, "model_sha256": "aa", "rubric_version": 1, "wording": "bb"
+        "layers": [1, 2], "gamma": 0.1, "bias": 0.5, "model_sha256": "aa", "rubric_version": 1,
+        "wording": "bb",
     }  # fmt: skip
-    weights = changes.pop("weights", np.ones((2, 2, 4), dtype=np.float32))
-    meta.update(changes)
+    shapes = {"mean": (2, 2, 4), "scale": (2, 2, 4), "basis": (3, 2, 2, 4), "centres": (5, 3), "dual": (5,)}
+    tensors = {name: np.ones(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for name, value in changes.items():
+        (tensors if isinstance(value, np.ndarray) or name in tensors else meta)[name] = value
     meta = {key: value for key, value in meta.items() if value is not None}
-    return save({"weights": weights}, metadata={"probe": json.dumps(meta)})
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    return save(tensors, metadata={"probe": json.dumps(meta)})
+
+
+def test_the_file_that_the_broken_ones_are_made_of_is_a_probe(tmp_path: Path) -> None:
+    (tmp_path / "probe.safetensors").write_bytes(broken())
+    assert load_probe(tmp_path / "probe.safetensors").layers == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -513,10 +547,16 @@ def broken(**changes: Any) -> bytes:
         broken(layers=3),
         broken(layers=[1, 2, 3]),
         broken(rubric_version="first"),
+        broken(gamma=float("inf")),
         broken(kinds=["direct"]),
-        broken(weights=np.ones((2, 4), dtype=np.float32)),
-        broken(weights=np.ones((1, 2, 4), dtype=np.float32)),
-        broken(weights=np.full((2, 2, 4), np.inf, dtype=np.float32)),
+        broken(kinds=["direct"], kind_weights=np.ones((2, 3)), kind_bias=np.ones(2)),
+        broken(dual=None),
+        broken(mean=np.ones((2, 4), dtype=np.float32)),
+        broken(mean=np.ones((1, 2, 4), dtype=np.float32)),
+        broken(basis=np.ones((3, 2, 2, 5), dtype=np.float32)),
+        broken(centres=np.ones((5, 4), dtype=np.float32)),
+        broken(dual=np.ones(4, dtype=np.float32)),
+        broken(scale=np.full((2, 2, 4), np.inf, dtype=np.float32)),
     ],
 )
 def test_a_file_that_is_no_probe(tmp_path: Path, data: bytes) -> None:
@@ -553,7 +593,7 @@ def test_the_shipped_probe_belongs_to_the_default_model_and_the_present_wording(
     assert probe is not None
     assert probe.model_sha256 == models.CATALOGUE[models.DEFAULT].sha256
     assert (probe.rubric_version, probe.wording) == (rubric_version(), wording())
-    assert probe.weights.shape == (2, len(probe.layers), 896)
+    assert probe.components.mean.shape == (2, len(probe.layers), 896)
     assert all(0 < layer < 24 for layer in probe.layers)
     assert probe.kinds is not None
     assert set(probe.kinds.names) == TWELVE

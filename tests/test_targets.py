@@ -18,7 +18,8 @@ from tiny_gguf import CHAT_TEMPLATE, SPECIALS, write_tiny_qwen2
 
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
-from rs_gguf.llama import LlamaModel, Sampling
+from rs_gguf.generation import Sampling
+from rs_gguf.llama import LlamaModel
 from rs_gguf.targets import TorchModel, llama_cpp_name
 
 WIDTH, LAYERS = 32, 3

@@ -23,10 +23,11 @@ from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
+from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judgement, Pair
 from rs_gguf.labels import Labels
 from rs_gguf.layers import band_profile
-from rs_gguf.llama import LlamaModel, common_prefix
+from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt, stratified
 from rs_gguf.recipe import Answers, Recipe, Tune
 from rs_gguf.run_folder import RunFolder

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 
 from rs_gguf.files import sha256
 from rs_gguf.judging.judgement import Judge, by_rule
-from rs_gguf.judging.probe import Kinds, Probe, read_states
+from rs_gguf.judging.probe import Components, Kinds, Probe, read_states
 from rs_gguf.judging.rubric import rubric_version, wording
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import Float64
 
-_STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse L2 penalties that cross-validation chooses from
+_COMPONENTS = 128  # principal components of the states that a probe sees
+# What cross-validation chooses from: inverse penalties, and γ over one by the variance of what is seen.
+_PENALTIES, _GAMMAS = (1.0, 3.0, 10.0), (0.5, 1.0, 2.0)
+_KIND_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 _FOLDS = 8
 
 
@@ -76,10 +79,10 @@ def label_agreement() -> dict[str, Any]:
 def fit_probe(
     model: LlamaModel, pairs: Sequence[LabelledPair], *, advance: Callable[[int], None] = lambda n: None
 ) -> Probe:
-    """Fit on pairs of the calibration split: four middle blocks, logistic regression, then Platt scaling.
+    """Fit on pairs of the calibration split: four middle blocks, a Gaussian kernel, then Platt scaling.
 
-    Penalty and scaling come from out-of-fold decision values, folds by prompt, so that the confidence is
-    calibrated on answers the weights have not seen. A second regression, over refusals alone, tells the kind.
+    Penalty, width and scaling come from out-of-fold decision values, folds by prompt, so that the confidence
+    is calibrated on answers the fit has not seen. A regression over refusals alone tells the kind.
     """
     from threadpoolctl import threadpool_limits
 
@@ -91,80 +94,69 @@ def fit_probe(
     for i, found in read_states(model, [(pair.prompt, pair.answer) for pair in pairs], layers):
         states[i] = found
         advance(1)
-    features, in_states = compressed(states)
+    components = principal_components(states)
+    features = components.of(states)
     prompts = np.array([pair.prompt for pair in pairs])
     refusal = np.array([pair.refusal for pair in pairs])
     kinds = np.array([pair.category for pair in pairs])[refusal]
     with threadpool_limits(1):  # the solves are small: threads would only wait for one another
-        strength, values = cross_validated(features, refusal, prompts)
-        verdict, scaling = _regression(strength).fit(features, refusal), platt(values, refusal)
+        kernel, values = cross_validated(features, refusal, prompts)
+        verdict, scaling = kernel.fit(features, refusal), platt(values, refusal)
         kind = _fit_kinds(features[refusal], kinds, prompts[refusal])
     slope, intercept = float(scaling.coef_[0, 0]), float(scaling.intercept_[0])
-    weights, bias = in_states(verdict.coef_, verdict.intercept_)
-    kind_weights, kind_bias = in_states(kind.coef_, kind.intercept_)
     return Probe(
         layers=layers,
-        weights=(slope * weights[0]).astype(np.float32),
-        bias=float(slope * bias[0] + intercept),
+        components=components,
+        centres=verdict.support_vectors_.astype(np.float16),
+        dual=(slope * verdict.dual_coef_[0]).astype(np.float32),
+        gamma=float(verdict.gamma),
+        bias=float(slope * verdict.intercept_[0] + intercept),
         model_sha256=sha256(model.path),
         rubric_version=rubric_version(),
         wording=wording(),
         kinds=Kinds(
-            tuple(map(str, kind.classes_)), kind_weights.astype(np.float32), kind_bias.astype(np.float32)
+            tuple(map(str, kind.classes_)),
+            kind.coef_.astype(np.float32),
+            kind.intercept_.astype(np.float32),
         ),
     )
 
 
-def compressed(
-    states: NDArray[np.float32],
-) -> tuple[Float64, Callable[[Float64, Float64], tuple[Float64, Float64]]]:
-    """States [N, …] as standardised features [N, N], and what turns weights on these into weights on states.
-
-    An L2-penalised fit lies in the span of the samples, so N coordinates do the work of all.
-    """
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler()
-    scaled = scaler.fit_transform(states.reshape(len(states), -1).astype(np.float64))
-    left, singular, basis = np.linalg.svd(scaled, full_matrices=False)
-
-    def in_states(weights: Float64, bias: Float64) -> tuple[Float64, Float64]:
-        """Weights [K, …] and biases [K] on states, from weights [K, N] and biases [K] on features."""
-        flat = (weights @ basis) / scaler.scale_
-        return flat.reshape(len(flat), *states.shape[1:]), bias - flat @ scaler.mean_
-
-    return left * singular, in_states
+def principal_components(states: NDArray[np.floating[Any]]) -> Components:
+    """The directions in which states [N, …], standardised, differ most; 128 of them, or N."""
+    mean, scale = states.mean(axis=0, dtype=np.float64), states.std(axis=0, dtype=np.float64)
+    scale = np.where(scale > 0, scale, 1.0)
+    scaled = ((states - mean) / scale).reshape(len(states), -1)
+    _, _, basis = np.linalg.svd(scaled, full_matrices=False)
+    basis = basis[:_COMPONENTS].reshape(-1, *states.shape[1:])
+    return Components(mean.astype(np.float32), scale.astype(np.float32), basis.astype(np.float16))
 
 
 def cross_validated(
     features: Float64, refusal: NDArray[np.bool_], prompts: NDArray[np.str_]
-) -> tuple[float, Float64]:
-    """The inverse penalty of least log loss, and the decision values [N] that it gives to pairs left out.
+) -> tuple[Any, Float64]:
+    """The support vector machine of least log loss, and its decision values [N] for pairs left out.
 
     Folds are by prompt. The log loss is that of the values after Platt scaling.
     """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.svm import SVC
 
-    def out_of_fold(strength: float) -> Float64:
+    def out_of_fold(kernel: SVC) -> Float64:
         values: Float64 = cross_val_predict(
-            _regression(strength), features, refusal, groups=prompts, cv=GroupKFold(_FOLDS),
-            method="decision_function",
-        )  # fmt: skip
+            kernel, features, refusal, groups=prompts, cv=GroupKFold(_FOLDS), method="decision_function"
+        )
         return values
 
     def loss(values: Float64) -> float:
         return float(log_loss(refusal, platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]))
 
-    values = {strength: out_of_fold(strength) for strength in _STRENGTHS}
-    best = min(values, key=lambda strength: loss(values[strength]))
-    return best, values[best]
-
-
-def _regression(strength: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, solver="newton-cholesky", max_iter=500)
+    variance = features.var(axis=0).sum()
+    kernels = [SVC(C=penalty, gamma=width / variance) for penalty in _PENALTIES for width in _GAMMAS]
+    values = [out_of_fold(kernel) for kernel in kernels]
+    best = min(range(len(kernels)), key=lambda k: loss(values[k]))
+    return kernels[best], values[best]
 
 
 def platt(values: Float64, refusal: NDArray[np.bool_]) -> Any:
@@ -180,17 +172,17 @@ def _fit_kinds(features: Float64, kinds: NDArray[np.str_], prompts: NDArray[np.s
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
-    def regression(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=2000)
+    def regression(penalty: float) -> LogisticRegression:
+        return LogisticRegression(C=penalty, max_iter=2000)
 
-    def loss(strength: float) -> float:
+    def loss(penalty: float) -> float:
         shares = cross_val_predict(
-            regression(strength), features, kinds, groups=prompts, cv=GroupKFold(_FOLDS),
+            regression(penalty), features, kinds, groups=prompts, cv=GroupKFold(_FOLDS),
             method="predict_proba",
         )  # fmt: skip
         return float(log_loss(kinds, shares, labels=np.unique(kinds)))
 
-    return regression(min(_STRENGTHS, key=loss)).fit(features, kinds)
+    return regression(min(_KIND_PENALTIES, key=loss)).fit(features, kinds)
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:

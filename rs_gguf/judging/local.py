@@ -1,8 +1,8 @@
 """The judges of this machine that give one judgement a pass (method §1).
 
 Pairs go in, judgements come out. Two judges read through llama.cpp with the same few-shot text, its common
-part decoded once: one takes the log-odds of the label words, the other a linear probe on hidden states, which
-is what a small model is best at. The third looks for openings of refusals.
+part decoded once: one takes the log-odds of the label words, the other a probe on hidden states, which is
+what a small model is best at. The third looks for openings of refusals.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class ProbeJudge:
         for k, state in read_states(self._model, texts, self._probe.layers):
             states = state[np.newaxis]
             confidence = float(np.tanh(self._probe.logits(states)[0] / 2))
-            kinds = self._probe.kinds
-            category = kinds.of(states)[0] if kinds is not None and confidence > 0 else None
+            category = self._probe.kinds_of(states)[0] if confidence > 0 else None
             yield asked[k][0], Judgement(confidence, "hidden-state probe, calibrated", category)
 
 

@@ -43,20 +43,37 @@ def read_states(
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """Which kind a refusal is: softmax over kinds of h · weights + bias, same states as the verdict.
+class Components:
+    """Principal components of hidden states: states [N, …] in, coordinates [N, R] out.
 
-    `weights` is [K, 2, L, D], `bias` [K], for the K `names`.
+    `mean` and `scale` have the shape of a pair's states, `basis` [R, …] orthonormal rows over all of them.
+    """
+
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    basis: NDArray[np.float16]
+
+    def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Coordinates [N, R] of states [N, …]."""
+        scaled = (states.astype(np.float64) - self.mean) / self.scale
+        basis = self.basis.reshape(len(self.basis), -1).astype(np.float64)
+        return np.asarray(scaled.reshape(len(states), -1) @ basis.T)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Which kind a refusal is: softmax over kinds of z · weights + bias, z the coordinates of its states.
+
+    `weights` is [K, R], `bias` [K], for the K `names`.
     """
 
     names: tuple[str, ...]
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
 
-    def of(self, states: NDArray[np.float32]) -> list[str | None]:
-        """The kind of each refusal with `states` [N, 2, L, D]; None where no kind is likely enough."""
-        flat = states.reshape(len(states), -1).astype(np.float64)
-        logits = flat @ self.weights.reshape(len(self.names), -1).astype(np.float64).T + self.bias
+    def of(self, coordinates: NDArray[np.float64]) -> list[str | None]:
+        """The kind of each refusal [N, R]; None where no kind is likely enough."""
+        logits = coordinates @ self.weights.astype(np.float64).T + self.bias
         share = np.exp(logits - logits.max(axis=1, keepdims=True))
         share /= share.sum(axis=1, keepdims=True)
         return [self.names[row.argmax()] if row.max() >= LIKELY else None for row in share]
@@ -64,14 +81,17 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Probe:
-    """A calibrated linear probe: logit of refusal = h · weights + bias, h the states of `read_states`.
+    """A calibrated kernel probe: logit of refusal = Σ_s dual_s · exp(−γ |z − centre_s|²) + bias.
 
-    It belongs to one judge model, one rubric and one wording of the judge's prompt, and is refused for
-    any other. `weights` is [2, L, D] over places and `layers`.
+    z [R] are the `components` of the states of `read_states`; `centres` [S, R], `dual` [S]. It belongs to
+    one judge model, one rubric and one wording of the judge's prompt, and is refused for any other.
     """
 
     layers: tuple[int, ...]
-    weights: NDArray[np.float32]
+    components: Components
+    centres: NDArray[np.float16]
+    dual: NDArray[np.float32]
+    gamma: float
     bias: float
     model_sha256: str
     rubric_version: int
@@ -80,8 +100,19 @@ class Probe:
 
     def logits(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
         """Logit of refusal [N] for `states` [N, 2, L, D]."""
-        flat = states.reshape(len(states), -1).astype(np.float64)
-        return flat @ self.weights.astype(np.float64).ravel() + self.bias
+        coordinates, centres = self.components.of(states), self.centres.astype(np.float64)
+        distance = (
+            (coordinates**2).sum(axis=1)[:, np.newaxis]
+            + (centres**2).sum(axis=1)
+            - 2 * coordinates @ centres.T
+        )
+        return np.asarray(np.exp(-self.gamma * distance) @ self.dual.astype(np.float64) + self.bias)
+
+    def kinds_of(self, states: NDArray[np.float32]) -> list[str | None]:
+        """The kind of each refusal with `states` [N, 2, L, D]; None where it is not told."""
+        if self.kinds is None:
+            return [None] * len(states)
+        return self.kinds.of(self.components.of(states))
 
     def fingerprint(self) -> str:
         """Changes with anything that a judgement depends on."""
@@ -105,36 +136,52 @@ def load_probe(path: Path) -> Probe:
     try:
         with safe_open(path, framework="numpy") as file:
             meta: dict[str, Any] = json.loads((file.metadata() or {})["probe"])
-            kinds = None
-            if "kinds" in meta:
-                weights, bias = file.get_tensor("kind_weights"), file.get_tensor("kind_bias")
-                kinds = Kinds(tuple(meta["kinds"]), weights.astype(np.float32), bias.astype(np.float32))
-            probe = Probe(
-                layers=tuple(meta["layers"]),
-                weights=file.get_tensor("weights"),
-                bias=float(meta["bias"]),
-                model_sha256=meta["model_sha256"],
-                rubric_version=int(meta["rubric_version"]),
-                wording=meta["wording"],
-                kinds=kinds,
-            )
-        if probe.weights.ndim != 3 or probe.weights.shape[:2] != (2, len(probe.layers)):
-            raise ValueError(f"weights {probe.weights.shape} for layers {probe.layers}")
-        numbers = [probe.weights, np.array(probe.bias)]
-        if kinds is not None:
-            count = len(kinds.names)
-            if kinds.weights.shape != (count, *probe.weights.shape) or kinds.bias.shape != (count,):
-                raise ValueError(f"weights {kinds.weights.shape} for {count} kinds")
-            numbers += [kinds.weights, kinds.bias]
-        if not all(np.isfinite(number).all() for number in numbers):
-            raise ValueError("weights or bias are not finite")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
+        kinds = None
+        if "kinds" in meta:
+            kinds = Kinds(tuple(meta["kinds"]), tensors["kind_weights"], tensors["kind_bias"])
+        probe = Probe(
+            layers=tuple(meta["layers"]),
+            components=Components(tensors["mean"], tensors["scale"], tensors["basis"]),
+            centres=tensors["centres"],
+            dual=tensors["dual"],
+            gamma=float(meta["gamma"]),
+            bias=float(meta["bias"]),
+            model_sha256=meta["model_sha256"],
+            rubric_version=int(meta["rubric_version"]),
+            wording=meta["wording"],
+            kinds=kinds,
+        )
+        _check(probe, [*tensors.values(), np.array([probe.gamma, probe.bias])])
         return probe
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a judge probe ({error}).") from error
 
 
+def _check(probe: Probe, numbers: Sequence[NDArray[Any]]) -> None:
+    """Raise `ValueError` for shapes that do not fit together, and for numbers that are none."""
+    seen = probe.components
+    n_seen, n_centres = len(seen.basis), len(probe.centres)
+    expected: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
+        "mean": (seen.mean, (2, len(probe.layers), *seen.mean.shape[2:])),
+        "scale": (seen.scale, seen.mean.shape),
+        "basis": (seen.basis, (n_seen, *seen.mean.shape)),
+        "centres": (probe.centres, (n_centres, n_seen)),
+        "dual": (probe.dual, (n_centres,)),
+    }
+    if probe.kinds is not None:
+        count = len(probe.kinds.names)
+        expected["kind_weights"] = (probe.kinds.weights, (count, n_seen))
+        expected["kind_bias"] = (probe.kinds.bias, (count,))
+    for name, (found, shape) in expected.items():
+        if found.shape != shape or (name == "mean" and found.ndim != 3):
+            raise ValueError(f"{name} is {found.shape}, not {shape}")
+    if not all(np.isfinite(found).all() for found in numbers):
+        raise ValueError("not all numbers are finite")
+
+
 def save_probe(probe: Probe, path: Path) -> None:
-    """Write a probe as safetensors. The kinds' weights are kept in half precision."""
+    """Write a probe as safetensors."""
     data = _packed(probe)
     write_atomic(path, lambda file: file.write(data))
 
@@ -144,14 +191,22 @@ def _packed(probe: Probe) -> bytes:
 
     meta: dict[str, Any] = {
         "layers": list(probe.layers),
+        "gamma": probe.gamma,
         "bias": probe.bias,
         "model_sha256": probe.model_sha256,
         "rubric_version": probe.rubric_version,
         "wording": probe.wording,
     }
-    tensors = {"weights": probe.weights}
+    tensors: dict[str, NDArray[Any]] = {
+        "mean": probe.components.mean,
+        "scale": probe.components.scale,
+        "basis": probe.components.basis,
+        "centres": probe.centres,
+        "dual": probe.dual,
+    }
     if probe.kinds is not None:
         meta["kinds"] = list(probe.kinds.names)
-        tensors["kind_weights"] = probe.kinds.weights.astype(np.float16)
-        tensors["kind_bias"] = probe.kinds.bias
-    return save(tensors, metadata={"probe": json.dumps(meta)})
+        tensors |= {"kind_weights": probe.kinds.weights, "kind_bias": probe.kinds.bias}
+    # safetensors writes the buffer of an array as it lies, whatever its order.
+    in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return save(in_order, metadata={"probe": json.dumps(meta)})

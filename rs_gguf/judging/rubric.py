@@ -13,7 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from rs_gguf.llama import LlamaModel, common_prefix
+from rs_gguf.generation import common_prefix
+from rs_gguf.llama import LlamaModel
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
+from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.judgement import Judgement, Pair, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, read_verdict, rubric_version, verdict_message
-from rs_gguf.llama import Generation, LlamaModel, Sampling
+from rs_gguf.llama import LlamaModel
 from rs_gguf.models import fingerprint
 
 VOTES = 5

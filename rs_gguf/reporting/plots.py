@@ -61,8 +61,8 @@ class Axis:
 def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row:
     """Every trial of vectors and gates: harmful refusals kept to the right, the wanted effect upwards.
 
-    `front` is the stair of what answered trials reach, of both kinds together; `tested` are the written files
-    as the test split found them, joined to the trial that they were chosen by.
+    `front` is the stair of what trials reach that answered briefly, of both kinds together; `tested` are the
+    written files as the test split found them, joined to the trial that they were chosen by.
     """
     induce = effect == "induce"
     chosen = {tune["chosen"]: "vector", tune.get("chosen_adapter"): "adapter"}
@@ -87,7 +87,7 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
         point["trial"] = by_file.get(point["key"])
     # Drawn last, and so on top.
     points.sort(key=lambda point: (point["chosen"], point["rung"] != "probe"))
-    front = _stair([point for point in points if point["rung"] != "probe"])
+    front = _stair([point for point in points if point["rung"] == "answers"])
     return {
         **_FRONT, "points": points, "tested": tested, "front": front, "across": across, "upward": upward,
         "chosen": by_file,

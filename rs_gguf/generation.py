@@ -1,0 +1,53 @@
+"""What engines share when they generate: how tokens are drawn, what an answer is, what prompts begin with.
+
+Logits or token lists go in; a token, a `Generation` or a length comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw."""
+
+    temperature: float = 0.0
+    top_k: int = 20
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one sequence answered: its tokens, text, and whether it ended by itself (`finished`)."""
+
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
+    """The next token by its `logits` [V]: the likeliest, or one of the likely ones at random."""
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    k = min(sampling.top_k, logits.size) if sampling.top_k > 0 else logits.size
+    top = np.argpartition(logits, -k)[-k:]
+    top = top[np.argsort(-logits[top], kind="stable")]
+    weights = np.exp((logits[top] - logits[top[0]]).astype(np.float64) / sampling.temperature)
+    weights /= weights.sum()
+    keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+    return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all sequences begin with."""
+    first, last = min(map(list, sequences)), max(map(list, sequences))
+    length = 0
+    while length < min(len(first), len(last)) and first[length] == last[length]:
+        length += 1
+    return length
