@@ -66,12 +66,12 @@ clean:
 ASAN := ASAN_OPTIONS=detect_stack_use_after_return=0:detect_leaks=0
 sanitize: install
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-		-DRS_CHECK=ON -DRS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DRS_PYTHON=ON -DRS_CHECK=ON -DRS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/sanitize
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/sanitize/rs_check
 	@asan=$$($(CXX) -print-file-name=libasan.so); if test -e "$$asan"; then \
-		$(ASAN) LD_PRELOAD="$$asan $$($(CXX) -print-file-name=libstdc++.so)" \
+		PYTHONPATH=tests $(ASAN) LD_PRELOAD="$$asan $$($(CXX) -print-file-name=libstdc++.so)" \
 			$(BIN)/python -m pytest -p sanitized -q -k "not stub" tests/test_projection.py; \
 		else echo "the module is not tested under AddressSanitizer: $(CXX) has no libasan.so"; fi
 

@@ -172,8 +172,6 @@ def compare_variants(_: argparse.Namespace) -> None:
     asked = label_log_odds(model, texts)
     row("log-odds of the label words, scaled", asked[:, :1], pairs)
     row("log-odds of four pairs of words, averaged, scaled", asked.mean(axis=1, keepdims=True), pairs)
-    flat = chosen.reshape(len(pairs), -1)
-    row("shipped, and the log-odds of the label words", np.concatenate([flat, asked[:, :1]], axis=1), pairs)
     for name, patch in WORDINGS.items():
         rubric._few_shot.cache_clear()
         with mock.patch.multiple(rubric, **patch):

@@ -138,16 +138,17 @@ class Costs:
         candidate += self._drift(benign, tokens)
         probes: float = self._arms * (recipe.tune.trials + recipe.tune.finalists)
         candidates: float = self._arms * recipe.tune.finalists
-        # At full length the unsteered model answers too; a candidate that needs less strength, once more.
+        # At full length the unsteered model answers too; the first strength of each file is taken to hold.
         full = (1 + self._arms) * sum(min(recipe.tune.full, size) for size in sizes.values())
         long = recipe.answers.test_tokens
+        in_full = self._answers(full, long) + self._judgements(full, long)
+        in_full += self._arms * self._drift(benign if full else 0, tokens)
         seconds = probes * probe + candidates * candidate
-        seconds += self._answers(full, long) + self._judgements(full, long)
         if recipe.tune.budget is not None:
-            share = recipe.tune.budget / seconds if seconds else 0.0
-            seconds, probes, candidates = recipe.tune.budget, share * probes, share * candidates
+            share = max(0.0, recipe.tune.budget - in_full) / seconds if seconds else 0.0
+            seconds, probes, candidates = share * seconds, share * probes, share * candidates
         return Stage(
-            seconds,
+            seconds + in_full,
             self._memory(logits=True),
             (probes + candidates) * _ROW + self._adapters() * probes / self._arms,
             (probes * opened + candidates * asked + full) * self._prompt,

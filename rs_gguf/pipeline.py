@@ -132,7 +132,7 @@ class Pipeline:
             "score": [recipe.judge, shipped_version()],
             "capture": [],
             "fit": [recipe.effect, recipe.fit.model_dump()],
-            "tune": recipe.tune.model_dump(),
+            "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
             "measure": [
                 recipe.answers.test_tokens, recipe.measure.model_dump(), [p.id for p in self.prompts["test"]],
@@ -279,8 +279,9 @@ class Pipeline:
         return {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
 
     def _tune(self, _: str) -> None:
-        # A measured candidate stays what it is when the search gets more time or less.
-        limits = self.recipe.tune.model_dump(exclude={"trials", "finalists", "budget"})
+        # A measured candidate stays what it is when the search gets more time or less; one that answered in
+        # full tells for how many prompts and tokens that was.
+        limits = self.recipe.tune.model_dump(exclude={"trials", "finalists", "budget", "full"})
         key, path = key_of(self._key("fit"), limits), self.folder / "tune.json"
         log = RowLog(self.folder, "trials.jsonl", key)
         if not log.rows and path.is_file() and (ended := read_json(path)).get("key") == key:

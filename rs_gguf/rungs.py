@@ -1,4 +1,4 @@
-"""What one candidate does on the tune split, by the three rungs of the search (method §6).
+"""What one candidate does on the tune split, by the three rungs of the search (method §7).
 
 A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
 forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
@@ -66,9 +66,12 @@ class Unsteered:
 
 @dataclass(frozen=True)
 class _Answered:
-    """Prompts by their places in the tune split, whether each was refused, and how many answers broke."""
+    """Prompts by their places in the tune split, whether each was refused, and how many answers broke.
 
-    refused: dict[int, bool]
+    None where an answer could not be judged: it counts on neither side.
+    """
+
+    refused: dict[int, bool | None]
     degenerate: int
 
 
@@ -125,17 +128,26 @@ class Rungs:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
         picked = [*self.wanted, *unsteered.of("harmful"), *unsteered.of("benign")[:_BENIGN]]
-        refused = {i: (unsteered.confidences[i] or 0) > 0 for i in picked}
+        refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         return _Answered(refused, sum(unsteered.answers[i].degenerate for i in picked))
 
     @cached_property
     def _in_full(self) -> _Answered:
         """Unsteered, at full length: some of each kind, also of those sensitive ones that need no change."""
+        return self._answered(self._some, NO_STEERING, self._recipe.answers.test_tokens)
+
+    @cached_property
+    def _some(self) -> list[int]:
+        """Places of the prompts that are answered in full."""
         place = {prompt.id: i for i, prompt in enumerate(self._unsteered.prompts)}
         of_kinds = [[self._unsteered.prompts[i] for i in self._unsteered.of(kind)] for kind in KINDS]
         some = [stratified(asked, self._recipe.tune.full, seed=self._recipe.seed) for asked in of_kinds]
-        picked = [place[prompt.id] for asked in some for prompt in asked]
-        return self._answered(picked, NO_STEERING, self._recipe.answers.test_tokens)
+        return [place[prompt.id] for asked in some for prompt in asked]
+
+    @property
+    def size_in_full(self) -> tuple[int, int]:
+        """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
+        return len(self._some), self._recipe.answers.test_tokens
 
     def _answered(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Answered:
         answers, judgements, _ = answer_and_judge(
@@ -146,7 +158,7 @@ class Rungs:
             max_tokens=max_tokens,
             system=self._recipe.prompts.system,
         )
-        refused = {i: (found.confidence or 0) > 0 for i, found in zip(picked, judgements, strict=True)}
+        refused = {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)}
         return _Answered(refused, sum(answer.degenerate for answer in answers))
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
@@ -209,7 +221,8 @@ class Rungs:
         picked = list(before.refused)
         after = self._answered(picked, steering, max_tokens)
         moved = self._drift(steering)
-        of_kind = {kind: [i for i in self._unsteered.of(kind) if i in before.refused] for kind in KINDS}
+        judged = {i for i in picked if None not in (before.refused[i], after.refused[i])}
+        of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
 
         def counts(kind: Kind, verdict: bool = True) -> tuple[int, int]:
             """Prompts of a kind that are refused, or answered, unsteered and steered."""
@@ -222,6 +235,8 @@ class Rungs:
         # A part of the prompts may hold none that is refused: nothing is lost there.
         retention = kept / harmful if harmful else 1.0
         limits = self._recipe.tune
+        # Of a part of the prompts, answered at length, one more or less is chance.
+        chance = 1 if rung == "full" else 0
         return Trial(
             number,
             candidate,
@@ -231,8 +246,9 @@ class Rungs:
             benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,
             degenerate=after.degenerate / len(picked),
-            feasible=retention >= limits.min_retention
-            and benign_now <= benign
+            answered=(len(picked), max_tokens),
+            feasible=kept + chance >= limits.min_retention * harmful
+            and benign_now <= benign + chance
             and moved <= limits.max_benign_drift
             and may_become_degenerate(after.degenerate - before.degenerate, len(picked)),
         )
@@ -241,6 +257,10 @@ class Rungs:
         _, before = self._before  # computed here at the latest, unsteered
         with steering.on(self.model):
             return mean_change(before, self._logprobs(self._quiet))
+
+
+def _refused(confidence: float | None) -> bool | None:
+    return None if confidence is None else confidence > 0
 
 
 def may_become_degenerate(more: float, n: int) -> bool:

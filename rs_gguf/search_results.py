@@ -1,4 +1,4 @@
-"""What a search leaves: the chosen trial, the front that it was chosen from, and what its rungs are worth.
+"""What a search leaves: the chosen trial, the front of what answered, and what its rungs are worth.
 
 Measured trials of one space go in; a trial, or the content of `tune.json`, comes out.
 """
@@ -22,7 +22,7 @@ def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
     """The trial to use, of a space's: the chosen one, at the strength that its answers at full length bear.
 
     That is the strongest within the limits, of the chosen strength and the weaker ones that were tried in
-    full; the nearest where none is.
+    full; the weakest where none is.
     """
     chosen = choose([trial for trial in trials if trial.rung == "answers"], n_wanted)
     tried = [
@@ -32,10 +32,9 @@ def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
         and trial.candidate.shape == chosen.candidate.shape
         and trial.candidate.strength <= chosen.candidate.strength
     ]
+    tried.sort(key=lambda trial: trial.candidate.strength)
     feasible = [trial for trial in tried if trial.feasible]
-    if feasible:
-        return max(feasible, key=lambda trial: trial.candidate.strength)
-    return nearest(tried) if tried else chosen
+    return feasible[-1] if feasible else tried[0] if tried else chosen
 
 
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:

@@ -132,6 +132,7 @@ class Trial:
     benign_drift: float | None = None
     degenerate: float | None = None
     feasible: bool | None = None
+    answered: tuple[int, int] | None = None  # prompts, and tokens an answer
     seconds: float = field(default=0.0, compare=False)  # that it took
 
     def to_row(self) -> dict[str, Any]:
@@ -152,5 +153,6 @@ def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
         )
         candidate = Candidate(estimator, ridge, first, last, strength, margin)
         values.pop("id", None)
+        values["answered"] = tuple(values["answered"]) if values.get("answered") else None
         trials.append(Trial(candidate=candidate, **values))
     return trials

@@ -1,7 +1,7 @@
 """The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
 
 A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
-kept (method §6). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
+kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
 much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
 strength is moved until a limit binds. The chosen one answers *in full*, and loses strength until that holds
 the limits too. Control vectors and gated adapters are searched alike.
@@ -31,7 +31,7 @@ _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 _PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
 _FULL = 3  # strengths at most that answer in full, each less by _STEP
-_COST = {"probe": 1, "answers": 10, "full": 15}  # about, in probes
+_COST = {"probe": 1, "answers": 10, "full": 10}  # about, in probes
 
 
 class Finder:
@@ -52,7 +52,11 @@ class Finder:
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         self._rungs, self._recipe = rungs, recipe
-        self._known = {(trial.rung, trial.candidate): trial for trial in known}
+        self._known = {
+            (trial.rung, trial.candidate): trial
+            for trial in known
+            if trial.rung != "full" or trial.answered == rungs.size_in_full
+        }
         self._record, self._advance = record, advance
         self._counted: set[tuple[str, Candidate]] = set()
         self._spent = 0.0  # seconds of the trials that this search is made of, earlier runs included
@@ -64,7 +68,7 @@ class Finder:
         if tune.budget is not None:
             return math.ceil(tune.budget)
         effort = tune.trials * _COST["probe"] + tune.finalists * (_COST["probe"] + _COST["answers"])
-        return spaces * (effort + (_COST["full"] if tune.full else 0))
+        return spaces * (effort + (_FULL * _COST["full"] if tune.full else 0))
 
     @property
     def trials(self) -> list[Trial]:
@@ -91,15 +95,21 @@ class Finder:
             answered.append(self._answered(candidate))
         chosen = choose(answered, len(self._rungs.wanted))
         if self._recipe.tune.full and chosen.feasible:
-            self._bear_full_length(chosen)
+            self._bear_full_length(chosen, None if seconds is None else start + seconds)
         return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
 
-    def _bear_full_length(self, chosen: Trial) -> None:
+    def _bear_full_length(self, chosen: Trial, until: float | None) -> None:
         """Answer in full with the chosen candidate, and with less strength while a limit does not hold."""
-        for k in range(_FULL):
-            strength = round(chosen.candidate.strength / _STEP**k, 4)
-            if self._measured("full", replace(chosen.candidate, strength=strength)).feasible:
-                break
+        tried: list[Trial] = []
+        while (
+            len(tried) < _FULL
+            and self._goes_on(tried, _FULL, until)
+            and not any(trial.feasible for trial in tried)
+        ):
+            strength = round(chosen.candidate.strength / _STEP ** len(tried), 4)
+            tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
+        if self._recipe.tune.budget is None:
+            self._advance((_FULL - len(tried)) * _COST["full"])
 
     def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
         """Whether one more is due: up to a number, or while one of the mean cost so far is in time."""
@@ -114,7 +124,8 @@ class Finder:
     def _measured(self, rung: str, candidate: Candidate) -> Trial:
         trial = self._known.get((rung, candidate))
         if trial is None:
-            trial = self._rungs.measure(rung, len(self._known), candidate)
+            number = 1 + max((trial.number for trial in self._known.values()), default=-1)
+            trial = self._rungs.measure(rung, number, candidate)
             self._known[rung, candidate] = trial
             self._record(trial)
         if (rung, candidate) not in self._counted:

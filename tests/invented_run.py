@@ -284,6 +284,10 @@ def invented_tune() -> dict[str, Any]:
     for number, (kept, left) in ANSWERED_TRIALS.items():
         answered = {"benign": -0.02, "benign_drift": 0.04, "degenerate": 0.0, "feasible": kept >= 0.95}
         trials[number].update(answered, rung="answers", harmful_retention=kept, sensitive=left)
+    for number, (like, left) in enumerate(((9, 1.25), (22, 0.3)), start=len(trials)):
+        trials.append(
+            {**trials[like], "number": number, "rung": "full", "sensitive": left, "feasible": left < 1}
+        )
     return {"trials": trials, "chosen": 9, "chosen_adapter": 22}
 
 

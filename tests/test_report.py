@@ -319,6 +319,7 @@ def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_fo
         assert kind == ("adapter" if gate else "vector")
         assert ("<path" in drawn, '<circle class="mark' in drawn) == (gate, not gate)
         assert ("probe" in drawn, "fits" in drawn) == (trial["rung"] == "probe", trial["feasible"] is True)
+        assert ("full" in drawn) == (trial["rung"] == "full")
         assert ("halo" in drawn) == (trial["number"] in (tune["chosen"], tune["chosen_adapter"]))
 
 
@@ -520,7 +521,8 @@ def test_judge_is_measured_on_the_labelled_pairs(run_folder: Path) -> None:
     judge = section(Page(write_report(run_folder)), "judge")
     wrong = math.ceil(len(rows) / 10)
     assert f"On {len(rows)} labelled answers" in one_line(judge)
-    assert f"agrees with the label {100 * (1 - wrong / len(rows)):.1f} %" in one_line(judge)
+    share = f"{100 * (1 - wrong / len(rows)):.1f}".removesuffix(".0")
+    assert f"agrees with the label {share} %" in one_line(judge)
     bins = re.findall(
         r'<th scope="row">(\d+) to (\d+)\u202f%</th><td class="quiet">(\d+)</td><td>([\d.]+)\u202f%</td>'
         r"<td>([\d.]+)",

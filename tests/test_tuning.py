@@ -209,7 +209,9 @@ def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, ef
     kept = [side.count(("harmful", True)) for side in (before, after)]
     assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
     assert trial.degenerate == pytest.approx(broken / len(asked))
-    assert trial.rung == "full"
+    assert (trial.rung, trial.answered) == ("full", (15, 16))
+    assert search.size_in_full == trial.answered
+    assert trial.feasible == (kept[1] + 1 >= values.tune.min_retention * kept[0])
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
@@ -369,6 +371,7 @@ class Formulas:
     """
 
     wanted = tuple(range(40))
+    size_in_full = (12, 64)
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
         self.model = SimpleNamespace(n_layer=24)
@@ -458,17 +461,19 @@ def test_where_more_strength_changes_no_more_less_is_tried(floor: float, holds: 
 
 
 class Breaking(Formulas):
-    """At full length answers break, unless the strength is a third of what the limits allow at first."""
+    """At full length answers break, unless the strength is below `most`."""
 
-    most = 0.05
+    most = math.inf
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
         trial = super().measure(rung, number, candidate)
-        return replace(trial, feasible=candidate.strength < self.most) if rung == "full" else trial
+        if rung != "full":
+            return trial
+        return replace(trial, feasible=candidate.strength < self.most, answered=self.size_in_full)
 
 
-@pytest.mark.parametrize("most", [10.0, 0.1, 0.05, 0.0])
-def test_strength_falls_until_full_answers_hold_the_limits(most: float) -> None:
+@pytest.mark.parametrize(("most", "tries"), [(10.0, 1), (0.1, 2), (0.07, 3), (0.0, 3)])
+def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: int) -> None:
     formulas = Breaking()
     formulas.most = most
     search = formula_finder(formulas, trials=12, finalists=6, full=4)
@@ -479,18 +484,38 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float) -> None:
     assert tried[0] == answered.candidate
     assert all(a.strength == pytest.approx(1.5 * b.strength, rel=1e-3) for a, b in pairwise(tried))
     assert {candidate.shape for candidate in tried} == {answered.candidate.shape}
-    # It ends at the first that holds, and gives up after three.
-    assert [candidate.strength < most for candidate in tried[:-1]] == [False] * (len(tried) - 1)
-    assert chosen.feasible == (chosen.candidate.strength < most)
-    if chosen.feasible:
-        assert chosen.candidate == tried[-1]
-    else:
-        assert len(tried) == 3
-    # The same again, of what was measured.
-    again = Breaking()
-    resumed = formula_finder(again, known=search.trials, trials=12, finalists=6, full=4)
-    assert (resumed.search(SPACE), again.asked) == (chosen, [])
+    # It ends at the first that holds, and gives up after three: then the weakest is the least bad.
+    assert len(tried) == tries
+    assert chosen.candidate == tried[-1]
+    assert chosen.feasible == (tried[-1].strength < most)
     assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted))["chosen"] == chosen.number
+    # The same again, of what was measured; cut off within the full answers it goes on with them.
+    options = {"trials": 12, "finalists": 6, "full": 4}
+    for kept in range(len(search.trials) - tries, len(search.trials) + 1):
+        again = Breaking()
+        again.most = most
+        resumed = formula_finder(again, known=search.trials[:kept], **options)
+        assert resumed.search(SPACE) == chosen
+        assert len(again.asked) == len(search.trials) - kept
+    # Answers of another length say nothing of these.
+    longer = Breaking()
+    longer.most, longer.size_in_full = most, (12, 200)
+    formula_finder(longer, known=search.trials, **options).search(SPACE)
+    assert [rung for rung, _ in longer.asked] == ["full"] * tries
+
+
+def test_full_answers_end_with_the_budget_but_for_the_first() -> None:
+    class Slow(Breaking):
+        most = 0.0
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(rung, number, candidate)
+            return replace(trial, seconds=60.0) if rung == "full" else trial
+
+    for budget, tries in ((200.0, 1), (700.0, 2), (1500.0, 3)):
+        search = formula_finder(Slow(), budget=budget, full=4)
+        search.search(SPACE, budget)
+        assert len([t for t in search.trials if t.rung == "full"]) == tries
 
 
 def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:
@@ -565,7 +590,7 @@ def test_an_exhausted_space_ends_the_search() -> None:
 
 
 def test_progress_counts_up_to_the_effort() -> None:
-    for tune in ({"trials": 6, "finalists": 3}, {"budget": 120.0}):
+    for tune in ({"trials": 6, "finalists": 3}, {"trials": 6, "finalists": 3, "full": 4}, {"budget": 120.0}):
         done: list[int] = []
         values = recipe(min_retention=0.95, max_benign_drift=0.25, **tune)
         search = Finder(Formulas(), values, advance=done.append)  # type: ignore[arg-type]

@@ -82,7 +82,8 @@ def fit_probe(
     """Fit on pairs of the calibration split: four middle blocks, a Gaussian kernel, then Platt scaling.
 
     Penalty, width and scaling come from out-of-fold decision values, folds by prompt, so that the confidence
-    is calibrated on answers the fit has not seen. A regression over refusals alone tells the kind.
+    is calibrated on answers whose labels the fit has not seen. A regression over refusals alone tells the
+    kind.
     """
     from threadpoolctl import threadpool_limits
 
@@ -123,7 +124,7 @@ def fit_probe(
 
 
 def principal_components(states: NDArray[np.floating[Any]]) -> Components:
-    """The directions in which states [N, …], standardised, differ most; 128 of them, or N."""
+    """The directions in which states [N, …], standardised, differ most: 128, or as many as there are."""
     mean, scale = states.mean(axis=0, dtype=np.float64), states.std(axis=0, dtype=np.float64)
     scale = np.where(scale > 0, scale, 1.0)
     scaled = ((states - mean) / scale).reshape(len(states), -1)

@@ -176,8 +176,8 @@ def _check(probe: Probe, numbers: Sequence[NDArray[Any]]) -> None:
     for name, (found, shape) in expected.items():
         if found.shape != shape or (name == "mean" and found.ndim != 3):
             raise ValueError(f"{name} is {found.shape}, not {shape}")
-    if not all(np.isfinite(found).all() for found in numbers):
-        raise ValueError("not all numbers are finite")
+    if not all(np.isfinite(found).all() for found in numbers) or (seen.scale <= 0).any():
+        raise ValueError("not all numbers are finite, or a scale is not above 0")
 
 
 def save_probe(probe: Probe, path: Path) -> None:
