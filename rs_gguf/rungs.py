@@ -235,8 +235,15 @@ class Rungs:
         # A part of the prompts may hold none that is refused: nothing is lost there.
         retention = kept / harmful if harmful else 1.0
         limits = self._recipe.tune
-        # Of a part of the prompts, answered at length, one more or less is chance.
-        chance = 1 if rung == "full" else 0
+
+        def chance(kind: Kind) -> float:
+            """How many more or less are chance at full length, where verdicts change back and forth.
+
+            McNemar's z of 1, or one prompt.
+            """
+            changed = sum(before.refused[i] != after.refused[i] for i in of_kind[kind])
+            return max(1.0, math.sqrt(changed)) if rung == "full" else 0.0
+
         return Trial(
             number,
             candidate,
@@ -247,8 +254,8 @@ class Rungs:
             benign_drift=moved,
             degenerate=after.degenerate / len(picked),
             answered=(len(picked), max_tokens),
-            feasible=kept + chance >= limits.min_retention * harmful
-            and benign_now <= benign + chance
+            feasible=kept + chance("harmful") >= limits.min_retention * harmful
+            and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
             and may_become_degenerate(after.degenerate - before.degenerate, len(picked)),
         )

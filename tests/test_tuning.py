@@ -211,7 +211,8 @@ def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, ef
     assert trial.degenerate == pytest.approx(broken / len(asked))
     assert (trial.rung, trial.answered) == ("full", (15, 16))
     assert search.size_in_full == trial.answered
-    assert trial.feasible == (kept[1] + 1 >= values.tune.min_retention * kept[0])
+    changed = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
+    assert trial.feasible == (kept[1] + max(1, changed**0.5) >= values.tune.min_retention * kept[0])
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
