@@ -395,8 +395,8 @@ def test_near_duplicates_are_found() -> None:
 
 def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
     judged = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
-    # A judge's prompt may come with several answers, hence the set. Those of source "model" are the grid's, or
-    # have a written answer too.
+    # A judge's prompt may come with several answers, hence the set. Those of source "model" are the grid's,
+    # or have a written answer too.
     rows = [json.loads(line) for line in judged.splitlines()]
     pairs = sorted({row["prompt"] for row in rows if row["source"] == "written"})
     prompts = [prompt.prompt for prompt in grid()] + pairs
