@@ -101,12 +101,10 @@ class Finder:
     def _bear_full_length(self, chosen: Trial, until: float | None) -> None:
         """Answer in full with the chosen candidate, and with less strength while a limit does not hold."""
         tried: list[Trial] = []
-        while (
-            len(tried) < _FULL
-            and self._goes_on(tried, _FULL, until)
-            and not any(trial.feasible for trial in tried)
-        ):
-            strength = round(chosen.candidate.strength / _STEP ** len(tried), 4)
+        for k in range(_FULL):
+            if tried and (tried[-1].feasible or not self._goes_on(tried, _FULL, until)):
+                break
+            strength = round(chosen.candidate.strength / _STEP**k, 4)
             tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
         if self._recipe.tune.budget is None:
             self._advance((_FULL - len(tried)) * _COST["full"])
