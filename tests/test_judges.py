@@ -499,8 +499,8 @@ def test_a_probe_read_back_gives_the_formulas_logits_and_the_same_kinds(
     assert again.kinds is not None
     assert probe.kinds is not None
     states = np.random.default_rng(1).normal(size=(6, 2, 2, 2)).astype(np.float32)
-    seen = probe.components
-    for n, (logit, kind) in enumerate(zip(again.logits(states), again.kinds_of(states), strict=True)):
+    seen, found = probe.components, again.components.of(states)
+    for n, (logit, kind) in enumerate(zip(again.logits(found), again.kinds.of(found), strict=True)):
         scaled = (states[n].astype(float) - seen.mean) / seen.scale
         z = np.array([(scaled * row.astype(float)).sum() for row in seen.basis])
         kernel = [np.exp(-0.25 * ((z - centre.astype(float)) ** 2).sum()) for centre in probe.centres]

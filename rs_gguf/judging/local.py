@@ -35,9 +35,10 @@ class ProbeJudge:
         yield from ruled
         texts = [(prompt, answer) for _, prompt, answer in asked]
         for k, state in read_states(self._model, texts, self._probe.layers):
-            states = state[np.newaxis]
-            confidence = float(np.tanh(self._probe.logits(states)[0] / 2))
-            category = self._probe.kinds_of(states)[0] if confidence > 0 else None
+            coordinates = self._probe.components.of(state[np.newaxis])
+            confidence = float(np.tanh(self._probe.logits(coordinates)[0] / 2))
+            kinds = self._probe.kinds
+            category = kinds.of(coordinates)[0] if kinds is not None and confidence > 0 else None
             yield asked[k][0], Judgement(confidence, "hidden-state probe, calibrated", category)
 
 

@@ -98,21 +98,15 @@ class Probe:
     wording: str
     kinds: Kinds | None = None
 
-    def logits(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Logit of refusal [N] for `states` [N, 2, L, D]."""
-        coordinates, centres = self.components.of(states), self.centres.astype(np.float64)
+    def logits(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logit of refusal [N] for the coordinates [N, R] that `components` gives of states [N, 2, L, D]."""
+        centres = self.centres.astype(np.float64)
         distance = (
             (coordinates**2).sum(axis=1)[:, np.newaxis]
             + (centres**2).sum(axis=1)
             - 2 * coordinates @ centres.T
         )
         return np.asarray(np.exp(-self.gamma * distance) @ self.dual.astype(np.float64) + self.bias)
-
-    def kinds_of(self, states: NDArray[np.float32]) -> list[str | None]:
-        """The kind of each refusal with `states` [N, 2, L, D]; None where it is not told."""
-        if self.kinds is None:
-            return [None] * len(states)
-        return self.kinds.of(self.components.of(states))
 
     def fingerprint(self) -> str:
         """Changes with anything that a judgement depends on."""
