@@ -92,7 +92,7 @@ class Costs:
         n = self._count("fit", "tune")
         tokens = self._recipe.answers.tokens
         return Stage(
-            self._answers(n, tokens),
+            0.0 if self._recipe.answers.servers else self._answers(n, tokens),
             self._memory(),
             n * (_ROW + _length(tokens) * _ROW_TOKEN),
             n * self._prompt,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
 from rs_gguf.rungs import Rungs, Unsteered
 from rs_gguf.search_results import summary
 from rs_gguf.search_space import Space, Trial, load_trials
+from rs_gguf.server import LlamaServer
 from rs_gguf.tuning import Finder
 from rs_gguf.version import __version__
 
@@ -195,16 +197,25 @@ class Pipeline:
         asked = self.prompts["fit"] + self.prompts["tune"]
         log = RowLog(self.folder, "answers.jsonl", key)
         missing = [p for p in asked if p.id not in log.rows]
-        sampling = Sampling(temperature=self.recipe.answers.temperature, seed=self.recipe.seed)
         with self.progress.stage("answer", len(asked)) as advance:
             advance(len(asked) - len(missing))
-            tokens = chat_tokens(self.model, missing, self.recipe.prompts.system)
-            for i, found in answer(
-                self.model, tokens, max_tokens=self.recipe.answers.tokens, sampling=sampling
-            ):
+            for i, found in self._answers(missing):
                 log.append({**prompts.to_row(missing[i]), **found.to_row()})
                 advance(1)
         log.finish([p.id for p in asked])
+
+    def _answers(self, asked: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """What the model answers by itself, here or on the recipe's servers."""
+        options, system = self.recipe.answers, self.recipe.prompts.system
+        sampling = Sampling(temperature=options.temperature, seed=self.recipe.seed)
+        if options.servers is None:
+            tokens = chat_tokens(self.model, asked, system)
+            yield from answer(self.model, tokens, max_tokens=options.tokens, sampling=sampling)
+            return
+        servers = LlamaServer(options.servers, [], system)
+        for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=sampling):
+            # Servers tell the text alone; capture and drift go by tokens.
+            yield i, replace(found, tokens=self.model.tokenize(found.text, special=False))
 
     def _score(self, key: str) -> None:
         rows = self.folder.read_rows("answers.jsonl")

@@ -88,6 +88,11 @@ class Answers(_Section):
     test_tokens: int = Field(default=64, ge=8, description="tokens of an answer in the reported figures")
     parallel: int = Field(default=32, ge=1, le=256, description="sequences answered at once")
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
+    servers: str | None = Field(
+        default=None,
+        description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model that give the unsteered answers "
+        "to fit and tune by, in place of this machine",
+    )
 
 
 class Fit(_Section):

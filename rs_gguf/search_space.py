@@ -105,13 +105,17 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        margins = (0.0,) if induce else (0.25, 0.1)  # what is to be refused has no room for one
-        start = [Candidate(GATE, ridge, first, last, 1.25, margin) for margin in margins for ridge in ridges]
+        margins = (0.0,) if induce else (0.2, 0.1)  # what is to be refused has no room for one
+        # A refusal is lost well before the whole contrast is: more than half of it breaks answers down.
+        strength = 1.25 if induce else 0.5
+        start = [
+            Candidate(GATE, ridge, first, last, strength, margin) for margin in margins for ridge in ridges
+        ]
         return cls(
             [(GATE, ridge) for ridge in ridges],
             first=(max(1, n_layer // 12), max(1, n_layer // 2)),
             length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
-            strength=(0.5, 2.0),
+            strength=(0.1, 2.0),
             start=start,
             margins=margins,
         )

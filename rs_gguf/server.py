@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Advance, Answer
-from rs_gguf.generation import Generation
+from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import RequestRefusedError, TryFailedError, exchange
 from rs_gguf.judging.judgement import final_answer
@@ -56,9 +56,23 @@ class LlamaServer:
         self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
     ) -> tuple[list[Answer], int, float]:
         """The answers in order, the number of their tokens, and the seconds that they took."""
-        bodies = (self._body(prompt, dose, max_tokens) for prompt in asked)
         answers: dict[int, Answer] = {}
         counted, start = self._client.usage.completion_tokens, time.perf_counter()
+        for i, found in self.answer(asked, dose, max_tokens=max_tokens):
+            answers[i] = found
+            advance(1)
+        seconds = time.perf_counter() - start
+        tokens = self._client.usage.completion_tokens - counted
+        return [answers[i] for i in range(len(asked))], tokens, seconds
+
+    def answer(
+        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, answer) as they come, greedy unless `sampling` says otherwise.
+
+        Not every server knows `top_k`, so it is not sent. The tokens of an answer are not told.
+        """
+        bodies = (self._body(prompt, dose, max_tokens, sampling or Sampling()) for prompt in asked)
         for i, found in self._client.complete_all(bodies):
             if isinstance(found, RequestRefusedError):
                 raise InputError(f"the prompt {asked[i].prompt[:60]!r} was not answered: {found}")
@@ -68,11 +82,7 @@ class LlamaServer:
             broken = is_degenerate(Generation([], found.text, found.finished)) and bool(
                 text or found.finished
             )
-            answers[i] = Answer([], text, found.finished, broken)
-            advance(1)
-        seconds = time.perf_counter() - start
-        tokens = self._client.usage.completion_tokens - counted
-        return [answers[i] for i in range(len(asked))], tokens, seconds
+            yield i, Answer([], text, found.finished, broken)
 
     def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> None:
         """A server does not tell them."""
@@ -80,12 +90,13 @@ class LlamaServer:
     def text_logprobs(self, texts: Sequence[str], dose: float) -> None:
         """A server does not tell them."""
 
-    def _body(self, prompt: Prompt, dose: float, max_tokens: int) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, dose: float, max_tokens: int, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt.prompt}]
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system})
         body: dict[str, Any] = {
-            "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0,
+            "messages": messages, "max_tokens": max_tokens,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
             # Else the server may take what a prompt left in its cache under another scale.
             "cache_prompt": False,
         }  # fmt: skip

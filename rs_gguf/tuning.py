@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from rs_gguf.rungs import Rungs
 from rs_gguf.search_results import choose, nearest, settled
 from rs_gguf.search_space import Candidate, Space, Trial
 
-_LEVEL = -math.log(0.85)  # nats of harm's openings that a candidate loses at the strength it is compared at
+_LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
 _NEAR = 1.3  # times that level, or less: near enough
 _STEPS = 3  # probes at most that bring one proposal to the level
 _FARTHEST = 6.0  # that one of them may multiply or divide a strength by
@@ -218,10 +217,10 @@ class Finder:
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
-        Where more strength than the first changed no more, less is tried, once: short answers do not show how
-        a model that is pushed too far breaks down later, and the gentlest of equals is chosen. Where harm is
-        kept and another limit is not, other blocks or another margin come first: less strength would cost
-        removal. Where that did not help, the strength it is.
+        Where more strength changed no more than chance does, less than the first is tried, once: short
+        answers do not show how a model that is pushed too far breaks down later, and the gentlest of equals
+        is chosen. Where harm is kept and another limit is not, other blocks or another margin come first:
+        less strength would cost removal. Where that did not help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
@@ -236,9 +235,9 @@ class Finder:
             factor = _STEP
             same = [trial for trial in feasible if trial.candidate.shape == best.shape]
             same.sort(key=lambda t: t.candidate.strength)
-            left = [trial.sensitive for trial in same]
-            if min(left) == 0.0 or any(weak <= strong for weak, strong in pairwise(left)):
-                return self._gentler(answered, same) or (untried if min(left) > 0.0 else None)
+            done = min(trial.sensitive for trial in same) == 0.0
+            if done or choose(same, len(self._rungs.wanted)) is not same[-1]:
+                return self._gentler(answered, same) or (None if done else untried)
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.

@@ -288,6 +288,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
         (("answers.temperature=1",), dict.fromkeys(STAGES, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
         (("tune.budget=2h",), {"answer": 1.0, "write": 1.0}),
+        (("answers.servers=http://a:1",), {"answer": 0.0, "score": 1.0, "tune": 1.0}),
     ],
 )
 def test_stages_grow_with_what_they_are_given(

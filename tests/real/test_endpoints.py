@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge
 from rs_gguf.judging.rubric import label_message
+from rs_gguf.llama import LlamaModel
+from rs_gguf.pipeline import Progress, Silent, run
 from rs_gguf.prompts import Prompt
+from rs_gguf.recipe import Answers, Prompts, Recipe
+from rs_gguf.run_folder import Row, RunFolder
 from rs_gguf.server import LlamaServer
 
 pytestmark = pytest.mark.real
@@ -76,6 +81,42 @@ def test_answers_go_on_at_the_other_server(servers: list[Server]) -> None:
     assert usage.retries > 0  # requests were under way at the one that was killed
     # Who begins when it is gone is told which model there is by the other.
     assert answers(LlamaServer(address(victim, survivor), []), []) == expected
+
+
+class KillingProgress(Silent):
+    """Kills a server once so many answers have come."""
+
+    def __init__(self, victim: Server, after: int) -> None:
+        self.victim, self.left = victim, after
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            if 0 < self.left <= count:
+                kill(self.victim)
+            self.left -= count
+
+        yield advance
+
+
+def test_the_answers_of_a_run_go_on_at_the_other_server(servers: list[Server], tmp_path: Path) -> None:
+    survivor, victim = servers
+    model = str(tmp_path / "tiny.gguf")
+
+    def answer_stage(out: Path, progress: Progress, *asked: Server) -> list[Row]:
+        sizes = Prompts(fit=12, tune=4, test=4)
+        recipe = Recipe(model=model, prompts=sizes, answers=Answers(servers=address(*asked)))
+        run(recipe, out, progress=progress, until="answer")
+        return RunFolder(out).read_rows("answers.jsonl")
+
+    expected = answer_stage(tmp_path / "one", Silent(), survivor)
+    assert len({row["answer"] for row in expected}) > 10
+    found = answer_stage(tmp_path / "both", KillingProgress(victim, after=8), victim, survivor)
+    assert victim._process.poll() == -signal.SIGKILL
+    assert found == expected  # each row once, in its order
+    with contextlib.closing(LlamaModel(model)) as loaded:
+        for row in found:
+            assert loaded.detokenize(row["tokens"]) == row["answer"]
 
 
 def test_judgements_go_on_at_the_other_server(servers: list[Server]) -> None:
