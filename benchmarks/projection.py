@@ -39,6 +39,7 @@ TYPES = {
 }
 ACCEPTED_ERROR = 1e-2  # of Σ|h||v|: the 16-bit results of torch's own 16-bit products are let through
 EXACT = 1e-6  # the kernel's promise
+SPINNING = 0.05  # seconds after which no thread of another call spins: OpenBLAS does for 2²⁶ cycles
 FEW = 8  # directions up to which memory should be what limits
 
 Call = Callable[[], Any]
@@ -164,7 +165,11 @@ def peers(
 
 
 def interleave(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median time of each call, in turns, for `seconds` and three rounds; a hopeless call has one turn."""
+    """Median time of each call, in turns, for `seconds` and three rounds; a hopeless call has one turn.
+
+    Threads of OpenBLAS and OpenMP spin for tens of milliseconds after a call, on the cores that the next one
+    wants: each turn begins when they sleep, and is timed once the call's own threads are awake.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -173,7 +178,8 @@ def interleave(calls: dict[str, Call], seconds: float) -> dict[str, float]:
         for name, call in calls.items():
             if times[name] and times[name][0] > 8 * fastest:
                 continue
-            time.sleep(0.003)  # OpenMP threads of the call before spin for a while, on the cores wanted here
+            time.sleep(SPINNING)
+            call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -185,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each row of the table")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -87,10 +87,7 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, bool
                                  shape.width,
                                  shape.rank};
     std::vector<float> out(shape.samples * shape.layers * shape.rank, NAN);
-    std::vector<float> again(out);
-    std::thread other([&] { rs::project(target, problem, 3, again.data()); });
-    rs::project(target, problem, 2, out.data());
-    other.join();
+    rs::project(target, problem, 1, out.data());
 
     double worst = 0;
     for (std::size_t i = 0; i < out.size(); ++i) {
@@ -106,7 +103,6 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, bool
             sum += term;
             scale += std::fabs(term);
         }
-        if (out[i] != again[i]) return INFINITY;
         const double error = std::fabs(static_cast<double>(out[i]) - sum);
         if (!(error <= 1e30)) return INFINITY;
         if (scale > 0) worst = std::fmax(worst, error / scale);
@@ -202,6 +198,32 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     return true;
 }
 
+// Whether two callers at once, with enough to do for several threads, find to the bit what one thread finds.
+bool threads_agree(const rs::Target& target, std::mt19937& random) {
+    constexpr std::size_t samples = 203, layers = 3, rank = 380, width = 896;
+    std::normal_distribution<float> normal;
+    std::vector<float> values(samples * layers * width), directions(layers * rank * width);
+    for (float& value : values) value = normal(random);
+    for (float& value : directions) value = normal(random);
+    const rs::Problem problem = {rs::Type::f32,
+                                 reinterpret_cast<const unsigned char*>(values.data()),
+                                 static_cast<std::ptrdiff_t>(layers * width * sizeof(float)),
+                                 static_cast<std::ptrdiff_t>(width * sizeof(float)),
+                                 directions.data(),
+                                 nullptr,
+                                 samples,
+                                 layers,
+                                 width,
+                                 rank};
+    std::vector<float> alone(samples * layers * rank, NAN);
+    std::vector<float> two(alone), three(alone);
+    rs::project(target, problem, 1, alone.data());
+    std::thread other([&] { rs::project(target, problem, 3, three.data()); });
+    rs::project(target, problem, 2, two.data());
+    other.join();
+    return alone == two && alone == three;
+}
+
 }  // namespace
 
 int main() {
@@ -220,7 +242,8 @@ int main() {
                     for (const std::size_t shift : {0U, 1U})
                         worst =
                             std::fmax(worst, worst_error(*target, type, shape, with_offset, shift, random));
-        const bool good = worst <= tolerance && statistics_agree(*target, random);
+        const bool good =
+            worst <= tolerance && statistics_agree(*target, random) && threads_agree(*target, random);
         passed = passed && good;
         std::printf("%-8s largest error %.1e of the sum of magnitudes: %s\n", target->name, worst,
                     good ? "passed" : "FAILED");

@@ -14,10 +14,13 @@ namespace rs {
 void project(const Target& target, const Problem& problem, std::size_t threads, float* out) {
     if (problem.samples == 0 || problem.layers == 0 || problem.rank == 0) return;
 
-    // A thread must have this many multiplications to do before it is worth waking.
-    constexpr std::size_t worthwhile = 1U << 18U;
-    const std::size_t multiplications = problem.samples * problem.layers * problem.width * problem.rank;
-    const std::size_t workers = std::clamp<std::size_t>(multiplications / worthwhile, 1, threads);
+    // What a core does in about a millisecond, in bytes read or in quarters of a multiplication. Less is not
+    // worth a second thread: waking it may take as long, above all where the system wakes it on the caller's
+    // core.
+    constexpr std::size_t worthwhile = 1U << 24U;
+    const std::size_t elements = problem.samples * problem.layers * problem.width;
+    const std::size_t work = elements * size_of(problem.type) + elements * problem.rank / 4;
+    const std::size_t workers = std::clamp<std::size_t>(work / worthwhile, 1, threads);
 
     // At least four tasks a thread, so that all end at about the same time, but no fewer than 48 rows in one:
     // each thread packs the directions of each layer it touches. A multiple of the rows of every target's
