@@ -436,16 +436,17 @@ def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
 
 
 @pytest.mark.parametrize("holds", [True, False])
-@pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_where_more_strength_changes_no_more_less_is_tried(floor: float, holds: bool) -> None:
+@pytest.mark.parametrize(("floor", "gain"), [(0.0, 0.0), (0.1, 0.0), (0.1, 1 / 40)])
+def test_where_more_strength_changes_no_more_less_is_tried(floor: float, gain: float, holds: bool) -> None:
     class Saturated(Formulas):
-        """Answers of strength 1 change all that can be changed, as do those of 0.6; harm is always kept."""
+        """Strength 0.6 changes what 1 does, and 1.5 one of 40 more at most; harm is always kept."""
 
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
             trial = super().measure(rung, number, candidate)
             if rung == "probe":
                 return trial
             left = floor if candidate.strength >= 0.6 else 0.9
+            left -= gain if candidate.strength >= 1.5 else 0.0
             feasible = holds or candidate.strength >= 1.0
             return replace(trial, sensitive=left, harmful_retention=1.0, feasible=feasible)
 
