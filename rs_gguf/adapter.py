@@ -3,7 +3,7 @@
 Inputs of the matrices that write to the residual stream (last prompt token, and tokens that must stay quiet),
 block outputs and judged labels enter; for each block a *read* direction per matrix and a *write* direction
 leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts, a margin to that of
-benign ones and minus the margin to that of harmful ones, with the least energy on everything else:
+benign ones and minus a quarter of it to that of harmful ones, with the least energy on everything else:
 minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in
 `constrained.SafeRidge`. The write d is what the block adds to the difference of refused and answered
 sensitive means. This goes beyond García-Ferrero et al. (arXiv 2512.16602), whose vector moves every prompt
@@ -45,6 +45,9 @@ WRITERS: Mapping[str, Sequence[str]] = {
         "ffn_relu",
     ),
 }
+# What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
+# that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
+HARM = -0.25
 QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
 MIN_CELL = 4  # samples below which a mean is noise
 
@@ -71,7 +74,7 @@ class Gates:
     """Reads for every ridge and block, and the difference of class means that the writes are made of.
 
     `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
-    of the other kinds 0; to `guards` the mean benign input answers 1, the harmful −1, the sensitive 0.
+    of the other kinds 0; to `guards` the mean benign input answers 1, the harmful `HARM`, the sensitive 0.
     `contrast` [L, D]: mean block output of refused minus answered sensitive prompts (benign ones where hardly
     a sensitive one is answered), or to induce of answered minus refused prompts: what a gate takes away.
     """
@@ -87,9 +90,9 @@ class Gates:
         """LoRA factors that gate the blocks `first` to `last`, both included.
 
         At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
-        to `margin` times it for the mean benign and to −`margin` times it for the mean harmful one. Unseen
-        prompts scatter about these means: with a margin, few that are harmful are opened for, and few that
-        are benign pushed to a refusal. Each matrix of a block writes an equal part.
+        to `margin` times it for the mean benign one, and to `HARM` times that for the mean harmful one.
+        Unseen prompts scatter about these means: with a margin, few that are harmful are opened for, and few
+        that are benign pushed to a refusal. Each matrix of a block writes an equal part.
         """
         index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
         found = {}
@@ -249,7 +252,7 @@ def _reads(
         raise InputError(
             f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
         )
-    opens, guards = {"sensitive": 1.0}, {"benign": 1.0, "harmful": -1.0}
+    opens, guards = {"sensitive": 1.0}, {"benign": 1.0, "harmful": HARM}
     wanted = np.array([[read.get(kind, 0.0) for read in (opens, guards)] for kind in mean])
     found = np.empty((2, len(ridges), factor.shape[1]))
     for k, pulls in enumerate(solved):

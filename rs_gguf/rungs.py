@@ -41,8 +41,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of it
 
 _MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one in any case
 _OPENING = 6  # tokens of an unsteered answer that the probe looks for
-_BENIGN = 32  # benign prompts that a candidate answers
-_DRIFT_PAIRS = 32  # benign answers whose drift is taken
+_BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
 _PROBED_PAIRS = 8  # of these, in a probe
 
 
@@ -101,7 +100,7 @@ class Rungs:
         refused = set(unsteered.refused("benign"))
         benign = [i for i in unsteered.of("benign") if i not in refused]
         self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], _OPENING)
-        self._quiet = dict(list(self._pairs(benign).items())[:_DRIFT_PAIRS])
+        self._quiet = self._pairs(self._sample(benign, _BENIGN))
         for kind, verdict, found in (
             ("sensitive", "refuses" if remove else "answers", self.wanted),
             ("harmful", "refuses", unsteered.refused("harmful")),
@@ -112,6 +111,12 @@ class Rungs:
                     f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
                     "split, so there is nothing to search by. Use other prompts or another model."
                 )
+
+    def _sample(self, picked: Sequence[int], size: int) -> list[int]:
+        """At most so many of these places, forms and subjects alike: prompts lie sorted by subject."""
+        place = {self._unsteered.prompts[i].id: i for i in picked}
+        chosen = stratified([self._unsteered.prompts[i] for i in picked], size, seed=self._recipe.seed)
+        return [place[prompt.id] for prompt in chosen]
 
     def _pairs(self, picked: Sequence[int], length: int | None = None) -> dict[int, Pair]:
         """Conversations with traces, and the beginnings of their unsteered answers, but for empty ones."""
@@ -127,7 +132,8 @@ class Rungs:
     def _briefly(self) -> _Answered:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
-        picked = [*self.wanted, *unsteered.of("harmful"), *unsteered.of("benign")[:_BENIGN]]
+        benign = self._sample(unsteered.of("benign"), _BENIGN)
+        picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         return _Answered(refused, sum(unsteered.answers[i].degenerate for i in picked))
 
@@ -139,10 +145,8 @@ class Rungs:
     @cached_property
     def _some(self) -> list[int]:
         """Places of the prompts that are answered in full."""
-        place = {prompt.id: i for i, prompt in enumerate(self._unsteered.prompts)}
-        of_kinds = [[self._unsteered.prompts[i] for i in self._unsteered.of(kind)] for kind in KINDS]
-        some = [stratified(asked, self._recipe.tune.full, seed=self._recipe.seed) for asked in of_kinds]
-        return [place[prompt.id] for asked in some for prompt in asked]
+        some = [self._sample(self._unsteered.of(kind), self._recipe.tune.full) for kind in KINDS]
+        return [i for picked in some for i in picked]
 
     @property
     def size_in_full(self) -> tuple[int, int]:
@@ -237,12 +241,14 @@ class Rungs:
         limits = self._recipe.tune
 
         def chance(kind: Kind) -> float:
-            """How many more or less are chance at full length, where verdicts change back and forth.
+            """How many more or less are chance, since verdicts change back and forth: McNemar's z of 1.
 
-            McNemar's z of 1, or one prompt.
+            One prompt at least.
             """
-            changed = sum(before.refused[i] != after.refused[i] for i in of_kind[kind])
-            return max(1.0, math.sqrt(changed)) if rung == "full" else 0.0
+            return max(1.0, math.sqrt(sum(before.refused[i] != after.refused[i] for i in of_kind[kind])))
+
+        # Short answers tell well enough whether harm is refused; the longer, the more verdicts are near ties.
+        harm_by_chance = chance("harmful") if rung == "full" else 0.0
 
         return Trial(
             number,
@@ -254,7 +260,7 @@ class Rungs:
             benign_drift=moved,
             degenerate=after.degenerate / len(picked),
             answered=(len(picked), max_tokens),
-            feasible=kept + chance("harmful") >= limits.min_retention * harmful
+            feasible=kept + harm_by_chance >= limits.min_retention * harmful
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
             and may_become_degenerate(after.degenerate - before.degenerate, len(picked)),

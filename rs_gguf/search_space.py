@@ -35,8 +35,8 @@ class Directions:
 class Candidate:
     """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
 
-    `margin` is a gate's: how far the mean harmful prompt is moved against the mean sensitive one, and the
-    mean benign prompt with it.
+    `margin` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
+    harmful prompt, by a part of it, the other way.
     """
 
     estimator: str
@@ -105,7 +105,7 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        margins = (0.0,) if induce else (0.2, 0.1)  # what is to be refused has no room for one
+        margins = (0.0,) if induce else (0.4, 0.2)  # what is to be refused has no room for one
         # A refusal is lost well before the whole contrast is: more than half of it breaks answers down.
         strength = 1.25 if induce else 0.5
         start = [

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rs_gguf.adapter import MIN_CELL, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
+from rs_gguf.adapter import HARM, MIN_CELL, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
 from rs_gguf.errors import InputError
 from rs_gguf.labels import Labels
 
@@ -117,7 +117,7 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
     assert gates.opens["ffn_down"].shape == (len(RIDGES), LAYERS, width)
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
-            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.guards, [0, 1, -1])):
+            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.guards, [0, 1, HARM])):
                 expected = naive(inputs, layer, labels, ridge, wanted, quiet)
                 np.testing.assert_allclose(found["ffn_down"][k, layer], expected, rtol=1e-8, atol=1e-10)
 
@@ -126,7 +126,7 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
 def test_means_of_the_kinds_are_met_exactly(per_class: int, width: int) -> None:
     inputs, residuals, labels = problem(per_class, width)
     gates = fitted(inputs, residuals, labels)
-    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.guards, [0.0, 1.0, -1.0])):
+    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.guards, [0.0, 1.0, HARM])):
         for layer in range(LAYERS):
             answers = means(inputs, layer, labels) @ found["ffn_down"][:, layer].T
             np.testing.assert_allclose(answers.T, [wanted] * len(RIDGES), atol=1e-9)
@@ -331,7 +331,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
     contrast = np.tensordot(difference(labels), residuals[:, last].astype(np.float64), 1)
     np.testing.assert_allclose(written["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
-    np.testing.assert_allclose(written["harmful"], 0.25 * 0.5 * contrast, atol=1e-4)
+    np.testing.assert_allclose(written["harmful"], HARM * -0.25 * 0.5 * contrast, atol=1e-4)
 
 
 def test_strength_scales_what_is_written_alone() -> None:

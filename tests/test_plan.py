@@ -274,7 +274,7 @@ def test_the_default_model_is_as_it_is_counted() -> None:
 
 def test_sizes_that_the_stages_share_with_their_plan() -> None:
     assert (rungs._OPENING, rungs._PROBED_PAIRS) == (costs._OPENING, costs._PROBED)
-    assert (rungs._BENIGN, rungs._DRIFT_PAIRS) == (costs._BENIGN, costs._BENIGN)
+    assert rungs._BENIGN == costs._BENIGN
     for effect, count in costs._ESTIMATORS.items():
         assert len(fitting.estimators(recipe.load(None, [f"effect={effect}"]))) == count
     assert tuple(pipeline.STAGES[:-1]) == STAGES  # the report takes seconds
