@@ -200,9 +200,13 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
 
 // Whether two callers at once, with enough to do for several threads, find to the bit what one thread finds.
 bool threads_agree(const rs::Target& target, std::mt19937& random) {
-    constexpr std::size_t samples = 203, layers = 3, rank = 380, width = 896;
+    constexpr std::size_t samples = 203;
+    constexpr std::size_t layers = 3;
+    constexpr std::size_t rank = 380;
+    constexpr std::size_t width = 896;
     std::normal_distribution<float> normal;
-    std::vector<float> values(samples * layers * width), directions(layers * rank * width);
+    std::vector<float> values(samples * layers * width);
+    std::vector<float> directions(layers * rank * width);
     for (float& value : values) value = normal(random);
     for (float& value : directions) value = normal(random);
     const rs::Problem problem = {rs::Type::f32,
@@ -216,7 +220,8 @@ bool threads_agree(const rs::Target& target, std::mt19937& random) {
                                  width,
                                  rank};
     std::vector<float> alone(samples * layers * rank, NAN);
-    std::vector<float> two(alone), three(alone);
+    std::vector<float> two(alone);
+    std::vector<float> three(alone);
     rs::project(target, problem, 1, alone.data());
     std::thread other([&] { rs::project(target, problem, 3, three.data()); });
     rs::project(target, problem, 2, two.data());
