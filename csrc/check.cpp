@@ -110,6 +110,21 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, bool
     return worst;
 }
 
+// A problem in float32, C-contiguous and without an offset.
+rs::Problem dense(const std::vector<float>& values, const std::vector<float>& directions, std::size_t samples,
+                  std::size_t layers, std::size_t rank, std::size_t width) {
+    return {Type::f32,
+            reinterpret_cast<const unsigned char*>(values.data()),
+            static_cast<std::ptrdiff_t>(layers * width * sizeof(float)),
+            static_cast<std::ptrdiff_t>(width * sizeof(float)),
+            directions.data(),
+            nullptr,
+            samples,
+            layers,
+            width,
+            rank};
+}
+
 // Whether the figures of merit are those of the projections, by the formulas as written.
 bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     constexpr std::size_t samples = 61;
@@ -127,16 +142,7 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     for (float& v : directions) v = normal(random);
     for (double& value : c) value = uniform(random);
     for (double& value : w) value = 1 + uniform(random);
-    const rs::Problem problem = {Type::f32,
-                                 reinterpret_cast<const unsigned char*>(activations.data()),
-                                 layers * width * sizeof(float),
-                                 width * sizeof(float),
-                                 directions.data(),
-                                 nullptr,
-                                 samples,
-                                 layers,
-                                 width,
-                                 rank};
+    const rs::Problem problem = dense(activations, directions, samples, layers, rank, width);
     constexpr std::size_t count = layers * rank;
     std::vector<float> p(samples * count);
     rs::project(target, problem, 1, p.data());
@@ -209,16 +215,7 @@ bool threads_agree(const rs::Target& target, std::mt19937& random) {
     std::vector<float> directions(layers * rank * width);
     for (float& value : values) value = normal(random);
     for (float& value : directions) value = normal(random);
-    const rs::Problem problem = {rs::Type::f32,
-                                 reinterpret_cast<const unsigned char*>(values.data()),
-                                 static_cast<std::ptrdiff_t>(layers * width * sizeof(float)),
-                                 static_cast<std::ptrdiff_t>(width * sizeof(float)),
-                                 directions.data(),
-                                 nullptr,
-                                 samples,
-                                 layers,
-                                 width,
-                                 rank};
+    const rs::Problem problem = dense(values, directions, samples, layers, rank, width);
     std::vector<float> alone(samples * layers * rank, NAN);
     std::vector<float> two(alone);
     std::vector<float> three(alone);

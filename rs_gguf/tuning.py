@@ -236,8 +236,9 @@ class Finder:
             same = [trial for trial in feasible if trial.candidate.shape == best.shape]
             same.sort(key=lambda t: t.candidate.strength)
             done = min(trial.sensitive for trial in same) == 0.0
-            if done or choose(same, len(self._rungs.wanted)) is not same[-1]:
-                return self._gentler(answered, same) or (None if done else untried)
+            gentlest = choose(same, len(self._rungs.wanted))
+            if done or gentlest is not same[-1]:
+                return self._gentler(answered, gentlest) or (None if done else untried)
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
@@ -257,12 +258,12 @@ class Finder:
             return untried
         return replace(best, strength=round(strength, 4))
 
-    def _gentler(self, answered: Sequence[Trial], same: Sequence[Trial]) -> Candidate | None:
+    def _gentler(self, answered: Sequence[Trial], gentlest: Trial) -> Candidate | None:
         """Less strength than the first answered of a shape, if that one is the gentlest of equals, once."""
-        first = next(trial for trial in answered if trial.candidate.shape == same[0].candidate.shape)
+        first = next(trial for trial in answered if trial.candidate.shape == gentlest.candidate.shape)
         gentler = replace(first.candidate, strength=round(first.candidate.strength / _STEP, 4))
         known = any(trial.candidate == gentler for trial in answered)
-        return None if known or choose(same, len(self._rungs.wanted)) is not first else gentler
+        return None if known or gentlest is not first else gentler
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
