@@ -143,6 +143,8 @@ def fit_gates(
 ) -> Gates:
     """Closed-form gates for every block of `residuals` [N, L, D] and every ridge.
 
+    inputs, labels: of these N samples, and of others after them that are neither refused nor answered
+    (confidence 0).
     labels: kinds, which the reads tell apart, and judged confidence, which weights the samples of the
     contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
     too, as far as the metric allows.
@@ -154,7 +156,7 @@ def fit_gates(
     """
     grid = check_ridges(ridges)
     kinds = _kinds(labels)
-    difference = _difference(labels, induce)
+    difference = _difference(labels, induce)[: len(residuals)]
     n_layers = residuals.shape[1]
     mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
     cells = _cells(labels, kinds)

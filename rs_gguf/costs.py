@@ -74,6 +74,10 @@ class Costs:
             split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in found.items()}
             for split, found in pool.items()
         }
+        read = recipe.prompts.unanswered if model.writers else 0
+        self.unanswered = sum(
+            min(read, len(rows) - self.sizes["fit"][kind]) for kind, rows in pool["fit"].items()
+        )
         lengths = [
             len(row.prompt.encode()) for found in pool.values() for rows in found.values() for row in rows
         ]
@@ -105,11 +109,13 @@ class Costs:
         return Stage(self._judgements(n, tokens), self._memory(), n * _ROW / 4, n * self._pair(tokens))
 
     def capture(self) -> Stage:
-        n = self._count("fit")
+        answered = self._count("fit")
+        n = answered + self.unanswered
         read = n * self._prompt
         if self._model.writers:
-            read += n * _QUIET * _length(self._recipe.answers.tokens) / 2
-        disk = self._residuals(n) + self._last(n) + self._quiet(n) + 4 * self._prefix * self._inputs
+            read += answered * _QUIET * _length(self._recipe.answers.tokens) / 2
+        rows = n + self._quiet(n, answered) + 2 * self._prefix  # the last is kept in full precision
+        disk = 4 * n * self._model.n_layer * self._model.width + 2 * rows * self._inputs
         return Stage(self._forward(n, read), self._memory(), disk, read)
 
     def fit(self) -> Stage:
@@ -117,7 +123,8 @@ class Costs:
         n, model, recipe = self._count("fit"), self._model, self._recipe
         estimators = len(recipe.fit.estimators) or _ESTIMATORS[recipe.effect]
         flops = estimators * _FACTORISATIONS * factorisation(n * _CLASS, model.width)
-        rows = n * (2 + _QUIET) + self._prefix  # the last token's, and the quiet ones
+        every = n + self.unanswered
+        rows = every + self._quiet(every, n) + self._prefix
         flops += sum(factorisation(rows, width) for width in model.writers.values())
         seconds = model.n_layer * flops / self._speed.algebra + estimators * _FIGURES
         widest = max([model.width, *model.writers.values()])
@@ -228,14 +235,10 @@ class Costs:
             total += self._judge.model.weights + 2 * self._judge.model.cache * _CONTEXT
         return total + (2 * 4 * _BATCH / 2 * model.n_vocab if logits else 0)
 
-    def _residuals(self, n: float) -> float:
-        return 4 * n * self._model.n_layer * self._model.width
-
-    def _last(self, n: float) -> float:
-        return 2 * n * self._inputs
-
-    def _quiet(self, n: float) -> float:
-        return 2 * n * (1 + _QUIET) * self._inputs if self._inputs else 0.0
+    @staticmethod
+    def _quiet(n: float, answered: float) -> float:
+        """Tokens of n prompts and their answers that are read besides the last of each prompt."""
+        return n + _QUIET * answered
 
     def _adapters(self) -> float:
         """Bytes of an adapter for two blocks of three."""

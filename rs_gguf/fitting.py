@@ -73,12 +73,14 @@ class Samples:
     """The judged prompts of the fit split, and what was read of them.
 
     `activations` [N, L, D]; `confidence` [N]; `inputs` by matrix, empty where the engine cannot read them.
+    `others`: prompts that have no confidence, whose inputs come after those of `prompts`.
     """
 
     prompts: Sequence[Prompt]
     activations: NDArray[np.float32]
     confidence: NDArray[np.float64]
     inputs: Mapping[str, WriterInputs]
+    others: Sequence[Prompt] = ()
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -86,8 +88,15 @@ class Samples:
 
     @cached_property
     def groups(self) -> NDArray[np.str_]:
-        """Cells whose means a safe direction or a gate must stay quiet on, [N, 3]."""
-        return np.array([[p.topic, p.form, p.language] for p in self.prompts])
+        """Cells whose means a safe direction must stay quiet on, [N, 3]."""
+        return _cells(self.prompts)
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Of all samples, as a gate takes them: of the `others` the kind and the cells alone count."""
+        every = [*self.prompts, *self.others]
+        confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
+        return Labels.of(confidence, [prompt.kind for prompt in every], _cells(every))
 
     def counts(self, kind: str) -> dict[str, int]:
         """How many of a kind were refused, answered and neither."""
@@ -110,6 +119,10 @@ class Samples:
                 )
 
 
+def _cells(prompts: Sequence[Prompt]) -> NDArray[np.str_]:
+    return np.array([[p.topic, p.form, p.language] for p in prompts])
+
+
 def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[int], None]) -> None:
     """Fit and draw all that the recipe names, write the files. `advance` counts estimators, then blocks."""
     samples.check_classes(recipe.effect)
@@ -118,11 +131,10 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
         summary = _fit_directions(samples, recipe, folder, advance)
     if samples.inputs:
-        labels = Labels.of(samples.confidence, samples.kinds, samples.groups)
         gates = fit_gates(
             samples.inputs,
             samples.activations,
-            labels,
+            samples.labels,
             ridges=recipe.fit.gate_ridges,
             induce=recipe.effect == "induce",
             advance=advance,

@@ -132,7 +132,7 @@ class Pipeline:
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
             "score": [recipe.judge, shipped_version()],
-            "capture": [],
+            "capture": [[p.id for p in self.unanswered]],
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
@@ -163,6 +163,16 @@ class Pipeline:
             ]
             for split, kinds in self._pool.items()
         }
+
+    @cached_property
+    def unanswered(self) -> list[Prompt]:
+        """More prompts to fit on, of which the kind alone is used: by gates, and so by no other engine."""
+        if self.model_path.is_dir():
+            return []
+        answered = set(self.prompts["fit"])
+        size, seed = self.recipe.prompts.unanswered, self.recipe.seed
+        others = ([p for p in rows if p not in answered] for rows in self._pool["fit"].values())
+        return [prompt for rows in others for prompt in prompts.stratified(rows, size, seed=seed)]
 
     @cached_property
     def model_path(self) -> Path:
@@ -231,7 +241,7 @@ class Pipeline:
 
     def _capture(self, key: str) -> None:
         """Block outputs and writers' inputs of the fit prompts, in the store."""
-        asked = self.prompts["fit"]
+        asked = self.prompts["fit"] + self.unanswered
         answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
         scores = self._scores()
         with self.progress.stage("capture", len(asked)) as advance:
@@ -239,8 +249,8 @@ class Pipeline:
             conversations = [
                 Conversation(
                     prompt,
-                    answers[p.id],
-                    quiet=p.kind != "sensitive" or (scores[p.id] or 0) <= 0,
+                    answers.get(p.id, []),
+                    quiet=p.kind != "sensitive" or (scores.get(p.id) or 0) <= 0,
                 )
                 for p, prompt in zip(asked, tokens, strict=True)
             ]
@@ -263,14 +273,14 @@ class Pipeline:
             fitting.fit(self.samples(), self.recipe, self.folder.path, advance=advance)
 
     def samples(self) -> fitting.Samples:
-        """The fit prompts that could be judged, with what was captured of them."""
-        asked = self.prompts["fit"]
-        scores = self._scores()
-        judged = np.array([i for i, p in enumerate(asked) if scores[p.id] is not None], dtype=np.intp)
+        """The fit prompts with what was captured of them, those first whose answers could be judged."""
+        asked, scores = self.prompts["fit"] + self.unanswered, self._scores()
+        known = np.array([scores.get(p.id) is not None for p in asked])
+        judged, others = np.flatnonzero(known), np.flatnonzero(~known)
         if not judged.size:
             raise InputError(
-                f"fit: none of the {len(asked)} answers could be judged; scores.jsonl says why. Answers that "
-                "end within a thinking trace need more room: raise answers.tokens."
+                f"fit: none of the {len(self.prompts['fit'])} answers could be judged; scores.jsonl says "
+                "why. Answers that end within a thinking trace need more room: raise answers.tokens."
             )
         try:
             activations, inputs = captured(
@@ -283,7 +293,8 @@ class Pipeline:
             [asked[i] for i in judged],
             activations[judged].mapped(self.folder.path),
             np.array([scores[asked[i].id] for i in judged]),
-            {name: rows.of(judged) for name, rows in inputs.items()},
+            {name: rows.of(np.concatenate([judged, others])) for name, rows in inputs.items()},
+            [asked[i] for i in others],
         )
 
     def _scores(self) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ class Plan:
     """The stages in their order, and what the figures follow from; sizes are bytes."""
 
     stages: Mapping[str, Stage]
-    prompts: Mapping[str, int]  # by split
+    prompts: Mapping[str, int]  # by split, and those that are only read
     model: Shape
     speed: Speed
 
@@ -59,7 +59,8 @@ def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Pl
     """
     costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
     stages: dict[str, Stage] = {name: getattr(costs, name)() for name in STAGES}
-    return Plan(stages, {split: sum(n.values()) for split, n in costs.sizes.items()}, model, speed)
+    counts = {split: sum(n.values()) for split, n in costs.sizes.items()}
+    return Plan(stages, {**counts, "unanswered": costs.unanswered}, model, speed)
 
 
 def model_file(recipe: Recipe) -> Path:

@@ -63,6 +63,12 @@ class Prompts(_Section):
     """Which prompts are used. Sizes are per kind (sensitive, harmful, benign)."""
 
     fit: int = Field(default=90, ge=8, description="prompts of each kind that the direction is fitted on")
+    unanswered: int = Field(
+        default=160,
+        ge=0,
+        description="as many more of each kind that are read but not answered, where an adapter is fitted: "
+        "its gate learns the kinds from them",
+    )
     tune: int = Field(default=30, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(
         default=30, ge=4, description="prompts of each kind that the reported figures come from"
@@ -116,7 +122,7 @@ class Tune(_Section):
 
     trials: int = Field(default=6, ge=1, description="probes, one forward pass each, for each kind of file")
     finalists: int = Field(
-        default=3, ge=1, description="candidates of each kind of file whose answers are generated and judged"
+        default=2, ge=1, description="candidates of each kind of file whose answers are generated and judged"
     )
     full: int = Field(
         default=16,

@@ -190,8 +190,9 @@ class Rungs:
         return replace(trial, seconds=round(time.perf_counter() - start, 2))
 
     def _probe(self, number: int, candidate: Candidate) -> Trial:
-        openings, quiet = self._before
-        few = dict(list(self._quiet.items())[:_PROBED_PAIRS])
+        openings, unmoved = self._before
+        few = {i: self._quiet[i] for i in self._sample(list(self._quiet), _PROBED_PAIRS)}
+        before = [of for i, of in zip(self._quiet, unmoved, strict=True) if i in few]
         with self.steering(candidate).on(self.model):
             after = self.model.token_logprobs([*self._openings.values(), *few.values()])
         kept = {
@@ -208,7 +209,7 @@ class Rungs:
             "probe",
             mean(self.wanted),
             mean(self._unsteered.refused("harmful")),
-            benign_drift=mean_change(quiet[: len(few)], after[len(openings) :]),
+            benign_drift=mean_change(before, after[len(openings) :]),
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:

@@ -179,6 +179,21 @@ def test_the_contrast_is_of_refused_and_answered_sensitive_prompts() -> None:
     np.testing.assert_allclose(found, np.tensordot(weights, residuals.astype(np.float64), 1), rtol=1e-9)
 
 
+def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
+    """Their block outputs are not asked for: the contrast is of the judged ones."""
+    inputs, residuals, labels = problem(per_class=12)
+    judged = np.arange(len(labels.confidence)) % 3 > 0
+    order = np.concatenate([np.flatnonzero(judged), np.flatnonzero(~judged)])
+    confidence = np.where(judged, labels.confidence, 0.0)[order]
+    found = fitted(inputs.of(order), residuals[judged], Labels.of(confidence, labels.kinds[order]))
+    alone = Labels.of(labels.confidence[judged], labels.kinds[judged])
+    np.testing.assert_allclose(
+        found.contrast, fitted(inputs.of(order[: judged.sum()]), residuals[judged], alone).contrast
+    )
+    reads = fitted(inputs, residuals, labels).opens["ffn_down"]
+    np.testing.assert_allclose(found.opens["ffn_down"], reads, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("left", [MIN_CELL - 1, MIN_CELL])
 def test_where_hardly_a_sensitive_prompt_is_answered_benign_ones_take_their_place(left: int) -> None:
     inputs, residuals, labels = problem(per_class=12)

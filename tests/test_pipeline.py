@@ -6,27 +6,31 @@ what it was given to judge.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import control_vector, lora, prompts, recipe
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation import chat_tokens
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import run
+from rs_gguf.pipeline import Pipeline, Silent, run
+from rs_gguf.run_folder import RunFolder
 
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
 LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
 SMALL = [
-    "prompts.fit=24", "prompts.tune=8", "prompts.test=4", "answers.tokens=32", "answers.test_tokens=32",
-    "answers.temperature=1.0", "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd']",
-    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
+    "prompts.fit=24", "prompts.unanswered=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=32",
+    "answers.test_tokens=32", "answers.temperature=1.0", "tune.trials=2", "tune.finalists=1",
+    "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
 ]  # fmt: skip
 
 
@@ -104,6 +108,24 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
         run(chosen, out)
     metrics = run(chosen, out)
     assert shard.read_bytes() == before
+
+    pipeline = Pipeline(chosen, RunFolder(out), Silent())
+    with contextlib.closing(pipeline):
+        samples = pipeline.samples()
+        assert (len(samples.prompts), len(samples.others)) == (72, 24)
+        assert not {p.id for p in samples.others} & {row["id"] for row in rows(out / "answers.jsonl")}
+        assert {p.split for p in samples.others} == {"fit"}
+        assert samples.activations.shape[0] == 72
+        kept = samples.inputs["attn_output"].last[np.arange(96), 1]
+        for every, one in ((samples.prompts, 5), (samples.others, 7)):
+            place = one + (72 if every is samples.others else 0)
+            (tokens,) = chat_tokens(pipeline.model, [every[one]], None)
+            ((_, _, read),) = pipeline.model.token_activations(
+                [tokens], [[len(tokens) - 1]], layers=range(2), tensors=("kqv_out",)
+            )
+            away = np.linalg.norm(kept - read["kqv_out"][1], axis=1)
+            assert away.argmin() == place
+            assert away[place] < 1e-2 * np.linalg.norm(read["kqv_out"][1])
 
     assert metrics["model"]["architecture"] == "qwen3moe"
     assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]

@@ -248,11 +248,13 @@ def shape(tiny: Path) -> Shape:
 
 
 def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: Shape, tmp_path: Path) -> None:
-    wanted = [f"model={tiny}", "prompts.fit=40", "prompts.tune=8", "answers.tokens=8", "judge=keywords"]
+    wanted = [f"model={tiny}", "prompts.fit=40", "prompts.unanswered=20", "prompts.tune=8"]
+    wanted += ["answers.tokens=8", "judge=keywords"]
     run(recipe.load(None, wanted), tmp_path, until="capture")
     found = planned(shape, *wanted)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().split("\n")[:-1]]
     assert found.prompts["fit"] + found.prompts["tune"] == len(rows) == 144
+    assert found.prompts["unanswered"] == 60
     answer = found.stages["answer"]
     # Random weights hardly ever end an answer; what is taken for granted of a trained model is 13 % less.
     assert answer.answered == pytest.approx(sum(len(row["tokens"]) for row in rows), rel=0.2)
@@ -284,6 +286,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
     ("changed", "growth"),
     [
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
+        (("prompts.unanswered=90",), {"capture": 1.9, "answer": 1.0, "measure": 1.0}),
         (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(STAGES, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
@@ -294,7 +297,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
 def test_stages_grow_with_what_they_are_given(
     shape: Shape, changed: tuple[str, ...], growth: dict[str, float]
 ) -> None:
-    before, after = planned(shape, "seed=0"), planned(shape, *changed)
+    before, after = (planned(shape, "prompts.unanswered=0", *some) for some in ((), changed))
     for stage, factor in growth.items():
         assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
     if "tune.budget=2h" in changed:
