@@ -67,7 +67,8 @@ class Candidate:
 class Space:
     """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
 
-    `first` and `length` are in blocks. The points of `start` are tried before all others.
+    `first` and `length` are in blocks. The points of `start` are tried before all others. Answers begin with
+    no less strength than `least`.
     """
 
     directions: Sequence[tuple[str, float]]
@@ -76,6 +77,7 @@ class Space:
     strength: tuple[float, float]
     start: Sequence[Candidate]
     margins: Sequence[float] = (0.0,)
+    least: float = 0.0
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether the candidate is one of this space's kind: vectors and gates are searched apart."""
@@ -106,8 +108,10 @@ class Space:
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
         margins = (0.0,) if induce else (0.4, 0.2)  # what is to be refused has no room for one
-        # A refusal is lost well before the whole contrast is: more than half of it breaks answers down.
-        strength = 1.25 if induce else 0.5
+        # Half of the contrast is halfway from the mean of one side to that of the other. Less turns few
+        # verdicts over, and much more breaks answers down.
+        least = 0.5
+        strength = 1.25 if induce else least
         start = [
             Candidate(GATE, ridge, first, last, strength, margin) for margin in margins for ridge in ridges
         ]
@@ -118,6 +122,7 @@ class Space:
             strength=(0.1, 2.0),
             start=start,
             margins=margins,
+            least=least,
         )
 
 

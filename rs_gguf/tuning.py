@@ -84,7 +84,7 @@ class Finder:
         start = self._spent
         shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
         until = [None if seconds is None else start + share * seconds for share in shares]
-        ranked = self._ranked(self._proposals(space, until[0]))
+        ranked = self._ranked(self._proposals(space, until[0]), space)
         known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
         answered = [self._answered(candidate) for candidate in known]
         while self._goes_on(answered, self._recipe.tune.finalists, until[1]):
@@ -206,21 +206,24 @@ class Finder:
         harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
         return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
 
-    def _ranked(self, probes: Sequence[Trial]) -> list[Candidate]:
+    def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
         """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses."""
+
+        def strong_enough(candidate: Candidate) -> Candidate:
+            return replace(candidate, strength=max(candidate.strength, space.least))
 
         def merit(trial: Trial) -> float:
             return -math.log(max(trial.sensitive, 1e-6)) / (self._loss(trial) * _LEVEL + _SMALL_LOSS)
 
-        return [trial.candidate for trial in sorted(probes, key=merit, reverse=True)]
+        return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
-        Where more strength changed no more than chance does, less than the first is tried, once: short
-        answers do not show how a model that is pushed too far breaks down later, and the gentlest of equals
-        is chosen. Where harm is kept and another limit is not, other blocks or another margin come first:
-        less strength would cost removal. Where that did not help, the strength it is.
+        Where more strength changed no more than chance does, it is not raised again: short answers do not
+        show how a model that is pushed too far breaks down later. Where harm is kept and another limit is
+        not, other blocks or another margin come first: less strength would cost removal. Where that did not
+        help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
@@ -235,10 +238,10 @@ class Finder:
             factor = _STEP
             same = [trial for trial in feasible if trial.candidate.shape == best.shape]
             same.sort(key=lambda t: t.candidate.strength)
-            done = min(trial.sensitive for trial in same) == 0.0
-            gentlest = choose(same, len(self._rungs.wanted))
-            if done or gentlest is not same[-1]:
-                return self._gentler(answered, gentlest) or (None if done else untried)
+            if min(trial.sensitive for trial in same) == 0.0:
+                return None
+            if choose(same, len(self._rungs.wanted)) is not same[-1]:
+                return untried
         else:
             best = nearest(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
@@ -257,13 +260,6 @@ class Finder:
         if best.strength / _CLOSE < strength < best.strength * _CLOSE:
             return untried
         return replace(best, strength=round(strength, 4))
-
-    def _gentler(self, answered: Sequence[Trial], gentlest: Trial) -> Candidate | None:
-        """Less strength than the first answered of a shape, if that one is the gentlest of equals, once."""
-        first = next(trial for trial in answered if trial.candidate.shape == gentlest.candidate.shape)
-        gentler = replace(first.candidate, strength=round(first.candidate.strength / _STEP, 4))
-        known = any(trial.candidate == gentler for trial in answered)
-        return None if known or gentlest is not first else gentler
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""

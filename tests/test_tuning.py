@@ -434,31 +434,32 @@ def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
     assert limit / 1.2 <= max(feasible) <= limit
 
 
-@pytest.mark.parametrize("holds", [True, False])
 @pytest.mark.parametrize(("floor", "gain"), [(0.0, 0.0), (0.1, 0.0), (0.1, 1 / 40)])
-def test_where_more_strength_changes_no_more_less_is_tried(floor: float, gain: float, holds: bool) -> None:
+@pytest.mark.parametrize("least", [0.0, 1.2])
+def test_strength_grows_for_no_less_than_chance_and_begins_where_it_should(
+    floor: float, gain: float, least: float
+) -> None:
     class Saturated(Formulas):
-        """Strength 0.6 changes what 1 does, and 1.5 one of 40 more at most; harm is always kept."""
+        """One and a half times the strength changes one of 40 more at most; harm is always kept."""
 
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
             trial = super().measure(rung, number, candidate)
             if rung == "probe":
                 return trial
-            left = floor if candidate.strength >= 0.6 else 0.9
-            left -= gain if candidate.strength >= 1.5 else 0.0
-            feasible = holds or candidate.strength >= 1.0
-            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=feasible)
+            left = floor - (gain if candidate.strength >= 1.5 * max(1.0, least) else 0.0)
+            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=True)
 
     one = replace(SPACE.start[1], strength=1.0)
     space = replace(
-        SPACE, first=(12, 12), length=(8, 8), start=[one], directions=[("good", 1.0)], strength=(1.0, 1.0)
-    )
+        SPACE, first=(12, 12), length=(8, 8), start=[one], directions=[("good", 1.0)], strength=(1.0, 1.0),
+        least=least,
+    )  # fmt: skip
     search = formula_finder(Saturated(), trials=1, finalists=6)
     chosen = search.search(space)
     tried = [t.candidate.strength for t in search.trials if t.rung == "answers"]
-    # Up once, unless nothing is left; then down once.
-    assert tried == [1.0, *([1.5] if floor else []), 0.6667]
-    assert chosen.candidate.strength == (0.6667 if holds else 1.0)
+    begun = max(1.0, least)
+    assert tried == [begun, *([round(1.5 * begun, 4)] if floor else [])]  # up once, unless nothing is left
+    assert chosen.candidate.strength == begun
 
 
 class Breaking(Formulas):
