@@ -172,8 +172,8 @@ def exponent(values: Sequence[float]) -> float:
 
 
 def recipe_of(size: Size, model: str) -> recipe.Recipe:
-    wanted = [f"model={model}", f"prompts.fit={size.per_kind}", "prompts.tune=4", "judge=keywords"]
-    return recipe.load(None, [*wanted, "fit.estimators=['wrmd']"])
+    sizes = [f"prompts.fit={size.per_kind}", "prompts.unanswered=0", "prompts.tune=4"]
+    return recipe.load(None, [*sizes, f"model={model}", "judge=keywords", "fit.estimators=['wrmd']"])
 
 
 def seconds_of_run(size: Size, folder: Path) -> dict[str, float]:

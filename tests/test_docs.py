@@ -185,9 +185,9 @@ RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")
 
 # What a run costs is cut to the least that a recipe may ask for.
 _SMALL = (
-    "prompts.fit=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8", "answers.test_tokens=8",
-    "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.trials=1",
-    "tune.finalists=1", "tune.full=2",
+    "prompts.fit=8", "prompts.unanswered=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8",
+    "answers.test_tokens=8", "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
+    "tune.trials=1", "tune.finalists=1", "tune.full=2",
 )  # fmt: skip
 _PROMPT_FILE = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt)")
 _OUTPUTS = ("--output", "--json", "--out")

@@ -14,9 +14,9 @@ from rs_gguf.llama import LlamaModel
 pytestmark = pytest.mark.real
 
 SMALL = [
-    "prompts.fit=14", "prompts.tune=10", "prompts.test=4", "answers.tokens=16", "answers.test_tokens=24",
-    "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']", "fit.ridges=[1.0]",
-    "fit.gate_ridges=[1.0]", "tune.full=4",
+    "prompts.fit=14", "prompts.unanswered=12", "prompts.tune=10", "prompts.test=4", "answers.tokens=16",
+    "answers.test_tokens=24", "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
+    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full=4",
 ]  # fmt: skip
 LINES = (
     "Answering prompts", "Judging answers", "Reading activations", "Fitting directions",
