@@ -1,10 +1,10 @@
 """Does a gate open for subjects, forms and languages that it was not fitted on, and stay shut on such harm?
 
-Reads the captured activations of a finished run. A fifth of the cells (subjects, then forms, then languages)
-is left out of all three classes at a time, the gate is fitted on the others, and its opening is read on what
-was left out: 1 is that of the mean sensitive prompt of the fit, 0 that of the mean benign one. Nothing is
-generated: this is the gate's linear answer, averaged over the blocks and matrices of the run's band. Prints
-Markdown.
+Reads the captured activations of a finished run. A fifth of the cells (subjects, then topics, forms and
+languages) is left out of all three classes at a time, the gate is fitted on the others, and its opening is
+read on what was left out: 1 is that of the mean sensitive prompt of the fit, the margin that of the mean
+benign one. Nothing is generated: this is the gate's linear answer, averaged over the blocks and matrices of
+the run's band. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -44,36 +44,39 @@ def main() -> None:
     options = parser.parse_args()
     chosen = read_json(options.run / "metrics.json")["adapter"]
     samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
+    every, labels = [*samples.prompts, *samples.others], samples.labels
+    kinds = np.array([prompt.kind for prompt in every])
     first, last = chosen["layers"]
     inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}
     residuals = np.stack(
         [np.asarray(samples.activations[:, layer]) for layer in range(first, last + 1)], axis=1
     )
     ridge, margin = chosen["ridge"], chosen["margin"]
-    print(f"{len(residuals)} prompts, blocks {first} to {last}, ridge {ridge:g}, margin {margin:g}.\n")
+    print(
+        f"{len(every)} prompts, {len(residuals)} of them answered; blocks {first} to {last}, "
+        f"ridge {ridge:g}, margin {margin:g}.\n"
+    )
     found: dict[str, Opening] = {}
     with Progress(transient=True) as progress:
-        for cell in ("subject", "form", "language"):
+        for cell in ("subject", "topic", "form", "language"):
             task = progress.add_task(f"{cell}s left out", total=FOLDS)
-            opening = found[cell] = np.empty(len(residuals))
-            names = [getattr(prompt, cell) for prompt in samples.prompts]
-            for kept, left_out in GroupKFold(FOLDS).split(residuals, groups=names):
-                labels = Labels.of(
-                    samples.confidence[kept], np.array(samples.kinds)[kept], samples.groups[kept]
-                )
+            opening = found[cell] = np.empty(len(every))
+            names = [getattr(prompt, cell) for prompt in every]
+            for kept, left_out in GroupKFold(FOLDS).split(every, groups=names):
+                of_kept = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
                 some = {writer: rows.of(kept) for writer, rows in inputs.items()}
-                gates = fit_gates(some, residuals[kept], labels, ridges=[ridge])
+                gates = fit_gates(some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge])
                 reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
                 opening[left_out] = openings(inputs, reads, left_out)
                 progress.advance(task)
-    print_summary(samples, found)
+    print_summary(labels, kinds, found)
     for cell, left_out, kind in (
-        ("subject", "subject", "sensitive"), ("topic", "subject", "harmful"),
+        ("subject", "subject", "sensitive"), ("topic", "topic", "sensitive"), ("topic", "topic", "harmful"),
         ("form", "form", "sensitive"), ("form", "form", "harmful"),
         ("language", "language", "sensitive"), ("language", "language", "harmful"),
     ):  # fmt: skip
         print(f"\nThe {kind} prompts that transfer worst, by {cell}, {left_out}s left out:\n")
-        print_worst(samples, found[left_out], cell, kind)
+        print_worst(samples, found[left_out][: len(residuals)], cell, kind)
 
 
 def of_band(rows: WriterInputs, band: Sequence[int]) -> WriterInputs:
@@ -97,8 +100,9 @@ def openings(
     return np.asarray(np.mean(answers, axis=0))
 
 
-def print_summary(samples: Samples, found: dict[str, Opening]) -> None:
-    kinds, refused = np.array(samples.kinds), samples.confidence > 0
+def print_summary(labels: Labels, kinds: NDArray[np.str_], found: dict[str, Opening]) -> None:
+    """All prompts are samples of their kind; those that were not answered are never counted as refused."""
+    refused = labels.confidence > 0
     some = kinds != "benign"
     print(
         "| left out | AUROC, sensitive against harmful | refused sensitive opened | refused harmful opened |"
