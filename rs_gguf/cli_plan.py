@@ -66,7 +66,7 @@ def _table(found: Plan) -> Table:
 
     asked = ", ".join(f"{n} {split}" for split, n in found.prompts.items())
     table = Table(
-        title=f"{found.model.n_layer} blocks of width {found.model.width}; prompts: {asked}",
+        title=f"{found.model.n_layer} blocks of width {found.model.width}\nprompts: {asked}",
         title_justify="left",
     )
     table.add_column("stage")
