@@ -17,7 +17,7 @@ import numpy as np
 
 from rs_gguf.recipe import Recipe
 from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import choose, nearest, settled
+from rs_gguf.search_results import best_in_full, choose, nearest, settled
 from rs_gguf.search_space import Candidate, Space, Trial
 
 _LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
@@ -94,16 +94,21 @@ class Finder:
             answered.append(self._answered(candidate))
         chosen = choose(answered, len(self._rungs.wanted))
         if self._recipe.tune.full and chosen.feasible:
-            self._bear_full_length(chosen, None if seconds is None else start + seconds)
+            self._bear_full_length(chosen, space, None if seconds is None else start + seconds)
         return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
 
-    def _bear_full_length(self, chosen: Trial, until: float | None) -> None:
-        """Answer in full with the chosen candidate, and with less strength while a limit does not hold."""
+    def _bear_full_length(self, chosen: Trial, space: Space, until: float | None) -> None:
+        """Answer in full with the chosen candidate, and with less strength while a limit does not hold.
+
+        And one step further while that changes as much: what is too strong breaks long answers down.
+        """
         tried: list[Trial] = []
         for k in range(_FULL):
-            if tried and (tried[-1].feasible or not self._goes_on(tried, _FULL, until)):
-                break
             strength = round(chosen.candidate.strength / _STEP**k, 4)
+            feasible = [trial for trial in tried if trial.feasible]
+            enough = feasible and (best_in_full(feasible) is not tried[-1] or strength < space.least)
+            if tried and (enough or not self._goes_on(tried, _FULL, until)):
+                break
             tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
         if self._recipe.tune.budget is None:
             self._advance((_FULL - len(tried)) * _COST["full"])

@@ -474,7 +474,7 @@ class Breaking(Formulas):
         return replace(trial, feasible=candidate.strength < self.most, answered=self.size_in_full)
 
 
-@pytest.mark.parametrize(("most", "tries"), [(10.0, 1), (0.1, 2), (0.07, 3), (0.0, 3)])
+@pytest.mark.parametrize(("most", "tries"), [(10.0, 2), (0.1, 3), (0.07, 3), (0.0, 3)])
 def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: int) -> None:
     formulas = Breaking()
     formulas.most = most
@@ -486,10 +486,10 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     assert tried[0] == answered.candidate
     assert all(a.strength == pytest.approx(1.5 * b.strength, rel=1e-3) for a, b in pairwise(tried))
     assert {candidate.shape for candidate in tried} == {answered.candidate.shape}
-    # It ends at the first that holds, and gives up after three: then the weakest is the least bad.
+    # It ends one step below the first that holds, and after three: then the weakest is the least bad.
     assert len(tried) == tries
-    assert chosen.candidate == tried[-1]
-    assert chosen.feasible == (tried[-1].strength < most)
+    assert chosen.candidate == next((c for c in tried if c.strength < most), tried[-1])
+    assert chosen.feasible == (chosen.candidate.strength < most)
     assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted))["chosen"] == chosen.number
     # The same again, of what was measured; cut off within the full answers it goes on with them.
     options = {"trials": 12, "finalists": 6, "full": 4}
@@ -504,6 +504,35 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     longer.most, longer.size_in_full = most, (12, 200)
     formula_finder(longer, known=search.trials, **options).search(SPACE)
     assert [rung for rung, _ in longer.asked] == ["full"] * tries
+
+
+@pytest.mark.parametrize(
+    ("left", "least", "taken"),
+    [
+        ([0.8, 0.6, 0.4], 0.0, 2),
+        ([0.8, 0.6, 0.7], 0.0, 1),
+        ([0.6, 0.8, 0.4], 0.0, 0),  # two are enough where the weaker is worse
+        ([0.6, 0.6, 0.7], 0.0, 1),  # of equals the weaker
+        ([0.8, 0.4, 0.2], 0.1, 0),  # no answers below what the space calls enough
+    ],
+)
+def test_of_full_answers_those_with_fewest_refusals_decide(
+    left: list[float], least: float, taken: int
+) -> None:
+    class TooStrong(Formulas):
+        """Long answers to the strengths that are tried, strongest first, leave so many refusals."""
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(rung, number, candidate)
+            if rung != "full":
+                return trial
+            sensitive = left[sum(rung == "full" for rung, _ in self.asked) - 1]
+            return replace(trial, sensitive=sensitive, feasible=True, answered=self.size_in_full)
+
+    search = formula_finder(TooStrong(), trials=12, finalists=6, full=4)
+    chosen = search.search(replace(SPACE, least=least))
+    tried = [t for t in search.trials if t.rung == "full"]
+    assert chosen == tried[taken]
 
 
 def test_full_answers_end_with_the_budget_but_for_the_first() -> None:
