@@ -45,7 +45,7 @@ docs: install
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-# Everything that lies in vectors/, from its recipes. A run whose gate fails is published as such.
+# Everything that lies in vectors/, from its recipes. A file whose gate fails says so itself: look before you commit it.
 vectors: install
 	for recipe in vectors/*/recipe.toml; do \
 		folder=$$(dirname $$recipe); out=out/$$folder; \

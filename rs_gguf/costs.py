@@ -31,7 +31,7 @@ _CHANGED, _KEPT = 0.5, 0.6  # shares of sensitive prompts to change, and of harm
 _CONTEXT, _PADDING = 8192, 256  # cells of a key/value cache; of a sequence's own, a multiple of the second
 _BATCH = 512  # tokens that are run together
 _JUDGE_PREFIX, _JUDGE_ITEM, _JUDGE_CUT = 360, 8, 400  # tokens of examples, around a pair; characters read
-_QUIET = 0.28  # share of the captured conversations of which a token of the answer is read too
+_QUIET = 0.28  # share of the answered conversations of which a token of the answer is read too
 _OPENING, _PROBED = 6, 8  # tokens of an opening, and benign answers, that a probe reads
 _BENIGN, _DRIFT = 64, 128  # benign prompts of a candidate, and benign answers compared at the end
 _DEPTH = 0.55  # share of the blocks before those that a proof looks at
@@ -114,7 +114,7 @@ class Costs:
         read = n * self._prompt
         if self._model.writers:
             read += answered * _QUIET * _length(self._recipe.answers.tokens) / 2
-        rows = n + self._quiet(n, answered) + 2 * self._prefix  # the last is kept in full precision
+        rows = n + self._quiet(n, answered) + 2 * self._prefix  # the template's tokens are kept in F32
         disk = 4 * n * self._model.n_layer * self._model.width + 2 * rows * self._inputs
         return Stage(self._forward(n, read), self._memory(), disk, read)
 
@@ -145,11 +145,11 @@ class Costs:
         candidate += self._drift(benign, tokens)
         probes: float = self._arms * (recipe.tune.trials + recipe.tune.finalists)
         candidates: float = self._arms * recipe.tune.finalists
-        # At full length the unsteered model answers too; the first strength of each file is taken to hold.
-        full = (1 + self._arms) * sum(min(recipe.tune.full, size) for size in sizes.values())
+        # At full length the unsteered model answers too, and each file at two strengths.
+        full = (1 + 2 * self._arms) * sum(min(recipe.tune.full, size) for size in sizes.values())
         long = recipe.answers.test_tokens
         in_full = self._answers(full, long) + self._judgements(full, long)
-        in_full += self._arms * self._drift(benign if full else 0, tokens)
+        in_full += 2 * self._arms * self._drift(benign if full else 0, tokens)
         seconds = probes * probe + candidates * candidate
         if recipe.tune.budget is not None:
             share = max(0.0, recipe.tune.budget - in_full) / seconds if seconds else 0.0

@@ -70,10 +70,11 @@ def estimators(recipe: Recipe) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Samples:
-    """The judged prompts of the fit split, and what was read of them.
+    """The prompts of the fit split, and what was read of them.
 
-    `activations` [N, L, D]; `confidence` [N]; `inputs` by matrix, empty where the engine cannot read them.
-    `others`: prompts that have no confidence, whose inputs come after those of `prompts`.
+    `prompts`: those that were judged; `activations` [N, L, D]; `confidence` [N]; `inputs` by matrix, empty
+    where the engine cannot read them. `others`: prompts that were not answered, or whose answers could not be
+    judged; their inputs come after those of `prompts`, and only gates learn from them.
     """
 
     prompts: Sequence[Prompt]
@@ -149,7 +150,8 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
     else:
         (folder / "gates.safetensors").unlink(missing_ok=True)
     counts = {kind: samples.counts(kind) for kind in KINDS}
-    write_json(folder / "fit.json", {"samples": counts, "directions": summary})
+    read = {kind: sum(prompt.kind == kind for prompt in samples.others) for kind in KINDS}
+    write_json(folder / "fit.json", {"samples": counts, "others": read, "directions": summary})
 
 
 def _fit_directions(

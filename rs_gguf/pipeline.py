@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rs_gguf import baselines, fitting, models, prompts, writing
+from rs_gguf import baselines, fitting, models, prompts, shape, writing
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.capture import Conversation, capture_all, captured
 from rs_gguf.errors import InputError
@@ -166,12 +166,12 @@ class Pipeline:
 
     @cached_property
     def unanswered(self) -> list[Prompt]:
-        """More prompts to fit on, of which the kind alone is used: by gates, and so by no other engine."""
-        if self.model_path.is_dir():
+        """More prompts to fit on, of which the kind alone is used: by gates, if the model can have any."""
+        if self.model_path.is_dir() or not shape.of_gguf(self.model_path).writers:
             return []
-        answered = set(self.prompts["fit"])
+        answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.unanswered, self.recipe.seed
-        others = ([p for p in rows if p not in answered] for rows in self._pool["fit"].values())
+        others = ([p for p in rows if p.id not in answered] for rows in self._pool["fit"].values())
         return [prompt for rows in others for prompt in prompts.stratified(rows, size, seed=seed)]
 
     @cached_property

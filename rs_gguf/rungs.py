@@ -129,6 +129,11 @@ class Rungs:
         return self._logprobs(self._openings), self._logprobs(self._quiet)
 
     @cached_property
+    def _few(self) -> dict[int, Pair]:
+        """The quiet answers whose drift a probe takes."""
+        return {i: self._quiet[i] for i in self._sample(list(self._quiet), _PROBED_PAIRS)}
+
+    @cached_property
     def _briefly(self) -> _Answered:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
@@ -190,11 +195,10 @@ class Rungs:
         return replace(trial, seconds=round(time.perf_counter() - start, 2))
 
     def _probe(self, number: int, candidate: Candidate) -> Trial:
-        openings, unmoved = self._before
-        few = {i: self._quiet[i] for i in self._sample(list(self._quiet), _PROBED_PAIRS)}
-        before = [of for i, of in zip(self._quiet, unmoved, strict=True) if i in few]
+        openings, quiet = self._before
+        unmoved = [found for i, found in zip(self._quiet, quiet, strict=True) if i in self._few]
         with self.steering(candidate).on(self.model):
-            after = self.model.token_logprobs([*self._openings.values(), *few.values()])
+            after = self.model.token_logprobs([*self._openings.values(), *self._few.values()])
         kept = {
             i: min(1.0, math.exp(float(now.sum()) - float(before.sum())))
             for i, (before, _), (now, _) in zip(self._openings, openings, after, strict=False)
@@ -209,7 +213,7 @@ class Rungs:
             "probe",
             mean(self.wanted),
             mean(self._unsteered.refused("harmful")),
-            benign_drift=mean_change(before, after[len(openings) :]),
+            benign_drift=mean_change(unmoved, after[len(openings) :]),
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:

@@ -3,8 +3,8 @@
 A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
 kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
 much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
-strength is moved until a limit binds. The chosen one answers *in full*, and loses strength until that holds
-the limits too. Control vectors and gated adapters are searched alike.
+strength is moved until a limit binds. The chosen one answers *in full*, and with less strength, until that
+holds the limits and changes less. Control vectors and gated adapters are searched alike.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class Finder:
             answered.append(self._answered(candidate))
         chosen = choose(answered, len(self._rungs.wanted))
         if self._recipe.tune.full and chosen.feasible:
-            self._bear_full_length(chosen, space, None if seconds is None else start + seconds)
+            self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
         return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
 
-    def _bear_full_length(self, chosen: Trial, space: Space, until: float | None) -> None:
-        """Answer in full with the chosen candidate, and with less strength while a limit does not hold.
+    def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
+        """Answer in full with the chosen candidate, and with less strength while that is no worse.
 
-        And one step further while that changes as much: what is too strong breaks long answers down.
+        What is too strong breaks long answers down. Within the limits it goes no lower than `space.least`.
         """
         tried: list[Trial] = []
         for k in range(_FULL):
@@ -212,7 +212,10 @@ class Finder:
         return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
 
     def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
-        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses."""
+        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
+
+        Each at the strength of its probe, or the least that the space answers with.
+        """
 
         def strong_enough(candidate: Candidate) -> Candidate:
             return replace(candidate, strength=max(candidate.strength, space.least))

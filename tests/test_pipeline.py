@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,21 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
+def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
+    """The samples' inputs of one matrix are those of their prompts, read once more."""
+    samples = pipeline.samples()
+    every = [*samples.prompts, *samples.others]
+    kept = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
+    for place in places:
+        (tokens,) = chat_tokens(pipeline.model, [every[place]], None)
+        ((_, _, read),) = pipeline.model.token_activations(  # type: ignore[union-attr]
+            [tokens], [[len(tokens) - 1]], layers=range(2), tensors=("kqv_out",)
+        )
+        away = np.linalg.norm(kept - read["kqv_out"][1], axis=1)
+        assert away.argmin() == place
+        assert away[place] < 1e-2 * np.linalg.norm(read["kqv_out"][1])
+
+
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
@@ -85,6 +100,19 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert (row["confidence"] is not None) == told, row
     traces = {text.partition("</think>")[0].strip() for text in texts.values()}
     assert not [text for text in judge.judged if any(len(t) > 8 and t in text for t in traces)]
+
+    # What could not be judged, and what was not answered, comes last, each with what was read of it.
+    with contextlib.closing(Pipeline(chosen, RunFolder(tmp_path / "out"), Silent())) as pipeline:
+        samples, asked = pipeline.samples(), {p.id for p in pipeline.prompts["fit"]}
+        unjudged = [p for p in samples.others if p.id in asked]
+        assert 0 < len(unjudged) < 40
+        assert len(samples.prompts) + len(unjudged) == len(samples.activations) + len(unjudged) == 72
+        unanswered = [p for p in samples.others if p.id not in asked]
+        assert len(unanswered) == 24
+        assert not {p.id for p in unanswered} & answers.keys()
+        assert {p.split for p in unanswered} == {"fit"}
+        n = len(samples.prompts)
+        check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
     assert metrics["model"]["architecture"] == "qwen3"
     assert set(metrics["sets"]) == {"sensitive", "harmful", "benign"}
@@ -108,24 +136,6 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
         run(chosen, out)
     metrics = run(chosen, out)
     assert shard.read_bytes() == before
-
-    pipeline = Pipeline(chosen, RunFolder(out), Silent())
-    with contextlib.closing(pipeline):
-        samples = pipeline.samples()
-        assert (len(samples.prompts), len(samples.others)) == (72, 24)
-        assert not {p.id for p in samples.others} & {row["id"] for row in rows(out / "answers.jsonl")}
-        assert {p.split for p in samples.others} == {"fit"}
-        assert samples.activations.shape[0] == 72
-        kept = samples.inputs["attn_output"].last[np.arange(96), 1]
-        for every, one in ((samples.prompts, 5), (samples.others, 7)):
-            place = one + (72 if every is samples.others else 0)
-            (tokens,) = chat_tokens(pipeline.model, [every[one]], None)
-            ((_, _, read),) = pipeline.model.token_activations(
-                [tokens], [[len(tokens) - 1]], layers=range(2), tensors=("kqv_out",)
-            )
-            away = np.linalg.norm(kept - read["kqv_out"][1], axis=1)
-            assert away.argmin() == place
-            assert away[place] < 1e-2 * np.linalg.norm(read["kqv_out"][1])
 
     assert metrics["model"]["architecture"] == "qwen3moe"
     assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]

@@ -305,13 +305,13 @@ def test_stages_grow_with_what_they_are_given(
 
 
 def test_full_answers_of_the_search_are_counted(shape: Shape) -> None:
-    """Of 0, 8 and 16 prompts a kind: unsteered and with both files, so many tokens each."""
+    """Of 0, 8 and 16 prompts a kind: unsteered and with both files at two strengths, so many tokens each."""
     none, some, more = (
         planned(shape, f"tune.full={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
     )
     assert more.seconds > some.seconds > none.seconds
-    assert (some.answered - none.answered) == pytest.approx(3 * 3 * 8 * costs._length(200))
-    assert (more.answered - none.answered) == pytest.approx(3 * 3 * 16 * costs._length(200))
+    assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs._length(200))
+    assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs._length(200))
     # No budget is too small for them.
     least = planned(shape, "tune.budget=0", "tune.full=16", "answers.test_tokens=200").stages["tune"]
     assert 0 < least.seconds < more.seconds - none.seconds + 1e-6
