@@ -128,7 +128,7 @@ class Tune(_Section):
         default=16,
         ge=0,
         description="prompts of each kind that the chosen candidate answers at full length, "
-        "`answers.test_tokens`, and weaker ones while they are no worse; 0 for none",
+        "`answers.test_tokens`, and weaker ones until one holds all limits, and one more; 0 for none",
     )
     budget: Annotated[float, BeforeValidator(_seconds)] | None = Field(
         default=None,

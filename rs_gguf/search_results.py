@@ -21,8 +21,8 @@ _FEWEST_PAIRS = 3  # of which a rank correlation is told
 def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
     """The trial to use, of a space's: the chosen one, at the strength that does best at full length.
 
-    Of the chosen strength and the weaker ones that were tried in full, that is the `best_in_full` within the
-    limits; the weakest where none is.
+    Of the chosen strength and the weaker ones that were tried in full, that is the one within the limits that
+    changes most, of equals the weakest; and the weakest where none is within them.
     """
     chosen = choose([trial for trial in trials if trial.rung == "answers"], n_wanted)
     tried = [
@@ -34,12 +34,9 @@ def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
     ]
     tried.sort(key=lambda trial: trial.candidate.strength)
     feasible = [trial for trial in tried if trial.feasible]
-    return best_in_full(feasible) if feasible else tried[0] if tried else chosen
-
-
-def best_in_full(tried: Sequence[Trial]) -> Trial:
-    """That which changes most, of equals the weakest; short answers favour too much strength."""
-    return min(tried, key=lambda trial: (trial.sensitive, trial.candidate.strength))
+    if feasible:  # short answers favour too much strength
+        return min(feasible, key=lambda trial: (trial.sensitive, trial.candidate.strength))
+    return tried[0] if tried else chosen
 
 
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:

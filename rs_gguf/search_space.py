@@ -119,7 +119,8 @@ class Space:
             [(GATE, ridge) for ridge in ridges],
             first=(max(1, n_layer // 12), max(1, n_layer // 2)),
             length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
-            strength=(0.1, 2.0),
+            # The whole contrast takes a refused prompt all the way; early blocks would be pushed beyond it.
+            strength=(0.1, 2.0 if induce else 1.0),
             start=start,
             margins=margins,
             least=least,

@@ -3,8 +3,8 @@
 A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
 kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
 much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
-strength is moved until a limit binds. The chosen one answers *in full*, and with less strength, until that
-holds the limits and changes less. Control vectors and gated adapters are searched alike.
+strength is moved until a limit binds. The chosen one answers *in full*, with less strength until that holds
+the limits, and once more. Control vectors and gated adapters are searched alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from rs_gguf.recipe import Recipe
 from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import best_in_full, choose, nearest, settled
+from rs_gguf.search_results import choose, nearest, settled
 from rs_gguf.search_space import Candidate, Space, Trial
 
 _LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
@@ -93,20 +93,24 @@ class Finder:
                 break
             answered.append(self._answered(candidate))
         chosen = choose(answered, len(self._rungs.wanted))
-        if self._recipe.tune.full and chosen.feasible:
+        if self._recipe.tune.full and chosen.feasible and self._changes(chosen):
             self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
         return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
 
+    def _changes(self, chosen: Trial) -> bool:
+        """Whether it changes more than a single prompt, so that full answers are worth their time."""
+        return (1 - chosen.sensitive) * len(self._rungs.wanted) > 1.5
+
     def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
-        """Answer in full with the chosen candidate, and with less strength while that is no worse.
+        """Answer in full with the chosen candidate, with less strength until all limits hold, and once more.
 
         What is too strong breaks long answers down. Within the limits it goes no lower than `space.least`.
         """
         tried: list[Trial] = []
         for k in range(_FULL):
             strength = round(chosen.candidate.strength / _STEP**k, 4)
-            feasible = [trial for trial in tried if trial.feasible]
-            enough = feasible and (best_in_full(feasible) is not tried[-1] or strength < space.least)
+            held = [trial.feasible for trial in tried]
+            enough = any(held[:-1]) or (any(held) and strength < space.least)
             if tried and (enough or not self._goes_on(tried, _FULL, until)):
                 break
             tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))

@@ -509,7 +509,7 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
 @pytest.mark.parametrize(
     ("left", "least", "taken"),
     [
-        ([0.8, 0.6, 0.4], 0.0, 2),
+        ([0.8, 0.6, 0.4], 0.0, 1),  # one more is enough
         ([0.8, 0.6, 0.7], 0.0, 1),
         ([0.6, 0.8, 0.4], 0.0, 0),  # two are enough where the weaker is worse
         ([0.6, 0.6, 0.7], 0.0, 1),  # of equals the weaker
