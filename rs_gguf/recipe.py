@@ -122,7 +122,7 @@ class Tune(_Section):
 
     trials: int = Field(default=6, ge=1, description="probes, one forward pass each, for each kind of file")
     finalists: int = Field(
-        default=2, ge=1, description="candidates of each kind of file whose answers are generated and judged"
+        default=3, ge=1, description="candidates of each kind of file whose answers are generated and judged"
     )
     full: int = Field(
         default=16,

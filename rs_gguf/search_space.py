@@ -117,7 +117,7 @@ class Space:
         ]
         return cls(
             [(GATE, ridge) for ridge in ridges],
-            first=(max(1, n_layer // 12), max(1, n_layer // 2)),
+            first=(max(1, n_layer // 5), max(1, n_layer // 2)),
             length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
             # The whole contrast takes a refused prompt all the way; early blocks would be pushed beyond it.
             strength=(0.1, 2.0 if induce else 1.0),

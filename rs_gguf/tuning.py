@@ -25,7 +25,6 @@ _NEAR = 1.3  # times that level, or less: near enough
 _STEPS = 3  # probes at most that bring one proposal to the level
 _FARTHEST = 6.0  # that one of them may multiply or divide a strength by
 _IDLE = 20  # proposals in a row that bring nothing new: the space is exhausted
-_SMALL_LOSS = 0.05  # nats of a refusal's opening that are noise: no merit in losing less
 _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 _PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
@@ -225,7 +224,8 @@ class Finder:
             return replace(candidate, strength=max(candidate.strength, space.least))
 
         def merit(trial: Trial) -> float:
-            return -math.log(max(trial.sensitive, 1e-6)) / (self._loss(trial) * _LEVEL + _SMALL_LOSS)
+            # No merit in losing less than the level: early blocks do, and change little at any strength.
+            return -math.log(max(trial.sensitive, 1e-6)) / max(1.0, self._loss(trial))
 
         return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
 
