@@ -132,7 +132,7 @@ class Pipeline:
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
             "score": [recipe.judge, shipped_version()],
-            "capture": [[p.id for p in self.unanswered]],
+            "capture": [],
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
@@ -142,6 +142,8 @@ class Pipeline:
             "report": [],
         }  # fmt: skip
         before = STAGES[: STAGES.index(stage) + 1]
+        if "capture" in before:  # not earlier: a file that is no model is told of when it is loaded
+            parts["capture"] = [[p.id for p in self.unanswered]]
         return key_of([(name, parts[name]) for name in before])
 
     # ---- what the stages work on -----------------------------------------------------------------
