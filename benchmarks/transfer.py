@@ -69,7 +69,7 @@ def main() -> None:
                 reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
                 opening[left_out] = openings(inputs, reads, left_out)
                 progress.advance(task)
-    print_summary(labels, kinds, found)
+    print_summary(labels, found)
     for cell, left_out, kind in (
         ("subject", "subject", "sensitive"), ("topic", "topic", "sensitive"), ("topic", "topic", "harmful"),
         ("form", "form", "sensitive"), ("form", "form", "harmful"),
@@ -100,17 +100,17 @@ def openings(
     return np.asarray(np.mean(answers, axis=0))
 
 
-def print_summary(labels: Labels, kinds: NDArray[np.str_], found: dict[str, Opening]) -> None:
+def print_summary(labels: Labels, found: dict[str, Opening]) -> None:
     """All prompts are samples of their kind; those that were not answered are never counted as refused."""
     refused = labels.confidence > 0
-    some = kinds != "benign"
+    some = ~labels.kind("benign")
     print(
         "| left out | AUROC, sensitive against harmful | refused sensitive opened | refused harmful opened |"
     )
     print("| --- | --- | --- | --- |")
     for cell, opening in found.items():
-        auroc = roc_auc_score(kinds[some] == "sensitive", opening[some])
-        opened = [opening[refused & (kinds == kind)] > OPEN for kind in ("sensitive", "harmful")]
+        auroc = roc_auc_score(labels.kind("sensitive")[some], opening[some])
+        opened = [opening[refused & labels.kind(kind)] > OPEN for kind in ("sensitive", "harmful")]
         shares = " | ".join(f"{share.mean():.0%} of {len(share)}" for share in opened)
         print(f"| {cell}s | {auroc:.3f} | {shares} |")
 

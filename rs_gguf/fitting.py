@@ -90,14 +90,14 @@ class Samples:
     @cached_property
     def groups(self) -> NDArray[np.str_]:
         """Cells whose means a safe direction must stay quiet on, [N, 3]."""
-        return _cells(self.prompts)
+        return _groups(self.prompts)
 
     @cached_property
     def labels(self) -> Labels:
         """Of all samples, as a gate takes them: of the `others` the kind and the cells alone count."""
         every = [*self.prompts, *self.others]
         confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
-        return Labels.of(confidence, [prompt.kind for prompt in every], _cells(every))
+        return Labels.of(confidence, [prompt.kind for prompt in every], _groups(every))
 
     def counts(self, kind: str) -> dict[str, int]:
         """How many of a kind were refused, answered and neither."""
@@ -120,7 +120,7 @@ class Samples:
                 )
 
 
-def _cells(prompts: Sequence[Prompt]) -> NDArray[np.str_]:
+def _groups(prompts: Sequence[Prompt]) -> NDArray[np.str_]:
     return np.array([[p.topic, p.form, p.language] for p in prompts])
 
 

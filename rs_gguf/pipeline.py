@@ -125,14 +125,15 @@ class Pipeline:
 
     def _key(self, stage: str) -> str:
         """Hash of all that matters up to this stage: recipe sections, prompts, model, judge, version."""
-        recipe = self.recipe
+        recipe, before = self.recipe, STAGES[: STAGES.index(stage) + 1]
         parts: dict[str, Any] = {
             "answer": [
                 __version__, self.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
             "score": [recipe.judge, shipped_version()],
-            "capture": [],
+            # Not earlier: a file that is no model is told of when it is loaded.
+            "capture": [[p.id for p in self.unanswered]] if "capture" in before else [],
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
@@ -141,9 +142,6 @@ class Pipeline:
             ],
             "report": [],
         }  # fmt: skip
-        before = STAGES[: STAGES.index(stage) + 1]
-        if "capture" in before:  # not earlier: a file that is no model is told of when it is loaded
-            parts["capture"] = [[p.id for p in self.unanswered]]
         return key_of([(name, parts[name]) for name in before])
 
     # ---- what the stages work on -----------------------------------------------------------------

@@ -32,11 +32,10 @@ def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
         and trial.candidate.shape == chosen.candidate.shape
         and trial.candidate.strength <= chosen.candidate.strength
     ]
-    tried.sort(key=lambda trial: trial.candidate.strength)
     feasible = [trial for trial in tried if trial.feasible]
     if feasible:  # short answers favour too much strength
         return min(feasible, key=lambda trial: (trial.sensitive, trial.candidate.strength))
-    return tried[0] if tried else chosen
+    return min(tried, key=lambda trial: trial.candidate.strength, default=chosen)
 
 
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
