@@ -22,6 +22,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf import amx
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Generation, Sampling, common_prefix, draw
 
@@ -122,10 +123,14 @@ class LlamaModel:
         self._names: list[str] | None = None  # being collected by `graph_tensors`
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        _recent_errors.clear()
-        self._model = llama_cpp.llama_model_load_from_file(
-            os.fsencode(self.path), llama_cpp.llama_model_default_params()
-        )
+        # The copy for AMX takes more memory than the model itself.
+        for file in dict.fromkeys([amx.file_to_load(self.path), self.path]):
+            _recent_errors.clear()
+            self._model = llama_cpp.llama_model_load_from_file(
+                os.fsencode(file), llama_cpp.llama_model_default_params()
+            )
+            if self._model:
+                break
         if not self._model:
             raise InputError(_loader_failure(f"llama.cpp cannot load {self.path}"))
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

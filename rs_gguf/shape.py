@@ -7,15 +7,14 @@ weight is read, so the model may be larger than the machine.
 from __future__ import annotations
 
 import math
-import mmap
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rs_gguf import gguf_header
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ Tensor = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimension
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _WRITERS = ("attn_output", "ffn_down")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of transformers' configurations
-# struct's codes of the value types of the format, by their number there; 8 is text, 9 a list.
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _LIST = 8, 9
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,8 @@ def of_gguf(path: Path) -> Shape:
     Raises:
         InputError: not a GGUF file, a damaged header, or no language model.
     """
-    values, tensors = _read_header(path)
+    header = gguf_header.read(path)
+    values, tensors = header.values, [(info.name, info.shape) for info in header.tensors]
     family = values.get("general.architecture", "")
     try:
         n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
@@ -202,64 +199,3 @@ def _attention(block: Mapping[str, Sequence[int]]) -> tuple[int, int]:
     if "attn_qkv" in block:
         return block["attn_qkv"][1] - queries, queries
     return sum(block[name][1] for name in ("attn_k", "attn_v") if name in block), queries
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """Metadata that is no list, and the tensors. Every length is followed, none is believed."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Header(data).read()
-    except (OSError, OverflowError, ValueError, struct.error) as error:  # a ValueError: an empty file
-        raise InputError(
-            f"{path}: not a GGUF file that can be read ({error}). Get the file again."
-        ) from error
-
-
-class _Header:
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
-
-    def read(self) -> tuple[dict[str, Any], list[Tensor]]:
-        if self._data[:4] != b"GGUF":
-            raise ValueError("it does not begin with 'GGUF'")
-        self._at = 8
-        n_tensors, n_values = self._number("Q"), self._number("Q")
-        values = {}
-        for _ in range(n_values):
-            key = self._text()
-            values[key] = self._value(self._number("I"))
-        tensors: list[Tensor] = []
-        for _ in range(n_tensors):
-            name = self._text()
-            shape = [self._number("Q") for _ in range(self._number("I"))]
-            self._at += 12  # type and offset
-            tensors.append((name, shape))
-        return values, tensors
-
-    def _number(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self._data, self._at)
-        self._at += struct.calcsize("<" + code)
-        return value
-
-    def _text(self) -> str:
-        size = self._number("Q")
-        self._at += size
-        return self._data[self._at - size : self._at].decode("utf-8", "replace")
-
-    def _value(self, kind: int) -> Any:
-        if kind == _TEXT:
-            return self._text()
-        if kind in _CODES:
-            return self._number(_CODES[kind])
-        if kind != _LIST:
-            raise ValueError(f"unknown value type {kind}")
-        kind, count = self._number("I"), self._number("Q")
-        if kind == _TEXT:  # a vocabulary: passed over
-            for _ in range(count):
-                size = self._number("Q")
-                self._at += size
-        elif kind in _CODES:
-            self._at += count * struct.calcsize("<" + _CODES[kind])
-        else:
-            raise ValueError("a list of lists")
-        return None

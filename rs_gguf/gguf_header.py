@@ -1,0 +1,111 @@
+"""The header of a GGUF file, however large: metadata without its lists, and what is told of the tensors.
+
+A path goes in, a `Header` comes out. No weight is read and no vocabulary kept, so it takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rs_gguf.errors import InputError
+
+# struct's codes of the value types of the format, by their number there; 8 is text, 9 a list.
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: its dimensions with the inputs first, ggml's number of its type, its offset in the data."""
+
+    name: str
+    shape: Sequence[int]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """`values` are metadata that is no list. Tensors are told of from byte `tensors_at` to `end`.
+
+    To a multiple of `alignment` bytes the header is padded, and so is each tensor.
+    """
+
+    values: dict[str, Any]
+    tensors: Sequence[TensorInfo]
+    alignment: int
+    tensors_at: int
+    end: int
+
+
+def read(path: Path) -> Header:
+    """The header of a GGUF file. Every length is followed, none is believed.
+
+    Raises:
+        InputError: not a GGUF file, or a damaged header.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).read()
+    except (OSError, OverflowError, ValueError, struct.error) as error:  # a ValueError: an empty file
+        raise InputError(
+            f"{path}: not a GGUF file that can be read ({error}). Get the file again."
+        ) from error
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, 0
+
+    def read(self) -> Header:
+        if self._data[:4] != b"GGUF":
+            raise ValueError("it does not begin with 'GGUF'")
+        self._at = 8
+        n_tensors, n_values = self._number("Q"), self._number("Q")
+        values = {}
+        for _ in range(n_values):
+            key = self._text()
+            values[key] = self._value(self._number("I"))
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        tensors_at = self._at
+        tensors = []
+        for _ in range(n_tensors):
+            name = self._text()
+            shape = [self._number("Q") for _ in range(self._number("I"))]
+            tensors.append(TensorInfo(name, shape, self._number("I"), self._number("Q")))
+        return Header(values, tensors, alignment, tensors_at, self._at)
+
+    def _number(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self._data, self._at)
+        self._at += struct.calcsize("<" + code)
+        return value
+
+    def _text(self) -> str:
+        size = self._number("Q")
+        self._at += size
+        return self._data[self._at - size : self._at].decode("utf-8", "replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _TEXT:
+            return self._text()
+        if kind in _CODES:
+            return self._number(_CODES[kind])
+        if kind != _LIST:
+            raise ValueError(f"unknown value type {kind}")
+        kind, count = self._number("I"), self._number("Q")
+        if kind == _TEXT:  # a vocabulary: passed over
+            for _ in range(count):
+                size = self._number("Q")
+                self._at += size
+        elif kind in _CODES:
+            self._at += count * struct.calcsize("<" + _CODES[kind])
+        else:
+            raise ValueError("a list of lists")
+        return None

@@ -1,0 +1,110 @@
+"""The copy that AMX multiplies faster has the same weights, and where none can be made the model will do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from architectures import llama
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from tiny_gguf import write_tiny_qwen2
+
+from rs_gguf import amx
+from rs_gguf.gguf_file import finish, metadata
+
+Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model whose matrices are Q5_0, on a machine with AMX and an empty cache."""
+    monkeypatch.setattr(amx, "_has_amx", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tiny_qwen2(tmp_path / "f32.gguf")
+    return written(tmp_path / "f32.gguf", tmp_path / "model.gguf")
+
+
+def written(source: Path, path: Path, *, without: str = "", **values: int) -> Path:
+    """`source` with its matrices as Q5_0, without the tensor `without`, with more metadata."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(path, "qwen2")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for key, value in values.items():
+        writer.add_uint16(key.replace("_", "."), value)
+    for tensor in reader.tensors:
+        kind = Q5_0 if len(tensor.shape) == 2 else F32
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
+    finish(writer)
+    return path
+
+
+def test_the_copy_has_the_same_weights_and_metadata(model: Path) -> None:
+    copy = amx.file_to_load(model)
+    assert copy != model
+    before, after = GGUFReader(model), GGUFReader(copy)
+    assert metadata(after) == metadata(before)
+    assert [tensor.name for tensor in after.tensors] == [tensor.name for tensor in before.tensors]
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        multiplied = old.tensor_type == Q5_0 and old.name != "token_embd.weight"
+        assert new.tensor_type == (Q8_0 if multiplied else old.tensor_type)
+        values = [gguf.quants.dequantize(t.data, t.tensor_type) for t in (old, new)]
+        np.testing.assert_array_equal(*values)
+
+
+def test_llama_cpp_computes_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_tiles(defaults: Any = llama_cpp.llama_model_default_params) -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_tiles)
+    pairs = [([5, 6, 7], [8, 9, 10, 11]), ([200, 3], [40, 41])]
+    with llama(model) as wide:
+        found = wide.token_logprobs(pairs)
+    assert len(list((model.parent / "cache").rglob("*.gguf"))) == 1, "it should load the copy"
+    monkeypatch.setattr(amx, "_has_amx", lambda: False)
+    with llama(model) as narrow:
+        expected = narrow.token_logprobs(pairs)
+    for (a, _), (b, _) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)  # nats; where both sum in the same order it is 0
+
+
+def test_a_copy_is_made_once(model: Path) -> None:
+    copy = amx.file_to_load(model)
+    made = copy.stat().st_mtime_ns
+    assert amx.file_to_load(model) == copy
+    assert copy.stat().st_mtime_ns == made
+
+
+def test_an_embedding_that_is_the_output_too_is_multiplied(model: Path) -> None:
+    tied = written(model.with_name("f32.gguf"), model.with_name("tied.gguf"), without="output.weight")
+    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(amx.file_to_load(tied)).tensors}
+    assert kinds["token_embd.weight"] == Q8_0
+
+
+def test_the_model_itself_where_no_copy_helps(model: Path) -> None:
+    without_q5 = model.with_name("f32.gguf")
+    assert amx.file_to_load(without_q5) == without_q5
+    split = written(without_q5, model.with_name("m-00001-of-00002.gguf"), split_count=2)
+    assert amx.file_to_load(split) == split
+
+
+def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (0, 100, model.stat().st_size // 2):
+        cut = model.with_name("cut.gguf")
+        cut.write_bytes(model.read_bytes()[:size])
+        assert amx.file_to_load(cut) == cut
+    assert not [path for path in (model.parent / "cache").rglob("*") if path.is_file()]
+    monkeypatch.setattr(amx, "_MOST_BYTES", 1000)
+    assert amx.file_to_load(model) == model
+    monkeypatch.undo()
+    monkeypatch.setattr(amx, "_has_amx", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model))  # a file, in which nothing can be made
+    assert amx.file_to_load(model) == model
