@@ -48,7 +48,7 @@ WRITERS: Mapping[str, Sequence[str]] = {
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
 HARM = -0.25
-QUIET = 0.1  # weight of the energy on other tokens, beside that within the classes
+QUIET = 2.0  # weight of the energy on other tokens, beside that within the classes
 MIN_CELL = 4  # samples below which a mean is noise
 
 

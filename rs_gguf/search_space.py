@@ -67,8 +67,8 @@ class Candidate:
 class Space:
     """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
 
-    `first` and `length` are in blocks. The points of `start` are tried before all others. Answers begin with
-    no less strength than `least`.
+    `first` and `length` are in blocks; all have the same `margin`. The points of `start` are tried before all
+    others. Answers begin with no less strength than `least`.
     """
 
     directions: Sequence[tuple[str, float]]
@@ -76,7 +76,7 @@ class Space:
     length: tuple[int, int]
     strength: tuple[float, float]
     start: Sequence[Candidate]
-    margins: Sequence[float] = (0.0,)
+    margin: float = 0.0
     least: float = 0.0
 
     def holds(self, candidate: Candidate) -> bool:
@@ -107,14 +107,13 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        margins = (0.0,) if induce else (0.4, 0.2)  # what is to be refused has no room for one
+        # With less, more benign prompts are refused than before. What is to be refused has no room for one.
+        margin = 0.0 if induce else 0.4
         # Half of the contrast is halfway from the mean of one side to that of the other. Less turns few
         # verdicts over, and much more breaks answers down.
         least = 0.5
         strength = 1.25 if induce else least
-        start = [
-            Candidate(GATE, ridge, first, last, strength, margin) for margin in margins for ridge in ridges
-        ]
+        start = [Candidate(GATE, ridge, first, last, strength, margin) for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
             first=(max(1, n_layer // 5), max(1, n_layer // 2)),
@@ -122,7 +121,7 @@ class Space:
             # The whole contrast takes a refused prompt all the way; early blocks would be pushed beyond it.
             strength=(0.1, 2.0 if induce else 1.0),
             start=start,
-            margins=margins,
+            margin=margin,
             least=least,
         )
 

@@ -143,7 +143,7 @@ class Finder:
     # ---- candidates ------------------------------------------------------------------------------
 
     def _proposals(self, space: Space, until: float | None) -> list[Trial]:
-        """TPE over estimator, ridge, blocks and margin, with retention and drift as its constraints.
+        """TPE over estimator, ridge and blocks, with retention and drift as its constraints.
 
         Of each proposal the probe that is nearest to the level.
         """
@@ -160,7 +160,6 @@ class Finder:
                     "directions": names.index((point.estimator, point.ridge)),
                     "first": point.first,
                     "length": point.last - point.first + 1,
-                    "margin": point.margin,
                 }
             )
         strengths = {(point.estimator, point.ridge): point.strength for point in space.start}
@@ -172,11 +171,10 @@ class Finder:
             name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
             first = trial.suggest_int("first", *space.first)
             length = trial.suggest_int("length", *space.length)
-            margin = trial.suggest_categorical("margin", list(space.margins))
             last = max(first, min(first + length - 1, last_block))
             # What brought this direction to the level in other blocks is the best guess in these.
             strength = strengths.get(name, next(iter(strengths.values())))
-            candidate = Candidate(estimator, ridge, first, last, strength, margin)
+            candidate = Candidate(estimator, ridge, first, last, strength, space.margin)
             if candidate.shape in levelled:
                 candidate = levelled[candidate.shape].candidate
             steps = self._level(candidate, space)
@@ -234,7 +232,7 @@ class Finder:
 
         Where more strength changed no more than chance does, it is not raised again: short answers do not
         show how a model that is pushed too far breaks down later. Where harm is kept and another limit is
-        not, other blocks or another margin come first: less strength would cost removal. Where that did not
+        not, other blocks come first: less strength would cost removal. Where that did not
         help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
