@@ -333,7 +333,8 @@ class Pipeline:
                 for space in spaces.values():
                     finder.search(space, None if budget is None else budget / len(spaces))
             finally:  # also when interrupted: the best so far is kept, and the search goes on from there
-                write_json(path, {"key": key, **summary(finder.trials, spaces, len(rungs.wanted))})
+                found = summary(finder.trials, spaces, len(rungs.wanted), rungs.n_wanted_in_full)
+                write_json(path, {"key": key, **found})
         log.finish(list(log.rows))
 
     def _unsteered(self) -> Unsteered:

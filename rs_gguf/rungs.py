@@ -158,6 +158,11 @@ class Rungs:
         """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
         return len(self._some), self._recipe.answers.test_tokens
 
+    @property
+    def n_wanted_in_full(self) -> int:
+        """Of the sensitive prompts to change, how many a full trial answers; 1 where it answers none."""
+        return max(1, len({*self._some} & {*self.wanted}))
+
     def _answered(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Answered:
         answers, judgements, _ = answer_and_judge(
             self.model,

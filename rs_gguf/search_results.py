@@ -18,11 +18,12 @@ from rs_gguf.search_space import Space, Trial
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
 
-def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
+def settled(trials: Sequence[Trial], n_wanted: int, n_in_full: int) -> Trial:
     """The trial to use, of a space's: the chosen one, at the strength that does best at full length.
 
-    Of the chosen strength and the weaker ones that were tried in full, that is the one within the limits that
-    changes most, of equals the weakest; and the weakest where none is within them.
+    Of the chosen strength and the weaker ones that were tried in full, that is the weakest within the limits
+    that changes as much as the best (see `choose`; `n_in_full` sensitive prompts), and the weakest where none
+    is within them.
     """
     chosen = choose([trial for trial in trials if trial.rung == "answers"], n_wanted)
     tried = [
@@ -32,10 +33,9 @@ def settled(trials: Sequence[Trial], n_wanted: int) -> Trial:
         and trial.candidate.shape == chosen.candidate.shape
         and trial.candidate.strength <= chosen.candidate.strength
     ]
-    feasible = [trial for trial in tried if trial.feasible]
-    if feasible:  # short answers favour too much strength
-        return min(feasible, key=lambda trial: (trial.sensitive, trial.candidate.strength))
-    return min(tried, key=lambda trial: trial.candidate.strength, default=chosen)
+    # Short answers favour too much strength, and long ones break down with it.
+    good = _as_good_as_the_best([trial for trial in tried if trial.feasible], n_in_full) or tried
+    return min(good, key=lambda trial: trial.candidate.strength, default=chosen)
 
 
 def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
@@ -45,13 +45,15 @@ def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
     since a single prompt that two trials answer differently tells nothing (McNemar's z is 1). If none is
     feasible it is the nearest, and says so.
     """
-    feasible = [trial for trial in answered if trial.feasible]
-    if not feasible:
-        return nearest(answered)
-    fewest = min(trial.sensitive for trial in feasible)
+    good = _as_good_as_the_best([trial for trial in answered if trial.feasible], n_wanted)
+    return min(good, key=lambda t: (t.benign_drift, t.sensitive)) if good else nearest(answered)
+
+
+def _as_good_as_the_best(feasible: Sequence[Trial], n_wanted: int) -> list[Trial]:
+    fewest = min((trial.sensitive for trial in feasible), default=0.0)
     # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n_wanted.
-    limit = fewest + max(_standard_error(fewest, n_wanted), 1 / n_wanted) + 1e-9
-    return min((t for t in feasible if t.sensitive <= limit), key=lambda t: (t.benign_drift, t.sensitive))
+    limit = fewest + max(_standard_error(min(1.0, fewest), n_wanted), 1 / n_wanted) + 1e-9
+    return [trial for trial in feasible if trial.sensitive <= limit]
 
 
 def nearest(answered: Sequence[Trial]) -> Trial:
@@ -85,7 +87,9 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def summary(trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int) -> dict[str, Any]:
+def summary(
+    trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int, n_in_full: int
+) -> dict[str, Any]:
     """The content of `tune.json`; trials are named by their numbers, `spaces` by the file that each is for.
 
     A space whose search was cut off before a trial had answered is left out.
@@ -96,7 +100,7 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int)
         answered = [trial for trial in mine if trial.rung == "answers"]
         if not answered:
             continue
-        chosen[name] = settled(mine, n_wanted).number
+        chosen[name] = settled(mine, n_wanted, n_in_full).number
         best = front(answered)
         fronts[name] = [trial.number for trial in best]
         # The gentlest on harm of those that at least halve it.

@@ -94,7 +94,8 @@ class Finder:
         chosen = choose(answered, len(self._rungs.wanted))
         if self._recipe.tune.full and chosen.feasible and self._changes(chosen):
             self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
-        return settled([t for t in self.trials if space.holds(t.candidate)], len(self._rungs.wanted))
+        mine = [trial for trial in self.trials if space.holds(trial.candidate)]
+        return settled(mine, len(self._rungs.wanted), self._rungs.n_wanted_in_full)
 
     def _changes(self, chosen: Trial) -> bool:
         """Whether it changes more than a single prompt, so that full answers are worth their time."""

@@ -96,7 +96,7 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
         for i, t in enumerate(vectors)
     ]
     trials = [*probes, *vectors, trial(6, 0.6, 1.0, candidate=gate)]
-    found = json.loads(json.dumps(summary(trials, {"vector": VECTORS, "adapter": GATES}, 20)))
+    found = json.loads(json.dumps(summary(trials, {"vector": VECTORS, "adapter": GATES}, 20, 8)))
     assert (found["chosen"], found["chosen_adapter"]) == (4, 6)
     assert found["front"] == {"vector": [5, 4, 3], "adapter": [6]}
     assert found["halves"] == {"vector": 4, "adapter": None}
@@ -104,4 +104,4 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     assert found["rank_correlation"]["adapter"] == {"n": 0, "sensitive": None, "harmful": None}
     assert len(found["trials"]) == 7
     # Cut off before any gate had answered.
-    assert "chosen_adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES}, 20)
+    assert "chosen_adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES}, 20, 8)

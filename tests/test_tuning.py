@@ -372,6 +372,7 @@ class Formulas:
 
     wanted = tuple(range(40))
     size_in_full = (12, 64)
+    n_wanted_in_full = 10_000
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
         self.model = SimpleNamespace(n_layer=24)
@@ -490,7 +491,7 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     assert len(tried) == tries
     assert chosen.candidate == next((c for c in tried if c.strength < most), tried[-1])
     assert chosen.feasible == (chosen.candidate.strength < most)
-    assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted))["chosen"] == chosen.number
+    assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted), 10_000)["chosen"] == chosen.number
     # The same again, of what was measured; cut off within the full answers it goes on with them.
     options = {"trials": 12, "finalists": 6, "full": 4}
     for kept in range(len(search.trials) - tries, len(search.trials) + 1):
@@ -507,20 +508,24 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
 
 
 @pytest.mark.parametrize(
-    ("left", "least", "taken"),
+    ("left", "least", "n", "taken"),
     [
-        ([0.8, 0.6, 0.4], 0.0, 1),  # one more is enough
-        ([0.8, 0.6, 0.7], 0.0, 1),
-        ([0.6, 0.8, 0.4], 0.0, 0),  # two are enough where the weaker is worse
-        ([0.6, 0.6, 0.7], 0.0, 1),  # of equals the weaker
-        ([0.8, 0.4, 0.2], 0.1, 0),  # no answers below what the space calls enough
+        ([0.8, 0.6, 0.4], 0.0, 10_000, 1),  # one more is enough
+        ([0.8, 0.6, 0.7], 0.0, 10_000, 1),
+        ([0.6, 0.8, 0.4], 0.0, 10_000, 0),  # two are enough where the weaker is worse
+        ([0.6, 0.6, 0.7], 0.0, 10_000, 1),  # of equals the weaker
+        ([0.6, 0.7, 0.4], 0.0, 20, 1),  # few prompts do not tell these two apart
+        ([0.6, 0.7, 0.4], 0.0, 100, 0),
+        ([0.8, 0.4, 0.2], 0.1, 10_000, 0),  # no answers below what the space calls enough
     ],
 )
-def test_of_full_answers_those_with_fewest_refusals_decide(
-    left: list[float], least: float, taken: int
+def test_of_full_answers_the_weakest_that_do_as_well_as_the_best_decide(
+    left: list[float], least: float, n: int, taken: int
 ) -> None:
     class TooStrong(Formulas):
         """Long answers to the strengths that are tried, strongest first, leave so many refusals."""
+
+        n_wanted_in_full = n
 
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
             trial = super().measure(rung, number, candidate)
@@ -578,7 +583,7 @@ def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     with pytest.raises(KeyboardInterrupt):
         cut.search(SPACE, 300.0)
     assert cut.trials == whole.trials[:-4]
-    kept = summary(cut.trials, {"vector": SPACE}, len(Formulas.wanted))
+    kept = summary(cut.trials, {"vector": SPACE}, len(Formulas.wanted), 10_000)
     # With no time left nothing more is measured, and the best so far is taken.
     ended = Formulas()
     best = formula_finder(ended, known=load_trials(kept["trials"]), budget=0.0).search(SPACE, 0.0)
