@@ -69,7 +69,7 @@ class Prompts(_Section):
         description="as many more of each kind that are read but not answered, where an adapter is fitted: "
         "its gate learns the kinds from them",
     )
-    tune: int = Field(default=30, ge=4, description="prompts of each kind that choose layers and strength")
+    tune: int = Field(default=60, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(
         default=30, ge=4, description="prompts of each kind that the reported figures come from"
     )
