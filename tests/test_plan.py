@@ -323,7 +323,7 @@ def test_seconds_follow_the_machine(shape: Shape) -> None:
         assert slow[stage].seconds == pytest.approx(2 * fast[stage].seconds)
     # Weights that must be read once a step: as many steps as the longest answers, 32 of them at once.
     read = planned(shape, "answers.parallel=32", speed=Speed(math.inf, 1.0, math.inf, ""))
-    steps = (360 * (costs._length(24) - 1)) / 32
+    steps = (3 * (90 + 60) * (costs._length(24) - 1)) / 32
     parameters = shape.dense + shape.head
     assert read.stages["answer"].seconds == pytest.approx(steps * shape.weights, rel=1e-6)
     assert shape.bytes_read(1) == pytest.approx(parameters * shape.weights / parameters)
