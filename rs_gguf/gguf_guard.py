@@ -17,6 +17,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from rs_gguf.errors import InputError
+from rs_gguf.gguf_header import CODES, DEFAULT_ALIGNMENT
 
 MAX_BYTES = 32 * 2**20
 """Twice what the largest open model so far needs in float64 (126 blocks of width 16384)."""
@@ -28,21 +29,6 @@ MAX_ENTRIES = 16_384
 MAX_KEY_BYTES = 65_535
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less the closing NUL
-DEFAULT_ALIGNMENT = 32
-
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
 
 
 class StricterThanLlamaCpp(InputError):
@@ -164,8 +150,8 @@ class _Walk:
         if kind is GGUFValueType.STRING:
             for _ in range(count):
                 self.text(label)
-        elif kind in _SCALARS:
-            self.take(count * struct.calcsize("<" + _SCALARS[kind]), label)
+        elif kind in CODES:
+            self.take(count * struct.calcsize("<" + CODES[kind]), label)
         else:
             raise _Fault(f"{label} is a list of lists, which the format does not have")
 

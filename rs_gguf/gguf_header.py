@@ -15,8 +15,9 @@ from typing import Any
 from rs_gguf.errors import InputError
 
 # struct's codes of the value types of the format, by their number there; 8 is text, 9 a list.
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
+DEFAULT_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Reader:
         for _ in range(n_values):
             key = self._text()
             values[key] = self._value(self._number("I"))
-        alignment = values.get("general.alignment", 32)
+        alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         tensors_at = self._at
@@ -95,8 +96,8 @@ class _Reader:
     def _value(self, kind: int) -> Any:
         if kind == _TEXT:
             return self._text()
-        if kind in _CODES:
-            return self._number(_CODES[kind])
+        if kind in CODES:
+            return self._number(CODES[kind])
         if kind != _LIST:
             raise ValueError(f"unknown value type {kind}")
         kind, count = self._number("I"), self._number("Q")
@@ -104,8 +105,8 @@ class _Reader:
             for _ in range(count):
                 size = self._number("Q")
                 self._at += size
-        elif kind in _CODES:
-            self._at += count * struct.calcsize("<" + _CODES[kind])
+        elif kind in CODES:
+            self._at += count * struct.calcsize("<" + CODES[kind])
         else:
             raise ValueError("a list of lists")
         return None

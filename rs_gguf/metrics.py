@@ -6,7 +6,6 @@ Paired rows, the chosen trials and the facts of the run go in; plain dictionarie
 from __future__ import annotations
 
 import datetime
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import sha256
 from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
-from rs_gguf.rungs import may_become_degenerate
+from rs_gguf.rungs import by_chance, may_become_degenerate
 from rs_gguf.search_space import GATE, Trial
 from rs_gguf.version import __version__
 
@@ -236,8 +235,8 @@ def gate(
         )
     before, after = sets["benign"]["refused_baseline"], sets["benign"]["refused_steered"]
     changed = before + after - 2 * sets["benign"]["refused_both"]
-    # Rounding alone turns a tenth of a small model's verdicts, both ways: McNemar's z of 1 is chance.
-    if after - before > max(_MORE_BENIGN * sets["benign"]["n"], math.sqrt(changed)):
+    # Rounding alone turns a tenth of a small model's verdicts, both ways.
+    if after - before > max(_MORE_BENIGN * sets["benign"]["n"], by_chance(changed)):
         reasons.append(
             f"benign refusals rose from {before} to {after} of {sets['benign']['n']}, by more than chance: "
             f"{changed} verdicts changed"

@@ -251,11 +251,7 @@ class Rungs:
         limits = self._recipe.tune
 
         def chance(kind: Kind) -> float:
-            """How many more or less are chance, since verdicts change back and forth: McNemar's z of 1.
-
-            One prompt at least.
-            """
-            return max(1.0, math.sqrt(sum(before.refused[i] != after.refused[i] for i in of_kind[kind])))
+            return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
 
         # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
         # the answers, the more verdicts are near ties.
@@ -285,6 +281,14 @@ class Rungs:
 
 def _refused(confidence: float | None) -> bool | None:
     return None if confidence is None else confidence > 0
+
+
+def by_chance(changed: int) -> float:
+    """How many more or less are chance where so many verdicts changed, back and forth: McNemar's z of 1.
+
+    One prompt at least.
+    """
+    return max(1.0, math.sqrt(changed))
 
 
 def may_become_degenerate(more: float, n: int) -> bool:

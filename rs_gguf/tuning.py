@@ -233,8 +233,8 @@ class Finder:
 
         Where more strength changed no more than chance does, it is not raised again: short answers do not
         show how a model that is pushed too far breaks down later. Where harm is kept and another limit is
-        not, other blocks come first: less strength would cost removal. Where that did not
-        help, the strength it is.
+        not, other blocks come first: less strength would cost removal. Where that did not help, the strength
+        it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
