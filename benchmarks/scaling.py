@@ -205,7 +205,9 @@ def seconds_of_fit(size: Size, folder: Path) -> float:
         return found
 
     inputs = {
-        name: WriterInputs(told_apart(width), rows(width, 5 * len(asked) // 4), rows(width, 25))
+        name: WriterInputs(
+            told_apart(width), rows(width, len(asked)), rows(width, 3 * len(asked)), rows(width, 25)
+        )
         for name, width in writers(size).items()
     }
     samples = fitting.Samples(asked, told_apart(size.width), np.where(refused, 0.9, -0.9), inputs)

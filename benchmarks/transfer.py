@@ -85,7 +85,7 @@ def of_band(rows: WriterInputs, band: Sequence[int]) -> WriterInputs:
     def picked(part: Any) -> NDArray[Any]:
         return np.stack([np.asarray(part[:, layer]) for layer in band], axis=1)
 
-    return WriterInputs(picked(rows.last), picked(rows.quiet), picked(rows.constant))
+    return WriterInputs(**{name: picked(tokens) for name, tokens in vars(rows).items()})
 
 
 def openings(

@@ -48,7 +48,7 @@ WRITERS: Mapping[str, Sequence[str]] = {
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
 HARM = -0.25
-QUIET = 2.0  # weight of the energy on other tokens, beside that within the classes
+QUIET = 2.0  # weight of the energy on each sort of other tokens, beside that within the classes
 MIN_CELL = 4  # samples below which a mean is noise
 
 
@@ -56,12 +56,13 @@ MIN_CELL = 4  # samples below which a mean is noise
 class WriterInputs:
     """What one kind of matrix multiplies, in every block: rows [·, L, W] of any float type.
 
-    `last`: at the last prompt token of each sample; `quiet`: at other tokens of prompts and answers;
-    `constant`: at the tokens that the chat template puts before every prompt.
+    `last`: at the last prompt token of each sample; `prompts`, `answers`: at other tokens of prompts and of
+    answers where a gate must stay shut; `constant`: at those that the chat template puts before every prompt.
     """
 
     last: Any  # [N, L, W]
-    quiet: Any  # [Q, L, W]
+    prompts: Any  # [P, L, W]
+    answers: Any  # [A, L, W]
     constant: Any  # [T, L, W]
 
     def of(self, samples: npt.NDArray[np.intp]) -> WriterInputs:
@@ -91,8 +92,9 @@ class Gates:
 
         At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
         to `margin` times it for the mean benign one, and to `HARM` times that for the mean harmful one.
-        Unseen prompts scatter about these means: with a margin, few that are harmful are opened for, and few
-        that are benign pushed to a refusal. Each matrix of a block writes an equal part.
+        Unseen prompts scatter about these means: with a margin (negative to induce refusals), few that are
+        harmful are moved to an answer, and few that are benign to a refusal. Each matrix of a block writes an
+        equal part.
         """
         index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
         found = {}
@@ -243,7 +245,7 @@ def _reads(
     for column, weights in zip(means.T, mean.values(), strict=True):
         used = weights > 0
         parts.append((last[used] - column) * np.sqrt(weights[used] / len(mean))[:, np.newaxis])
-    for tokens in (rows.quiet, rows.constant):
+    for tokens in (rows.prompts, rows.answers, rows.constant):
         if len(tokens):
             parts.append(_block(tokens, layer, name) * np.sqrt(quiet / len(tokens)))
     if cells:

@@ -2,8 +2,8 @@
 
 A model, conversations with their answers and the model's own chat prefix go in; arrays by name come out, for
 the shards of an `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2) and, for the
-gated adapter, `<matrix>/last` [n, L, W] there and `<matrix>/quiet` [q, L, W] at tokens of prompts and answers
-that no gate should open for. One forward pass a conversation serves all. Processes can share the work.
+gated adapter, `<matrix>/last` [n, L, W] there, `<matrix>/prompts` and `<matrix>/answers` [·, L, W] at other
+tokens, for which no gate should open. One forward pass a conversation serves all. Processes can share it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Arrays = dict[str, NDArray[Any]]
 
 _SHARD = 64  # prompts whose activations are lost at most when a capture is killed
 _CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
-_ANSWER_EVERY = 3  # conversations of which one gives a token of its answer: they cost a longer pass
+_ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
 _LARGEST_F16 = 65504.0
 
 
@@ -113,25 +113,29 @@ def capture(
     writers = _writers(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
-        sequence, places = _places(conversation, prefix, number, np.random.default_rng((seed, number)))
+        sequence, places = _places(conversation, prefix, np.random.default_rng((seed, number)))
         sequences.append(sequence)
         positions.append(places)
     last: dict[str, dict[int, NDArray[np.float32]]] = {name: {} for name in ("l_out", *writers.values())}
-    quiet: dict[str, list[NDArray[np.float32]]] = {name: [] for name in writers.values()}
+    others: dict[str, dict[str, list[NDArray[np.float32]]]] = {
+        sort: {name: [] for name in writers.values()} for sort in ("prompts", "answers")
+    }
     read = model.token_activations(sequences, positions, layers=layers, tensors=tuple(last))
     for i, position, found in read:
-        if position == len(conversations[i].prompt) - 1:
-            for name, rows in last.items():
-                rows[i] = found[name]
+        beyond = position - (len(conversations[i].prompt) - 1)
+        if beyond == 0:
+            for name in last:
+                last[name][i] = found[name]
         else:
-            for name, others in quiet.items():
-                others.append(found[name])
+            for name, rows in others["answers" if beyond > 0 else "prompts"].items():
+                rows.append(found[name])
     count = range(len(conversations))
     arrays: Arrays = {"activations": np.stack([last["l_out"][i] for i in count])}
     for writer, name in writers.items():
         here = np.stack([last[name][i] for i in count])
         arrays[f"{writer}/last"] = _compact(here)
-        arrays[f"{writer}/quiet"] = _compact(np.reshape(quiet[name], (-1, *here.shape[1:])))
+        for sort, found_there in others.items():
+            arrays[f"{writer}/{sort}"] = _compact(np.reshape(found_there[name], (-1, *here.shape[1:])))
     return arrays
 
 
@@ -162,30 +166,29 @@ def _writers(model: LlamaModel) -> dict[str, str]:
 
 def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:
     """The matrices' inputs of all shards, in the order of the samples and not read yet."""
+    writers = [name.removesuffix("/constant") for name in constant]
     return {
-        name.removesuffix("/constant"): WriterInputs(
-            last=Rows([shard[name.replace("/constant", "/last")] for shard in shards]),
-            quiet=Rows([shard[name.replace("/constant", "/quiet")] for shard in shards]),
-            constant=rows,
+        writer: WriterInputs(
+            last=Rows([shard[f"{writer}/last"] for shard in shards]),
+            prompts=Rows([shard[f"{writer}/prompts"] for shard in shards]),
+            answers=Rows([shard[f"{writer}/answers"] for shard in shards]),
+            constant=constant[f"{writer}/constant"],
         )
-        for name, rows in constant.items()
+        for writer in writers
     }
 
 
-def _places(
-    conversation: Conversation, prefix: int, number: int, rng: np.random.Generator
-) -> tuple[list[int], list[int]]:
-    """The tokens to run and the positions to read: the last prompt token, then one or two at random."""
+def _places(conversation: Conversation, prefix: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """The tokens to run and the positions to read: the prompt's last, one before it, some of the answer."""
     end = len(conversation.prompt) - 1
     places = [end]
     if end > prefix:
         places.append(int(rng.integers(prefix, end)))
-    sequence = list(conversation.prompt)
-    if conversation.quiet and conversation.answer and number % _ANSWER_EVERY == 0:
-        step = int(rng.integers(len(conversation.answer)))
-        sequence += conversation.answer[: step + 1]
-        places.append(end + 1 + step)
-    return sequence, sorted(places)
+    sequence = [*conversation.prompt, *conversation.answer]
+    if conversation.quiet:
+        count = min(_ANSWER_TOKENS, len(conversation.answer))
+        places += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
+    return sequence[: max(places) + 1], sorted(places)
 
 
 def _compact(rows: NDArray[np.float32]) -> NDArray[Any]:

@@ -31,7 +31,7 @@ _CHANGED, _KEPT = 0.5, 0.6  # shares of sensitive prompts to change, and of harm
 _CONTEXT, _PADDING = 8192, 256  # cells of a key/value cache; of a sequence's own, a multiple of the second
 _BATCH = 512  # tokens that are run together
 _JUDGE_PREFIX, _JUDGE_ITEM, _JUDGE_CUT = 360, 8, 400  # tokens of examples, around a pair; characters read
-_QUIET = 0.28  # share of the answered conversations of which a token of the answer is read too
+_QUIET, _READ = 0.84, 4  # share of the answered conversations whose answers are read too, at so many tokens
 _OPENING, _PROBED = 6, 8  # tokens of an opening, and benign answers, that a probe reads
 _BENIGN, _DRIFT = 64, 128  # benign prompts of a candidate, and benign answers compared at the end
 _DEPTH = 0.55  # share of the blocks before those that a proof looks at
@@ -113,7 +113,9 @@ class Costs:
         n = answered + self.unanswered
         read = n * self._prompt
         if self._model.writers:
-            read += answered * _QUIET * _length(self._recipe.answers.tokens) / 2
+            # Up to the last of some tokens at random.
+            depth = _READ / (_READ + 1) * _length(self._recipe.answers.tokens)
+            read += answered * _QUIET * depth
         rows = n + self._quiet(n, answered) + 2 * self._prefix  # the template's tokens are kept in F32
         disk = 4 * n * self._model.n_layer * self._model.width + 2 * rows * self._inputs
         return Stage(self._forward(n, read), self._memory(), disk, read)
@@ -238,7 +240,7 @@ class Costs:
     @staticmethod
     def _quiet(n: float, answered: float) -> float:
         """Tokens of n prompts and their answers that are read besides the last of each prompt."""
-        return n + _QUIET * answered
+        return n + _READ * _QUIET * answered
 
     def _adapters(self) -> float:
         """Bytes of an adapter for two blocks of three."""

@@ -107,8 +107,8 @@ class Space:
         The first third is left alone at first: a change there reaches everything that follows.
         """
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
-        # With less, more benign prompts are refused than before. What is to be refused has no room for one.
-        margin = 0.0 if induce else 0.4
+        # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
+        margin = -0.4 if induce else 0.4
         # Half of the contrast is halfway from the mean of one side to that of the other. Less turns few
         # verdicts over, and much more breaks answers down.
         least = 0.5

@@ -26,7 +26,7 @@ def arrays(shard: str) -> dict[str, npt.NDArray[Any]]:
     return {
         "activations": rng.standard_normal((n, 4, 6), dtype=np.float32),
         "ffn_down/last": rng.standard_normal((n, 4, 9)).astype(np.float16 if n == 5 else np.float32),
-        "ffn_down/quiet": rng.standard_normal((7 if n == 3 else 0, 4, 9)).astype(np.float16),
+        "ffn_down/prompts": rng.standard_normal((7 if n == 3 else 0, 4, 9)).astype(np.float16),
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from rs_gguf.adapter import HARM, MIN_CELL, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
 from rs_gguf.errors import InputError
 from rs_gguf.labels import Labels
+from rs_gguf.search_space import Space
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -34,7 +35,8 @@ def problem(per_class: int = 8, width: int = WIDTH, seed: int = 0) -> tuple[Writ
     last = np.stack([offset[kind] for kind in kinds]) + rng.standard_normal((count, LAYERS, width))
     inputs = WriterInputs(
         last=last.astype(np.float32),
-        quiet=rng.standard_normal((5, LAYERS, width)).astype(np.float16),
+        prompts=rng.standard_normal((5, LAYERS, width)).astype(np.float16),
+        answers=rng.standard_normal((3, LAYERS, width)).astype(np.float16),
         constant=(3 * rng.standard_normal((2, LAYERS, width))).astype(np.float32),
     )
     residuals = rng.standard_normal((count, LAYERS, OUT)).astype(np.float32)
@@ -62,7 +64,7 @@ def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet
     for weights in members(labels).values():
         for weight, row in zip(weights, x - weights @ x, strict=True):
             energy += weight / 3 * np.outer(row, row)
-    for tokens in (inputs.quiet, inputs.constant):
+    for tokens in (inputs.prompts, inputs.answers, inputs.constant):
         for row in np.asarray(tokens[:, layer], dtype=np.float64):
             energy += quiet / len(tokens) * np.outer(row, row)
     cells = []
@@ -239,7 +241,7 @@ def test_a_cell_of_few_samples_is_left_out() -> None:
 def test_one_sample_a_class_is_enough() -> None:
     rng = np.random.default_rng(0)
     last = rng.standard_normal((3, 1, 6)).astype(np.float32)
-    inputs = WriterInputs(last, rng.standard_normal((4, 1, 6)), np.empty((0, 1, 6)))
+    inputs = WriterInputs(last, rng.standard_normal((4, 1, 6)), np.empty((0, 1, 6)), np.empty((0, 1, 6)))
     labels = Labels.of([1, -1, 1], ["sensitive", "benign", "harmful"])
     gates = fitted(inputs, rng.standard_normal((3, 1, 4)), labels, ridges=1.0)
     np.testing.assert_allclose(last[:, 0] @ gates.opens["ffn_down"][0, 0], [1, 0, 0], atol=1e-6)
@@ -267,7 +269,7 @@ def test_a_kind_without_samples_is_named(kind: str) -> None:
         fitted(inputs.of(rest), residuals[rest], Labels.of(labels.confidence[rest], labels.kinds[rest]))
 
 
-@pytest.mark.parametrize("rows", ["last", "quiet", "constant"])
+@pytest.mark.parametrize("rows", ["last", "prompts", "answers", "constant"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_found_at_their_block(rows: str, value: float) -> None:
     inputs, residuals, labels = problem()
@@ -296,18 +298,16 @@ def test_a_metric_without_any_energy_is_an_error() -> None:
     nothing = np.empty((0, 1, 6), dtype=np.float32)
     labels = Labels.of([1, -1, 1], ["sensitive", "benign", "harmful"])
     with pytest.raises(InputError, match=r"block 0\b"):
-        fitted(WriterInputs(last, nothing, nothing), np.ones((3, 1, 4), np.float32), labels)
+        fitted(WriterInputs(last, nothing, nothing, nothing), np.ones((3, 1, 4), np.float32), labels)
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (1, 40)])
 def test_a_ridge_that_rounding_swallows_is_an_error(per_class: int, width: int) -> None:
     """Samples twice over leave the metric singular, by either of its two products."""
     inputs, residuals, labels = problem(per_class, width)
-    twice = WriterInputs(
-        *(np.concatenate([rows] * 2, axis=2) for rows in (inputs.last, inputs.quiet, inputs.constant))
-    )
+    twice = WriterInputs(**{name: np.concatenate([rows] * 2, axis=2) for name, rows in vars(inputs).items()})
     if per_class == 1:
-        twice = WriterInputs(twice.last, np.concatenate([twice.quiet] * 2), twice.constant)
+        twice = replace(twice, prompts=np.concatenate([twice.prompts] * 2))
     with pytest.raises(InputError, match=r"is lost in the rounding.*choose a larger ridge"):
         fit_gates({"ffn_down": twice}, residuals, labels, ridges=[1e-25])
 
@@ -326,9 +326,7 @@ def test_progress_counts_blocks() -> None:
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 2), (1, 1)])
 def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first: int, last: int) -> None:
     inputs, residuals, labels = problem()
-    other = replace(
-        inputs, last=inputs.last[:, :, :7], quiet=inputs.quiet[:, :, :7], constant=inputs.constant[:, :, :7]
-    )
+    other = WriterInputs(**{name: rows[:, :, :7] for name, rows in vars(inputs).items()})
     gates = fit_gates({"ffn_down": inputs, "attn_output": other}, residuals, labels, ridges=RIDGES)
     factors = gates.factors(1.0, first, last, 0.5, margin=0.25)
     assert set(factors) == {
@@ -347,6 +345,19 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
     np.testing.assert_allclose(written["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["harmful"], HARM * -0.25 * 0.5 * contrast, atol=1e-4)
+
+
+@pytest.mark.parametrize("induce", [False, True])
+def test_harm_is_moved_to_a_refusal_and_what_is_benign_to_an_answer(induce: bool) -> None:
+    inputs, residuals, labels = problem()
+    gates = fitted(inputs, residuals, labels, induce=induce)
+    margin = Space.of_gates(RIDGES, LAYERS, induce=induce).margin
+    a, b = gates.factors(1.0, 1, 1, 1.0, margin)["blk.1.ffn_down.weight"]
+    refusal = gates.contrast[1] * (-1 if induce else 1)
+    written = (b @ a).astype(np.float64)
+    sensitive, benign, harmful = (refusal @ written @ mean for mean in means(inputs, 1, labels))
+    assert (sensitive > 0) == induce
+    assert benign < 0 < harmful
 
 
 def test_strength_scales_what_is_written_alone() -> None:

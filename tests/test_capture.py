@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,24 +132,27 @@ def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
         rows = alone(model, [*conversation.prompt, *conversation.answer])
         places |= {(i, position): rows["ffn_swiglu"][position] for position in range(len(rows["ffn_swiglu"]))}
     keys, candidates = list(places), np.stack(list(places.values())).astype(np.float64)
-    found = []
-    for row in captured["ffn_down/quiet"].astype(np.float64):
-        errors = np.linalg.norm(candidates - row, axis=(1, 2)) / np.linalg.norm(row)
-        assert errors.min() < TOLERANCE
-        found.append(keys[int(errors.argmin())])
-    assert len(found) == len(set(found)) == len(captured["attn_output/quiet"])
-    in_prompts = [(i, place) for i, place in found if place < len(conversations()[i].prompt)]
-    in_answers = [i for i, place in found if place >= len(conversations()[i].prompt)]
-    assert sorted(i for i, _ in in_prompts) == list(range(len(conversations())))
-    assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in in_prompts)
-    # One conversation in three gives a token of its answer: numbers 0, 3, 6 and 9 here, all of them quiet.
-    assert sorted(in_answers) == [0, 3, 6, 9]
+    found: dict[str, list[tuple[int, int]]] = {"prompts": [], "answers": []}
+    for sort, read in found.items():
+        for row in captured[f"ffn_down/{sort}"].astype(np.float64):
+            errors = np.linalg.norm(candidates - row, axis=(1, 2)) / np.linalg.norm(row)
+            assert errors.min() < TOLERANCE
+            read.append(keys[int(errors.argmin())])
+        assert len(read) == len(set(read)) == len(captured[f"attn_output/{sort}"])
+    assert sorted(i for i, _ in found["prompts"]) == list(range(len(conversations())))
+    assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in found["prompts"])
+    # Of an answer that may be quiet, four tokens or all: these have 1, 4 or 7.
+    assert all(place >= len(conversations()[i].prompt) for i, place in found["answers"])
+    assert Counter(i for i, _ in found["answers"]) == {
+        i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.quiet
+    }
 
 
 def test_an_answer_that_a_gate_may_open_in_is_not_read(model: LlamaModel) -> None:
     sensitive = [Conversation(c.prompt, c.answer, quiet=False) for c in conversations()]
     arrays = capture(model, sensitive, len(PREFIX), seed=7)
-    assert len(arrays["ffn_down/quiet"]) == len(sensitive)
+    assert len(arrays["ffn_down/prompts"]) == len(sensitive)
+    assert len(arrays["ffn_down/answers"]) == 0
 
 
 def test_samples_do_not_depend_on_their_order_or_company(model: LlamaModel, captured: Arrays) -> None:
@@ -166,7 +170,8 @@ def test_the_same_call_reads_the_same_bytes(model: LlamaModel, captured: Arrays)
         name: rows.tobytes() for name, rows in captured.items()
     }
     other = capture(model, conversations(), len(PREFIX), seed=8)
-    assert other["ffn_down/quiet"].tobytes() != captured["ffn_down/quiet"].tobytes()
+    for sort in ("prompts", "answers"):
+        assert other[f"ffn_down/{sort}"].tobytes() != captured[f"ffn_down/{sort}"].tobytes()
 
 
 def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None:
@@ -188,14 +193,15 @@ def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Ar
         assert distance(np.asarray(rows.last), captured[f"{matrix}/last"]) < TOLERANCE
         few = rows.of(np.array([7, 2]))
         assert distance(np.asarray(few.last), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
-        assert len(rows.quiet) == sum(len(shard[f"{matrix}/quiet"]) for shard in shards)
+        assert len(rows.prompts) == sum(len(shard[f"{matrix}/prompts"]) for shard in shards)
+        assert len(rows.answers) == sum(len(shard[f"{matrix}/answers"]) for shard in shards)
         assert rows.constant.shape == (len(PREFIX), LAYERS, rows.last.shape[2])
 
 
 def test_inputs_are_half_floats_only_where_their_range_allows(
     model: LlamaModel, captured: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert captured["ffn_down/last"].dtype == captured["ffn_down/quiet"].dtype == np.float16
+    assert captured["ffn_down/last"].dtype == captured["ffn_down/answers"].dtype == np.float16
     read = LlamaModel.token_activations
 
     def large(*args: Any, **options: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
