@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from rs_gguf import models
+from rs_gguf.amx import file_to_load
 from rs_gguf.llama import LlamaModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -64,13 +65,16 @@ def main() -> None:
 
 
 def row(path: Path, bench: Path, batch: int, options: argparse.Namespace) -> str:
+    loaded = file_to_load(path)  # the same for both sides
     with LlamaModel(path, n_parallel=batch, n_threads=options.threads) as model:
         prompts = endless(model, batch, options)
         runs: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
         for repeat in range(options.repeats):
             for side in ("ours", "peer") if repeat % 2 == 0 else ("peer", "ours"):
-                found = ours(model, prompts, options) if side == "ours" else peer(path, bench, batch, options)
-                runs[side].append(found)
+                if side == "ours":
+                    runs[side].append(ours(model, prompts, options))
+                else:
+                    runs[side].append(peer(loaded, bench, batch, options))
     (read, answer), (peer_read, peer_answer) = (
         [statistics.median(speeds) for speeds in zip(*runs[side], strict=True)] for side in runs
     )
