@@ -23,7 +23,7 @@ from gguf import GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 
-from rs_gguf import costs, fitting, models, pipeline, prompts, recipe, rungs
+from rs_gguf import capture, costs, fitting, models, pipeline, prompts, recipe, rungs
 from rs_gguf import shape as shapes
 from rs_gguf import speed as speeds
 from rs_gguf.cli import main
@@ -277,6 +277,7 @@ def test_the_default_model_is_as_it_is_counted() -> None:
 def test_sizes_that_the_stages_share_with_their_plan() -> None:
     assert (rungs._OPENING, rungs._PROBED_PAIRS) == (costs._OPENING, costs._PROBED)
     assert rungs._BENIGN == costs._BENIGN
+    assert capture._ANSWER_TOKENS == costs._READ
     for effect, count in costs._ESTIMATORS.items():
         assert len(fitting.estimators(recipe.load(None, [f"effect={effect}"]))) == count
     assert tuple(pipeline.STAGES[:-1]) == STAGES  # the report takes seconds
@@ -286,7 +287,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
     ("changed", "growth"),
     [
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
-        (("prompts.unanswered=90",), {"capture": 1.9, "answer": 1.0, "measure": 1.0}),
+        (("prompts.unanswered=90",), {"capture": 1.64, "answer": 1.0, "measure": 1.0}),
         (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(STAGES, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
