@@ -116,26 +116,23 @@ def capture(
         sequence, places = _places(conversation, prefix, np.random.default_rng((seed, number)))
         sequences.append(sequence)
         positions.append(places)
-    last: dict[str, dict[int, NDArray[np.float32]]] = {name: {} for name in ("l_out", *writers.values())}
-    others: dict[str, dict[str, list[NDArray[np.float32]]]] = {
-        sort: {name: [] for name in writers.values()} for sort in ("prompts", "answers")
-    }
-    read = model.token_activations(sequences, positions, layers=layers, tensors=tuple(last))
-    for i, position, found in read:
+    last: dict[int, dict[str, NDArray[np.float32]]] = {}
+    others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
+    tensors = ("l_out", *writers.values())
+    for i, position, found in model.token_activations(sequences, positions, layers=layers, tensors=tensors):
         beyond = position - (len(conversations[i].prompt) - 1)
         if beyond == 0:
-            for name in last:
-                last[name][i] = found[name]
+            last[i] = found
         else:
-            for name, rows in others["answers" if beyond > 0 else "prompts"].items():
-                rows.append(found[name])
-    count = range(len(conversations))
-    arrays: Arrays = {"activations": np.stack([last["l_out"][i] for i in count])}
+            others["answers" if beyond > 0 else "prompts"].append(found)
+    samples = [last[i] for i in range(len(conversations))]
+    arrays: Arrays = {"activations": np.stack([found["l_out"] for found in samples])}
     for writer, name in writers.items():
-        here = np.stack([last[name][i] for i in count])
+        here = np.stack([found[name] for found in samples])
         arrays[f"{writer}/last"] = _compact(here)
-        for sort, found_there in others.items():
-            arrays[f"{writer}/{sort}"] = _compact(np.reshape(found_there[name], (-1, *here.shape[1:])))
+        for sort, tokens in others.items():
+            rows = np.reshape([found[name] for found in tokens], (-1, *here.shape[1:]))
+            arrays[f"{writer}/{sort}"] = _compact(rows)
     return arrays
 
 
