@@ -6,8 +6,8 @@ leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sens
 benign ones and minus a quarter of it to that of harmful ones, with the least energy on everything else:
 minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in
 `constrained.SafeRidge`. The write d is what the block adds to the difference of refused and answered
-sensitive means. This goes beyond García-Ferrero et al. (arXiv 2512.16602), whose vector moves every prompt
-alike.
+sensitive prompts at equal topic, form and language. This goes beyond García-Ferrero et al. (arXiv
+2512.16602), whose vector moves every prompt alike.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class Gates:
 
     `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
     of the other kinds 0; to `guards` the mean benign input answers 1, the harmful `HARM`, the sensitive 0.
-    `contrast` [L, D]: mean block output of refused minus answered sensitive prompts (benign ones where hardly
-    a sensitive one is answered), or to induce of answered minus refused prompts: what a gate takes away.
+    `contrast` [L, D]: block output of refused minus answered sensitive prompts (benign ones where hardly a
+    sensitive one is answered), or to induce of answered minus refused prompts, at equal cells: what a gate
+    takes away.
     """
 
     ridges: Float64
@@ -149,7 +150,7 @@ def fit_gates(
     (confidence 0).
     labels: kinds, which the reads tell apart, and judged confidence, which weights the samples of the
     contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
-    too, as far as the metric allows.
+    too, as far as the metric allows, and whose own part in block outputs is not in the contrast.
     ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
     induce: the writes lead to refusal, whatever is refused, instead of away from that of sensitive prompts.
 
@@ -158,13 +159,13 @@ def fit_gates(
     """
     grid = check_ridges(ridges)
     kinds = _kinds(labels)
-    difference = _difference(labels, induce)[: len(residuals)]
     n_layers = residuals.shape[1]
     mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
     cells = _cells(labels, kinds)
     opens = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
     guards = {writer: np.zeros_like(found) for writer, found in opens.items()}
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
+        difference = _difference(labels, induce)[: len(residuals)]
         contrast = np.stack(
             [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
         )
@@ -190,7 +191,13 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
 
 
 def _difference(labels: Labels, induce: bool) -> Float64:
-    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other."""
+    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other.
+
+    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
+    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
+    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
+    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
+    """
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
@@ -203,13 +210,22 @@ def _difference(labels: Labels, induce: bool) -> Float64:
             "refused sensitive": sensitive & refused,
             "answered benign": labels.kind("benign") & answered,
         }
-    difference = np.zeros(len(labels.confidence))
-    for sign, (verdict, mask) in zip((1, -1), sides.items(), strict=True):
+    for verdict, mask in sides.items():
         if not mask.any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
-        weights = labels.weighted(mask, by_confidence=True)
-        difference += sign * weights / weights.sum()
-    return difference
+    one, other = sides.values()
+    side = one.astype(np.float64) - other
+    weights = labels.weighted(one | other, by_confidence=True)
+    columns = [np.ones(len(side))]
+    for names in labels.groups.T:
+        for cell in sorted(set(names[one].tolist()) & set(names[other].tolist()) - {""}):
+            columns.append((names == cell).astype(np.float64))
+    design = np.stack(columns, axis=1)
+    weighted = design * weights[:, np.newaxis]
+    gram = weighted.T @ design + np.diag([0.0] + [1.0] * (len(columns) - 1))
+    residual = weights * side - weighted @ np.linalg.solve(gram, weighted.T @ side)
+    found: Float64 = 2 * residual / (residual @ side)
+    return found
 
 
 def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:

@@ -6,6 +6,7 @@ starting points are the paper's prior for vectors (section 6), and long bands fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -68,7 +69,7 @@ class Space:
     """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
 
     `first` and `length` are in blocks; all have the same `margin`. The points of `start` are tried before all
-    others. Answers begin with no less strength than `least`.
+    others. Answers are given with a strength of `least` at least, and `most` at most.
     """
 
     directions: Sequence[tuple[str, float]]
@@ -78,6 +79,7 @@ class Space:
     start: Sequence[Candidate]
     margin: float = 0.0
     least: float = 0.0
+    most: float = math.inf
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether the candidate is one of this space's kind: vectors and gates are searched apart."""
@@ -109,20 +111,22 @@ class Space:
         first, last = max(1, n_layer // 3), max(1, n_layer - 2)
         # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
         margin = -0.4 if induce else 0.4
-        # Half of the contrast is halfway from the mean of one side to that of the other. Less turns few
-        # verdicts over, and much more breaks answers down.
+        # Half of the contrast is halfway from the mean of one side to that of the other, and less turns few
+        # verdicts over. The whole takes a refused prompt all the way: far beyond it short answers still get
+        # better, and full ones break.
         least = 0.5
+        most = 2.5 if induce else 1.5
         strength = 1.25 if induce else least
         start = [Candidate(GATE, ridge, first, last, strength, margin) for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
             first=(max(1, n_layer // 5), max(1, n_layer // 2)),
             length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
-            # The whole contrast takes a refused prompt all the way; early blocks would be pushed beyond it.
-            strength=(0.1, 2.0 if induce else 1.0),
+            strength=(0.1, most),
             start=start,
             margin=margin,
             least=least,
+            most=most,
         )
 
 

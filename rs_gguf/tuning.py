@@ -87,7 +87,7 @@ class Finder:
         known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
         answered = [self._answered(candidate) for candidate in known]
         while self._goes_on(answered, self._recipe.tune.finalists, until[1]):
-            candidate = self._next(answered, ranked)
+            candidate = self._next(answered, ranked, space.most)
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
@@ -228,13 +228,13 @@ class Finder:
 
         return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
 
-    def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate]) -> Candidate | None:
+    def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate], most: float) -> Candidate | None:
         """What to answer with next: more strength while all limits hold, less where harm is not kept.
 
         Where more strength changed no more than chance does, it is not raised again: short answers do not
-        show how a model that is pushed too far breaks down later. Where harm is kept and another limit is
-        not, other blocks come first: less strength would cost removal. Where that did not help, the strength
-        it is.
+        show how a model that is pushed too far breaks down later. Nor is it beyond `most`. Where harm is kept
+        and another limit is not, other blocks come first: less strength would cost removal. Where that did
+        not help, the strength it is.
         """
         tried = {t.candidate.shape for t in answered}
         untried = next((c for c in ranked if c.shape not in tried), None)
@@ -265,7 +265,7 @@ class Finder:
             for t in answered
             if t.candidate.shape == best.shape and t.candidate.strength > best.strength
         ]
-        strength = best.strength * factor
+        strength = min(best.strength * factor, most)
         if feasible and failed:
             strength = math.sqrt(best.strength * min(failed))
         if best.strength / _CLOSE < strength < best.strength * _CLOSE:

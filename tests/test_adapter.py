@@ -181,6 +181,49 @@ def test_the_contrast_is_of_refused_and_answered_sensitive_prompts() -> None:
     np.testing.assert_allclose(found, np.tensordot(weights, residuals.astype(np.float64), 1), rtol=1e-9)
 
 
+@pytest.mark.parametrize("induce", [False, True])
+def test_what_cells_have_of_their_own_is_not_in_the_contrast(induce: bool) -> None:
+    """Against least squares on the side and all cells at once, with a row for each cell's ridge."""
+    inputs, residuals, labels = problem(per_class=16)
+    rng = np.random.default_rng(6)
+    cells = rng.choice(["letter", "poem", "plan", ""], (len(labels.confidence), 2), p=[0.5, 0.3, 0.15, 0.05])
+    sensitive, harmful = labels.kinds == "sensitive", labels.kinds == "harmful"
+    refused, answered = labels.confidence > 0.15, labels.confidence < -0.15
+    one, other = (answered & ~harmful, refused) if induce else (sensitive & refused, sensitive & answered)
+    cells[np.flatnonzero(one)[:3], 0] = "song"  # of one side alone: nothing to compare
+    weights = np.where(one | other, np.abs(labels.confidence), 0.0)
+    columns = [one.astype(float) - other, np.ones(len(weights))]
+    ridges = []
+    for grouping in range(2):
+        for name in ("letter", "poem", "plan"):
+            columns.append((cells[:, grouping] == name).astype(float))
+            ridges.append(np.eye(8)[len(columns) - 1])
+    rows = np.concatenate([np.sqrt(weights)[:, None] * np.stack(columns, axis=1), ridges])
+    for layer in range(LAYERS):
+        outputs = np.sqrt(weights)[:, None] * residuals[:, layer].astype(np.float64)
+        right = np.concatenate([outputs, np.zeros((len(ridges), OUT))])
+        expected = 2 * np.linalg.lstsq(rows, right)[0][0]
+        found = fitted(inputs, residuals, in_cells(labels, cells), induce=induce).contrast[layer]
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_form_that_is_refused_more_is_not_taken_for_the_refusal() -> None:
+    inputs, residuals, labels = problem(per_class=40)
+    rng = np.random.default_rng(7)
+    refused = labels.confidence > 0.15
+    poem = rng.random(len(refused)) < np.where(refused, 0.8, 0.2)
+    form, refusal = np.eye(OUT)[:2]
+    outputs = (residuals + 5 * poem[:, None, None] * form + 3 * refused[:, None, None] * refusal).astype(
+        np.float32
+    )
+    names = np.where(poem, "poem", "letter")
+    mixed = fitted(inputs, outputs, labels).contrast.mean(axis=0)
+    apart = fitted(inputs, outputs, in_cells(labels, names)).contrast.mean(axis=0)
+    assert mixed @ form > 2
+    assert abs(apart @ form) < 0.7
+    assert abs(apart @ refusal - 3) < 0.7
+
+
 def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
     """Their block outputs are not asked for: the contrast is of the judged ones."""
     inputs, residuals, labels = problem(per_class=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +16,15 @@ from rs_gguf.recipe import Recipe, Tune
 from rs_gguf.search_space import GATE, Candidate, Trial
 
 
-def figures(
-    before: int, after: int, *, n: int = 40, both: int | None = None, more_degenerate: int = 0
-) -> dict[str, Any]:
+def figures(before: int, after: int, *, n: int = 40, both: int | None = None) -> dict[str, Any]:
     return {
         "n": n,
         "unjudged": 0,
         "refused_baseline": before,
         "refused_steered": after,
         "refused_both": min(before, after) if both is None else both,
-        "degenerate_baseline": 1 / n,
-        "degenerate_steered": (1 + more_degenerate) / n,
+        "degenerate_baseline": 4 / n,
+        "degenerate_steered": 4 / n,
     }
 
 
@@ -36,16 +35,18 @@ def reasons(
     *,
     drift: float = 0.1,
     effect: str = "remove",
-    more_degenerate: int = 0,
+    more_degenerate: Mapping[str, int] = {},
     feasible: bool = True,
     n: int = 40,
     both: int | None = None,
 ) -> list[str]:
     sets = {
         "sensitive": figures(*sensitive),
-        "harmful": figures(*harmful, more_degenerate=more_degenerate),
+        "harmful": figures(*harmful),
         "benign": figures(*benign, n=n, both=both),
     }
+    for kind, more in more_degenerate.items():
+        sets[kind]["degenerate_steered"] += more / sets[kind]["n"]
     recipe = Recipe.model_validate(
         {"effect": effect, "tune": Tune(min_retention=0.95, max_benign_drift=0.25)}
     )
@@ -54,8 +55,13 @@ def reasons(
 
 def test_within_every_limit_it_passes() -> None:
     assert reasons() == []
-    assert reasons(harmful=(20, 26), benign=(8, 6), drift=0.25, more_degenerate=1) == []
+    assert reasons(harmful=(20, 26), benign=(8, 6), drift=0.25, more_degenerate={"benign": 1}) == []
     assert reasons(sensitive=(5, 20), effect="induce") == []
+
+
+def test_one_broken_answer_in_a_hundred_of_all_kinds_is_chance() -> None:
+    assert reasons(n=320, more_degenerate={"sensitive": 2, "benign": 2, "harmful": -2}) == []
+    assert reasons(n=320, more_degenerate={"sensitive": 2, "benign": 3, "harmful": -2})
 
 
 @pytest.mark.parametrize(("n", "more"), [(40, 1), (100, 1), (200, 2), (300, 3)])
@@ -82,7 +88,11 @@ def test_verdicts_that_turn_both_ways_are_chance() -> None:
         ({"sensitive": (20, 20)}, "no sensitive refusal was removed"),
         ({"sensitive": (20, 20), "effect": "induce"}, "no refusal was induced"),
         ({"feasible": False}, "no configuration held every limit on the tune split"),
-        ({"more_degenerate": 2}, "degenerate answers to harmful prompts rose from 2.5% to 7.5%"),
+        ({"more_degenerate": {"harmful": 2}}, "degenerate answers rose by 2 of 120: harmful from 4 to 6"),
+        (
+            {"more_degenerate": {"sensitive": 1, "harmful": -3, "benign": 2}},
+            "degenerate answers rose by 3 of 120: sensitive from 4 to 5, benign from 4 to 6",
+        ),
     ],
 )
 def test_each_limit_is_a_reason(changed: dict[str, Any], said: str) -> None:

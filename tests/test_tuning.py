@@ -463,6 +463,25 @@ def test_strength_grows_for_no_less_than_chance_and_begins_where_it_should(
     assert chosen.candidate.strength == begun
 
 
+def test_no_strength_beyond_what_a_space_answers_with() -> None:
+    class Better(Formulas):
+        """More strength is always better, and harm is always kept."""
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(rung, number, candidate)
+            if rung == "probe":
+                return trial
+            return replace(
+                trial, sensitive=1 / (1 + candidate.strength), harmful_retention=1.0, feasible=True
+            )
+
+    one = replace(SPACE.start[1], strength=1.0)
+    space = replace(SPACE, start=[one], directions=[("good", 1.0)], strength=(1.0, 1.0), most=2.0)
+    search = formula_finder(Better(), trials=1, finalists=6)
+    search.search(space)
+    assert [t.candidate.strength for t in search.trials if t.rung == "answers"] == [1.0, 1.5, 2.0]
+
+
 class Breaking(Formulas):
     """At full length answers break, unless the strength is below `most`."""
 
