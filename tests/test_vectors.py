@@ -23,10 +23,10 @@ def test_recipes_are_valid(folder: Path) -> None:
 def test_files_are_those_that_were_measured(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     card = (folder / "card.md").read_text()
-    files = [(metrics["vector"], metrics)]
+    files = [("control vector", metrics["vector"], metrics)]
     if "adapter" in metrics:
-        files.append((metrics["adapter"], metrics["adapter"]))
-    for file, found in files:
+        files.append(("gated adapter", metrics["adapter"], metrics["adapter"]))
+    for name, file, found in files:
         path = folder / file["file"]
         assert sha256(path) == file["sha256"]
         assert file["sha256"] in card
@@ -39,9 +39,12 @@ def test_files_are_those_that_were_measured(folder: Path) -> None:
         assert provenance["gate.passed"] == found["gate"]["passed"]
         assert found["proof"]["effect_observed"] is True
         for kind, one in found["sets"].items():
-            before, after = one["refused_baseline"], one["refused_steered"]
-            assert provenance[f"metrics.{kind}"] == [one["refusal_baseline"], one["refusal_steered"]]
-            assert f"{before}" in card, kind
-            assert f"{after}" in card, kind
+            before, after = one["refusal_baseline"], one["refusal_steered"]
+            assert provenance[f"metrics.{kind}"] == [before, after]
+            (row,) = (
+                line for line in card.splitlines() if line.startswith(f"| {kind} | {name} | {one['n']} |")
+            )
+            assert f"| {100 * before:.0f} % (" in row
+            assert f"| **{100 * after:.0f} %** (" in row
         for reason in found["gate"]["reasons"]:
             assert reason.split("(")[0].strip() in card.replace("\\", "")
