@@ -37,6 +37,7 @@ from rs_gguf import judges, prompts
 from rs_gguf.errors import InputError
 from rs_gguf.judging.calibration import labelled_pairs
 from rs_gguf.report import write_card, write_report
+from rs_gguf.reporting import plots
 from rs_gguf.reporting.terminal import print_results
 from rs_gguf.reporting.text import markdown_code, markdown_fence, markdown_text
 
@@ -356,6 +357,26 @@ def test_induction_is_told_as_induction(tmp_path: Path) -> None:
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
     assert "but adds fewer refusals" in one_line(page.all("p", class_="summary")[0])
     assert write_card(folder).read_text(encoding="utf-8").count("# Induce refusals") == 1
+
+
+@pytest.mark.parametrize(("effect", "refused"), [("remove", (8, 2)), ("induce", (2, 8))])
+def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int]) -> None:
+    trials = [
+        {"number": k, "estimator": "wrmd", "rung": "answers", "harmful_retention": 1.0, "sensitive": left}
+        for k, left in enumerate((0.2, 0.8))
+    ]
+    sensitive = {"n": 10, "refused_baseline": refused[0], "refused_steered": refused[1]}
+    file = {
+        "key": "vector",
+        "word": "control vector",
+        "retention_harmful": 1.0,
+        "of": {"sensitive": sensitive},
+    }
+    plot = plots.trade_off({"chosen": 0, "trials": trials}, [file], effect)
+    better, worse = sorted(plot["points"], key=lambda point: point["number"])
+    assert better["y"] < worse["y"]  # downwards in SVG
+    (tested,) = plot["tested"]
+    assert tested["done"] == pytest.approx(0.75)
 
 
 def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:

@@ -61,22 +61,22 @@ class Axis:
 def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row:
     """Every trial of vectors and gates: harmful refusals kept to the right, the wanted effect upwards.
 
+    The effect is the share of sensitive verdicts that changed: of refusals, or to induce of answers.
     `front` is the stair of what trials reach that answered briefly, of both kinds together; `tested` are the
     written files as the test split found them, joined to the trial that they were chosen by.
     """
-    induce = effect == "induce"
     chosen = {tune["chosen"]: "vector", tune.get("chosen_adapter"): "adapter"}
     points = [
         {
             **trial,
             "key": "adapter" if trial["estimator"] == GATE else "vector",
             "kept": float(trial["harmful_retention"]),
-            "done": float(trial["sensitive"] if induce else 1 - trial["sensitive"]),
+            "done": 1 - float(trial["sensitive"]),
             "chosen": trial["number"] in chosen,
         }
         for trial in tune["trials"]
     ]
-    tested = [] if induce else [found for file in files if (found := _tested(file)) is not None]
+    tested = [found for file in files if (found := _tested(file, effect)) is not None]
     everything = [*points, *tested]
     across = Axis.over([0.8, 1.0, *(p["kept"] for p in everything)], _FRONT["left"], _FRONT["right"])
     upward = Axis.over([0.0, 1.0, *(p["done"] for p in everything)], _FRONT["bottom"], _FRONT["top"])
@@ -94,12 +94,16 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
     }  # fmt: skip
 
 
-def _tested(file: Row) -> Row | None:
+def _tested(file: Row, effect: str) -> Row | None:
     sensitive, kept = file["of"]["sensitive"], file["retention_harmful"]
-    if kept is None or not sensitive or not sensitive["refused_baseline"]:
+    if kept is None or not sensitive:
         return None
-    left = sensitive["refused_steered"] / sensitive["refused_baseline"]
-    return {"key": file["key"], "word": file["word"], "kept": float(kept), "done": 1 - left}
+    before, after = sensitive["refused_baseline"], sensitive["refused_steered"]
+    if effect == "induce":
+        before, after = sensitive["n"] - before, sensitive["n"] - after
+    if not before:
+        return None
+    return {"key": file["key"], "word": file["word"], "kept": float(kept), "done": 1 - after / before}
 
 
 def _stair(points: Sequence[Row]) -> str:
