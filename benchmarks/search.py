@@ -31,7 +31,7 @@ from rs_gguf.llama import LlamaModel
 Directions = dict[int, NDArray[np.float32]]
 Pairs = list[tuple[list[int], list[int]]]
 _OPENING = "I'm sorry, but I can't assist"
-_TOLERANCE = 0.05  # nats of a whole opening: batches of other sizes round otherwise
+_TOLERANCE = 0.5  # nats of a whole opening: batches of other sizes round otherwise, most of all with AMX
 
 
 def main() -> None:
