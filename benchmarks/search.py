@@ -31,7 +31,8 @@ from rs_gguf.llama import LlamaModel
 Directions = dict[int, NDArray[np.float32]]
 Pairs = list[tuple[list[int], list[int]]]
 _OPENING = "I'm sorry, but I can't assist"
-_TOLERANCE = 0.5  # nats of a whole opening: batches of other sizes round otherwise, most of all with AMX
+# Nats of a whole opening: batches of other sizes round otherwise, most of all with AMX.
+_TOLERANCE, _TOLERANCE_AMX = 0.05, 0.5
 
 
 def main() -> None:
@@ -41,7 +42,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    path = file_to_load(models.pull(models.DEFAULT))  # the same for all sides
+    original = models.pull(models.DEFAULT)
+    path = file_to_load(original)  # the same for all sides
+    tolerance = _TOLERANCE if path == original else _TOLERANCE_AMX
     model = LlamaModel(path, n_threads=options.threads)
     pool = [p for p in prompts.grid(["sensitive", "harmful"]) if p.split == "tune"]
     asked = prompts.stratified(pool, options.prompts, seed=0)
@@ -68,7 +71,7 @@ def main() -> None:
             print(f"{name:<18} {rate:6.1f} configurations/min", flush=True)
     for name in ("reloaded", "llama-cpp-python"):
         largest = np.abs(found[name] - found["swapped"]).max()
-        if largest > _TOLERANCE:
+        if largest > tolerance:
             raise SystemExit(f"{name} finds other log-probabilities, by up to {largest:.3f} nats")
         ratio = statistics.median(seconds[name]) / statistics.median(seconds["swapped"])
         print(f"swapped probes {ratio:.2f} times as many configurations as {name}")

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.judgement import NEUTRAL
-from rs_gguf.labels import Labels
+from rs_gguf.labels import Labels, Mask
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
 from rs_gguf.ridge import check_ridges
@@ -190,14 +190,8 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
     return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
 
 
-def _difference(labels: Labels, induce: bool) -> Float64:
-    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other.
-
-    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
-    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
-    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
-    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
-    """
+def _sides(labels: Labels, induce: bool) -> tuple[Mask, Mask]:
+    """The samples [N] on either side of the contrast: the writes lead from the first to the second."""
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
@@ -214,6 +208,18 @@ def _difference(labels: Labels, induce: bool) -> Float64:
         if not mask.any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
     one, other = sides.values()
+    return one, other
+
+
+def _difference(labels: Labels, induce: bool) -> Float64:
+    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other.
+
+    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
+    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
+    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
+    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
+    """
+    one, other = _sides(labels, induce)
     side = one.astype(np.float64) - other
     weights = labels.weighted(one | other, by_confidence=True)
     columns = [np.ones(len(side))]
