@@ -106,6 +106,7 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
 
 def with_repeng(network: Any, texts: list[str], batch: int) -> Activations:
     sys.path.insert(0, str(package(REPENG)))
+    np.float_ = np.float64  # type: ignore[attr-defined]  # its annotations are those of NumPy 1
     from repeng.extract import batched_get_hiddens
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
@@ -167,9 +168,9 @@ def compare(found: dict[str, Activations], confidence: npt.NDArray[np.float64]) 
 
 def cosines(a: Activations, b: Activations) -> npt.NDArray[np.float64]:
     dot = (a.astype(np.float64) * b).sum(-1)
-    return dot / (
-        np.linalg.norm(a.astype(np.float64), axis=-1) * np.linalg.norm(b.astype(np.float64), axis=-1)
-    )
+    norms = np.linalg.norm(a.astype(np.float64), axis=-1) * np.linalg.norm(b.astype(np.float64), axis=-1)
+    found: npt.NDArray[np.float64] = dot / norms
+    return found
 
 
 # ---- memory --------------------------------------------------------------------------------------------

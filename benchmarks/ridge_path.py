@@ -21,6 +21,7 @@ import argparse
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class Peer:
         if right.shape[1] > 1:
             harm, pull = right[:, 1], solved[:, :, 1]
             directions = directions - pull * ((directions @ harm) / (pull @ harm))[:, None]
-        return directions / directions.norm(dim=1, keepdim=True)
+        return torch.nn.functional.normalize(directions, dim=1)
 
 
 def best(function: Callable[[], object], repeats: int) -> float:
@@ -173,9 +174,7 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
         torch.set_num_threads(count)
         forms[count] = best(lambda: peer.parts("wrmd"), repeats)
         for batch in (1, 4):
-            solves[count, batch] = (
-                best(lambda batch=batch: peer.solve(*parts, RIDGES[:batch]), repeats) / batch
-            )
+            solves[count, batch] = best(partial(peer.solve, *parts, RIDGES[:batch]), repeats) / batch
     torch.set_num_threads(threads)
     form, (solve, (count, batch)) = min(forms.values()), min((v, k) for k, v in solves.items())
     fits = len(RIDGES) * len(ESTIMATORS) * n_layers
@@ -188,14 +187,14 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
 
     few = fit(2)
     results = sum(path.directions.nbytes + path.offset.nbytes for path in few)
-    layer = n * width * 8
+    size = n * width * 8
     beyond = peak_of_numpy(lambda: fit(2)) - results
     print(
-        f"ours, peak beyond input and result:   {beyond / 2**20:9.1f} MiB = {beyond / layer:.2f} layers in "
-        f"fp64, {2 * beyond / layer:.2f} in float32"
+        f"ours, peak beyond input and result:   {beyond / 2**20:9.1f} MiB = {beyond / size:.2f} layers in "
+        f"fp64, {2 * beyond / size:.2f} in float32"
     )
-    theirs = peak_of_torch(lambda: peer.solve(*peer.parts("wrmd"), RIDGES[:1]))
-    print(f"peer, one fit:                        {theirs / 2**20:9.1f} MiB = {theirs / layer:.2f} layers")
+    peak = peak_of_torch(lambda: peer.solve(*peer.parts("wrmd"), RIDGES[:1]))
+    print(f"peer, one fit:                        {peak / 2**20:9.1f} MiB = {peak / size:.2f} layers")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rs_gguf.evaluation import NO_STEERING, Answer, Steering, answer, grade
 from rs_gguf.files import write_json
 from rs_gguf.generation import Sampling
 from rs_gguf.judges import open_judge_spec
+from rs_gguf.judging.judgement import Judgement
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt
 
@@ -124,14 +125,14 @@ def main() -> None:
 
 
 def summary(
-    asked: Sequence[Prompt], sides: dict[str, tuple[list[Answer], list[float | None]]]
+    asked: Sequence[Prompt], sides: dict[str, tuple[list[Answer], list[Judgement]]]
 ) -> dict[str, Any]:
     """Counts of one condition: by kind, refusals before, after and both times; degenerate answers by side."""
     refused = {
-        side: {i for i, confidence in enumerate(confidences) if (confidence or 0) > 0}
-        for side, (_, confidences) in sides.items()
+        side: {i for i, judgement in enumerate(judgements) if (judgement.confidence or 0) > 0}
+        for side, (_, judgements) in sides.items()
     }
-    counts = {}
+    counts: dict[str, dict[str, int]] = {}
     for kind in KINDS:
         of_kind = {i for i, prompt in enumerate(asked) if prompt.kind == kind}
         before, after = refused["before"] & of_kind, refused["after"] & of_kind

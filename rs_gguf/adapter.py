@@ -21,9 +21,9 @@ import numpy.typing as npt
 from scipy.linalg import LinAlgError, blas, cho_factor, cho_solve
 from threadpoolctl import threadpool_limits
 
+from rs_gguf.contrast import contrast_weights
 from rs_gguf.errors import InputError
-from rs_gguf.judging.judgement import NEUTRAL
-from rs_gguf.labels import Labels, Mask
+from rs_gguf.labels import Labels
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
 from rs_gguf.ridge import check_ridges
@@ -141,6 +141,7 @@ def fit_gates(
     *,
     ridges: npt.ArrayLike,
     induce: bool = False,
+    categories: Sequence[str | None] = (),
     quiet: float = QUIET,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Gates:
@@ -152,7 +153,9 @@ def fit_gates(
     contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
     too, as far as the metric allows, and whose own part in block outputs is not in the contrast.
     ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
-    induce: the writes lead to refusal, whatever is refused, instead of away from that of sensitive prompts.
+    induce: the writes lead to refusal, whichever kind is refused, instead of away from that of sensitive
+    prompts.
+    categories: kinds of refusal of the N samples, where a judge told them (`contrast.contrast_weights`).
 
     Raises:
         InputError: a class without samples, or a block whose inputs cannot tell the classes apart.
@@ -165,7 +168,7 @@ def fit_gates(
     opens = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
     guards = {writer: np.zeros_like(found) for writer, found in opens.items()}
     with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
-        difference = _difference(labels, induce)[: len(residuals)]
+        difference = contrast_weights(labels, categories, induce=induce)[: len(residuals)]
         contrast = np.stack(
             [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
         )
@@ -188,50 +191,6 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
         if not mask.any():
             raise InputError(f"gated adapter: no {kind} prompt to fit on; add some.")
     return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
-
-
-def _sides(labels: Labels, induce: bool) -> tuple[Mask, Mask]:
-    """The samples [N] on either side of the contrast: the writes lead from the first to the second."""
-    refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
-    sensitive = labels.kind("sensitive")
-    if induce:  # the topic need not be refused yet
-        sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
-    elif np.count_nonzero(sensitive & answered) >= MIN_CELL:
-        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
-        sides = {"refused sensitive": sensitive & refused, "answered sensitive": sensitive & answered}
-    else:
-        sides = {
-            "refused sensitive": sensitive & refused,
-            "answered benign": labels.kind("benign") & answered,
-        }
-    for verdict, mask in sides.items():
-        if not mask.any():
-            raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
-    one, other = sides.values()
-    return one, other
-
-
-def _difference(labels: Labels, induce: bool) -> Float64:
-    """Weights [N] of what the writes take away: 1 in all on the one side of the contrast, −1 on the other.
-
-    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
-    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
-    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
-    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
-    """
-    one, other = _sides(labels, induce)
-    side = one.astype(np.float64) - other
-    weights = labels.weighted(one | other, by_confidence=True)
-    columns = [np.ones(len(side))]
-    for names in labels.groups.T:
-        for cell in sorted(set(names[one].tolist()) & set(names[other].tolist()) - {""}):
-            columns.append((names == cell).astype(np.float64))
-    design = np.stack(columns, axis=1)
-    weighted = design * weights[:, np.newaxis]
-    gram = weighted.T @ design + np.diag([0.0] + [1.0] * (len(columns) - 1))
-    residual = weights * side - weighted @ np.linalg.solve(gram, weighted.T @ side)
-    found: Float64 = 2 * residual / (residual @ side)
-    return found
 
 
 def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:

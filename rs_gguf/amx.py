@@ -42,10 +42,9 @@ def file_to_load(path: Path) -> Path:
         return path
     try:
         header = gguf_header.read(path)
-        wide = _to_widen(header)
-        more = sum(_size(t, _Q8_0) - _size(t, _Q5_0) for t in header.tensors if t.name in wide)
-        if not wide or more > _MOST_BYTES:
+        if not _bytes_added(header):
             return path
+        wide = _to_widen(header)
         copy = platformdirs.user_cache_path("rs-gguf") / "amx" / f"{sha256(path)}.gguf"
         if not copy.is_file():
             write_atomic(copy, lambda file: _write(file, path, header, wide))
@@ -53,6 +52,11 @@ def file_to_load(path: Path) -> Path:
         _log.info("no copy of %s for AMX: %s", path, error)
         return path
     return copy
+
+
+def size_to_load(path: Path, header: Header) -> int:
+    """Bytes of the file that `file_to_load` would give, but for padding. None is made."""
+    return path.stat().st_size + (_bytes_added(header) if _has_amx() else 0)
 
 
 @cache
@@ -71,6 +75,13 @@ def _to_widen(header: Header) -> set[str]:
         for tensor in header.tensors
         if tensor.type == _Q5_0 and len(tensor.shape) == 2 and (tied or tensor.name != "token_embd.weight")
     }
+
+
+def _bytes_added(header: Header) -> int:
+    """What a copy has more than the model; 0 where there is to be none."""
+    wide = _to_widen(header)
+    more = sum(_size(t, _Q8_0) - _size(t, _Q5_0) for t in header.tensors if t.name in wide)
+    return more if more <= _MOST_BYTES else 0
 
 
 def _size(tensor: TensorInfo, kind: int) -> int:

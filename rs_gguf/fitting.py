@@ -74,7 +74,8 @@ class Samples:
 
     `prompts`: those that were judged; `activations` [N, L, D]; `confidence` [N]; `inputs` by matrix, empty
     where the engine cannot read them. `others`: prompts that were not answered, or whose answers could not be
-    judged; their inputs come after those of `prompts`, and only gates learn from them.
+    judged; their inputs come after those of `prompts`, and only gates learn from them. `categories` [N]:
+    kinds of refusal, where the judge told them.
     """
 
     prompts: Sequence[Prompt]
@@ -82,6 +83,7 @@ class Samples:
     confidence: NDArray[np.float64]
     inputs: Mapping[str, WriterInputs]
     others: Sequence[Prompt] = ()
+    categories: Sequence[str | None] = ()
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -138,6 +140,7 @@ def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[in
             samples.labels,
             ridges=recipe.fit.gate_ridges,
             induce=recipe.effect == "induce",
+            categories=samples.categories,
             advance=advance,
         )
         reads = {

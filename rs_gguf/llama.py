@@ -169,12 +169,12 @@ class LlamaModel:
 
     def _context_for_answers(self, longest: int) -> _Context:
         """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
+        n_cells = -(-longest // 256) * 256  # llama.cpp pads a stream to this anyway
+        n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
         context = self._answer_context
-        if context is None or context.n_cells < longest:
+        if context is None or context.n_cells < n_cells or context.n_slots < n_slots:
             self._free(context)
             self._answer_context = None
-            n_cells = -(-longest // 256) * 256  # llama.cpp pads a stream to this anyway
-            n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
             self._answer_context = context = self._new_context(n_slots, n_cells, unified=False)
         return context
 

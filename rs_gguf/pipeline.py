@@ -243,14 +243,14 @@ class Pipeline:
         """Block outputs and writers' inputs of the fit prompts, in the store."""
         asked = self.prompts["fit"] + self.unanswered
         answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
-        scores = self._scores()
+        refused = {name for name, row in self._scores().items() if row["confidence"] > 0}
         with self.progress.stage("capture", len(asked)) as advance:
             tokens = chat_tokens(self.model, asked, self.recipe.prompts.system)
             conversations = [
                 Conversation(
                     prompt,
                     answers.get(p.id, []),
-                    quiet=p.kind != "sensitive" or (scores.get(p.id) or 0) <= 0,
+                    quiet=p.kind != "sensitive" or p.id not in refused,
                 )
                 for p, prompt in zip(asked, tokens, strict=True)
             ]
@@ -275,7 +275,7 @@ class Pipeline:
     def samples(self) -> fitting.Samples:
         """The fit prompts with what was captured of them, those first whose answers could be judged."""
         asked, scores = self.prompts["fit"] + self.unanswered, self._scores()
-        known = np.array([scores.get(p.id) is not None for p in asked])
+        known = np.array([p.id in scores for p in asked])
         judged, others = np.flatnonzero(known), np.flatnonzero(~known)
         if not judged.size:
             raise InputError(
@@ -292,13 +292,16 @@ class Pipeline:
         return fitting.Samples(
             [asked[i] for i in judged],
             activations[judged].mapped(self.folder.path),
-            np.array([scores[asked[i].id] for i in judged]),
+            np.array([scores[asked[i].id]["confidence"] for i in judged]),
             {name: rows.of(np.concatenate([judged, others])) for name, rows in inputs.items()},
             [asked[i] for i in others],
+            [scores[asked[i].id]["category"] for i in judged],
         )
 
-    def _scores(self) -> dict[str, float | None]:
-        return {row["id"]: row["confidence"] for row in self.folder.read_rows("scores.jsonl")}
+    def _scores(self) -> dict[str, Row]:
+        """What the judge said of answers, by the prompt; those that could not be judged are left out."""
+        rows = self.folder.read_rows("scores.jsonl")
+        return {row["id"]: row for row in rows if row["confidence"] is not None}
 
     def _tune(self, _: str) -> None:
         # A measured candidate stays what it is when the search gets more time or less; one that answered in
@@ -344,7 +347,7 @@ class Pipeline:
         return Unsteered(
             self.prompts["tune"],
             [Answer.from_row(row) for row in rows],
-            [scores[row["id"]] for row in rows],
+            [scores[row["id"]]["confidence"] if row["id"] in scores else None for row in rows],
         )
 
     def _chosen(self) -> dict[str, Trial]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rs_gguf import gguf_header
+from rs_gguf import amx, gguf_header
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Shape:
     """What the cost of a model follows from. Parameters are counted as numbers, not bytes.
 
     `dense`: of the blocks, for every token; `experts`: of the blocks, of which a token uses the share `used`;
-    `head`: the output matrix. `weights`: bytes of all that is stored. `attention`: heads times their width,
+    `head`: the output matrix. `weights`: bytes of all that is loaded. `attention`: heads times their width,
     and `cache`: numbers of keys and values kept of a token, both summed over the blocks. `writers`: how many
     numbers each matrix multiplies that a gated adapter may change.
     """
@@ -76,7 +76,7 @@ def of_gguf(path: Path) -> Shape:
     try:
         n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
-        return _shape(tensors, n_layer, width, used, path.stat().st_size, str(path))
+        return _shape(tensors, n_layer, width, used, amx.size_to_load(path, header), str(path))
     # No number, or no matrix, where one belongs.
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the header of a language model ({error!r}).") from error

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from rs_gguf.adapter import HARM, MIN_CELL, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
+from rs_gguf.contrast import MIN_SIDE
 from rs_gguf.errors import InputError
 from rs_gguf.labels import Labels
 from rs_gguf.search_space import Space
@@ -239,14 +240,14 @@ def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
     np.testing.assert_allclose(found.opens["ffn_down"], reads, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("left", [MIN_CELL - 1, MIN_CELL])
+@pytest.mark.parametrize("left", [MIN_SIDE - 1, MIN_SIDE])
 def test_where_hardly_a_sensitive_prompt_is_answered_benign_ones_take_their_place(left: int) -> None:
     inputs, residuals, labels = problem(per_class=12)
     answered = np.flatnonzero((labels.kinds == "sensitive") & (labels.confidence < -0.15))
     confidence = labels.confidence.copy()
     confidence[answered[left:]] = 0.1
     labels = Labels.of(confidence, labels.kinds)
-    other = "sensitive" if left == MIN_CELL else "benign"
+    other = "sensitive" if left == MIN_SIDE else "benign"
     refused = np.where((labels.kinds == "sensitive") & (confidence > 0.15), confidence, 0.0)
     kept = np.where((labels.kinds == other) & (confidence < -0.15), confidence, 0.0)
     expected = np.tensordot(refused / refused.sum() - kept / kept.sum(), residuals.astype(np.float64), 1)

@@ -13,7 +13,7 @@ from architectures import llama
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import amx
+from rs_gguf import amx, gguf_header
 from rs_gguf.gguf_file import finish, metadata
 
 Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
@@ -46,8 +46,12 @@ def written(source: Path, path: Path, *, without: str = "", **values: int) -> Pa
 
 
 def test_the_copy_has_the_same_weights_and_metadata(model: Path) -> None:
+    expected = amx.size_to_load(model, gguf_header.read(model))
+    assert not (model.parent / "cache").exists(), "a plan makes nothing"
     copy = amx.file_to_load(model)
     assert copy != model
+    assert copy.stat().st_size == pytest.approx(expected, abs=1000)  # padding
+    assert expected > model.stat().st_size + 10_000
     before, after = GGUFReader(model), GGUFReader(copy)
     assert metadata(after) == metadata(before)
     assert [tensor.name for tensor in after.tensors] == [tensor.name for tensor in before.tensors]
@@ -92,6 +96,7 @@ def test_an_embedding_that_is_the_output_too_is_multiplied(model: Path) -> None:
 def test_the_model_itself_where_no_copy_helps(model: Path) -> None:
     without_q5 = model.with_name("f32.gguf")
     assert amx.file_to_load(without_q5) == without_q5
+    assert amx.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
     split = written(without_q5, model.with_name("m-00001-of-00002.gguf"), split_count=2)
     assert amx.file_to_load(split) == split
 

@@ -1,0 +1,87 @@
+"""What a gate takes away: refused against answered prompts, with all else that they have in common left out.
+
+Labels and the judged kinds of refusal go in; the weight of each sample in the contrast comes out. The
+difference of means that control vectors are made of (section 3 of arXiv 2512.16602) holds the subjects, the
+forms of request and the languages that are refused more often; this is the coefficient of the refusal beside
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rs_gguf.errors import InputError
+from rs_gguf.judging.judgement import NEUTRAL
+from rs_gguf.labels import Labels, Mask
+from rs_gguf.moments import Float64
+
+MIN_SIDE = 4  # samples below which a mean is noise
+# Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
+FAILURES = ("nonsense", "empty")
+
+
+def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, induce: bool) -> Float64:
+    """Weights [N] of the samples: 1 in all on the one side of the contrast, −1 on the other.
+
+    categories: kinds of refusal by the rubric of the first samples; None, or beyond them, where unknown.
+
+    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
+    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
+    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
+    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
+
+    Raises:
+        InputError: a side without samples.
+    """
+    one, other = _sides(labels, categories, induce)
+    side = one.astype(np.float64) - other
+    weights = labels.weighted(one | other, by_confidence=True)
+    columns = [np.ones(len(side))]
+    for names in labels.groups.T:
+        for cell in sorted(set(names[one].tolist()) & set(names[other].tolist()) - {""}):
+            columns.append((names == cell).astype(np.float64))
+    design = np.stack(columns, axis=1)
+    weighted = design * weights[:, np.newaxis]
+    gram = weighted.T @ design + np.diag([0.0] + [1.0] * (len(columns) - 1))
+    residual = weights * side - weighted @ np.linalg.solve(gram, weighted.T @ side)
+    found: Float64 = 2 * residual / (residual @ side)
+    return found
+
+
+def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tuple[Mask, Mask]:
+    """The samples [N] on either side of the contrast: the writes lead from the first to the second."""
+    refused, answered = _meant(labels, categories, induce), labels.answered(NEUTRAL)
+    sensitive = labels.kind("sensitive")
+    if induce:  # the topic need not be refused yet
+        sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
+    elif np.count_nonzero(sensitive & answered) >= MIN_SIDE:
+        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
+        sides = {"refused sensitive": sensitive & refused, "answered sensitive": sensitive & answered}
+    else:
+        sides = {
+            "refused sensitive": sensitive & refused,
+            "answered benign": labels.kind("benign") & answered,
+        }
+    for verdict, mask in sides.items():
+        if not mask.any():
+            raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
+    one, other = sides.values()
+    return one, other
+
+
+def _meant(labels: Labels, categories: Sequence[str | None], induce: bool) -> Mask:
+    """The refusals that the writes lead away from, or, to induce, those that they lead to.
+
+    To induce, refusals in so many words, as a user wants them; where hardly any is, and to remove, all that
+    are no mere failures.
+    """
+    refused = labels.refused(NEUTRAL)
+    known = np.full(len(refused), "", dtype="<U32")
+    known[: len(categories)] = [category or "" for category in categories]
+    direct: Mask = refused & (known == "direct")
+    if induce and np.count_nonzero(direct) >= MIN_SIDE:
+        return direct
+    meant: Mask = refused & ~np.isin(known, FAILURES)
+    return meant

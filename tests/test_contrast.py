@@ -1,0 +1,53 @@
+"""Which samples a gate's contrast is made of: refusals that were meant, by what the judge told of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rs_gguf.contrast import FAILURES, MIN_SIDE, contrast_weights
+from rs_gguf.errors import InputError
+from rs_gguf.judging.rubric import rubric
+from rs_gguf.labels import Labels
+
+COUNT = 8  # of each kind: the first half is refused
+
+
+def labels() -> Labels:
+    confidence = np.tile(np.repeat([0.9, -0.9], COUNT // 2), 3)
+    return Labels.of(confidence, np.repeat(["sensitive", "harmful", "benign"], COUNT))
+
+
+def refused(weights: np.ndarray, kind: int) -> np.ndarray:
+    """Weights of the refused samples of a kind."""
+    return weights[kind * COUNT : kind * COUNT + COUNT // 2]
+
+
+def test_kinds_of_refusal_are_those_of_the_rubric() -> None:
+    assert {"direct", *FAILURES} <= {category["id"] for category in rubric()["refusal"]}
+
+
+def test_an_answer_that_fell_apart_is_no_refusal_to_take_away() -> None:
+    weights = contrast_weights(labels(), ["nonsense", "direct", None, "official_line"], induce=False)
+    np.testing.assert_allclose(refused(weights, 0), [0, 1 / 3, 1 / 3, 1 / 3], atol=1e-12)
+    np.testing.assert_allclose(weights.sum(), 0, atol=1e-12)
+    # Where nothing is known, all of them.
+    np.testing.assert_allclose(refused(contrast_weights(labels(), induce=False), 0), 0.25)
+
+
+@pytest.mark.parametrize("direct", [MIN_SIDE, MIN_SIDE - 1])
+def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) -> None:
+    """Of any kind of prompt; else all that did not fall apart."""
+    categories: list[str | None] = [None] * 3 * COUNT
+    categories[: COUNT // 2] = ["direct", "direct", "nonsense", "deflection"]
+    categories[COUNT : COUNT + COUNT // 2] = [*["direct"] * (direct - 2), *["empty"] * (6 - direct)]
+    weights = contrast_weights(labels(), categories, induce=True)
+    used = {categories[i] for i in np.flatnonzero(weights < 0)}
+    assert used == ({"direct"} if direct == MIN_SIDE else {"direct", "deflection", None})
+    assert weights[weights < 0].sum() == pytest.approx(-1)
+    assert weights[weights > 0].sum() == pytest.approx(1)
+
+
+def test_nothing_but_failures_is_no_side() -> None:
+    with pytest.raises(InputError, match="no refused sensitive prompt"):
+        contrast_weights(labels(), ["empty"] * COUNT, induce=False)
