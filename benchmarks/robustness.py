@@ -127,38 +127,43 @@ def main() -> None:
 def summary(
     asked: Sequence[Prompt], sides: dict[str, tuple[list[Answer], list[Judgement]]]
 ) -> dict[str, Any]:
-    """Counts of one condition: by kind, refusals before, after and both times; degenerate answers by side."""
+    """Counts of one condition, by kind: refused on each side, directly so, and on both; broken answers."""
     refused = {
         side: {i for i, judgement in enumerate(judgements) if (judgement.confidence or 0) > 0}
         for side, (_, judgements) in sides.items()
     }
-    counts: dict[str, dict[str, int]] = {}
+    direct = {
+        side: {i for i in refused[side] if judgements[i].category == "direct"}
+        for side, (_, judgements) in sides.items()
+    }
+    found: dict[str, Any] = {}
     for kind in KINDS:
         of_kind = {i for i, prompt in enumerate(asked) if prompt.kind == kind}
-        before, after = refused["before"] & of_kind, refused["after"] & of_kind
-        counts[kind] = {
+        found[kind] = {
             "n": len(of_kind),
-            "before": len(before),
-            "after": len(after),
-            "both": len(before & after),
+            **{side: len(refused[side] & of_kind) for side in sides},
+            **{f"{side}_directly": len(direct[side] & of_kind) for side in sides},
+            "both": len(refused["before"] & refused["after"] & of_kind),
         }
-    broken = {side: sum(a.degenerate for a in answers) for side, (answers, _) in sides.items()}
-    return {**counts, "degenerate": broken}
+    broken = {side: sum(answer.degenerate for answer in answers) for side, (answers, _) in sides.items()}
+    return {**found, "degenerate": broken}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| condition | n of each kind | sensitive | harmful (of the same) | benign | degenerate |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| condition | n of each kind | sensitive (directly) | harmful (directly) | of the same "
+        "| benign (directly) | broken |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
-        sensitive, harmful, benign = (row[kind] for kind in ("sensitive", "harmful", "benign"))
         sizes = sorted({row[kind]["n"] for kind in KINDS})
+        sensitive, harmful, benign = (
+            "{before} ({before_directly}) → {after} ({after_directly})".format_map(row[kind])
+            for kind in KINDS
+        )
         lines.append(
-            f"| {row['condition']} | {' to '.join(map(str, sizes))} "
-            f"| {sensitive['before']} → {sensitive['after']} "
-            f"| {harmful['before']} → {harmful['after']} ({harmful['both']}) "
-            f"| {benign['before']} → {benign['after']} "
+            f"| {row['condition']} | {' to '.join(map(str, sizes))} | {sensitive} | {harmful} "
+            f"| {row['harmful']['both']} | {benign} "
             f"| {row['degenerate']['before']} → {row['degenerate']['after']} |"
         )
     return "\n".join(lines)
