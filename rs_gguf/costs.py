@@ -15,7 +15,7 @@ from statistics import fmean
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.shape import Shape
-from rs_gguf.speed import Speed, factorisation
+from rs_gguf.speed import Speed, cholesky, factorisation
 
 Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
@@ -127,7 +127,7 @@ class Costs:
         flops = estimators * _FACTORISATIONS * factorisation(n * _CLASS, model.width)
         every = n + self.unanswered
         rows = every + self._quiet(every, n) + self._prefix
-        flops += sum(factorisation(rows, width) for width in model.writers.values())
+        flops += sum(cholesky(rows, width) for width in model.writers.values())
         seconds = model.n_layer * flops / self._speed.algebra + estimators * _FIGURES
         widest = max([model.width, *model.writers.values()])
         working = 8 * (3 * rows * widest + 2 * min(rows, widest) ** 2)  # of one block

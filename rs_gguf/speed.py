@@ -103,6 +103,12 @@ def factorisation(rows: float, width: float) -> float:
     return small * small * large + 4 / 3 * small**3
 
 
+def cholesky(rows: float, width: float) -> float:
+    """Operations for such a matrix and its Cholesky factor."""
+    small, large = sorted((rows, width))
+    return small * small * large + small**3 / 3
+
+
 def _algebra() -> float:
     rows = np.random.default_rng(0).standard_normal((_SAMPLES, _WIDTH))
 
