@@ -60,11 +60,7 @@ def stored_speed(cores: int) -> Speed:
 
 
 def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
-    """The speed of this machine on a loaded model that reads, and begins to answer, `conversations` together.
-
-    What an answered token takes beyond its arithmetic counts as reading weights, though with many sequences
-    at once some of it is arithmetic that small batches do more slowly.
-    """
+    """The speed of this machine on a loaded model: `conversations` are read together, and one is answered."""
     from rs_gguf.generation import common_prefix
 
     count, prefix = len(conversations), common_prefix(conversations)
@@ -78,23 +74,23 @@ def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[
     flops = tokens * shape.flops(context) + count * 2 * shape.head
     read()  # what is made at the first call is made
     prompt = flops / _seconds(read)
-    step = _step(model, [tokens[:1] for tokens in conversations])
-    arithmetic = count * (shape.flops(0) + 2 * shape.head) / prompt
-    bandwidth = shape.bytes_read(count) / max(step - arithmetic, step / 100)  # a tiny model's are cached
+    step = _step(model, conversations[0][:1])
+    arithmetic = (shape.flops(0) + 2 * shape.head) / prompt
+    bandwidth = shape.bytes_read(1) / max(step - arithmetic, step / 100)  # a tiny model's weights are cached
     return Speed(prompt, bandwidth, _algebra(), "measured on this machine")
 
 
-def _step(model: Model, beginnings: Sequence[Sequence[int]]) -> float:
-    """Seconds of a step that adds a token to each of these alike sequences."""
+def _step(model: Model, beginning: Sequence[int]) -> float:
+    """Seconds of a step that answers one sequence."""
 
-    def answer() -> int:
-        found = [generation for _, generation in model.generate(beginnings, max_tokens=_STEPS)]
-        return sum(len(generation.tokens) + generation.finished for generation in found)
+    def answer(tokens: int) -> int:
+        ((_, found),) = model.generate([beginning], max_tokens=tokens)
+        return len(found.tokens) + found.finished
 
-    answer()
+    answer(_STEPS)
     start = time.perf_counter()
-    tokens = answer()
-    return (time.perf_counter() - start) * len(beginnings) / tokens
+    steps = answer(_STEPS)
+    return (time.perf_counter() - start) / steps
 
 
 def factorisation(rows: float, width: float) -> float:

@@ -371,11 +371,9 @@ class Machine:
     def generate(
         self, conversations: Sequence[Sequence[int]], *, max_tokens: int
     ) -> Iterator[tuple[int, SimpleNamespace]]:
-        assert set(map(tuple, conversations)) == {(1,)}  # then each step adds a token to every one
-        count = len(conversations)
-        self.now += self._speed.answering(self._shape, max_tokens * count, 0, count)
-        for i in range(count):
-            yield i, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
+        assert list(map(len, conversations)) == [1]  # then each token is a step of its own
+        self.now += self._speed.answering(self._shape, max_tokens, 0, 1)
+        yield 0, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
 
 
 def test_a_measured_speed_is_that_of_the_machine(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
