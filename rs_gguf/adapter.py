@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from rs_gguf.contrast import contrast_weights
 from rs_gguf.errors import InputError
-from rs_gguf.labels import Labels
+from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
 from rs_gguf.ridge import check_ridges
@@ -49,7 +49,6 @@ WRITERS: Mapping[str, Sequence[str]] = {
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
 HARM = -0.25
 QUIET = 2.0  # weight of the energy on each sort of other tokens, beside that within the classes
-MIN_CELL = 4  # samples below which a mean is noise
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
         for weights in (kinds["harmful"], kinds["benign"]):
             for cell in sorted({str(name) for name in names[weights > 0]} - {""}):
                 inside = np.where(names == cell, weights, 0.0)
-                if np.count_nonzero(inside) >= MIN_CELL:
+                if np.count_nonzero(inside) >= MIN_SAMPLES:
                     cells.append(inside / inside.sum())
     return cells
 

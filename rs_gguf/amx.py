@@ -42,12 +42,12 @@ def file_to_load(path: Path) -> Path:
         return path
     try:
         header = gguf_header.read(path)
-        if not _bytes_added(header):
-            return path
         wide = _to_widen(header)
+        if not wide:
+            return path
         copy = platformdirs.user_cache_path("rs-gguf") / "amx" / f"{sha256(path)}.gguf"
         if not copy.is_file():
-            write_atomic(copy, lambda file: _write(file, path, header, wide))
+            write_atomic(copy, lambda file: _write(file, path, header, {tensor.name for tensor in wide}))
     except (InputError, MemoryError) as error:  # llama.cpp tells better what is wrong with a model
         _log.info("no copy of %s for AMX: %s", path, error)
         return path
@@ -56,7 +56,8 @@ def file_to_load(path: Path) -> Path:
 
 def size_to_load(path: Path, header: Header) -> int:
     """Bytes of the file that `file_to_load` would give, but for padding. None is made."""
-    return path.stat().st_size + (_bytes_added(header) if _has_amx() else 0)
+    wide = _to_widen(header) if _has_amx() else []
+    return path.stat().st_size + sum(map(_bytes_added, wide))
 
 
 @cache
@@ -65,23 +66,24 @@ def _has_amx() -> bool:
     return on_cpu and b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
-def _to_widen(header: Header) -> set[str]:
-    """Matrices of Q5_0 that are multiplied; experts' are not multiplied with tiles, whatever their type."""
+def _to_widen(header: Header) -> list[TensorInfo]:
+    """Matrices of Q5_0 that are multiplied, unless the copy would be too large.
+
+    Experts' are not multiplied with tiles, whatever their type.
+    """
     if header.values.get("split.count", 1) != 1:  # the other files of the model are found beside the first
-        return set()
+        return []
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
-    return {
-        tensor.name
+    wide = [
+        tensor
         for tensor in header.tensors
         if tensor.type == _Q5_0 and len(tensor.shape) == 2 and (tied or tensor.name != "token_embd.weight")
-    }
+    ]
+    return wide if sum(map(_bytes_added, wide)) <= _MOST_BYTES else []
 
 
-def _bytes_added(header: Header) -> int:
-    """What a copy has more than the model; 0 where there is to be none."""
-    wide = _to_widen(header)
-    more = sum(_size(t, _Q8_0) - _size(t, _Q5_0) for t in header.tensors if t.name in wide)
-    return more if more <= _MOST_BYTES else 0
+def _bytes_added(tensor: TensorInfo) -> int:
+    return _size(tensor, _Q8_0) - _size(tensor, _Q5_0)
 
 
 def _size(tensor: TensorInfo, kind: int) -> int:

@@ -14,10 +14,9 @@ import numpy as np
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.judgement import NEUTRAL
-from rs_gguf.labels import Labels, Mask
+from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.moments import Float64
 
-MIN_SIDE = 4  # samples below which a mean is noise
 # Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
 FAILURES = ("nonsense", "empty")
 
@@ -56,7 +55,7 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
         sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
-    elif np.count_nonzero(sensitive & answered) >= MIN_SIDE:
+    elif np.count_nonzero(sensitive & answered) >= MIN_SAMPLES:
         # What the subjects have of their own is on both sides, so that a gate leaves it alone.
         sides = {"refused sensitive": sensitive & refused, "answered sensitive": sensitive & answered}
     else:
@@ -81,7 +80,7 @@ def _meant(labels: Labels, categories: Sequence[str | None], induce: bool) -> Ma
     known = np.full(len(refused), "", dtype="<U32")
     known[: len(categories)] = [category or "" for category in categories]
     direct: Mask = refused & (known == "direct")
-    if induce and np.count_nonzero(direct) >= MIN_SIDE:
+    if induce and np.count_nonzero(direct) >= MIN_SAMPLES:
         return direct
     meant: Mask = refused & ~np.isin(known, FAILURES)
     return meant

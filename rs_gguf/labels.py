@@ -16,6 +16,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64, gather
 
 KINDS = ("sensitive", "harmful", "benign")
+MIN_SAMPLES = 4  # below which a mean is noise
 Mask = npt.NDArray[np.bool_]
 
 

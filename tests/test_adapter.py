@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rs_gguf.adapter import HARM, MIN_CELL, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
-from rs_gguf.contrast import MIN_SIDE
+from rs_gguf.adapter import HARM, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
 from rs_gguf.errors import InputError
-from rs_gguf.labels import Labels
+from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.search_space import Space
 
 Float64 = npt.NDArray[np.float64]
@@ -74,7 +73,7 @@ def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet
             weights = members(labels)[kind]
             for cell in set(names[weights > 0]) - {""}:
                 inside = np.where(names == cell, weights, 0.0)
-                if (inside > 0).sum() >= MIN_CELL:
+                if (inside > 0).sum() >= MIN_SAMPLES:
                     cells.append(inside @ x / inside.sum())
     for mean in cells:
         energy += np.outer(mean, mean) / len(cells)
@@ -240,14 +239,14 @@ def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
     np.testing.assert_allclose(found.opens["ffn_down"], reads, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("left", [MIN_SIDE - 1, MIN_SIDE])
+@pytest.mark.parametrize("left", [MIN_SAMPLES - 1, MIN_SAMPLES])
 def test_where_hardly_a_sensitive_prompt_is_answered_benign_ones_take_their_place(left: int) -> None:
     inputs, residuals, labels = problem(per_class=12)
     answered = np.flatnonzero((labels.kinds == "sensitive") & (labels.confidence < -0.15))
     confidence = labels.confidence.copy()
     confidence[answered[left:]] = 0.1
     labels = Labels.of(confidence, labels.kinds)
-    other = "sensitive" if left == MIN_SIDE else "benign"
+    other = "sensitive" if left == MIN_SAMPLES else "benign"
     refused = np.where((labels.kinds == "sensitive") & (confidence > 0.15), confidence, 0.0)
     kept = np.where((labels.kinds == other) & (confidence < -0.15), confidence, 0.0)
     expected = np.tensordot(refused / refused.sum() - kept / kept.sum(), residuals.astype(np.float64), 1)
@@ -275,10 +274,10 @@ def test_a_cell_that_the_class_mean_hides_is_quietened() -> None:
 def test_a_cell_of_few_samples_is_left_out() -> None:
     inputs, residuals, labels = problem()
     names = np.full(len(labels.confidence), "", dtype="<U8")
-    names[np.flatnonzero(members(labels)["harmful"])[: MIN_CELL - 1]] = "rare"
+    names[np.flatnonzero(members(labels)["harmful"])[: MIN_SAMPLES - 1]] = "rare"
     plain = fitted(inputs, residuals, labels).opens["ffn_down"]
     np.testing.assert_array_equal(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"], plain)
-    names[np.flatnonzero(members(labels)["harmful"])[:MIN_CELL]] = "rare"
+    names[np.flatnonzero(members(labels)["harmful"])[:MIN_SAMPLES]] = "rare"
     assert np.abs(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"] - plain).max() > 1e-4
 
 

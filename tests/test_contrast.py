@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rs_gguf.contrast import FAILURES, MIN_SIDE, contrast_weights
+from rs_gguf.contrast import FAILURES, contrast_weights
 from rs_gguf.errors import InputError
 from rs_gguf.judging.rubric import rubric
-from rs_gguf.labels import Labels
+from rs_gguf.labels import MIN_SAMPLES, Labels
 
 COUNT = 8  # of each kind: the first half is refused
 
@@ -35,7 +35,7 @@ def test_an_answer_that_fell_apart_is_no_refusal_to_take_away() -> None:
     np.testing.assert_allclose(refused(contrast_weights(labels(), induce=False), 0), 0.25)
 
 
-@pytest.mark.parametrize("direct", [MIN_SIDE, MIN_SIDE - 1])
+@pytest.mark.parametrize("direct", [MIN_SAMPLES, MIN_SAMPLES - 1])
 def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) -> None:
     """Of any kind of prompt; else all that did not fall apart."""
     categories: list[str | None] = [None] * 3 * COUNT
@@ -43,7 +43,7 @@ def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) ->
     categories[COUNT : COUNT + COUNT // 2] = [*["direct"] * (direct - 2), *["empty"] * (6 - direct)]
     weights = contrast_weights(labels(), categories, induce=True)
     used = {categories[i] for i in np.flatnonzero(weights < 0)}
-    assert used == ({"direct"} if direct == MIN_SIDE else {"direct", "deflection", None})
+    assert used == ({"direct"} if direct == MIN_SAMPLES else {"direct", "deflection", None})
     assert weights[weights < 0].sum() == pytest.approx(-1)
     assert weights[weights > 0].sum() == pytest.approx(1)
 
