@@ -51,18 +51,18 @@ def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, i
 
 def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tuple[Mask, Mask]:
     """The samples [N] on either side of the contrast: the writes lead from the first to the second."""
-    refused, answered = _meant(labels, categories, induce), labels.answered(NEUTRAL)
+    refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
+        refused = _meant(refused, categories, direct=True)
         sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
     elif np.count_nonzero(sensitive & answered) >= MIN_SAMPLES:
         # What the subjects have of their own is on both sides, so that a gate leaves it alone.
-        sides = {"refused sensitive": sensitive & refused, "answered sensitive": sensitive & answered}
+        refused = _meant(sensitive & refused, categories)
+        sides = {"refused sensitive": refused, "answered sensitive": sensitive & answered}
     else:
-        sides = {
-            "refused sensitive": sensitive & refused,
-            "answered benign": labels.kind("benign") & answered,
-        }
+        refused = _meant(sensitive & refused, categories)
+        sides = {"refused sensitive": refused, "answered benign": labels.kind("benign") & answered}
     for verdict, mask in sides.items():
         if not mask.any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
@@ -70,17 +70,15 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     return one, other
 
 
-def _meant(labels: Labels, categories: Sequence[str | None], induce: bool) -> Mask:
-    """The refusals that the writes lead away from, or, to induce, those that they lead to.
+def _meant(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
+    """Of the refusals [N] those that the writes lead away from, or, to induce, lead to: no mere failures.
 
-    To induce, refusals in so many words, as a user wants them; where hardly any is, and to remove, all that
-    are no mere failures.
+    `direct`: in so many words, as a user who induces refusals wants them. Where too few are such, more are
+    taken: in the end all.
     """
-    refused = labels.refused(NEUTRAL)
     known = np.full(len(refused), "", dtype="<U32")
     known[: len(categories)] = [category or "" for category in categories]
-    direct: Mask = refused & (known == "direct")
-    if induce and np.count_nonzero(direct) >= MIN_SAMPLES:
-        return direct
-    meant: Mask = refused & ~np.isin(known, FAILURES)
-    return meant
+    choices: list[Mask] = [refused & ~np.isin(known, FAILURES), refused]
+    if direct:
+        choices.insert(0, refused & (known == "direct"))
+    return next((mask for mask in choices if np.count_nonzero(mask) >= MIN_SAMPLES), refused)
