@@ -78,15 +78,17 @@ class ChatFormat:
         except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
-    def tokenize(self, model: ChatModel, prompt: str, *, system: str | None = None) -> list[int]:
-        """Tokens of a one-turn conversation, control tokens written in the prompt neutralised.
+    def tokenize(
+        self, model: ChatModel, prompt: str, *, system: str | None = None, turns: Sequence[Message] = ()
+    ) -> list[int]:
+        """Tokens of a conversation that ends with the prompt, control tokens written in it neutralised.
 
         A prompt that spells a control token ("<|im_end|>") must not end its own turn. So the template is
         rendered around a placeholder and the prompt is tokenised as plain text.
         """
         placeholder = "\N{REPLACEMENT CHARACTER}prompt\N{REPLACEMENT CHARACTER}"
         messages = [{"role": "system", "content": system}] if system is not None else []
-        rendered = self.render([*messages, {"role": "user", "content": placeholder}])
+        rendered = self.render([*messages, *turns, {"role": "user", "content": placeholder}])
         before, found, after = rendered.partition(placeholder)
         if not found:
             raise InputError("the model's chat template drops the user's message.")

@@ -23,6 +23,7 @@ Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]
 _BYTES_PER_TOKEN = 4.3  # of UTF-8, in any language
 _TEMPLATE = 6  # tokens that a chat template puts after a prompt
 _PREFIX = 25  # tokens that it puts before all of them, decoded once
+_AROUND = 15  # tokens of a context around a prompt that is only read, beside what is read once for several
 _LENGTH = 85  # mean tokens of an answer that is left to end by itself
 _NEW = 0.6  # share of the steered answers that are new to the judge, which keeps its judgements
 _CHANGED, _KEPT = 0.5, 0.6  # shares of sensitive prompts to change, and of harmful ones that are refused
@@ -111,7 +112,7 @@ class Costs:
     def capture(self) -> Stage:
         answered = self._count("fit")
         n = answered + self.unanswered
-        read = n * self._prompt
+        read = n * self._prompt + self.unanswered * _AROUND
         if self._model.writers:
             # Up to the last of some tokens at random.
             depth = _READ / (_READ + 1) * _length(self._recipe.answers.tokens)

@@ -75,7 +75,8 @@ class Samples:
     `prompts`: those that were judged; `activations` [N, L, D]; `confidence` [N]; `inputs` by matrix, empty
     where the engine cannot read them. `others`: prompts that were not answered, or whose answers could not be
     judged; their inputs come after those of `prompts`, and only gates learn from them. `categories` [N]:
-    kinds of refusal, where the judge told them.
+    kinds of refusal, where the judge told them. `contexts`: names of what stood around the `others`, "" for
+    nothing.
     """
 
     prompts: Sequence[Prompt]
@@ -84,6 +85,7 @@ class Samples:
     inputs: Mapping[str, WriterInputs]
     others: Sequence[Prompt] = ()
     categories: Sequence[str | None] = ()
+    contexts: Sequence[str] = ()
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -99,7 +101,9 @@ class Samples:
         """Of all samples, as a gate takes them: of the `others` the kind and the cells alone count."""
         every = [*self.prompts, *self.others]
         confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
-        return Labels.of(confidence, [prompt.kind for prompt in every], _groups(every))
+        contexts = [[""]] * len(self.prompts) + [[name] for name in self.contexts]
+        cells = np.concatenate([_groups(every), contexts], axis=1)
+        return Labels.of(confidence, [prompt.kind for prompt in every], cells)
 
     def counts(self, kind: str) -> dict[str, int]:
         """How many of a kind were refused, answered and neither."""

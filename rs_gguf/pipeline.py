@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from rs_gguf import baselines, fitting, models, prompts, shape, writing
+from rs_gguf import baselines, contexts, fitting, models, prompts, shape, writing
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.capture import Conversation, capture_all, captured
+from rs_gguf.chat import ChatFormat
+from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
@@ -133,7 +135,8 @@ class Pipeline:
             ],
             "score": [recipe.judge, shipped_version()],
             # Not earlier: a file that is no model is told of when it is loaded.
-            "capture": [[p.id for p in self.unanswered]] if "capture" in before else [],
+            "capture": [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]]
+            if "capture" in before else [],
             "fit": [recipe.effect, recipe.fit.model_dump()],
             "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
@@ -166,13 +169,21 @@ class Pipeline:
 
     @cached_property
     def unanswered(self) -> list[Prompt]:
-        """More prompts to fit on, of which the kind alone is used: by gates, if the model can have any."""
+        """More prompts to fit on, of which the kind alone is used: by gates, if the model can have any.
+
+        They are read `in_contexts`.
+        """
         if self.model_path.is_dir() or not shape.of_gguf(self.model_path).writers:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.unanswered, self.recipe.seed
         others = ([p for p in rows if p.id not in answered] for rows in self._pool["fit"].values())
         return [prompt for rows in others for prompt in prompts.stratified(rows, size, seed=seed)]
+
+    @cached_property
+    def in_contexts(self) -> list[tuple[Prompt, Context]]:
+        """The `unanswered` prompts in the order in which they are read, with what stands around each."""
+        return contexts.spread(self.unanswered, ChatFormat.of(self.model), seed=self.recipe.seed)
 
     @cached_property
     def model_path(self) -> Path:
@@ -241,23 +252,23 @@ class Pipeline:
 
     def _capture(self, key: str) -> None:
         """Block outputs and writers' inputs of the fit prompts, in the store."""
-        asked = self.prompts["fit"] + self.unanswered
+        asked, system = self.prompts["fit"], self.recipe.prompts.system
         answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
         refused = {name for name, row in self._scores().items() if row["confidence"] > 0}
-        with self.progress.stage("capture", len(asked)) as advance:
-            tokens = chat_tokens(self.model, asked, self.recipe.prompts.system)
+        with self.progress.stage("capture", len(asked) + len(self.unanswered)) as advance:
+            tokens, chat = chat_tokens(self.model, asked, system), ChatFormat.of(self.model)
             conversations = [
-                Conversation(
-                    prompt,
-                    answers.get(p.id, []),
-                    quiet=p.kind != "sensitive" or p.id not in refused,
-                )
+                Conversation(prompt, answers[p.id], quiet=p.kind != "sensitive" or p.id not in refused)
                 for p, prompt in zip(asked, tokens, strict=True)
             ]
+            conversations += [
+                Conversation(context.tokens(chat, self.model, p.prompt, system), [], quiet=True)
+                for p, context in self.in_contexts
+            ]
+            ids = [p.id for p in asked] + [p.id for p, _ in self.in_contexts]
             capture_all(
-                self.model, [p.id for p in asked], conversations, common_prefix(tokens), self._store(key),
-                advance=advance,
-            )  # fmt: skip
+                self.model, ids, conversations, common_prefix(tokens), self._store(key), advance=advance
+            )
 
     def _file(self, name: str) -> Path:
         """Where the control vector (`vector`) or the `adapter` is written."""
@@ -274,8 +285,9 @@ class Pipeline:
 
     def samples(self) -> fitting.Samples:
         """The fit prompts with what was captured of them, those first whose answers could be judged."""
-        asked, scores = self.prompts["fit"] + self.unanswered, self._scores()
-        known = np.array([p.id in scores for p in asked])
+        asked, scores = [(p, "") for p in self.prompts["fit"]], self._scores()
+        asked += [(p, context.name) for p, context in self.in_contexts]
+        known = np.array([p.id in scores for p, _ in asked])
         judged, others = np.flatnonzero(known), np.flatnonzero(~known)
         if not judged.size:
             raise InputError(
@@ -290,12 +302,13 @@ class Pipeline:
             self.folder.forget("capture")
             raise
         return fitting.Samples(
-            [asked[i] for i in judged],
+            [asked[i][0] for i in judged],
             activations[judged].mapped(self.folder.path),
-            np.array([scores[asked[i].id]["confidence"] for i in judged]),
+            np.array([scores[asked[i][0].id]["confidence"] for i in judged]),
             {name: rows.of(np.concatenate([judged, others])) for name, rows in inputs.items()},
-            [asked[i] for i in others],
-            [scores[asked[i].id]["category"] for i in judged],
+            [asked[i][0] for i in others],
+            [scores[asked[i][0].id]["category"] for i in judged],
+            [asked[i][1] for i in others],
         )
 
     def _scores(self) -> dict[str, Row]:

@@ -67,7 +67,7 @@ class Prompts(_Section):
         default=160,
         ge=0,
         description="as many more of each kind that are read but not answered, where an adapter is fitted: "
-        "its gate learns the kinds from them",
+        "its gate learns the kinds from them, in contexts of all sorts",
     )
     tune: int = Field(default=60, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(

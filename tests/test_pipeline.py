@@ -18,7 +18,8 @@ import pytest
 from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf import control_vector, lora, prompts, recipe
+from rs_gguf import contexts, control_vector, lora, prompts, recipe
+from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.llama import LlamaModel
@@ -70,15 +71,19 @@ def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
     """The samples' inputs of one matrix are those of their prompts, read once more."""
     samples = pipeline.samples()
     every = [*samples.prompts, *samples.others]
+    chat = ChatFormat.of(pipeline.model)
+    fit = pipeline.prompts["fit"]
+    read = dict(zip([p.id for p in fit], chat_tokens(pipeline.model, fit, None), strict=True))
+    read |= {p.id: c.tokens(chat, pipeline.model, p.prompt, None) for p, c in pipeline.in_contexts}
     kept = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
     for place in places:
-        (tokens,) = chat_tokens(pipeline.model, [every[place]], None)
-        ((_, _, read),) = pipeline.model.token_activations(  # type: ignore[union-attr]
+        tokens = read[every[place].id]
+        ((_, _, found),) = pipeline.model.token_activations(  # type: ignore[union-attr]
             [tokens], [[len(tokens) - 1]], layers=range(2), tensors=("kqv_out",)
         )
-        away = np.linalg.norm(kept - read["kqv_out"][1], axis=1)
+        away = np.linalg.norm(kept - found["kqv_out"][1], axis=1)
         assert away.argmin() == place
-        assert away[place] < 1e-2 * np.linalg.norm(read["kqv_out"][1])
+        assert away[place] < 1e-2 * np.linalg.norm(found["kqv_out"][1])
 
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
@@ -111,6 +116,11 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert len(unanswered) == 24
         assert not {p.id for p in unanswered} & answers.keys()
         assert {p.split for p in unanswered} == {"fit"}
+        around = dict(zip((p.id for p in samples.others), samples.contexts, strict=True))
+        assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
+        assert {around[p.id] for p in unjudged} == {""}
+        # Each context is a cell of its own, which a gate has to stay shut for.
+        assert set(samples.labels.groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
         n = len(samples.prompts)
         check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 

@@ -287,7 +287,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
     ("changed", "growth"),
     [
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
-        (("prompts.unanswered=90",), {"capture": 1.64, "answer": 1.0, "measure": 1.0}),
+        (("prompts.unanswered=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
         (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(STAGES, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
