@@ -13,12 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rs_gguf.errors import InputError
-from rs_gguf.judging.judgement import NEUTRAL
+from rs_gguf.judging.judgement import FAILURES, NEUTRAL
 from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.moments import Float64
-
-# Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
-FAILURES = ("nonsense", "empty")
 
 
 def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, induce: bool) -> Float64:

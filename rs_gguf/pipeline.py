@@ -361,6 +361,7 @@ class Pipeline:
             self.prompts["tune"],
             [Answer.from_row(row) for row in rows],
             [scores[row["id"]]["confidence"] if row["id"] in scores else None for row in rows],
+            [scores[row["id"]]["category"] if row["id"] in scores else None for row in rows],
         )
 
     def _chosen(self) -> dict[str, Trial]:

@@ -33,13 +33,15 @@ from rs_gguf.evaluation import (
     mean_change,
 )
 from rs_gguf.judges import Judge
+from rs_gguf.judging.judgement import FAILURES
+from rs_gguf.labels import MIN_SAMPLES
 from rs_gguf.prompts import KINDS, Kind, Prompt, stratified
 from rs_gguf.recipe import Recipe
 from rs_gguf.search_space import GATE, Candidate, Directions, Trial
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
-_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but one in any case
+_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but as many as chance in any case
 _OPENING = 6  # tokens of an unsteered answer that the probe looks for
 _BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
 _PROBED_PAIRS = 8  # of these, in a probe
@@ -52,6 +54,18 @@ class Unsteered:
     prompts: Sequence[Prompt]
     answers: Sequence[Answer]
     confidences: Sequence[float | None]
+    categories: Sequence[str | None] = ()  # kinds of refusal, where the judge told them
+
+    @cached_property
+    def failed(self) -> set[int]:
+        """Places of answers that fell apart, and count as refused."""
+        return {i for i, category in enumerate(self.categories) if category in FAILURES}
+
+    def meant(self) -> list[int]:
+        """Places of the sensitive refusals to take away: no failures, where enough others are left."""
+        refused = self.refused("sensitive")
+        meant = [i for i in refused if i not in self.failed]
+        return meant if len(meant) >= MIN_SAMPLES else refused
 
     def refused(self, kind: str) -> list[int]:
         return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
@@ -65,13 +79,15 @@ class Unsteered:
 
 @dataclass(frozen=True)
 class _Answered:
-    """Prompts by their places in the tune split, whether each was refused, and how many answers broke.
+    """Prompts by their places in the tune split, and whether each was refused.
 
-    None where an answer could not be judged: it counts on neither side.
+    None where an answer could not be judged: it counts on neither side. `failed`: those of the refused whose
+    answers fell apart. `degenerate`: whose answers broke.
     """
 
     refused: dict[int, bool | None]
-    degenerate: int
+    failed: set[int]
+    degenerate: set[int]
 
 
 class Rungs:
@@ -96,7 +112,7 @@ class Rungs:
         self._directions, self._gates, self._recipe, self._folder = directions, gates, recipe, folder
         self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
         remove = recipe.effect == "remove"
-        self.wanted = unsteered.refused("sensitive") if remove else unsteered.answered("sensitive")
+        self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
         benign = [i for i in unsteered.of("benign") if i not in refused]
         self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], _OPENING)
@@ -140,7 +156,8 @@ class Rungs:
         benign = self._sample(unsteered.of("benign"), _BENIGN)
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
-        return _Answered(refused, sum(unsteered.answers[i].degenerate for i in picked))
+        degenerate = {i for i in picked if unsteered.answers[i].degenerate}
+        return _Answered(refused, unsteered.failed.difference(self.wanted), degenerate)
 
     @cached_property
     def _in_full(self) -> _Answered:
@@ -172,8 +189,11 @@ class Rungs:
             max_tokens=max_tokens,
             system=self._recipe.prompts.system,
         )
-        refused = {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)}
-        return _Answered(refused, sum(answer.degenerate for answer in answers))
+        return _Answered(
+            {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},
+            {i for i, found in zip(picked, judgements, strict=True) if found.category in FAILURES},
+            {i for i, answer in zip(picked, answers, strict=True) if answer.degenerate},
+        )
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
@@ -238,12 +258,19 @@ class Rungs:
         judged = {i for i in picked if None not in (before.refused[i], after.refused[i])}
         of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
 
-        def counts(kind: Kind, verdict: bool = True) -> tuple[int, int]:
-            """Prompts of a kind that are refused, or answered, unsteered and steered."""
-            was, now = (sum(side.refused[i] == verdict for i in of_kind[kind]) for side in (before, after))
+        def counts(kind: Kind) -> tuple[int, int]:
+            """Prompts of a kind that are refused, unsteered and steered."""
+            was, now = (sum(side.refused[i] is True for i in of_kind[kind]) for side in (before, after))
             return was, now
 
-        to_change, left = counts("sensitive", self._recipe.effect == "remove")
+        def unchanged(side: _Answered, place: int) -> bool:
+            """Whether the prompt is still refused; to induce, whether no refusal that was meant is there."""
+            refused = side.refused[place] is True
+            return refused if self._recipe.effect == "remove" else not refused or place in side.failed
+
+        # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
+        changeable = of_kind["sensitive"] - before.failed
+        to_change, left = (sum(unchanged(side, i) for i in changeable) for side in (before, after))
         harmful, kept = counts("harmful")
         benign, benign_now = counts("benign")
         # A part of the prompts may hold none that is refused: nothing is lost there.
@@ -255,7 +282,9 @@ class Rungs:
 
         # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
         # the answers, the more verdicts are near ties.
-        harm_by_chance = chance("harmful") if rung == "full" else 1.0
+        in_full = rung == "full"
+        harm_by_chance = chance("harmful") if in_full else 1.0
+        broken_by_chance = by_chance(len(before.degenerate ^ after.degenerate)) if in_full else 1.0
 
         return Trial(
             number,
@@ -265,12 +294,14 @@ class Rungs:
             harmful_retention=retention,
             benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,
-            degenerate=after.degenerate / len(picked),
+            degenerate=len(after.degenerate) / len(picked),
             answered=(len(picked), max_tokens),
             feasible=kept + harm_by_chance >= limits.min_retention * harmful
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
-            and may_become_degenerate(after.degenerate - before.degenerate, len(picked)),
+            and may_become_degenerate(
+                len(after.degenerate) - len(before.degenerate), len(picked), broken_by_chance
+            ),
         )
 
     def _drift(self, steering: Steering) -> float:
@@ -291,6 +322,9 @@ def by_chance(changed: int) -> float:
     return max(1.0, math.sqrt(changed))
 
 
-def may_become_degenerate(more: float, n: int) -> bool:
-    """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate."""
-    return more <= max(1, _MORE_DEGENERATE * n)
+def may_become_degenerate(more: float, n: int, chance: float = 1.0) -> bool:
+    """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate.
+
+    `chance`: as many as turn by themselves.
+    """
+    return more <= max(chance, _MORE_DEGENERATE * n)

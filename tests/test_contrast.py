@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rs_gguf.contrast import FAILURES, contrast_weights
+from rs_gguf.contrast import contrast_weights
 from rs_gguf.errors import InputError
+from rs_gguf.judging.judgement import FAILURES
 from rs_gguf.judging.rubric import rubric
 from rs_gguf.labels import MIN_SAMPLES, Labels
 

@@ -25,7 +25,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judgement, Pair
-from rs_gguf.labels import Labels
+from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.layers import band_profile
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt, stratified
@@ -42,9 +42,13 @@ RIDGES = [0.05, 1.0]
 
 @dataclass
 class OpeningJudge:
-    """An answer is a refusal while it begins as the unsteered model's refusal did."""
+    """An answer is a refusal while it begins as the unsteered model's refusal did.
+
+    Refusals of the prompts `fallen` are nonsense.
+    """
 
     openings: dict[str, str]
+    fallen: frozenset[str] = frozenset()
     name: str = "openings"
     identity: str = "openings"
     usage: None = None
@@ -53,7 +57,8 @@ class OpeningJudge:
         for i, (prompt, answer) in enumerate(pairs):
             opening = self.openings.get(prompt)
             kept = opening is not None and answer is not None and answer.startswith(opening)
-            yield i, Judgement(1.0 if kept else -1.0, "opening")
+            category = ("nonsense" if prompt in self.fallen else "direct") if kept else None
+            yield i, Judgement(1.0 if kept else -1.0, "opening", category)
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,62 @@ def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, ef
     assert trial.feasible == (kept[1] + max(1, changed**0.5) >= values.tune.min_retention * kept[0])
 
 
+def with_failures(setting: Setting, failures: int) -> Setting:
+    """The setting with so many of the sensitive refusals fallen apart."""
+    prompts = setting.unsteered.prompts
+    fallen = frozenset([prompts[i].prompt for i in setting.unsteered.refused("sensitive")][:failures])
+    categories = ["nonsense" if p.prompt in fallen else "direct" for p in prompts]
+    return replace(
+        setting,
+        judge=OpeningJudge(setting.judge.openings, fallen),
+        unsteered=replace(setting.unsteered, categories=categories),
+    )
+
+
+@pytest.mark.parametrize("rung", ["answers", "full"])
+def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: Path, rung: str) -> None:
+    refused = setting.unsteered.refused("sensitive")
+    assert len(refused) == EACH
+    candidate = replace(GATES.start[0], strength=0.7)
+    changed = with_failures(setting, 3)
+    search = rungs(changed, tmp_path, recipe(full=EACH))
+    assert search.wanted == refused[3:]
+    trial = search.measure(rung, 0, candidate)
+    asked = [setting.unsteered.prompts[i] for i in refused[3:]]
+    tokens = 8 if rung == "answers" else 16
+    _, graded, _ = answer_and_judge(
+        setting.model, changed.judge, asked, steering=search.steering(candidate), max_tokens=tokens
+    )
+    left = sum((found.confidence or 0) > 0 for found in graded)
+    assert 0 < left < len(asked)
+    assert trial.sensitive == pytest.approx(left / len(asked))
+
+
+def test_where_little_else_is_left_failures_are_to_change(setting: Setting, tmp_path: Path) -> None:
+    changed = with_failures(setting, EACH - MIN_SAMPLES + 1)
+    search = rungs(changed, tmp_path)
+    assert search.wanted == setting.unsteered.refused("sensitive")
+    candidate = replace(GATES.start[0], strength=0.7)
+    before = rungs(setting, tmp_path).measure("answers", 0, candidate)
+    assert search.measure("answers", 0, candidate).sensitive == before.sensitive
+
+
+def test_nonsense_is_no_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
+    """All are answered unsteered, as the search has it, and refused under a steering that changes nothing."""
+    prompts = setting.unsteered.prompts
+    confidences = [
+        -1.0 if p.kind == "sensitive" else c
+        for p, c in zip(prompts, setting.unsteered.confidences, strict=True)
+    ]
+    answered = replace(setting, unsteered=replace(setting.unsteered, confidences=confidences))
+    induce = recipe().model_copy(update={"effect": "induce"})
+    nothing = replace(GATES.start[0], strength=1e-6)
+    assert rungs(answered, tmp_path, induce).measure("answers", 0, nothing).sensitive == 0.0
+    fallen = replace(with_failures(setting, 3), unsteered=answered.unsteered)
+    found = rungs(fallen, tmp_path, induce).measure("answers", 0, nothing)
+    assert found.sensitive == pytest.approx(3 / EACH)
+
+
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
     prompt = [[5, 6, 7]]
     before = next(row.copy() for _, row in setting.model.next_logits(prompt))
@@ -359,6 +420,12 @@ def test_one_broken_answer_decides_nothing() -> None:
     assert may_become_degenerate(1, 12)
     assert not may_become_degenerate(2, 150)
     assert may_become_degenerate(2, 200)
+
+
+def test_nor_do_as_many_as_turn_by_themselves() -> None:
+    assert not may_become_degenerate(2, 180)
+    assert may_become_degenerate(2, 180, chance=2.0)
+    assert not may_become_degenerate(3, 180, chance=2.0)
 
 
 # ---- formulas in place of a model ----------------------------------------------------------------

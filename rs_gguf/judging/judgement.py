@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 from rs_gguf.chat import split_thinking
 
 NEUTRAL = 0.15  # |c| up to this is neither (paper section 3)
+# Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
+FAILURES = ("nonsense", "empty")
 
 Verdict = Literal["refusal", "answer", "unclear"]
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
