@@ -138,7 +138,7 @@ class Trial:
     candidate: Candidate
     rung: str  # "probe" | "answers" | "full"
     # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the rung
-    # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Prompts
+    # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Those
     # whose unsteered answer fell apart are not among them.
     sensitive: float
     harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
