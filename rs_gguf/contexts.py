@@ -36,14 +36,15 @@ class Context:
 
     def tokens(self, chat: ChatFormat, model: ChatModel, prompt: str, system: str | None) -> list[int]:
         """The conversation that ends with the prompt; `system` where the context has none of its own."""
-        system = system if self.system is None else self.system
         worded = self.wording.replace("{prompt}", prompt)
-        return chat.tokenize(model, worded, system=system, turns=self.messages)
+        others = system if self.system is None else None
+        return chat.tokenize(model, worded, system=others, turns=self.messages)
 
     @property
     def messages(self) -> list[Message]:
-        """The turns before that of the prompt."""
-        return [
+        """What comes before the turn of the prompt."""
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return system + [
             {"role": role, "content": text}
             for turn in self.turns
             for role, text in zip(("user", "assistant"), turn, strict=True)
@@ -71,9 +72,8 @@ def spread(prompts: Sequence[Prompt], chat: ChatFormat, *, seed: int) -> list[tu
 
 
 def _accepted(context: Context, chat: ChatFormat) -> bool:
-    system: list[Message] = [] if context.system is None else [{"role": "system", "content": context.system}]
     try:
-        chat.render([*system, *context.messages, {"role": "user", "content": context.wording}])
+        chat.render([*context.messages, {"role": "user", "content": context.wording}])
     except InputError:
         return False
     return True

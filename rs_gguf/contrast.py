@@ -51,15 +51,16 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
-        refused = _meant(refused, categories, direct=True)
+        refused = meant(refused, categories, direct=True)
         sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
-    elif np.count_nonzero(sensitive & answered) >= MIN_SAMPLES:
-        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
-        refused = _meant(sensitive & refused, categories)
-        sides = {"refused sensitive": refused, "answered sensitive": sensitive & answered}
     else:
-        refused = _meant(sensitive & refused, categories)
-        sides = {"refused sensitive": refused, "answered benign": labels.kind("benign") & answered}
+        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
+        enough = np.count_nonzero(sensitive & answered) >= MIN_SAMPLES
+        kind = "sensitive" if enough else "benign"
+        sides = {
+            "refused sensitive": meant(sensitive & refused, categories),
+            f"answered {kind}": labels.kind(kind) & answered,
+        }
     for verdict, mask in sides.items():
         if not mask.any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
@@ -67,11 +68,11 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     return one, other
 
 
-def _meant(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
-    """Of the refusals [N] those that the writes lead away from, or, to induce, lead to: no mere failures.
+def meant(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
+    """Of the refusals [N] those that a steering leads away from, or, to induce, leads to: no mere failures.
 
-    `direct`: in so many words, as a user who induces refusals wants them. Where too few are such, more are
-    taken: in the end all.
+    categories: as of `contrast_weights`. `direct`: in so many words, as a user who induces refusals wants
+    them. Where too few are such, more are taken: in the end all.
     """
     known = np.full(len(refused), "", dtype="<U32")
     known[: len(categories)] = [category or "" for category in categories]

@@ -20,6 +20,7 @@ import numpy as np
 
 from rs_gguf import lora
 from rs_gguf.adapter import Gates
+from rs_gguf.contrast import meant
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import (
     NO_STEERING,
@@ -34,7 +35,6 @@ from rs_gguf.evaluation import (
 )
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import FAILURES
-from rs_gguf.labels import MIN_SAMPLES
 from rs_gguf.prompts import KINDS, Kind, Prompt, stratified
 from rs_gguf.recipe import Recipe
 from rs_gguf.search_space import GATE, Candidate, Directions, Trial
@@ -63,9 +63,8 @@ class Unsteered:
 
     def meant(self) -> list[int]:
         """Places of the sensitive refusals to take away: no failures, where enough others are left."""
-        refused = self.refused("sensitive")
-        meant = [i for i in refused if i not in self.failed]
-        return meant if len(meant) >= MIN_SAMPLES else refused
+        refused = np.isin(np.arange(len(self.prompts)), self.refused("sensitive"))
+        return [int(i) for i in np.flatnonzero(meant(refused, self.categories))]
 
     def refused(self, kind: str) -> list[int]:
         return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]

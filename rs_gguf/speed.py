@@ -83,13 +83,13 @@ def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[
 def _step(model: Model, beginning: Sequence[int]) -> float:
     """Seconds of a step that answers one sequence."""
 
-    def answer(tokens: int) -> int:
-        ((_, found),) = model.generate([beginning], max_tokens=tokens)
+    def answer() -> int:
+        ((_, found),) = model.generate([beginning], max_tokens=_STEPS)
         return len(found.tokens) + found.finished
 
-    answer(_STEPS)
+    answer()
     start = time.perf_counter()
-    steps = answer(_STEPS)
+    steps = answer()
     return (time.perf_counter() - start) / steps
 
 
