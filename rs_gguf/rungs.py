@@ -160,14 +160,16 @@ class Rungs:
 
     @cached_property
     def _in_full(self) -> _Answered:
-        """Unsteered, at full length: some of each kind, also of those sensitive ones that need no change."""
+        """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
         return self._answered(self._some, NO_STEERING, self._recipe.answers.test_tokens)
 
     @cached_property
     def _some(self) -> list[int]:
         """Places of the prompts that are answered in full."""
-        some = [self._sample(self._unsteered.of(kind), self._recipe.tune.full) for kind in KINDS]
-        return [i for picked in some for i in picked]
+        # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
+        # no change would bring as many such verdicts as there are refusals left: they hid what did change.
+        of_kind = (self.wanted if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
+        return [i for picked in of_kind for i in self._sample(picked, self._recipe.tune.full)]
 
     @property
     def size_in_full(self) -> tuple[int, int]:
@@ -177,7 +179,7 @@ class Rungs:
     @property
     def n_wanted_in_full(self) -> int:
         """Of the sensitive prompts to change, how many a full trial answers; 1 where it answers none."""
-        return max(1, len({*self._some} & {*self.wanted}))
+        return max(1, min(len(self.wanted), self._recipe.tune.full))
 
     def _answered(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Answered:
         answers, judgements, _ = answer_and_judge(

@@ -186,8 +186,8 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
-def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, effect: str) -> None:
-    """Two of the sensitive prompts are answered unsteered: that these are refused now is a loss."""
+def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Path, effect: str) -> None:
+    """Two of the sensitive prompts are answered unsteered: to induce, these alone are asked, and else not."""
     some = [p.prompt for p in setting.unsteered.prompts if p.kind == "sensitive"][:2]
     judge = OpeningJudge(
         {prompt: text for prompt, text in setting.judge.openings.items() if prompt not in some}
@@ -198,11 +198,10 @@ def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, ef
     search = rungs(changed, tmp_path, values)
     candidate = replace(GATES.start[0], strength=0.7)
     trial = search.measure("full", 0, candidate)
-    asked = [
-        prompt
-        for kind in KINDS
-        for prompt in stratified([p for p in setting.unsteered.prompts if p.kind == kind], 5, seed=0)
-    ]
+    of_kind = {kind: [p for p in setting.unsteered.prompts if p.kind == kind] for kind in KINDS}
+    of_kind["sensitive"] = [p for p in of_kind["sensitive"] if (p.prompt in some) == (effect == "induce")]
+    asked = [prompt for kind in KINDS for prompt in stratified(of_kind[kind], 5, seed=0)]
+    assert search.n_wanted_in_full == len(asked) - 10 == (5 if effect == "remove" else 2)
     found = []
     for steering in (NO_STEERING, search.steering(candidate)):
         answers, graded, _ = answer_and_judge(setting.model, judge, asked, steering=steering, max_tokens=16)
@@ -214,10 +213,10 @@ def test_at_full_length_every_prompt_counts(setting: Setting, tmp_path: Path, ef
     kept = [side.count(("harmful", True)) for side in (before, after)]
     assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
     assert trial.degenerate == pytest.approx(broken / len(asked))
-    assert (trial.rung, trial.answered) == ("full", (15, 16))
+    assert (trial.rung, trial.answered) == ("full", (len(asked), 16))
     assert search.size_in_full == trial.answered
-    changed = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
-    assert trial.feasible == (kept[1] + max(1, changed**0.5) >= values.tune.min_retention * kept[0])
+    turned = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
+    assert trial.feasible == (kept[1] + max(1, turned**0.5) >= values.tune.min_retention * kept[0])
 
 
 def with_failures(setting: Setting, failures: int) -> Setting:
