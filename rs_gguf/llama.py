@@ -14,7 +14,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from rs_gguf import amx
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Generation, Sampling, common_prefix, draw
+from rs_gguf.graph import GraphReader
 
 _log = logging.getLogger("rs_gguf.llama")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h, which the binding does not name
@@ -43,18 +44,6 @@ def build() -> str:
     """Which llama.cpp this is: the binding's version and the CPU features it was built with."""
     features = llama_cpp.llama_print_system_info().decode().strip(" |")
     return f"llama-cpp-python {llama_cpp.__version__} ({features})"
-
-
-@dataclass
-class _Capture:
-    """What the evaluation callback copies: of each wanted tensor, the rows of the batch's output tokens."""
-
-    wanted: dict[bytes, tuple[str, int]]  # "l_out-7" → ("l_out", 7)
-    output_rows: list[int] = field(default_factory=list)
-    n_tokens: int = 0
-    rows: list[dict[tuple[str, int], NDArray[np.float32]]] = field(default_factory=list)
-    current: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
-    seen: set[tuple[str, int]] = field(default_factory=set)  # in the batch at hand
 
 
 @dataclass(frozen=True)
@@ -119,8 +108,7 @@ class LlamaModel:
         self._batch: Any = None
         self._steering = _Steering(None, ())
         self._adapters: dict[str, Any] = {}
-        self._capture: _Capture | None = None
-        self._names: list[str] | None = None  # being collected by `graph_tensors`
+        self._graph = GraphReader()
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         # The copy for AMX takes more memory than the model itself.
@@ -142,7 +130,6 @@ class LlamaModel:
         self.n_ctx = n_ctx
         self._n_threads = n_threads or _usable_cores()
         self._n_batch = min(512, n_ctx)
-        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
         self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
 
@@ -156,7 +143,7 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
         if unified:
-            params.cb_eval = self._callback
+            params.cb_eval = self._graph.callback
         handle = llama_cpp.llama_init_from_model(self._model, params)
         if not handle:
             raise InputError(
@@ -351,11 +338,7 @@ class LlamaModel:
                 batch.seq_id[i][0] = token.seq
                 batch.logits[i] = token.output
             outputs = [i for i, token in enumerate(chunk) if token.output]
-            if self._capture is not None:
-                self._capture.output_rows = outputs
-                self._capture.n_tokens = len(chunk)
-                self._capture.rows = [{} for _ in outputs]
-                self._capture.seen.clear()
+            self._graph.expect(len(chunk), outputs)
             status = llama_cpp.llama_decode(context.handle, batch)
             if status != 0:
                 raise InputError(
@@ -363,9 +346,7 @@ class LlamaModel:
                         f"llama.cpp could not decode a batch of {len(chunk)} tokens (status {status})"
                     )
                 )
-            for k, i in enumerate(outputs):
-                if self._capture is not None:
-                    self._capture.current = self._capture.rows[k]
+            for i in outputs:
                 pointer = llama_cpp.llama_get_logits_ith(context.handle, i)
                 yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
@@ -374,10 +355,9 @@ class LlamaModel:
         llama_cpp.llama_memory_clear(context.memory, False)
         length = min(common_prefix(sequences), at_most)
         prefix = [_Token(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
-        capture, self._capture = self._capture, None
-        for _ in self._decode(context, prefix):
-            pass
-        self._capture = capture
+        with self._graph.reading(()):
+            for _ in self._decode(context, prefix):
+                pass
         return length
 
     def _check_lengths(self, lengths: Iterable[int]) -> None:
@@ -470,7 +450,7 @@ class LlamaModel:
         uneven = llama_cpp.llama_model_is_hybrid(self._model) or llama_cpp.llama_model_is_recurrent(
             self._model
         )
-        at_once = 1 if uneven and self._capture is not None else self.n_parallel
+        at_once = 1 if uneven and self._graph.reads else self.n_parallel
         start = 0
         while start < len(order):
             group: list[int] = []
@@ -556,14 +536,11 @@ class LlamaModel:
         if not all(positions):
             raise InputError("nothing to read: every sequence needs at least one token and one position.")
         self._check_lengths(map(len, sequences))
-        capture = _Capture(
-            {f"{name}-{layer}".encode(): (name, layer) for name in tensors for layer in layers}
-        )
-        self._capture = capture
-        try:
+        wanted = [(name, layer) for name in tensors for layer in layers]
+        with self._graph.reading(wanted):
             for i, position, _ in self._forward(sequences, positions):
-                found = capture.current
-                missing = set(capture.wanted.values()) - found.keys()
+                found = self._graph.take()
+                missing = set(wanted) - found.keys()
                 if missing:
                     tensor, layer = min(missing)
                     raise InputError(
@@ -571,43 +548,13 @@ class LlamaModel:
                         "so its activations cannot be read through llama.cpp."
                     )
                 yield i, position, {n: np.stack([found[n, layer] for layer in layers]) for n in tensors}
-        finally:
-            self._capture = None
 
     def graph_tensors(self) -> list[str]:
         """Names of the tensors of this model's graph, such as `l_out-3`, in the order of evaluation."""
-        names: list[str] = []
-        self._names = names
-        try:
+        with self._graph.listing() as names:
             for _ in self.next_logits([[0]]):
                 pass
-        finally:
-            self._names = None
         return names
-
-    def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
-        name = _ggml.ggml_get_name(tensor)
-        if self._names is not None and ask:
-            self._names.append(name.decode())
-        capture = self._capture
-        if capture is None:
-            return False
-        key = capture.wanted.get(name)
-        if key is None:
-            return False
-        if ask:
-            return True
-        n_rows = _ggml.ggml_nrows(tensor)
-        row_bytes = _ggml.ggml_nbytes(tensor) // n_rows
-        # The last block keeps only the rows that become outputs.
-        picks = capture.output_rows if n_rows == capture.n_tokens else range(n_rows)
-        for k, row in enumerate(picks):
-            value = np.empty(row_bytes // 4, dtype=np.float32)
-            _ggml.ggml_backend_tensor_get(tensor, value.ctypes.data, row * row_bytes, row_bytes)
-            capture.rows[k][key] = value
-        capture.seen.add(key)
-        # Ends the evaluation once all is read: the deeper blocks and the logits serve nobody.
-        return len(capture.seen) < len(capture.wanted)
 
 
 def _usable_cores() -> int:
@@ -619,22 +566,3 @@ def _usable_cores() -> int:
 def _loader_failure(what: str) -> str:
     said = "; ".join(dict.fromkeys(_recent_errors)) or "nothing more"
     return f"{what}. llama.cpp says: {said}."
-
-
-def _bind_ggml() -> Any:
-    """The few accessors of ggml tensors that the binding does not wrap."""
-    lib = llama_cpp.llama_cpp._lib
-    lib.ggml_get_name.argtypes, lib.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
-    lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
-    lib.ggml_nrows.argtypes, lib.ggml_nrows.restype = [ctypes.c_void_p], ctypes.c_int64
-    lib.ggml_backend_tensor_get.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-    ]
-    lib.ggml_backend_tensor_get.restype = None
-    return lib
-
-
-_ggml = _bind_ggml()
