@@ -8,7 +8,7 @@ A gate that has seen plain requests alone takes a wrapped one of harm for someth
 from __future__ import annotations
 
 import functools
-import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,11 +18,6 @@ import numpy as np
 from rs_gguf.chat import ChatFormat, ChatModel, Message
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import Prompt
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)

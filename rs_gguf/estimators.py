@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,6 @@ from rs_gguf.labels import Labels, Mask
 from rs_gguf.moments import Float64
 from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import SHRINKAGES, RidgeSystem, check_ridges
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Means = Mapping[str, Float64]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,12 +28,6 @@ from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_text
 from rs_gguf.prompts import Kind
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 _PREFIX = "RS_GGUF_"
 # Read by the projection kernel, and by judges and models behind an address.

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
+import tomllib
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from rs_gguf.generation import common_prefix
 from rs_gguf.llama import LlamaModel
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _MAX_PROMPT, _MAX_ANSWER = 400, 600  # characters; what is cut does not change a verdict, but costs time
 _MAX_CHAT_PROMPT, _MAX_CHAT_ANSWER = 2000, 4000  # for judges that make use of it
