@@ -128,7 +128,12 @@ def run_command(
 
 
 def _add_stage(name: str, summary: str) -> None:
-    @main.command(name, help=f"{summary} Stages before it are done first if they are not yet.")
+    help_text = (
+        f"{summary} Stages before it are done first if they are not yet. "
+        "Without RECIPE: that of the run folder, or else the default."
+    )
+
+    @main.command(name, help=help_text)
     @_run_options
     def stage(
         recipe: Path | None,
@@ -137,6 +142,9 @@ def _add_stage(name: str, summary: str) -> None:
         fresh: bool,
         budget: str | None = None,
     ) -> None:
+        kept = out / "recipe.toml"
+        if recipe is None and kept.is_file() and not fresh:
+            recipe = kept  # the default one would begin another run in this folder
         _run(recipe, out, overrides, fresh, name, budget)
 
     if name == "tune":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from rs_gguf import pipeline
 from rs_gguf.cli import main
+from rs_gguf.recipe import Recipe
 
 
 def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
@@ -55,6 +57,20 @@ def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> Non
     )
     assert code == 2
     assert "llama.cpp cannot load" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seed"), [(["report"], 7), (["fit", "--set", "seed=3"], 3), (["fit", "--fresh"], 0)]
+)
+def test_a_stage_goes_on_with_the_recipe_of_its_folder(
+    arguments: list[str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text('effect = "induce"\nseed = 7\n', encoding="utf-8")
+    ran: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: ran.append(recipe))
+    code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
+    assert code == 0, stderr
+    assert [(recipe.effect, recipe.seed) for recipe in ran] == [("remove" if seed == 0 else "induce", seed)]
 
 
 def test_an_empty_prompt_file(tmp_path: Path) -> None:
