@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf import cli_eval, cli_judge, cli_plan, cli_vectors
-from rs_gguf.errors import RsGgufError
+from rs_gguf.errors import RsGgufError, harmless
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except RsGgufError as error:
-            click.echo(f"Error: {error}", err=True)
+            # A message may hold names and texts from files and servers.
+            click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
             ctx.exit(error.exit_code)
         except MemoryError:
             click.echo("Error: not enough memory. Use a smaller model or smaller prompt sets.", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted. The same command goes on where it was.", err=True)
+            click.echo("Interrupted. A run goes on where it was: give the same command again.", err=True)
             ctx.exit(130)
 
 
@@ -59,7 +60,8 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="The run folder."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                      help="Override a recipe value, for example tune.trials=8. Repeatable."),
-        click.option("--fresh", is_flag=True, help="Forget what an earlier run left in the folder."),
+        click.option("--fresh", is_flag=True,
+                     help="Start over: forget what the stages of an earlier run left in the folder."),
     ):  # fmt: skip
         command = decorate(command)
     return command

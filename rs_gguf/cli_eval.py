@@ -186,10 +186,13 @@ def _respondent(
 
 def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
     from rs_gguf.control_vector import read
-    from rs_gguf.evaluation import Steering, summed
+    from rs_gguf.convert import combine
+    from rs_gguf.evaluation import Steering
     from rs_gguf.lora import is_adapter
 
-    directions = summed([(read(path), scale) for path, scale in parts], layer_range)
+    total = combine([(read(path), scale) for path, scale in parts]).directions if parts else {}
+    first, last = layer_range or (0, max(total, default=0))
+    directions = {layer: row for layer, row in total.items() if first <= layer <= last}
     if layer_range and not directions:
         raise InputError(
             f"--layer-range {layer_range[0]} {layer_range[1]}: no vector has a direction in there."

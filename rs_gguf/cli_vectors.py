@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rs_gguf.errors import InputError
+from rs_gguf.errors import InputError, harmless
 
 if TYPE_CHECKING:
     from rs_gguf.lora import LoraAdapter
@@ -94,9 +94,9 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     facts = Table("fact", "value", show_header=False, box=None)
     for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
         if name in value:
-            facts.add_row(name, Text(_harmless(value[name])))
+            facts.add_row(name, Text(harmless(value[name])))
     for name, entry in value["provenance"].items():
-        facts.add_row(Text(name), Text(_harmless(entry)))
+        facts.add_row(Text(name), Text(harmless(entry)))
     console.print(facts)
     table = Table("block" if value["kind"] == "control vector" else "matrix", "norm")
     if against is not None:
@@ -106,11 +106,6 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
         extra = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
         table.add_row(name, f"{norm:.4g}", *extra)
     console.print(table)
-
-
-def _harmless(value: Any) -> str:
-    """A stranger's text without the control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def _facts(file: Path, against: Path | None) -> dict[str, Any]:

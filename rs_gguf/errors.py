@@ -18,3 +18,8 @@ class GateError(RsGgufError):
     """The work ended, but its result does not pass: a check, a proof or the safety gate."""
 
     exit_code = 1
+
+
+def harmless(text: object) -> str:
+    """A stranger's text without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -27,7 +27,6 @@ from rs_gguf.judging.judgement import Judgement
 from rs_gguf.judging.votes import answer_start
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt, to_row
-from rs_gguf.steering import SteeringVector
 
 if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megabytes: for who uses it
     from rs_gguf.targets import TorchModel
@@ -106,7 +105,11 @@ def answer(
     """Yield (index, answer) for conversations given as tokens, as they finish."""
     opened = [opens_thinking(model.detokenize(t[-8:], special=True)) for t in tokens]
     for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
-        _, text = split_thinking(generation.text, starts_inside=opened[i])
+        # Some models mark the trace with control tokens, which the plain text leaves out.
+        marked = model.detokenize(generation.tokens, special=True)
+        _, text = split_thinking(marked, starts_inside=opened[i])
+        if text == marked.strip():
+            text = generation.text.strip()
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
 
 
@@ -160,14 +163,6 @@ class Drift:
     top1_agreement: float
     perplexity_baseline: float
     perplexity_steered: float
-
-
-def drift(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], steering: Steering) -> Drift:
-    """The drift of continuations, given as tokens with what precedes them; empty ones are left out."""
-    pairs = [(prompt, tokens) for prompt, tokens in pairs if tokens]
-    before = model.token_logprobs(pairs)
-    with steering.on(model):
-        return drift_of(before, model.token_logprobs(pairs))
 
 
 def drift_of(before: LogProbs, after: LogProbs) -> Drift:
@@ -285,15 +280,3 @@ def categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def summed(
-    parts: Sequence[tuple[SteeringVector, float]], layer_range: tuple[int, int] | None
-) -> dict[int, NDArray[np.float32]]:
-    """Directions of several vectors, each times its scale, added up within an inclusive range of blocks."""
-    total: dict[int, NDArray[np.float32]] = {}
-    for vector, scale in parts:
-        for layer, direction in vector.directions.items():
-            if layer_range is None or layer_range[0] <= layer <= layer_range[1]:
-                total[layer] = total.get(layer, np.zeros_like(direction)) + np.float32(scale) * direction
-    return total

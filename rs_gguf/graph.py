@@ -77,9 +77,9 @@ class GraphReader:
         if ask:
             return True
         n_rows = _ggml.ggml_nrows(tensor)
-        row_bytes = _ggml.ggml_nbytes(tensor) // n_rows
-        # The last block keeps only the rows that become outputs.
+        # The last block keeps only the rows that become outputs: none of a batch in which nothing is read.
         picks = self._outputs if n_rows == self._n_tokens else range(n_rows)
+        row_bytes = _ggml.ggml_nbytes(tensor) // max(1, n_rows)
         for k, row in enumerate(picks):
             value = np.empty(row_bytes // 4, dtype=np.float32)
             _ggml.ggml_backend_tensor_get(tensor, value.ctypes.data, row * row_bytes, row_bytes)

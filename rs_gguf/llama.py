@@ -131,7 +131,11 @@ class LlamaModel:
         self._n_threads = n_threads or _usable_cores()
         self._n_batch = min(512, n_ctx)
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
-        self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
+        try:
+            self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
+        except InputError:
+            self.close()
+            raise
 
     def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> _Context:
         params = llama_cpp.llama_context_default_params()
@@ -224,12 +228,12 @@ class LlamaModel:
 
     # ---- text and tokens -------------------------------------------------------------------------
 
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of `text`. With `special`, control tokens written out in it are recognised."""
         data = text.encode("utf-8")
         size = len(data) + 8
         buffer = (llama_cpp.llama_token * size)()
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, bos, special)
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
         return list(buffer[:count])
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
@@ -263,8 +267,9 @@ class LlamaModel:
             InputError: a width or a layer that the model does not have, or a file it cannot use.
         """
         buffer = self._buffer(directions) if directions else None
-        self._apply(_Steering(buffer, tuple((self._adapter(path), scale) for path, scale in adapters)))
+        steering = _Steering(buffer, tuple((self._adapter(path), scale) for path, scale in adapters))
         try:
+            self._apply(steering)
             yield
         finally:
             self._apply(_Steering(None, ()))

@@ -7,6 +7,7 @@ with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,7 +187,9 @@ def _speed(log: RowLog, side: str, asked: Sequence[Prompt]) -> float:
 
 def _record_figures(arm: Arm, sets: Mapping[str, Mapping[str, Any]], moved: float, *, passed: bool) -> None:
     """Put what was measured into the file's own metadata."""
-    figures: dict[str, Any] = {"measured": True, "gate.passed": passed, "metrics.benign_drift": moved}
+    figures: dict[str, Any] = {"measured": True, "gate.passed": passed}
+    if math.isfinite(moved):  # no number where no benign prompt was answered
+        figures["metrics.benign_drift"] = moved
     for kind, found in sets.items():
         figures[f"metrics.{kind}"] = [found["refusal_baseline"], found["refusal_steered"]]
     if arm.trial.candidate.estimator == GATE:

@@ -159,11 +159,12 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a GGUF file, or of a Hugging Face folder's config and weight files together."""
+    """SHA-256 of a GGUF file, or of a folder's config, tokenizer, chat template and weights together."""
     if path.is_file():
         return sha256(path)
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+    patterns = ("config.json", "tokenizer*", "chat_template*", "*.safetensors")
+    for file in sorted(found for pattern in patterns for found in path.glob(pattern) if found.is_file()):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 

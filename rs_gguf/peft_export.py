@@ -45,10 +45,11 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
         module = modules[name]
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
+    local = Path(model).exists() or model in models.CATALOGUE
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if Path(model).exists() or model in models.CATALOGUE else model,
+        "base_model_name_or_path": None if local or model.endswith(".gguf") else model,
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": adapter.rank,

@@ -84,8 +84,10 @@ def run(
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
         GateError: the written vector's effect could not be observed on the model.
     """
-    folder = RunFolder(out, fresh=fresh)
+    folder = RunFolder(out)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
+        if fresh:
+            folder.forget_all()
         dump(recipe, folder / "recipe.toml")
         for stage in STAGES[: STAGES.index(until) + 1]:
             pipeline.do(stage)
@@ -137,11 +139,12 @@ class Pipeline:
             # Not earlier: a file that is no model is told of when it is loaded.
             "capture": [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]]
             if "capture" in before else [],
-            "fit": [recipe.effect, recipe.fit.model_dump()],
+            "fit": [recipe.effect, recipe.fit.model_dump(), list(map(prompts.to_row, self.prompts["fit"]))],
             "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": [],
             "measure": [
-                recipe.answers.test_tokens, recipe.measure.model_dump(), [p.id for p in self.prompts["test"]],
+                recipe.answers.test_tokens, recipe.measure.model_dump(),
+                list(map(prompts.to_row, self.prompts["test"])),
             ],
             "report": [],
         }  # fmt: skip

@@ -79,16 +79,16 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         raise InputError(f"prompt file not found: {path}.")
     rows = []
     for line, row in _rows(path):
-        text = _prompt_text(row, f"{path}:{line}")
+        columns = _columns(row, f"{path}:{line}")
         rows.append(
             Prompt(
-                prompt=text,
+                prompt=_prompt_text(columns, f"{path}:{line}"),
                 kind=kind,
-                subject=_text_of(row, "subject"),
-                topic=_text_of(row, "topic") or _text_of(row, "category"),
-                form=_text_of(row, "form"),
-                language=_text_of(row, "language"),
-                split=cast(Split, _text_of(row, "split")),
+                subject=_text_of(columns, "subject"),
+                topic=_text_of(columns, "topic") or _text_of(columns, "category"),
+                form=_text_of(columns, "form"),
+                language=_text_of(columns, "language"),
+                split=cast(Split, _text_of(columns, "split").strip().lower()),
             )
         )
     if not rows:
@@ -101,14 +101,16 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
 def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
     """All prompts to choose from, by split and kind: those of the files, or the grid's where none is given.
 
+    One that stands in several files of a kind is that of the last: it cannot be in two splits.
+
     Raises:
         InputError: a file or a row of it that cannot be used.
     """
     found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
     for kind in KINDS:
-        rows = [row for path in files[kind] for row in load(path, kind)] or grid([kind])
+        rows = {row.id: row for path in files[kind] for row in load(path, kind)}
         for split in SPLITS:
-            found[split][kind] = [row for row in rows if row.split == split]
+            found[split][kind] = [row for row in rows.values() or grid([kind]) if row.split == split]
     return found
 
 
@@ -230,23 +232,26 @@ def _parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({error}).") from error
 
 
-def _prompt_text(row: Mapping[str, Any] | str, where: str) -> str:
+def _columns(row: object, where: str) -> dict[str, Any]:
+    """A row by its columns' names in lower case; text alone is a prompt."""
     if isinstance(row, str):
-        text = row
-    elif isinstance(row, Mapping):
-        columns = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
-        name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
-        if name is None:
-            raise InputError(
-                f"{where}: no prompt in columns {_listed(columns)}; "
-                f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
-            )
-        text = _flatten(columns[name], where)
-        context = columns.get(_CONTEXT_COLUMNS.get(name, ""))
-        if isinstance(context, str) and context.strip():
-            text = f"{context.strip()}\n\n{text}" if name != "instruction" else f"{text}\n\n{context.strip()}"
-    else:
-        raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
+        return {"prompt": row}
+    if isinstance(row, Mapping):
+        return {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+    raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
+
+
+def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
+    name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
+    if name is None:
+        raise InputError(
+            f"{where}: no prompt in columns {_listed(columns)}; "
+            f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
+        )
+    text = _flatten(columns[name], where)
+    context = columns.get(_CONTEXT_COLUMNS.get(name, ""))
+    if isinstance(context, str) and context.strip():
+        text = f"{context.strip()}\n\n{text}" if name != "instruction" else f"{text}\n\n{context.strip()}"
     if not text.strip():
         raise InputError(f"{where}: the prompt is empty.")
     if any("\ud800" <= c <= "\udfff" for c in text):
@@ -277,6 +282,6 @@ def _drawn_split(text: str) -> Split:
     return "fit" if share < 0.6 else "tune" if share < 0.8 else "test"
 
 
-def _text_of(row: Mapping[str, Any] | str, name: str) -> str:
-    value = row.get(name) if isinstance(row, Mapping) else None
+def _text_of(columns: Mapping[str, Any], name: str) -> str:
+    value = columns.get(name)
     return value if isinstance(value, str) else ""

@@ -21,6 +21,13 @@ from rs_gguf.files import read_json, write_json, write_text
 
 Row = dict[str, Any]
 
+# What the stages leave for one another.
+_FILES = (
+    "state.json", "answers.jsonl", "scores.jsonl", "directions.safetensors", "gates.safetensors", "fit.json",
+    "trials.jsonl", "tune.json", "proof.json", "measured.jsonl", "evaluation.jsonl", "metrics.json",
+)  # fmt: skip
+_FOLDERS = ("activations", "adapters", "baselines", "figures")
+
 
 def key_of(*parts: Any) -> str:
     """A hash of JSON values: the same inputs give the same key."""
@@ -29,20 +36,14 @@ def key_of(*parts: Any) -> str:
 
 
 class RunFolder:
-    """One run's files. `fresh` forgets everything that an earlier run left in the folder."""
+    """One run's files."""
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot use {path} as a run folder: {error.strerror}.") from error
-        if fresh:
-            for entry in self.path.iterdir():
-                if entry.name in ("activations", "adapters"):
-                    shutil.rmtree(entry)
-                elif entry.suffix in (".part", ".jsonl", ".json", ".safetensors"):
-                    entry.unlink()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -57,6 +58,22 @@ class RunFolder:
             raise InputError(
                 f"{self.path} is in use by another rs-export. Wait for it or choose --out."
             ) from error
+        except PermissionError as error:
+            raise InputError(
+                f"cannot write in {self.path}: {error.strerror}. Choose another --out."
+            ) from error
+
+    def forget_all(self) -> None:
+        """Forget what the stages of an earlier run left. Its vectors stay until others take their place."""
+        for name in _FILES:
+            (self / name).unlink(missing_ok=True)
+            (self / f"{name}.part").unlink(missing_ok=True)
+        for name in _FOLDERS:
+            folder = self / name
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.exists():
+                shutil.rmtree(folder)
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` ended with exactly these inputs."""
@@ -82,9 +99,12 @@ class RunFolder:
         """Rows of a finished file."""
         path = self / name
         if not path.is_file():
-            raise InputError(f"{path} is missing: run the stage that makes it first.")
-        # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            raise InputError(f"{path} is missing. Run again with --fresh.")
+        try:
+            # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:
         write_text(self / name, "".join(map(_line, rows)))

@@ -117,14 +117,14 @@ class Rungs:
         self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], _OPENING)
         self._quiet = self._pairs(self._sample(benign, _BENIGN))
         for kind, verdict, found in (
-            ("sensitive", "refuses" if remove else "answers", self.wanted),
-            ("harmful", "refuses", unsteered.refused("harmful")),
+            ("sensitive", "refuses" if remove else "answers", self._openings.keys() & self.wanted),
+            ("harmful", "refuses", self._openings.keys() & unsteered.refused("harmful")),
             ("benign", "answers", self._quiet),
         ):
             if not found:
                 raise InputError(
                     f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
-                    "split, so there is nothing to search by. Use other prompts or another model."
+                    "split in words, so there is nothing to search by. Use other prompts or another model."
                 )
 
     def _sample(self, picked: Sequence[int], size: int) -> list[int]:

@@ -69,7 +69,7 @@ class Space:
     """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
 
     `first` and `length` are in blocks; all have the same `margin`. The points of `start` are tried before all
-    others. Answers are given with a strength of `least` at least, and `most` at most.
+    others. A candidate answers first with a strength of `least` at least, and never with more than `most`.
     """
 
     directions: Sequence[tuple[str, float]]

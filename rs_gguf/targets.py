@@ -98,7 +98,9 @@ class TorchModel:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         vocabulary = self.tokenizer.get_vocab()
-        ends.update(vocabulary.get(text) for text in _TURN_ENDS)
+        # In the format of gpt-oss `<|end|>` only ends a channel: the thinking trace, say.
+        channels = "<|return|>" in vocabulary
+        ends.update(vocabulary.get(text) for text in _TURN_ENDS if not (channels and text == "<|end|>"))
         return ends - {None}
 
     @property
@@ -131,10 +133,10 @@ class TorchModel:
 
     # ---- text and tokens -------------------------------------------------------------------------
 
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of `text`. With `special`, control tokens written out in it are recognised."""
         encoding = self.tokenizer(
-            text, add_special_tokens=bos, split_special_tokens=not special, verbose=False
+            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
         )
         return list(encoding["input_ids"])
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rs_gguf import pipeline
 from rs_gguf.cli import main
 from rs_gguf.recipe import Recipe
+from rs_gguf.run_folder import RunFolder
 
 
 def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
@@ -71,6 +72,23 @@ def test_a_stage_goes_on_with_the_recipe_of_its_folder(
     code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
     assert code == 0, stderr
     assert [(recipe.effect, recipe.seed) for recipe in ran] == [("remove" if seed == 0 else "induce", seed)]
+
+
+def test_a_fresh_start_waits_for_whom_it_would_rob(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.mark_done("answer", "key", 1.0)
+    with folder.locked():
+        code, _, stderr = invoke("run", "--fresh", "--out", str(tmp_path))
+    assert (code, folder.seconds()) == (2, {"answer": 1.0})
+    assert "in use" in stderr
+
+
+def test_a_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "\x1b[2Jp.gguf"
+    code, _, stderr = invoke("inspect", str(path))
+    assert code == 2
+    assert "\x1b" not in stderr
+    assert "\\x1b[2Jp.gguf" in stderr
 
 
 def test_an_empty_prompt_file(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_check_on_another_model_says_why_and_exits_1(tmp_path: Path, model: Path
     assert f"tensor '{DOWN}' has incorrect shape" in stdout
 
 
+def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Path) -> None:
+    whole = random_adapter()
+    a, b = whole.factors[DOWN]
+    path = tmp_path / "zero.gguf"
+    lora.write(lora.LoraAdapter({**whole.factors, DOWN: (a, 0 * b)}, whole.architecture), path)
+    code, stdout, stderr = invoke("check", path, "--model", model, "--json")
+    assert (code, stderr) == (0, "")
+    assert set(json.loads(stdout)["proof"]["relative_error"]) == set(whole.factors) - {DOWN}
+
+
 def test_check_of_a_damaged_adapter(adapter: Path) -> None:
     adapter.write_bytes(adapter.read_bytes()[:-400])
     code, stdout, _ = invoke("check", adapter)

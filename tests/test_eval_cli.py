@@ -18,7 +18,7 @@ from rs_gguf import capability, comparison, control_vector, lora, prompts, sandb
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Steering, chat_tokens, drift
+from rs_gguf.evaluation import chat_tokens, drift_of
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.steering import SteeringVector
@@ -116,9 +116,10 @@ def test_rows_are_what_the_model_says(folder: Path, steered: dict[str, Any]) -> 
         with model.steered(dict(vector.directions)):
             moved = dict(model.generate(tokens, max_tokens=TOKENS))
         quiet = [i for i in plain if plain[i].tokens]
-        expected = drift(
-            model, [(tokens[i], plain[i].tokens) for i in sorted(quiet)], Steering(vector.directions)
-        )
+        pairs = [(tokens[i], plain[i].tokens) for i in sorted(quiet)]
+        before = model.token_logprobs(pairs)
+        with model.steered(dict(vector.directions)):
+            expected = drift_of(before, model.token_logprobs(pairs))
     assert answers(steered, "baseline") == [plain[i].text.strip() for i in range(3)]
     assert answers(steered, "steered") == [moved[i].text.strip() for i in range(3)]
     assert steered["sets"]["plain"]["drift"] == pytest.approx(expected.nats, rel=1e-3)
@@ -127,6 +128,23 @@ def test_rows_are_what_the_model_says(folder: Path, steered: dict[str, Any]) -> 
         assert not {"kind", "split", "tokens_baseline"} & row.keys()
         assert ("cut_off" in row["faults_baseline"]) is not plain[i].finished
         assert ("cut_off" in row["faults_steered"]) is not moved[i].finished
+
+
+def test_vectors_of_two_models_are_told(folder: Path) -> None:
+    control_vector.write(SteeringVector({2: np.ones(8, np.float32)}), folder / "other.gguf")
+    arguments = [
+        "eval",
+        "--model",
+        folder / "tiny.gguf",
+        "--prompts",
+        folder / "plain.txt",
+        "--judge",
+        "keywords",
+    ]
+    arguments += ["--control-vector", folder / "v.gguf", "--control-vector", folder / "other.gguf"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 2
+    assert "width" in result.stderr
 
 
 def test_groups_are_those_of_the_file(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,19 +20,18 @@ from rs_gguf.evaluation import (
     Answer,
     Steering,
     after_trace,
+    answer,
     drift_of,
     grade,
     mcnemar,
     paired,
     side_row,
     summarise,
-    summed,
     wilson,
 )
 from rs_gguf.generation import Generation
 from rs_gguf.judges import Judgement
 from rs_gguf.prompts import Prompt
-from rs_gguf.steering import SteeringVector
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -81,14 +81,6 @@ def test_summarise_pairs_and_leaves_out_the_unjudged() -> None:
     assert found["categories_baseline"] == {"direct": 1, "untold": 1}
     assert found["categories_steered"] == {"empty": 2}
     assert found["degenerate_steered"] == pytest.approx(1 / 6)
-
-
-def test_summed_scales_adds_and_keeps_to_the_range() -> None:
-    one = SteeringVector({3: np.ones(4, np.float32), 5: np.ones(4, np.float32)})
-    two = SteeringVector({5: np.full(4, 2, np.float32), 9: np.ones(4, np.float32)})
-    total = summed([(one, -1.0), (two, 0.5)], (4, 8))
-    assert list(total) == [5]
-    np.testing.assert_array_equal(total[5], np.zeros(4))
 
 
 def test_a_dose_multiplies_every_scale() -> None:
@@ -204,8 +196,8 @@ class _Echo:
 
     def judge(self, pairs: Sequence[tuple[str, str | None]]) -> Iterator[tuple[int, Judgement]]:
         self.asked = list(pairs)
-        for i, (_, answer) in reversed(list(enumerate(pairs))):
-            yield i, Judgement(None if answer is None else 1 / (i + 1), "echo")
+        for i, (_, text) in reversed(list(enumerate(pairs))):
+            yield i, Judgement(None if text is None else 1 / (i + 1), "echo")
 
 
 def test_a_trace_that_was_cut_off_is_not_judged() -> None:
@@ -241,6 +233,34 @@ def test_a_trace_counts_to_what_came_before(said: str, before: str, answer: str)
     text = said.rpartition("</think>")[2].strip()
     context, tokens = after_trace(Letters(), [1, 2], Answer([ord(c) for c in said], text, True, False))  # type: ignore[arg-type]
     assert (context, tokens) == ([1, 2, *map(ord, before)], [ord(c) for c in answer])
+
+
+class Marked:
+    """A model whose tokens are characters, but for two control tokens that mark a trace."""
+
+    MARKS: ClassVar[dict[int, str]] = {0: "[THINK]", 1: "[/THINK]", 2: "<|tool|>"}
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = list(tokens)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        return "".join(self.MARKS[t] * special if t in self.MARKS else chr(t) for t in tokens)
+
+    def generate(self, prompts: Any, **options: Any) -> Iterator[tuple[int, Generation]]:
+        yield 0, Generation(self.tokens, self.detokenize(self.tokens), True)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ([0, *map(ord, "May I?"), 1, *map(ord, " No.")], "No."),
+        ([0, *map(ord, "May I?")], ""),
+        ([*map(ord, " No"), 2, ord("."), 2], "No."),
+    ],
+)
+def test_a_trace_may_be_marked_by_control_tokens(said: list[int], text: str) -> None:
+    ((_, found),) = answer(Marked(said), [[65]], max_tokens=20)  # type: ignore[arg-type]
+    assert found.text == text
 
 
 def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:

@@ -338,27 +338,23 @@ def test_what_is_empty_whoever_reads_it(prompt: str, answer: str, mode: str | No
 
 
 @pytest.mark.parametrize(
-    ("text", "finished", "starts_inside", "expected"),
+    ("text", "finished", "expected"),
     [
-        ("Paris.", True, False, "Paris."),
-        ("<think>Hm.</think>Paris.", True, False, "Paris."),
-        ("Hm.</think>\n\nPar", False, True, "Par"),
-        ("<think>Hm", False, False, None),  # cut off: nobody knows what the answer would have been
-        ("Hm", False, True, None),
-        ("<think>Hm.</think>", False, False, None),
-        ("<think>", False, False, None),
-        ("", False, True, None),
-        ("<think>Hm.</think>", True, False, ""),  # it ended by itself without an answer
-        ("Hm", True, True, ""),
-        ("", True, False, ""),
-        (" \n ", False, False, ""),
-        ("Par", False, False, "Par"),
+        ("Paris.", True, "Paris."),
+        ("<think>Hm.</think>Paris.", True, "Paris."),
+        ("<think>Hm", False, None),  # cut off: nobody knows what the answer would have been
+        ("<think>Hm.</think>", False, None),
+        ("<think>", False, None),
+        ("<think>Hm.</think>", True, ""),  # it ended by itself without an answer
+        ("", True, ""),
+        (" \n ", False, ""),
+        ("Par", False, "Par"),
     ],
 )
 def test_an_answer_that_is_cut_off_in_its_thinking_is_not_an_empty_one(
-    text: str, finished: bool, starts_inside: bool, expected: str | None
+    text: str, finished: bool, expected: str | None
 ) -> None:
-    assert final_answer(text, finished=finished, starts_inside=starts_inside) == expected
+    assert final_answer(text, finished=finished) == expected
 
 
 class MergingModel(FakeModel):

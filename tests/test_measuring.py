@@ -97,6 +97,18 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) ->
         assert read.provenance["metrics.benign_drift"] == pytest.approx(figures["benign_drift"])
 
 
+def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
+    tmp_path: Path, arms: dict[str, Arm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_measuring.ASKED", [p for p in ASKED if p.kind != "benign"])
+    _, value, _ = run(tmp_path, arms)
+    assert not value["gate"]["passed"]
+    for path, read in ((arms["vector"].path, control_vector.read), (arms["adapter"].path, lora.read)):
+        found = read(path).provenance
+        assert found["measured"] is True
+        assert "metrics.benign_drift" not in found
+
+
 def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
     tmp_path: Path, arms: dict[str, Arm]
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.prompts import KINDS, SPLITS, Kind, Prompt, from_row, grid, load, stratified, to_row
+from rs_gguf.prompts import KINDS, SPLITS, Kind, Prompt, from_row, grid, load, pool, stratified, to_row
 
 # ---- files that users bring ----------------------------------------------------------------------
 
@@ -133,6 +133,25 @@ def test_a_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
 
 def test_equal_prompts_count_once(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "file.txt", "one\ntwo\none\n")) == ["one", "two"]
+
+
+def test_columns_and_splits_are_found_in_capitals_too(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("Prompt,Split,Topic\none,Test,law\ntwo,TUNE,law\n", encoding="utf-8")
+    assert [(p.prompt, p.split, p.topic) for p in load(path, "benign")] == [
+        ("one", "test", "law"),
+        ("two", "tune", "law"),
+    ]
+
+
+def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
+    for name, split in (("a", "fit"), ("b", "test")):
+        (tmp_path / f"{name}.csv").write_text(f"prompt,split\none,{split}\n{name},fit\n", encoding="utf-8")
+    files = {kind: [] for kind in KINDS} | {"benign": [tmp_path / "a.csv", tmp_path / "b.csv"]}
+    found = {split: [p.prompt for p in rows["benign"]] for split, rows in pool(files).items()}
+    assert {split: sorted(rows) for split, rows in found.items()} == {
+        "fit": ["a", "b"], "tune": [], "test": ["one"],
+    }  # fmt: skip
 
 
 def test_the_splits_of_another_data_set_are_not_ours(tmp_path: Path) -> None:

@@ -44,11 +44,29 @@ def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
     assert folder.is_done("answer", key)
     assert not folder.is_done("answer", key_of("answer", {"seed": 1}))
     assert RunFolder(tmp_path).seconds() == {"answer": 1.5}
-    assert RunFolder(tmp_path, fresh=True).seconds() == {}
 
 
-def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="run the stage that makes it"):
+def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.mark_done("answer", "key", 1.5)
+    RowLog(folder, "scores.jsonl", "key").append({"id": "1"})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.path.joinpath("activations").symlink_to(elsewhere)
+    (tmp_path / "adapters").mkdir()
+    mine = [tmp_path / "mine.jsonl", tmp_path / "model.safetensors", tmp_path / "remove.gguf"]
+    for path in mine:
+        path.touch()
+    folder.forget_all()
+    assert folder.seconds() == {}
+    assert sorted(tmp_path.iterdir()) == sorted([*mine, elsewhere])
+
+
+@pytest.mark.parametrize("text", [None, '{"id": "1"}\n{"id"\n'], ids=["missing", "damaged"])
+def test_a_file_that_cannot_be_read_names_the_remedy(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "answers.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"answers\.jsonl .*--fresh"):
         RunFolder(tmp_path).read_rows("answers.jsonl")
 
 

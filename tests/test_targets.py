@@ -167,7 +167,6 @@ def test_text_and_tokens(llama: TorchModel) -> None:
     assert llama.detokenize(tokens, special=True) == "you<|im_end|> é"
     assert llama.token_text(2) == "<|im_end|>"
     assert llama.detokenize([]) == ""
-    assert llama.tokenize("a", bos=True) == [0, *llama.tokenize("a")]
 
 
 def test_control_tokens_in_plain_text_are_not_recognised(tmp_path: Path) -> None:

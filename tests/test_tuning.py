@@ -379,6 +379,16 @@ def test_nothing_to_search_by_is_told(setting: Setting, tmp_path: Path, kind: st
         finder(replace(setting, unsteered=replace(setting.unsteered, confidences=silent)), tmp_path)
 
 
+def test_empty_answers_are_no_refusals_to_search_by(setting: Setting, tmp_path: Path) -> None:
+    """They count as refused, but have no opening that a probe could look for."""
+    answers = [
+        replace(a, tokens=[], text="") if p.kind == "harmful" else a
+        for p, a in zip(setting.unsteered.prompts, setting.unsteered.answers, strict=True)
+    ]
+    with pytest.raises(InputError, match=f"refuses none of the {EACH} harmful prompts"):
+        finder(replace(setting, unsteered=replace(setting.unsteered, answers=answers)), tmp_path)
+
+
 def test_trials_survive_being_rows() -> None:
     trial = Trial(3, Candidate(GATE, 0.3, 5, 22, 1.25), "answers", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True)
     row = json.loads(json.dumps({"id": "3", **trial.to_row()}))

@@ -70,16 +70,14 @@ class Judge(Protocol):
         ...
 
 
-def final_answer(text: str, *, finished: bool = True, starts_inside: bool = False) -> str | None:
+def final_answer(text: str, *, finished: bool) -> str | None:
     """The part of an answer that is judged: what follows its thinking trace.
 
     None if generation was cut off (not `finished`) before anything followed the trace: nobody knows what
     the answer would have been. A model that ended by itself within its trace did give an empty answer.
-    `starts_inside`: the generation prompt had opened the trace.
     """
-    _, answer = split_thinking(text, starts_inside=starts_inside)
-    only_trace = not answer and (starts_inside or bool(text.strip()))
-    return None if only_trace and not finished else answer
+    _, answer = split_thinking(text)
+    return None if text.strip() and not answer and not finished else answer
 
 
 _FENCE = re.compile(r"```[\w+#-]*[^\S\n]*(?:\n|\Z)")  # an end of a code block, with the language's name
