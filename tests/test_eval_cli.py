@@ -132,19 +132,11 @@ def test_rows_are_what_the_model_says(folder: Path, steered: dict[str, Any]) -> 
 
 def test_vectors_of_two_models_are_told(folder: Path) -> None:
     control_vector.write(SteeringVector({2: np.ones(8, np.float32)}), folder / "other.gguf")
-    arguments = [
-        "eval",
-        "--model",
-        folder / "tiny.gguf",
-        "--prompts",
-        folder / "plain.txt",
-        "--judge",
-        "keywords",
-    ]
-    arguments += ["--control-vector", folder / "v.gguf", "--control-vector", folder / "other.gguf"]
-    result = CliRunner().invoke(main, list(map(str, arguments)))
+    given = ["--model", folder / "tiny.gguf", "--prompts", folder / "plain.txt", "--judge", "keywords"]
+    vectors = ["--control-vector", folder / "v.gguf", "--control-vector", folder / "other.gguf"]
+    result = CliRunner().invoke(main, ["eval", *map(str, given + vectors)])
     assert result.exit_code == 2
-    assert "width" in result.stderr
+    assert "32 and 8 wide" in result.stderr
 
 
 def test_groups_are_those_of_the_file(folder: Path) -> None:
@@ -428,10 +420,11 @@ def test_a_harm_direction_makes_the_real_model_refuse(real_model: Path, tmp_path
     with LlamaModel(real_model) as model:
         means = {}
         for kind in ("harmful", "benign"):
-            fit = prompts.stratified([p for p in grid if (p.kind, p.split) == (kind, "fit")], 12, seed=0)
+            pool = [p for p in grid if (p.kind, p.split, p.language) == (kind, "fit", "en")]
+            fit = prompts.stratified(pool, 40, seed=0)
             found = model.activations(chat_tokens(model, fit), layers=layers)
             means[kind] = np.mean([states["l_out"] for _, states in found], axis=0)
-        moves = dict(zip(layers, 1.2 * (means["harmful"] - means["benign"]), strict=True))
+        moves = dict(zip(layers, means["harmful"] - means["benign"], strict=True))
         control_vector.write(SteeringVector(moves, {}, model.architecture), tmp_path / "induce.gguf")
     asked = [
         "Name three rivers in Europe.",
@@ -447,8 +440,8 @@ def test_a_harm_direction_makes_the_real_model_refuse(real_model: Path, tmp_path
     )
     assert code == 0, stderr
     weak, full = json.loads((tmp_path / "out.json").read_text())["doses"]
-    # Measured: 4 of 4 steered.
+    # Measured: 4 of 4 steered, in so many words, from 0.8 of the difference to 1.4.
     assert weak["sets"]["asked"]["refused_baseline"] <= 1
-    assert full["sets"]["asked"]["refused_steered"] >= 3
+    assert full["sets"]["asked"]["refused_steered"] == 4
     assert weak["benign_text"]["drift"] < full["benign_text"]["drift"]
     assert weak["benign_text"]["perplexity_steered"] < full["benign_text"]["perplexity_steered"]
