@@ -93,6 +93,8 @@ def main() -> None:
     )
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--prompts", type=int, default=20, help="of each kind and condition")
+    names = [condition.name for condition in conditions("")]
+    parser.add_argument("--condition", action="append", choices=names, help="only this one; repeatable")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with LlamaModel(models.resolve(options.model)) as model, open_judge_spec(None, loaded=model) as judge:
@@ -104,7 +106,8 @@ def main() -> None:
             else Steering(control_vector.read(options.file).directions)
         )
         found = []
-        for condition in track(conditions(document), "conditions"):
+        picked = [c for c in conditions(document) if c.name in (options.condition or names)]
+        for condition in track(picked, "conditions"):
             pool = [p for p in prompts.grid() if p.split == "test" and condition.picked(p)]
             asked = [
                 p
