@@ -191,12 +191,12 @@ def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts
     from rs_gguf.lora import is_adapter
 
     total = combine([(read(path), scale) for path, scale in parts]).directions if parts else {}
-    first, last = layer_range or (0, max(total, default=0))
-    directions = {layer: row for layer, row in total.items() if first <= layer <= last}
-    if layer_range and not directions:
-        raise InputError(
-            f"--layer-range {layer_range[0]} {layer_range[1]}: no vector has a direction in there."
-        )
+    directions = dict(total)
+    if layer_range:
+        first, last = layer_range
+        directions = {layer: row for layer, row in total.items() if first <= layer <= last}
+        if not directions:
+            raise InputError(f"--layer-range {first} {last}: no vector has a direction in there.")
     for path, _ in adapters:
         if not is_adapter(path):
             raise InputError(f"{path} is no LoRA adapter. A control vector is given by --control-vector.")

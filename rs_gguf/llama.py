@@ -343,7 +343,8 @@ class LlamaModel:
                 batch.seq_id[i][0] = token.seq
                 batch.logits[i] = token.output
             outputs = [i for i, token in enumerate(chunk) if token.output]
-            self._graph.expect(len(chunk), outputs)
+            if self._graph.reads:
+                self._graph.expect(len(chunk), outputs)
             status = llama_cpp.llama_decode(context.handle, batch)
             if status != 0:
                 raise InputError(

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from rs_gguf.errors import InputError
+from rs_gguf.errors import InputError, harmless
 
 Kind = Literal["sensitive", "harmful", "benign"]
 Split = Literal["fit", "tune", "test"]
@@ -95,7 +95,7 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         raise InputError(f"{path} holds no prompts. Give at least one row.")
     named = {row.split for row in rows} <= {*SPLITS, ""}
     rows = [row if named and row.split else replace(row, split=_drawn_split(row.prompt)) for row in rows]
-    return list({row.id: row for row in rows}.values())
+    return _unique(rows)
 
 
 def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
@@ -108,9 +108,9 @@ def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Promp
     """
     found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
     for kind in KINDS:
-        rows = {row.id: row for path in files[kind] for row in load(path, kind)}
+        rows = _unique(row for path in files[kind] for row in load(path, kind)) or grid([kind])
         for split in SPLITS:
-            found[split][kind] = [row for row in rows.values() or grid([kind]) if row.split == split]
+            found[split][kind] = [row for row in rows if row.split == split]
     return found
 
 
@@ -219,8 +219,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         OSError,
         ValueError,
     ) as error:  # a ValueError: text that is not UTF-8
-        said = " ".join(str(error).split())[:200]
-        said = "".join(c if c.isprintable() else "?" for c in said)
+        said = harmless(" ".join(str(error).split())[:200])
         raise InputError(f"{path}: not a parquet file that can be read ({said}).") from error
     yield from enumerate(rows, start=1)
 
@@ -261,7 +260,7 @@ def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     """A stranger's names as they may be printed: no control characters, no kilobytes."""
-    shown = ", ".join(repr(name[:40])[1:-1] for name in sorted(names)[:12])
+    shown = ", ".join(harmless(name[:40]) for name in sorted(names)[:12])
     return shown or "(none)"
 
 
@@ -275,6 +274,11 @@ def _flatten(value: Any, where: str) -> str:
         if isinstance(content, str):
             return content
     raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
+
+
+def _unique(rows: Iterable[Prompt]) -> list[Prompt]:
+    """Each prompt once, as it stood last."""
+    return list({row.id: row for row in rows}.values())
 
 
 def _drawn_split(text: str) -> Split:

@@ -98,12 +98,10 @@ class RunFolder:
     def read_rows(self, name: str) -> list[Row]:
         """Rows of a finished file."""
         path = self / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing. Run again with --fresh.")
         try:
             # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
             return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:

@@ -56,11 +56,6 @@ class Unsteered:
     confidences: Sequence[float | None]
     categories: Sequence[str | None] = ()  # kinds of refusal, where the judge told them
 
-    @cached_property
-    def failed(self) -> set[int]:
-        """Places of answers that fell apart, and count as refused."""
-        return {i for i, category in enumerate(self.categories) if category in FAILURES}
-
     def meant(self) -> list[int]:
         """Places of the sensitive refusals to take away: no failures, where enough others are left."""
         refused = np.isin(np.arange(len(self.prompts)), self.refused("sensitive"))
@@ -156,7 +151,7 @@ class Rungs:
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         degenerate = {i for i in picked if unsteered.answers[i].degenerate}
-        return _Answered(refused, unsteered.failed.difference(self.wanted), degenerate)
+        return _Answered(refused, set(), degenerate)  # what is to change is no failure
 
     @cached_property
     def _in_full(self) -> _Answered:

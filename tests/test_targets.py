@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -167,6 +168,17 @@ def test_text_and_tokens(llama: TorchModel) -> None:
     assert llama.detokenize(tokens, special=True) == "you<|im_end|> é"
     assert llama.token_text(2) == "<|im_end|>"
     assert llama.detokenize([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "ends"),
+    [({"<|end|>": 1, "<|eot_id|>": 2, "the": 4}, {0, 1, 2}), ({"<|end|>": 1, "<|return|>": 3}, {0, 3})],
+    ids=["a turn", "a channel"],
+)
+def test_what_ends_a_turn(vocabulary: dict[str, int], ends: set[int]) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=0, get_vocab=lambda: vocabulary)
+    model = SimpleNamespace(model=SimpleNamespace(generation_config=None), tokenizer=tokenizer)
+    assert TorchModel._end_tokens(model) == ends  # type: ignore[arg-type]
 
 
 def test_control_tokens_in_plain_text_are_not_recognised(tmp_path: Path) -> None:
