@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from rs_gguf import models
-from rs_gguf.amx import file_to_load
 from rs_gguf.llama import LlamaModel
+from rs_gguf.widening import file_to_load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import binaries

@@ -22,7 +22,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf import amx
+from rs_gguf import widening
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Generation, Sampling, common_prefix, draw
 from rs_gguf.graph import GraphReader
@@ -111,8 +111,8 @@ class LlamaModel:
         self._graph = GraphReader()
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        # The copy for AMX takes more memory than the model itself.
-        for file in dict.fromkeys([amx.file_to_load(self.path), self.path]):
+        # A copy that is faster takes more memory than the model itself.
+        for file in dict.fromkeys([widening.file_to_load(self.path), self.path]):
             _recent_errors.clear()
             self._model = llama_cpp.llama_model_load_from_file(
                 os.fsencode(file), llama_cpp.llama_model_default_params()

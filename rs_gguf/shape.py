@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rs_gguf import amx, gguf_header
+from rs_gguf import gguf_header, widening
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def of_gguf(path: Path) -> Shape:
     try:
         n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
-        return _shape(tensors, n_layer, width, used, amx.size_to_load(path, header), str(path))
+        return _shape(tensors, n_layer, width, used, widening.size_to_load(path, header), str(path))
     # No number, or no matrix, where one belongs.
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the header of a language model ({error!r}).") from error

@@ -1,4 +1,4 @@
-"""The copy that AMX multiplies faster has the same weights, and where none can be made the model will do."""
+"""The copy that is multiplied faster has the same weights, and where none can be made the model will do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from architectures import llama
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import amx, gguf_header
+from rs_gguf import gguf_header, widening
 from rs_gguf.gguf_file import finish, metadata
 
 Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
@@ -21,8 +21,8 @@ Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuan
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model whose matrices are Q5_0, on a machine with AMX and an empty cache."""
-    monkeypatch.setattr(amx, "_has_amx", lambda: True)
+    """A tiny model whose matrices are Q5_0, on a machine that multiplies Q8_0 faster, with an empty cache."""
+    monkeypatch.setattr(widening, "_copy_helps", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tiny_qwen2(tmp_path / "f32.gguf")
     return written(tmp_path / "f32.gguf", tmp_path / "model.gguf")
@@ -46,9 +46,9 @@ def written(source: Path, path: Path, *, without: str = "", **values: int) -> Pa
 
 
 def test_the_copy_has_the_same_weights_and_metadata(model: Path) -> None:
-    expected = amx.size_to_load(model, gguf_header.read(model))
+    expected = widening.size_to_load(model, gguf_header.read(model))
     assert not (model.parent / "cache").exists(), "a plan makes nothing"
-    copy = amx.file_to_load(model)
+    copy = widening.file_to_load(model)
     assert copy != model
     assert copy.stat().st_size == pytest.approx(expected, abs=1000)  # padding
     assert expected > model.stat().st_size + 10_000
@@ -73,7 +73,7 @@ def test_llama_cpp_computes_the_same(model: Path, monkeypatch: pytest.MonkeyPatc
     with llama(model) as wide:
         found = wide.token_logprobs(pairs)
     assert len(list((model.parent / "cache").rglob("*.gguf"))) == 1, "it should load the copy"
-    monkeypatch.setattr(amx, "_has_amx", lambda: False)
+    monkeypatch.setattr(widening, "_copy_helps", lambda: False)
     with llama(model) as narrow:
         expected = narrow.token_logprobs(pairs)
     for (a, _), (b, _) in zip(found, expected, strict=True):
@@ -81,35 +81,35 @@ def test_llama_cpp_computes_the_same(model: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_copy_is_made_once(model: Path) -> None:
-    copy = amx.file_to_load(model)
+    copy = widening.file_to_load(model)
     made = copy.stat().st_mtime_ns
-    assert amx.file_to_load(model) == copy
+    assert widening.file_to_load(model) == copy
     assert copy.stat().st_mtime_ns == made
 
 
 def test_an_embedding_that_is_the_output_too_is_multiplied(model: Path) -> None:
     tied = written(model.with_name("f32.gguf"), model.with_name("tied.gguf"), without="output.weight")
-    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(amx.file_to_load(tied)).tensors}
+    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(widening.file_to_load(tied)).tensors}
     assert kinds["token_embd.weight"] == Q8_0
 
 
 def test_the_model_itself_where_no_copy_helps(model: Path) -> None:
     without_q5 = model.with_name("f32.gguf")
-    assert amx.file_to_load(without_q5) == without_q5
-    assert amx.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
+    assert widening.file_to_load(without_q5) == without_q5
+    assert widening.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
     split = written(without_q5, model.with_name("m-00001-of-00002.gguf"), split_count=2)
-    assert amx.file_to_load(split) == split
+    assert widening.file_to_load(split) == split
 
 
 def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (0, 100, model.stat().st_size // 2):
         cut = model.with_name("cut.gguf")
         cut.write_bytes(model.read_bytes()[:size])
-        assert amx.file_to_load(cut) == cut
+        assert widening.file_to_load(cut) == cut
     assert not [path for path in (model.parent / "cache").rglob("*") if path.is_file()]
-    monkeypatch.setattr(amx, "_MOST_BYTES", 1000)
-    assert amx.file_to_load(model) == model
+    monkeypatch.setattr(widening, "_MOST_BYTES", 1000)
+    assert widening.file_to_load(model) == model
     monkeypatch.undo()
-    monkeypatch.setattr(amx, "_has_amx", lambda: True)
+    monkeypatch.setattr(widening, "_copy_helps", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(model))  # a file, in which nothing can be made
-    assert amx.file_to_load(model) == model
+    assert widening.file_to_load(model) == model

@@ -1,9 +1,10 @@
-"""A copy of a model that llama.cpp multiplies faster on a processor with AMX: the very same weights.
+"""A copy of a model that llama.cpp multiplies faster on today's x86 processors: the very same weights.
 
-llama.cpp multiplies most types with the matrix tiles of Intel's AMX, but not Q5_0, which Q4_K_M files hold
-where a width is no multiple of 256, as in Qwen2.5-0.5B. A Q5_0 block is a half-precision factor and 32
-integers from −16 to 15; a Q8_0 block is the same with integers from −128 to 127. So Q5_0 goes into Q8_0 with
-no weight changed. A GGUF file goes in, the path of the one to load comes out.
+Q4_K_M files hold Q5_0 where a width is no multiple of 256, as in Qwen2.5-0.5B. The processor's dot products
+of bytes (AVX-512 VNNI) take Q8_0 as it is, and Q5_0 only after its bits were put together, each time anew;
+llama.cpp's way to the matrix tiles of Intel's AMX does not take Q5_0 at all. A Q5_0 block is a half-precision
+factor and 32 integers from −16 to 15; a Q8_0 block is the same with integers from −128 to 127. So Q5_0 goes
+into Q8_0 with no weight changed. A GGUF file goes in, the path of the one to load comes out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.files import sha256, write_atomic
 from rs_gguf.gguf_header import Header, TensorInfo
 
-_log = logging.getLogger("rs_gguf.amx")
+_log = logging.getLogger("rs_gguf.widening")
 
 _Q5_0, _Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0
 _MOST_BYTES = 2**30  # that a copy may add to a model: memory is dearer than time beyond
@@ -38,38 +39,38 @@ def file_to_load(path: Path) -> Path:
     Copies lie in the user's cache folder, named by the SHA-256 of the file they were made of. Where there is
     no room for one the model itself is as good, only slower.
     """
-    if not _has_amx():
+    if not _copy_helps():
         return path
     try:
         header = gguf_header.read(path)
         wide = _to_widen(header)
         if not wide:
             return path
-        copy = platformdirs.user_cache_path("rs-gguf") / "amx" / f"{sha256(path)}.gguf"
+        copy = platformdirs.user_cache_path("rs-gguf") / "widened" / f"{sha256(path)}.gguf"
         if not copy.is_file():
             write_atomic(copy, lambda file: _write(file, path, header, {tensor.name for tensor in wide}))
     except (InputError, MemoryError) as error:  # llama.cpp tells better what is wrong with a model
-        _log.info("no copy of %s for AMX: %s", path, error)
+        _log.info("no copy of %s in Q8_0: %s", path, error)
         return path
     return copy
 
 
 def size_to_load(path: Path, header: Header) -> int:
     """Bytes of the file that `file_to_load` would give, but for padding. None is made."""
-    wide = _to_widen(header) if _has_amx() else []
+    wide = _to_widen(header) if _copy_helps() else []
     return path.stat().st_size + sum(map(_bytes_added, wide))
 
 
 @cache
-def _has_amx() -> bool:
+def _copy_helps() -> bool:
     on_cpu = not llama_cpp.llama_supports_gpu_offload()
-    return on_cpu and b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+    return on_cpu and b"AVX512_VNNI = 1" in llama_cpp.llama_print_system_info()  # where AMX is, VNNI is
 
 
 def _to_widen(header: Header) -> list[TensorInfo]:
     """Matrices of Q5_0 that are multiplied, unless the copy would be too large.
 
-    Experts' are not multiplied with tiles, whatever their type.
+    Experts' are not multiplied with tiles, whatever their type, and most of them rest at each token.
     """
     if header.values.get("split.count", 1) != 1:  # the other files of the model are found beside the first
         return []
