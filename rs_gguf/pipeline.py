@@ -328,17 +328,12 @@ class Pipeline:
         if not log.rows and path.is_file() and (ended := read_json(path)).get("key") == key:
             for row in ended["trials"]:
                 log.append({"id": str(row["number"]), **row})
-        directions = fitting.load_directions(self.folder.path, self.recipe)
-        gates = fitting.load_gates(self.folder.path)
-        n_layer = self.model.n_layer
-        spaces = {"vector": Space.of_vectors(sorted(directions), n_layer)}
-        if gates is not None:
+        rungs, n_layer = self.rungs(), self.model.n_layer
+        spaces = {"vector": Space.of_vectors(sorted(rungs.directions), n_layer)}
+        if rungs.gates is not None:
             spaces["adapter"] = Space.of_gates(
                 self.recipe.fit.gate_ridges, n_layer, induce=self.recipe.effect == "induce"
             )
-        rungs = Rungs(
-            self.model, self.judge, self._unsteered(), directions, gates, self.recipe, self.folder.path
-        )
         with self.progress.stage("tune", Finder.effort(self.recipe, len(spaces))) as advance:
             finder = Finder(
                 rungs,
@@ -355,6 +350,14 @@ class Pipeline:
                 found = summary(finder.trials, spaces, len(rungs.wanted), rungs.n_wanted_in_full)
                 write_json(path, {"key": key, **found})
         log.finish(list(log.rows))
+
+    def rungs(self) -> Rungs:
+        """What measures candidates of this run, once it is fitted."""
+        directions = fitting.load_directions(self.folder.path, self.recipe)
+        gates = fitting.load_gates(self.folder.path)
+        return Rungs(
+            self.model, self.judge, self._unsteered(), directions, gates, self.recipe, self.folder.path
+        )
 
     def _unsteered(self) -> Unsteered:
         ids = {p.id for p in self.prompts["tune"]}

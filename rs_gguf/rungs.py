@@ -103,7 +103,7 @@ class Rungs:
     ) -> None:
         self.model = model
         self._judge, self._unsteered = judge, unsteered
-        self._directions, self._gates, self._recipe, self._folder = directions, gates, recipe, folder
+        self.directions, self.gates, self._recipe, self._folder = directions, gates, recipe, folder
         self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
         remove = recipe.effect == "remove"
         self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
@@ -197,15 +197,15 @@ class Rungs:
     def steering(self, candidate: Candidate) -> Steering:
         """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
         if candidate.estimator != GATE:
-            directions = self._directions[candidate.estimator, candidate.ridge]
+            directions = self.directions[candidate.estimator, candidate.ridge]
             return Steering(candidate.steering(directions))
-        assert self._gates is not None  # the space of gates is searched only where there are some
+        assert self.gates is not None  # the space of gates is searched only where there are some
         unit = replace(candidate, strength=1.0)
         path = (
             self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
         )
         if not path.exists():
-            lora.write(lora.LoraAdapter(unit.factors(self._gates), self.model.architecture), path)
+            lora.write(lora.LoraAdapter(unit.factors(self.gates), self.model.architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:

@@ -156,6 +156,11 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     assert factors
     assert all(".attn_output." in name for name in factors)
 
+    # To begin afresh forgets all that the stages leave for one another, and nothing else.
+    RunFolder(out).forget_all()
+    kept = {"recipe.toml", "remove.gguf", "remove-adapter.gguf", "report.html", "card.md"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == kept
+
 
 def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "lost.gguf"
