@@ -42,8 +42,11 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# rungs.py and transfer.py read a finished run: give them its folder.
 bench: install
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/rungs.py benchmarks/transfer.py, $(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$script || exit 1; \
+	done
 
 # Everything that lies in vectors/, from its recipes. A file whose gate fails says so itself: look before you commit it.
 vectors: install
@@ -51,6 +54,7 @@ vectors: install
 		folder=$$(dirname $$recipe); out=out/$$folder; \
 		$(BIN)/rs-export run $$recipe --out $$out || test $$? -eq 1 || exit; \
 		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/; \
+		sed -i "s#$$out/#$$folder/#g; s#$$HOME/#~/#g" $$folder/metrics.json $$folder/report.html; \
 	done
 
 # Pictures of the reports at hand, to look at before and after a change of the page.

@@ -5,6 +5,7 @@ each with the same number of tokens, on the same threads. The peer's cache is as
 each sequence, no larger than it must be. It draws tokens at random, where ours takes the likeliest of all
 logits and looks for the end of an answer. The sides take turns.
 
+Then the speed of the default model with the published adapter and without it, in turn, answers of one length.
 Then the most memory that a process holds which answers 32 prompts, at two sizes of the context.
 """
 
@@ -32,6 +33,7 @@ import binaries
 
 GOAL = 0.8
 CONTEXTS = (2048, 8192)
+ADAPTER = Path(__file__).parents[1] / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
 PADDING = 256  # of a stream of the cache
 
 
@@ -57,6 +59,11 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for batch in options.batch:
         print(row(path, bench, batch, options), flush=True)
+    if options.model == models.DEFAULT:  # which the adapter is for
+        print("\n| at once | answer, tokens/s | with the adapter | ratio |\n| --- | --- | --- | --- |")
+        with LlamaModel(path, n_parallel=max(options.batch), n_threads=options.threads) as model:
+            for batch in options.batch:
+                print(steered_row(model, batch, options), flush=True)
     print("\n| context | cells at once | peak memory, MB |\n| --- | --- | --- |")
     for cells in CONTEXTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory", str(cells)]
@@ -83,6 +90,21 @@ def row(path: Path, bench: Path, batch: int, options: argparse.Namespace) -> str
     return (
         f"| {batch} | {read:.1f} | {peer_read:.1f} | {answer:.1f} | {peer_answer:.1f} | {ratio:.0%} | {met} |"
     )
+
+
+def steered_row(model: LlamaModel, batch: int, options: argparse.Namespace) -> str:
+    """Answers of the same length with the published adapter and without it, in turn."""
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    prompts = {}
+    for steered in (False, True):
+        with model.steered(adapters=[(ADAPTER, 1.0)] if steered else []):
+            prompts[steered] = endless(model, batch, options)
+    for repeat in range(options.repeats):
+        for steered in (repeat % 2 == 0, repeat % 2 == 1):
+            with model.steered(adapters=[(ADAPTER, 1.0)] if steered else []):
+                speeds[steered].append(ours(model, prompts[steered], options)[1])
+    plain, gated = (statistics.median(speeds[steered]) for steered in (False, True))
+    return f"| {batch} | {plain:.1f} | {gated:.1f} | {gated / plain:.2f} |"
 
 
 def endless(model: LlamaModel, batch: int, options: argparse.Namespace) -> list[list[int]]:

@@ -97,14 +97,14 @@ class LlamaServer:
         body: dict[str, Any] = {
             "messages": messages, "max_tokens": max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-            # Else the server may take what a prompt left in its cache under another scale.
-            "cache_prompt": False,
         }  # fmt: skip
         scales = {**self._kept, **{id_: dose * scale for id_, scale in self._scaled.items()}}
-        # An adapter that a request leaves out counts as 0, whatever the server was started with.
-        return (
-            {**body, "lora": [{"id": i, "scale": s} for i, s in sorted(scales.items())]} if scales else body
-        )
+        if not scales:
+            return body
+        # An adapter that a request leaves out counts as 0, whatever the server was started with, and what a
+        # prompt left in the server's cache under another scale may be taken for this one's.
+        lora = [{"id": i, "scale": s} for i, s in sorted(scales.items())]
+        return {**body, "lora": lora, "cache_prompt": False}
 
 
 def _common_scales(

@@ -164,7 +164,8 @@ def baseline(rows: list[dict[str, Any]], name: str, *, drift: float) -> dict[str
 def with_arrays(folder: Path, *, blocks: int = 24, width: int = 16, each: int = 20) -> Path:
     """The run folder with what capture and fit leave: refused prompts lie apart along one dimension.
 
-    The written direction turns by a tenth of a right angle from block to block, and the first block has none.
+    After the answered prompts come some that were only read, far from all others. The written direction turns
+    by a tenth of a right angle from block to block, and the first block has none.
     """
     rng = np.random.default_rng(4)
     rows, scores, vectors = [], [], []
@@ -178,6 +179,7 @@ def with_arrays(folder: Path, *, blocks: int = 24, width: int = 16, each: int = 
     for name, lines in (("answers", rows), ("scores", scores)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    vectors += [np.full((blocks, width), 1000.0 * number) for number in range(each)]
     captured = np.stack(vectors).astype(np.float32)
     for k, shard in enumerate(np.split(captured, [each])):
         save_arrays(folder / "activations" / f"{k:05d}.safetensors", {"activations": shard})

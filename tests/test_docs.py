@@ -352,7 +352,9 @@ def test_commands_of_a_running_server_run(command: Command, desk: Path, judge: s
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("command", [c for c in ALL if c.program == "curl"], ids=str)
 def test_curl_is_answered(command: Command, desk: Path, tmp_path: Path) -> None:
-    with binaries.Server(tmp_path / "log", "-m", "model.gguf") as server:
+    starts = [c for c in ALL if c.program == SERVER and c.where == command.where]
+    options = server_options(starts[0]) if starts else ["-m", "model.gguf"]
+    with binaries.Server(tmp_path / "log", *options) as server:
         words = [word.replace("localhost:8080", server.address) for word in command.arguments]
         done = subprocess.run(["curl", "--silent", *words], capture_output=True, check=True)
     assert json.loads(done.stdout)["choices"]

@@ -153,6 +153,7 @@ def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, 
         ("remove", (0.1, 0.4), (0.3, 0.5), False),  # fewer refusals of harm kept
         ("remove", (0.3, 0.5), (0.1, 0.2), False),
         ("remove", (0.3, 0.5), (0.3, 0.5), False),
+        ("remove", (0.6, 0.5), (0.7, 0.5), False),  # nothing was removed
         ("induce", (0.9, 0.5), (0.7, 0.5), True),
         ("induce", (0.7, 0.5), (0.9, 0.5), False),
     ],

@@ -33,7 +33,7 @@ from invented_run import (
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from rs_gguf import judges, prompts
+from rs_gguf import judges, prompts, recipe
 from rs_gguf.errors import InputError
 from rs_gguf.judging.calibration import labelled_pairs
 from rs_gguf.report import write_card, write_report
@@ -771,6 +771,15 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert f"llama-server -m MODEL.gguf {options}\n" in card
     assert f"llama-cli -m MODEL.gguf {options}\n" in card
     assert "my models" not in card, "the maker's own paths stay out of the card"
+
+
+def test_card_of_prompts_of_ones_own_names_their_files(run_folder: Path) -> None:
+    chosen = recipe.load(None, ["prompts.sensitive=['my `odd` prompts.jsonl', 'b.csv']"])
+    recipe.dump(chosen, run_folder / "recipe.toml")
+    card = write_card(run_folder).read_text(encoding="utf-8")
+    assert card.count("requests of ``my `odd` prompts.jsonl, b.csv``") == 2
+    assert "refusals of chosen requests" in card
+    assert "historical questions" not in card
 
 
 def test_card_of_a_failed_gate_or_an_unknown_model_says_so(tmp_path: Path) -> None:

@@ -14,6 +14,11 @@ FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "vectors")
 PUBLISHED = [folder for folder in FOLDERS if (folder / "metrics.json").is_file()]
 
 
+def interval(bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_recipes_are_valid(folder: Path) -> None:
     assert recipe.load(folder / "recipe.toml").effect in folder.name
@@ -44,7 +49,11 @@ def test_files_are_those_that_were_measured(folder: Path) -> None:
             (row,) = (
                 line for line in card.splitlines() if line.startswith(f"| {kind} | {name} | {one['n']} |")
             )
-            assert f"| {100 * before:.0f} % (" in row
-            assert f"| **{100 * after:.0f} %** (" in row
+            assert f"| **{100 * after:.0f} %** ({interval(one['ci95_steered'])})" in row
+            assert f"| {100 * before:.0f} % ({interval(one['ci95_baseline'])})" in row
+            for side in ("baseline", "steered"):
+                assert f"| {100 * one[f'degenerate_{side}']:.2g} % |" in row
+        (verdict,) = (line for line in card.splitlines() if line.startswith(f"| `{file['file']}` | {name}"))
+        assert verdict.endswith("| passed |" if found["gate"]["passed"] else "| **not passed** |")
         for reason in found["gate"]["reasons"]:
             assert reason.split("(")[0].strip() in card.replace("\\", "")

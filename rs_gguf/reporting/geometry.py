@@ -80,8 +80,9 @@ def _shades(cosines: NDArray[np.float64]) -> list[Row]:
 def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Sequence[Row]) -> Row | None:
     """The first two principal components of the fit prompts at the steered block that tells refusals best.
 
-    `auroc` [L] of the written direction; `asked`: `kind` and `confidence` of each captured prompt, in order.
-    Prompts that were not judged are left out, those whose verdict is unclear too.
+    `auroc` [L] of the written direction; `asked`: `kind` and `confidence` of each prompt that was answered,
+    in the order of the store, where those that were only read come after them. Prompts that were not judged
+    are left out, those whose verdict is unclear too.
     """
     first, last = vector["layers"]
     block = max(range(first, last + 1), key=lambda k: (auroc[k] or 0.0) if k < len(auroc) else 0.0)
@@ -91,7 +92,7 @@ def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Seq
         if part is None:
             return None
         parts.append(part)
-    if sum(map(len, parts)) != len(asked):
+    if sum(map(len, parts)) < len(asked):
         return None
     confidences = [0.0 if row["confidence"] is None else row["confidence"] for row in asked]
     clear = [i for i, confidence in enumerate(confidences) if abs(confidence) > NEUTRAL]

@@ -16,13 +16,17 @@ import pytest
 import torch
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import models
+from rs_gguf import lora, models
+from rs_gguf import prompts as prompt_sets
 from rs_gguf.chat import ChatFormat
 from rs_gguf.llama import LlamaModel
 from rs_gguf.steering import SteeringVector
 from rs_gguf.targets import TorchModel
 
 Engine = LlamaModel | TorchModel
+
+ADAPTER = Path(__file__).parents[2] / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
+_MODULES = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
 
 QUESTIONS = [
     "What is the capital of Peru?",
@@ -194,3 +198,36 @@ def test_steering_moves_the_logits_alike(
     assert error <= tolerance * norm(expected)
     assert error <= 2 * norm(plain_quantised - plain_dequantised)  # measured: 1.4, as √2 of two such errors
     assert error_at(layer - 1) >= 1.5 * error  # measured: 1.7, 8 and 6; the block is the right one
+
+
+@pytest.mark.real
+def test_a_gate_moves_the_logits_alike(quantised: LlamaModel, dequantised: TorchModel) -> None:
+    """The published adapter in llama.cpp, and its BA added to the dequantised weights."""
+    chat = ChatFormat.of(quantised)
+    asked = [p for p in prompt_sets.grid(["sensitive"]) if p.split == "tune" and p.language == "en"][:8]
+    tokens = [chat.tokenize(quantised, prompt.prompt) for prompt in asked]
+    plain = [logits_of(model, tokens) for model in (quantised, dequantised)]
+    with quantised.steered(adapters=[(ADAPTER, 1.0)]):
+        expected = logits_of(quantised, tokens) - plain[0]
+
+    def moved(scale: float) -> np.ndarray:
+        """By `scale` times BA; the weights are as before afterwards."""
+        kept = {}
+        with torch.inference_mode():
+            for name, (a, b) in lora.read(ADAPTER).factors.items():
+                _, block, writer, _ = name.split(".")
+                weight = dequantised.model.get_submodule(f"model.layers.{block}.{_MODULES[writer]}").weight
+                kept[name] = (weight, weight.clone())
+                weight += scale * torch.from_numpy(b @ a)
+        try:
+            return logits_of(dequantised, tokens) - plain[1]
+        finally:
+            with torch.inference_mode():
+                for weight, before in kept.values():
+                    weight.copy_(before)
+
+    norm = np.linalg.norm
+    error = norm(moved(1.0) - expected)
+    assert error <= 0.2 * norm(expected)  # measured: 0.10
+    assert error <= 2 * norm(plain[0] - plain[1])  # measured: 1.2, as √2 of two roundings' errors
+    assert norm(moved(-1.0) - expected) >= 1.5 * norm(expected)  # measured: 2.0
