@@ -1,9 +1,11 @@
 """The whole pipeline on the real model, killed in every stage, and what its files promise."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +90,22 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
     rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
     assert len(rows) == 12
     assert (out / "report.html").stat().st_size < 3_000_000
+    assert "scatter-title" in (out / "report.html").read_text(), "the activations are drawn"
     assert "2512.16602" in (out / "card.md").read_text()
+
+
+def test_python_in_the_card_runs(
+    finished: tuple[Path, list[list[str]]], real_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = finished
+    monkeypatch.chdir(out)
+    blocks = re.findall(r"```python\n(.*?)```", (out / "card.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        names: dict[str, Any] = {}
+        exec(compile(code.replace("MODEL.gguf", str(real_model)), "card.md", "exec"), names)
+        assert names["llm"].create_completion("Hello", max_tokens=2)["choices"][0]["text"]
+        names["llm"].close()
 
 
 def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> None:
