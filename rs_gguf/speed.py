@@ -55,7 +55,7 @@ def stored_speed(cores: int) -> Speed:
         prompt=80e9 * cores,
         bandwidth=9e9 * cores,
         algebra=52e9,
-        source=f"{cores} times the core of docs/scaling.md; --measure times this machine",
+        source=f"{cores} times the core of docs/scaling.md; yours may take half or twice as long (--measure)",
     )
 
 
