@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
-from threadpoolctl import threadpool_limits
 
 from rs_gguf import recipe as recipes
 from rs_gguf.adapter import WriterInputs, fit_gates
@@ -58,25 +56,18 @@ def main() -> None:
         f"{len(every)} prompts, {len(residuals)} of them answered; blocks {first} to {last}, "
         f"ridge {ridge:g}, margin {margin:g}.\n"
     )
-
-    def left_out_of(fold: tuple[NDArray[np.intp], NDArray[np.intp]]) -> Opening:
-        kept, left_out = fold
-        of_kept = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
-        some = {writer: rows.of(kept) for writer, rows in inputs.items()}
-        gates = fit_gates(some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge])
-        reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
-        return openings(inputs, reads, left_out)
-
     found: dict[str, Opening] = {}
-    # A fit multiplies on one core, so that its sums do not depend on their number: two fits, two cores.
-    with Progress(transient=True) as progress, threadpool_limits(1), ThreadPoolExecutor(2) as pool:
+    with Progress(transient=True) as progress:
         for cell in ("subject", "topic", "form", "language"):
             task = progress.add_task(f"{cell}s left out", total=FOLDS)
             opening = found[cell] = np.empty(len(every))
             names = [getattr(prompt, cell) for prompt in every]
-            folds = list(GroupKFold(FOLDS).split(every, groups=names))
-            for (_, left_out), opened in zip(folds, pool.map(left_out_of, folds), strict=True):
-                opening[left_out] = opened
+            for kept, left_out in GroupKFold(FOLDS).split(every, groups=names):
+                of_kept = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
+                some = {writer: rows.of(kept) for writer, rows in inputs.items()}
+                gates = fit_gates(some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge])
+                reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
+                opening[left_out] = openings(inputs, reads, left_out)
                 progress.advance(task)
     print_summary(labels, found)
     for cell, left_out, kind in (
