@@ -440,12 +440,17 @@ def test_nor_do_as_many_as_turn_by_themselves() -> None:
 # ---- formulas in place of a model ----------------------------------------------------------------
 
 
+SPACE = Space.of_vectors([("bad", 1.0), ("good", 1.0)], 24)
+
+
 class Formulas:
     """Losses grow with the strength; the sensitive one of `good` is up to three times that of harm.
 
     How much depends on the middle of the band: block 14 is best.
     """
 
+    directions = dict.fromkeys(SPACE.directions)
+    gates = None
     wanted = tuple(range(40))
     size_in_full = (12, 64)
     n_wanted_in_full = 10_000
@@ -475,9 +480,6 @@ class Formulas:
             feasible=kept >= 0.95 if rung == "answers" else None,
             seconds=1.0 if rung == "probe" else 10.0,
         )
-
-
-SPACE = Space.of_vectors([("bad", 1.0), ("good", 1.0)], 24)
 
 
 def formula_finder(formulas: Formulas, known: Sequence[Trial] = (), **tune: Any) -> Finder:
@@ -729,22 +731,16 @@ def test_progress_counts_up_to_the_effort() -> None:
         assert Finder.effort(values, 1) * 0.7 <= sum(done) <= Finder.effort(values, 1) * 1.2
 
 
-def tune_stage(
-    folder: Path, formulas: Formulas, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> dict[str, Any]:
+def tune_stage(folder: Path, formulas: Formulas, **options: Any) -> dict[str, Any]:
     """The tune stage over formulas; the content of tune.json."""
     values = recipe(**{"min_retention": 0.95, "max_benign_drift": 0.25, **options})
-    monkeypatch.setattr(pipeline.fitting, "load_directions", lambda *_: dict.fromkeys(SPACE.directions))
-    monkeypatch.setattr(pipeline.fitting, "load_gates", lambda _: None)
-    monkeypatch.setattr(pipeline, "Rungs", lambda *_: formulas)
     stage = SimpleNamespace(
         recipe=values,
         folder=RunFolder(folder),
         model=formulas.model,
-        judge=None,
         progress=pipeline.Silent(),
+        rungs=lambda: formulas,
         _key=lambda _: "fit",
-        _unsteered=lambda: None,
     )
     with contextlib.suppress(KeyboardInterrupt):
         pipeline.Pipeline._tune(stage, "tune")  # type: ignore[arg-type]
@@ -752,22 +748,22 @@ def tune_stage(
     return found
 
 
-def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tune_stage(tmp_path / "whole", Formulas(), monkeypatch, budget=200)
-    cut = tune_stage(tmp_path / "cut", Formulas(cut_after=len(whole["trials"]) - 3), monkeypatch, budget=200)
+def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path) -> None:
+    whole = tune_stage(tmp_path / "whole", Formulas(), budget=200)
+    cut = tune_stage(tmp_path / "cut", Formulas(cut_after=len(whole["trials"]) - 3), budget=200)
     assert cut["trials"] == whole["trials"][:-3]
     assert cut["chosen"] in {trial["number"] for trial in cut["trials"] if trial["rung"] == "answers"}
     resumed = Formulas()
-    assert tune_stage(tmp_path / "cut", resumed, monkeypatch, budget=200) == whole
+    assert tune_stage(tmp_path / "cut", resumed, budget=200) == whole
     assert len(resumed.asked) == 3
     assert (tmp_path / "cut" / "trials.jsonl").is_file()
     # A search that has ended is the beginning of a longer one.
     longer = Formulas()
-    found = tune_stage(tmp_path / "whole", longer, monkeypatch, budget=300)
+    found = tune_stage(tmp_path / "whole", longer, budget=300)
     assert found["trials"][: len(whole["trials"])] == whole["trials"]
     assert len(found["trials"]) == len(whole["trials"]) + len(longer.asked)
     assert 0 < len(longer.asked) < len(whole["trials"])
     # Under other limits nothing that was measured counts.
     strict = Formulas()
-    values = tune_stage(tmp_path / "whole", strict, monkeypatch, budget=50, max_benign_drift=0.1)
+    values = tune_stage(tmp_path / "whole", strict, budget=50, max_benign_drift=0.1)
     assert len(values["trials"]) == len(strict.asked)
