@@ -94,16 +94,17 @@ def row(path: Path, bench: Path, batch: int, options: argparse.Namespace) -> str
 
 def steered_row(model: LlamaModel, batch: int, options: argparse.Namespace) -> str:
     """Answers of the same length with the published adapter and without it, in turn."""
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    prompts = {}
-    for steered in (False, True):
-        with model.steered(adapters=[(ADAPTER, 1.0)] if steered else []):
-            prompts[steered] = endless(model, batch, options)
+    sides: list[list[tuple[Path, float]]] = [[], [(ADAPTER, 1.0)]]
+    speeds: list[list[float]] = [[], []]
+    prompts = []
+    for adapters in sides:
+        with model.steered(adapters=adapters):
+            prompts.append(endless(model, batch, options))
     for repeat in range(options.repeats):
-        for steered in (repeat % 2 == 0, repeat % 2 == 1):
-            with model.steered(adapters=[(ADAPTER, 1.0)] if steered else []):
-                speeds[steered].append(ours(model, prompts[steered], options)[1])
-    plain, gated = (statistics.median(speeds[steered]) for steered in (False, True))
+        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+            with model.steered(adapters=sides[side]):
+                speeds[side].append(ours(model, prompts[side], options)[1])
+    plain, gated = map(statistics.median, speeds)
     return f"| {batch} | {plain:.1f} | {gated:.1f} | {gated / plain:.2f} |"
 
 

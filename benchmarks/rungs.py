@@ -16,11 +16,10 @@ from pathlib import Path
 from rich.progress import track
 
 from rs_gguf import recipe as recipes
-from rs_gguf.files import read_json
 from rs_gguf.pipeline import Pipeline, Silent
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.search_results import spearman
-from rs_gguf.search_space import Candidate, Trial, load_trials
+from rs_gguf.search_space import Candidate, Trial
 
 RUNGS = ("probe", "answers", "full")
 
@@ -36,7 +35,7 @@ def main() -> None:
     folder = RunFolder(options.run)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
         rungs = pipeline.rungs()
-        candidates = gates(options.run, options.strengths)
+        candidates = gates(pipeline.chosen()["adapter"].candidate, options.strengths)
         rows = [
             {rung: rungs.measure(rung, number, gate) for rung in RUNGS}
             for number, gate in enumerate(track(candidates, "Measuring"))
@@ -54,11 +53,8 @@ def main() -> None:
         print(f"| {before}, {after} | " + " | ".join("–" if r is None else f"{r:.2f}" for r in found) + " |")
 
 
-def gates(run: Path, strengths: list[float]) -> list[Candidate]:
+def gates(chosen: Candidate, strengths: list[float]) -> list[Candidate]:
     """The chosen band and its second half, at every strength."""
-    tuned = read_json(run / "tune.json")
-    trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
-    chosen = trials[tuned["chosen_adapter"]].candidate
     half = replace(chosen, first=(chosen.first + chosen.last + 1) // 2)
     return [replace(band, strength=strength) for band in (chosen, half) for strength in strengths]
 

@@ -370,7 +370,7 @@ class Pipeline:
             [scores[row["id"]]["category"] if row["id"] in scores else None for row in rows],
         )
 
-    def _chosen(self) -> dict[str, Trial]:
+    def chosen(self) -> dict[str, Trial]:
         """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
         tuned = read_json(self.folder / "tune.json")
         trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
@@ -379,7 +379,7 @@ class Pipeline:
 
     def _write(self, _: str) -> None:
         """The files, each loaded again and its effect on the model observed."""
-        chosen = self._chosen()
+        chosen = self.chosen()
         facts = {
             "effect": self.recipe.effect,
             "model.name": self.model_path.stem,
@@ -405,7 +405,7 @@ class Pipeline:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
-        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self._chosen().items()}
+        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self.chosen().items()}
         others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
         log = RowLog(self.folder, "measured.jsonl", key)
         with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:

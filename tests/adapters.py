@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -53,17 +55,27 @@ def llama_logits(model: Path, adapter: Path | None, scale: float = 1.0) -> npt.N
     return np.stack(rows)
 
 
+@contextlib.contextmanager
+def added(network: transformers.Qwen2ForCausalLM, adapter: LoraAdapter, scale: float = 1.0) -> Iterator[None]:
+    """Within the block, scale · B A is in the weights."""
+    weights, before = network.state_dict(), {}
+    with torch.inference_mode():
+        for name, (a, b) in adapter.factors.items():
+            _, layer, matrix, _ = name.split(".")
+            weight = weights[f"model.layers.{layer}.{_MODULES[matrix]}.weight"]
+            before[name] = weight, weight.clone()
+            weight += scale * torch.from_numpy(b @ a)
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for weight, values in before.values():
+                weight.copy_(values)
+
+
 def torch_logits(
     network: transformers.Qwen2ForCausalLM, adapter: LoraAdapter, scale: float = 1.0
 ) -> npt.NDArray[np.float32]:
     """The same in PyTorch, with scale · B A added to the weights for the time being."""
-    weights = network.state_dict()
-    before = {name: weight.clone() for name, weight in weights.items()}
-    with torch.inference_mode():
-        for name, (a, b) in adapter.factors.items():
-            _, layer, matrix, _ = name.split(".")
-            weights[f"model.layers.{layer}.{_MODULES[matrix]}.weight"] += scale * torch.from_numpy(b @ a)
-        found = np.stack([network(torch.tensor([p])).logits[0, -1].numpy() for p in PROMPTS])
-        for name, weight in before.items():
-            weights[name].copy_(weight)
-    return found
+    with added(network, adapter, scale), torch.inference_mode():
+        return np.stack([network(torch.tensor([p])).logits[0, -1].numpy() for p in PROMPTS])

@@ -32,7 +32,10 @@ def apply(network: transformers.PreTrainedModel, folder: Path) -> None:
     """PEFT loads the folder and adds its changes to the weights. Its warnings (of keys, say) are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by a name of old
-        peft.PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+        steered = peft.PeftModel.from_pretrained(network, str(folder))
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(peft.get_peft_model_state_dict(steered))  # it is silent of too many
+    steered.merge_and_unload()
 
 
 def torch_logits(network: transformers.PreTrainedModel) -> npt.NDArray[np.float32]:

@@ -86,8 +86,10 @@ def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Seq
     """
     first, last = vector["layers"]
     block = max(range(first, last + 1), key=lambda k: (auroc[k] or 0.0) if k < len(auroc) else 0.0)
-    parts = []
+    parts: list[NDArray[np.float32]] = []
     for path in sorted((folder / "activations").glob("[0-9]*.safetensors")):
+        if sum(map(len, parts)) >= len(asked):
+            break  # the others were only read
         part = _read(path, "activations", block)
         if part is None:
             return None

@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from adapters import added
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import lora, models
@@ -26,7 +27,6 @@ from rs_gguf.targets import TorchModel
 Engine = LlamaModel | TorchModel
 
 ADAPTER = Path(__file__).parents[2] / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
-_MODULES = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
 
 QUESTIONS = [
     "What is the capital of Peru?",
@@ -211,20 +211,8 @@ def test_a_gate_moves_the_logits_alike(quantised: LlamaModel, dequantised: Torch
         expected = logits_of(quantised, tokens) - plain[0]
 
     def moved(scale: float) -> np.ndarray:
-        """By `scale` times BA; the weights are as before afterwards."""
-        kept = {}
-        with torch.inference_mode():
-            for name, (a, b) in lora.read(ADAPTER).factors.items():
-                _, block, writer, _ = name.split(".")
-                weight = dequantised.model.get_submodule(f"model.layers.{block}.{_MODULES[writer]}").weight
-                kept[name] = (weight, weight.clone())
-                weight += scale * torch.from_numpy(b @ a)
-        try:
+        with added(dequantised.model, lora.read(ADAPTER), scale):
             return logits_of(dequantised, tokens) - plain[1]
-        finally:
-            with torch.inference_mode():
-                for weight, before in kept.values():
-                    weight.copy_(before)
 
     norm = np.linalg.norm
     error = norm(moved(1.0) - expected)
