@@ -8,9 +8,14 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#endif
+#if defined(__linux__) && !defined(__ANDROID__)
+#include <sched.h>
+#define RS_AFFINITY
 #endif
 
 namespace rs {
@@ -35,6 +40,7 @@ public:
         const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (turn.owns_lock() && workers > 1) {
             grow(workers - 1);
+            leave_this_core();
             open(job, workers - 1);
             job.work(0);
             close();
@@ -46,10 +52,30 @@ public:
 private:
     void grow(std::size_t threads) {
         try {
-            for (; threads_ < threads; ++threads_) std::thread([this] { serve(); }).detach();
+            while (handles_.size() < threads) {
+                handles_.reserve(handles_.size() + 1);
+                std::thread thread([this] { serve(); });
+                handles_.push_back(thread.native_handle());
+                thread.detach();
+                left_ = -1;
+            }
         } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
             // The system gives no more threads: those that there are, and the caller, do the work.
         }
+    }
+
+    // Keeps the workers off the caller's core. Linux likes to wake a thread on the core of whoever wakes it,
+    // busy as that is, and the call would be over before the worker's turn comes.
+    void leave_this_core() {
+#ifdef RS_AFFINITY
+        const int here = sched_getcpu();
+        cpu_set_t cores;
+        if (here < 0 || here == left_ || sched_getaffinity(0, sizeof cores, &cores) != 0) return;
+        CPU_CLR(here, &cores);
+        if (CPU_COUNT(&cores) == 0) return;
+        for (const auto handle : handles_) pthread_setaffinity_np(handle, sizeof cores, &cores);
+        left_ = here;
+#endif
     }
 
     void open(Job& job, std::size_t seats) {
@@ -102,7 +128,8 @@ private:
     std::condition_variable wake_;
     std::condition_variable idle_;
     std::atomic<std::size_t> calls_{0};
-    std::size_t threads_ = 0;
+    std::vector<std::thread::native_handle_type> handles_;
+    int left_ = -1;  // the core that the workers are kept off
     Job* job_ = nullptr;
     std::size_t seats_ = 0;
     std::size_t taken_ = 0;

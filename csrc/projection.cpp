@@ -14,12 +14,11 @@ namespace rs {
 void project(const Target& target, const Problem& problem, std::size_t threads, float* out) {
     if (problem.samples == 0 || problem.layers == 0 || problem.rank == 0) return;
 
-    // What a core does in about a millisecond, in bytes read or in quarters of a multiplication. Less is not
-    // worth a second thread: waking it may take as long, above all where the system wakes it on the caller's
-    // core.
-    constexpr std::size_t worthwhile = 1U << 24U;
+    // What a core does in a tenth of a millisecond or so, in bytes read from a cache or twice the
+    // multiplications. Less is not worth a second thread: waking it takes half as long.
+    constexpr std::size_t worthwhile = 1U << 21U;
     const std::size_t elements = problem.samples * problem.layers * problem.width;
-    const std::size_t work = elements * size_of(problem.type) + elements * problem.rank / 4;
+    const std::size_t work = elements * size_of(problem.type) + elements * problem.rank / 2;
     const std::size_t workers = std::clamp<std::size_t>(work / worthwhile, 1, threads);
 
     // At least four tasks a thread, so that all end at about the same time, but no fewer than 48 rows in one:

@@ -245,6 +245,26 @@ def test_two_callers_at_once(kernel: str) -> None:
     assert not wrong
 
 
+CORES = """
+import os
+import numpy as np
+from rs_gguf.projection import project
+h, v = np.ones((200, 4, 896), np.float32), np.ones((4, 200, 896), np.float32)
+before = set(os.listdir("/proc/self/task"))
+project(h, v, threads=2)
+(worker,) = set(os.listdir("/proc/self/task")) - before
+usable = os.sched_getaffinity(0)
+allowed = os.sched_getaffinity(int(worker))
+assert allowed < usable and len(allowed) == len(usable) - 1, (allowed, usable)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="needs Linux, two cores")
+def test_a_worker_is_kept_off_the_callers_core() -> None:
+    subprocess.run([sys.executable, "-c", CORES], check=True)
+
+
 FORK = """
 import os, sys
 import numpy as np
