@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -384,6 +385,26 @@ def test_the_files_work_in_llama_cpp_python_as_it_is_written(
     # A random model may say anything, but says something.
     exec(compile(block.text, block.where, "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_several_processes_find_what_one_does(files: Path, tmp_path: Path) -> None:
+    (block,) = (b for b in PYTHON if b.where.startswith("docs/scaling.md"))
+    rng = np.random.default_rng(0)
+    tokens = np.where(np.arange(12) < rng.integers(5, 12, (70, 1)), rng.integers(30, 250, (70, 12)), -1)
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        np.savez(folder / "prompts.npz", prompts=tokens, confidence=np.linspace(-1, 1, len(tokens)))
+        shutil.copy(files / "model.gguf", folder)
+        (folder / "fit.py").write_text(block.text, encoding="utf-8")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "fit.py"]
+        done = subprocess.run(
+            [sys.executable, *torchrun], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(np.load(folder / "directions.npy"))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-12)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
