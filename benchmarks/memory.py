@@ -1,9 +1,9 @@
 """Memory of a whole run over time, on 500 fit prompts and on 10,000: it is not to grow with the prompts.
 
 A tiny random model, so that nearly all memory is the pipeline's own. The run is a process of its own; this
-one grades its answers at an address and reads its size twice a second. `held` is what the process cannot give
-back; pages of files that it reads (model, activation store) are `mapped`, and the system takes those when it
-needs room. Prints a line a stage, and at the end what twenty times as many prompts cost.
+one grades its answers at an address and reads its size ten times a second. `held` is what the process cannot
+give back; pages of files that it reads (model, activation store) are `mapped`, and the system takes those
+when it needs room. Prints a line a stage, and at the end what twenty times as many prompts cost.
 """
 
 from __future__ import annotations
@@ -78,19 +78,20 @@ def measured(folder: Path, count: int) -> tuple[float, float]:
 
 def watch(child: subprocess.Popen[bytes], out: Path) -> float:
     """Print the child's size, once a stage and every ten seconds; the most that it held, in MB."""
-    start, most, told, done_before = time.monotonic(), 0.0, float("-inf"), -1
+    start, most, when, told, done_before = time.monotonic(), 0.0, 0.0, float("-inf"), -1
     while child.poll() is None:
         held, mapped = sizes(child.pid)
-        most = max(most, held)
         state = out / "state.json"
         stages = list(json.loads(state.read_text())) if state.is_file() else []
         seconds = time.monotonic() - start
+        if held > most:
+            most, when = held, seconds
         if len(stages) > done_before or seconds - told > 10:
             after = f"after {stages[-1]}" if stages else "at the start"
             print(f"{seconds:6.1f} s  held {held:6.0f} MB  mapped {mapped:6.0f} MB  {after}", flush=True)
             told, done_before = seconds, len(stages)
-        time.sleep(0.5)
-    print(f"{time.monotonic() - start:6.1f} s  held {most:6.0f} MB at most")
+        time.sleep(0.1)
+    print(f"{time.monotonic() - start:6.1f} s  held {most:6.0f} MB at most, at {when:.1f} s")
     return most
 
 
