@@ -816,7 +816,7 @@ def test_card_of_two_failed_gates_advises_neither(tmp_path: Path) -> None:
 
 def test_card_says_what_was_not_measured(run_folder: Path) -> None:
     card = write_card(run_folder).read_text(encoding="utf-8")
-    missing = card.split("**Not measured:**")[1].split("##")[0]
+    missing = card.split("**Not measured by this run:**")[1].split("##")[0]
     for thing in ("more than one turn", "beyond 64 tokens", "greedy", "what the model can do", "both files"):
         assert thing in missing
     assert "None of these front ends, nor a merged model, was tried" in card

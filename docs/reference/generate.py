@@ -29,7 +29,9 @@ _FOREIGN = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:htt
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Add what is generated to the two pages that hold it."""
     generated = {"reference/cli.md": _commands, "reference/recipe.md": _recipe}.get(page.file.src_uri)
-    return "\n".join([markdown, *(generated() if generated else ())])
+    if generated is None:
+        return markdown
+    return "\n".join([markdown.partition("\n(In a checkout")[0], *generated()])
 
 
 def on_page_content(content: str, **_: Any) -> str:
