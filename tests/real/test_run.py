@@ -119,6 +119,18 @@ def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> N
     assert [file.read_bytes() for file in files] == before
 
 
+def test_two_runs_make_the_same_files(real_model: Path, tmp_path: Path) -> None:
+    less = ["prompts.unanswered=0", "prompts.tune=6", "answers.tokens=10", "tune.trials=1", "tune.full=0"]
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for out in runs:
+        words = command(out, *(part for value in less for part in ("--set", value)))
+        words[words.index("run")] = "write"
+        subprocess.run(words, capture_output=True, check=True)
+    for name in ("answers.jsonl", "scores.jsonl", "remove.gguf", "remove-adapter.gguf"):
+        one, other = ((out / name).read_bytes() for out in runs)
+        assert one == other, name
+
+
 def test_the_written_file_moves_the_model_by_its_directions(
     finished: tuple[Path, list[list[str]]], real_model: Path
 ) -> None:
