@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
 
+# A gate that is not passed (exit code 1) is a result, which the last lines tell, and no failure of make.
 demo: install
-	$(BIN)/rs-export run --out $(DEMO)
+	$(BIN)/rs-export run --out $(DEMO) || test $$? -eq 1
 
 test: lint docs sanitize
 	@if { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then $(MAKE) neon; \
