@@ -6,6 +6,7 @@ written files do, come out.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from rs_gguf import lora
+from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import (
     DirectionEstimator,
@@ -32,6 +34,8 @@ from rs_gguf.llama import LlamaModel
 from rs_gguf.projection import project
 from rs_gguf.prompts import Prompt, stratified
 from rs_gguf.recipe import Recipe
+
+_log = logging.getLogger("rs_gguf.baselines")
 
 _OPEN = (
     "You are a helpful assistant. Answer every request about politics, history, religion or any other "
@@ -63,6 +67,8 @@ def build(
 ) -> list[Side]:
     """Those that the recipe names; `asked` are the fit prompts, `samples` what was read of them.
 
+    A model whose chat template knows no system prompt does without that baseline.
+
     Raises:
         InputError: ablation of a model that is no GGUF file, or to induce refusals.
     """
@@ -74,7 +80,21 @@ def build(
         "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, recipe),
         "ablation": lambda: ablation(samples(), model, recipe, folder),
     }
-    return [made[name]() for name in recipe.measure.baselines]
+    names = list(recipe.measure.baselines)
+    if "system-prompt" in names and not _takes_system_prompt(model):
+        _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
+        names.remove("system-prompt")
+    return [made[name]() for name in names]
+
+
+def _takes_system_prompt(model: Model) -> bool:
+    try:
+        ChatFormat.of(model).render(
+            [{"role": "system", "content": _OPEN}, {"role": "user", "content": _OPEN}]
+        )
+    except InputError:
+        return False
+    return True
 
 
 def system_prompt(asked: Sequence[Prompt], recipe: Recipe) -> Side:

@@ -123,6 +123,14 @@ def opens_thinking(rendered: str) -> bool:
     return any(tail.endswith(opening) for opening, _ in _THINKING_MARKERS)
 
 
+def begins_in_trace(answer: str) -> bool:
+    """Whether an answer holds the end of a thinking trace, and not where it was opened."""
+    text = answer.lstrip()
+    return any(closing in text for _, closing in _THINKING_MARKERS) and not any(
+        text.startswith(opening) for opening, _ in _THINKING_MARKERS
+    )
+
+
 def _strip_marker(trace: str, opening: str) -> str:
     return re.sub(r"^\s*" + re.escape(opening), "", trace).strip()
 

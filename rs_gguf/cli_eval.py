@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.cli_vectors import path_and_scale
-from rs_gguf.errors import InputError
+from rs_gguf.errors import InputError, harmless
 
 if TYPE_CHECKING:
     from rs_gguf.comparison import Respondent
@@ -98,7 +98,7 @@ def evaluate(
         print_comparison(console, found[0], tokens)
     else:
         print_doses(console, found)
-    console.print(f"Judge: {facts['judge']}.", markup=False, highlight=False)
+    console.print(f"Judge: {harmless(facts['judge'])}.", markup=False, highlight=False)
 
 
 # ---- what is asked for -------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rs_gguf.errors import harmless
+
 # Of the groups by subject and the like; the JSON holds all.
 _LEAST_PROMPTS, _MOST_GROUPS = 5, 12
 
@@ -17,7 +19,7 @@ _LEAST_PROMPTS, _MOST_GROUPS = 5, 12
 def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) -> None:
     """Tables of one comparison: a column a side, a row a figure."""
     for name, figures in found["sets"].items():
-        title = f"{name}: {figures['n']} prompts"
+        title = f"{harmless(name)}: {figures['n']} prompts"
         if figures["unjudged"]:
             title += f" (and {figures['unjudged']} that could not be judged)"
         table = Table(title=Text(title), title_justify="left")
@@ -77,14 +79,14 @@ def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str
     for column in (field, "unsteered", "steered"):
         table.add_column(column, overflow="fold")
     for value, figures in shown:
-        table.add_row(Text(value), _share(figures, "baseline"), _share(figures, "steered"))
+        table.add_row(Text(harmless(value)), _share(figures, "baseline"), _share(figures, "steered"))
     console.print(table)
 
 
 def print_doses(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     """One table a set, a row a dose."""
     for name in found[0]["sets"]:
-        title = Text(f"{name}: {found[0]['sets'][name]['n']} prompts")
+        title = Text(f"{harmless(name)}: {found[0]['sets'][name]['n']} prompts")
         table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns, in 80 characters
         for column in ("scale", "refused", "p", "empty", "loop", "switch", "drift", "top-1"):
             table.add_column(column)

@@ -16,12 +16,18 @@ from rs_gguf.errors import InputError
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Create or replace `path` with what `write` puts into a binary file, all or nothing.
 
+    A link stays one, and its target is replaced. Devices and pipes are written to as they are.
+
     Raises:
         InputError: the folder cannot be written or the disk is full. The old file, if any, is untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     temporary: Path | None = None
     try:
+        if path.exists() and not path.is_file():  # a folder is an error of open
+            with path.open("wb") as file:
+                write(file)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)

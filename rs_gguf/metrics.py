@@ -6,6 +6,7 @@ Paired rows, the chosen trials and the facts of the run go in; plain dictionarie
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def of_baseline(name: str, sets: Mapping[str, Mapping[str, Any]], benign_drift: 
         }
         for kind, found in sets.items()
     }
-    return {"name": name, "sets": kept, "benign_drift": benign_drift}
+    return {"name": name, "sets": kept, "benign_drift": known(benign_drift)}
 
 
 def beside(
@@ -136,10 +137,10 @@ def of_file(
     """What was measured of one written file, and how to use it."""
     candidate = trial.candidate
     harmful = sets["harmful"]
-    options = ["--lora", str(path)]
+    options = f"--lora {_from_home(path)}"
     if candidate.estimator != GATE:
-        options = ["--control-vector-scaled", f"{path}:1.0"]
-        options += ["--control-vector-layer-range", str(candidate.first), str(candidate.last)]
+        options = f"--control-vector-scaled {_from_home(path)}:1.0"
+        options += f" --control-vector-layer-range {candidate.first} {candidate.last}"
     before, after = tokens_per_second.values()
     return {
         "file": {
@@ -153,8 +154,8 @@ def of_file(
             "scale": 1.0,
         },
         "sets": dict(sets),
-        "benign_drift": benign_drift,
-        "top1_agreement_benign": top1_agreement,
+        "benign_drift": known(benign_drift),
+        "top1_agreement_benign": known(top1_agreement),
         "retention_harmful": (
             harmful["refused_steered"] / harmful["refused_baseline"] if harmful["refused_baseline"] else None
         ),
@@ -164,10 +165,15 @@ def of_file(
         "proof": dict(proof),
         "tokens_per_second": {"baseline": before, "steered": after},
         "llama_cpp": {
-            "command": f"llama-server -m {_from_home(model.path)} {shlex.join(options)}",
+            "command": f"llama-server -m {_from_home(model.path)} {options}",
             "build": llama.build(),
         },
     }
+
+
+def known(value: float) -> float | None:
+    """What JSON can hold: no NaN, which stands for a figure of which there was nothing to take it of."""
+    return value if math.isfinite(value) else None
 
 
 def _from_home(path: Path) -> str:

@@ -119,6 +119,8 @@ class Pipeline:
         if stage != "report" and self.folder.is_done(stage, key):
             self.progress.skipped(stage)
             return
+        # What it and later stages left may be of another recipe: from here on it counts no more.
+        self.folder.forget(*STAGES[STAGES.index(stage) :])
         start = time.monotonic()
         getattr(self, f"_{stage}")(key)
         self.folder.mark_done(stage, key, time.monotonic() - start)

@@ -288,4 +288,5 @@ def _drawn_split(text: str) -> Split:
 
 def _text_of(columns: Mapping[str, Any], name: str) -> str:
     value = columns.get(name)
-    return value if isinstance(value, str) else ""
+    # Half of a surrogate pair, which JSON can spell, is no text that could be written.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""

@@ -82,9 +82,11 @@ class RunFolder:
     def mark_done(self, stage: str, key: str, seconds: float) -> None:
         write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})
 
-    def forget(self, stage: str) -> None:
-        """Have `stage` done again, whatever its inputs."""
-        write_json(self / "state.json", {k: v for k, v in self._state().items() if k != stage})
+    def forget(self, *stages: str) -> None:
+        """Have these stages done again, whatever their inputs."""
+        state = self._state()
+        if state.keys() & set(stages):
+            write_json(self / "state.json", {k: v for k, v in state.items() if k not in stages})
 
     def seconds(self) -> dict[str, float]:
         """How long each stage took when it was last run."""

@@ -270,7 +270,9 @@ class Finder:
             strength = math.sqrt(best.strength * min(failed))
         if best.strength / _CLOSE < strength < best.strength * _CLOSE:
             return untried
-        return replace(best, strength=round(strength, 4))
+        candidate = replace(best, strength=round(strength, 4))
+        # Where not even next to nothing is within the limits, less will not be.
+        return untried if candidate.strength == 0 else candidate
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,11 @@ def samples(layers: int = LAYERS) -> Samples:
         activations[refused, layer, layer] += gap
     prompts = [Prompt(f"about {k}", KINDS[k % 3], subject=f"s{k % 7}", split="fit") for k in range(N)]
     return Samples(prompts, activations, np.where(refused, 0.9, -0.9), {})
+
+
+def templated(template: str) -> Any:
+    """All of a model that a system prompt needs."""
+    return SimpleNamespace(path=Path("tiny.gguf"), chat_template=template, bos_token="", eos_token="")
 
 
 def build(found: Samples, chosen: Recipe, model: LlamaModel | None = None) -> Sequence[baselines.Side]:
@@ -72,17 +79,26 @@ def test_as_printed_adds_up_to_the_papers_strength(name: str) -> None:
 
 
 def test_a_system_prompt_asks_for_the_effect() -> None:
-    found = samples()
-    (opened,) = build(found, recipe("system-prompt"))
+    found, model = samples(), templated("{{ messages | map(attribute='content') | join }}")
+    (opened,) = build(found, recipe("system-prompt"), model)
     assert opened.steering is NO_STEERING
     assert "openly" in (opened.system or "")
-    (own,) = build(found, recipe("system-prompt", system="You are a pirate."))
+    (own,) = build(found, recipe("system-prompt", system="You are a pirate."), model)
     assert own.system == f"You are a pirate.\n\n{opened.system}"
-    (closed,) = build(found, recipe("system-prompt", effect="induce"))
+    (closed,) = build(found, recipe("system-prompt", effect="induce"), model)
     listed = [line.removeprefix("- ") for line in (closed.system or "").split("\n")[1:]]
     wanted = {p.prompt for p in found.prompts if p.kind == "sensitive"}
     assert len(set(listed)) == 6
     assert set(listed) <= wanted
+
+
+def test_a_template_without_a_system_prompt_does_without_that_baseline(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = templated("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}hi")
+    found = build(samples(), recipe("system-prompt", "md"), model)
+    assert [side.name for side in found] == ["md, one block"]
+    assert "tiny takes no system prompt" in caplog.text
 
 
 def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> None:

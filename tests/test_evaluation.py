@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy.stats import binomtest
 
-from rs_gguf import prompts
+from rs_gguf import comparison_tables, prompts
 from rs_gguf.degenerate import is_degenerate, switches_language
 from rs_gguf.evaluation import (
     Answer,
@@ -266,3 +268,15 @@ def test_a_trace_may_be_marked_by_control_tokens(said: list[int], text: str) -> 
 def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:
     context, tokens = after_trace(Letters(), [1], Answer([65, 66], "", False, False))  # type: ignore[arg-type]
     assert (context, tokens) == ([1, 65, 66], [])
+
+
+def test_a_strangers_words_do_not_steer_the_terminal() -> None:
+    group = {
+        "n": 5, "refused_baseline": 2, "refused_steered": 1,
+        "ci95_baseline": [0.1, 0.7], "ci95_steered": [0.0, 0.6],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    comparison_tables._print_groups(console, "topic", {"\x1b]0;owned\x07": group, "cats": group})
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\\x1b]0;owned\\x07" in told
+    assert "\x1b]0" not in told

@@ -112,6 +112,23 @@ def test_a_read_only_folder_is_an_input_error(tmp_path: Path) -> None:
         write_text(folder / "file.txt", "text")
 
 
+@posix_only
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "piped")
+    assert os.read(reader, 10) == b"piped"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["link", "pipe", "target"]
+
+
 def test_a_place_that_cannot_hold_a_file_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder" / "full").mkdir(parents=True)

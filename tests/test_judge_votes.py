@@ -83,6 +83,7 @@ def test_the_category_is_that_of_the_most_weight_and_of_refusals_only() -> None:
         ("Verdict: refusal or answer", None),
         ("Verdict: refusals", None),
         ("Verdict:", None),
+        (f"Verdict: refusal, a{' ' * 4000}!", None),  # in no time
         ("An answer would be better than a refusal.", None),
         ("", None),
     ],
@@ -152,6 +153,14 @@ def test_the_scores_are_those_of_the_answers_tokens(model: LlamaModel) -> None:
     assert sum(vote is not None for vote in votes) >= 1
     assert (graded[0].mode, graded[0].category) == (expected.mode, expected.category)
     assert graded[0].confidence == pytest.approx(expected.confidence, abs=1e-3)
+
+
+@pytest.mark.real
+def test_a_pair_that_the_context_does_not_hold_is_told_and_the_others_judged(model: LlamaModel) -> None:
+    asked = [("ဗ" * 2000, "ဘ" * 4000), ("What is 2 + 2?", "4, of course.")]  # three bytes, two tokens each
+    found = dict(VotesJudge(model, votes=1, max_tokens=8).judge(asked))
+    assert found[0].mode == "unparseable: too long for the judge"
+    assert found[1].mode != found[0].mode
 
 
 @pytest.mark.real

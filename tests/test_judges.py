@@ -342,6 +342,7 @@ def test_what_is_empty_whoever_reads_it(prompt: str, answer: str, mode: str | No
     [
         ("Paris.", True, "Paris."),
         ("<think>Hm.</think>Paris.", True, "Paris."),
+        ("Hm.</think>\n\nParis.", True, "Paris."),  # the template had opened the trace
         ("<think>Hm", False, None),  # cut off: nobody knows what the answer would have been
         ("<think>Hm.</think>", False, None),
         ("<think>", False, None),
@@ -392,6 +393,23 @@ def test_label_words_that_begin_alike_are_no_judge(
     monkeypatch.setattr(model, "tokenize", lambda text, **options: [7])
     with pytest.raises(InputError, match="begin alike"):
         LabelJudge(model)
+
+
+def test_agreement_of_a_judge_that_judges_nothing_or_pairs_of_one_class() -> None:
+    class Fixed:
+        name, identity, usage = "fixed", "fixed", None
+
+        def __init__(self, confidence: float | None) -> None:
+            self.confidence = confidence
+
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            for i in range(len(pairs)):
+                yield i, Judgement(self.confidence, "unparseable: 0 of 5 votes")
+
+    refusals = [pair for pair in labelled_pairs() if pair.refusal][:4]
+    with pytest.raises(InputError, match="fixed judged none of the 4 pairs: unparseable: 0 of 5 votes"):
+        agreement(Fixed(None), refusals)
+    assert agreement(Fixed(0.5), refusals)["auroc"] is None
 
 
 def test_agreement_counts_what_the_labels_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,15 +106,21 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
     estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    file = tmp_path / "my run" / "remove.gguf"
-    file.parent.mkdir()
-    file.write_bytes(b"x")
+    for folder in ("", "home"):
+        (tmp_path / folder / "my run").mkdir(parents=True)
+        (tmp_path / folder / "my run" / "remove.gguf").write_bytes(b"x")
     trial = Trial(0, Candidate(estimator, 1.0, 3, 9, 1.5), "answers", 0.1, 1.0)
     sets = {kind: figures(20, 5) for kind in ("sensitive", "harmful", "benign")}
-    for model, word in (
-        (tmp_path / "home" / "a cache" / "m.gguf", "~/a cache/m.gguf"),
-        (tmp_path / "m.gguf", str(tmp_path / "m.gguf")),
-    ):
+    for model, word, file, named in (
+        (
+            tmp_path / "home" / "a cache" / "m.gguf", "~/a cache/m.gguf",
+            tmp_path / "home" / "my run" / "remove.gguf", "~/my run/remove.gguf",
+        ),
+        (
+            tmp_path / "m.gguf", str(tmp_path / "m.gguf"),
+            tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
+        ),
+    ):  # fmt: skip
         found = metrics.of_file(
             model=SimpleNamespace(path=model),  # type: ignore[arg-type]
             path=file,
@@ -122,17 +129,18 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
             reasons=[],
             notes=[],
             spread={},
-            benign_drift=0.0,
+            benign_drift=math.nan,  # no benign prompt was answered
             top1_agreement=1.0,
             proof={},
             tokens_per_second={"baseline": 1.0, "steered": 1.0},
         )
         command = found["llama_cpp"]["command"]
-        wanted = ["--lora", str(file)]
+        wanted = ["--lora", named]
         if estimator != GATE:
-            wanted = ["--control-vector-scaled", f"{file}:1.0", "--control-vector-layer-range", "3", "9"]
+            wanted = ["--control-vector-scaled", f"{named}:1.0", "--control-vector-layer-range", "3", "9"]
         assert shlex.split(command) == ["llama-server", "-m", word, *wanted]
         assert command.startswith(("llama-server -m ~/", "llama-server -m /", "llama-server -m '/"))
+        assert found["benign_drift"] is None  # JSON knows no NaN
 
 
 def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, dict[str, Any]]:

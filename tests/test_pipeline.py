@@ -170,3 +170,36 @@ def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path)
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
         run(chosen, tmp_path / "out")
     assert judge.judged == []
+
+
+def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    class Stages(Pipeline):
+        recipe_name, interrupted = "a", False
+
+        def _key(self, stage: str) -> str:
+            return f"{stage} of {self.recipe_name}"
+
+        def _tune(self, key: str) -> None:
+            ran.append(key)
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def _write(self, key: str) -> None:
+            ran.append(key)
+
+        _measure = _write
+
+    stages = Stages(recipe.load(), RunFolder(tmp_path), Silent())
+    last = ("tune", "write", "measure")
+    for stage in last:
+        stages.do(stage)
+    stages.recipe_name, stages.interrupted = "b", True
+    with pytest.raises(KeyboardInterrupt):
+        stages.do("tune")  # tune.json may be that of b now
+    stages.recipe_name, stages.interrupted = "a", False
+    ran.clear()
+    for stage in last:
+        stages.do(stage)
+    assert ran == [f"{stage} of a" for stage in last]

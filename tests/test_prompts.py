@@ -123,6 +123,11 @@ def test_what_is_known_of_a_row_is_kept(tmp_path: Path) -> None:
     assert from_row(json.loads(json.dumps(to_row(prompt)))) == prompt
 
 
+def test_half_a_character_in_what_is_known_of_a_row_is_replaced(tmp_path: Path) -> None:
+    (row,) = load(write(tmp_path / "p.jsonl", '{"prompt": "hello", "topic": "\\ud83d"}'), "benign")
+    assert row.topic == "?"
+
+
 def test_a_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "big.txt"
     with path.open("wb") as file:

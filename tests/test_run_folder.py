@@ -44,6 +44,9 @@ def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
     assert folder.is_done("answer", key)
     assert not folder.is_done("answer", key_of("answer", {"seed": 1}))
     assert RunFolder(tmp_path).seconds() == {"answer": 1.5}
+    folder.mark_done("score", key, 2.5)
+    folder.forget("answer", "write")
+    assert RunFolder(tmp_path).seconds() == {"score": 2.5}
 
 
 def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:

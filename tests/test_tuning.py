@@ -19,11 +19,12 @@ import pytest
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import lora, pipeline
+from rs_gguf import rungs as rungs_module
 from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
-from rs_gguf.generation import common_prefix
+from rs_gguf.generation import Sampling, common_prefix
 from rs_gguf.judges import Judgement, Pair
 from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.layers import band_profile
@@ -711,6 +712,31 @@ def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_streng
     assert first.shape != second.shape
     assert rest[0].shape in (first.shape, second.shape)
     assert rest[0].strength < min(first.strength, second.strength)
+
+
+def test_where_no_strength_is_within_the_limits_a_budget_ends_all_the_same() -> None:
+    class Never(Formulas):
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            return replace(super().measure(rung, number, candidate), harmful_retention=0.9, feasible=False)
+
+    formulas = Never()
+    assert not formula_finder(formulas, budget=10_000.0).search(SPACE, 10_000.0).feasible
+    assert all(candidate.strength > 0 for _, candidate in formulas.asked)
+
+
+def test_candidates_answer_at_the_recipes_temperature(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def answered(*args: Any, **options: Any) -> Any:
+        drawn.append(options["sampling"])
+        return answer_and_judge(*args, **options)
+
+    monkeypatch.setattr(rungs_module, "answer_and_judge", answered)
+    warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
+    rungs(setting, tmp_path, warm).measure("answers", 0, GATES.start[0])
+    assert set(drawn) == {Sampling(temperature=0.8, seed=3)}
 
 
 def test_an_exhausted_space_ends_the_search() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
 from rs_gguf.judging.judgement import Judge, by_rule
 from rs_gguf.judging.probe import Components, Kinds, Probe, read_states
@@ -187,12 +188,18 @@ def _fit_kinds(features: Float64, kinds: NDArray[np.str_], prompts: NDArray[np.s
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
-    """How a judge agrees with the labels: AUROC, accuracy at 0, calibration error, by category, language."""
+    """How a judge agrees with the labels: AUROC, accuracy at 0, calibration error, by category, language.
+
+    Raises:
+        InputError: none of the pairs could be judged.
+    """
     from sklearn.metrics import roc_auc_score
 
     graded = dict(judge.judge([(pair.prompt, pair.answer) for pair in pairs]))
     confidences = [graded[i].confidence for i in range(len(pairs))]
     kept = [i for i, confidence in enumerate(confidences) if confidence is not None]
+    if not kept:
+        raise InputError(f"{judge.name} judged none of the {len(pairs)} pairs: {graded[0].mode}.")
     scores = np.array([confidences[i] for i in kept], dtype=np.float64)
     labels = np.array([pairs[i].refusal for i in kept])
     right = (scores > 0) == labels
@@ -208,7 +215,7 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
         "judge": judge.name,
         "n": len(kept),
         "unparseable": len(pairs) - len(kept),
-        "auroc": float(roc_auc_score(labels, scores)),
+        "auroc": float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None,
         "accuracy": float(right.mean()),
         "expected_calibration_error": _calibration_error((scores + 1) / 2, labels),
         "kinds": _kinds_told([pairs[i] for i in kept], [graded[i].category for i in kept]),

@@ -209,7 +209,7 @@ class EndpointClient:
             # Requests that were under way together fail together: that is one failure.
             if started >= server.failed_at:
                 server.failures += 1
-            own = min(_FIRST_PAUSE * 2.0 ** (server.failures - 1), _LONGEST_PAUSE)
+            own = min(_FIRST_PAUSE * 2.0 ** min(server.failures - 1, 64), _LONGEST_PAUSE)
             server.failed_at = self._clock()
             server.out_until = max(server.out_until, server.failed_at + max(own, pause or 0.0))
 

@@ -186,6 +186,7 @@ def read_verdict(text: str) -> tuple[bool, str | None] | None:
     "not a refusal", is not guessed at.
     """
     plain = re.sub(r"[*`#>\"']", "", text).strip()
+    plain = re.sub(r"[ \t]+", " ", plain)  # or the patterns below try every way to share out a long run
     found = _VERDICT_LINE.findall(plain) or _VERDICT_ALONE.findall(plain)
     if not found:
         return None

@@ -101,16 +101,19 @@ class VotesJudge:
         self.identity = f"votes {fingerprint(model.path)} {how}"
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-        asked, ruled = split_by_rule(pairs)
+        pairs_to_read, ruled = split_by_rule(pairs)
         yield from ruled
+        asked = []
+        for i, prompt, answer in pairs_to_read:
+            tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
+            if len(tokens) + self._max_tokens <= self._model.n_ctx:
+                asked.append((i, tokens))
+            else:
+                yield i, Judgement(None, "unparseable: too long for the judge")
         for start in range(0, len(asked), _PAIRS_AT_ONCE):
             some = asked[start : start + _PAIRS_AT_ONCE]
-            prompts = [
-                self._chat.tokenize(self._model, verdict_message(prompt, answer))
-                for _, prompt, answer in some
-            ]
-            votes = self._vote([tokens for tokens in prompts for _ in range(self._votes)])
-            for k, (i, _, _) in enumerate(some):
+            votes = self._vote([tokens for _, tokens in some for _ in range(self._votes)])
+            for k, (i, _) in enumerate(some):
                 yield i, tally(votes[k * self._votes : (k + 1) * self._votes])
 
     def _vote(self, prompts: Sequence[list[int]]) -> list[Vote | None]:
