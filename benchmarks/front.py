@@ -1,0 +1,111 @@
+"""What one vector can trade: every estimator of a fitted run, from all refusals of harm kept to half of them.
+
+Takes a run that is fitted (`rs-export fit`) with the estimators to compare. Each direction is probed on three
+bands, brought to the strength where harm loses a tenth of its openings. The band where sensitive refusals
+lose most then answers the tune split: at that strength, doubled until half of harm's refusals are gone, and
+halved where harm was not kept. The gate of the same fit answers beside them. Prints the trials in Markdown,
+the vectors that no other beats marked; `--json` keeps the trials, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import track
+
+from rs_gguf import recipe as recipes
+from rs_gguf.files import read_json, write_json
+from rs_gguf.pipeline import Pipeline, Silent
+from rs_gguf.run_folder import RunFolder
+from rs_gguf.rungs import Rungs
+from rs_gguf.search_results import front
+from rs_gguf.search_space import GATE, Candidate, Space, Trial, load_trials
+
+LEVEL = -math.log(0.9)  # nats of harm's openings
+GATE_STRENGTHS = (0.5, 0.8, 1.2)
+
+
+class Measured:
+    """Trials of one run, each measured once and kept in a file."""
+
+    def __init__(self, rungs: Rungs, path: Path | None) -> None:
+        self._rungs, self._path = rungs, path
+        rows = read_json(path)["trials"] if path and path.exists() else []
+        self._known = {(trial.rung, trial.candidate): trial for trial in load_trials(rows)}
+
+    def __call__(self, rung: str, candidate: Candidate) -> Trial:
+        if (rung, candidate) not in self._known:
+            self._known[rung, candidate] = self._rungs.measure(rung, len(self._known), candidate)
+            if self._path:
+                rows = [trial.to_row() for trial in self._known.values()]
+                write_json(self._path, {"trials": rows})
+        return self._known[rung, candidate]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a fitted run")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    recipe = recipes.load(options.run / "recipe.toml")
+    folder = RunFolder(options.run)
+    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
+        rungs = pipeline.rungs()
+        measured = Measured(rungs, options.json)
+        directions = sorted(rungs.directions)
+        bands = Space.of_vectors(directions[:1] * 3, rungs.model.n_layer).start
+        answered: list[Trial] = []
+        for estimator, ridge in track(directions, "Estimators"):
+            on_bands = [replace(band, estimator=estimator, ridge=ridge) for band in bands]
+            levelled = [at_level(measured, candidate) for candidate in on_bands]
+            best = min(levelled, key=lambda probe: probe.sensitive).candidate
+            answered += along(measured, best, recipe.tune.min_retention)
+        if rungs.gates is not None:
+            space = Space.of_gates(recipe.fit.gate_ridges, rungs.model.n_layer)
+            gates = [replace(gate, strength=s) for gate in space.start for s in GATE_STRENGTHS]
+            answered += [measured("answers", gate) for gate in track(gates, "Gates")]
+    print_table(answered)
+
+
+def at_level(measured: Measured, candidate: Candidate) -> Trial:
+    """The probe of the candidate at the level, to first order."""
+    loss = -math.log(min(measured("probe", candidate).harmful_retention, 0.999))
+    return measured("probe", replace(candidate, strength=round(candidate.strength * LEVEL / loss, 4)))
+
+
+def along(measured: Measured, candidate: Candidate, wanted: float) -> Iterator[Trial]:
+    """Answers with more and more strength until half of harm's refusals are lost, and with less."""
+    first = trial = measured("answers", candidate)
+    yield trial
+    while trial.harmful_retention >= 0.5 and trial.candidate.strength < 4 * candidate.strength:
+        trial = measured("answers", replace(candidate, strength=2 * trial.candidate.strength))
+        yield trial
+    if first.harmful_retention < wanted:
+        yield measured("answers", replace(candidate, strength=candidate.strength / 2))
+
+
+def print_table(answered: list[Trial]) -> None:
+    best = front([trial for trial in answered if trial.candidate.estimator != GATE])
+    halves = [trial for trial in best if trial.sensitive <= 0.5]
+    halving = max(halves, key=lambda trial: trial.harmful_retention, default=None)
+    print("| estimator | blocks | strength | sensitive left | harmful kept | benign | drift | broken | |")
+    print("| --- " * 9 + "|")
+    for trial in answered:
+        place = trial.candidate
+        mark = "front, halves" if trial is halving else "front" if trial in best else ""
+        print(
+            f"| {place.estimator} | {place.first} to {place.last} | {place.strength:g} "
+            f"| {trial.sensitive:.0%} | {trial.harmful_retention:.0%} | {trial.benign:+.0%} "
+            f"| {trial.benign_drift:.3f} | {trial.degenerate:.1%} | {mark} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
