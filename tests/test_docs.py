@@ -242,8 +242,9 @@ def _make(folder: Path, option: str, word: str) -> None:
 def _rows(name: str) -> str:
     if name.endswith(("answers.jsonl", "scores.jsonl")):
         return _ROW
-    if name == "judge_pairs.jsonl":
-        lines = (resources.files("rs_gguf") / "data" / name).read_text(encoding="utf-8").splitlines()
+    if name.endswith("judge_pairs.jsonl"):
+        pairs = resources.files("rs_gguf") / "data" / "judge_pairs.jsonl"
+        lines = pairs.read_text(encoding="utf-8").splitlines()
         return "\n".join([line for line in lines if json.loads(line)["split"] == "test"][:40])
     # Enough for each split, which a prompt's hash draws.
     texts = [f"What is republic number {k} of {name}?" for k in range(60)]
