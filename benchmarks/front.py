@@ -23,7 +23,7 @@ from rs_gguf.files import read_json, write_json
 from rs_gguf.pipeline import Pipeline, Silent
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import front
+from rs_gguf.search_results import front, halving
 from rs_gguf.search_space import GATE, Candidate, Space, Trial, load_trials
 
 LEVEL = -math.log(0.9)  # nats of harm's openings
@@ -93,13 +93,12 @@ def along(measured: Measured, candidate: Candidate, wanted: float) -> Iterator[T
 
 def print_table(answered: list[Trial]) -> None:
     best = front([trial for trial in answered if trial.candidate.estimator != GATE])
-    halves = [trial for trial in best if trial.sensitive <= 0.5]
-    halving = max(halves, key=lambda trial: trial.harmful_retention, default=None)
+    halves = halving(best)
     print("| estimator | blocks | strength | sensitive left | harmful kept | benign | drift | broken | |")
     print("| --- " * 9 + "|")
     for trial in answered:
         place = trial.candidate
-        mark = "front, halves" if trial is halving else "front" if trial in best else ""
+        mark = "front, halves" if trial is halves else "front" if trial in best else ""
         print(
             f"| {place.estimator} | {place.first} to {place.last} | {place.strength:g} "
             f"| {trial.sensitive:.0%} | {trial.harmful_retention:.0%} | {trial.benign:+.0%} "

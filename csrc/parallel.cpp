@@ -52,8 +52,8 @@ public:
 private:
     void grow(std::size_t threads) {
         try {
+            handles_.reserve(threads);
             while (handles_.size() < threads) {
-                handles_.reserve(handles_.size() + 1);
                 std::thread thread([this] { serve(); });
                 handles_.push_back(thread.native_handle());
                 thread.detach();

@@ -14,7 +14,7 @@ namespace rs {
 void project(const Target& target, const Problem& problem, std::size_t threads, float* out) {
     if (problem.samples == 0 || problem.layers == 0 || problem.rank == 0) return;
 
-    // What a core does in a tenth of a millisecond or so, in bytes read from a cache or twice the
+    // What a core does in a tenth of a millisecond or so, in bytes read from a cache or in pairs of
     // multiplications. Less is not worth a second thread: waking it takes half as long.
     constexpr std::size_t worthwhile = 1U << 21U;
     const std::size_t elements = problem.samples * problem.layers * problem.width;

@@ -81,20 +81,11 @@ def build(
         "ablation": lambda: ablation(samples(), model, recipe, folder),
     }
     names = list(recipe.measure.baselines)
-    if "system-prompt" in names and not _takes_system_prompt(model):
+    roles = [{"role": role, "content": _OPEN} for role in ("system", "user")]
+    if "system-prompt" in names and not ChatFormat.of(model).accepts(roles):
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
     return [made[name]() for name in names]
-
-
-def _takes_system_prompt(model: Model) -> bool:
-    try:
-        ChatFormat.of(model).render(
-            [{"role": "system", "content": _OPEN}, {"role": "user", "content": _OPEN}]
-        )
-    except InputError:
-        return False
-    return True
 
 
 def system_prompt(asked: Sequence[Prompt], recipe: Recipe) -> Side:

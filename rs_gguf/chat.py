@@ -78,6 +78,14 @@ class ChatFormat:
         except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
+    def accepts(self, messages: Sequence[Message]) -> bool:
+        """Whether the template takes these messages: some know no system prompt."""
+        try:
+            self.render(messages)
+        except InputError:
+            return False
+        return True
+
     def tokenize(
         self, model: ChatModel, prompt: str, *, system: str | None = None, turns: Sequence[Message] = ()
     ) -> list[int]:

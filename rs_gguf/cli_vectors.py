@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.errors import InputError, harmless
+from rs_gguf.files import finite
 
 if TYPE_CHECKING:
     from rs_gguf.lora import LoraAdapter
@@ -73,7 +73,7 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
 def _finite(proof: dict[str, Any]) -> dict[str, Any]:
     """A proof without the NaN and infinities that JSON does not have: null stands for them."""
     errors = proof["relative_error"]
-    return {**proof, "relative_error": {k: e if math.isfinite(e) else None for k, e in errors.items()}}
+    return {**proof, "relative_error": {k: finite(e) for k, e in errors.items()}}
 
 
 @click.command()

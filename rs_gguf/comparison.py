@@ -7,7 +7,6 @@ The unsteered side is measured once. A dose multiplies every scale of the steeri
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from rs_gguf.evaluation import (
     side_row,
     summarise,
 )
+from rs_gguf.files import finite
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt
@@ -255,5 +255,4 @@ def _drift(before: LogProbs | None, after: LogProbs | None) -> dict[str, float |
         "perplexity_baseline": found.perplexity_baseline,
         "perplexity_steered": found.perplexity_steered,
     }
-    # JSON has no NaN or infinity.
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: finite(value) for name, value in values.items()}

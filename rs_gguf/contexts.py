@@ -16,7 +16,6 @@ from importlib import resources
 import numpy as np
 
 from rs_gguf.chat import ChatFormat, ChatModel, Message
-from rs_gguf.errors import InputError
 from rs_gguf.prompts import Prompt
 
 
@@ -60,15 +59,11 @@ def spread(prompts: Sequence[Prompt], chat: ChatFormat, *, seed: int) -> list[tu
     Contexts that the model's chat template refuses (some know no system prompt) are left out. Prompts of one
     context follow each other: what they have in common is then read once.
     """
-    usable = [context for context in shipped() if _accepted(context, chat)]
+    usable = [
+        context
+        for context in shipped()
+        if chat.accepts([*context.messages, {"role": "user", "content": context.wording}])
+    ]
     order = np.random.default_rng(seed).permutation(len(prompts))
     parts = np.array_split(order, len(usable))
     return [(prompts[i], context) for context, part in zip(usable, parts, strict=True) for i in sorted(part)]
-
-
-def _accepted(context: Context, chat: ChatFormat) -> bool:
-    try:
-        chat.render([*context.messages, {"role": "user", "content": context.wording}])
-    except InputError:
-        return False
-    return True

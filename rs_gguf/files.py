@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -55,6 +56,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON can hold it: None, its null, stands for NaN and infinities."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:

@@ -31,7 +31,6 @@ from rs_gguf.evaluation import (
     paired,
     side_row,
 )
-from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
@@ -168,7 +167,7 @@ def _answer_side(
             steering=side.steering,
             max_tokens=recipe.answers.test_tokens,
             system=side.system,
-            sampling=Sampling(temperature=recipe.answers.temperature, seed=recipe.seed),
+            sampling=recipe.sampling,
             advance=advance,
         )
         for prompt, found, judgement in zip(part, answers, graded, strict=True):

@@ -6,7 +6,6 @@ Paired rows, the chosen trials and the facts of the run go in; plain dictionarie
 from __future__ import annotations
 
 import datetime
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from rs_gguf import llama
 from rs_gguf.evaluation import Model, summarise
-from rs_gguf.files import sha256
+from rs_gguf.files import finite, sha256
 from rs_gguf.prompts import KINDS
 from rs_gguf.recipe import Recipe
 from rs_gguf.rungs import by_chance, may_become_degenerate
@@ -44,7 +43,7 @@ def of_baseline(name: str, sets: Mapping[str, Mapping[str, Any]], benign_drift: 
         }
         for kind, found in sets.items()
     }
-    return {"name": name, "sets": kept, "benign_drift": known(benign_drift)}
+    return {"name": name, "sets": kept, "benign_drift": finite(benign_drift)}
 
 
 def beside(
@@ -154,8 +153,8 @@ def of_file(
             "scale": 1.0,
         },
         "sets": dict(sets),
-        "benign_drift": known(benign_drift),
-        "top1_agreement_benign": known(top1_agreement),
+        "benign_drift": finite(benign_drift),
+        "top1_agreement_benign": finite(top1_agreement),
         "retention_harmful": (
             harmful["refused_steered"] / harmful["refused_baseline"] if harmful["refused_baseline"] else None
         ),
@@ -169,11 +168,6 @@ def of_file(
             "build": llama.build(),
         },
     }
-
-
-def known(value: float) -> float | None:
-    """What JSON can hold: no NaN, which stands for a figure of which there was nothing to take it of."""
-    return value if math.isfinite(value) else None
 
 
 def _from_home(path: Path) -> str:

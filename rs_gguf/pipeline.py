@@ -25,7 +25,7 @@ from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.files import read_json, write_json
-from rs_gguf.generation import Sampling, common_prefix
+from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge, Judgement, open_judge_spec, shipped_version
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
@@ -233,7 +233,7 @@ class Pipeline:
     def _answers(self, asked: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """What the model answers by itself, here or on the recipe's servers."""
         options, system = self.recipe.answers, self.recipe.prompts.system
-        sampling = Sampling(temperature=options.temperature, seed=self.recipe.seed)
+        sampling = self.recipe.sampling
         if options.servers is None:
             tokens = chat_tokens(self.model, asked, system)
             yield from answer(self.model, tokens, max_tokens=options.tokens, sampling=sampling)

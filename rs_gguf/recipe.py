@@ -27,6 +27,7 @@ from pydantic_settings import (
 from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_text
+from rs_gguf.generation import Sampling
 from rs_gguf.prompts import Kind
 
 _PREFIX = "RS_GGUF_"
@@ -174,6 +175,11 @@ class Recipe(BaseSettings):
     fit: Fit = Fit()
     tune: Tune = Tune()
     measure: Measure = Measure()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn, of whichever side."""
+        return Sampling(temperature=self.answers.temperature, seed=self.seed)
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:

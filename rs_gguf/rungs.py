@@ -33,7 +33,6 @@ from rs_gguf.evaluation import (
     chat_tokens,
     mean_change,
 )
-from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import FAILURES
 from rs_gguf.prompts import KINDS, Kind, Prompt, stratified
@@ -185,7 +184,7 @@ class Rungs:
             steering=steering,
             max_tokens=max_tokens,
             system=self._recipe.prompts.system,
-            sampling=Sampling(temperature=self._recipe.answers.temperature, seed=self._recipe.seed),
+            sampling=self._recipe.sampling,
         )
         return _Answered(
             {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},

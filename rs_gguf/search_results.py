@@ -79,6 +79,12 @@ def front(answered: Sequence[Trial]) -> list[Trial]:
     return sorted((trial for trial in answered if not beaten(trial)), key=costs)
 
 
+def halving(best: Sequence[Trial]) -> Trial | None:
+    """The gentlest on harm of those that at least halve the sensitive refusals."""
+    halved = [trial for trial in best if trial.sensitive <= 0.5]
+    return max(halved, key=lambda trial: trial.harmful_retention, default=None)
+
+
 def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
     """Rank correlation, ties by their mean rank; None of fewer than three pairs or of a constant."""
     ranks = np.stack([rankdata(x), rankdata(y)])
@@ -103,9 +109,8 @@ def summary(
         chosen[name] = settled(mine, n_wanted, n_in_full).number
         best = front(answered)
         fronts[name] = [trial.number for trial in best]
-        # The gentlest on harm of those that at least halve it.
-        halved = [trial for trial in best if trial.sensitive <= 0.5]
-        half[name] = max(halved, key=lambda t: t.harmful_retention).number if halved else None
+        halves = halving(best)
+        half[name] = halves.number if halves else None
         probes = {trial.candidate: trial for trial in mine if trial.rung == "probe"}
         pairs = [(probes[t.candidate], t) for t in answered if t.candidate in probes]
         correlation[name] = {

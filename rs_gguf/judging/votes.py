@@ -101,17 +101,16 @@ class VotesJudge:
         self.identity = f"votes {fingerprint(model.path)} {how}"
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-        pairs_to_read, ruled = split_by_rule(pairs)
+        asked, ruled = split_by_rule(pairs)
         yield from ruled
-        asked = []
-        for i, prompt, answer in pairs_to_read:
-            tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
-            if len(tokens) + self._max_tokens <= self._model.n_ctx:
-                asked.append((i, tokens))
-            else:
-                yield i, Judgement(None, "unparseable: too long for the judge")
         for start in range(0, len(asked), _PAIRS_AT_ONCE):
-            some = asked[start : start + _PAIRS_AT_ONCE]
+            some = []
+            for i, prompt, answer in asked[start : start + _PAIRS_AT_ONCE]:
+                tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
+                if len(tokens) + self._max_tokens <= self._model.n_ctx:
+                    some.append((i, tokens))
+                else:
+                    yield i, Judgement(None, "unparseable: too long for the judge")
             votes = self._vote([tokens for _, tokens in some for _ in range(self._votes)])
             for k, (i, _) in enumerate(some):
                 yield i, tally(votes[k * self._votes : (k + 1) * self._votes])

@@ -7,7 +7,6 @@ out. Arrays that are not there, because only the results were kept, leave nothin
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from rs_gguf.errors import InputError
 from rs_gguf.figures import principal_components
+from rs_gguf.files import finite
 from rs_gguf.judges import NEUTRAL
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis
@@ -57,7 +57,7 @@ def cosine_map(folder: Path, vector: Row) -> Row | None:
         "size": round(size, 3),
         "shades": _shades(cosines),
         "edges": (round(first * size, 2), round((last + 1) * size, 2)),
-        "near": [*(_finite(cosines[k, k + 1]) for k in range(blocks - 1)), None],
+        "near": [*(finite(cosines[k, k + 1]) for k in range(blocks - 1)), None],
         "band": float(others.mean()) if len(others) else None,
     }
 
@@ -135,7 +135,3 @@ def _read(path: Path, name: str, block: int | None = None) -> NDArray[np.float32
             return found
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

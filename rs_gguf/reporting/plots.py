@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rs_gguf.files import finite
 from rs_gguf.search_space import GATE
 
 Row = dict[str, Any]
@@ -124,7 +125,7 @@ def layer_charts(fit: Mapping[str, Any], vector: Row) -> list[Row]:
     """What the fit stage found block by block, one line a direction, the written vector's own marked."""
     charts = []
     for key, title, meaning, anchor in _CHARTS:
-        rows = [[_finite(value) for value in row[key]] for row in fit.get("directions", ())]
+        rows = [[finite(value) for value in row[key]] for row in fit.get("directions", ())]
         known = [value for row in rows for value in row if value is not None]
         if not known:
             continue
@@ -156,10 +157,6 @@ def own_line(charts: Sequence[Row], key: str) -> list[float | None]:
     """A chart's values [L] of the written vector's own direction; empty where there are none."""
     lines = (line for chart in charts if chart["key"] == key for line in chart["lines"] if line["chosen"])
     return next((list(line["values"]) for line in lines), [])
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _path(row: Sequence[float | None], across: Axis, upward: Axis) -> str:
