@@ -1,10 +1,10 @@
 """Capture: llama.cpp against this project's PyTorch path, and that against repeng and steering-vectors.
 
 The quantised default model and the same prompts on all sides: block outputs of every block at the last
-prompt token. The PyTorch sides share one network, dequantised to F32. The peers are used well: what only
-training needs is left out (their functions that read activations are called themselves), prompts are
-tokenised by their own code in batches, sorted by length so that little is padding, all cores. The sides take
-turns.
+prompt token. The PyTorch sides share one network, dequantised to F32, and a copy of it in bf16 where the
+processor multiplies that. The peers are used well: what only training needs is left out (their functions
+that read activations are called themselves), prompts are tokenised by their own code in batches, sorted by
+length so that little is padding, all cores. The sides take turns.
 Printed are prompts per second, how far the activations and the directions made of them agree, and the peak
 memory of a process that captures through llama.cpp, beside the size of the model file. The peers come with
 pip, once, into the user's cache folder.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import resource
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,10 @@ def main() -> None:
 
 def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> dict[str, Activations]:
     """Print prompts per second of all sides; the activations that each read."""
-    from rs_gguf.targets import TorchModel
+    import torch
+    import transformers
+
+    from rs_gguf.targets import TorchModel, keeps_bf16
 
     ours, network = LlamaModel(path), TorchModel(path)
     tokens = chat_tokens(ours, asked)
@@ -81,14 +86,23 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
         rows = {i: found["l_out"] for i, found in model.activations(tokens, layers=range(model.n_layer))}
         return np.stack([rows[i] for i in range(len(tokens))])
 
+    def in_order(read_sorted: Callable[[], Activations]) -> Callable[[], Activations]:
+        return lambda: read_sorted()[back]
+
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
     back = np.argsort(order)
-    sides: dict[str, Callable[[], Activations]] = {
-        "llama.cpp": lambda: read(ours),
-        "PyTorch": lambda: read(network),
-        REPENG: lambda: with_repeng(network, [texts[i] for i in order], batch)[back],
-        STEERING_VECTORS: lambda: with_steering_vectors(network, [texts[i] for i in order], batch)[back],
-    }
+    ordered = [texts[i] for i in order]
+    networks = {"": network}
+    if keeps_bf16(transformers.PretrainedConfig(dtype=torch.bfloat16)):
+        networks[", bf16"] = rounded = copy.copy(network)
+        rounded.model = copy.deepcopy(network.model).bfloat16()
+    sides: dict[str, Callable[[], Activations]] = {"llama.cpp": lambda: read(ours)}
+    for name, used in networks.items():
+        sides |= {
+            f"PyTorch{name}": partial(read, used),
+            f"{REPENG}{name}": in_order(partial(with_repeng, used, ordered, batch)),
+            f"{STEERING_VECTORS}{name}": in_order(partial(with_steering_vectors, used, ordered, batch)),
+        }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found = {}
     for repeat in range(repeats):
@@ -96,11 +110,12 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
             start = time.perf_counter()
             found[name] = sides[name]()
             seconds[name].append(time.perf_counter() - start)
-            print(f"{name:<25} {len(asked) / seconds[name][-1]:7.2f} prompts/s", flush=True)
+            print(f"{name:<31} {len(asked) / seconds[name][-1]:7.2f} prompts/s", flush=True)
     median = {name: statistics.median(of) for name, of in seconds.items()}
     print(f"llama.cpp is {median['PyTorch'] / median['llama.cpp']:.2f} times as fast as PyTorch")
-    for peer in (REPENG, STEERING_VECTORS):
-        print(f"PyTorch is {median[peer] / median['PyTorch']:.2f} times as fast as {peer}")
+    for name in networks:
+        for peer in (f"{REPENG}{name}", f"{STEERING_VECTORS}{name}"):
+            print(f"PyTorch{name} is {median[peer] / median[f'PyTorch{name}']:.2f} times as fast as {peer}")
     return found
 
 
@@ -129,7 +144,7 @@ def with_steering_vectors(network: Any, texts: list[str], batch: int) -> Activat
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     sides = extract_activations(network.model, network.tokenizer, pairs, batch_size=batch)
     even, odd = (
-        torch.stack([torch.cat(side[layer]) for layer in range(network.n_layer)], dim=1).numpy()
+        torch.stack([torch.cat(side[layer]) for layer in range(network.n_layer)], dim=1).float().numpy()
         for side in sides
     )
     return np.stack([even, odd], axis=1).reshape(len(texts), *even.shape[1:])
@@ -160,7 +175,7 @@ def compare(found: dict[str, Activations], confidence: npt.NDArray[np.float64]) 
             rows = cosines(activations, found["PyTorch"])
             md, wrmd = (directions(activations) * expected).sum(-1)
             print(
-                f"{name:<25} to PyTorch: cosine of activations ≥ {rows.min():.6f}; of directions "
+                f"{name:<31} to PyTorch: cosine of activations ≥ {rows.min():.6f}; of directions "
                 f"md ≥ {md.min():.6f} (median {np.median(md):.6f}), "
                 f"wrmd ≥ {wrmd.min():.6f} (median {np.median(wrmd):.6f})"
             )

@@ -69,8 +69,8 @@ def main() -> None:
     speed = measure(default, path)
     print(
         f"Speed on {path.name}, {len(os.sched_getaffinity(0))} cores: {speed.prompt / 1e9:.0f} GFLOP/s on "
-        f"prompts, {speed.bandwidth / 1e9:.1f} GB/s of weights in answers, {speed.algebra / 1e9:.0f} GFLOP/s "
-        "in the fit"
+        f"prompts, {speed.answer / 1e9:.0f} GFLOP/s and {speed.bandwidth / 1e9:.1f} GB/s of weights where "
+        f"it answers, {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
     )
     for folder in options.run:
         compare(folder, speed)

@@ -204,9 +204,8 @@ class Costs:
             return 0.0
         slots = max(1, min(self._recipe.answers.parallel, _CONTEXT // self._cells(tokens)))
         context = self._prefix + self._prompt + tokens / 2
-        reading = self._speed.reading(self._model, n * self._prompt, context, n)
-        steps = n * (_length(tokens) - 1)  # the first token comes with the prompt
-        return reading + self._speed.answering(self._model, steps, context, min(n, slots))
+        steps = n * (_length(tokens) - 1)
+        return self._speed.answering(self._model, n, n * self._prompt, steps, context, min(n, slots))
 
     def _forward(self, n: float, tokens: float, outputs: float = 0.0) -> float:
         """Seconds to read so many tokens in n sequences."""

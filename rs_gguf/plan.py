@@ -117,7 +117,7 @@ def measure(recipe: Recipe, path: Path) -> Speed:
     from rs_gguf.llama import LlamaModel
     from rs_gguf.targets import TorchModel
 
-    count = recipe.answers.parallel
+    count = min(recipe.answers.parallel, 32)  # all at once, whatever the context holds
     rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
     some = rows[:: max(1, len(rows) // count)][:count]
     model: Model = TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=len(some))

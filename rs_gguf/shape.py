@@ -85,12 +85,15 @@ def of_gguf(path: Path) -> Shape:
 def of_folder(path: Path, bits: float | None = None) -> Shape:
     """The shape of the model in a Hugging Face folder, of which config.json (or that alone) is read.
 
-    With `bits` it is that of a GGUF file of so many bits a weight; else F32, as PyTorch runs it.
+    With `bits` it is that of a GGUF file of so many bits a weight; else as PyTorch runs it on the CPU, in F32
+    or bf16.
 
     Raises:
         InputError: no configuration, or none that transformers knows.
     """
     import transformers
+
+    from rs_gguf.targets import keeps_bf16
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -100,7 +103,8 @@ def of_folder(path: Path, bits: float | None = None) -> Shape:
         ) from error
     if bits is not None:
         return of_config(config, bits)
-    return replace(of_config(config, 32.0), writers={})  # PyTorch reads block outputs alone
+    shape = of_config(config, 16.0 if keeps_bf16(config) else 32.0)
+    return replace(shape, writers={})  # PyTorch reads block outputs alone
 
 
 def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from scipy.linalg import blas
@@ -21,7 +21,10 @@ from rs_gguf.shape import Shape
 if TYPE_CHECKING:
     from rs_gguf.evaluation import Model
 
-_STEPS = 16  # tokens of the answer that is timed
+_T = TypeVar("_T")
+
+_STEPS = 16  # tokens of the one answer that is timed
+_TOGETHER = 9  # tokens of each of those that are timed together
 _SAMPLES, _WIDTH = 512, 1024  # of the factorisation that is timed
 
 
@@ -29,12 +32,14 @@ _SAMPLES, _WIDTH = 512, 1024  # of the factorisation that is timed
 class Speed:
     """What a machine does in a second.
 
-    `prompt`: floating-point operations on tokens that go through the model together; `bandwidth`: bytes of
-    weights, all of which a step of answers reads besides; `algebra`: operations of a factorisation in fp64,
-    on one core. `source`: where the figures come from.
+    `prompt`: floating-point operations on tokens that go through the model together; `answer`: the same where
+    sequences are answered, in smaller batches, each with a cache of its own; `bandwidth`: bytes of weights,
+    all of which a step of answers reads besides; `algebra`: operations of a factorisation in fp64, on one
+    core. `source`: where the figures come from.
     """
 
     prompt: float
+    answer: float
     bandwidth: float
     algebra: float
     source: str
@@ -43,16 +48,22 @@ class Speed:
         """Seconds to read tokens, and to compute the logits of so many of them."""
         return (tokens * model.flops(context) + outputs * 2 * model.head) / self.prompt
 
-    def answering(self, model: Shape, tokens: float, context: float, at_once: float) -> float:
-        """Seconds to answer so many tokens in all, of so many sequences at once."""
-        arithmetic = self.reading(model, at_once, context, at_once)
-        return tokens / at_once * (arithmetic + model.bytes_read(at_once) / self.bandwidth)
+    def answering(
+        self, model: Shape, n: float, tokens: float, steps: float, context: float, at_once: float
+    ) -> float:
+        """Seconds to answer n prompts of so many tokens in all, `at_once` of them together.
+
+        `steps` are the tokens of all answers but the first of each, which comes with its prompt.
+        """
+        flops = (tokens + steps) * model.flops(context) + (n + steps) * 2 * model.head
+        return flops / self.answer + steps / at_once * model.bytes_read(at_once) / self.bandwidth
 
 
 def stored_speed(cores: int) -> Speed:
     """The speed of so many cores like those that this project is measured on (docs/scaling.md)."""
     return Speed(
         prompt=80e9 * cores,
+        answer=60e9 * cores,
         bandwidth=9e9 * cores,
         algebra=52e9,
         source=f"{cores} times the core of docs/scaling.md; yours may take half or twice as long (--measure)",
@@ -60,37 +71,35 @@ def stored_speed(cores: int) -> Speed:
 
 
 def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
-    """The speed of this machine on a loaded model: `conversations` are read together, and one is answered."""
+    """The speed of this machine on a loaded model, which reads and answers `conversations`, and one alone."""
     from rs_gguf.generation import common_prefix
 
-    count, prefix = len(conversations), common_prefix(conversations)
-    tokens = sum(map(len, conversations)) - (count - 1) * prefix
-    context = tokens / count + prefix
+    n, prefix = len(conversations), common_prefix(conversations)
+    tokens = sum(map(len, conversations)) - (n - 1) * prefix
+    context = tokens / n + prefix
 
     def read() -> None:
         for _ in model.next_logits(conversations):
             pass
 
-    flops = tokens * shape.flops(context) + count * 2 * shape.head
+    def answer(some: Sequence[Sequence[int]], most: int) -> list[int]:
+        return [len(g.tokens) + g.finished for _, g in model.generate(some, max_tokens=most)]
+
     read()  # what is made at the first call is made
-    prompt = flops / _seconds(read)
-    step = _step(model, conversations[0][:1])
-    arithmetic = (shape.flops(0) + 2 * shape.head) / prompt
-    bandwidth = shape.bytes_read(1) / max(step - arithmetic, step / 100)  # a tiny model's weights are cached
-    return Speed(prompt, bandwidth, _algebra(), "measured on this machine")
-
-
-def _step(model: Model, beginning: Sequence[int]) -> float:
-    """Seconds of a step that answers one sequence."""
-
-    def answer() -> int:
-        ((_, found),) = model.generate([beginning], max_tokens=_STEPS)
-        return len(found.tokens) + found.finished
-
-    answer()
-    start = time.perf_counter()
-    steps = answer()
-    return (time.perf_counter() - start) / steps
+    seconds, _ = _timed(read)
+    prompt = (tokens * shape.flops(context) + n * 2 * shape.head) / seconds
+    alone = [conversations[0][:1]]
+    answer(alone, _STEPS)
+    seconds, (steps,) = _timed(lambda: answer(alone, _STEPS))
+    step, step_flops = seconds / steps, shape.flops(0) + 2 * shape.head
+    together, lengths = _timed(lambda: answer(conversations, _TOGETHER))
+    flops = (tokens + sum(lengths) - n) * shape.flops(context) + sum(lengths) * 2 * shape.head
+    # step = step_flops x + weights y; together = flops x + times weights y. Answering is never quicker than
+    # reading, and no weights are free, whatever noise and a tiny model that stays in cache make of it.
+    times = (max(lengths) - 1) * shape.bytes_read(n) / shape.bytes_read(1)
+    x = max((together - times * step) / (flops - times * step_flops), 1 / prompt)
+    y = max(step - step_flops * x, step / 100) / shape.bytes_read(1)
+    return Speed(prompt, 1 / x, 1 / y, _algebra(), "measured on this machine")
 
 
 def factorisation(rows: float, width: float) -> float:
@@ -113,10 +122,10 @@ def _algebra() -> float:
 
     with threadpool_limits(1):  # as the fit does
         factorise()
-        return factorisation(_SAMPLES, _WIDTH) / min(_seconds(factorise) for _ in range(3))
+        return factorisation(_SAMPLES, _WIDTH) / min(_timed(factorise)[0] for _ in range(3))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _timed(work: Callable[[], _T]) -> tuple[float, _T]:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work()
+    return time.perf_counter() - start, result

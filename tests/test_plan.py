@@ -36,7 +36,7 @@ from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed
 
 N_LAYER, WIDTH = 3, 32
-IDEAL = Speed(prompt=1e9, bandwidth=math.inf, algebra=math.inf, source="")
+IDEAL = Speed(prompt=1e9, answer=1e9, bandwidth=math.inf, algebra=math.inf, source="")
 
 
 @pytest.fixture(scope="module")
@@ -319,11 +319,15 @@ def test_full_answers_of_the_search_are_counted(shape: Shape) -> None:
 
 
 def test_seconds_follow_the_machine(shape: Shape) -> None:
-    fast, slow = (planned(shape, speed=replace(IDEAL, prompt=rate)).stages for rate in (2e9, 1e9))
+    fast, slow = (
+        planned(shape, speed=replace(IDEAL, prompt=rate, answer=rate)).stages for rate in (2e9, 1e9)
+    )
     for stage in set(STAGES) - {"fit"}:
         assert slow[stage].seconds == pytest.approx(2 * fast[stage].seconds)
     # Weights that must be read once a step: as many steps as the longest answers, 32 of them at once.
-    read = planned(shape, "answers.parallel=32", speed=Speed(math.inf, 1.0, math.inf, ""))
+    read = planned(
+        shape, "answers.parallel=32", speed=replace(IDEAL, prompt=math.inf, answer=math.inf, bandwidth=1.0)
+    )
     steps = (3 * (90 + 60) * (costs._length(24) - 1)) / 32
     parameters = shape.dense + shape.head
     assert read.stages["answer"].seconds == pytest.approx(steps * shape.weights, rel=1e-6)
@@ -359,34 +363,51 @@ class Machine:
     def __init__(self, shape: Shape, speed: Speed) -> None:
         self._shape, self._speed, self.now = shape, speed, 0.0
 
-    def _read(self, conversations: Sequence[Sequence[int]]) -> None:
-        tokens = sum(map(len, conversations)) - (len(conversations) - 1)  # one token begins them all
-        context = tokens / len(conversations) + 1
-        self.now += self._speed.reading(self._shape, tokens, context, len(conversations))
-
     def next_logits(self, conversations: Sequence[Sequence[int]]) -> Iterator[None]:
-        self._read(conversations)
+        n, tokens = len(conversations), self._tokens(conversations)
+        self.now += self._speed.reading(self._shape, tokens, tokens / n + 1, n)
         yield None
 
     def generate(
         self, conversations: Sequence[Sequence[int]], *, max_tokens: int
     ) -> Iterator[tuple[int, SimpleNamespace]]:
-        assert list(map(len, conversations)) == [1]  # then each token is a step of its own
-        self.now += self._speed.answering(self._shape, max_tokens, 0, 1)
-        yield 0, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
+        n, tokens = len(conversations), self._tokens(conversations)
+        context = tokens / n + 1 if n > 1 else 0
+        self.now += self._speed.answering(self._shape, n, tokens, n * (max_tokens - 1), context, n)
+        if n == 1:  # its only token is a step like the others
+            self.now += self._shape.bytes_read(1) / self._speed.bandwidth
+        for i in range(n):
+            yield i, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
+
+    @staticmethod
+    def _tokens(conversations: Sequence[Sequence[int]]) -> int:
+        return sum(map(len, conversations)) - (len(conversations) - 1)  # one token begins them all
 
 
-def test_a_measured_speed_is_that_of_the_machine(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = Speed(prompt=3e8, bandwidth=5e6, algebra=0.0, source="")
+@pytest.mark.parametrize(
+    "true",
+    [
+        Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source=""),
+        Speed(prompt=3e8, answer=3e8, bandwidth=5e9, algebra=7.0, source=""),
+    ],
+)
+def test_a_measured_speed_is_that_of_the_machine(
+    shape: Shape, true: Speed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = Machine(shape, true)
     monkeypatch.setattr(speeds, "_algebra", lambda: 7.0)
     monkeypatch.setattr(speeds.time, "perf_counter", lambda: machine.now)
     found = speeds.measured_speed(machine, shape, [[1, i, *range(i)] for i in range(4, 12)])  # type: ignore[arg-type]
-    assert (found.prompt, found.bandwidth) == pytest.approx((true.prompt, true.bandwidth), rel=1e-6)
+    assert (found.prompt, found.answer, found.bandwidth) == pytest.approx(
+        (true.prompt, true.answer, true.bandwidth), rel=1e-6
+    )
     assert found.algebra == 7.0
-    # One sequence waits for the weights, very many for the arithmetic.
-    one, many = (true.answering(shape, 100, 0, at_once) for at_once in (1, 1e6))
-    arithmetic = (shape.flops(0) + 2 * shape.head) / 3e8
+
+
+def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: Shape) -> None:
+    speed = Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source="")
+    one, many = (speed.answering(shape, 0, 0, 100, 0, at_once) for at_once in (1, 1e6))
+    arithmetic = (shape.flops(0) + 2 * shape.head) / 2e8
     assert one == pytest.approx(100 * (shape.weights / 5e6 + arithmetic))
     assert many == pytest.approx(100 * arithmetic, rel=1e-3)
 
@@ -394,7 +415,7 @@ def test_a_measured_speed_is_that_of_the_machine(shape: Shape, monkeypatch: pyte
 def test_a_real_model_is_measured(tiny: Path, shape: Shape) -> None:
     with LlamaModel(tiny, n_parallel=4, n_threads=1) as model:
         found = speeds.measured_speed(model, shape, [[1, 2, 3 + i] for i in range(4)])
-    assert all(0 < value < math.inf for value in (found.prompt, found.bandwidth, found.algebra))
+    assert all(0 < value < math.inf for value in (found.prompt, found.answer, found.bandwidth, found.algebra))
 
 
 # ---- the command -------------------------------------------------------------------------------------

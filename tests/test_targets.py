@@ -21,6 +21,7 @@ from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Sampling
 from rs_gguf.llama import LlamaModel
+from rs_gguf.shape import of_folder
 from rs_gguf.targets import TorchModel, llama_cpp_name
 
 WIDTH, LAYERS = 32, 3
@@ -343,6 +344,30 @@ def test_no_direction_steers_nothing(llama: TorchModel) -> None:
     plain = logits_of(llama, [[5, 6]])
     with llama.steered(None):
         np.testing.assert_array_equal(logits_of(llama, [[5, 6]]), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("capable", [True, False])
+def test_bf16_weights_stay_where_the_processor_multiplies_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capable: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    network("llama").to(dtype).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model = TorchModel(tmp_path)
+    stays = capable and dtype == torch.bfloat16
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16 if stays else torch.float32}
+    assert of_folder(tmp_path).weights == sum(p.nbytes for p in model.model.parameters())
+    prompts = [model.tokenize(text) for text in TEXTS]
+    found = activations_of(model, prompts, [1, 2])
+    model.model.float()
+    exact = activations_of(model, prompts, [1, 2])
+    assert found.dtype == np.float32
+    if stays:  # a few roundings of 2^-9 in a row
+        np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
+        assert np.abs(found - exact).max() > 0
+    else:
+        np.testing.assert_array_equal(found, exact)
 
 
 def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
