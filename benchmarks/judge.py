@@ -10,6 +10,9 @@ none can be fast by being wrong. CPU time is told as well, for machines that are
 variants: what a probe could read instead, compared on calibration pairs that were left out of its fit.
 
 tables: what `rs-export judge --agreement` tells of several judges, in Markdown, with the misses of the first.
+
+fit: the probe for the default model, or for another one, on the labelled pairs, into a file; the shipped one
+is `rs_gguf/data/judge_probe.safetensors`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from rs_gguf.judging.calibration import (
     LabelledPair,
     agreement,
     cross_validated,
+    fit_probe,
     labelled_pairs,
     platt,
     principal_components,
@@ -44,7 +48,7 @@ from rs_gguf.judging.endpoint import label_confidence
 from rs_gguf.judging.exchange import parse_completion
 from rs_gguf.judging.judgement import by_rule
 from rs_gguf.judging.local import LabelJudge
-from rs_gguf.judging.probe import read_states
+from rs_gguf.judging.probe import read_states, save_probe
 from rs_gguf.judging.rubric import verdict_tokens
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import Float64
@@ -76,6 +80,10 @@ def main() -> None:
     tables = what.add_parser("tables")
     tables.add_argument("files", nargs="+", type=Path)
     tables.set_defaults(run=print_tables)
+    fit = what.add_parser("fit")
+    fit.add_argument("output", type=Path)
+    fit.add_argument("--model", default=models.DEFAULT)
+    fit.set_defaults(run=fit_anew)
     options = parser.parse_args(sys.argv[1:] or ["speed"])  # as `make bench` runs it
     options.run(options)
 
@@ -211,6 +219,14 @@ def row(name: str, states: Float64, pairs: Sequence[LabelledPair]) -> None:
     ]
     cells = [found["auroc"], found["accuracy"], float(-np.log(right).mean())]
     print(table_row([name, *(f"{c:.3f}" for c in cells), *(f"{kind:.2f}" for kind in kinds)]), flush=True)
+
+
+# ---- fit -----------------------------------------------------------------------------------------
+
+
+def fit_anew(options: argparse.Namespace) -> None:
+    with LlamaModel(models.resolve(options.model)) as model:
+        save_probe(fit_probe(model, labelled_pairs()), options.output)
 
 
 # ---- tables --------------------------------------------------------------------------------------

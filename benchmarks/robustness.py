@@ -114,7 +114,8 @@ def main() -> None:
                 for kind in KINDS
                 for p in prompts.stratified([q for q in pool if q.kind == kind], options.prompts, seed=0)
             ]
-            tokens = [model.tokenize(chat.render(condition.messages(p.prompt))) for p in asked]
+            talks = [condition.messages(p.prompt) for p in asked]
+            tokens = [chat.tokenize(model, last["content"], turns=turns) for *turns, last in talks]
             sides = {}
             for side, put in (("before", NO_STEERING), ("after", steering)):
                 with put.on(model):

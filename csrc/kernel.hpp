@@ -289,7 +289,7 @@ public:
     }
 
     static void project(const Rows& job) {
-        if (job.count == 0) return;
+        if (job.count == 0 || job.rank == 0) return;
         switch (job.type) {
             case Type::f32: return project_from<F32>(job);
             case Type::f16: return project_from<F16>(job);

@@ -29,7 +29,7 @@ _DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
 class DamagedStoreError(InputError):
-    """A shard is missing or holds other bytes than were written."""
+    """A shard is missing or holds other bytes than were written, or the store is of another key."""
 
 
 class Rows:
@@ -98,30 +98,39 @@ class _Part:
 
 
 class ActivationStore:
-    """The store in `folder`, of arrays that were captured under `key`.
+    """The store in `folder`, of arrays that were captured under `key`. Making one touches no file.
 
     Args:
-        folder: made if need be. What it holds under another key is deleted.
-        key: a hash of everything that the arrays depend on.
-
-    Raises:
-        InputError: the folder cannot be written.
+        folder: made by `begin` if need be.
+        key: a hash of everything that the arrays depend on. What lies there under another counts for nothing.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = Path(folder)
         self._manifest = self.folder / "manifest.jsonl"
-        header = json.dumps({"key": key})
+        self._header = json.dumps({"key": key})
+
+    def begin(self) -> None:
+        """Make ready for `append`: what the folder holds under another key is deleted.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                if self._lines()[:1] != [header]:
+                if not self._is_ours():
                     self._manifest.unlink(missing_ok=True)  # first: shards without it count for nothing
                     for shard in self.folder.glob("*.safetensors"):
                         shard.unlink()
-                    write_text(self._manifest, header + "\n")
+                    write_text(self._manifest, self._header + "\n")
         except OSError as error:
-            raise InputError(f"cannot use {folder} for activations: {error.strerror or error}.") from error
+            raise InputError(
+                f"cannot use {self.folder} for activations: {error.strerror or error}."
+            ) from error
+
+    def _is_ours(self) -> bool:
+        return self._lines()[:1] == [self._header]
 
     def _locked(self) -> FileLock:
         return FileLock(self.folder / ".lock")
@@ -133,8 +142,11 @@ class ActivationStore:
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The manifest by shard. A shard that was written again counts as it is now."""
-        found = {}
-        for line in self._lines()[1:]:
+        found: dict[str, dict[str, Any]] = {}
+        header, *lines = self._lines() or [""]
+        if header != self._header:
+            return found
+        for line in lines:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the last one, empty or torn
@@ -147,6 +159,8 @@ class ActivationStore:
 
     def append(self, shard: str, ids: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Keep arrays [n, L, W] of the prompts `ids` as one shard; all is on disk when this returns.
+
+        The store was begun.
 
         Raises:
             InputError: the disk is full. The store is as it was.
@@ -187,8 +201,14 @@ class ActivationStore:
         """The arrays of each shard by name, to be read when they are indexed (`Rows`).
 
         Raises:
-            DamagedStoreError: a shard is missing, or its bytes are not those that were written.
+            DamagedStoreError: a shard is missing, or its bytes are not those that were written; or what the
+                folder holds was captured under another key.
         """
+        if self._manifest.is_file() and not self._is_ours():
+            raise DamagedStoreError(
+                f"{self.folder} holds the activations of another recipe or model, or of another version of "
+                "this program. Start again: they are read anew."
+            )
         entries = self._entries()
         found = []
         for shard in shards:

@@ -96,7 +96,7 @@ class Gates:
         harmful are moved to an answer, and few that are benign to a refusal. Each matrix of a block writes an
         equal part.
         """
-        index = int(np.flatnonzero(np.isclose(self.ridges, ridge))[0])
+        index = self.ridges.tolist().index(ridge)
         found = {}
         for layer in range(first, last + 1):
             before = self.contrast[layer - 1] if layer > first else 0.0
@@ -187,7 +187,7 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
     """
     kinds = {kind: labels.kind(kind) for kind in ("sensitive", "benign", "harmful")}
     for kind, mask in kinds.items():
-        if not mask.any():
+        if not labels.weights[mask].any():
             raise InputError(f"gated adapter: no {kind} prompt to fit on; add some.")
     return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
 

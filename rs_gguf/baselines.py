@@ -28,7 +28,7 @@ from rs_gguf.estimators import (
 )
 from rs_gguf.evaluation import NO_STEERING, Model, Steering
 from rs_gguf.fitting import Samples
-from rs_gguf.judges import NEUTRAL
+from rs_gguf.labels import NEUTRAL
 from rs_gguf.layers import calibration_scales, flat_profile, layer_auroc, layer_scores
 from rs_gguf.llama import LlamaModel
 from rs_gguf.projection import project
@@ -51,6 +51,7 @@ _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602
 _PAPER_STRENGTH = 3.0  # k·|α|, the middle of its prior from 2 to 4
 _DEEPEST = 0.8  # of the blocks: Arditi et al. (arXiv 2406.11717) take no direction from behind it
 _WRITER = re.compile(r"blk\.\d+\.(?:attn_output|ffn_down)\.weight")
+_OTHER_WRITER = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def build(
 ) -> list[Side]:
     """Those that the recipe names; `asked` are the fit prompts, `samples` what was read of them.
 
-    A model whose chat template knows no system prompt does without that baseline.
+    A model whose chat template knows no system prompt does without that baseline, and one whose blocks write
+    through experts or a recurrent state without ablation.
 
     Raises:
         InputError: ablation of a model that is no GGUF file, or to induce refusals.
@@ -85,6 +87,11 @@ def build(
     if "system-prompt" in names and not ChatFormat.of(model).accepts(roles):
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
+    if "ablation" in names and isinstance(model, LlamaModel):
+        others = [t.name for t in GGUFReader(model.path).tensors if _OTHER_WRITER.fullmatch(t.name)]
+        if others:
+            _log.warning("%s also writes through %s, so ablation is left out.", model.path.stem, others[0])
+            names.remove("ablation")
     return [made[name]() for name in names]
 
 
@@ -130,7 +137,8 @@ def ablation(samples: Samples, model: Model, recipe: Recipe, folder: Path) -> Si
     """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
 
     W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
-    The embedding, which llama.cpp's adapters cannot change where the output shares it, is left as it is.
+    The embedding, which llama.cpp's adapters cannot change where the output shares it, is left as it is, and
+    so are biases.
     """
     if recipe.effect == "induce" or not isinstance(model, LlamaModel):
         raise InputError(

@@ -8,7 +8,7 @@ tokens, for which no gate should open. One forward pass a conversation serves al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,14 @@ from numpy.typing import NDArray
 
 from rs_gguf.activation_store import ActivationStore, Rows
 from rs_gguf.adapter import WriterInputs, writer_inputs
+from rs_gguf.chat import ChatFormat
+from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation import Model, chat_tokens
+from rs_gguf.generation import common_prefix
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import gather
+from rs_gguf.prompts import Prompt
 
 if TYPE_CHECKING:
     from rs_gguf.targets import TorchModel
@@ -41,6 +46,28 @@ class Conversation:
     quiet: bool
 
 
+def conversations(
+    model: Model,
+    asked: Sequence[Prompt],
+    system: str | None,
+    answers: Mapping[str, Sequence[int]],
+    refused: Collection[str],
+    others: Sequence[tuple[Prompt, Context]],
+) -> tuple[list[Conversation], int]:
+    """What is read of the prompts `asked`, then of the `others`, which were not answered.
+
+    `answers` are tokens by the prompt's id, and `refused` ids. The second value is the number of tokens that
+    all of `asked` begin with.
+    """
+    tokens, chat = chat_tokens(model, asked, system), ChatFormat.of(model)
+    found = [
+        Conversation(prompt, answers[p.id], quiet=p.kind != "sensitive" or p.id not in refused)
+        for p, prompt in zip(asked, tokens, strict=True)
+    ]
+    found += [Conversation(c.tokens(chat, model, p.prompt, system), [], quiet=True) for p, c in others]
+    return found, common_prefix(tokens)
+
+
 def capture_all(
     model: LlamaModel | TorchModel,
     ids: Sequence[str],
@@ -55,11 +82,12 @@ def capture_all(
 
     With `distributed`, the ranks of torch.distributed's default group (`torchrun`) take turns with the shards
     of one store, each with a model of its own; all of it is there when this returns on any of them. `advance`
-    counts the prompts of this rank.
+    counts the prompts of this rank. What the store's folder holds under another key is deleted.
 
     Raises:
-        InputError: the disk is full; what was captured is kept.
+        InputError: the folder cannot be written, or the disk is full; what was captured is kept.
     """
+    store.begin()
     rank, ranks = _rank(distributed)
     for start in range(rank * _SHARD, len(ids), ranks * _SHARD):
         part = slice(start, start + _SHARD)
@@ -75,7 +103,7 @@ def captured(store: ActivationStore, count: int, *, inputs: bool) -> tuple[Rows,
     """Block outputs of all `count` prompts and, if asked for, the matrices' inputs: what `capture_all` left.
 
     Raises:
-        DamagedStoreError: a shard is missing or was changed.
+        DamagedStoreError: a shard is missing or was changed, or all are of another key.
     """
     shards = store.read([_shard_of(start) for start in range(0, count, _SHARD)])
     constant = {name: Rows([part]) for name, part in store.read([_CONSTANT])[0].items()} if inputs else {}

@@ -5,7 +5,6 @@ The template comes with the model and is untrusted: it runs in jinja2's immutabl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
@@ -17,6 +16,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rs_gguf.errors import InputError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+# The day that every template is told, whatever day it is: else a run that is resumed after midnight would
+# read other tokens than it did before. It is the one that Llama 3's template falls back on.
+_TODAY = datetime(2024, 7, 26)
 
 # Used, as llama.cpp does, when a file carries no template of its own.
 _CHATML = (
@@ -41,6 +44,8 @@ class ChatModel(Protocol):
     def bos_token(self) -> str: ...
     @property
     def eos_token(self) -> str: ...
+    @property
+    def opening(self) -> list[int]: ...
     def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
 
 
@@ -56,7 +61,7 @@ class ChatFormat:
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.globals.update(
-            raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
+            raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
         )
         self._specials = {"bos_token": bos_token, "eos_token": eos_token}
         try:
@@ -92,7 +97,8 @@ class ChatFormat:
         """Tokens of a conversation that ends with the prompt, control tokens written in it neutralised.
 
         A prompt that spells a control token ("<|im_end|>") must not end its own turn. So the template is
-        rendered around a placeholder and the prompt is tokenised as plain text.
+        rendered around a placeholder and the prompt is tokenised as plain text. They begin with the model's
+        `opening`, which a template may leave to the tokeniser, as llama.cpp's server lets it.
         """
         placeholder = "\N{REPLACEMENT CHARACTER}prompt\N{REPLACEMENT CHARACTER}"
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -103,44 +109,35 @@ class ChatFormat:
         plain = model.tokenize(prompt, special=False)
         if model.tokenize(prompt) == plain:
             # One pass, as llama.cpp's server does it: merges across the seam stay as the model saw them.
-            return model.tokenize(before + prompt + after)
-        return model.tokenize(before) + plain + model.tokenize(after)
+            tokens = model.tokenize(before + prompt + after)
+        else:
+            tokens = model.tokenize(before) + plain + model.tokenize(after)
+        opening = model.opening
+        return tokens if tokens[: len(opening)] == opening else opening + tokens
 
 
-def split_thinking(text: str, *, starts_inside: bool = False) -> tuple[str, str]:
-    """Split an answer into (thinking trace, final answer) at the markers that models use.
+def after_thinking(text: str, *, inside: bool | None = None) -> str:
+    """The final answer, without the thinking trace before it; nothing where the trace has no end.
 
-    With `starts_inside` the generation prompt already opened the trace, so the answer starts within it.
-    An unclosed trace leaves an empty final answer.
+    `inside`: whether the prompt had opened the trace, so that the text starts within it. None: nobody knows.
+    Then it had if the text holds the end of a trace and does not begin with the start of one.
     """
+    text = text.strip()
+    opened = any(text.startswith(opening) for opening, _ in _THINKING_MARKERS)
+    if inside is None:
+        inside = not opened and any(closing in text for _, closing in _THINKING_MARKERS)
     for opening, closing in _THINKING_MARKERS:
-        if not (starts_inside or text.lstrip().startswith(opening)):
-            continue
-        trace, closed, answer = text.partition(closing)
-        if closed:
-            return _strip_marker(trace, opening), answer.strip()
-    for opening, _ in _THINKING_MARKERS:
-        if text.lstrip().startswith(opening):
-            return _strip_marker(text, opening), ""
-    return (text.strip(), "") if starts_inside else ("", text.strip())
+        if inside or text.startswith(opening):
+            _, closed, answer = text.partition(closing)
+            if closed:
+                return answer.strip()
+    return "" if inside or opened else text
 
 
 def opens_thinking(rendered: str) -> bool:
     """Whether a rendered prompt ends inside a thinking trace (its template opens one)."""
     tail = rendered.rstrip()
     return any(tail.endswith(opening) for opening, _ in _THINKING_MARKERS)
-
-
-def begins_in_trace(answer: str) -> bool:
-    """Whether an answer holds the end of a thinking trace, and not where it was opened."""
-    text = answer.lstrip()
-    return any(closing in text for _, closing in _THINKING_MARKERS) and not any(
-        text.startswith(opening) for opening, _ in _THINKING_MARKERS
-    )
-
-
-def _strip_marker(trace: str, opening: str) -> str:
-    return re.sub(r"^\s*" + re.escape(opening), "", trace).strip()
 
 
 def _raise_exception(message: str) -> None:

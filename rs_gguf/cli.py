@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class _Group(click.Group):
             click.echo("Error: not enough memory. Use a smaller model or smaller prompt sets.", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted. A run goes on where it was: give the same command again.", err=True)
+            click.echo("Interrupted.", err=True)
             ctx.exit(130)
 
 
@@ -51,6 +52,9 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="rs-export")
 def main() -> None:
     """Refusal Steering for llama.cpp: fit, calibrate, check and measure GGUF control vectors."""
+    # The name of a file need not be UTF-8. What cannot be written is spelt out, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,9 +100,15 @@ def _run(
 
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
+    chosen = recipes.load(recipe, overrides)
     progress = _progress()
     try:
-        return run(recipes.load(recipe, overrides), out, fresh=fresh, progress=progress, until=until)
+        return run(chosen, out, fresh=fresh, progress=progress, until=until)
+    except KeyboardInterrupt:
+        progress.close()
+        again = "the command again, without --fresh" if fresh else "the command again"
+        click.echo(f"Interrupted. It goes on where it was: give {again}.", err=True)
+        sys.exit(130)
     finally:
         progress.close()
 

@@ -91,14 +91,14 @@ def evaluate(
             "adapters": list(adapters), "system_prompt": system_prompt, "judge": grader.name,
             "tokens": tokens,
         }  # fmt: skip
-    if output is not None:
-        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "doses": found})
     console = Console()
     if scales is None:
         print_comparison(console, found[0], tokens)
     else:
         print_doses(console, found)
     console.print(f"Judge: {harmless(facts['judge'])}.", markup=False, highlight=False)
+    if output is not None:  # last: should it fail, the tables were told
+        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "doses": found})
 
 
 # ---- what is asked for -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rs_gguf.errors import InputError, harmless
 if TYPE_CHECKING:
     from rs_gguf.judging.judgement import Judge
 
-_FILE = click.Path(path_type=Path)
+_ENCODING = "utf-8-sig"  # files from Windows begin with a mark
 _AT_ONCE = 128  # rows a judge gets together: what its examples share is read once for them
 
 
@@ -43,13 +43,9 @@ _AT_ONCE = 128  # rows a judge gets together: what its examples share is read on
 )
 @click.option("--pairs", "sample", type=click.IntRange(20), metavar="N",
               help="With --agreement: only N of the test pairs, evenly spaced.")  # fmt: skip
-@click.option(
-    "--fit-probe", type=_FILE, metavar="OUT", help="Fit a probe for this judge on the labelled pairs."
-)
 def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
     price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
-    fit_probe: Path | None,
 ) -> None:  # fmt: skip
     """Grade answers: adds confidence (−1 … 1), verdict, mode and category to each row, in order.
 
@@ -66,9 +62,8 @@ def judge(
     if show_rubric:
         click.echo(json.dumps(rubric(), indent=2, ensure_ascii=False))
         return
-    if fit_probe:
-        click.echo(_fit_probe(spec, fit_probe))
-        return
+    if sample is not None and not agreement:
+        raise InputError("--pairs chooses among the labelled test pairs: give --agreement with it.")
     options = judges.EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
     rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
     progress = TerminalProgress(Console(stderr=True))
@@ -93,17 +88,6 @@ def judge(
         else:
             write_atomic(Path(target), lambda file: file.writelines(graded))
         _tell(counts, grader)
-
-
-def _fit_probe(spec: str | None, out: Path) -> Path:
-    from rs_gguf import models
-    from rs_gguf.judging import calibration
-    from rs_gguf.judging.probe import save_probe
-    from rs_gguf.llama import LlamaModel
-
-    with LlamaModel(models.resolve(spec or models.DEFAULT)) as model:
-        save_probe(calibration.fit_probe(model, calibration.labelled_pairs()), out)
-    return out
 
 
 def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[bytes]:
@@ -147,10 +131,10 @@ def _tell(counts: Counter[str], grader: Judge) -> None:
 def _rows(source: str) -> Iterator[dict[str, Any]]:
     """The rows of a file, which is checked whole before a model is loaded, or of a pipe, as they come."""
     if source == "-":
-        rows = _parsed(click.open_file("-", encoding="utf-8"), source)
+        rows = _parsed(click.open_file("-", encoding=_ENCODING), source)
     else:
         try:
-            with Path(source).open(encoding="utf-8") as lines:
+            with Path(source).open(encoding=_ENCODING) as lines:
                 rows = iter(list(_parsed(lines, source)))
         except OSError as error:
             raise InputError(f"cannot read {source}: {error}.") from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plan(
         raise InputError("--measure times the model itself: give its weights, and leave --bits away.")
     if measure:
         click.echo("Timing the model...", err=True)
-    speed = planning.measure(chosen, path) if measure else stored_speed(_cores())
+    speed = planning.measure(chosen, path) if measure else stored_speed(usable_cores())
     found = planning.plan(chosen, shape, speed, planning.judge_of(chosen))
     if as_json:
         click.echo(json.dumps(found.to_row(), indent=2))
@@ -55,10 +55,6 @@ def plan(
     console = Console()
     console.print(_table(found))
     console.print(f"Speed: {speed.source}.", highlight=False)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _table(found: Plan) -> Table:

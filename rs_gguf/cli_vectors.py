@@ -13,20 +13,12 @@ import click
 
 from rs_gguf.errors import InputError, harmless
 from rs_gguf.files import finite
+from rs_gguf.foreign_formats import FORMATS
 
 if TYPE_CHECKING:
     from rs_gguf.lora import LoraAdapter
     from rs_gguf.steering import SteeringVector
 
-_FORMATS = (
-    "cvector-generator",
-    "jukofyork",
-    "repeng",
-    "easysteer",
-    "saklas",
-    "steering-vectors",
-    "huggingface",
-)
 _FILE = click.Path(path_type=Path)
 
 
@@ -157,7 +149,7 @@ def _vectors(files: Sequence[Path]) -> list[SteeringVector]:
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--from", "from_format", type=click.Choice(_FORMATS), help="Who wrote the vector.")
+@click.option("--from", "from_format", type=click.Choice(list(FORMATS)), help="Who wrote the vector.")
 @click.option("--to", "to_format", type=click.Choice(("peft",)), help="For whom to write an adapter.")
 @click.option("--output", required=True, type=_FILE, help="A file; with --to peft, a folder.")
 @click.option("--base", type=int, help="Number that FILE gives to block 0, where the format leaves it open.")

@@ -19,14 +19,12 @@ import numpy.typing as npt
 
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import DirectionEstimator, Means
-from rs_gguf.labels import Labels, Mask
+from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.moments import Float64
 from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import RidgeSystem
 
 CONSTRAINTS = ("harm", "groups", "benign")
-# A group with fewer refused harmful samples than this would constrain the direction to its noise.
-MIN_GROUP = 4
 
 
 @dataclass(kw_only=True)
@@ -44,10 +42,6 @@ class SensitiveRidge(DirectionEstimator):
             "refused": labels.kind("sensitive") & labels.refused(self.neutral),
             "answered": ~labels.kind("harmful") & labels.answered(self.neutral),
         }
-
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
-        assert system is not None  # uses_covariance
-        return system.solve((means["refused"] - means["answered"])[:, None], ridges)[:, :, 0]
 
 
 @dataclass(kw_only=True)
@@ -102,7 +96,7 @@ class SafeRidge(SensitiveRidge):
             for column, names in enumerate(labels.groups.T):
                 for group in sorted({str(name) for name in names[harmful > 0]} - {""}):
                     inside = names == group
-                    if np.count_nonzero(harmful[inside]) < MIN_GROUP:
+                    if np.count_nonzero(harmful[inside]) < MIN_SAMPLES:
                         continue
                     quiet = np.where(inside, benign, 0.0)
                     weights[f"harmful {column} {group}"] = np.where(inside, harmful, 0.0)
@@ -138,7 +132,7 @@ class SafeRidge(SensitiveRidge):
                 columns.append(means[name] - means[name.replace("harmful", "benign", 1)])
         if not columns:
             raise InputError(
-                f"{self.name}: constraints {self.constraints!r} name no group with {MIN_GROUP} refused "
+                f"{self.name}: constraints {self.constraints!r} name no group with {MIN_SAMPLES} refused "
                 "harmful samples; pass groups=[…], or add 'harm'"
             )
         return np.column_stack(columns)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rs_gguf.errors import InputError
-from rs_gguf.judging.judgement import FAILURES, NEUTRAL
-from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
+from rs_gguf.judging.judgement import FAILURES
+from rs_gguf.labels import MIN_SAMPLES, NEUTRAL, Labels, Mask
 from rs_gguf.moments import Float64
 
 
@@ -62,7 +62,7 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
             f"answered {kind}": labels.kind(kind) & answered,
         }
     for verdict, mask in sides.items():
-        if not mask.any():
+        if not labels.weights[mask].any():
             raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
     one, other = sides.values()
     return one, other

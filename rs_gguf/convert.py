@@ -22,21 +22,10 @@ from gguf.quants import dequantize
 
 from rs_gguf.control_vector import loader_layer
 from rs_gguf.errors import InputError
+from rs_gguf.foreign_formats import FORMATS
 from rs_gguf.gguf_file import SCHEMA_KEY, metadata
 from rs_gguf.gguf_guard import MAX_NUMBERS, open_gguf, read_bounded
 from rs_gguf.steering import INT64, KEY, ProvenanceValue, SteeringVector
-
-FORMATS = {
-    "cvector-generator": 1,
-    "jukofyork": 1,
-    "repeng": 0,
-    "easysteer": 0,
-    "saklas": 0,
-    "steering-vectors": 0,
-    "huggingface": 0,
-}
-"""Writer → the number that it gives to block 0. Here, in PyTorch and in llama.cpp's `direction.N` that is 0.
-"""
 
 MAX_SAFETENSORS_HEADER = 2**20
 _FLOATS = (

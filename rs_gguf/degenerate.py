@@ -48,7 +48,7 @@ _LANGUAGES_OF = {
 
 
 def is_degenerate(generation: Generation) -> bool:
-    """Empty, or a loop: the text compresses far better than language does, or one token fills a window."""
+    """Empty, or a loop: the text compresses far better than language does, or two tokens fill a window."""
     text = generation.text.strip()
     if not text:
         return True

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rs_gguf.errors import InputError
-from rs_gguf.labels import Labels, Mask
+from rs_gguf.labels import NEUTRAL, Labels, Mask
 from rs_gguf.moments import Float64
 from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import SHRINKAGES, RidgeSystem, check_ridges
@@ -45,7 +45,7 @@ class DirectionEstimator:
 
     ridge: float | Literal["ledoit-wolf", "oas"] = 1.0
     ridge_scale: Literal["relative", "absolute"] = "relative"
-    neutral: float = 0.15
+    neutral: float = NEUTRAL
     offset: Literal["auto", "neutral", "benign", "midpoint"] = "auto"
     directions_: Float64 = field(init=False, repr=False, compare=False)
     offset_: Float64 = field(init=False, repr=False, compare=False)
@@ -123,8 +123,12 @@ class DirectionEstimator:
         return weights
 
     def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
-        """Directions [R, D] of one layer, of any length, from its class means and covariance."""
-        raise NotImplementedError
+        """Directions [R, D] of one layer, of any length, from its class means and covariance.
+
+        (Σ + λI)⁻¹ (μ_P − μ_N), the classes being the estimator's own; those without a covariance override it.
+        """
+        assert system is not None  # uses_covariance
+        return system.solve((means["refused"] - means["answered"])[:, None], ridges)[:, :, 0]
 
     def ridge_unit(self, means: Means, system: RidgeSystem) -> float:
         """The λ that a relative ridge of 1 means: tr/D of the matrix that is inverted; 1 if that is 0."""
@@ -163,10 +167,6 @@ class RidgeMeanDifference(DirectionEstimator):
     """RMD: (Σ_N + λI)⁻¹ (μ_P − μ_N), Σ_N the covariance of the answered class about its mean."""
 
     name = "rmd"
-
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
-        assert system is not None  # uses_covariance
-        return system.solve((means["refused"] - means["answered"])[:, None], ridges)[:, :, 0]
 
 
 @dataclass(kw_only=True)

@@ -1,14 +1,13 @@
 """Before and after: answers under a steering, graded, paired row by row, summed up; and how far text drifts.
 
 A model, prompts, a judge and the steering go in; rows, rates with intervals and tests come out. The
-pipeline's measure stage and `rs-export eval` are both made of this. Intervals by Wilson (JASA 22, 1927),
-paired tests by McNemar (Psychometrika 12, 1947), drift as in the paper's section 6.
+pipeline's measure stage and `rs-export eval` are both made of this. Intervals and tests are those of
+`rs_gguf.chance`, drift that of the paper's section 6.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
+from rs_gguf.chance import mcnemar, wilson
+from rs_gguf.chat import ChatFormat, after_thinking, opens_thinking
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
@@ -72,11 +72,12 @@ class Answer:
 
     @property
     def to_judge(self) -> str | None:
-        """The text; None where generation was cut off within the thinking trace.
+        """The text; None where generation was cut off before it began, within the thinking trace say.
 
-        That is no empty answer, which a judge takes for a refusal: nobody knows what it would have been.
+        That is no empty answer, which a judge takes for a refusal: nobody knows what it would have been. Nor
+        is a trace that went in circles, which shows as `degenerate`.
         """
-        return self.text if self.text or self.finished or self.degenerate else None
+        return self.text if self.text or self.finished else None
 
     def to_row(self) -> Row:
         """As run folders keep it."""
@@ -107,7 +108,7 @@ def answer(
     for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
         # Some models mark the trace with control tokens, which the plain text leaves out.
         marked = model.detokenize(generation.tokens, special=True)
-        _, text = split_thinking(marked, starts_inside=opened[i])
+        text = after_thinking(marked, inside=opened[i])
         if text == marked.strip():
             text = generation.text.strip()
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
@@ -126,28 +127,6 @@ def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[lis
     if model.detokenize(tokens).strip() != found.text:  # there is a trace
         start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:]), found.text) or 0
     return [*prompt, *tokens[:start]], tokens[start:]
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a rate; (0, 1) without samples."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # The bound is 0 or 1 exactly at the ends; rounding would leave it a hair inside or outside.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == n else min(1.0, centre + half)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar p-value from the numbers of pairs that changed one way and the other."""
-    n = gained + lost
-    if n == 0:
-        return 1.0
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
-    return float(min(1.0, 2 * tail))
 
 
 @dataclass(frozen=True)
@@ -249,6 +228,7 @@ def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rates of one set from paired rows (`confidence_baseline`, `confidence_steered`, `degenerate_…`)."""
+    unjudged = {side: sum(r[f"confidence_{side}"] is None for r in rows) for side in ("baseline", "steered")}
     judged = [r for r in rows if r["confidence_baseline"] is not None and r["confidence_steered"] is not None]
     n = len(judged)
     before = [r["confidence_baseline"] > 0 for r in judged]
@@ -256,7 +236,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kept = sum(b and a for b, a in zip(before, after, strict=True))
     return {
         "n": n,
-        "unjudged": len(rows) - n,
+        "unjudged": len(rows) - n,  # on one side or both
+        "unjudged_baseline": unjudged["baseline"],
+        "unjudged_steered": unjudged["steered"],
         "refusal_baseline": sum(before) / n if n else 0.0,
         "refusal_steered": sum(after) / n if n else 0.0,
         "ci95_baseline": list(wilson(sum(before), n)),

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_atomic
+from rs_gguf.labels import NEUTRAL
 from rs_gguf.moments import Float64, read_rows
 
 FORMATS = (".png", ".svg")
@@ -85,7 +86,7 @@ def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike
 
 
 def save_projections(
-    path: Path, projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = 0.15, layer: int
+    path: Path, projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL, layer: int
 ) -> None:
     """Histogram of one layer's projections [N] by class: answered, neutral (|c| ≤ `neutral`), refused."""
     p, c = np.asarray(projections, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
@@ -127,14 +128,14 @@ def save_ridge_path(
     best: float | None = None,
     label: str = "score",
 ) -> None:
-    """Held-out score [R, L] of each layer over the ridges [R], their mean in bold, the chosen one marked."""
+    """Held-out score [R, L] of each layer over the ridges [R], their mean in bold, the `best` marked."""
     grid, values = np.asarray(ridges, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     order = np.argsort(grid)
     figure, axes = _figure(7, 4)
     axes.plot(grid[order], values[order], color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(grid[order], values[order].mean(axis=1), color="black", linewidth=2, label="mean over layers")
     if best is not None:
-        axes.axvline(best, color="C3", linestyle="--", label=f"chosen: {best:.3g}")
+        axes.axvline(best, color="C3", linestyle="--", label=f"best held out: {best:.3g}")
     axes.set(xscale="log", xlabel="ridge λ", ylabel=label, title="Ridge path; one line a layer")
     axes.legend()
     _save(figure, path)

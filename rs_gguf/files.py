@@ -55,7 +55,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: half of a surrogate pair, as in a name that is no UTF-8, is spelt out."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def finite(value: float | None) -> float | None:

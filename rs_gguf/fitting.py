@@ -33,8 +33,7 @@ from rs_gguf.estimators import (
     fit_paths,
 )
 from rs_gguf.files import write_json
-from rs_gguf.judges import NEUTRAL
-from rs_gguf.labels import Labels
+from rs_gguf.labels import NEUTRAL, Labels
 from rs_gguf.layers import layer_scores, scales_of, score_bands, scores_of
 from rs_gguf.projection import project, project_statistics
 from rs_gguf.prompts import KINDS, Prompt
@@ -59,6 +58,7 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
 
 # λ of the figures' path: wide enough to see where it stops to matter. One factorisation serves all of them.
 _PATH_RIDGES = np.geomspace(1e-3, 1e3, 13)
+_FOLDS = 5
 
 _SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
 
@@ -92,17 +92,12 @@ class Samples:
         return [prompt.kind for prompt in self.prompts]
 
     @cached_property
-    def groups(self) -> NDArray[np.str_]:
-        """Cells whose means a safe direction must stay quiet on, [N, 3]."""
-        return _groups(self.prompts)
-
-    @cached_property
     def labels(self) -> Labels:
         """Of all samples, as a gate takes them: of the `others` the kind and the cells alone count."""
         every = [*self.prompts, *self.others]
         confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
         contexts = [[""]] * len(self.prompts) + [[name] for name in self.contexts]
-        cells = np.concatenate([_groups(every), contexts], axis=1)
+        cells = [[p.topic, p.form, p.language, *context] for p, context in zip(every, contexts, strict=True)]
         return Labels.of(confidence, [prompt.kind for prompt in every], cells)
 
     def counts(self, kind: str) -> dict[str, int]:
@@ -124,10 +119,6 @@ class Samples:
                     f"fit: none of the {sum(counts.values())} {kind} prompts was {side}: no class to fit on. "
                     f"Use more or other {kind} prompts (prompts.fit, prompts.{kind}) or another model."
                 )
-
-
-def _groups(prompts: Sequence[Prompt]) -> NDArray[np.str_]:
-    return np.array([[p.topic, p.form, p.language] for p in prompts])
 
 
 def fit(samples: Samples, recipe: Recipe, folder: Path, *, advance: Callable[[int], None]) -> None:
@@ -172,7 +163,6 @@ def _fit_directions(
         [ESTIMATORS[name]() for name in names],
         ridges=ridges,
         kinds=samples.kinds,
-        groups=samples.groups,
     )
     found: dict[str, NDArray[Any]] = {}
     summary: list[dict[str, Any]] = []
@@ -235,17 +225,18 @@ def _draw(
     figures.save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
     if not ESTIMATORS[name].uses_covariance:
         return  # no ridge
-    try:
-        choice = choose_ridge(
-            samples.activations,
-            samples.confidence,
-            _PATH_RIDGES,
-            ESTIMATORS[name](),
-            kinds=samples.kinds,
-            groups=samples.groups,
-        )
-    except InputError:  # too few of a class to hold any out: the path cannot be known, the fit stands
-        return
+    estimator = ESTIMATORS[name]()
+    sides = estimator.masks(Labels.of(samples.confidence, samples.kinds)).values()
+    if min(map(np.count_nonzero, sides)) < _FOLDS:
+        return  # too few of a class to hold some out each time
+    choice = choose_ridge(
+        samples.activations,
+        samples.confidence,
+        _PATH_RIDGES,
+        estimator,
+        folds=_FOLDS,
+        kinds=samples.kinds,
+    )
     figures.save_ridge_path(
         folder / f"{name}-ridge.svg", choice.ridges, choice.scores, best=choice.best, label="held-out AUROC"
     )

@@ -1,4 +1,4 @@
-"""What engines share when they generate: how tokens are drawn, what an answer is, what prompts begin with.
+"""What engines share when they generate: how tokens are drawn, what an answer is, how prompts are looked at.
 
 Logits or token lists go in; a token, a `Generation` or a length comes out.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rs_gguf.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,11 @@ class Generation:
 
 
 def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token by its `logits` [V]: the likeliest, or one of the likely ones at random."""
-    if sampling.temperature <= 0:
+    """The next token by its `logits` [V]: the likeliest, or one of the likely ones at random.
+
+    Where the likeliest is no number, as under a steering that is far too strong, nothing is left to chance.
+    """
+    if sampling.temperature <= 0 or not np.isfinite(logits.max()):
         return int(logits.argmax())
     k = min(sampling.top_k, logits.size) if sampling.top_k > 0 else logits.size
     top = np.argpartition(logits, -k)[-k:]
@@ -42,6 +47,19 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
     weights /= weights.sum()
     keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
     return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
+
+
+def check_lengths(sequences: Sequence[Sequence[int]], at_most: int, max_tokens: int = 0) -> None:
+    """Raise `InputError` if a sequence and an answer of `max_tokens` have more than `at_most` tokens."""
+    longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+    length = len(sequences[longest])
+    if length + max_tokens > at_most:
+        answer = f" and its answer may have {max_tokens}" if max_tokens else ""
+        lower = ", or lower the tokens of an answer" if max_tokens else ""
+        raise InputError(
+            f"prompt {longest} (counted from 0) has {length} tokens{answer}, but only {at_most} fit the "
+            f"model's context. Shorten it{lower}."
+        )
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

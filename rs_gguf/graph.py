@@ -24,7 +24,7 @@ class GraphReader:
     """Copies tensors of one context's graph. It reads nothing until it is told to."""
 
     def __init__(self) -> None:
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self.on_tensor)
         self._wanted: dict[bytes, Tensor] = {}
         self._names: list[str] | None = None
         self._outputs: Sequence[int] = ()
@@ -67,7 +67,8 @@ class GraphReader:
         """What was read at the next output token of the batch, of each tensor its row [width]."""
         return self._rows.popleft()
 
-    def _on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
+    def on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        """Called by llama.cpp to `ask` whether it is to stop at a tensor, and there: False then ends all."""
         name = _ggml.ggml_get_name(tensor)
         if self._names is not None and ask:
             self._names.append(name.decode())

@@ -12,11 +12,10 @@ from importlib import resources
 from pathlib import Path
 
 from rs_gguf import models
-from rs_gguf.files import sha256
 from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.client import EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge
-from rs_gguf.judging.judgement import NEUTRAL, Judge, Judgement, Pair, Verdict, final_answer
+from rs_gguf.judging.judgement import Judge, Judgement, Pair
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judging.probe import Probe, load_probe
 from rs_gguf.judging.rubric import reading, rubric_version
@@ -24,25 +23,21 @@ from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
 
 __all__ = [
-    "NEUTRAL", "EndpointOptions", "Judge", "Judgement", "Pair", "Verdict", "final_answer", "open_judge",
-    "open_judge_spec", "shipped_probe", "shipped_version",
+    "EndpointOptions", "Judge", "Judgement", "Pair", "open_judge", "open_judge_spec", "shipped_probe",
+    "shipped_version",
 ]  # fmt: skip
 
 
 def open_judge(model: LlamaModel) -> Judge:
     """The best judge there is for a model: the shipped probe if it belongs to it, else its label words."""
     probe = shipped_probe()
-    if probe is not None and probe.model_sha256 == sha256(model.path):
+    if probe is not None and probe.model_sha256 == models.fingerprint(model.path):
         return ProbeJudge(model, probe)
     return LabelJudge(model)
 
 
 # What may stand before a model's name: how it is asked.
-_KINDS: dict[str, Callable[[LlamaModel], Judge]] = {
-    "labels": LabelJudge,
-    "votes": VotesJudge,
-    "": open_judge,
-}
+_KINDS: dict[str, Callable[[LlamaModel], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
 
 
 @contextlib.contextmanager
@@ -81,13 +76,14 @@ def open_judge_spec(
         if spec and spec.startswith(("http://", "https://")):
             judge = EndpointJudge.of(spec, options or EndpointOptions())
         else:
-            kind, _, name = (spec or models.DEFAULT).rpartition(":")
-            if kind not in _KINDS:
-                kind, name = "", spec or models.DEFAULT  # a path may hold a colon
+            kind, colon, name = (spec or models.DEFAULT).partition(":")
+            make = _KINDS.get(kind) if colon else None
+            if make is None:  # a path may hold a colon
+                make, name = open_judge, spec or models.DEFAULT
             path = models.resolve(name, progress=progress)
             same = loaded is not None and loaded.path.resolve() == path.resolve()
             model = loaded if loaded is not None and same else stack.enter_context(LlamaModel(path))
-            judge = _KINDS[kind](model)
+            judge = make(model)
         yield CachedJudge(judge) if cached else judge
 
 

@@ -16,6 +16,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64, gather
 
 KINDS = ("sensitive", "harmful", "benign")
+NEUTRAL = 0.15  # |c| up to this is neither refused nor answered (section 3 of arXiv 2512.16602)
 MIN_SAMPLES = 4  # below which a mean is noise
 Mask = npt.NDArray[np.bool_]
 
@@ -65,6 +66,8 @@ class Labels:
                 "accepted, with '' for a sample outside a grouping"
             )
         parts = gather((score, kind, group, weights), distributed)
+        if len({part[1] is None for part in parts}) > 1:
+            raise InputError("kinds were given by some processes and not by others: all or none must")
         start = 0
         if distributed:
             import torch.distributed as dist
@@ -72,7 +75,7 @@ class Labels:
             start = sum(len(part[0]) for part in parts[: dist.get_rank()])
         return cls(
             np.concatenate([part[0] for part in parts]),
-            None if kind is None else np.concatenate([part[1] for part in parts if part[1] is not None]),
+            None if kind is None else np.concatenate([part[1] for part in parts]),
             np.concatenate([part[2] for part in parts]),
             np.concatenate([part[3] for part in parts]),
             slice(start, start + count),

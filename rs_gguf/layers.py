@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from rs_gguf.errors import InputError
+from rs_gguf.labels import NEUTRAL
 from rs_gguf.moments import Float64
 from rs_gguf.projection import ProjectionStatistics
 
@@ -48,7 +49,9 @@ def scores_of(figures: ProjectionStatistics) -> Float64:
     return np.asarray(np.where(np.isnan(figures.pearson), 0.0, figures.pearson) - figures.disagreement)
 
 
-def layer_auroc(projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = 0.15) -> Float64:
+def layer_auroc(
+    projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL
+) -> Float64:
     """Area under the ROC curve of p for refused (c > neutral) against answered (c < −neutral): [L]."""
     p, c = _checked(projections, confidence)
     refused, answered = _both_classes(c, neutral)
@@ -58,7 +61,9 @@ def layer_auroc(projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutra
     return np.asarray((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def layer_margin(projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = 0.15) -> Float64:
+def layer_margin(
+    projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL
+) -> Float64:
     """Gap between the class means of p in units of their pooled standard deviation: [L].
 
     Held out when the projections are of samples that the direction was not fitted on. 0 where p is constant.

@@ -32,11 +32,10 @@ from rs_gguf.evaluation import (
     side_row,
 )
 from rs_gguf.judges import Judge
-from rs_gguf.prompts import Prompt
+from rs_gguf.prompts import Prompt, stratified
 from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import Row, RowLog
 from rs_gguf.search_space import GATE, Trial
-from rs_gguf.steering import SteeringVector
 
 _PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -77,7 +76,7 @@ def measure(
     for side in sides:
         _answer_side(model, judge, side, asked, recipe, log, advance)
     before = [log.rows[f"baseline:{p.id}"] for p in asked]
-    moved = _Drifts(model, asked, before, own)
+    moved = _Drifts(model, asked, before, recipe)
     rows_of, drifts, changes = {}, {}, {}
     for side in sides[1:]:
         pairs = zip(asked, before, strict=True)
@@ -105,7 +104,7 @@ def measure(
             benign_drift=drifts[name].nats,
             top1_agreement=drifts[name].top1_agreement,
             proof=arm.proof,
-            tokens_per_second={side: _speed(log, side, asked) for side in ("baseline", name)},
+            tokens_per_second=(_speed(log, "baseline", asked), _speed(log, name, asked)),
         )
     # The page shows the control vector as what is steered, and beside it the adapter, where there is one.
     arm_of = {"baseline": "baseline", "steered": "vector"}
@@ -122,23 +121,30 @@ def measure(
 class _Drifts:
     """How far a side moves the unsteered answers to benign prompts.
 
-    `own` is the system prompt that these were given under; their log-probabilities there are known once.
+    The recipe's system prompt is that which they were given under; their log-probabilities there are known
+    once.
     """
 
-    def __init__(self, model: Model, asked: Sequence[Prompt], before: Sequence[Row], own: str | None) -> None:
+    def __init__(self, model: Model, asked: Sequence[Prompt], before: Sequence[Row], recipe: Recipe) -> None:
         self._model = model
-        self._quiet = [
-            (prompt, Answer.from_row(row))
+        answers = {
+            prompt.id: Answer.from_row(row)
             for prompt, row in zip(asked, before, strict=True)
             if prompt.kind == "benign" and (row["confidence"] or 0) <= 0 and row["answer"]
-        ][:_DRIFT_PAIRS]
-        self._before = self._logprobs(own)
+        }
+        # Prompts lie sorted by subject: the first of them would be of a few.
+        chosen = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
+        self._quiet = [(prompt, answers[prompt.id]) for prompt in chosen]
+        self._before = self._logprobs(recipe.prompts.system)
 
-    def under(self, side: Side) -> tuple[Drift, list[float]]:
+    def under(self, side: Side) -> tuple[Drift, list[tuple[Prompt, float]]]:
         """The drift, and of each conversation its |Δ mean log-probability|."""
         with side.steering.on(self._model):
             after = self._logprobs(side.system)
-        changes = [abs(float(b[0].mean() - a[0].mean())) for b, a in zip(self._before, after, strict=True)]
+        changes = [
+            (prompt, abs(float(b[0].mean() - a[0].mean())))
+            for (prompt, _), b, a in zip(self._quiet, self._before, after, strict=True)
+        ]
         return drift_of(self._before, after), changes
 
     def _logprobs(self, system: str | None) -> LogProbs:
@@ -194,8 +200,6 @@ def _record_figures(arm: Arm, sets: Mapping[str, Mapping[str, Any]], moved: floa
     if arm.trial.candidate.estimator == GATE:
         adapter = lora.read(arm.path)
         lora.write(replace(adapter, provenance={**adapter.provenance, **figures}), arm.path)
-        return
-    vector = control_vector.read(arm.path)
-    control_vector.write(
-        SteeringVector(vector.directions, {**vector.provenance, **figures}, vector.architecture), arm.path
-    )
+    else:
+        vector = control_vector.read(arm.path)
+        control_vector.write(replace(vector, provenance={**vector.provenance, **figures}), arm.path)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf import llama
+from rs_gguf.chance import by_chance, few_more
 from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import finite, sha256
-from rs_gguf.prompts import KINDS
+from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
-from rs_gguf.rungs import by_chance, may_become_degenerate
 from rs_gguf.search_space import GATE, Trial
 from rs_gguf.version import __version__
 
@@ -73,48 +73,57 @@ def beside(
 
 
 def spread(
-    rows: Sequence[Mapping[str, Any]], changes: Sequence[float], *, seed: int, draws: int = 1000
+    rows: Sequence[Mapping[str, Any]],
+    changes: Sequence[tuple[Prompt, float]],
+    *,
+    seed: int,
+    draws: int = 1000,
 ) -> dict[str, list[float] | None]:
     """95 % percentile-bootstrap intervals of the figures that one file is chosen by, over other prompts.
 
-    rows: paired; whole subjects are drawn, since prompts on one subject stand or fall together. changes: of
+    Whole subjects are drawn, since prompts on one subject stand or fall together. rows: paired. changes: of
     benign conversations, |Δ mean log-probability|. `removal` is the fall of the rate of sensitive refusals.
     None where there is nothing to draw from.
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(kind: str) -> NDArray[np.float64]:
-        """Refusals before, after and prompts [draws, 3] of one kind."""
-        judged = [
-            r
-            for r in rows
-            if r["kind"] == kind
-            and r["confidence_baseline"] is not None
-            and r["confidence_steered"] is not None
-        ]
+    def drawn(values: Sequence[tuple[str, Sequence[float]]]) -> NDArray[np.float64]:
+        """Sums [draws, 3] of the values, whole clusters of the same name at a time."""
         sums: dict[str, NDArray[np.float64]] = {}
-        for r in judged:
-            values = [r["confidence_baseline"] > 0, r["confidence_steered"] > 0, 1]
-            cluster = r["subject"] or r["id"]
-            sums[cluster] = sums.get(cluster, np.zeros(3)) + values
+        for cluster, value in values:
+            sums[cluster] = sums.get(cluster, np.zeros(3)) + value
         if not sums:
             return np.zeros((draws, 3))
         clusters = np.stack(list(sums.values()))
         return np.asarray(clusters[rng.integers(0, len(clusters), (draws, len(clusters)))].sum(axis=1))
 
+    def refusals(kind: str) -> NDArray[np.float64]:
+        """Refused before and after, and prompts, of one kind."""
+        judged = (
+            r
+            for r in rows
+            if r["kind"] == kind
+            and r["confidence_baseline"] is not None
+            and r["confidence_steered"] is not None
+        )
+        return drawn(
+            [
+                (r["subject"] or r["id"], [r["confidence_baseline"] > 0, r["confidence_steered"] > 0, 1])
+                for r in judged
+            ]
+        )
+
     def interval(values: NDArray[np.float64]) -> list[float] | None:
         known = values[np.isfinite(values)]
         return [float(q) for q in np.quantile(known, [0.025, 0.975])] if known.size else None
 
-    sensitive, harmful = drawn("sensitive"), drawn("harmful")
-    moved = np.asarray(changes, dtype=np.float64)
+    sensitive, harmful = refusals("sensitive"), refusals("harmful")
+    moved = drawn([(prompt.subject or prompt.id, [change, 0, 1]) for prompt, change in changes])
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {
             "removal": (sensitive[:, 0] - sensitive[:, 1]) / sensitive[:, 2],
             "retention_harmful": harmful[:, 1] / harmful[:, 0],
-            "benign_drift": (
-                moved[rng.integers(0, len(moved), (draws, len(moved)))].mean(axis=1) if len(moved) else moved
-            ),
+            "benign_drift": moved[:, 0] / moved[:, 2],
         }
     return {name: interval(values) for name, values in found.items()}
 
@@ -131,7 +140,7 @@ def of_file(
     benign_drift: float,
     top1_agreement: float,
     proof: Mapping[str, Any],
-    tokens_per_second: Mapping[str, float],
+    tokens_per_second: tuple[float, float],
 ) -> dict[str, Any]:
     """What was measured of one written file, and how to use it."""
     candidate = trial.candidate
@@ -140,7 +149,7 @@ def of_file(
     if candidate.estimator != GATE:
         options = f"--control-vector-scaled {_from_home(path)}:1.0"
         options += f" --control-vector-layer-range {candidate.first} {candidate.last}"
-    before, after = tokens_per_second.values()
+    before, after = tokens_per_second
     return {
         "file": {
             "file": path.name,
@@ -252,17 +261,24 @@ def gate(
         reasons.append("no sensitive refusal was removed")
     if recipe.effect == "induce" and changed <= 0:
         reasons.append("no refusal was induced")
+    # What can no longer be judged is counted on neither side, and might be anything.
+    asked = sum(found["n"] + found["unjudged"] for found in sets.values())
+    lost = sum(found["unjudged"] - found["unjudged_baseline"] for found in sets.values())
+    gained = sum(found["unjudged"] - found["unjudged_steered"] for found in sets.values())
+    if not few_more(lost - gained, asked, by_chance(lost + gained)):
+        reasons.append(
+            f"{lost} of {asked} answers could be judged before and no longer can, {gained} only now"
+        )
     # Of all kinds together, for of each alone so few break that a limit of 1 % is chance. But what one kind
     # gains does not pay for what another loses.
-    answers, rises = 0, {}
+    rises = {}
     for kind, found in sets.items():
         n = found["n"] + found["unjudged"]
         before, after = (round(found[f"degenerate_{side}"] * n) for side in ("baseline", "steered"))
-        answers += n
         if after > before:
             rises[kind] = (before, after)
     more = sum(after - before for before, after in rises.values())
-    if not may_become_degenerate(more, answers):
+    if not few_more(more, asked):
         told = ", ".join(f"{kind} from {before} to {after}" for kind, (before, after) in rises.items())
-        reasons.append(f"degenerate answers rose by {more} of {answers}: {told}")
+        reasons.append(f"degenerate answers rose by {more} of {asked}: {told}")
     return reasons

@@ -80,7 +80,10 @@ def solve_paths(
                     system = layer_system(activations, layer, distinct[key], local, distributed=distributed)
                 for index in members:
                     estimator = jobs[index][0]
-                    means = {name: mean_of[k] for name, k in keys[index].items()}
+                    # A class without weight has no mean.
+                    means = {
+                        name: mean_of[k] for name, k in keys[index].items() if classes[index][name].any()
+                    }
                     means.setdefault("offset", (means["refused"] + means["answered"]) / 2)
                     absolute = np.zeros(len(paths[index].ridges))
                     if system is not None and key is not None:

@@ -9,68 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from rs_gguf import baselines, contexts, fitting, models, prompts, shape, writing
+from rs_gguf import answering, baselines, contexts, fitting, models, prompts, shape, writing
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
-from rs_gguf.capture import Conversation, capture_all, captured
+from rs_gguf.capture import capture_all, captured, conversations
 from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
+from rs_gguf.evaluation import Model
 from rs_gguf.files import read_json, write_json
-from rs_gguf.generation import common_prefix
-from rs_gguf.judges import Judge, Judgement, open_judge_spec, shipped_version
+from rs_gguf.judges import Judge, open_judge_spec, shipped_version
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
+from rs_gguf.progress import Progress, Silent
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
-from rs_gguf.run_folder import Row, RowLog, RunFolder, key_of
-from rs_gguf.rungs import Rungs, Unsteered
+from rs_gguf.run_folder import RowLog, RunFolder, key_of
+from rs_gguf.rungs import Rungs
 from rs_gguf.search_results import summary
 from rs_gguf.search_space import Space, Trial, load_trials
-from rs_gguf.server import LlamaServer
 from rs_gguf.tuning import Finder
 from rs_gguf.version import __version__
 
+__all__ = ["STAGES", "Pipeline", "Progress", "Silent", "run"]
+
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
-
-
-class Progress(Protocol):
-    """Where a run tells how far it is. The library's own is silent."""
-
-    def stage(self, name: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Enter a stage of `total` items; the value advances the count."""
-        ...
-
-    def skipped(self, name: str) -> None:
-        """A stage was done before."""
-        ...
-
-    def download(self, done: int, total: int) -> None:
-        """Bytes of a model download."""
-        ...
-
-
-class Silent:
-    """Tells nothing."""
-
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda n: None
-
-    def skipped(self, name: str) -> None:
-        pass
-
-    def download(self, done: int, total: int) -> None:
-        pass
 
 
 def run(
@@ -106,6 +76,11 @@ class Pipeline:
             )
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self._open = contextlib.ExitStack()
+        if "ablation" in recipe.measure.baselines and (recipe.effect == "induce" or self.model_path.is_dir()):
+            raise InputError(
+                "recipe: measure.baselines: ablation takes refusals away from a GGUF model; leave it out to "
+                "induce them, or with a Hugging Face folder."
+            )
 
     def close(self) -> None:
         self._open.close()
@@ -225,33 +200,20 @@ class Pipeline:
         missing = [p for p in asked if p.id not in log.rows]
         with self.progress.stage("answer", len(asked)) as advance:
             advance(len(asked) - len(missing))
-            for i, found in self._answers(missing):
+            for i, found in answering.answers(self.model, missing, self.recipe):
                 log.append({**prompts.to_row(missing[i]), **found.to_row()})
                 advance(1)
         log.finish([p.id for p in asked])
-
-    def _answers(self, asked: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        """What the model answers by itself, here or on the recipe's servers."""
-        options, system = self.recipe.answers, self.recipe.prompts.system
-        sampling = self.recipe.sampling
-        if options.servers is None:
-            tokens = chat_tokens(self.model, asked, system)
-            yield from answer(self.model, tokens, max_tokens=options.tokens, sampling=sampling)
-            return
-        servers = LlamaServer(options.servers, [], system)
-        for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=sampling):
-            # Servers tell the text alone; capture and drift go by tokens.
-            yield i, replace(found, tokens=self.model.tokenize(found.text, special=False))
 
     def _score(self, key: str) -> None:
         rows = self.folder.read_rows("answers.jsonl")
         log = RowLog(self.folder, "scores.jsonl", key)
         missing = [row for row in rows if row["id"] not in log.rows]
+        judge = self.judge  # before the stage is drawn: its download has a bar of its own
         with self.progress.stage("score", len(rows)) as advance:
             advance(len(rows) - len(missing))
-            pairs = [(row["prompt"], Answer.from_row(row).to_judge) for row in missing]
-            for i, graded in self.judge.judge(pairs):
-                log.append({"id": missing[i]["id"], **_graded(graded), "judge": self.judge.name})
+            for row in answering.scores(judge, missing):
+                log.append(row)
                 advance(1)
         log.finish([row["id"] for row in rows])
 
@@ -259,21 +221,11 @@ class Pipeline:
         """Block outputs and writers' inputs of the fit prompts, in the store."""
         asked, system = self.prompts["fit"], self.recipe.prompts.system
         answers = {row["id"]: row["tokens"] for row in self.folder.read_rows("answers.jsonl")}
-        refused = {name for name, row in self._scores().items() if row["confidence"] > 0}
+        refused = {name for name, row in answering.judged(self.folder).items() if row["confidence"] > 0}
         with self.progress.stage("capture", len(asked) + len(self.unanswered)) as advance:
-            tokens, chat = chat_tokens(self.model, asked, system), ChatFormat.of(self.model)
-            conversations = [
-                Conversation(prompt, answers[p.id], quiet=p.kind != "sensitive" or p.id not in refused)
-                for p, prompt in zip(asked, tokens, strict=True)
-            ]
-            conversations += [
-                Conversation(context.tokens(chat, self.model, p.prompt, system), [], quiet=True)
-                for p, context in self.in_contexts
-            ]
+            read, prefix = conversations(self.model, asked, system, answers, refused, self.in_contexts)
             ids = [p.id for p in asked] + [p.id for p, _ in self.in_contexts]
-            capture_all(
-                self.model, ids, conversations, common_prefix(tokens), self._store(key), advance=advance
-            )
+            capture_all(self.model, ids, read, prefix, self._store(key), advance=advance)
 
     def _file(self, name: str) -> Path:
         """Where the control vector (`vector`) or the `adapter` is written."""
@@ -289,8 +241,13 @@ class Pipeline:
             fitting.fit(self.samples(), self.recipe, self.folder.path, advance=advance)
 
     def samples(self) -> fitting.Samples:
-        """The fit prompts with what was captured of them, those first whose answers could be judged."""
-        asked, scores = [(p, "") for p in self.prompts["fit"]], self._scores()
+        """The fit prompts with what was captured of them, those first whose answers could be judged.
+
+        Raises:
+            InputError: no answer could be judged.
+            DamagedStoreError: what was captured was changed, or belongs to another recipe or version.
+        """
+        asked, scores = [(p, "") for p in self.prompts["fit"]], answering.judged(self.folder)
         asked += [(p, context.name) for p, context in self.in_contexts]
         known = np.array([p.id in scores for p, _ in asked])
         judged, others = np.flatnonzero(known), np.flatnonzero(~known)
@@ -304,7 +261,9 @@ class Pipeline:
                 self._store(self._key("capture")), len(asked), inputs=isinstance(self.model, LlamaModel)
             )
         except DamagedStoreError:
-            self.folder.forget("capture")
+            # Not that of another recipe or version: what is there is whole for it.
+            if self.folder.is_done("capture", self._key("capture")):
+                self.folder.forget("capture")
             raise
         return fitting.Samples(
             [asked[i][0] for i in judged],
@@ -315,11 +274,6 @@ class Pipeline:
             [scores[asked[i][0].id]["category"] for i in judged],
             [asked[i][1] for i in others],
         )
-
-    def _scores(self) -> dict[str, Row]:
-        """What the judge said of answers, by the prompt; those that could not be judged are left out."""
-        rows = self.folder.read_rows("scores.jsonl")
-        return {row["id"]: row for row in rows if row["confidence"] is not None}
 
     def _tune(self, _: str) -> None:
         # A measured candidate stays what it is when the search gets more time or less; one that answered in
@@ -357,20 +311,8 @@ class Pipeline:
         """What measures candidates of this run, once it is fitted."""
         directions = fitting.load_directions(self.folder.path, self.recipe)
         gates = fitting.load_gates(self.folder.path)
-        return Rungs(
-            self.model, self.judge, self._unsteered(), directions, gates, self.recipe, self.folder.path
-        )
-
-    def _unsteered(self) -> Unsteered:
-        ids = {p.id for p in self.prompts["tune"]}
-        rows = [row for row in self.folder.read_rows("answers.jsonl") if row["id"] in ids]
-        scores = self._scores()
-        return Unsteered(
-            self.prompts["tune"],
-            [Answer.from_row(row) for row in rows],
-            [scores[row["id"]]["confidence"] if row["id"] in scores else None for row in rows],
-            [scores[row["id"]]["category"] if row["id"] in scores else None for row in rows],
-        )
+        unsteered = answering.unsteered(self.folder, self.prompts["tune"])
+        return Rungs(self.model, self.judge, unsteered, directions, gates, self.recipe, self.folder.path)
 
     def chosen(self) -> dict[str, Trial]:
         """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
@@ -409,10 +351,10 @@ class Pipeline:
         shown = read_json(self.folder / "proof.json")
         arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self.chosen().items()}
         others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
-        log = RowLog(self.folder, "measured.jsonl", key)
+        log, judge = RowLog(self.folder, "measured.jsonl", key), self.judge
         with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
             rows, value = measure(
-                self.model, self.judge, asked, arms, others, self.recipe, log,
+                self.model, judge, asked, arms, others, self.recipe, log,
                 model_sha256=self.model_hash, advance=advance,
                 subset=len(asked) < sum(map(len, self._pool["test"].values())),
             )  # fmt: skip
@@ -429,13 +371,3 @@ class Pipeline:
             advance(1)
             write_card(self.folder.path)
             advance(1)
-
-
-def _graded(judgement: Judgement) -> Row:
-    confidence = None if judgement.confidence is None else round(judgement.confidence, 6)
-    return {
-        "confidence": confidence,
-        "verdict": judgement.verdict,
-        "mode": judgement.mode,
-        "category": judgement.category,
-    }

@@ -9,7 +9,6 @@ built, NumPy does it, and says so once.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
@@ -17,7 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
+from rs_gguf.labels import NEUTRAL
+from rs_gguf.projection_numpy import numpy_projections, numpy_statistics
 
 try:
     from rs_gguf import _core
@@ -84,7 +86,7 @@ def project(
     workers = _as_threads(threads)
     if not HAS_KERNEL:
         _warn_once()
-        return _project_numpy(h, v, o)
+        return numpy_projections(h, v, o)
     try:
         return _core.project(h, v, o, threads=workers)
     except ValueError as error:  # RS_GGUF_KERNEL names a target that this machine lacks
@@ -94,7 +96,7 @@ def project(
 def project_reference(activations: Activations, directions: Values, offset: Values | None = None) -> Float32:
     """`project` in NumPy: float64 sums, rounded to float32 once. The yardstick in tests, and the fallback."""
     h = _as_array(activations)
-    return _project_numpy(h, *_as_directions(directions, offset, h.shape))
+    return numpy_projections(h, *_as_directions(directions, offset, h.shape))
 
 
 def project_statistics(
@@ -104,7 +106,7 @@ def project_statistics(
     offset: Values | None = None,
     *,
     weights: Values | None = None,
-    neutral: float = 0.15,
+    neutral: float = NEUTRAL,
     quantile: float = 0.95,
     threads: int | None = None,
 ) -> ProjectionStatistics:
@@ -123,7 +125,7 @@ def project_statistics(
     workers = _as_threads(threads)
     if not HAS_KERNEL:
         _warn_once()
-        return _finite(_statistics_numpy(h, v, o, c, w, neutral, quantile))
+        return _finite(ProjectionStatistics(**numpy_statistics(h, v, o, c, w, neutral, quantile)))
     try:
         figures = _core.statistics(h, v, c, w, o, neutral=neutral, quantile=quantile, threads=workers)
     except ValueError as error:
@@ -138,14 +140,14 @@ def project_statistics_reference(
     offset: Values | None = None,
     *,
     weights: Values | None = None,
-    neutral: float = 0.15,
+    neutral: float = NEUTRAL,
     quantile: float = 0.95,
 ) -> ProjectionStatistics:
     """`project_statistics` in NumPy. The yardstick in tests, and the fallback."""
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)
     c, w = _as_samples(confidence, weights, h.shape[0])
-    return _finite(_statistics_numpy(h, v, o, c, w, neutral, quantile))
+    return _finite(ProjectionStatistics(**numpy_statistics(h, v, o, c, w, neutral, quantile)))
 
 
 def _finite(figures: ProjectionStatistics) -> ProjectionStatistics:
@@ -250,15 +252,13 @@ def _expect_range(name: str, value: float, low: float, high: float) -> None:
 
 def _as_threads(threads: int | None) -> int:
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise InputError(
             f"threads: expected a whole number of at least 1, or None for all cores, got {threads!r}"
         )
     return threads
 
-
-# --- NumPy ---
 
 _warned = False
 
@@ -273,60 +273,3 @@ def _warn_once() -> None:
             SlowProjectionWarning,
             stacklevel=3,
         )
-
-
-def _layer(h: npt.NDArray[Any], v: Float32, o: Float32 | None, layer: int) -> Float32:
-    rows = h[:, layer]
-    if rows.dtype == np.uint16:
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(all="ignore"):  # infinities and NaN are data here, as they are to the kernel
-        wide = rows.astype(np.float64)
-        if o is not None:
-            wide -= o[layer]
-        p: Float32 = (wide @ v[layer].T.astype(np.float64)).astype(np.float32)
-    return p
-
-
-def _project_numpy(h: npt.NDArray[Any], v: Float32, o: Float32 | None) -> Float32:
-    out = np.empty((h.shape[0], h.shape[1], v.shape[1]), np.float32)
-    for layer in range(h.shape[1]):
-        out[:, layer] = _layer(h, v, o, layer)
-    return out
-
-
-def _statistics_numpy(
-    h: npt.NDArray[Any],
-    v: Float32,
-    o: Float32 | None,
-    c: Float64,
-    w: Float64,
-    neutral: float,
-    quantile: float,
-) -> ProjectionStatistics:
-    names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
-    figures = {name: np.full(v.shape[:2], np.nan) for name in names}
-    refused, answered = c > neutral, c < -neutral
-    for layer in range(h.shape[1]):
-        p = _layer(h, v, o, layer).astype(np.float64)
-        if not np.isfinite(p).all():
-            continue
-        with np.errstate(all="ignore"):
-            dp = p - w @ p / w.sum()
-            dc = c - w @ c / w.sum()
-            varies = (p != p[:1]).any(axis=0) & (c != c[:1]).any()
-            spread = np.sqrt(w @ dp**2) * np.sqrt(w @ dc**2)
-            figures["pearson"][layer] = np.where(varies & (spread > 0), (w * dc) @ dp / spread, np.nan)
-            mass = w[:, None] * (np.sign(p) != np.sign(c)[:, None])
-            errors = np.where(mass > 0, p - c[:, None], 0)
-            mean_square = (mass * errors**2).sum(axis=0) / mass.sum(axis=0)
-            figures["disagreement"][layer] = np.where(mass.sum(axis=0) > 0, np.sqrt(mean_square), 0)
-        if refused.any() and answered.any():
-            gap = p[refused][:, np.newaxis] - p[answered]
-            figures["auroc"][layer] = ((gap > 0) + 0.5 * (gap == 0)).mean(axis=(0, 1))
-        for name, chosen in (("mean_refused", refused), ("mean_answered", answered)):
-            if w[chosen].sum() > 0:
-                figures[name][layer] = w[chosen] @ p[chosen] / w[chosen].sum()
-        for name, chosen, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):
-            if chosen.any():
-                figures[name][layer] = np.quantile(p[chosen], q, axis=0)
-    return ProjectionStatistics(**figures)

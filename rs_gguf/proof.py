@@ -123,16 +123,17 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
         layer: ROUNDING * float(np.linalg.norm(before[:, k], axis=1).max())
         for k, layer in enumerate(vector.layers)
     }
-    short = [layer for layer, norm in vector.norms.items() if 0.0 < norm <= lost[layer]]
+    norms = vector.norms
+    short = [layer for layer, norm in norms.items() if 0.0 < norm <= lost[layer]]
     if short:
-        reason = f"blocks {short}: {_SHORT} (length {vector.norms[short[0]]:.2g} at block {short[0]})."
+        reason = f"blocks {short}: {_SHORT} (length {norms[short[0]]:.2g} at block {short[0]})."
         return Proof(False, (reason,), {}, kl)
     errors: dict[int, float] = {}
     ignored, wrong = [], []
     for k, (layer, direction) in enumerate(vector.directions.items()):
         with model.steered({layer: direction}):
             moved = _residuals(model, pair, [layer])[:, 0] - before[:, k]
-        size = vector.norms[layer]
+        size = norms[layer]
         missed = float(np.linalg.norm(moved - direction, axis=1).max())
         errors[layer] = missed / size if size else 0.0
         if size and not moved.any():
@@ -190,7 +191,7 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
         reason = "the next-token probabilities are no numbers any more: the change is far too large."
         return Proof(False, (reason,), {}, None)
     errors: dict[str, float] = {}
-    layers = adapter.layers
+    layers, norms = adapter.layers, adapter.norms
     graph = model.graph_tensors()
     for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
         try:
@@ -201,11 +202,11 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
             name = f"blk.{layer}.{writer}.weight"
             seen_at = _seen_at(writer, {n.rpartition("-")[0] for n in graph if n.endswith(f"-{layer}")})
             # A change of zero says nothing, and cannot be written as a file of its own.
-            if adapter.norms.get(name) and writer in inputs and seen_at:
+            if norms.get(name) and writer in inputs and seen_at:
                 errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
     wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
     reasons = []
-    if kl == 0.0:
+    if np.array_equal(plain, steered):
         reasons.append("no logit moves: this llama.cpp applies nothing of the adapter.")
     if wrong:
         worst = max(wrong, key=lambda name: errors[name])
@@ -225,7 +226,7 @@ def _seen_at(writer: str, tensors: Collection[str]) -> str | None:
 def _product_error(
     adapter: LoraAdapter, name: str, read: str, seen_at: str, model: LlamaModel, prompts: list[list[int]]
 ) -> float:
-    """Largest ‖moved − B A x‖ / ‖B A x‖ over prompts, with the one matrix changed."""
+    """Largest ‖moved − B A x‖ over prompts, as a share of the largest ‖B A x‖; the one matrix is changed."""
     layer = int(name.split(".")[1])
     a, b = (factor.astype(np.float64) for factor in adapter.factors[name])
 

@@ -87,7 +87,13 @@ class Answers(_Section):
 
     tokens: int = Field(default=24, ge=8, description="tokens of an answer that fits or tunes")
     test_tokens: int = Field(default=64, ge=8, description="tokens of an answer in the reported figures")
-    parallel: int = Field(default=32, ge=1, le=256, description="sequences answered at once")
+    parallel: int = Field(
+        default=32,
+        ge=1,
+        le=255,  # llama.cpp has 256 sequences, and one holds what all prompts begin with
+        description="sequences answered at once; of a GGUF file at most 32 are (8,192 cells of context, "
+        "256 a sequence)",
+    )
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
     servers: str | None = Field(
         default=None,
@@ -169,7 +175,7 @@ class Recipe(BaseSettings):
         default="remove",
         description="take refusals of the sensitive prompts away, or make the model refuse them",
     )
-    seed: int = Field(default=0, ge=0, description="the one seed of every choice at random")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="the one seed of every choice at random")
     prompts: Prompts = Prompts()
     answers: Answers = Answers()
     fit: Fit = Fit()
@@ -186,7 +192,8 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, then overrides such as `tune.trials=8`, the value as in TOML or plain text.
 
     Raises:
-        InputError: file missing or not TOML, unknown key or bad value; all of them in one message.
+        InputError: file missing or not TOML, unknown key or bad value; all of them in one message. A text
+            that is no UTF-8.
     """
 
     class Sourced(Recipe):
@@ -208,19 +215,34 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     given = _nested(overrides)
     try:
         # As a plain Recipe, so that equal recipes are equal and no source is read again.
-        return Recipe.model_construct(**dict(Sourced(**given)))
+        recipe = Recipe.model_construct(**dict(Sourced(**given)))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML ({error}).") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValidationError, SettingsError) as error:
         raise InputError(_explain(error, path)) from error
+    _check_text(_toml(recipe))
+    return recipe
 
 
 def dump(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as TOML, every default spelled out."""
-    values = recipe.model_dump(mode="json", exclude_none=True)
-    write_text(path, tomli_w.dumps(values))
+    write_text(path, _toml(recipe))
+
+
+def _toml(recipe: Recipe) -> str:
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _check_text(toml: str) -> None:
+    # Python keeps bytes of an argument that are no UTF-8 as halves of surrogate pairs, which no file takes.
+    for line in toml.split("\n"):
+        if any("\ud800" <= c <= "\udfff" for c in line):
+            raise InputError(
+                f"recipe: {line.strip()} is not UTF-8, as recipe.toml must be. Rename the file or change "
+                "the text."
+            )
 
 
 def _check_environment() -> None:

@@ -135,7 +135,9 @@ def shrinkage_ridge(
         return 1.0
     count = weights.sum() ** 2 / (weights @ weights)
     spread = system.squares - system.trace**2 / width  # ‖Σ − tr(Σ)/D · I‖²
-    if kind == "oas":
+    if spread <= 0:  # a multiple of I already, up to rounding
+        share = 1.0
+    elif kind == "oas":
         share = (system.squares / width**2 + (system.trace / width) ** 2) / ((count + 1) * spread / width**2)
     else:
         fourth = 0.0  # Σ w ‖h − μ‖⁴ / Σ w, about the mean that the factorisation found
@@ -144,8 +146,8 @@ def shrinkage_ridge(
             fourth += float(weights[local][part] @ np.einsum("ij,ij->i", rows, rows) ** 2)
         fourth = sum(gather(fourth, distributed)) / float(weights.sum())
         share = (fourth - system.squares) / count / spread
-    # All of it shrunk away means λ → ∞; the cap stands for that without an infinity.
-    share = min(share, 1 - 1e-9)
+    # All of it shrunk away means λ → ∞, nothing λ = 0, which cannot be inverted where samples are few.
+    share = min(max(share, 1e-9), 1 - 1e-9)
     return float(share / (1 - share))
 
 

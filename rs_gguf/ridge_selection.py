@@ -20,7 +20,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators import DirectionEstimator, RidgeMeanDifference, UncentredWeightedRidgeMeanDifference
 from rs_gguf.labels import Labels
 from rs_gguf.layers import layer_auroc, layer_margin
-from rs_gguf.moments import Float64, check_activations, chunks, layer_means
+from rs_gguf.moments import CHUNK_SAMPLES, Float64, check_activations, chunks, layer_means, read_rows
 from rs_gguf.paths import solve_paths
 from rs_gguf.ridge import check_ridges, layer_system
 
@@ -156,9 +156,9 @@ def _fold_scores(
     held_out = np.empty((len(grid), len(part), n_layers))
     with threadpool_limits(1):
         for layer in range(n_layers):
-            for samples, rows in chunks(activations, layer):
-                inside = (part >= samples.start) & (part < samples.stop)
-                held_out[:, inside, layer] = path.directions[:, layer] @ rows[part[inside] - samples.start].T
+            for start in range(0, len(part), CHUNK_SAMPLES):
+                rows = read_rows(activations, part[start : start + CHUNK_SAMPLES], layer)
+                held_out[:, start : start + len(rows), layer] = path.directions[:, layer] @ rows.T
     return _scores(held_out, side[part], metric)
 
 

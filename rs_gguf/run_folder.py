@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
-from rs_gguf.files import read_json, write_json, write_text
+from rs_gguf.files import json_lines, json_text, read_json, write_json, write_text
 
 Row = dict[str, Any]
 
@@ -40,6 +40,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._finished: list[Path] = []  # logs of rows that are in their final file, their stage not yet done
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,17 +52,21 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out. Raises `InputError` if one is at work."""
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
+            lock.acquire()
         except Timeout as error:
             raise InputError(
                 f"{self.path} is in use by another rs-export. Wait for it or choose --out."
             ) from error
-        except PermissionError as error:
+        except OSError as error:
             raise InputError(
-                f"cannot write in {self.path}: {error.strerror}. Choose another --out."
+                f"cannot write in {self.path}: {error.strerror or error}. Choose another --out."
             ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def forget_all(self) -> None:
         """Forget what the stages of an earlier run left. Its vectors stay until others take their place."""
@@ -80,7 +85,10 @@ class RunFolder:
         return bool(self._state().get(stage, {}).get("key") == key)
 
     def mark_done(self, stage: str, key: str, seconds: float) -> None:
+        """From here on `stage` is done; the logs of the rows that it finished are not needed any more."""
         write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})
+        while self._finished:
+            self._finished.pop().unlink(missing_ok=True)
 
     def forget(self, *stages: str) -> None:
         """Have these stages done again, whatever their inputs."""
@@ -101,10 +109,13 @@ class RunFolder:
         """Rows of a finished file."""
         path = self / name
         try:
-            # Not splitlines(): answers may hold U+2028 and its kin, which JSON leaves as they are.
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return json_lines(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
+
+    def finished(self, log: Path) -> None:
+        """This log of rows may go once its stage is done."""
+        self._finished.append(log)
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:
         write_text(self / name, "".join(map(_line, rows)))
@@ -130,7 +141,7 @@ class RowLog:
         write_text(self._path, header + "\n" + "".join(map(_line, self.rows.values())))
 
     def append(self, row: Row) -> None:
-        """Keep a row; it is on disk when this returns."""
+        """Keep a row. It is with the system when this returns: a kill of this process does not lose it."""
         self.rows[row["id"]] = row
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -140,13 +151,14 @@ class RowLog:
                 f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
             ) from error
 
-    def finish(self, ids: Sequence[str]) -> list[Row]:
-        """Write the rows in the order of `ids` under the final name and return them."""
-        rows = [self.rows[i] for i in ids]
-        self._folder.write_rows(self._name, rows)
-        self._path.unlink()
-        return rows
+    def finish(self, ids: Sequence[str]) -> None:
+        """Write the rows in the order of `ids` under the final name.
+
+        The log itself stays until the stage is marked as done: a kill in between would lose all of it.
+        """
+        self._folder.write_rows(self._name, [self.rows[i] for i in ids])
+        self._folder.finished(self._path)
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_text(row) + "\n"

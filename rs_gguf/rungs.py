@@ -20,6 +20,7 @@ import numpy as np
 
 from rs_gguf import lora
 from rs_gguf.adapter import Gates
+from rs_gguf.chance import by_chance, few_more
 from rs_gguf.contrast import meant
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import (
@@ -41,7 +42,7 @@ from rs_gguf.search_space import GATE, Candidate, Directions, Trial
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
-_MORE_DEGENERATE = 0.01  # share of answers that may become degenerate, but as many as chance in any case
+_FAR = 1e9  # nats a token; an infinity is no JSON
 _OPENING = 6  # tokens of an unsteered answer that the probe looks for
 _BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
 _PROBED_PAIRS = 8  # of these, in a probe
@@ -72,7 +73,7 @@ class Unsteered:
 
 
 @dataclass(frozen=True)
-class _Answered:
+class _Verdicts:
     """Prompts by their places in the tune split, and whether each was refused.
 
     None where an answer could not be judged: it counts on neither side. `failed`: those of the refused whose
@@ -144,19 +145,19 @@ class Rungs:
         return {i: self._quiet[i] for i in self._sample(list(self._quiet), _PROBED_PAIRS)}
 
     @cached_property
-    def _briefly(self) -> _Answered:
+    def _briefly(self) -> _Verdicts:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
         benign = self._sample(unsteered.of("benign"), _BENIGN)
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         degenerate = {i for i in picked if unsteered.answers[i].degenerate}
-        return _Answered(refused, set(), degenerate)  # what is to change is no failure
+        return _Verdicts(refused, set(), degenerate)  # what is to change is no failure
 
     @cached_property
-    def _in_full(self) -> _Answered:
+    def _in_full(self) -> _Verdicts:
         """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
-        return self._answered(self._some, NO_STEERING, self._recipe.answers.test_tokens)
+        return self._verdicts(self._some, NO_STEERING, self._recipe.answers.test_tokens)
 
     @cached_property
     def _some(self) -> list[int]:
@@ -176,7 +177,7 @@ class Rungs:
         """Of the sensitive prompts to change, how many a full trial answers; 1 where it answers none."""
         return max(1, min(len(self.wanted), self._recipe.tune.full))
 
-    def _answered(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Answered:
+    def _verdicts(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Verdicts:
         answers, judgements, _ = answer_and_judge(
             self.model,
             self._judge,
@@ -186,7 +187,7 @@ class Rungs:
             system=self._recipe.prompts.system,
             sampling=self._recipe.sampling,
         )
-        return _Answered(
+        return _Verdicts(
             {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},
             {i for i, found in zip(picked, judgements, strict=True) if found.category in FAILURES},
             {i for i, answer in zip(picked, answers, strict=True) if answer.degenerate},
@@ -211,8 +212,10 @@ class Rungs:
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
         """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
-        start = time.perf_counter()
         measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
+        # The unsteered side is asked once for all candidates: no time of the first.
+        _ = self._in_full if rung == "full" else self._before
+        start = time.perf_counter()
         trial = measured(number, candidate)
         return replace(trial, seconds=round(time.perf_counter() - start, 2))
 
@@ -221,8 +224,13 @@ class Rungs:
         unmoved = [found for i, found in zip(self._quiet, quiet, strict=True) if i in self._few]
         with self.steering(candidate).on(self.model):
             after = self.model.token_logprobs([*self._openings.values(), *self._few.values()])
+
+        def kept_of(change: float) -> float:
+            """Of an opening, from its Δ log-probability; none where the model gives no numbers any more."""
+            return math.exp(min(0.0, change)) if math.isfinite(change) else 0.0
+
         kept = {
-            i: min(1.0, math.exp(float(now.sum()) - float(before.sum())))
+            i: kept_of(float(now.sum()) - float(before.sum()))
             for i, (before, _), (now, _) in zip(self._openings, openings, after, strict=False)
         }
 
@@ -235,7 +243,7 @@ class Rungs:
             "probe",
             mean(self.wanted),
             mean(self._unsteered.refused("harmful")),
-            benign_drift=mean_change(unmoved, after[len(openings) :]),
+            benign_drift=_moved(unmoved, after[len(openings) :]),
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:
@@ -245,14 +253,18 @@ class Rungs:
         return self._compared("full", number, candidate, self._in_full, self._recipe.answers.test_tokens)
 
     def _compared(
-        self, rung: str, number: int, candidate: Candidate, before: _Answered, max_tokens: int
+        self, rung: str, number: int, candidate: Candidate, before: _Verdicts, max_tokens: int
     ) -> Trial:
         """What the candidate makes of answers `before` it, with as many tokens."""
         steering = self.steering(candidate)
         picked = list(before.refused)
-        after = self._answered(picked, steering, max_tokens)
+        after = self._verdicts(picked, steering, max_tokens)
         moved = self._drift(steering)
         judged = {i for i in picked if None not in (before.refused[i], after.refused[i])}
+        lost, gained = (
+            sum(side.refused[i] is None for i in picked if i not in judged and other.refused[i] is not None)
+            for side, other in ((after, before), (before, after))
+        )
         of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
 
         def counts(kind: Kind) -> tuple[int, int]:
@@ -260,7 +272,7 @@ class Rungs:
             was, now = (sum(side.refused[i] is True for i in of_kind[kind]) for side in (before, after))
             return was, now
 
-        def unchanged(side: _Answered, place: int) -> bool:
+        def unchanged(side: _Verdicts, place: int) -> bool:
             """Whether the prompt is still refused; to induce, whether no refusal that was meant is there."""
             refused = side.refused[place] is True
             return refused if self._recipe.effect == "remove" else not refused or place in side.failed
@@ -287,7 +299,7 @@ class Rungs:
             number,
             candidate,
             rung,
-            sensitive=left / max(1, to_change),
+            sensitive=left / to_change if to_change else 1.0,  # nothing seen to change
             harmful_retention=retention,
             benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,
@@ -296,32 +308,21 @@ class Rungs:
             feasible=kept + harm_by_chance >= limits.min_retention * harmful
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
-            and may_become_degenerate(
-                len(after.degenerate) - len(before.degenerate), len(picked), broken_by_chance
-            ),
+            and few_more(len(after.degenerate) - len(before.degenerate), len(picked), broken_by_chance)
+            and few_more(lost - gained, len(picked), by_chance(lost + gained)),
         )
 
     def _drift(self, steering: Steering) -> float:
         _, before = self._before  # computed here at the latest, unsteered
         with steering.on(self.model):
-            return mean_change(before, self._logprobs(self._quiet))
+            return _moved(before, self._logprobs(self._quiet))
+
+
+def _moved(before: LogProbs, after: LogProbs) -> float:
+    """The drift, in nats a token; of a model that gives no numbers any more farther than any bound."""
+    found = mean_change(before, after)
+    return found if math.isfinite(found) else _FAR
 
 
 def _refused(confidence: float | None) -> bool | None:
     return None if confidence is None else confidence > 0
-
-
-def by_chance(changed: int) -> float:
-    """How many more or less are chance where so many verdicts changed, back and forth: McNemar's z of 1.
-
-    One prompt at least.
-    """
-    return max(1.0, math.sqrt(changed))
-
-
-def may_become_degenerate(more: float, n: int, chance: float = 1.0) -> bool:
-    """Whether so many more degenerate answers of `n` are within the limit, in the search and in the gate.
-
-    `chance`: as many as turn by themselves.
-    """
-    return more <= max(chance, _MORE_DEGENERATE * n)

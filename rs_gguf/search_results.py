@@ -5,7 +5,6 @@ Measured trials of one space go in; a trial, or the content of `tune.json`, come
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
+from rs_gguf.chance import standard_error
 from rs_gguf.search_space import Space, Trial
 
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
@@ -52,7 +52,7 @@ def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
 def _as_good_as_the_best(feasible: Sequence[Trial], n_wanted: int) -> list[Trial]:
     fewest = min((trial.sensitive for trial in feasible), default=0.0)
     # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n_wanted.
-    limit = fewest + max(_standard_error(min(1.0, fewest), n_wanted), 1 / n_wanted) + 1e-9
+    limit = fewest + max(standard_error(min(1.0, fewest), n_wanted), 1 / n_wanted) + 1e-9
     return [trial for trial in feasible if trial.sensitive <= limit]
 
 
@@ -130,9 +130,3 @@ def summary(
 
 def _columns(pairs: Sequence[tuple[Trial, Trial]], name: str) -> tuple[list[float], list[float]]:
     return [getattr(probe, name) for probe, _ in pairs], [getattr(answers, name) for _, answers in pairs]
-
-
-def _standard_error(rate: float, n: int) -> float:
-    """Of a rate seen in `n` trials, one success and one failure more counted, so that it is never 0."""
-    smoothed = (rate * n + 1) / (n + 2)
-    return math.sqrt(smoothed * (1 - smoothed) / (n + 2))

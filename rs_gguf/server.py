@@ -126,7 +126,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
     try:
         found = exchange(root, "/lora-adapters", None, _TIMEOUT)
         loaded = {int(entry["id"]): (Path(str(entry["path"])), float(entry["scale"])) for entry in found}
-    except (TryFailedError, KeyError, TypeError, ValueError) as error:
+    except (TryFailedError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
     scaled = {}
     for path, scale in adapters:

@@ -22,7 +22,7 @@ from gguf.constants import MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, draw
+from rs_gguf.generation import Generation, Sampling, check_lengths, draw
 from rs_gguf.steering import SteeringVector, decoder_blocks
 
 # Families that llama.cpp files under another's name. The others differ in hyphens and underscores at most.
@@ -122,6 +122,12 @@ class TorchModel:
     def eos_token(self) -> str:
         return self.tokenizer.eos_token or ""
 
+    @property
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before every text: the token that begins it, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else []
+
     def close(self) -> None:
         """Let go of the weights. The object is of no use afterwards."""
         self.model = None
@@ -135,7 +141,7 @@ class TorchModel:
     # ---- text and tokens -------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Tokens of `text`. With `special`, control tokens written out in it are recognised."""
+        """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
         encoding = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=not special, verbose=False
         )
@@ -186,13 +192,9 @@ class TorchModel:
     def _checked_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> list[int]:
         if not all(prompts):
             raise InputError("a prompt is empty: every prompt needs at least one token.")
-        lengths = list(map(len, prompts))
-        if self.n_ctx is not None and max(lengths) + max_tokens > self.n_ctx:
-            raise InputError(
-                f"a prompt and its answer need {max(lengths) + max_tokens} tokens, but the model has "
-                f"{self.n_ctx} positions. Shorten the prompt."
-            )
-        return lengths
+        if self.n_ctx is not None:
+            check_lengths(prompts, self.n_ctx, max_tokens)
+        return list(map(len, prompts))
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask [n, T], padded on the left: every row ends in the last column."""

@@ -24,8 +24,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rs_gguf import gguf_header
 from rs_gguf.errors import InputError
-from rs_gguf.files import sha256, write_atomic
+from rs_gguf.files import write_atomic
 from rs_gguf.gguf_header import Header, TensorInfo
+from rs_gguf.models import fingerprint
 
 _log = logging.getLogger("rs_gguf.widening")
 
@@ -46,7 +47,7 @@ def file_to_load(path: Path) -> Path:
         wide = _to_widen(header)
         if not wide:
             return path
-        copy = platformdirs.user_cache_path("rs-gguf") / "widened" / f"{sha256(path)}.gguf"
+        copy = platformdirs.user_cache_path("rs-gguf") / "widened" / f"{fingerprint(path)}.gguf"
         if not copy.is_file():
             write_atomic(copy, lambda file: _write(file, path, header, {tensor.name for tensor in wide}))
     except (InputError, MemoryError) as error:  # llama.cpp tells better what is wrong with a model

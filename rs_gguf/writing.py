@@ -14,6 +14,7 @@ from rs_gguf import control_vector, lora, proof
 from rs_gguf.adapter import Gates
 from rs_gguf.errors import GateError
 from rs_gguf.evaluation import Model
+from rs_gguf.files import finite
 from rs_gguf.llama import LlamaModel
 from rs_gguf.search_space import Directions, Trial
 from rs_gguf.steering import SteeringVector
@@ -52,7 +53,7 @@ def proven(path: Path, model: Model) -> dict[str, Any]:
         raise GateError(f"{path}: " + " ".join(found.reasons))
     return {
         "effect_observed": True,
-        "largest_relative_error": found.largest_relative_error,
+        "largest_relative_error": finite(found.largest_relative_error),
         "kl_mean": found.kl_mean,
         "reasons": list(found.reasons),
     }

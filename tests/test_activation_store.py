@@ -35,6 +35,7 @@ def ids(shard: str) -> list[str]:
 
 
 def fill(store: ActivationStore, shards: list[str] | None = None) -> None:
+    store.begin()
     for shard in shards or list(COUNTS):
         if not store.holds(shard, ids(shard)):
             store.append(shard, ids(shard), arrays(shard))
@@ -108,6 +109,7 @@ import rs_gguf.activation_store as module
 folder, moment = sys.argv[1:]
 arrays = {"activations": np.ones((2, 4, 6), np.float32)}
 store = module.ActivationStore(folder, "k")
+store.begin()
 if moment == "before the manifest":
     module.sha256 = lambda path: os.kill(os.getpid(), 9)
 else:
@@ -169,15 +171,33 @@ def test_damage_is_found_on_reading_and_mended_by_writing(tmp_path: Path, damage
     np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
 
 
-def test_a_store_of_other_inputs_or_prompts_is_not_taken(tmp_path: Path) -> None:
+def test_a_store_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, "k")
+    fill(store)
+    assert not store.holds("00000", [*ids("00000")[:-1], "another"])
+    assert not store.holds("00003", [])
+
+
+def test_only_a_writer_clears_away_what_belongs_to_another_key(tmp_path: Path) -> None:
     old = ActivationStore(tmp_path, "old")
     fill(old)
-    assert not old.holds("00000", [*ids("00000")[:-1], "another"])
-    assert not old.holds("00003", [])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     new = ActivationStore(tmp_path, "new")
+    with pytest.raises(DamagedStoreError, match="another recipe or model"):
+        new.read(["00000"])
+    assert not new.holds("00000", ids("00000"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    np.testing.assert_array_equal(np.asarray(rows(old, "activations")), joined("activations"))
+    new.begin()
     assert not list(tmp_path.glob("*.safetensors"))
     with pytest.raises(DamagedStoreError, match="is missing"):
         new.read(["00000"])
+
+
+def test_reading_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DamagedStoreError, match="is missing"):
+        ActivationStore(tmp_path / "none", "k").read(["00000"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_several_writers_share_a_store(tmp_path: Path) -> None:
@@ -192,4 +212,4 @@ def test_several_writers_share_a_store(tmp_path: Path) -> None:
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot use"):
-        ActivationStore(tmp_path / "file", "k")
+        ActivationStore(tmp_path / "file", "k").begin()

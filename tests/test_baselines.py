@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_gguf import write_tiny_qwen2
+from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import baselines
 from rs_gguf.errors import InputError
@@ -120,6 +121,17 @@ def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> N
             after = along()
     # What the embedding put there stays, and nothing is added to it.
     assert np.ptp(after) < 1e-3 * np.ptp(before)
+
+
+def test_ablation_that_would_leave_the_experts_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "experts.gguf"
+    write_tiny_qwen3(path, THINKING_TEMPLATE, experts=4, n_layer=3)
+    found = samples(layers=3)
+    with LlamaModel(path, n_parallel=2, n_ctx=256) as model:
+        assert baselines.build(recipe("ablation"), found.prompts, lambda: found, model, tmp_path) == []
+    assert "ffn_down_exps" in caplog.text
 
 
 def test_ablation_is_for_removal_from_a_gguf_file(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
+from rs_gguf import chat
+from rs_gguf.chat import ChatFormat, after_thinking, opens_thinking
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 
@@ -38,10 +41,11 @@ class FakeModel:
 
     control = ("<|im_start|>", "<|im_end|>", "<end_of_turn>", "<｜User｜>")
 
-    def __init__(self) -> None:
+    def __init__(self, opening: Sequence[int] = ()) -> None:
+        self.opening = list(opening)
         self.calls: list[tuple[str, bool]] = []
 
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         self.calls.append((text, special))
         if not special:
             return [ord(c) for c in text]
@@ -144,6 +148,17 @@ def test_what_templates_expect_of_their_surroundings() -> None:
     assert chat.render([USER, {"role": "x", "content": "hidden"}]) == "<s>Hi</s>4"
 
 
+def test_a_template_is_told_the_same_day_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Later:
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr(chat, "datetime", Later)
+    told = ChatFormat("{{ strftime_now('%d %b %Y') }} {{ strftime_now('%A') }}").render([USER])
+    assert told == "26 Jul 2024 Friday"
+
+
 # ---- tokens --------------------------------------------------------------------------------------
 
 
@@ -153,6 +168,16 @@ def test_an_ordinary_prompt_is_tokenised_in_one_pass() -> None:
     rendered = chat.render([{"role": "system", "content": "Be brief."}, USER])
     assert tokens == FakeModel().tokenize(rendered)
     assert model.calls[-1] == (rendered, True)
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "Hi<|im_end|>"])
+@pytest.mark.parametrize("opening", [[], [7]])
+def test_a_conversation_begins_with_the_models_opening_once(prompt: str, opening: list[int]) -> None:
+    model = cast("LlamaModel", FakeModel(opening))
+    plain = ChatFormat(None).tokenize(cast("LlamaModel", FakeModel()), prompt)
+    assert ChatFormat(None).tokenize(model, prompt) == opening + plain
+    written = ChatFormat("\7{{ messages[0].content }}").tokenize(model, prompt)  # the template writes it
+    assert written == [7, *map(ord, prompt)]
 
 
 @pytest.mark.parametrize(
@@ -204,32 +229,52 @@ def test_the_format_of_a_model_comes_from_its_metadata() -> None:
 # ---- thinking traces -----------------------------------------------------------------------------
 
 
+TRACED = [
+    ("Just an answer. ", False, "Just an answer."),
+    ("", False, ""),
+    ("<think>Hmm.</think>\n\nYes.", False, "Yes."),
+    ("\n <think>\nHmm.\n</think>Yes.", False, "Yes."),
+    ("<thinking>Hmm.</thinking>Yes.", False, "Yes."),
+    ("[THINK]Hmm.[/THINK]Yes.", False, "Yes."),
+    ("<|channel|>analysis<|message|>Hmm.<|channel|>final<|message|>Yes.", False, "Yes."),
+    ("<think></think>Yes.", False, "Yes."),
+    ("<think>Hmm.</think>", False, ""),
+    ("<think>Hmm", False, ""),  # cut off within the trace
+    ("<think>", False, ""),
+    ("Hmm.</think>Yes.", True, "Yes."),
+    ("Hmm.[/THINK]Yes.", True, "Yes."),
+    ("Hmm. Yes\n</think>", True, ""),
+    ("<think>One.</think>Yes. </think> is a tag.", False, "Yes. </think> is a tag."),
+    ("[THINK]a </think> b[/THINK]Yes.", False, "Yes."),
+]
+
+
+@pytest.mark.parametrize(("text", "inside", "answer"), TRACED)
+def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
+    assert after_thinking(text, inside=inside) == answer
+    assert after_thinking(text) == answer  # the text tells
+
+
 @pytest.mark.parametrize(
-    ("text", "starts_inside", "trace", "answer"),
+    ("text", "inside", "answer", "untold"),
     [
-        ("Just an answer. ", False, "", "Just an answer."),
-        ("", False, "", ""),
-        ("<think>Hmm.</think>\n\nYes.", False, "Hmm.", "Yes."),
-        ("\n <think>\nHmm.\n</think>Yes.", False, "Hmm.", "Yes."),
-        ("<thinking>Hmm.</thinking>Yes.", False, "Hmm.", "Yes."),
-        ("[THINK]Hmm.[/THINK]Yes.", False, "Hmm.", "Yes."),
-        ("<|channel|>analysis<|message|>Hmm.<|channel|>final<|message|>Yes.", False, "Hmm.", "Yes."),
-        ("<think></think>Yes.", False, "", "Yes."),
-        ("<think>Hmm.</think>", False, "Hmm.", ""),
-        ("<think>Hmm", False, "Hmm", ""),  # cut off within the trace
-        ("<think>", False, "", ""),
-        ("Hmm.</think>Yes.", True, "Hmm.", "Yes."),
-        ("Hmm.[/THINK]Yes.", True, "Hmm.", "Yes."),
-        ("Hmm", True, "Hmm", ""),
-        ("<think>Hmm.</think>Yes.", True, "Hmm.", "Yes."),  # opened twice
-        ("<think>One.</think>Yes. </think> is a tag.", False, "One.", "Yes. </think> is a tag."),
+        ("Hmm", True, "", "Hmm"),  # nothing in the text tells of a trace
+        ("<think>Hmm.</think>Yes.", True, "Yes.", "Yes."),  # opened twice
         # Markers that an answer merely mentions open nothing.
-        ("The tag <think> opens, </think> closes.", False, "", "The tag <think> opens, </think> closes."),
-        ("No trace.</think>", False, "", "No trace.</think>"),
+        (
+            "The tag <think> opens, </think> closes.",
+            False,
+            "The tag <think> opens, </think> closes.",
+            "closes.",
+        ),
+        ("No trace.</think>", False, "No trace.</think>", ""),
     ],
 )
-def test_split_thinking(text: str, starts_inside: bool, trace: str, answer: str) -> None:
-    assert split_thinking(text, starts_inside=starts_inside) == (trace, answer)
+def test_whether_the_prompt_opened_a_trace_may_matter(
+    text: str, inside: bool, answer: str, untold: str
+) -> None:
+    assert after_thinking(text, inside=inside) == answer
+    assert after_thinking(text) == untold
 
 
 @pytest.mark.parametrize(

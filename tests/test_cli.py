@@ -1,6 +1,8 @@
 """Bad input ends with one clear line and exit code 2; help does not load PyTorch."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,12 +85,57 @@ def test_a_fresh_start_waits_for_whom_it_would_rob(tmp_path: Path) -> None:
     assert "in use" in stderr
 
 
+@pytest.mark.parametrize("command", ["run", "fit", "report"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_interrupted_run_says_how_it_goes_on(
+    command: str, fresh: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    code, stdout, stderr = invoke(command, "--out", str(tmp_path), *(["--fresh"] if fresh else []))
+    assert (code, stdout) == (130, "")
+    assert stderr.startswith("Interrupted. It goes on where it was: give the command again")
+    assert ("without --fresh" in stderr) == fresh
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="interrupts by a signal")
+def test_an_interrupt_ends_with_130_and_promises_nothing() -> None:
+    command = [sys.executable, "-m", "rs_gguf", "judge", "--judge", "keywords"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write('{"prompt": "p", "answer": "a"}\n')
+        process.stdin.flush()
+        assert process.stderr.readline() == "Judge: keywords\n"  # it waits for more rows
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "Interrupted.\n"
+        assert process.wait() == 130
+
+
 def test_a_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "\x1b[2Jp.gguf"
     code, _, stderr = invoke("inspect", str(path))
     assert code == 2
     assert "\x1b" not in stderr
     assert "\\x1b[2Jp.gguf" in stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_file_whose_name_is_no_text(tmp_path: Path, more: list[str]) -> None:
+    path = tmp_path / os.fsdecode(b"a\xff.gguf")
+    path.write_bytes(b"not a gguf at all")
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as where the locale is not C
+    done = subprocess.run(
+        [sys.executable, "-m", "rs_gguf", "check", path, *more], capture_output=True, env=strict, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"a\\udcff.gguf" in done.stdout
 
 
 def test_an_empty_prompt_file(tmp_path: Path) -> None:

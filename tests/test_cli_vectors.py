@@ -14,9 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import cli_vectors, control_vector
+from rs_gguf import control_vector
 from rs_gguf.cli import main
-from rs_gguf.convert import FORMATS
 from rs_gguf.steering import SteeringVector
 
 WIDTH = 32
@@ -137,11 +136,6 @@ def test_convert_says_why_and_for_which_model(tmp_path: Path) -> None:
     assert (code, stderr) == (0, "")
     assert invoke("check", tmp_path / "w.gguf") == (0, f"{tmp_path / 'w.gguf'}: valid\n", "")
     assert control_vector.read(tmp_path / "w.gguf").architecture == "qwen2"
-
-
-def test_convert_offers_what_the_library_knows() -> None:
-    """The list is kept twice, so that --help needs no import."""
-    assert tuple(FORMATS) == cli_vectors._FORMATS
 
 
 def test_combine_adds_vectors_of_different_blocks(tmp_path: Path) -> None:

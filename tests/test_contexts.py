@@ -29,6 +29,9 @@ class Letters:
 
     chat_template, bos_token, eos_token = None, "", ""
 
+    def __init__(self) -> None:
+        self.opening: list[int] = []
+
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         if special:  # so that a control token within a prompt would show
             text = text.replace("<|im_end|>", "\0")

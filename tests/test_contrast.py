@@ -60,5 +60,7 @@ def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) ->
 
 def test_a_side_without_samples_is_named() -> None:
     none = Labels.of(np.full(3, -0.9), ["sensitive", "harmful", "benign"])
-    with pytest.raises(InputError, match="no refused sensitive prompt"):
-        contrast_weights(none, induce=False)
+    weightless = Labels.of([0.9, -0.9], ["sensitive"] * 2, sample_weight=[0, 1])
+    for found in (none, weightless):
+        with pytest.raises(InputError, match="no refused sensitive prompt"):
+            contrast_weights(found, induce=False)

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from rs_gguf.control_vector import check, read, write
-from rs_gguf.convert import FORMATS, combine, convert, cosines
+from rs_gguf.convert import combine, convert, cosines
 from rs_gguf.errors import InputError
+from rs_gguf.foreign_formats import FORMATS
 from rs_gguf.steering import SteeringVector
 
 WIDTH = 32

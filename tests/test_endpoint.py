@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -138,6 +139,27 @@ def test_a_server_may_name_the_pause(serve: Callable[..., Server]) -> None:
 )
 def test_a_broken_answer_is_tried_again(serve: Callable[..., Server], broken: bytes) -> None:
     assert client(serve(flaky(2, (200, broken)))).complete(ask("x")).text == "x"
+
+
+@pytest.mark.parametrize("count", ["1e999", "-1e999", "9" * 400, '"many"'])
+def test_a_number_of_tokens_that_none_can_be(serve: Callable[..., Server], count: str) -> None:
+    answer = '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": ' + count + "}}"
+    with pytest.raises(InputError, match=r"no answer after 2 tries.*no chat completion"):
+        client(serve(lambda body: (200, answer.encode())), attempts=2, price=(1.0, 1.0)).complete(ask("x"))
+
+
+def test_half_a_surrogate_pair_is_no_text(serve: Callable[..., Server]) -> None:
+    server = serve(lambda body: said("half \ud83d, whole \U0001f600"), ["judge \udcff"])
+    asking = EndpointClient.of(server.url, EndpointOptions())
+    assert asking.model == "judge ?"
+    assert asking.complete(ask("x")).text == "half ?, whole \U0001f600"
+
+
+def test_an_address_that_no_request_can_carry_is_told_at_once(serve: Callable[..., Server]) -> None:
+    server = serve(echo)
+    wrong = EndpointClient([f"{server.url}/\u00e9"], "judge", EndpointOptions())
+    with pytest.raises(InputError, match="cannot be asked"):
+        wrong.complete(ask("x"))
 
 
 def test_it_gives_up_after_so_many_tries_and_says_what_happened(serve: Callable[..., Server]) -> None:
@@ -290,6 +312,14 @@ def test_leaving_early_asks_nothing_more(serve: Callable[..., Server]) -> None:
     assert len(server.asked) < 100
 
 
+def test_leaving_early_asks_nothing_that_waited_for_the_rate_limit(serve: Callable[..., Server]) -> None:
+    server = serve(echo)
+    limited = EndpointClient([server.url], "judge", EndpointOptions(concurrency=4, per_minute=1))
+    with contextlib.closing(limited.complete_all([ask(str(i)) for i in range(20)])) as found:
+        next(found)
+    assert len(server.asked) == 1  # the others had their turn a minute later
+
+
 def test_tokens_and_cost_are_counted(serve: Callable[..., Server]) -> None:
     counting = client(serve(flaky(2, (503, {}))), price=(2.0, 10.0))
     list(counting.complete_all([ask(str(i)) for i in range(4)]))
@@ -340,6 +370,9 @@ def test_a_key_that_no_header_can_carry_is_not_told(
     [
         ("ftp://host/v1", "no address of a server"),
         ("http://", "no address of a server"),
+        ("http://[::1/v1", "no address of a server"),
+        ("http://a..b/v1", "no address of a server"),
+        ("http://host:99999/v1", "no address of a server"),
         ("http://me:secret@host/v1", "password"),
         ("http://host/v1?key=secret", "query"),
     ],
@@ -448,6 +481,26 @@ def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server], ends_with
         vote_confidence([seed % 2 == 0 for seed in kept], [scores[seed] for seed in kept])
     )
     assert {body["temperature"] for body in server.asked if body["max_tokens"] > 1} == {0.6}
+
+
+@pytest.mark.parametrize(
+    ("text", "confidence"),
+    [
+        ("Hm. Perhaps\nVerdict: refusal\n</think>", None),  # it ended before it had settled
+        ("Hm.\nVerdict: refusal\n</think>Verdict: answer", -1.0),
+        ("[THINK]a </think> b[/THINK]Verdict: answer", -1.0),  # the trace speaks of another trace
+        ("<think>Hm.\nVerdict: answer", None),
+    ],
+)
+def test_a_verdict_within_the_trace_is_none(
+    serve: Callable[..., Server], text: str, confidence: float | None
+) -> None:
+    def behave(body: dict[str, Any]) -> Reply:
+        example = "Budapest" in body["messages"][0]["content"]
+        return said("Verdict: answer" if example else text)
+
+    graded = dict(EndpointJudge(client(serve(behave))).judge([("q", "text")]))
+    assert graded[0].confidence == confidence
 
 
 @pytest.mark.parametrize("refusal", [400, 500])

@@ -285,6 +285,17 @@ def test_shrinkage_equals_sklearn(width):
         assert (fitted.ridges_ > 0).all()
 
 
+def test_shrinkage_of_two_samples_and_of_one_dimension():
+    activations, confidence = planted(width=6)
+    keep = (confidence > 0.15) | np.isin(np.arange(120), np.flatnonzero(confidence < -0.15)[:2])
+    for kind in ("ledoit-wolf", "oas"):
+        two = RidgeMeanDifference(ridge=kind).fit(activations[keep], confidence[keep])
+        assert (np.isfinite(two.directions_).all(), (two.ridges_ > 0).all()) == (True, True)
+        # One dimension has one variance: it is a multiple of I as it is.
+        one = RidgeMeanDifference(ridge=kind).fit(activations[:, :, :1], confidence)
+        np.testing.assert_array_equal(np.abs(one.directions_), 1)
+
+
 def test_constant_features_and_a_single_answered_sample():
     activations, confidence = planted(width=6)
     activations[:, :, 2] = 3.0
@@ -578,6 +589,10 @@ def test_harm_cosine_is_that_of_the_mean_contrasts():
     assert fitted.contrast_cosine_[1] == pytest.approx(unit(delta) @ unit(harm), abs=1e-12)
     assert fitted.harm_cosine_[1] == pytest.approx(fitted.contrast_cosine_[1], abs=1e-6)
     assert np.isnan(MeanDifference().fit(activations, confidence).harm_cosine_).all()
+    # Kinds are given, but no harmful sample is refused: there is no contrast.
+    none = np.where(np.array(kinds) == "harmful", -np.abs(confidence), confidence)
+    found = MeanDifference().fit(activations, none, kinds=kinds)
+    assert np.isnan([found.harm_cosine_, found.contrast_cosine_]).all()
 
 
 def test_safe_errors():

@@ -313,6 +313,24 @@ def test_bad_input_is_one_clear_error(folder: Path, arguments: list[str], said: 
     assert stdout == ""
 
 
+def test_tables_are_told_before_a_file_that_cannot_be_written(folder: Path) -> None:
+    code, stdout, stderr = invoke(
+        *(
+            "--model",
+            str(folder / "tiny.gguf"),
+            "--prompts",
+            str(folder / "plain.txt"),
+            "--judge",
+            "keywords",
+        ),
+        *("--tokens", "4", "--json", str(folder / "plain.txt" / "out.json")),
+    )
+    assert code == 2
+    assert "cannot write" in stderr
+    assert "plain: 3 prompts" in stdout
+    assert "Judge: keywords." in stdout
+
+
 @pytest.mark.parametrize(
     ("text", "doses"),
     [

@@ -17,6 +17,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from rs_gguf import comparison_tables, prompts
+from rs_gguf.chance import mcnemar, wilson
 from rs_gguf.degenerate import is_degenerate, switches_language
 from rs_gguf.evaluation import (
     Answer,
@@ -25,11 +26,9 @@ from rs_gguf.evaluation import (
     answer,
     drift_of,
     grade,
-    mcnemar,
     paired,
     side_row,
     summarise,
-    wilson,
 )
 from rs_gguf.generation import Generation
 from rs_gguf.judges import Judgement
@@ -77,7 +76,7 @@ def test_summarise_pairs_and_leaves_out_the_unjudged() -> None:
         [row(0.9, 0.8), row(0.7, -0.9), row(-0.5, -0.4), row(-0.1, 0.2), row(None, 0.9), row(0.9, None)]
     )
     assert found["n"] == 4
-    assert found["unjudged"] == 2
+    assert (found["unjudged"], found["unjudged_baseline"], found["unjudged_steered"]) == (2, 1, 1)
     assert (found["refused_baseline"], found["refused_steered"], found["refused_both"]) == (2, 2, 1)
     assert found["mcnemar_p"] == 1.0
     assert found["categories_baseline"] == {"direct": 1, "untold": 1}
@@ -206,13 +205,13 @@ def test_a_trace_that_was_cut_off_is_not_judged() -> None:
     answers = [
         Answer([1], "no", True, False),
         Answer([1, 2, 3], "", False, False),  # still thinking
-        Answer([1, 2], "", False, True),  # nothing but spaces: empty, which is a refusal by rule
-        Answer([1, 2], "", True, False),  # thought, and said nothing
+        Answer([1, 2], "", False, True),  # a trace that was a loop, or nothing but spaces so far
+        Answer([1, 2], "", True, False),  # thought, and said nothing: empty, which is a refusal by rule
     ]
     asked = [replace(Prompt("p", "benign"), prompt=f"p{i}") for i in range(4)]
     judge = _Echo()
-    assert [found.confidence for found in grade(judge, asked, answers)] == [1.0, None, 1 / 3, 0.25]
-    assert judge.asked == [("p0", "no"), ("p1", None), ("p2", ""), ("p3", "")]
+    assert [found.confidence for found in grade(judge, asked, answers)] == [1.0, None, None, 0.25]
+    assert judge.asked == [("p0", "no"), ("p1", None), ("p2", None), ("p3", "")]
 
 
 class Letters:
@@ -242,14 +241,14 @@ class Marked:
 
     MARKS: ClassVar[dict[int, str]] = {0: "[THINK]", 1: "[/THINK]", 2: "<|tool|>"}
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = list(tokens)
+    def __init__(self, tokens: Sequence[int], *, finished: bool = True) -> None:
+        self.tokens, self.finished = list(tokens), finished
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         return "".join(self.MARKS[t] * special if t in self.MARKS else chr(t) for t in tokens)
 
     def generate(self, prompts: Any, **options: Any) -> Iterator[tuple[int, Generation]]:
-        yield 0, Generation(self.tokens, self.detokenize(self.tokens), True)
+        yield 0, Generation(self.tokens, self.detokenize(self.tokens), self.finished)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +262,13 @@ class Marked:
 def test_a_trace_may_be_marked_by_control_tokens(said: list[int], text: str) -> None:
     ((_, found),) = answer(Marked(said), [[65]], max_tokens=20)  # type: ignore[arg-type]
     assert found.text == text
+
+
+def test_a_trace_that_is_a_loop_is_broken_and_no_empty_answer() -> None:
+    """It was cut off: nobody knows the answer, however the trace looks."""
+    model = Marked([0, *map(ord, "Wait. " * 40)], finished=False)
+    ((_, found),) = answer(model, [[65]], max_tokens=20)  # type: ignore[arg-type]
+    assert (found.text, found.degenerate, found.to_judge) == ("", True, None)
 
 
 def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:

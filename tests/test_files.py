@@ -16,7 +16,7 @@ import pytest
 
 from rs_gguf import files
 from rs_gguf.errors import InputError
-from rs_gguf.files import sha256, write_atomic, write_json, write_text
+from rs_gguf.files import json_lines, read_json, sha256, write_atomic, write_json, write_text
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
@@ -159,6 +159,19 @@ def test_json_is_utf8_in_the_order_given(tmp_path: Path) -> None:
     assert "六四" in text
     assert text.index('"z"') < text.index('"a"')
     assert text.endswith("}\n")
+
+
+def test_json_of_a_name_that_is_no_text_comes_back_as_it_was(tmp_path: Path) -> None:
+    value = {"file": os.fsdecode(b"a\xff.gguf"), "said": "half \ud83d, whole \U0001f600"}
+    write_json(tmp_path / "v.json", value)
+    assert read_json(tmp_path / "v.json") == value
+    assert "\U0001f600" in (tmp_path / "v.json").read_text(encoding="utf-8")
+
+
+def test_rows_are_cut_at_line_feeds_alone() -> None:
+    rows = [{"answer": "one\u2028two\x85three"}, {"answer": "x"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n \n"
+    assert json_lines(text) == rows
 
 
 def test_sha256_of_more_than_one_read(tmp_path: Path) -> None:

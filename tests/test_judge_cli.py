@@ -98,6 +98,31 @@ def test_a_file_without_rows(tmp_path: Path, data: bytes) -> None:
     assert "Traceback" not in stderr
 
 
+def test_files_from_windows_begin_with_a_mark(tmp_path: Path) -> None:
+    row = '{"prompt": "p", "answer": "Sorry"}\n'
+    (tmp_path / "in.jsonl").write_text(row, encoding="utf-8-sig")
+    for source in (str(tmp_path / "in.jsonl"), "-"):
+        result = CliRunner().invoke(
+            main, ["judge", "--judge", "keywords", "--input", source], input=row.encode("utf-8-sig")
+        )
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["verdict"] == "refusal"
+
+
+@pytest.mark.parametrize("address", ["http://[::1/v1#m", "http://a..b/v1#m"])
+def test_an_address_that_is_none_is_one_clear_error(address: str) -> None:
+    code, stdout, stderr = invoke("--judge", address, rows=[{"prompt": "p", "answer": "a"}])
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("Error: ")
+    assert "no address of a server" in stderr
+
+
+def test_pairs_are_chosen_for_agreement_alone() -> None:
+    code, _, stderr = invoke("--pairs", "100", rows=[{"prompt": "p", "answer": "a"}])
+    assert code == 2
+    assert "--agreement" in stderr
+
+
 def test_half_a_surrogate_pair_is_judged_and_written_as_it_came(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(r'{"prompt": "\ud83d", "answer": "Sorry \udc00"}' + "\n")
     code, _, _ = invoke("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))

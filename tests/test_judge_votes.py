@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rs_gguf.chat import ChatFormat
 from rs_gguf.judging.judgement import Judgement
-from rs_gguf.judging.rubric import read_verdict, rubric, verdict_message
+from rs_gguf.judging.rubric import judged_text, read_verdict, rubric, verdict_message
 from rs_gguf.judging.votes import SAMPLING, Vote, VotesJudge, answer_start, tally, vote_confidence
 from rs_gguf.llama import LlamaModel
 
@@ -120,6 +120,23 @@ def test_where_the_final_answer_starts() -> None:
     assert answer_start(len(tokens), text_from, "dict: refusal") == 6
     assert answer_start(len(tokens), text_from, "refusal") == 7
     assert answer_start(len(tokens), text_from, "Verdict: answer") is None
+
+
+class Letters:
+    """A model whose tokens are letters, and whose vocabulary may ask for one before every text."""
+
+    def __init__(self, opening: list[int]) -> None:
+        self.opening = opening
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_a_judge_reads_from_its_models_opening_on() -> None:
+    plain, place = judged_text(Letters([]), ("Who?", "Ada."))  # type: ignore[arg-type]
+    opened, moved = judged_text(Letters([7]), ("Who?", "Ada."))  # type: ignore[arg-type]
+    assert opened == [7, *plain]
+    assert [opened[i] for i in moved] == [plain[i] for i in place] == [*map(ord, " Ada.")]
 
 
 # ---- the real model ------------------------------------------------------------------------------

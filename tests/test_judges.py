@@ -18,22 +18,15 @@ from numpy.typing import NDArray
 from rs_gguf import judges, models
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
-from rs_gguf.judges import (
-    NEUTRAL,
-    Judgement,
-    Pair,
-    final_answer,
-    open_judge,
-    open_judge_spec,
-    shipped_probe,
-)
+from rs_gguf.judges import Judgement, Pair, open_judge, open_judge_spec, shipped_probe
 from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
-from rs_gguf.judging.judgement import by_rule
+from rs_gguf.judging.judgement import by_rule, final_answer
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judging.probe import Components, Kinds, Probe, load_probe, read_states, save_probe
 from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judging.votes import VotesJudge
+from rs_gguf.labels import NEUTRAL
 from rs_gguf.llama import LlamaModel
 
 TWELVE = {
@@ -49,11 +42,11 @@ class FakeModel:
     n_embd = 2
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.opening = path, list[int]()
         self.special: list[bool] = []
         self.asked: list[str] = []
 
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         self.special.append(special)
         return [ord(c) for c in text]
 
@@ -361,7 +354,7 @@ def test_an_answer_that_is_cut_off_in_its_thinking_is_not_an_empty_one(
 class MergingModel(FakeModel):
     """Has a token for a space and the letter after it, where a text begins so, as real models do."""
 
-    def tokenize(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         if text[:1] == " ":
             return [1000 + ord(text[1]), *super().tokenize(text[2:])]
         return super().tokenize(text)
@@ -594,11 +587,9 @@ def test_other_safetensors_and_missing_files_are_no_probe(tmp_path: Path) -> Non
 )
 def test_a_probe_is_refused_by_what_it_was_not_fitted_for(model: LlamaModel, change: dict[str, Any]) -> None:
     probe = probe_for(model, **change)
-    with pytest.raises(
-        InputError, match=rf"belongs to .*{str(next(iter(change.values())))[:12]}.*Fit it anew"
-    ):
+    with pytest.raises(InputError, match=rf"belongs to .*{str(next(iter(change.values())))[:12]}.*this is"):
         probe.check_belongs(model)
-    with pytest.raises(InputError, match="Fit it anew"):
+    with pytest.raises(InputError, match="belongs to"):
         ProbeJudge(model, probe)
 
 
@@ -640,6 +631,16 @@ def test_a_judge_is_opened_by_what_names_it(
         assert isinstance(judge, LabelJudge)
     with open_judge_spec("http://localhost:1/v1,http://localhost:2/v1#big", cached=False) as judge:
         assert judge.name.startswith("big at http://localhost:1/v1, http://localhost:2/v1")
+    with_colon = tmp_path / "labels:of:a.gguf"
+    with_colon.write_bytes(b"GGUF")
+    other = cast("LlamaModel", FakeModel(with_colon))
+    for spec, kind in ((f"labels:{with_colon}", LabelJudge), (f"votes:{with_colon}", VotesJudge)):
+        with open_judge_spec(spec, loaded=other, cached=False) as judge:
+            assert isinstance(judge, kind)
+            assert "of:a" in judge.name
+    for wrong in (r"labels:C:\models\x.gguf", r"C:\models\x.gguf"):
+        with pytest.raises(InputError, match=r"'C:.*x\.gguf'"), open_judge_spec(wrong):
+            pass
     for wrong in ("no-such-judge", "votes:no-such-model", "http://"):
         with pytest.raises(InputError, match=wrong.removeprefix("votes:")), open_judge_spec(wrong):
             pass

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
 from architectures import llama
-from tiny_gguf import write_tiny_qwen2
+from tiny_gguf import SPECIALS, write_tiny_qwen2
 
+from rs_gguf import graph, lora
+from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
+from rs_gguf.llama import LlamaModel
+from rs_gguf.lora import LoraAdapter
+from rs_gguf.targets import TorchModel
 
 TOKENS = 24
 
@@ -92,3 +101,185 @@ def test_a_long_prompt_does_not_slow_those_that_come_later(
             steps.clear()
             list(model.generate([[*prompt, 6 + i] for i in range(10)], max_tokens=2))
             assert max(max(step) for step in steps) == at_once
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, IndexError])
+@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_nrows"], ids=["asked", "reading"])
+def test_what_is_raised_while_tensors_are_read_comes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, raised: type[BaseException]
+) -> None:
+    """Ctrl-C arrives in the callback, since that is the first Python that runs after the signal."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+
+    def fail(tensor: int) -> None:
+        raise raised("on purpose")
+
+    with llama(tmp_path / "tiny.gguf") as model:
+        before = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        with monkeypatch.context() as patched:
+            patched.setattr(graph._ggml, function, fail)
+            with pytest.raises(raised, match="on purpose"):
+                list(model.activations([[5, 6, 7]], layers=[1]))
+            if function == "ggml_get_name":  # which is asked of tensors that nobody reads, too
+                with pytest.raises(raised, match="on purpose"):
+                    list(model.next_logits([[5, 6, 7]]))
+        after = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a signal that comes at a set time")
+def test_a_signal_while_llama_cpp_computes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does it: the handler runs before the first statement of the callback."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=4, n_embd=256)
+    hook = sys.unraisablehook
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def decode(*arguments: Any, decode: Any = llama_cpp.llama_decode) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        return decode(*arguments)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with llama(tmp_path / "tiny.gguf", n_ctx=512) as model, monkeypatch.context() as patched:
+            patched.setattr(llama_cpp, "llama_decode", decode)
+            for _ in range(5):
+                with pytest.raises(KeyboardInterrupt):
+                    list(model.activations([[5, 6, 7] * 150], layers=[1, 2, 3]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sys.unraisablehook is hook
+
+
+def adds_bos(path: Path) -> None:
+    """Has a file's vocabulary ask for a token before every text."""
+    field = gguf.GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"]
+    field.parts[field.data[0]][0] = True
+
+
+def test_prompts_begin_as_the_vocabulary_asks(tmp_path: Path) -> None:
+    """The tiny model's template writes no token before the conversation: that is left to the tokeniser."""
+    path = tmp_path / "tiny.gguf"
+    write_tiny_qwen2(path)
+    with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
+        assert (model.opening, twin.opening) == ([], [])
+        plain = ChatFormat.of(model).tokenize(model, "the rain")
+        assert ChatFormat.of(twin).tokenize(twin, "the rain") == plain
+    adds_bos(path)
+    with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
+        bos = model.tokenize(SPECIALS[0])
+        assert model.opening == twin.opening == bos
+        chat = ChatFormat.of(model)
+        asked = chat.tokenize(model, "the rain")
+        assert asked == bos + plain
+        # As llama.cpp's server reads the rendered conversation.
+        text = chat.render([{"role": "user", "content": "the rain"}]).encode()
+        buffer = (llama_cpp.llama_token * 100)()
+        count = llama_cpp.llama_tokenize(model._vocab, text, len(text), buffer, 100, True, True)
+        assert asked == buffer[:count]
+        assert ChatFormat("{{ bos_token }}{{ messages[0].content }}", bos_token=SPECIALS[0]).tokenize(
+            model, "the rain"
+        ) == bos + model.tokenize("the rain")  # and not twice
+
+
+def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(5)
+    shared = rng.integers(5, 250, 450).tolist()
+    prompts = [[*shared, *rng.integers(5, 250, 50).tolist()] for _ in range(5)]  # 700 cells at once
+    with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
+        found = {i: logits.copy() for i, logits in model.next_logits(prompts)}
+        for i, prompt in enumerate(prompts):
+            ((_, alone),) = model.next_logits([prompt])
+            np.testing.assert_allclose(found[i], alone, atol=2e-3)
+
+
+@pytest.mark.parametrize("use", ["answer", "read"])
+def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, use: str) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    prompts = [[5], [5] * 300, [5] * 9]
+    with llama(tmp_path / "tiny.gguf", n_ctx=256) as model:
+        if use == "answer":
+            told = r"prompt 1 .*300 tokens.*answer.* 20.*256.*[Ss]horten it.*tokens of an answer"
+            with pytest.raises(InputError, match=told):
+                list(model.generate(prompts, max_tokens=20))
+        else:
+            with pytest.raises(InputError, match=r"prompt 1 .*300 tokens.*256.*[Ss]horten it\.$"):
+                list(model.next_logits(prompts))
+
+
+def write_adapter(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((1, 64)), rng.standard_normal((32, 1))
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": (a, b)}, "qwen2"), path)
+
+
+def test_adapters_of_long_ago_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    files = [tmp_path / f"{seed}.gguf" for seed in range(20)]
+    for seed, file in enumerate(files):
+        write_adapter(file, seed)
+    held: set[int] = set()
+    load, free = llama_cpp.llama_adapter_lora_init, llama_cpp.llama_adapter_lora_free
+
+    def address(handle: Any) -> int:
+        return int(ctypes.cast(handle, ctypes.c_void_p).value or 0)
+
+    def loading(*arguments: Any) -> Any:
+        handle = load(*arguments)
+        held.add(address(handle))
+        return handle
+
+    def freeing(handle: Any) -> None:
+        held.remove(address(handle))
+        free(handle)
+
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_init", loading)
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_free", freeing)
+    with llama(tmp_path / "tiny.gguf") as model:
+
+        def under(*adapters: Path) -> np.ndarray:
+            with model.steered(adapters=[(path, 0.1) for path in adapters]):
+                return next(logits.copy() for _, logits in model.next_logits([[5, 6, 7]]))
+
+        alone = [under(file) for file in files]
+        assert 1 < len(held) <= 8
+        together = under(*files)  # all are in force at once, more than are kept otherwise
+        assert len(held) <= 8
+        # Summed in another order: llama.cpp sorts adapters by where they lie.
+        np.testing.assert_allclose(under(*files), together, atol=1e-5)
+        for file, expected in zip(files, alone, strict=True):
+            np.testing.assert_array_equal(under(file), expected)
+    assert len({logits.tobytes() for logits in [*alone, together]}) == 21
+
+
+@pytest.mark.parametrize(
+    ("function", "returned", "said"),
+    [
+        ("llama_decode", 1, "could not decode"),
+        ("llama_set_adapter_cvec", 1, "refused the control vector"),
+        ("llama_init_from_model", None, "cannot make a context"),
+    ],
+)
+def test_a_failure_is_not_told_in_the_words_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, returned: int | None, said: str
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with llama(tmp_path / "tiny.gguf") as model:
+        with (
+            pytest.raises(InputError, match="cannot load the adapter"),
+            model.steered(adapters=[(tmp_path / "broken.gguf", 1.0)]),
+        ):
+            pass
+        with monkeypatch.context() as patched:
+            patched.setattr(llama_cpp, function, lambda *arguments: returned)
+            with (
+                pytest.raises(InputError, match=rf"{said}.*llama\.cpp says: nothing more\."),
+                model.steered({1: np.ones(model.n_embd, np.float32)}),
+            ):
+                list(model.generate([[5, 6]], max_tokens=2))

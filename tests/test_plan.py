@@ -23,7 +23,7 @@ from gguf import GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 
-from rs_gguf import capture, costs, fitting, models, pipeline, prompts, recipe, rungs
+from rs_gguf import capture, catalogue, costs, fitting, models, pipeline, prompts, recipe, rungs
 from rs_gguf import shape as shapes
 from rs_gguf import speed as speeds
 from rs_gguf.cli import main
@@ -75,7 +75,7 @@ def test_the_same_model_has_one_shape(tiny: Path, network: Any) -> None:
 
 def parameters(model: LlamaModel) -> int:
     """All of a loaded model's, as llama.cpp counts them."""
-    return int(llama_cpp.llama_model_n_params(model._model))
+    return int(llama_cpp.llama_model_n_params(model.handle))
 
 
 def total(found: Shape) -> int:
@@ -476,7 +476,7 @@ def test_bad_input_is_one_error(arguments: list[str], said: str, tiny: Path) -> 
 
 
 def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
     code, _, stderr = command()
     assert code == 2
     assert f"rs-export models pull {models.DEFAULT}" in stderr

@@ -97,6 +97,13 @@ def test_empty_axes(kernel: str, shape: tuple[int, int, int, int]) -> None:
     assert not result.any()
 
 
+@pytest.mark.parametrize("shape", [(5, 2, 0, 7), (5, 0, 3, 7)])
+def test_statistics_of_no_direction_or_layer(kernel: str, shape: tuple[int, int, int, int]) -> None:
+    h, v, o = case(*shape)
+    found = project_statistics(h, v, np.linspace(-1, 1, 5), o)
+    assert all(values.shape == shape[1:3] for values in vars(found).values())
+
+
 def test_positive_data_keeps_the_relative_error(kernel: str) -> None:
     # No cancellation: the sums grow to 16,384 terms' worth, and one running float32 sum would drift.
     rng = np.random.default_rng(3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import optuna
 import pytest
 
 from rs_gguf import models
@@ -103,7 +105,8 @@ def test_all_faults_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "override", ["fit.ridges=[0.0]", "fit.ridges=[nan]", "fit.ridges=[inf]", "fit.ridges=[]",
                  "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1", "tune.budget=-1",
-                 "tune.budget=2 days", "tune.budget=inf", "measure.baselines=['steering']"],
+                 "tune.budget=2 days", "tune.budget=inf", "measure.baselines=['steering']",
+                 "seed=4294967296", "answers.parallel=256"],
 )  # fmt: skip
 def test_values_that_cannot_work_are_errors(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
@@ -159,6 +162,28 @@ def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
     dump(recipe, tmp_path / "recipe.toml")
     assert load(tmp_path / "recipe.toml") == recipe
     assert load().tune.budget is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=a\udcff.gguf", "prompts.benign=['a\udcff.csv']", 'prompts.system="\ud83d"', "judge=\udcff"],
+)
+def test_text_that_is_not_utf_8_is_refused(override: str) -> None:
+    """Half a surrogate pair is what Python makes of an argument's bytes that are no UTF-8."""
+    with pytest.raises(InputError, match=r"^recipe: .*[\udcff\ud83d].* is not UTF-8"):
+        load(None, [override])
+
+
+def test_variables_that_are_not_utf_8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RS_GGUF_MODEL", "a\udcff.gguf")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        load()
+
+
+def test_the_largest_seed_is_taken_by_every_generator() -> None:
+    seed = load(None, ["seed=4294967295"]).seed
+    optuna.samplers.TPESampler(seed=seed)
+    np.random.default_rng((seed, 0))
 
 
 def test_the_last_of_two_overrides_wins() -> None:

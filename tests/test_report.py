@@ -38,6 +38,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judging.calibration import labelled_pairs
 from rs_gguf.report import write_card, write_report
 from rs_gguf.reporting import plots
+from rs_gguf.reporting.results import printable
 from rs_gguf.reporting.terminal import print_results
 from rs_gguf.reporting.text import markdown_code, markdown_fence, markdown_text
 
@@ -444,6 +445,18 @@ def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: 
     assert "mine at scale 0.5" in page.source
     assert "secret" not in page.source
     assert "remove.gguf:0.5" in page.source
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"sets": {}, "rows": []}', '{"doses": []}', "[]", "{", "null", "lone"],
+    ids=["eval without --scales", "no doses", "a list", "torn", "null", "no JSON"],
+)
+def test_a_dose_file_of_something_else_is_named(run_folder: Path, text: str) -> None:
+    (run_folder / "doses-mine.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"doses-mine\.json .*eval --scales") as error:
+        write_report(run_folder)
+    assert "--fresh" not in str(error.value)
 
 
 def test_without_doses_the_search_is_shown_over_strength(run_folder: Path) -> None:
@@ -854,6 +867,28 @@ def test_terminal_shows_both_files_and_their_commands_whole(run_folder: Path) ->
     commands = [line for line in lines if line.startswith("llama-server")]
     assert commands == [metrics["adapter"]["llama_cpp"]["command"], metrics["llama_cpp"]["command"]]
     assert "Gated adapter, out/demo/remove-adapter.gguf (the one to use):" in lines
+
+
+def test_terminal_takes_a_folder_whose_name_is_no_text(run_folder: Path) -> None:
+    """Python keeps bytes that are no UTF-8 as halves of surrogate pairs."""
+    data = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(data, encoding="utf-8"), width=80)
+    print_results(console, json.loads((run_folder / "metrics.json").read_text()), Path("out/\udcff"))
+    console.file.flush()
+    assert "out/\ufffd/remove-adapter.gguf" in data.getvalue().decode()
+
+
+@pytest.mark.parametrize("code", [0xAD, 0x200B, 0x2060, 0x3164, 0xFEFF, 0xFFA0, 0xE0041, 0x1D173])
+def test_what_takes_no_room_is_made_visible(code: int) -> None:
+    assert printable([f"a{chr(code)}b"]) == [f"a⟨U+{code:04X}⟩b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["می\u200cخواهم", "क्\u200dष", "👩\u200d🚀", "❤\ufe0f", "葛\U000e0100", "שלום\u200e", "é", "e\u0301"],
+)
+def test_what_scripts_and_emoji_need_stays(text: str) -> None:
+    assert printable(text) == text
 
 
 def test_terminal_gives_the_reasons_of_each_file(run_folder: Path) -> None:

@@ -25,9 +25,29 @@ def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
         assert len(kept) >= max(0, data[:size].count(b"\n") - 1)
         for row in rows[len(kept) :]:
             resumed.append(row)
-        assert resumed.finish([row["id"] for row in rows]) == rows
+        resumed.finish([row["id"] for row in rows])
         assert torn.read_rows("answers.jsonl") == rows
-        assert not (torn / "answers.jsonl.part").exists()
+
+
+def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
+    """A kill between the final file and the mark does not have the stage done once more."""
+    folder = RunFolder(tmp_path)
+    log = RowLog(folder, "answers.jsonl", "k")
+    log.append({"id": "1", "answer": "yes"})
+    log.finish(["1"])
+    assert RowLog(RunFolder(tmp_path), "answers.jsonl", "k").rows == log.rows
+    folder.mark_done("answer", "k", 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "state.json"]
+
+
+def test_half_a_surrogate_pair_is_kept_as_it_came(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    row = {"id": "1", "answer": "half \ud83d, whole 😀"}
+    log = RowLog(folder, "answers.jsonl", "k")
+    log.append(row)
+    assert RowLog(folder, "answers.jsonl", "k").rows == {"1": row}
+    log.finish(["1"])
+    assert folder.read_rows("answers.jsonl") == [row]
 
 
 def test_rows_of_other_inputs_are_not_taken(tmp_path: Path) -> None:
@@ -76,6 +96,20 @@ def test_a_file_that_cannot_be_read_names_the_remedy(text: str | None, tmp_path:
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     with first.locked(), pytest.raises(InputError, match="in use"), second.locked():
+        pass
+
+
+def test_an_error_of_the_run_stays_what_it_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(PermissionError, match="elsewhere"), folder.locked():
+        raise PermissionError(13, "Permission denied", "elsewhere")
+    with folder.locked():  # and the lock is free again
+        pass
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"cannot write in .*--out"), RunFolder(tmp_path).locked():
         pass
 
 

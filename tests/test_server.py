@@ -46,6 +46,13 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
     assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in asked)
 
 
+@pytest.mark.parametrize("number", [float("inf"), "first", None])
+def test_numbers_of_adapters_that_are_none(servers: list[Server], number: Any) -> None:
+    servers[0].adapters = [ADAPTERS[1] | {"id": number}]
+    with pytest.raises(InputError, match="does not tell its adapters"):
+        LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+
+
 @pytest.mark.parametrize(
     "other",
     [

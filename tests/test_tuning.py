@@ -22,6 +22,7 @@ from rs_gguf import lora, pipeline
 from rs_gguf import rungs as rungs_module
 from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
+from rs_gguf.chance import few_more
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
 from rs_gguf.generation import Sampling, common_prefix
@@ -32,7 +33,7 @@ from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt, stratified
 from rs_gguf.recipe import Answers, Recipe, Tune
 from rs_gguf.run_folder import RunFolder
-from rs_gguf.rungs import Rungs, Unsteered, may_become_degenerate
+from rs_gguf.rungs import Rungs, Unsteered
 from rs_gguf.search_results import choose, summary
 from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial, load_trials
 from rs_gguf.tuning import Finder
@@ -183,7 +184,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
     more = trial.degenerate * len(prompts) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert may_become_degenerate(more, len(prompts))
+    assert few_more(more, len(prompts))
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
@@ -218,6 +219,39 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     assert search.size_in_full == trial.answered
     turned = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
     assert trial.feasible == (kept[1] + max(1, turned**0.5) >= values.tune.min_retention * kept[0])
+
+
+@dataclass
+class Doubting(OpeningJudge):
+    """Cannot judge any answer that is not word for word an unsteered one."""
+
+    known: frozenset[str] = frozenset()
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i, found in super().judge(pairs):
+            yield i, found if pairs[i][1] in self.known else Judgement(None, "doubt")
+
+
+@pytest.mark.parametrize("rung", ["answers", "full"])
+def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: Path, rung: str) -> None:
+    judge = Doubting(setting.judge.openings)
+    for tokens in (8, 16):
+        answers, _, _ = answer_and_judge(
+            setting.model, judge, setting.unsteered.prompts, steering=NO_STEERING, max_tokens=tokens
+        )
+        judge = replace(judge, known=judge.known | {found.text for found in answers})
+    search = rungs(replace(setting, judge=judge), tmp_path, recipe(full=EACH))
+    trial = search.measure(rung, 0, replace(GATES.start[0], strength=5.0))
+    assert trial.sensitive == 1.0  # no changed answer is known to be one
+    assert not trial.feasible
+    assert search.measure(rung, 1, replace(GATES.start[0], strength=0.0)).feasible
+
+
+def test_a_model_that_gives_no_numbers_any_more_keeps_nothing(setting: Setting, tmp_path: Path) -> None:
+    trial = rungs(setting, tmp_path).measure("probe", 0, replace(GATES.start[0], strength=math.inf))
+    assert (trial.sensitive, trial.harmful_retention) == (0, 0)
+    assert trial.benign_drift == 1e9
+    assert math.isfinite(trial.sensitive + trial.harmful_retention)
 
 
 def with_failures(setting: Setting, failures: int) -> Setting:
@@ -427,15 +461,15 @@ def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, 
 
 
 def test_one_broken_answer_decides_nothing() -> None:
-    assert may_become_degenerate(1, 12)
-    assert not may_become_degenerate(2, 150)
-    assert may_become_degenerate(2, 200)
+    assert few_more(1, 12)
+    assert not few_more(2, 150)
+    assert few_more(2, 200)
 
 
 def test_nor_do_as_many_as_turn_by_themselves() -> None:
-    assert not may_become_degenerate(2, 180)
-    assert may_become_degenerate(2, 180, chance=2.0)
-    assert not may_become_degenerate(3, 180, chance=2.0)
+    assert not few_more(2, 180)
+    assert few_more(2, 180, chance=2.0)
+    assert not few_more(3, 180, chance=2.0)
 
 
 # ---- formulas in place of a model ----------------------------------------------------------------

@@ -26,6 +26,7 @@ from rs_gguf.judging.exchange import (
     checked_url,
     exchange,
     parse_completion,
+    utf8,
 )
 from rs_gguf.judging.judgement import Usage
 
@@ -127,6 +128,7 @@ class EndpointClient:
                     with contextlib.suppress(InputError):
                         exchange(server.url, "/models", None, self._options.timeout)
                 self._wait_for_turn(stop)
+                _check_wanted(stop)
                 started = self._clock()
                 answer = exchange(server.url, "/chat/completions", data, self._options.timeout)
                 completion, counted = parse_completion(answer)
@@ -181,8 +183,7 @@ class EndpointClient:
     def _take(self, stop: threading.Event, *, avoid: _Server | None) -> _Server:
         """The least busy server that is not kept out, another than `avoid` if there is one; waits for it."""
         while True:
-            if stop.is_set():
-                raise InputError("the requests were called off.")
+            _check_wanted(stop)
             with self._lock:
                 now = self._clock()
                 ready = [server for server in self._servers if server.out_until <= now]
@@ -231,7 +232,7 @@ class EndpointClient:
         for server in self._servers:
             try:
                 found = exchange(server.url, "/models", None, self._options.timeout)
-                names = [str(entry["id"]) for entry in found["data"]]
+                names = [utf8(entry["id"]) for entry in found["data"]]
             except (TryFailedError, KeyError, TypeError) as error:
                 said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
                 continue
@@ -242,6 +243,11 @@ class EndpointClient:
                 )
             return names[0]
         raise InputError(said)
+
+
+def _check_wanted(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise InputError("the requests were called off.")
 
 
 def _plus(usage: Usage, **more: float) -> Usage:

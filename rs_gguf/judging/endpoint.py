@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from rs_gguf.chat import split_thinking
+from rs_gguf.chat import after_thinking
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import Completion, RequestRefusedError, Token
@@ -23,6 +23,9 @@ from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_star
 
 _LEAST_MASS = 0.1  # of both labels together; less, and the judge was about to say something else
 _TOP = 20  # the most that the protocol allows
+
+# How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
+_VOTE_READING = 2
 
 _EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 
@@ -47,7 +50,8 @@ class EndpointJudge:
         self._way: dict[str, Any] | None = None
         where = ", ".join(client.urls)
         self.name = f"{client.model} at {where} (rubric {rubric_version()})"
-        self.identity = f"endpoint {client.model} {where} {VOTES} {_WAYS} {rubric_version()} {chat_reading()}"
+        how = f"{VOTES} {_WAYS} {_VOTE_READING} {rubric_version()} {chat_reading()}"
+        self.identity = f"endpoint {client.model} {where} {how}"
 
     @classmethod
     def of(cls, spec: str, options: EndpointOptions) -> EndpointJudge:
@@ -121,8 +125,7 @@ def label_confidence(tokens: Sequence[Token] | None) -> float | None:
 def _vote(completion: Completion) -> Vote | None:
     if not completion.finished:  # who was still talking might have settled on another verdict
         return None
-    # A template may have opened the trace, so that only its end is in the text.
-    answer = split_thinking(completion.text, starts_inside=True)[1] or split_thinking(completion.text)[1]
+    answer = after_thinking(completion.text)
     verdict = read_verdict(answer)
     if verdict is None:
         return None

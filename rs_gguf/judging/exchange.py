@@ -73,14 +73,14 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
     Raises:
         TryFailedError: no connection, a busy or broken server, an answer that is no JSON.
         RequestRefusedError: this request, and not the address or key, is what the server does not take.
-        InputError: the key or the address is wrong.
+        InputError: the key is wrong, or the address, or one that it leads to.
     """
     key = _key()
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url + path, data, headers)
     try:
+        request = urllib.request.Request(url + path, data, headers)
         with _opener.open(request, timeout=timeout) as response:
             raw = response.read(_MAX_BODY + 1)
     except urllib.error.HTTPError as error:
@@ -88,6 +88,8 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
             _raise_for(url, error, key)
     except (OSError, http.client.HTTPException) as error:
         raise TryFailedError(_without(key, str(error) or type(error).__name__)) from None
+    except ValueError as error:  # of the address, or of the one that a redirect names
+        raise InputError(f"{url} cannot be asked ({_without(key, str(error))}).") from None
     if len(raw) > _MAX_BODY:
         raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
     try:
@@ -118,9 +120,15 @@ def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
 def checked_url(url: str) -> str:
     """A base address without its last slash. `InputError` if it is none, or holds what may be a key."""
     url = url.strip().rstrip("/")
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{url!r} is no address of a server. Give one like http://localhost:8080/v1.")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # a ValueError where it is no number of a port
+        if parts.scheme not in ("http", "https") or not (parts.hostname or "").encode("idna"):
+            raise ValueError
+    except ValueError:  # brackets that do not close, labels of a name that are empty or too long
+        raise InputError(
+            f"{url!r} is no address of a server. Give one like http://localhost:8080/v1."
+        ) from None
     if parts.username or parts.password or parts.query:
         # Not repeated here: it may hold a key.
         raise InputError(
@@ -155,14 +163,26 @@ def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
     """The completion in a response, and its (prompt, completion) tokens."""
     try:
         choice = answer["choices"][0]
-        text = choice["message"].get("content") or ""
+        text = utf8(choice["message"].get("content") or "")
         usage = answer.get("usage") or {}
         content = (choice.get("logprobs") or {}).get("content")
         tokens = None if not content else tuple(_token(entry) for entry in content)
-        completion = Completion(str(text), choice.get("finish_reason") == "stop", tokens)
-        return completion, (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        completion = Completion(text, choice.get("finish_reason") == "stop", tokens)
+        return completion, (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TryFailedError(f"the answer is no chat completion ({type(error).__name__}: {error})") from None
+
+
+def utf8(value: Any) -> str:
+    """A server's text with a question mark for each half of a surrogate pair, which UTF-8 does not have."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _count(value: Any) -> int:
+    number = int(value or 0)
+    if abs(number) >= 2**53:  # times a price, it might leave the floats
+        raise ValueError("a number of tokens that none can be")
+    return number
 
 
 def _token(entry: Mapping[str, Any]) -> Token:

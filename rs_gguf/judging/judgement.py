@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from rs_gguf.chat import begins_in_trace, split_thinking
+from rs_gguf.chat import after_thinking
+from rs_gguf.labels import NEUTRAL
 
-NEUTRAL = 0.15  # |c| up to this is neither (paper section 3)
 # Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
 FAILURES = ("nonsense", "empty")
 
@@ -74,10 +74,9 @@ def final_answer(text: str, *, finished: bool) -> str | None:
     """The part of an answer that is judged: what follows its thinking trace.
 
     None if generation was cut off (not `finished`) before anything followed the trace: nobody knows what
-    the answer would have been. A model that ended by itself within its trace did give an empty answer. A
-    template may have opened the trace, so that only its end is in the text.
+    the answer would have been. A model that ended by itself within its trace did give an empty answer.
     """
-    _, answer = split_thinking(text, starts_inside=begins_in_trace(text))
+    answer = after_thinking(text)
     return None if text.strip() and not answer and not finished else answer
 
 

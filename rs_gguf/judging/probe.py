@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
-from rs_gguf.files import sha256, write_atomic
+from rs_gguf.files import write_atomic
 from rs_gguf.judging.rubric import judged_text, rubric_version, wording
 from rs_gguf.llama import LlamaModel
+from rs_gguf.models import fingerprint
 
 LIKELY = 0.5  # least probability at which a kind is named
 
@@ -114,12 +115,11 @@ class Probe:
 
     def check_belongs(self, model: LlamaModel) -> None:
         """Raise `InputError` unless this probe was fitted for this model, rubric and wording."""
-        actual = (sha256(model.path), rubric_version(), wording())
+        actual = (fingerprint(model.path), rubric_version(), wording())
         if actual != (self.model_sha256, self.rubric_version, self.wording):
             raise InputError(
                 f"the judge's probe belongs to model {self.model_sha256[:12]}, rubric {self.rubric_version}, "
-                f"wording {self.wording}; this is {actual[0][:12]}, {actual[1]}, {actual[2]}. Fit it anew "
-                "with `rs-export judge --fit-probe`."
+                f"wording {self.wording}; this is {actual[0][:12]}, {actual[1]}, {actual[2]}."
             )
 
 

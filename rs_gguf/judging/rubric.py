@@ -86,10 +86,10 @@ def reading() -> str:
 
 
 def verdict_tokens(model: LlamaModel, pair: tuple[str, str]) -> list[int]:
-    """Tokens that end where the verdict would come next. The pair is tokenised as plain text.
+    """Tokens that end where the verdict would come next, from the model's `opening` on.
 
-    An answer is data: control tokens that it spells are not recognised as such, and line breaks are folded
-    so that it cannot start a "Verdict:" line of its own.
+    An answer is data: the pair is tokenised as plain text, so that control tokens that it spells are not
+    recognised as such, and line breaks are folded so that it cannot start a "Verdict:" line of its own.
     """
     return judged_text(model, pair)[0]
 
@@ -98,7 +98,7 @@ def judged_text(model: LlamaModel, pair: tuple[str, str]) -> tuple[list[int], ra
     """`verdict_tokens`, and the places of the reply among them: one at least."""
     prompt, answer = pair
     prompt, answer = _folded(prompt, _MAX_PROMPT), _folded(_own_words(answer), _MAX_ANSWER)
-    head = model.tokenize(_few_shot(), special=False)
+    head = model.opening + model.tokenize(_few_shot(), special=False)
     tokens = head + model.tokenize(_item(prompt, answer), special=False)
     start = common_prefix([tokens, head + model.tokenize(_request(prompt), special=False)])
     end = len(tokens) - len(model.tokenize(_VERDICT, special=False))
@@ -106,7 +106,7 @@ def judged_text(model: LlamaModel, pair: tuple[str, str]) -> tuple[list[int], ra
 
 
 def chat_reading() -> str:
-    """The same for chat messages."""
+    """The same as `reading` for chat messages."""
     text = verdict_message("{prompt}", "{answer}") + label_message("{prompt}", "{answer}")
     return f"{_hash(f'{text} {_MAX_CHAT_PROMPT} {_MAX_CHAT_ANSWER}')} {reading()}"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rs_gguf.chat import ChatFormat, opens_thinking, split_thinking
+from rs_gguf.chat import ChatFormat, after_thinking, opens_thinking
 from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.judgement import Judgement, Pair, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, read_verdict, rubric_version, verdict_message
@@ -141,6 +141,6 @@ class VotesJudge:
         # Some models mark the trace with control tokens, which the plain text leaves out.
         text = model.detokenize(tokens, special=True)
         inside = opens_thinking(model.detokenize(prompt[-8:], special=True))
-        _, answer = split_thinking(text, starts_inside=inside)
+        answer = after_thinking(text, inside=inside)
         start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), answer)
         return (answer, start) if answer and start is not None else ("", 0)

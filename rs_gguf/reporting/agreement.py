@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rs_gguf.chance import wilson
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import wilson
+from rs_gguf.files import json_lines
 from rs_gguf.judging.calibration import LabelledPair, agreement, labelled_pairs
 from rs_gguf.judging.judgement import Judgement, Pair
 from rs_gguf.reporting.plots import Axis
-from rs_gguf.reporting.results import json_lines
 
 Row = dict[str, Any]
 

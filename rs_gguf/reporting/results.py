@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
+from rs_gguf.files import json_lines
 
 Row = dict[str, Any]
 
 _NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
 
 # Controls but tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
-# isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters.
+# isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters,
+# and what takes no room: soft hyphen, zero-width space, word joiner and its kin, fillers, tags (the two
+# zero-width joiners and variation selectors stay: scripts and emoji need them).
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufeff"
-    "\ufff9-\ufffb\ufffe\uffff]"
+    "\ufff0-\ufffb\ufffe\uffff\xad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b\u2060-\u2065\u206a-\u206f\u3164"
+    "\uffa0\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
 )
 
 
@@ -58,7 +62,7 @@ def load(folder: Path) -> Results:
         rows = json_lines(texts["evaluation.jsonl"])
         metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
         fitted = _fitted(folder)
-        doses = [json.loads(_text(path)) for path in sorted(folder.glob("doses*.json"))]
+        doses = [_doses(path) for path in sorted(folder.glob("doses*.json"))]
         recipe = tomllib.loads(texts["recipe.toml"])
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
@@ -66,9 +70,18 @@ def load(folder: Path) -> Results:
     return Results(*map(printable, found))
 
 
-def json_lines(text: str) -> list[Row]:
-    """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut."""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def _doses(path: Path) -> Row:
+    """What `rs-export eval --scales` wrote. `InputError` names a file of anything else."""
+    try:
+        found: Row = json.loads(_text(path))
+        whole = {"doses", "control_vectors", "adapters", "tokens", "judge"} <= found.keys()
+        whole = whole and len(found["doses"]) > 0
+        whole = whole and all({"scale", "rows", "benign_text"} <= dose.keys() for dose in found["doses"])
+    except (ValueError, AttributeError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} holds no doses: was it written by `rs-export eval --scales`? Move it away.")
+    return found
 
 
 def _fitted(folder: Path) -> list[Row]:
@@ -107,4 +120,4 @@ def _visible(match: re.Match[str]) -> str:
         return chr(0x2400 + code)  # Unicode's control pictures
     if code in (0x2028, 0x2029):
         return "\n"
-    return "\ufffd" if 0xD800 <= code < 0xE000 or code >= 0xFDD0 else f"⟨U+{code:04X}⟩"
+    return "\ufffd" if 0xD800 <= code < 0xE000 else f"⟨U+{code:04X}⟩"

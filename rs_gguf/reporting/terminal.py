@@ -48,9 +48,10 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
             note = " (the one to use)"
         else:
             note = "" if file["gate"]["passed"] else " (did not pass its gate)"
-        _say(console, f"\n{file['word'].capitalize()}, {out / file['file']}{note}:")
+        _say(console, f"\n{file['word'].capitalize()}, {printable(str(out / file['file']))}{note}:")
         _say(console, file["llama_cpp"]["command"])
-    _say(console, f"\nReport: {out / 'report.html'}   Card: {out / 'card.md'}")
+    report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
+    _say(console, f"\nReport: {report}   Card: {card}")
 
 
 def _table(found: Sequence[Mapping[str, Any]], effect: str) -> Table:

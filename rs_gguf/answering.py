@@ -1,0 +1,67 @@
+"""What the model answers to the fit and tune prompts by itself, and what the judge says of it.
+
+Prompts and a model, or rows of answers and a judge, go in; answers or rows of `scores.jsonl` come out as they
+are ready. What later stages need of these files is read here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
+from rs_gguf.judges import Judge
+from rs_gguf.prompts import Prompt
+from rs_gguf.recipe import Recipe
+from rs_gguf.run_folder import Row, RunFolder
+from rs_gguf.rungs import Unsteered
+from rs_gguf.server import LlamaServer
+
+
+def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
+    """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
+
+    Raises:
+        InputError: no server can be used.
+    """
+    options, system = recipe.answers, recipe.prompts.system
+    if options.servers is None:
+        tokens = chat_tokens(model, asked, system)
+        yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
+        return
+    servers = LlamaServer(options.servers, [], system)
+    for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
+        # Servers tell the text alone; capture and drift go by tokens.
+        yield i, replace(found, tokens=model.tokenize(found.text, special=False))
+
+
+def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the judgement of each row of `answers.jsonl` as it comes, in any order."""
+    pairs = [(row["prompt"], Answer.from_row(row).to_judge) for row in rows]
+    for i, found in judge.judge(pairs):
+        yield {
+            "id": rows[i]["id"],
+            "confidence": None if found.confidence is None else round(found.confidence, 6),
+            "verdict": found.verdict,
+            "mode": found.mode,
+            "category": found.category,
+            "judge": judge.name,
+        }
+
+
+def judged(folder: RunFolder) -> dict[str, Row]:
+    """What the judge said of answers, by the prompt's id; those that could not be judged are left out."""
+    rows = folder.read_rows("scores.jsonl")
+    return {row["id"]: row for row in rows if row["confidence"] is not None}
+
+
+def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> Unsteered:
+    """The prompts `asked` with their answers and judgements."""
+    ids, said = {p.id for p in asked}, judged(folder)
+    rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
+    return Unsteered(
+        asked,
+        [Answer.from_row(row) for row in rows],
+        [said[row["id"]]["confidence"] if row["id"] in said else None for row in rows],
+        [said[row["id"]]["category"] if row["id"] in said else None for row in rows],
+    )

@@ -1,0 +1,160 @@
+"""A GGUF file that llama.cpp has loaded: its weights, its vocabulary, and the adapters made for it.
+
+A path goes in. Metadata, tokens of a text, text of tokens, and handles for a context to work with come out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import llama_cpp
+
+from rs_gguf import llama_log, widening
+from rs_gguf.errors import InputError
+
+_KEPT_ADAPTERS = 8  # loaded ones beside those in force: a search tries hundreds
+
+
+class LlamaFile:
+    """The weights and the vocabulary of a GGUF file.
+
+    Raises:
+        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, or there is
+            not enough memory for the weights. The message carries llama.cpp's own words.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(
+                f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`."
+            )
+        llama_log.listen()
+        llama_cpp.llama_backend_init()
+        self.handle: Any = None
+        # A copy that is faster takes more memory than the model itself.
+        for file in dict.fromkeys([widening.file_to_load(self.path), self.path]):
+            llama_log.forget_errors()
+            self.handle = llama_cpp.llama_model_load_from_file(
+                os.fsencode(file), llama_cpp.llama_model_default_params()
+            )
+            if self.handle:
+                break
+        if not self.handle:
+            raise InputError(llama_log.failure(f"llama.cpp cannot load {self.path}"))
+        self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
+        self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
+        self.metadata = self._read_metadata()
+        self.architecture = self.metadata.get("general.architecture", "unknown")
+        self._adapters: dict[str, Any] = {}  # the one used last comes last
+
+    def _read_metadata(self) -> dict[str, str]:
+        def text(read: Callable[..., int], index: int) -> str:
+            size = read(self.handle, index, None, 0) + 1
+            buffer = ctypes.create_string_buffer(size)
+            read(self.handle, index, buffer, size)
+            return buffer.value.decode("utf-8", "replace")
+
+        return {
+            text(llama_cpp.llama_model_meta_key_by_index, i): text(
+                llama_cpp.llama_model_meta_val_str_by_index, i
+            )
+            for i in range(llama_cpp.llama_model_meta_count(self.handle))
+        }
+
+    def close(self) -> None:
+        """Free the weights. The object is of no use afterwards."""
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)  # and the adapters with it
+            self.handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- text and tokens -------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template in the file's metadata, if any."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    @property
+    def bos_token(self) -> str:
+        return self._special(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_token(self) -> str:
+        return self._special(llama_cpp.llama_vocab_eos(self._vocab))
+
+    def _special(self, token: int) -> str:
+        return self.token_text(token) if token >= 0 else ""
+
+    @property
+    def opening(self) -> list[int]:
+        """What the vocabulary asks for before every text: the token that begins it, or nothing."""
+        return (
+            [llama_cpp.llama_vocab_bos(self._vocab)] if llama_cpp.llama_vocab_get_add_bos(self._vocab) else []
+        )
+
+    def token_text(self, token: int) -> str:
+        """The literal text of one token, special ones included."""
+        return self.detokenize([token], special=True)
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
+        data = text.encode("utf-8")
+        size = len(data) + 8
+        buffer = (llama_cpp.llama_token * size)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
+        return list(buffer[:count])
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of `tokens`; control tokens are left out unless `special`."""
+        if not tokens:
+            return ""
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        size = 32 * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama_cpp.llama_detokenize(self._vocab, array, len(tokens), buffer, size, False, special)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            size = -count
+
+    def _ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    # ---- adapters --------------------------------------------------------------------------------
+
+    def _adapter(self, path: Path) -> Any:
+        """The handle of a LoRA adapter, loaded at first use and when its file has changed."""
+        if not path.is_file():
+            raise InputError(f"adapter file not found: {path}.")
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_mtime_ns}:{stat.st_size}"
+        handle = self._adapters.pop(key, None)
+        if handle is None:
+            llama_log.forget_errors()
+            handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
+            if not handle:
+                raise InputError(llama_log.failure(f"llama.cpp cannot load the adapter {path}"))
+        self._adapters[key] = handle
+        return handle
+
+    def _free_adapters(self, in_force: Sequence[Any]) -> None:
+        """Let go of those that were used longest ago, but for those `in_force` in some context."""
+        spare = [
+            key for key, handle in self._adapters.items() if not any(handle is kept for kept in in_force)
+        ]
+        for key in spare[: max(0, len(self._adapters) - _KEPT_ADAPTERS)]:
+            llama_cpp.llama_adapter_lora_free(self._adapters.pop(key))

@@ -1,0 +1,39 @@
+"""What both engines draw tokens with, and how long a prompt may be."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rs_gguf.errors import InputError
+from rs_gguf.generation import Sampling, check_lengths, draw
+
+WARM = Sampling(temperature=0.8)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("count", [1, 50], ids=["one", "all"])
+def test_logits_that_are_no_numbers_end_no_run(bad: float, count: int) -> None:
+    """A steering that is far too strong makes such, and a search must go on."""
+    logits = np.linspace(-1, 1, 50, dtype=np.float32)
+    logits[:count] = bad
+    drawn = [draw(logits, WARM, np.random.default_rng(seed)) for seed in range(3)]
+    assert drawn == [draw(logits, Sampling(), np.random.default_rng(0))] * 3
+
+
+def test_likely_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = np.log(np.array([0.1, 0.6, 0.3, 1e-9], dtype=np.float32))
+    rng = np.random.default_rng(0)
+    warm = Sampling(temperature=1.0, top_k=0, top_p=1.0)
+    counts = np.bincount([draw(logits, warm, rng) for _ in range(4000)], minlength=4)
+    np.testing.assert_allclose(counts / 4000, [0.1, 0.6, 0.3, 0], atol=0.03)
+
+
+@pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, r"it\.$")])
+def test_the_prompt_that_is_too_long_is_named(max_tokens: int, told: str) -> None:
+    fitting = [[1] * 4, [1] * (10 - max_tokens)]
+    check_lengths(fitting, 10, max_tokens)
+    with pytest.raises(InputError, match=f"prompt 2 .*11 tokens.*only 10 fit.*Shorten {told}"):
+        check_lengths([*fitting, [1] * 11, [1] * 11], 10, max_tokens)
