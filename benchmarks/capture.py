@@ -73,7 +73,8 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
     import torch
     import transformers
 
-    from rs_gguf.targets import TorchModel, keeps_bf16
+    from rs_gguf.huggingface import keeps_bf16
+    from rs_gguf.targets import TorchModel
 
     ours, network = LlamaModel(path), TorchModel(path)
     tokens = chat_tokens(ours, asked)

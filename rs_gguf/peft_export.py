@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-import torch
-import transformers
 from safetensors.numpy import load, save
 from torch import nn
 
-from rs_gguf import models
+from rs_gguf import huggingface, models
 from rs_gguf.adapter import WRITERS
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.gguf_file import write_compared
 from rs_gguf.lora import LoraAdapter
-from rs_gguf.targets import llama_cpp_name
 
 
 def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
@@ -72,15 +68,15 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
 
 def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     """The module of the PyTorch model that each matrix of the adapter belongs to."""
-    families = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    network = _network(model)
+    network = huggingface.network(huggingface.read_config(models.resolve(model)))
     config = network.config.get_text_config()
-    family = llama_cpp_name(config.model_type)
-    if adapter.architecture not in families or (family in families and family != adapter.architecture):
+    family = huggingface.llama_cpp_name(config.model_type)
+    known = huggingface.llama_cpp_family(adapter.architecture)
+    if known is None or (huggingface.llama_cpp_family(family) not in (None, known)):
         raise InputError(
             f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
         )
-    table = gguf.get_tensor_name_map(families[adapter.architecture], config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     linear = {
         f"{table.get_name(path)}.weight": (path, module)
         for path, module in network.named_modules()
@@ -103,21 +99,3 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
             )
         found[name] = path
     return found
-
-
-def _network(model: str) -> Any:
-    """The PyTorch model without weights."""
-    path = models.resolve(model)
-    folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, gguf_file=file, trust_remote_code=False, local_files_only=True
-        )
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # its error family depends on its version and on the model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"transformers cannot read the configuration of {path}: {reason} Give the model's Hugging Face "
-            "folder or hub id."
-        ) from error

@@ -91,19 +91,12 @@ def of_folder(path: Path, bits: float | None = None) -> Shape:
     Raises:
         InputError: no configuration, or none that transformers knows.
     """
-    import transformers
+    from rs_gguf import huggingface
 
-    from rs_gguf.targets import keeps_bf16
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # its error family depends on its version and on the file
-        raise InputError(
-            f"{path}: transformers cannot read its configuration ({_first_line(error)})."
-        ) from error
+    config = huggingface.read_config(path)
     if bits is not None:
         return of_config(config, bits)
-    shape = of_config(config, 16.0 if keeps_bf16(config) else 32.0)
+    shape = of_config(config, 16.0 if huggingface.keeps_bf16(config) else 32.0)
     return replace(shape, writers={})  # PyTorch reads block outputs alone
 
 
@@ -114,22 +107,13 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
         InputError: transformers cannot make it.
     """
     import gguf
-    import torch
-    import transformers
 
-    from rs_gguf.targets import llama_cpp_name
+    from rs_gguf import huggingface
 
     text = config.get_text_config()  # without eyes and ears
-    try:
-        with torch.device("meta"):  # modules without numbers
-            network = transformers.AutoModelForCausalLM.from_config(text)
-    except Exception as error:  # its error family depends on its version and on the model
-        raise InputError(
-            f"transformers cannot make a {config.model_type} model ({_first_line(error)})."
-        ) from error
-    families = {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
-    family = families.get(llama_cpp_name(text.model_type), gguf.MODEL_ARCH.LLAMA)
-    table = gguf.get_tensor_name_map(family, text.num_hidden_layers)
+    network = huggingface.network(text)
+    family = huggingface.llama_cpp_family(huggingface.llama_cpp_name(text.model_type))
+    table = gguf.get_tensor_name_map(family or gguf.MODEL_ARCH.LLAMA, text.num_hidden_layers)
     experts = next((n for n in (getattr(text, k, None) for k in _EXPERT_COUNTS) if n), 1)
     tensors = [
         (_gguf_name(name, table), tuple(reversed(parameter.shape)))
@@ -140,10 +124,6 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
     return _shape(
         tensors, text.num_hidden_layers, text.hidden_size, used, int(count * bits / 8), text.model_type
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _gguf_name(name: str, table: Any) -> str:

@@ -10,32 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from gguf.constants import MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
+from rs_gguf import huggingface
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Generation, Sampling, check_lengths, draw
 from rs_gguf.steering import SteeringVector, decoder_blocks
-
-# Families that llama.cpp files under another's name. The others differ in hyphens and underscores at most.
-_LLAMA_CPP_NAMES = {
-    "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "gpt_bigcode": "starcoder",
-    "granitemoehybrid": "granitehybrid",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "phi": "phi2",
-}
 
 # Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
 _TURN_ENDS = (
@@ -66,9 +52,8 @@ class TorchModel:
         path: a Hugging Face folder with safetensors, or a GGUF file of a family that transformers can read.
         n_parallel: sequences that are answered at once.
         device: a torch device. By default the CPU, or the GPUs if there are any: blocks are spread over them
-            by accelerate, and what they do not hold stays in main memory. The weights of a folder keep the
-            type that they are published in (mostly bf16); on a CPU all but `keeps_bf16` runs in F32, and so
-            does what a GGUF file holds.
+            by accelerate, and what they do not hold stays in main memory. Of the types of weights:
+            `huggingface.load`.
 
     Raises:
         InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
@@ -79,12 +64,13 @@ class TorchModel:
         self.n_parallel = n_parallel
         spread = device is None and torch.cuda.is_available()
         self.device = torch.device(device or ("cuda" if spread else "cpu"))
-        self.model, self.tokenizer = _load(self.path, on_cpu=self.device.type == "cpu", spread=spread)
+        on_cpu = self.device.type == "cpu"
+        self.model, self.tokenizer = huggingface.load(self.path, on_cpu=on_cpu, spread=spread)
         self.model.eval()
         if not spread:
             self.model.to(self.device)
         config = self.model.config.get_text_config()
-        self.architecture = llama_cpp_name(config.model_type)
+        self.architecture = huggingface.llama_cpp_name(config.model_type)
         self.n_layer = len(decoder_blocks(self.model))
         self.n_embd: int = config.hidden_size
         self.n_vocab: int = config.vocab_size
@@ -362,71 +348,3 @@ class TorchModel:
 
 class _AllRead(Exception):
     """Ends a forward pass whose deeper blocks nobody needs."""
-
-
-def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
-    """Whether a model of this configuration runs on the CPU in bf16, as it is published, and not in F32.
-
-    Where the processor multiplies bf16 (AVX512-BF16, and with it AMX) that is twice as fast or more and takes
-    half of the memory; elsewhere PyTorch emulates it.
-    """
-    published = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older versions of PyTorch do not tell
-    return published == torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
-
-
-def llama_cpp_name(model_type: str) -> str:
-    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
-    base = model_type.removesuffix("_text")
-    if base in _LLAMA_CPP_NAMES:
-        return _LLAMA_CPP_NAMES[base]
-    known: dict[str, str] = {_squashed(name): name for name in MODEL_ARCH_NAMES.values()}
-    return known.get(_squashed(base), model_type)
-
-
-def _squashed(name: str) -> str:
-    return name.replace("_", "").replace("-", "")
-
-
-def _load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
-    """The model and its tokenizer; `spread`: over all GPUs and, where they do not suffice, main memory."""
-    if path.is_dir() and (path / "config.json").is_file():
-        folder, file = path, None
-    elif path.is_file() and path.suffix == ".gguf":
-        folder, file = path.parent, path.name
-    else:
-        raise InputError(
-            f"{path}: PyTorch takes a Hugging Face folder (with config.json and safetensors) or a .gguf file."
-        )
-    name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    source: dict[str, Any] = {"gguf_file": file, "trust_remote_code": False, "local_files_only": True}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars; a library draws none
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
-            as_published = not file and (
-                not on_cpu or keeps_bf16(transformers.AutoConfig.from_pretrained(folder, **source))
-            )
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                **source,
-                use_safetensors=True,
-                output_loading_info=True,
-                device_map="auto" if spread else None,
-                **{name: "auto" if as_published else torch.float32},
-            )
-    except Exception as error:  # its error family depends on its version and on the model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"transformers cannot load {path}: {reason} Needed are safetensors or GGUF weights of a "
-            "decoder-only family that transformers knows without remote code; other GGUF files run in "
-            "llama.cpp alone."
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"{path} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}…), which would be "
-            "random numbers. Fetch the folder again."
-        )
-    return model, tokenizer

@@ -169,7 +169,7 @@ def test_a_configuration_that_transformers_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}')
     mark = tmp_path / "ran"
     (tmp_path / "code.py").write_text(f"open({str(mark)!r}, 'w').close()")
-    with pytest.raises(InputError, match="cannot read the configuration"):
+    with pytest.raises(InputError, match="cannot read its configuration"):
         peft_export.export(random_adapter(), str(tmp_path), tmp_path / "peft")
     assert not mark.exists()
 

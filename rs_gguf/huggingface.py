@@ -1,0 +1,145 @@
+"""Models as Hugging Face's transformers has them: configuration, network, weights. Never with remote code.
+
+A folder (config, tokenizer, safetensors) or a GGUF file goes in; a configuration, a network without numbers,
+or one with its weights and tokenizer come out, and what llama.cpp calls the family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import transformers
+
+from rs_gguf.errors import InputError
+
+# Families that llama.cpp files under another's name. The others differ in hyphens and underscores at most.
+_LLAMA_CPP_NAMES = {
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "phi": "phi2",
+}
+_FAMILIES = {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def read_config(path: Path) -> transformers.PretrainedConfig:
+    """The configuration in a folder, of which config.json alone is read, or of a GGUF file.
+
+    Raises:
+        InputError: there is none, or none that transformers knows.
+    """
+    folder, file = (path.parent, path.name) if path.is_file() and path.suffix == ".gguf" else (path, None)
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, gguf_file=file, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # its error family depends on its version and on the file
+        raise InputError(
+            f"{path}: transformers cannot read its configuration ({_first_line(error)}). Give the "
+            "Hugging Face folder or hub id of a family that transformers knows without remote code."
+        ) from error
+
+
+def network(config: transformers.PretrainedConfig) -> Any:
+    """The PyTorch model of a configuration, its modules without numbers.
+
+    Raises:
+        InputError: transformers cannot make it.
+    """
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # as above
+        raise InputError(
+            f"transformers cannot make a {config.model_type} model ({_first_line(error)})."
+        ) from error
+
+
+def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer; `spread`: over all GPUs and, where they do not suffice, main memory.
+
+    The weights of a folder keep the type that they are published in, but for what a CPU runs in F32 (see
+    `keeps_bf16`); those of a GGUF file are dequantised to F32.
+
+    Raises:
+        InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
+    """
+    if path.is_dir() and (path / "config.json").is_file():
+        folder, file = path, None
+    elif path.is_file() and path.suffix == ".gguf":
+        folder, file = path.parent, path.name
+    else:
+        raise InputError(
+            f"{path}: PyTorch takes a Hugging Face folder (with config.json and safetensors) or a .gguf file."
+        )
+    as_published = not file and (not on_cpu or keeps_bf16(read_config(folder)))
+    name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    source: dict[str, Any] = {"gguf_file": file, "trust_remote_code": False, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars; a library draws none
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                **source,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map="auto" if spread else None,
+                **{name: "auto" if as_published else torch.float32},
+            )
+    except Exception as error:  # as above
+        raise InputError(
+            f"transformers cannot load {path}: {_first_line(error)} Needed are safetensors or GGUF weights "
+            "of a decoder-only family that transformers knows without remote code; other GGUF files run in "
+            "llama.cpp alone."
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"{path} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}…), which would be "
+            "random numbers. Fetch the folder again."
+        )
+    return model, tokenizer
+
+
+def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model of this configuration runs on the CPU in bf16, as it is published, and not in F32.
+
+    Where the processor multiplies bf16 (AVX512-BF16, and with it AMX) that is twice as fast or more and takes
+    half of the memory; elsewhere PyTorch emulates it.
+    """
+    published = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    # Older versions of PyTorch do not tell what the processor can do.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return published == torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
+
+
+def llama_cpp_name(model_type: str) -> str:
+    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
+    base = model_type.removesuffix("_text")
+    if base in _LLAMA_CPP_NAMES:
+        return _LLAMA_CPP_NAMES[base]
+    known: dict[str, str] = {_squashed(name): name for name in _FAMILIES}
+    return known.get(_squashed(base), model_type)
+
+
+def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
+    """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
+    return _FAMILIES.get(name)
+
+
+def _squashed(name: str) -> str:
+    return name.replace("_", "").replace("-", "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
