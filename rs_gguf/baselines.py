@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from rs_gguf import lora
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import (
@@ -28,7 +29,6 @@ from rs_gguf.estimators import (
 )
 from rs_gguf.evaluation import NO_STEERING, Model, Steering
 from rs_gguf.fitting import Samples
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.layers import calibration_scales, flat_profile, layer_auroc, layer_scores
 from rs_gguf.llama import LlamaModel
 from rs_gguf.projection import project

@@ -1,4 +1,4 @@
-"""What chance does to counts of verdicts: intervals, tests, and how much of a change decides nothing.
+"""What chance does to verdicts and their counts: near ties, intervals, tests, what decides nothing.
 
 Counts go in; bounds leave. Intervals by Wilson (JASA 22, 1927), paired tests by McNemar (Psychometrika 12,
 1947).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+NEUTRAL = 0.15  # |confidence| up to this is neither refused nor answered (section 3 of arXiv 2512.16602)
 _FEW = 0.01  # share of answers that may become degenerate or impossible to judge, but chance in any case
 
 

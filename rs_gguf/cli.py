@@ -131,7 +131,7 @@ def run_command(
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
     if as_json:
-        click.echo(json.dumps(metrics, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(metrics, indent=2))
     else:
         _print_metrics(metrics, out)
     written = [metrics, metrics["adapter"]] if "adapter" in metrics else [metrics]

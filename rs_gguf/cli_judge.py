@@ -60,7 +60,7 @@ def judge(
     from rs_gguf.terminal import TerminalProgress
 
     if show_rubric:
-        click.echo(json.dumps(rubric(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(rubric(), indent=2))
         return
     if sample is not None and not agreement:
         raise InputError("--pairs chooses among the labelled test pairs: give --agreement with it.")
@@ -78,7 +78,7 @@ def judge(
             count = min(sample or len(pairs), len(pairs))
             pairs = [pairs[k * len(pairs) // count] for k in range(count)]
             found = {"labels": calibration.label_agreement(), **calibration.agreement(grader, pairs)}
-            click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            click.echo(json.dumps(found, indent=2))
             return
         counts: Counter[str] = Counter()
         graded = _lines(rows, grader, counts)

@@ -42,7 +42,7 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             "warnings": list(report.warnings), "loader_says": report.loader_says,
             "proof": None if report.proof is None else _finite(dataclasses.asdict(report.proof)),
         }  # fmt: skip
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(value, indent=2))
     else:
         for reason in report.errors:
             click.echo(f"error: {reason}")
@@ -76,7 +76,7 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     """Show what is in FILE: blocks, matrices, norms, provenance, calibration, metrics."""
     value = _facts(file, against)
     if as_json:
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(value, indent=2))
         return
     from rich.console import Console
     from rich.table import Table

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.judging.judgement import FAILURES
-from rs_gguf.labels import MIN_SAMPLES, NEUTRAL, Labels, Mask
+from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.moments import Float64
 
 

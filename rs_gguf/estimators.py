@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
-from rs_gguf.labels import NEUTRAL, Labels, Mask
+from rs_gguf.labels import Labels, Mask
 from rs_gguf.moments import Float64
 from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import SHRINKAGES, RidgeSystem, check_ridges

@@ -19,9 +19,9 @@ import scipy.linalg
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_atomic
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.moments import Float64, read_rows
 
 FORMATS = (".png", ".svg")

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from rs_gguf import figures
 from rs_gguf.adapter import Gates, WriterInputs, fit_gates
 from rs_gguf.arrays import load_arrays, save_arrays
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import (
@@ -33,7 +34,7 @@ from rs_gguf.estimators import (
     fit_paths,
 )
 from rs_gguf.files import write_json
-from rs_gguf.labels import NEUTRAL, Labels
+from rs_gguf.labels import Labels
 from rs_gguf.layers import layer_scores, scales_of, score_bands, scores_of
 from rs_gguf.projection import project, project_statistics
 from rs_gguf.prompts import KINDS, Prompt
@@ -58,7 +59,6 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
 
 # λ of the figures' path: wide enough to see where it stops to matter. One factorisation serves all of them.
 _PATH_RIDGES = np.geomspace(1e-3, 1e3, 13)
-_FOLDS = 5
 
 _SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
 
@@ -225,18 +225,16 @@ def _draw(
     figures.save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
     if not ESTIMATORS[name].uses_covariance:
         return  # no ridge
-    estimator = ESTIMATORS[name]()
-    sides = estimator.masks(Labels.of(samples.confidence, samples.kinds)).values()
-    if min(map(np.count_nonzero, sides)) < _FOLDS:
-        return  # too few of a class to hold some out each time
-    choice = choose_ridge(
-        samples.activations,
-        samples.confidence,
-        _PATH_RIDGES,
-        estimator,
-        folds=_FOLDS,
-        kinds=samples.kinds,
-    )
+    try:
+        choice = choose_ridge(
+            samples.activations,
+            samples.confidence,
+            _PATH_RIDGES,
+            ESTIMATORS[name](),
+            kinds=samples.kinds,
+        )
+    except InputError:  # too few of a class to hold any out: the path cannot be known, the fit stands
+        return
     figures.save_ridge_path(
         folder / f"{name}-ridge.svg", choice.ridges, choice.scores, best=choice.best, label="held-out AUROC"
     )

@@ -51,14 +51,13 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
 
 def check_lengths(sequences: Sequence[Sequence[int]], at_most: int, max_tokens: int = 0) -> None:
     """Raise `InputError` if a sequence and an answer of `max_tokens` have more than `at_most` tokens."""
-    longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
-    length = len(sequences[longest])
+    length = max(map(len, sequences))
     if length + max_tokens > at_most:
         answer = f" and its answer may have {max_tokens}" if max_tokens else ""
         lower = ", or lower the tokens of an answer" if max_tokens else ""
         raise InputError(
-            f"prompt {longest} (counted from 0) has {length} tokens{answer}, but only {at_most} fit the "
-            f"model's context. Shorten it{lower}."
+            f"a prompt has {length} tokens{answer}, but only {at_most} fit the model's context. "
+            f"Shorten it{lower}."
         )
 
 

@@ -16,6 +16,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf.llama_callbacks import called_back
+
 Tensor = tuple[str, int]  # name and block: ("l_out", 7) is the graph's `l_out-7`
 Rows = dict[Tensor, NDArray[np.float32]]
 
@@ -67,6 +69,7 @@ class GraphReader:
         """What was read at the next output token of the batch, of each tensor its row [width]."""
         return self._rows.popleft()
 
+    @called_back
     def on_tensor(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """Called by llama.cpp to `ask` whether it is to stop at a tensor, and there: False then ends all."""
         name = _ggml.ggml_get_name(tensor)

@@ -16,7 +16,6 @@ from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64, gather
 
 KINDS = ("sensitive", "harmful", "benign")
-NEUTRAL = 0.15  # |c| up to this is neither refused nor answered (section 3 of arXiv 2512.16602)
 MIN_SAMPLES = 4  # below which a mean is noise
 Mask = npt.NDArray[np.bool_]
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.moments import Float64
 from rs_gguf.projection import ProjectionStatistics
 

@@ -56,7 +56,7 @@ class LlamaModel(LlamaFile):
         self._answer_context: Context | None = None
         try:
             self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
-        except InputError:
+        except BaseException:
             self.close()
             raise
 

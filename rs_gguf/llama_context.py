@@ -6,9 +6,7 @@ the `GraphReader` was told to read on the way.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from rs_gguf import llama_log
 from rs_gguf.errors import InputError
 from rs_gguf.generation import common_prefix
 from rs_gguf.graph import GraphReader
+from rs_gguf.llama_callbacks import calling
 from rs_gguf.llama_file import LlamaFile
 
 
@@ -72,11 +71,13 @@ class Context:
         if unified:
             params.cb_eval = self.graph.callback
         llama_log.forget_errors()
-        self._handle = llama_cpp.llama_init_from_model(file.handle, params)
+        with calling():
+            self._handle = llama_cpp.llama_init_from_model(file.handle, params)
         if not self._handle:
+            advice = "" if unified else ", or answer fewer prompts at once (`answers.parallel`)"
             raise InputError(
                 llama_log.failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {file.path}")
-                + " Use a smaller model, or answer fewer prompts at once (`answers.parallel`)."
+                + f" Use a smaller model{advice}."
             )
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
 
@@ -120,7 +121,7 @@ class Context:
             if self.graph.reads:
                 self.graph.expect(len(chunk), outputs)
             llama_log.forget_errors()
-            with _raising():
+            with calling():
                 status = llama_cpp.llama_decode(self._handle, batch)
             if status != 0:
                 raise InputError(
@@ -161,33 +162,3 @@ class Context:
                 llama_cpp.llama_memory_seq_cp(self._memory, last, slot, -1, -1)
                 self.end(last)
                 running[slot] = running.pop(last)
-
-
-_CALLBACKS = (GraphReader.on_tensor.__code__, llama_log.on_log.__code__)
-
-
-@contextlib.contextmanager
-def _raising() -> Iterator[None]:
-    """Around a call of llama.cpp: at its end, raise what was raised in Python that it called.
-
-    ctypes gives that to `sys.unraisablehook` and goes on. It may well be a Ctrl-C, since a callback is the
-    first Python to run after the signal. A `try` in the callback would miss it: signals are handled before
-    the first statement.
-    """
-    raised: list[BaseException] = []
-    before = sys.unraisablehook
-
-    def hook(found: sys.UnraisableHookArgs) -> None:
-        trace = found.exc_traceback
-        if trace is not None and trace.tb_frame.f_code in _CALLBACKS and found.exc_value is not None:
-            raised.append(found.exc_value)
-        else:
-            before(found)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-    if raised:
-        raise raised[0]

@@ -15,8 +15,9 @@ import llama_cpp
 
 from rs_gguf import llama_log, widening
 from rs_gguf.errors import InputError
+from rs_gguf.llama_callbacks import calling
 
-_KEPT_ADAPTERS = 8  # loaded ones beside those in force: a search tries hundreds
+_KEPT_ADAPTERS = 8  # loaded ones, unless more are in force: a search tries hundreds
 
 
 class LlamaFile:
@@ -36,12 +37,18 @@ class LlamaFile:
         llama_log.listen()
         llama_cpp.llama_backend_init()
         self.handle: Any = None
+        self._adapters: dict[str, Any] = {}  # the one used last comes last
         # A copy that is faster takes more memory than the model itself.
         for file in dict.fromkeys([widening.file_to_load(self.path), self.path]):
             llama_log.forget_errors()
-            self.handle = llama_cpp.llama_model_load_from_file(
-                os.fsencode(file), llama_cpp.llama_model_default_params()
-            )
+            try:
+                with calling():
+                    self.handle = llama_cpp.llama_model_load_from_file(
+                        os.fsencode(file), llama_cpp.llama_model_default_params()
+                    )
+            except BaseException:  # a Ctrl-C: it is loaded all the same
+                LlamaFile.close(self)
+                raise
             if self.handle:
                 break
         if not self.handle:
@@ -52,7 +59,6 @@ class LlamaFile:
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "unknown")
-        self._adapters: dict[str, Any] = {}  # the one used last comes last
 
     def _read_metadata(self) -> dict[str, str]:
         def text(read: Callable[..., int], index: int) -> str:
@@ -73,6 +79,7 @@ class LlamaFile:
         if self.handle:
             llama_cpp.llama_model_free(self.handle)  # and the adapters with it
             self.handle = None
+            self._adapters.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +152,8 @@ class LlamaFile:
         handle = self._adapters.pop(key, None)
         if handle is None:
             llama_log.forget_errors()
-            handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
+            with calling():
+                handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise InputError(llama_log.failure(f"llama.cpp cannot load the adapter {path}"))
         self._adapters[key] = handle

@@ -11,11 +11,14 @@ from collections import deque
 
 import llama_cpp
 
+from rs_gguf.llama_callbacks import called_back
+
 _log = logging.getLogger("rs_gguf.llama")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h, which the binding does not name
 _errors: deque[str] = deque(maxlen=8)
 
 
+@called_back
 def on_log(level: int, text: bytes, _user_data: object) -> None:
     """Called by llama.cpp with a line of its log."""
     message = text.decode("utf-8", "replace").strip()

@@ -180,7 +180,7 @@ class Pipeline:
         if path.is_dir():
             from rs_gguf.targets import TorchModel  # and with it PyTorch, which GGUF files do without
 
-            model = TorchModel(path)
+            model = TorchModel(path, n_parallel=self.recipe.answers.parallel)
         else:
             model = LlamaModel(path, n_parallel=self.recipe.answers.parallel)
         self._open.callback(model.close)

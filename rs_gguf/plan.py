@@ -117,10 +117,10 @@ def measure(recipe: Recipe, path: Path) -> Speed:
     from rs_gguf.llama import LlamaModel
     from rs_gguf.targets import TorchModel
 
-    count = min(recipe.answers.parallel, 32)  # all at once, whatever the context holds
+    count = min(recipe.answers.parallel, 32)  # at once, where they are not too long
     rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
     some = rows[:: max(1, len(rows) // count)][:count]
-    model: Model = TorchModel(path) if path.is_dir() else LlamaModel(path, n_parallel=len(some))
+    model: Model = (TorchModel if path.is_dir() else LlamaModel)(path, n_parallel=len(some))
     with model:
         return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
 

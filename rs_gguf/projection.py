@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.projection_numpy import numpy_projections, numpy_statistics
 
 try:

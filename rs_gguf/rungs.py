@@ -106,6 +106,8 @@ class Rungs:
         self._judge, self._unsteered = judge, unsteered
         self.directions, self.gates, self._recipe, self._folder = directions, gates, recipe, folder
         self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
+        # That the unsteered side took, which is asked once for all candidates.
+        self.unsteered_seconds = 0.0
         remove = recipe.effect == "remove"
         self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
@@ -213,8 +215,9 @@ class Rungs:
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
         """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
         measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
-        # The unsteered side is asked once for all candidates: no time of the first.
-        _ = self._in_full if rung == "full" else self._before
+        start = time.perf_counter()
+        _ = self._before, self._in_full if rung == "full" else None
+        self.unsteered_seconds += time.perf_counter() - start
         start = time.perf_counter()
         trial = measured(number, candidate)
         return replace(trial, seconds=round(time.perf_counter() - start, 2))

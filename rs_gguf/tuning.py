@@ -131,7 +131,9 @@ class Finder:
         trial = self._known.get((rung, candidate))
         if trial is None:
             number = 1 + max((trial.number for trial in self._known.values()), default=-1)
+            before = self._rungs.unsteered_seconds
             trial = self._rungs.measure(rung, number, candidate)
+            self._spent += self._rungs.unsteered_seconds - before
             self._known[rung, candidate] = trial
             self._record(trial)
         if (rung, candidate) not in self._counted:

@@ -101,6 +101,16 @@ def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path):
     assert results[0] == results[1]
 
 
+def test_too_few_refusals_of_harm_to_hold_any_out_leave_the_fit_as_it_is(tmp_path):
+    given = samples(60)
+    harmful = np.flatnonzero([p.kind == "harmful" for p in given.prompts])
+    given.confidence[harmful[1:]] = -0.9
+    given.confidence[harmful[0]] = 0.9  # of five folds, one has to do without it
+    left = fit(given, tmp_path, ["safe-wrmd"])
+    assert "directions.safetensors" in left
+    assert "figures/safe-wrmd-ridge.svg" not in left
+
+
 def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(tmp_path):
     fit(samples(60), tmp_path, ["wrmd", "md"])
     assert (tmp_path / "figures" / "wrmd-ridge.svg").is_file()

@@ -32,8 +32,8 @@ def test_likely_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, r"it\.$")])
-def test_the_prompt_that_is_too_long_is_named(max_tokens: int, told: str) -> None:
+def test_a_prompt_that_is_too_long_is_told(max_tokens: int, told: str) -> None:
     fitting = [[1] * 4, [1] * (10 - max_tokens)]
     check_lengths(fitting, 10, max_tokens)
-    with pytest.raises(InputError, match=f"prompt 2 .*11 tokens.*only 10 fit.*Shorten {told}"):
+    with pytest.raises(InputError, match=f"a prompt has 11 tokens.*only 10 fit.*Shorten {told}"):
         check_lengths([*fitting, [1] * 11, [1] * 11], 10, max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rs_gguf import judges, models
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
 from rs_gguf.judges import Judgement, Pair, open_judge, open_judge_spec, shipped_probe
@@ -26,7 +28,6 @@ from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judging.probe import Components, Kinds, Probe, load_probe, read_states, save_probe
 from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judging.votes import VotesJudge
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.llama import LlamaModel
 
 TWELVE = {
@@ -614,6 +615,7 @@ def test_open_judge_takes_the_probe_where_it_belongs(
     assert isinstance(open_judge(model), LabelJudge)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a colon has a meaning of its own there")
 def test_a_judge_is_opened_by_what_names_it(
     model: LlamaModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rs_gguf import graph, lora
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
+from rs_gguf.llama_callbacks import called_back, calling
 from rs_gguf.lora import LoraAdapter
 from rs_gguf.targets import TorchModel
 
@@ -127,6 +130,69 @@ def test_what_is_raised_while_tensors_are_read_comes_out(
         np.testing.assert_array_equal(before, after)
 
 
+def test_an_interrupt_while_a_model_is_loaded_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives in the log: loading says much."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=2)
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise KeyboardInterrupt
+
+    log, hook = logging.getLogger("rs_gguf.llama"), sys.unraisablehook
+    handler = Log()
+    log.addHandler(handler)
+    monkeypatch.setattr(log, "level", logging.DEBUG)
+    log.manager._clear_cache()  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LlamaModel(tmp_path / "tiny.gguf", n_parallel=2, n_ctx=256)
+    finally:
+        log.removeHandler(handler)
+        log.manager._clear_cache()  # type: ignore[attr-defined]
+    assert sys.unraisablehook is hook
+
+
+def test_each_thread_gets_what_its_own_calls_raise() -> None:
+    """Two calls of llama.cpp at once, the one that began first ended first."""
+    hook = sys.unraisablehook
+    call = ctypes.CFUNCTYPE(None)
+
+    def caller(error: BaseException) -> Any:
+        @called_back
+        def fail() -> None:
+            raise error
+
+        return call(fail)
+
+    begun, ended = threading.Event(), threading.Event()
+    found: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with calling():
+                begun.set()
+                ended.wait(30)
+                caller(KeyError("mine"))()
+        except KeyError as error:
+            found.append(error)
+
+    def mine() -> None:
+        with calling():
+            thread.start()
+            assert begun.wait(30)
+            caller(IndexError("yours"))()
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(IndexError, match="yours"):
+        mine()
+    ended.set()
+    thread.join()
+    assert [str(error) for error in found] == ["'mine'"]
+    assert sys.unraisablehook is hook
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a signal that comes at a set time")
 def test_a_signal_while_llama_cpp_computes_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,16 +265,16 @@ def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("use", ["answer", "read"])
-def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, use: str) -> None:
+def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     prompts = [[5], [5] * 300, [5] * 9]
     with llama(tmp_path / "tiny.gguf", n_ctx=256) as model:
         if use == "answer":
-            told = r"prompt 1 .*300 tokens.*answer.* 20.*256.*[Ss]horten it.*tokens of an answer"
+            told = r"a prompt has 300 tokens.*answer.* 20.*256.*[Ss]horten it.*tokens of an answer"
             with pytest.raises(InputError, match=told):
                 list(model.generate(prompts, max_tokens=20))
         else:
-            with pytest.raises(InputError, match=r"prompt 1 .*300 tokens.*256.*[Ss]horten it\.$"):
+            with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\.$"):
                 list(model.next_logits(prompts))
 
 

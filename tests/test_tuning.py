@@ -489,6 +489,7 @@ class Formulas:
     wanted = tuple(range(40))
     size_in_full = (12, 64)
     n_wanted_in_full = 10_000
+    unsteered_seconds = 0.0
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
         self.model = SimpleNamespace(n_layer=24)
@@ -684,6 +685,21 @@ def test_full_answers_end_with_the_budget_but_for_the_first() -> None:
         search = formula_finder(Slow(), budget=budget, full=4)
         search.search(SPACE, budget)
         assert len([t for t in search.trials if t.rung == "full"]) == tries
+
+
+def test_what_the_unsteered_side_took_counts_to_the_budget() -> None:
+    class Slow(Breaking):
+        most = 0.0
+
+        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+            if rung == "full" and not self.unsteered_seconds:
+                self.unsteered_seconds = 500.0
+            return super().measure(rung, number, candidate)
+
+    # Of 700 seconds some 560 went before; a second full answer takes a few.
+    search = formula_finder(Slow(), budget=700.0, full=4)
+    search.search(SPACE, 700.0)
+    assert len([t for t in search.trials if t.rung == "full"]) == 1
 
 
 def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:

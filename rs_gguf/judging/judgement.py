@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.chat import after_thinking
-from rs_gguf.labels import NEUTRAL
 
 # Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
 FAILURES = ("nonsense", "empty")

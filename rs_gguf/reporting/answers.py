@@ -13,9 +13,9 @@ from typing import Any
 
 from markupsafe import escape
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.evaluation import categories
 from rs_gguf.judging.rubric import rubric
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.reporting.verdict import kind_order
 
 Row = dict[str, Any]

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 
+from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.figures import principal_components
 from rs_gguf.files import finite
-from rs_gguf.labels import NEUTRAL
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis
 
