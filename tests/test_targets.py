@@ -398,7 +398,7 @@ def test_nothing_to_do_gives_nothing(llama: TorchModel) -> None:
         (lambda m: m.token_logprobs([([1], [])]), "at least one token"),
         (
             lambda m: list(m.generate([[1] * 60], max_tokens=5)),
-            "prompt 0.*60 tokens.*answer.* 5.*64 fit.*tokens of an answer",
+            "a prompt has 60 tokens.*answer.* 5.*64 fit.*tokens of an answer",
         ),
         (lambda m: list(m.activations([[1]], layers=[3])), "blocks 0 to 2"),
         (lambda m: list(m.activations([[1]], layers=[])), "at least one"),
