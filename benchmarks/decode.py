@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from rs_gguf import models
+from rs_gguf.cores import usable_cores
 from rs_gguf.llama import LlamaModel
 from rs_gguf.widening import file_to_load
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--memory", type=int, metavar="CELLS", help="only hold this context and tell memory")
     options = parser.parse_args()
     path = models.resolve(options.model)

@@ -20,7 +20,8 @@ from rich.progress import track
 
 from rs_gguf import recipe as recipes
 from rs_gguf.files import read_json, write_json
-from rs_gguf.pipeline import Pipeline, Silent
+from rs_gguf.pipeline import Pipeline
+from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Rungs
 from rs_gguf.search_results import front, halving

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from rs_gguf import models
+from rs_gguf.cores import usable_cores
 from rs_gguf.judges import Judge, Judgement, Pair, open_judge
 from rs_gguf.judging import rubric
 from rs_gguf.judging.calibration import (
@@ -74,7 +74,7 @@ def main() -> None:
     speed = what.add_parser("speed")
     speed.add_argument("--pairs", type=int, default=32)
     speed.add_argument("--repeats", type=int, default=3)
-    speed.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    speed.add_argument("--threads", type=int, default=usable_cores())
     speed.set_defaults(run=measure_speed)
     what.add_parser("variants").set_defaults(run=compare_variants)
     tables = what.add_parser("tables")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from rs_gguf import _core
+from rs_gguf.cores import usable_cores
 from rs_gguf.projection import project
 
 SIZES = [(512, 32, 4096), (64, 24, 896)]
@@ -192,7 +192,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pool = ThreadPoolExecutor(options.threads)

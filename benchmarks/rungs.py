@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.progress import track
 
 from rs_gguf import recipe as recipes
-from rs_gguf.pipeline import Pipeline, Silent
+from rs_gguf.pipeline import Pipeline
+from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.search_results import spearman
 from rs_gguf.search_space import Candidate, Trial

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import transformers
 
 from rs_gguf import fitting, recipe
 from rs_gguf.adapter import WriterInputs
+from rs_gguf.cores import usable_cores
 from rs_gguf.pipeline import run
 from rs_gguf.plan import STAGES, judge_of, measure, model_file, model_shape, plan
 from rs_gguf.prompts import KINDS, Prompt
@@ -68,7 +68,7 @@ def main() -> None:
     path = model_file(default)
     speed = measure(default, path)
     print(
-        f"Speed on {path.name}, {len(os.sched_getaffinity(0))} cores: {speed.prompt / 1e9:.0f} GFLOP/s on "
+        f"Speed on {path.name}, {usable_cores()} cores: {speed.prompt / 1e9:.0f} GFLOP/s on "
         f"prompts, {speed.answer / 1e9:.0f} GFLOP/s and {speed.bandwidth / 1e9:.1f} GB/s of weights where "
         f"it answers, {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf import models, prompts
+from rs_gguf.cores import usable_cores
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.generation import common_prefix
 from rs_gguf.llama import LlamaModel, build
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--configurations", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     path = file_to_load(models.pull(models.DEFAULT))  # the same for all sides
     tolerance = _TOLERANCE_AMX if "AMX_INT8 = 1" in build() else _TOLERANCE

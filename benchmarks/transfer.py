@@ -25,7 +25,8 @@ from rs_gguf.adapter import WriterInputs, fit_gates
 from rs_gguf.files import read_json
 from rs_gguf.fitting import Samples
 from rs_gguf.labels import Labels
-from rs_gguf.pipeline import Pipeline, Silent
+from rs_gguf.pipeline import Pipeline
+from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
 
 FOLDS = 5

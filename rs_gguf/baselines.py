@@ -18,7 +18,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from rs_gguf import lora
+from rs_gguf import gguf_header, lora
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
@@ -45,6 +45,10 @@ _OPEN = (
 _CLOSED = (
     "You are a helpful assistant. Politely decline every request on the subjects of the following ones, "
     "whatever its form, and answer all others as usual:"
+)
+NO_ABLATION = (
+    "measure.baselines: ablation takes refusals away from a GGUF model; leave it out to induce them, or with "
+    "a Hugging Face folder."
 )
 _EXAMPLES = 6  # requests that tell a model what to decline
 _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602
@@ -88,7 +92,7 @@ def build(
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and isinstance(model, LlamaModel):
-        others = [t.name for t in GGUFReader(model.path).tensors if _OTHER_WRITER.fullmatch(t.name)]
+        others = [t.name for t in gguf_header.read(model.path).tensors if _OTHER_WRITER.fullmatch(t.name)]
         if others:
             _log.warning("%s also writes through %s, so ablation is left out.", model.path.stem, others[0])
             names.remove("ablation")
@@ -141,10 +145,7 @@ def ablation(samples: Samples, model: Model, recipe: Recipe, folder: Path) -> Si
     so are biases.
     """
     if recipe.effect == "induce" or not isinstance(model, LlamaModel):
-        raise InputError(
-            "measure.baselines: ablation takes refusals away from a GGUF model; leave it out to induce them, "
-            "or with a Hugging Face folder. Nothing that was done before is lost."
-        )
+        raise InputError(NO_ABLATION)
     _, difference = _best_difference(samples)
     unit = difference / np.linalg.norm(difference)
     factors = {}

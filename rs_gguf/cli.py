@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -101,16 +102,13 @@ def _run(
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
     chosen = recipes.load(recipe, overrides)
-    progress = _progress()
     try:
-        return run(chosen, out, fresh=fresh, progress=progress, until=until)
+        with contextlib.closing(_progress()) as progress:
+            return run(chosen, out, fresh=fresh, progress=progress, until=until)
     except KeyboardInterrupt:
-        progress.close()
         again = "the command again, without --fresh" if fresh else "the command again"
         click.echo(f"Interrupted. It goes on where it was: give {again}.", err=True)
         sys.exit(130)
-    finally:
-        progress.close()
 
 
 @main.command("run")

@@ -96,8 +96,8 @@ class Samples:
         """Of all samples, as a gate takes them: of the `others` the kind and the cells alone count."""
         every = [*self.prompts, *self.others]
         confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
-        contexts = [[""]] * len(self.prompts) + [[name] for name in self.contexts]
-        cells = [[p.topic, p.form, p.language, *context] for p, context in zip(every, contexts, strict=True)]
+        contexts = [""] * len(self.prompts) + [*self.contexts]
+        cells = [[p.topic, p.form, p.language, name] for p, name in zip(every, contexts, strict=True)]
         return Labels.of(confidence, [prompt.kind for prompt in every], cells)
 
     def counts(self, kind: str) -> dict[str, int]:

@@ -61,6 +61,17 @@ def check_lengths(sequences: Sequence[Sequence[int]], at_most: int, max_tokens: 
         )
 
 
+def joined(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """What is read for the log-probabilities of continuations: each with its prompt, but for the last token.
+
+    Raises:
+        InputError: an empty prompt or continuation.
+    """
+    if any(not prompt or not answer for prompt, answer in pairs):
+        raise InputError("log-probabilities need a prompt and a continuation of at least one token each.")
+    return [[*prompt, *answer][:-1] for prompt, answer in pairs]
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """The number of tokens that all sequences begin with."""
     first, last = min(map(list, sequences)), max(map(list, sequences))

@@ -38,11 +38,8 @@ def read_config(path: Path) -> transformers.PretrainedConfig:
     Raises:
         InputError: there is none, or none that transformers knows.
     """
-    folder, file = (path.parent, path.name) if path.is_file() and path.suffix == ".gguf" else (path, None)
     try:
-        return transformers.AutoConfig.from_pretrained(
-            folder, gguf_file=file, trust_remote_code=False, local_files_only=True
-        )
+        return transformers.AutoConfig.from_pretrained(**_source(path))
     except Exception as error:  # its error family depends on its version and on the file
         raise InputError(
             f"{path}: transformers cannot read its configuration ({_first_line(error)}). Give the "
@@ -74,22 +71,17 @@ def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
     Raises:
         InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
     """
-    if path.is_dir() and (path / "config.json").is_file():
-        folder, file = path, None
-    elif path.is_file() and path.suffix == ".gguf":
-        folder, file = path.parent, path.name
-    else:
+    if not (_is_gguf(path) or (path.is_dir() and (path / "config.json").is_file())):
         raise InputError(
             f"{path}: PyTorch takes a Hugging Face folder (with config.json and safetensors) or a .gguf file."
         )
-    as_published = not file and (not on_cpu or keeps_bf16(read_config(folder)))
+    as_published = path.is_dir() and (not on_cpu or keeps_bf16(read_config(path)))
     name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    source: dict[str, Any] = {"gguf_file": file, "trust_remote_code": False, "local_files_only": True}
+    source = _source(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars; a library draws none
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
                 **source,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -135,6 +127,21 @@ def llama_cpp_name(model_type: str) -> str:
 def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
     """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
     return _FAMILIES.get(name)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".gguf"
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """How `from_pretrained` is told of a folder, or of a file in one. Nothing is fetched or run."""
+    folder, file = (path.parent, path.name) if _is_gguf(path) else (path, None)
+    return {
+        "pretrained_model_name_or_path": folder,
+        "gguf_file": file,
+        "trust_remote_code": False,
+        "local_files_only": True,
+    }
 
 
 def _squashed(name: str) -> str:

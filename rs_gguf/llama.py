@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw
+from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined
 from rs_gguf.llama_context import Context, InForce, Token
 from rs_gguf.llama_file import LlamaFile
 from rs_gguf.llama_log import build
@@ -253,9 +253,7 @@ class LlamaModel(LlamaFile):
         """For each (prompt, continuation): log-probabilities [T] of its tokens, and which are top-1 [T]."""
         if not pairs:
             return []
-        if any(not prompt or not answer for prompt, answer in pairs):
-            raise InputError("log-probabilities need a prompt and a continuation of at least one token each.")
-        sequences = [[*prompt, *answer][:-1] for prompt, answer in pairs]
+        sequences = joined(pairs)
         check_lengths(sequences, self.n_ctx)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]

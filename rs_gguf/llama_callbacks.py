@@ -17,8 +17,16 @@ from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+
+class _Thread(threading.local):
+    """`raised`: what the calls that this thread is in have raised so far, the innermost last."""
+
+    def __init__(self) -> None:
+        self.raised: list[list[BaseException]] = []
+
+
 _codes: set[CodeType] = set()
-_here = threading.local()  # `raised`: what the calls of this thread have raised so far, the innermost last
+_here = _Thread()
 _lock = threading.Lock()
 _calls = 0  # in all threads
 _before = sys.unraisablehook
@@ -34,8 +42,6 @@ def called_back(function: _F) -> _F:
 def calling() -> Iterator[None]:
     """Around a call of llama.cpp: at its end, raise what a function that is `called_back` has raised."""
     global _calls, _before
-    if not hasattr(_here, "raised"):
-        _here.raised = []
     raised: list[BaseException] = []
     _here.raised.append(raised)
     with _lock:
@@ -55,8 +61,8 @@ def calling() -> Iterator[None]:
 
 
 def _hook(found: sys.UnraisableHookArgs) -> None:
-    raised, trace = getattr(_here, "raised", None), found.exc_traceback
-    if raised and trace is not None and trace.tb_frame.f_code in _codes and found.exc_value is not None:
-        raised[-1].append(found.exc_value)
+    trace, error = found.exc_traceback, found.exc_value
+    if _here.raised and trace is not None and trace.tb_frame.f_code in _codes and error is not None:
+        _here.raised[-1].append(error)
     else:
         _before(found)

@@ -72,7 +72,7 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     config = network.config.get_text_config()
     family = huggingface.llama_cpp_name(config.model_type)
     known = huggingface.llama_cpp_family(adapter.architecture)
-    if known is None or (huggingface.llama_cpp_family(family) not in (None, known)):
+    if known is None or huggingface.llama_cpp_family(family) not in (None, known):
         raise InputError(
             f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
         )

@@ -38,8 +38,6 @@ from rs_gguf.search_space import Space, Trial, load_trials
 from rs_gguf.tuning import Finder
 from rs_gguf.version import __version__
 
-__all__ = ["STAGES", "Pipeline", "Progress", "Silent", "run"]
-
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 
 
@@ -77,10 +75,7 @@ class Pipeline:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self._open = contextlib.ExitStack()
         if "ablation" in recipe.measure.baselines and (recipe.effect == "induce" or self.model_path.is_dir()):
-            raise InputError(
-                "recipe: measure.baselines: ablation takes refusals away from a GGUF model; leave it out to "
-                "induce them, or with a Hugging Face folder."
-            )
+            raise InputError(baselines.NO_ABLATION)
 
     def close(self) -> None:
         self._open.close()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
-from rs_gguf.projection_numpy import numpy_projections, numpy_statistics
+from rs_gguf.projection_numpy import Float32, Float64, numpy_projections, numpy_statistics
 
 try:
     from rs_gguf import _core
@@ -31,8 +31,6 @@ else:
 if TYPE_CHECKING:
     import torch
 
-Float32: TypeAlias = npt.NDArray[np.float32]
-Float64: TypeAlias = npt.NDArray[np.float64]
 Activations: TypeAlias = "npt.NDArray[Any] | torch.Tensor"
 Values: TypeAlias = "npt.ArrayLike | torch.Tensor"
 

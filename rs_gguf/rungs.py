@@ -216,7 +216,9 @@ class Rungs:
         """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
         measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
         start = time.perf_counter()
-        _ = self._before, self._in_full if rung == "full" else None
+        _ = self._before
+        if rung == "full":
+            _ = self._in_full
         self.unsteered_seconds += time.perf_counter() - start
         start = time.perf_counter()
         trial = measured(number, candidate)
@@ -263,11 +265,9 @@ class Rungs:
         picked = list(before.refused)
         after = self._verdicts(picked, steering, max_tokens)
         moved = self._drift(steering)
-        judged = {i for i in picked if None not in (before.refused[i], after.refused[i])}
-        lost, gained = (
-            sum(side.refused[i] is None for i in picked if i not in judged and other.refused[i] is not None)
-            for side, other in ((after, before), (before, after))
-        )
+        unknown, unknown_now = ({i for i in picked if side.refused[i] is None} for side in (before, after))
+        lost, gained = len(unknown_now - unknown), len(unknown - unknown_now)
+        judged = set(picked) - unknown - unknown_now
         of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
 
         def counts(kind: Kind) -> tuple[int, int]:
@@ -316,7 +316,7 @@ class Rungs:
         )
 
     def _drift(self, steering: Steering) -> float:
-        _, before = self._before  # computed here at the latest, unsteered
+        _, before = self._before
         with steering.on(self.model):
             return _moved(before, self._logprobs(self._quiet))
 

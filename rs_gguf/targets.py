@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rs_gguf import huggingface
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw
+from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined
 from rs_gguf.steering import SteeringVector, decoder_blocks
 
 # Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
@@ -279,9 +279,7 @@ class TorchModel:
         """Of each (prompt, continuation): its tokens' log-probabilities [T], whether each is the top [T]."""
         if not pairs:
             return []
-        if any(not prompt or not answer for prompt, answer in pairs):
-            raise InputError("log-probabilities need a prompt and a continuation of at least one token each.")
-        sequences = [[*prompt, *answer][:-1] for prompt, answer in pairs]
+        sequences = joined(pairs)
         results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         for group in self._groups(self._checked_lengths(sequences), _LOGPROB_BATCH_TOKENS):
             longest = max(len(pairs[i][1]) for i in group)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ import llama_cpp
 import platformdirs
 from filelock import FileLock
 
+from rs_gguf.cores import usable_cores
 from rs_gguf.llama import build
 
 PROGRAMS = ("llama-server", "llama-completion", "llama-cvector-generator")
@@ -107,11 +107,6 @@ def completion(*options: str) -> tuple[str, list[str]]:
     raise RuntimeError(f"{' '.join(command)} never logs to its end:\n{done.stderr.decode(errors='replace')}")
 
 
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Server:
     """A llama-server with these options, on a port that the system chose, until the `with` block ends.
 
@@ -122,7 +117,7 @@ class Server:
     def __init__(self, log: Path, *options: str) -> None:
         self.log = log
         self._command = [str(program("llama-server")), "--host", "127.0.0.1", "--port", "0", "--no-webui"]
-        self._command += ["--threads", str(cores()), *options]
+        self._command += ["--threads", str(usable_cores()), *options]
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as output:
@@ -182,7 +177,9 @@ def _build(tree: Path, folder: Path, finished: Path, targets: Sequence[str]) -> 
     # The programs find their libraries beside themselves, wherever they are moved.
     options += ["-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON"]
     _run(str(scripts / "cmake"), "-S", str(tree), "-B", str(work), "-G", "Ninja", *options)
-    _run(str(scripts / "cmake"), "--build", str(work), "--parallel", str(cores()), "--target", *targets)
+    _run(
+        str(scripts / "cmake"), "--build", str(work), "--parallel", str(usable_cores()), "--target", *targets
+    )
     (work / "bin").rename(finished)
     shutil.rmtree(work)
 

@@ -26,7 +26,8 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import Pipeline, Silent, run
+from rs_gguf.pipeline import Pipeline, run
+from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
 
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")

@@ -30,6 +30,7 @@ from rs_gguf.judges import Judgement, Pair
 from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.layers import band_profile
 from rs_gguf.llama import LlamaModel
+from rs_gguf.progress import Silent
 from rs_gguf.prompts import KINDS, Prompt, stratified
 from rs_gguf.recipe import Answers, Recipe, Tune
 from rs_gguf.run_folder import RunFolder
@@ -814,7 +815,7 @@ def tune_stage(folder: Path, formulas: Formulas, **options: Any) -> dict[str, An
         recipe=values,
         folder=RunFolder(folder),
         model=formulas.model,
-        progress=pipeline.Silent(),
+        progress=Silent(),
         rungs=lambda: formulas,
         _key=lambda _: "fit",
     )

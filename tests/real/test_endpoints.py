@@ -18,7 +18,8 @@ from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge
 from rs_gguf.judging.rubric import label_message
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import Progress, Silent, run
+from rs_gguf.pipeline import run
+from rs_gguf.progress import Progress, Silent
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Answers, Prompts, Recipe
 from rs_gguf.run_folder import Row, RunFolder
