@@ -41,7 +41,7 @@ lint: install
 		{ cat build/tidy.log; exit 1; }
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # front.py, rungs.py and transfer.py read a run: give them its folder.
 bench: install
@@ -81,7 +81,7 @@ sanitize: install
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/sanitize/rs_check
 	@asan=$$($(CXX) -print-file-name=libasan.so); if test -e "$$asan"; then \
 		PYTHONPATH=tests $(ASAN) LD_PRELOAD="$$asan $$($(CXX) -print-file-name=libstdc++.so)" \
-			$(BIN)/python -m pytest -p sanitized -q -k "not stub" tests/test_projection.py; \
+			$(BIN)/python -m pytest -p sanitized -q -k "not stub" tests/test_projection.py tests/fuzz/test_projection_fuzz.py; \
 		else echo "the module is not tested under AddressSanitizer: $(CXX) has no libasan.so"; fi
 
 # Its NEON target under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).

@@ -2,7 +2,7 @@
 
 A recipe, the prompts it chooses from, the `Shape` of its model and the `Speed` of the machine go in; a
 `Stage` for each stage comes out. Prompts are counted in bytes, so that no tokenizer is needed. The counts
-follow the code of the stages; how far off they were is in docs/scaling.md.
+follow the code of the stages; how far off they were is in docs/lab/scaling.md.
 """
 
 from __future__ import annotations

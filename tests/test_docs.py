@@ -29,15 +29,21 @@ from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from markdown_it import MarkdownIt
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import control_vector, lora, models, prompts, recipe
+from rs_gguf import catalogue, control_vector, lora, models, prompts, recipe
+from rs_gguf.activation_store import ActivationStore
+from rs_gguf.capture import captured
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
+from rs_gguf.estimators import WeightedRidgeMeanDifference
 from rs_gguf.files import sha256
 from rs_gguf.pipeline import STAGES
 from rs_gguf.steering import SteeringVector
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+VECTORS = "vectors/README.md"  # a page of the site, too
+DOCUMENTS = sorted(
+    [*(ROOT / name for name in ("README.md", "CHANGELOG.md", VECTORS)), *(ROOT / "docs").rglob("*.md")]
+)
 
 _WIDTH, _ARCHITECTURE = 32, "qwen2"  # of the tiny model
 _ROW = json.dumps({"prompt": "What is a republic?", "answer": "A state without a monarch."}) + "\n"
@@ -157,10 +163,11 @@ def inline_code() -> Iterator[tuple[str, str]]:
 
 def test_options_and_keys_in_running_text_exist() -> None:
     values = recipe.Recipe().model_dump()
-    keys = {f"{s}.{key}" for s, inside in values.items() if isinstance(inside, dict) for key in inside}
+    sections = {name: inside.keys() for name, inside in values.items() if isinstance(inside, dict)}
     for where, code in inline_code():
-        if re.fullmatch(r"(prompts|answers|fit|tune)\.(?!jsonl?$)\w+", code):
-            assert code in keys, f"{where}: {code}"
+        section, _, key = code.partition("=")[0].partition(".")
+        if section in sections and re.fullmatch(r"(?!jsonl?$)\w+", key):
+            assert key in sections[section], f"{where}: {code}"
         if code.startswith("rs-export "):
             command: click.Command = main
             words = code.split()[1:]
@@ -258,6 +265,8 @@ def desk(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder as the place to work in, the tiny model in it also being the catalogue's."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
+    models_here = files / "cache" / "models"
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: models_here)  # not all systems heed the variable
     without_proxy_or_key(monkeypatch)
     model = files / "model.gguf"
     pinned = replace(models.CATALOGUE[models.DEFAULT], size=model.stat().st_size, sha256=sha256(model))
@@ -389,23 +398,22 @@ def test_the_files_work_in_llama_cpp_python_as_it_is_written(
 
 
 def test_several_processes_find_what_one_does(files: Path, tmp_path: Path) -> None:
+    """What they capture is what one does (`test_capture`)."""
     (block,) = (b for b in PYTHON if b.where.startswith("docs/scaling.md"))
     rng = np.random.default_rng(0)
     tokens = np.where(np.arange(12) < rng.integers(5, 12, (70, 1)), rng.integers(30, 250, (70, 12)), -1)
-    found = []
-    for count in (1, 2):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        np.savez(folder / "prompts.npz", prompts=tokens, confidence=np.linspace(-1, 1, len(tokens)))
-        shutil.copy(files / "model.gguf", folder)
-        (folder / "fit.py").write_text(block.text, encoding="utf-8")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "fit.py"]
-        done = subprocess.run(
-            [sys.executable, *torchrun], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(np.load(folder / "directions.npy"))
-    np.testing.assert_allclose(found[1], found[0], atol=1e-12)
+    confidence = np.linspace(-1, 1, len(tokens))
+    np.savez(tmp_path / "prompts.npz", prompts=tokens, confidence=confidence)
+    shutil.copy(files / "model.gguf", tmp_path)
+    (tmp_path / "fit.py").write_text(block.text, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "fit.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows, _ = captured(ActivationStore(tmp_path / "activations", "prompts.npz"), len(tokens), inputs=True)
+    one = WeightedRidgeMeanDifference(ridge=1.0).fit(rows, confidence)
+    np.testing.assert_allclose(np.load(tmp_path / "directions.npy"), one.directions_, atol=1e-12)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -437,9 +445,10 @@ def anchors(document: Path) -> set[str]:
 def test_the_site_has_every_page_and_loads_nothing() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     site = yaml.safe_load(text)
-    assert pages(site["nav"]) == {
+    inside = {
         str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS if path.is_relative_to(ROOT / "docs")
     }
+    assert pages(site["nav"]) == {*inside, VECTORS}
     assert site["strict"] is True
     assert site["theme"]["font"] is False
     assert "://" not in text

@@ -1,81 +1,63 @@
-"""A MkDocs hook: pages out of the code, so that they cannot go stale, and equations without scripts.
+"""Writes the lower part of `cli.md` and `recipe.md` out of the code: `python docs/reference/generate.py`.
 
-`cli.md` gets the text of every `--help`, `recipe.md` a table of every key of the recipe. Equations, which
-arithmatex marks, become MathML, which browsers show by themselves.
+`cli.md` gets the text of every `--help`, `recipe.md` a table of every key of the recipe; what stands above
+the marker is kept. `tests/test_reference.py` fails when a page is not what this makes of it.
 """
 
 from __future__ import annotations
 
-import html
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
-from latex2mathml.converter import convert
-from mkdocs.exceptions import PluginError
 from pydantic import BaseModel
 
 from rs_gguf.cli import main
 from rs_gguf.recipe import Recipe
 
-_EQUATION = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
-)
-
-_FOREIGN = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+MARKER = "<!-- Written by docs/reference/generate.py from here on. -->\n"
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Add what is generated to the two pages that hold it."""
-    generated = {"reference/cli.md": _commands, "reference/recipe.md": _recipe}.get(page.file.src_uri)
-    if generated is None:
-        return markdown
-    return "\n".join([markdown.partition("\n(In a checkout")[0], *generated()])
-
-
-def on_page_content(content: str, **_: Any) -> str:
-    """Equations as MathML."""
-    return _EQUATION.sub(
-        lambda found: convert(
-            html.unescape(found["tex"]).strip(), display="inline" if found["open"] == "(" else "block"
-        ),
-        content,
+def _commands(
+    command: click.Command = main, name: str = "rs-export", parent: click.Context | None = None
+) -> Iterator[str]:
+    context = click.Context(
+        command, parent, name, max_content_width=80, terminal_width=80, **command.context_settings
     )
-
-
-def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Refuse a page that would load something from elsewhere."""
-    if found := _FOREIGN.search(output):
-        raise PluginError(f"{page.file.src_uri} loads from elsewhere: {found[0]}")
-    return output
-
-
-def _commands(command: click.Command = main, name: str = "rs-export") -> Iterator[str]:
-    context = click.Context(command, info_name=name, max_content_width=80, terminal_width=80)
-    yield from (f"## `{name}`", "", "```text", command.get_help(context), "```", "")
+    yield from ("", f"## `{context.command_path}`", "", "```text", command.get_help(context), "```")
     if isinstance(command, click.Group):
         for part, found in command.commands.items():  # in the order of the pipeline
-            yield from _commands(found, f"{name} {part}")
+            yield from _commands(found, part, context)
 
 
 def _recipe(model: type[BaseModel] = Recipe, section: str = "") -> Iterator[str]:
-    head = [
-        "",
-        f"## `[{section}]`" if section else "## Top level",
-        "",
-        "| key | default | meaning |",
-        "| --- | --- | --- |",
-    ]
     sections = {
         name: field.annotation
         for name, field in model.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
     }
-    yield from head
+    yield from ("", f"## `[{section}]`" if section else "## Top level", "")
+    yield from ("| key | default | meaning |", "| --- | --- | --- |")
     for name, field in model.model_fields.items():
         if name not in sections:
             default = "" if field.default is None else f"`{field.default!r}`"
-            yield f"| `{name}` | {default} | {field.description} |"
+            told = str(field.description).replace("|", "\\|")
+            yield f"| `{name}` | {default} | {told} |"
     for name, part in sections.items():
         yield from _recipe(part, name)
+
+
+PAGES: dict[str, Callable[[], Iterator[str]]] = {"cli.md": _commands, "recipe.md": _recipe}
+
+
+def page(path: Path) -> str:
+    """What the page should hold: its own text up to the marker, and what the code says below."""
+    above, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+    assert marker, f"{path} has lost its marker"
+    return f"{above}{marker}" + "\n".join([*PAGES[path.name](), ""])
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        path = Path(__file__).with_name(name)
+        path.write_text(page(path), encoding="utf-8")
