@@ -1,21 +1,23 @@
 """Answers per second: this project's batches against one-at-a-time llama-cpp-python, same model and prompts.
 
-The peer is used well: one context that is kept, all cores, greedy, its prompt cache reusing the shared system
-prompt from call to call. Both sides answer the same prompts; the order of the sides alternates.
+The peer is used well: the same file, one context that is kept, the same threads, flash attention as here,
+greedy, its prompt cache reusing the shared system prompt from call to call. Both sides answer the same
+prompts; the order of the sides alternates.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 
 import llama_cpp
 
 from rs_gguf import models, prompts
+from rs_gguf.cores import usable_cores
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.llama import LlamaModel
+from rs_gguf.widening import file_to_load
 
 
 def main() -> None:
@@ -24,11 +26,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    path = models.pull(models.DEFAULT)
+    path, threads = file_to_load(models.pull(models.DEFAULT)), usable_cores()  # the same for both sides
     pool = [p for p in prompts.grid() if p.split == "fit" and p.language == "en"]
     asked = prompts.stratified(pool, options.prompts, seed=1)
-    ours = LlamaModel(path)
-    peer = llama_cpp.Llama(str(path), n_ctx=512, n_threads=os.cpu_count(), verbose=False)
+    ours = LlamaModel(path, n_threads=threads)
+    peer = llama_cpp.Llama(
+        str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
+    )
     tokens = chat_tokens(ours, asked)
     seconds: dict[str, list[float]] = {"batched": [], "one at a time": []}
 

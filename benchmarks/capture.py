@@ -3,8 +3,9 @@
 The quantised default model and the same prompts on all sides: block outputs of every block at the last
 prompt token. The PyTorch sides share one network, dequantised to F32, and a copy of it in bf16 where the
 processor multiplies that. The peers are used well: what only training needs is left out (their functions
-that read activations are called themselves), prompts are tokenised by their own code in batches, sorted by
-length so that little is padding, all cores. The sides take turns.
+that read activations are called themselves), and so are the logits, since they get the network without its
+head; prompts are tokenised by their own code in batches, sorted by length so that little is padding, all
+cores. The sides take turns, after a first call of each that is not timed.
 Printed are prompts per second, how far the activations and the directions made of them agree, and the peak
 memory of a process that captures through llama.cpp, beside the size of the model file. The peers come with
 pip, once, into the user's cache folder.
@@ -37,6 +38,7 @@ from rs_gguf.llama import LlamaModel
 
 REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"
 Activations = npt.NDArray[np.float32]  # [N, L, D]
+Peer = Callable[[Any, list[str], int], Activations]  # of a network, texts and how many are read at once
 
 
 def main() -> None:
@@ -83,33 +85,34 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
     texts = [ours.detokenize(t, special=True) for t in tokens]
     assert [network.tokenize(text) for text in texts] == tokens  # so that all sides read the same
 
-    def read(model: Any) -> Activations:
-        rows = {i: found["l_out"] for i, found in model.activations(tokens, layers=range(model.n_layer))}
-        return np.stack([rows[i] for i in range(len(tokens))])
+    def read(model: Any, chosen: list[int]) -> Activations:
+        sequences = [tokens[i] for i in chosen]
+        rows = {k: found["l_out"] for k, found in model.activations(sequences, layers=range(model.n_layer))}
+        return np.stack([rows[k] for k in range(len(chosen))])
 
-    def in_order(read_sorted: Callable[[], Activations]) -> Callable[[], Activations]:
-        return lambda: read_sorted()[back]
+    def read_by(peer: Peer, model: Any, chosen: list[int]) -> Activations:
+        return peer(model, [texts[i] for i in chosen], batch)
 
-    order = sorted(range(len(texts)), key=lambda i: lengths[i])
-    back = np.argsort(order)
-    ordered = [texts[i] for i in order]
     networks = {"": network}
     if keeps_bf16(transformers.PretrainedConfig(dtype=torch.bfloat16)):
         networks[", bf16"] = rounded = copy.copy(network)
         rounded.model = copy.deepcopy(network.model).bfloat16()
-    sides: dict[str, Callable[[], Activations]] = {"llama.cpp": lambda: read(ours)}
+    sides: dict[str, Callable[[list[int]], Activations]] = {"llama.cpp": partial(read, ours)}
     for name, used in networks.items():
         sides |= {
             f"PyTorch{name}": partial(read, used),
-            f"{REPENG}{name}": in_order(partial(with_repeng, used, ordered, batch)),
-            f"{STEERING_VECTORS}{name}": in_order(partial(with_steering_vectors, used, ordered, batch)),
+            f"{REPENG}{name}": partial(read_by, with_repeng, used),
+            f"{STEERING_VECTORS}{name}": partial(read_by, with_steering_vectors, used),
         }
+    by_length = sorted(range(len(texts)), key=lambda i: lengths[i])
+    for side in sides.values():
+        side(by_length[:2])  # a peer is fetched and imported
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found = {}
     for repeat in range(repeats):
         for name in list(sides) if repeat % 2 == 0 else reversed(list(sides)):
             start = time.perf_counter()
-            found[name] = sides[name]()
+            found[name] = sides[name](by_length)
             seconds[name].append(time.perf_counter() - start)
             print(f"{name:<31} {len(asked) / seconds[name][-1]:7.2f} prompts/s", flush=True)
     median = {name: statistics.median(of) for name, of in seconds.items()}
@@ -117,7 +120,7 @@ def race(path: Path, asked: list[prompts.Prompt], batch: int, repeats: int) -> d
     for name in networks:
         for peer in (f"{REPENG}{name}", f"{STEERING_VECTORS}{name}"):
             print(f"PyTorch{name} is {median[peer] / median[f'PyTorch{name}']:.2f} times as fast as {peer}")
-    return found
+    return {name: activations[np.argsort(by_length)] for name, activations in found.items()}
 
 
 def with_repeng(network: Any, texts: list[str], batch: int) -> Activations:
@@ -127,7 +130,7 @@ def with_repeng(network: Any, texts: list[str], batch: int) -> Activations:
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         found = batched_get_hiddens(
-            network.model, network.tokenizer, texts, list(range(network.n_layer)), batch
+            network.model.base_model, network.tokenizer, texts, list(range(network.n_layer)), batch
         )
     return np.stack([found[layer] for layer in range(network.n_layer)], axis=1)
 
@@ -143,7 +146,7 @@ def with_steering_vectors(network: Any, texts: list[str], batch: int) -> Activat
     from steering_vectors import extract_activations
 
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
-    sides = extract_activations(network.model, network.tokenizer, pairs, batch_size=batch)
+    sides = extract_activations(network.model.base_model, network.tokenizer, pairs, batch_size=batch)
     even, odd = (
         torch.stack([torch.cat(side[layer]) for layer in range(network.n_layer)], dim=1).float().numpy()
         for side in sides
@@ -202,8 +205,8 @@ def peak_memory(path: Path, asked: list[prompts.Prompt]) -> dict[str, float]:
 
 
 def peak() -> float:
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def report_memory(path: Path, count: int) -> None:

@@ -154,7 +154,8 @@ def held(path: Path, options: argparse.Namespace) -> str:
             pass
         cells = -(-(options.prompt + options.tokens) // PADDING) * PADDING
         at_once = min(model.n_parallel, options.memory // cells)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
     return f"| {options.memory} | {at_once} × {cells} | {peak:.0f} |"
 
 

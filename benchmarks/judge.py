@@ -1,11 +1,12 @@
 """The judge's speed, what was tried for its accuracy, and the tables of docs/judge.md.
 
-speed: judgements per second of this project's batches against llama-cpp-python's label log-probabilities. The
-same model, the same labelled test pairs and the same few-shot text on all sides. The peer is used well: one
-context that is kept, `logits_all=True` as its log-probabilities need, all cores, one token an answer, its own
-prefix match reusing the few-shot part from call to call. It reads the text as the user's message, in the chat
-format that its function is for. The sides take turns, and how many verdicts are right is printed too, so that
-none can be fast by being wrong. CPU time is told as well, for machines that are busy with other things.
+speed: judgements per second of this project's batches against label words read by llama-cpp-python. The same
+model, the same labelled test pairs and the same tokens on all sides. The peer, which has one sequence a
+context, is used well: its tokens are prepared beforehand, one context is kept, the few-shot text is read once
+for all pairs, and logits are computed of the last token alone (what `create_chat_completion(logprobs=True)`
+does of every token); all cores, flash attention as here. The sides take turns, and how many verdicts are
+right is printed too, so that none can be fast by being wrong. CPU time is told as well, for machines that are
+busy with other things.
 
 variants: what a probe could read instead, compared on calibration pairs that were left out of its fit.
 
@@ -33,6 +34,7 @@ from threadpoolctl import threadpool_limits
 
 from rs_gguf import models
 from rs_gguf.cores import usable_cores
+from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge, Judgement, Pair, open_judge
 from rs_gguf.judging import rubric
 from rs_gguf.judging.calibration import (
@@ -44,14 +46,13 @@ from rs_gguf.judging.calibration import (
     platt,
     principal_components,
 )
-from rs_gguf.judging.endpoint import label_confidence
-from rs_gguf.judging.exchange import parse_completion
 from rs_gguf.judging.judgement import by_rule
 from rs_gguf.judging.local import LabelJudge
 from rs_gguf.judging.probe import read_states, save_probe
 from rs_gguf.judging.rubric import verdict_tokens
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import Float64
+from rs_gguf.widening import file_to_load
 
 Rows = Sequence[Sequence[object]]
 
@@ -93,16 +94,17 @@ def measure_speed(options: argparse.Namespace) -> None:
     pool = [p for p in labelled_pairs() if p.split == "test" and by_rule(p.prompt, p.answer) is None]
     pairs = pool[:: max(1, len(pool) // options.pairs)][: options.pairs]
     ours = LlamaModel(path, n_threads=options.threads)
-    longest = max(len(verdict_tokens(ours, (pair.prompt, pair.answer))) for pair in pairs)
+    sequences = [verdict_tokens(ours, (pair.prompt, pair.answer)) for pair in pairs]
     peer = llama_cpp.Llama(
-        str(path), n_ctx=longest + 64, logits_all=True, n_threads=options.threads,
-        n_threads_batch=options.threads, verbose=False,
+        str(file_to_load(path)),  # as `ours` does
+        n_ctx=max(map(len, sequences)), n_threads=options.threads, n_threads_batch=options.threads,
+        flash_attn=True, verbose=False,
     )  # fmt: skip
     embedded, labels = open_judge(ours), LabelJudge(ours)
     sides: dict[str, Callable[[], list[float | None]]] = {
         "embedded": lambda: judged(embedded, pairs),
         "label words": lambda: judged(labels, pairs),
-        "peer": lambda: asked(peer, ours, pairs),
+        "peer": lambda: read_by_peer(peer, sequences),
     }
     wall: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
@@ -131,14 +133,18 @@ def judged(judge: Judge, pairs: list[LabelledPair]) -> list[float | None]:
     return [graded[i].confidence for i in range(len(pairs))]
 
 
-def asked(peer: llama_cpp.Llama, ours: LlamaModel, pairs: list[LabelledPair]) -> list[float | None]:
-    found = []
-    for pair in pairs:
-        text = ours.detokenize(verdict_tokens(ours, (pair.prompt, pair.answer)))
-        answer = peer.create_chat_completion(
-            [{"role": "user", "content": text}], max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=20
-        )
-        found.append(label_confidence(parse_completion(answer)[0].tokens))
+def read_by_peer(peer: llama_cpp.Llama, sequences: list[list[int]]) -> list[float | None]:
+    """Log-odds of refusal by the first pair of words in `LABELS`."""
+    refusal, answer = (peer.tokenize(word.encode(), add_bos=False)[0] for word in LABELS[0])
+    shared = common_prefix(sequences)
+    peer.reset()
+    peer.eval(sequences[0][:shared])
+    found: list[float | None] = []
+    for tokens in sequences:
+        peer.n_tokens = shared  # `eval` takes what follows out of the cache
+        peer.eval(tokens[shared:])
+        logits = llama_cpp.llama_get_logits_ith(peer.ctx, -1)
+        found.append(logits[refusal] - logits[answer])
     return found
 
 

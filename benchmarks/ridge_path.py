@@ -1,16 +1,18 @@
-"""One factorisation for all ridges, against torch.linalg.solve for each.
+"""One factorisation for all ridges, against one for each, and against eigenvectors.
 
 Claim: a path of 32 ridges x all layers x four ridge estimators (RMD, WRMD, WRMD uncentred, SafeRidge) is
-many times faster than solving each with torch.linalg.solve, within 1.5 layers of fp64 activations beyond
-the input.
+several times as fast as solving each system by itself, within 1.5 layers of fp64 activations beyond the
+input.
 
-Two peers, both torch fp64, at the fastest of 1 or all threads and of one system a call or a batch of four:
-  solve   the covariance of a layer and weighting is formed once, then torch.linalg.solve for each ridge and
-          estimator: 128 a layer;
-  refit   what fitting each setting on its own costs: covariance and torch.linalg.solve, 128 times a layer.
-The peers run on a sample of ridges of one layer, of the cheapest of the four estimators, and are multiplied
-out; ours runs in full. Memory is that of the arrays each side allocates. Data: N samples, 45 % refused, 45 %
-answered, 10 % neutral, the spread of the dimensions falling over three decades.
+The peers, in fp64, at the faster of 1 or all threads:
+  torch.linalg.solve   Gaussian elimination of each covariance;
+  Cholesky             of the same systems, by SciPy, in place;
+  Cholesky, dual       the Gram matrix [n, n] of the n answered samples in place of the covariance [D, D];
+  eigh                 the eigenvectors of the smaller of the two, from which all ridges are solved.
+Each forms a matrix once for all ridges: three a layer, since SafeRidge has that of WRMD. The peers run on
+one layer and matrix, the first two on a sample of the ridges, and are multiplied out; ours runs in full.
+Memory is that of the arrays that NumPy holds. Data: N samples, 45 % refused, 45 % answered, 10 % neutral,
+the spread of the dimensions falling over three decades.
 
 Usage: python benchmarks/ridge_path.py [--small] [--repeats R]
 """
@@ -20,20 +22,25 @@ from __future__ import annotations
 import argparse
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import cho_factor, cho_solve, eigh
+from threadpoolctl import threadpool_limits
 
 from rs_gguf.constrained import SafeRidge
+from rs_gguf.cores import usable_cores
 from rs_gguf.estimators import (
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
     WeightedRidgeMeanDifference,
     fit_paths,
 )
-from rs_gguf.paths import RidgePath
+from rs_gguf.moments import Float64
+from rs_gguf.ridge_path import RidgePath
 
 RIDGES = np.geomspace(1e-3, 1e2, 32)
 ESTIMATORS = [
@@ -42,6 +49,7 @@ ESTIMATORS = [
     UncentredWeightedRidgeMeanDifference(),
     SafeRidge(),
 ]
+MATRICES = 3  # of a layer, for the four
 
 
 def make(n: int, n_layers: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,56 +64,96 @@ def make(n: int, n_layers: int, width: int) -> tuple[np.ndarray, np.ndarray, np.
     return activations, confidence, kinds
 
 
-class Peer:
-    """The four estimators by torch.linalg.solve, one layer."""
+# ---- peers -----------------------------------------------------------------------------------------------
 
-    def __init__(self, rows: np.ndarray, confidence: np.ndarray, kinds: np.ndarray) -> None:
-        self.rows = torch.from_numpy(rows)
-        self.size = torch.from_numpy(np.abs(confidence))
-        refused, answered = confidence > 0.15, confidence < -0.15
-        self.masks = {
-            "refused": refused,
-            "answered": answered,
-            "sensitive": refused & (kinds == "sensitive"),
-            "harmful": refused & (kinds == "harmful"),
-            "benign": answered & (kinds == "benign"),
-        }
 
-    def parts(self, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The matrix before the ridge and the right-hand sides."""
+def by_elimination(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
+    """(matrix + shift I)⁻¹ right [R, D, K] for each of the `shifts` [R]. So do the next two."""
+    solved = np.empty((len(shifts), *right.shape))
+    # One a call: several at once, on several threads, hang or fail in torch 2.13 with MKL.
+    for index, shifted in enumerate(shifted_by(matrix, shifts)):
+        solved[index] = torch.linalg.solve(torch.from_numpy(shifted), torch.from_numpy(right))
+    return solved
 
-        def weights(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            mask = torch.from_numpy(self.masks[name])
-            weight = torch.ones_like(self.size) if estimator == "rmd" else self.size
-            return self.rows[mask].double(), weight[mask] / weight[mask].sum()
 
-        def mean(name: str) -> torch.Tensor:
-            h, w = weights(name)
-            return w @ h
+def by_cholesky(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
+    solved = np.empty((len(shifts), *right.shape))
+    for index, shifted in enumerate(shifted_by(matrix, shifts)):
+        factor = cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+        solved[index] = cho_solve(factor, right, check_finite=False)
+    return solved
 
-        h, w = weights("answered")
-        centre = mean("answered")
-        if estimator != "wrmd-uncentred":
-            h = h - centre
-        matrix = (h * w[:, None]).T @ h
-        if estimator == "safe-wrmd":
-            return matrix, torch.stack([mean("sensitive") - centre, mean("harmful") - mean("benign")], 1)
-        return matrix, (mean("refused") - centre)[:, None]
 
-    @staticmethod
-    def solve(matrix: torch.Tensor, right: torch.Tensor, ridges: np.ndarray) -> torch.Tensor:
-        """Unit directions [R, D], by one call."""
-        shifted = matrix.repeat(len(ridges), 1, 1)
-        shifted.diagonal(dim1=1, dim2=2).add_(
-            torch.from_numpy(ridges)[:, None] * matrix.trace() / len(matrix)
-        )
-        # Each is symmetric; its transpose is already in the order that LAPACK wants.
-        solved = torch.linalg.solve(shifted.mT, right.expand(len(ridges), -1, -1))
+def shifted_by(matrix: Float64, shifts: Float64) -> Iterator[Float64]:
+    """Copies in the order of LAPACK, which is the transposed one: the matrix is symmetric."""
+    for shift in shifts:
+        shifted = matrix.T.copy(order="F")
+        np.fill_diagonal(shifted, shifted.diagonal() + shift)
+        yield shifted
+
+
+def by_eigenvectors(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
+    values, vectors = eigh(matrix, driver="evd", check_finite=False)
+    scaled = (vectors.T @ right) / (values[:, None] + shifts[:, None, None])
+    return product(vectors, scaled)
+
+
+def product(a: Float64, b: Float64) -> Float64:
+    """A [M, D] times each of B [R, D, K], in one call: [R, M, K]."""
+    return np.moveaxis(np.tensordot(a, b, (1, 1)), 1, 0)
+
+
+class Peer(NamedTuple):
+    """A way to solve (AᵀA + λI) x = b for samples A [n, D]: itself or its dual, so many ridges a call."""
+
+    solver: Callable[[Float64, Float64, Float64], Float64]
+    at_once: int
+    dual: bool = False
+
+    def matrix(self, samples: Float64) -> Float64:
+        return samples @ samples.T if self.dual else samples.T @ samples
+
+    def directions(self, matrix: Float64, samples: Float64, right: Float64, ridges: Float64) -> Float64:
+        """Unit directions [R, D] for relative ridges; orthogonal to the second right-hand side, if any."""
+        shifts = ridges * matrix.trace() / samples.shape[1]
+        if self.dual:
+            inner = self.solver(matrix, samples @ right, shifts)
+            solved = (right - product(samples.T, inner)) / shifts[:, None, None]
+        else:
+            solved = self.solver(matrix, right, shifts)
         directions = solved[:, :, 0]
         if right.shape[1] > 1:
             harm, pull = right[:, 1], solved[:, :, 1]
             directions = directions - pull * ((directions @ harm) / (pull @ harm))[:, None]
-        return torch.nn.functional.normalize(directions, dim=1)
+        return np.asarray(directions / np.linalg.norm(directions, axis=1, keepdims=True))
+
+
+def system(
+    estimator: str, rows: np.ndarray, confidence: np.ndarray, kinds: np.ndarray
+) -> tuple[Float64, Float64]:
+    """The weighted, centred answered samples A [n, D] of one layer, and right-hand sides [D, K]."""
+    refused, answered = confidence > 0.15, confidence < -0.15
+    size = np.ones(len(rows)) if estimator == "rmd" else np.abs(confidence)
+
+    def weighted(mask: np.ndarray) -> tuple[Float64, Float64]:
+        return rows[mask].astype(np.float64), size[mask] / size[mask].sum()
+
+    def mean(mask: np.ndarray) -> Float64:
+        samples, weights = weighted(mask)
+        return np.asarray(weights @ samples)
+
+    samples, weights = weighted(answered)
+    centre = weights @ samples
+    if estimator != "wrmd-uncentred":
+        samples -= centre
+    samples *= np.sqrt(weights)[:, None]
+    if estimator == "safe-wrmd":
+        harm = mean(refused & (kinds == "harmful")) - mean(answered & (kinds == "benign"))
+        return samples, np.column_stack([mean(refused & (kinds == "sensitive")) - centre, harm])
+    return samples, (mean(refused) - centre)[:, None]
+
+
+# ---- measures --------------------------------------------------------------------------------------------
 
 
 def best(function: Callable[[], object], repeats: int) -> float:
@@ -117,33 +165,38 @@ def best(function: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def peak_of_numpy(function: Callable[[], object]) -> int:
+def fastest(function: Callable[[], object], repeats: int) -> float:
+    """Seconds at the better of 1 or all threads."""
+    found = []
+    for count in {1, usable_cores()}:
+        torch.set_num_threads(count)
+        with threadpool_limits(count):
+            found.append(best(function, repeats))
+    return min(found)
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes of the arrays that NumPy and SciPy hold at once."""
     tracemalloc.start()
     function()
-    _, peak = tracemalloc.get_traced_memory()
+    _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return peak
+    return most
 
 
-def peak_of_torch(function: Callable[[], object]) -> int:
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    return max(np.cumsum([change for _, change in sorted(changes)]), default=0)
+def formed(peer: Peer, make_system: Callable[[], tuple[Float64, Float64]]) -> Float64:
+    return peer.matrix(make_system()[0])
 
 
 def flop_ratio(n: int, width: int) -> float:
-    """Floating-point operations of the peer over ours, a layer with n answered samples, leading terms alone.
+    """Floating-point operations of Cholesky over ours, a layer with n answered samples, leading terms alone.
 
-    Peer: three covariances and 128 solves. Ours: two covariances, or Gram matrices where n < D, of which one
-    triangle is computed, and two reductions.
+    Both take the smaller of covariance and Gram matrix, of which one triangle is computed. Cholesky: three of
+    them and 96 factorisations. Ours: two of them and two reductions.
     """
     size = min(n, width)
-    peer = 3 * 2 * n * width**2 + len(RIDGES) * len(ESTIMATORS) * 2 / 3 * width**3
-    return peer / (2 * (n * width * size + 4 / 3 * size**3))
+    form = n * width * size
+    return MATRICES * (form + len(RIDGES) * size**3 / 3) / (2 * (form + 4 / 3 * size**3))
 
 
 def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
@@ -157,44 +210,44 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
         return fit_paths(activations[:, :layers], confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
 
     ours = best(lambda: fit(n_layers), repeats)
-    print(f"ours, in full, 1 thread:              {ours:9.2f} s  ({ours / n_layers * 1e3:.0f} ms a layer)")
+    print(f"ours, in full, 1 thread:       {ours:8.1f} s  ({ours / n_layers * 1e3:.0f} ms a layer)")
 
+    peers = {
+        "torch.linalg.solve": Peer(by_elimination, 1),
+        "Cholesky": Peer(by_cholesky, 1),
+        "Cholesky, dual": Peer(by_cholesky, len(RIDGES), dual=True),
+        "eigh": Peer(by_eigenvectors, len(RIDGES), dual=answered < width),
+    }
+    rows = activations[:, 0].copy()
+    systems = {e.name: partial(system, e.name, rows, confidence, kinds) for e in ESTIMATORS}
+    ends = [0, len(RIDGES) - 1]
     paths = fit(1)
-    peer = Peer(activations[:, 0].copy(), confidence, kinds)
-    worst = 0.0
-    for estimator, path in zip(ESTIMATORS, paths, strict=True):
-        theirs = peer.solve(*peer.parts(estimator.name), RIDGES[[0, 16, 31]]).numpy()
-        worst = max(worst, float(np.abs(theirs - path.directions[[0, 16, 31], 0]).max()))
-    print(f"largest difference of a component:    {worst:9.1e}")
-
-    parts = peer.parts("wrmd")
-    threads = torch.get_num_threads()
-    forms, solves = {}, {}
-    for count in {1, threads}:
-        torch.set_num_threads(count)
-        forms[count] = best(lambda: peer.parts("wrmd"), repeats)
-        for batch in (1, 4):
-            solves[count, batch] = best(partial(peer.solve, *parts, RIDGES[:batch]), repeats) / batch
-    torch.set_num_threads(threads)
-    form, (solve, (count, batch)) = min(forms.values()), min((v, k) for k, v in solves.items())
-    fits = len(RIDGES) * len(ESTIMATORS) * n_layers
-    # RMD, WRMD and the uncentred matrix: three to form a layer, SafeRidge shares WRMD's.
-    total, refit = fits * solve + 3 * n_layers * form, fits * (solve + form)
-    print(f"one solve, {count} of {threads} threads, {batch} a call:    {solve * 1e3:9.1f} ms")
-    print(f"peer solve, {fits} fits, extrapolated: {total:8.1f} s  = {total / ours:7.1f} x ours")
-    print(f"peer refit, {fits} fits, extrapolated: {refit:8.1f} s  = {refit / ours:7.1f} x ours")
-    print(f"peer solve, ratio of flops:           {flop_ratio(answered, width):9.1f}")
+    for name, peer in peers.items():
+        difference = 0.0
+        for estimator, path in zip(ESTIMATORS, paths, strict=True):
+            samples, right = systems[estimator.name]()
+            found = peer.directions(peer.matrix(samples), samples, right, RIDGES[ends])
+            difference = max(difference, float(np.abs(found - path.directions[ends, 0]).max()))
+        samples, right = systems["wrmd"]()
+        matrix = peer.matrix(samples)
+        form = fastest(partial(formed, peer, systems["wrmd"]), repeats)
+        some = RIDGES[: peer.at_once]
+        solve = fastest(partial(peer.directions, matrix, samples, right, some), repeats) / len(some)
+        total = n_layers * MATRICES * (form + len(RIDGES) * solve)
+        print(
+            f"{name + ':':<31}{total:8.1f} s  = {total / ours:6.1f} x ours  (matrix "
+            f"{form * 1e3:.0f} ms, a ridge {solve * 1e3:.1f} ms; components off by {difference:.0e} at most)"
+        )
+    print(f"Cholesky, ratio of operations: {flop_ratio(answered, width):8.1f}")
 
     few = fit(2)
     results = sum(path.directions.nbytes + path.offset.nbytes for path in few)
     size = n * width * 8
-    beyond = peak_of_numpy(lambda: fit(2)) - results
+    beyond = peak(lambda: fit(2)) - results
     print(
-        f"ours, peak beyond input and result:   {beyond / 2**20:9.1f} MiB = {beyond / size:.2f} layers in "
+        f"ours, beyond input and result: {beyond / 2**20:8.1f} MiB = {beyond / size:.2f} layers in "
         f"fp64, {2 * beyond / size:.2f} in float32"
     )
-    peak = peak_of_torch(lambda: peer.solve(*peer.parts("wrmd"), RIDGES[:1]))
-    print(f"peer, one fit:                        {peak / 2**20:9.1f} MiB = {peak / size:.2f} layers")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 The same model, prompts, vectors and probe on all sides: log-probabilities of a refusal's opening after each
 prompt. "reloaded" is this project's own batches with the model loaded anew for every configuration, so the
-difference is the loading alone. The peer is llama-cpp-python, loaded anew likewise and used well: all cores,
-one context for all prompts of a configuration, their common beginning reused, logits of the opening alone.
-All sides must find the same numbers. What a change of configuration costs by itself is told too. The sides
-take turns; medians of the repeats.
+difference is the loading alone. The peer is llama-cpp-python, which has one sequence a context, used well:
+all cores, flash attention as here, the prompts' common beginning read once a configuration, each prompt and
+the opening after it in one step, logits of the opening alone. It swaps vectors too, and "reloaded" likewise
+loads the model for each. All sides must find the same numbers. What a change of configuration costs by itself
+is told too. The sides take turns; medians of the repeats.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from rs_gguf import models, prompts
 from rs_gguf.cores import usable_cores
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.generation import common_prefix
-from rs_gguf.llama import LlamaModel, build
+from rs_gguf.llama import LlamaModel
 from rs_gguf.widening import file_to_load
 
 Directions = dict[int, NDArray[np.float32]]
 Pairs = list[tuple[list[int], list[int]]]
 _OPENING = "I'm sorry, but I can't assist"
-# Nats of a whole opening: batches of other sizes round otherwise, most of all with AMX.
-_TOLERANCE, _TOLERANCE_AMX = 0.05, 0.5
+# Nats of a whole opening: batches of other sizes round otherwise (0.13 seen without AMX), and without the
+# vector, or with another one, some opening differs by two.
+_TOLERANCE = 0.5
 
 
 def main() -> None:
@@ -43,7 +45,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     path = file_to_load(models.pull(models.DEFAULT))  # the same for all sides
-    tolerance = _TOLERANCE_AMX if "AMX_INT8 = 1" in build() else _TOLERANCE
     model = LlamaModel(path, n_threads=options.threads)
     pool = [p for p in prompts.grid(["sensitive", "harmful"]) if p.split == "tune"]
     asked = prompts.stratified(pool, options.prompts, seed=0)
@@ -54,23 +55,27 @@ def main() -> None:
         {layer: rng.standard_normal(model.n_embd).astype(np.float32) * 0.05 for layer in range(8, 16)}
         for _ in range(options.configurations)
     ]
-    sides: dict[str, Callable[[], list[NDArray[np.float64]]]] = {
-        "swapped": lambda: [probe(model, directions, pairs) for directions in tried],
-        "reloaded": lambda: [reloaded(path, options.threads, directions, pairs) for directions in tried],
-        "llama-cpp-python": lambda: [peer(path, options.threads, directions, pairs) for directions in tried],
+    peer = open_peer(path, options.threads)
+    sides: dict[str, Callable[[Directions], NDArray[np.float64]]] = {
+        "swapped": lambda directions: probe(model, directions, pairs),
+        "reloaded": lambda directions: reloaded(path, options.threads, directions, pairs),
+        "llama-cpp-python, swapped": lambda directions: peer_probe(peer, directions, pairs),
+        "llama-cpp-python, reloaded": lambda directions: peer_reloaded(
+            path, options.threads, directions, pairs
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found = {}
     for repeat in range(options.repeats):
         for name in list(sides) if repeat % 2 == 0 else reversed(list(sides)):
             start = time.perf_counter()
-            found[name] = np.stack(sides[name]())
+            found[name] = np.stack([sides[name](directions) for directions in tried])
             seconds[name].append(time.perf_counter() - start)
             rate = 60 * len(tried) / seconds[name][-1]
-            print(f"{name:<18} {rate:6.1f} configurations/min", flush=True)
-    for name in ("reloaded", "llama-cpp-python"):
+            print(f"{name:<26} {rate:6.1f} configurations/min", flush=True)
+    for name in list(sides)[1:]:
         largest = np.abs(found[name] - found["swapped"]).max()
-        if largest > tolerance:
+        if largest > _TOLERANCE:
             raise SystemExit(f"{name} finds other log-probabilities, by up to {largest:.3f} nats")
         ratio = statistics.median(seconds[name]) / statistics.median(seconds["swapped"])
         print(f"swapped probes {ratio:.2f} times as many configurations as {name}")
@@ -90,31 +95,49 @@ def reloaded(path: Path, threads: int, directions: Directions, pairs: Pairs) -> 
         return probe(model, directions, pairs)
 
 
-def peer(path: Path, threads: int, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
-    llama = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    n_embd, n_layer = llama.n_embd(), llama_cpp.llama_model_n_layer(llama.model)
-    buffer = np.zeros((n_layer - 1, n_embd), dtype=np.float32)
+def open_peer(path: Path, threads: int) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
+        str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
+    )
+
+
+def peer_probe(llama: llama_cpp.Llama, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
+    width, last = llama.n_embd(), llama_cpp.llama_model_n_layer(llama.model) - 1
+    buffer = np.zeros((last, width), dtype=np.float32)
     for layer, direction in directions.items():
         buffer[layer - 1] = direction
     pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    llama_cpp.llama_set_adapter_cvec(llama.ctx, pointer, buffer.size, n_embd, 1, n_layer - 1)
+    llama_cpp.llama_set_adapter_cvec(llama.ctx, pointer, buffer.size, width, 1, last)
     shared = common_prefix([prompt for prompt, _ in pairs])
     llama.reset()
     llama.eval(pairs[0][0][:shared])
+    batch = llama_cpp.llama_batch_init(llama.n_batch, 0, 1)
     found = []
     for prompt, opening in pairs:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llama.ctx), 0, shared, -1)
-        llama.n_tokens = shared
+        tokens = [*prompt[shared:], *opening[:-1]]
+        batch.n_tokens = len(tokens)
+        first = len(tokens) - len(opening)  # the prompt's last token, which predicts the opening's first
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, shared + i, i >= first
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        if llama_cpp.llama_decode(llama.ctx, batch) != 0:
+            raise SystemExit("llama-cpp-python could not decode")
         total = 0.0
-        # One evaluation up to the opening, then one a token: only the last token's logits are kept.
-        for tokens, wanted in zip([prompt[shared:], *([t] for t in opening[:-1])], opening, strict=True):
-            llama.eval(tokens)
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
+        for i, wanted in enumerate(opening, start=first):
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, i), (llama.n_vocab(),))
             top = float(logits.max())
             total += float(logits[wanted]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
         found.append(total)
-    llama.close()
+    llama_cpp.llama_batch_free(batch)
     return np.array(found)
+
+
+def peer_reloaded(path: Path, threads: int, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
+    llama = open_peer(path, threads)
+    found = peer_probe(llama, directions, pairs)
+    llama.close()
+    return found
 
 
 def changes(model: LlamaModel, directions: Directions, times: int = 50) -> float:
