@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rs_gguf.chat import opens_thinking
+from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.judges import Judge
+from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import Row, RunFolder
@@ -22,14 +25,24 @@ def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[t
     """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
 
     Raises:
-        InputError: no server can be used.
+        InputError: no server can be used, one has another model, or the model's answers begin within a
+            thinking trace, which servers do not tell.
     """
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
         tokens = chat_tokens(model, asked, system)
         yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
         return
+    opening = chat_tokens(model, asked[:1], system)
+    if any(opens_thinking(model.detokenize(tokens[-8:], special=True)) for tokens in opening):
+        raise InputError(
+            "answers.servers: the model's chat template opens a thinking trace, and servers do not tell the "
+            "tokens of one: the answer would be read as its beginning. Let the model answer here, without "
+            "answers.servers."
+        )
     servers = LlamaServer(options.servers, [], system)
+    if isinstance(model, LlamaModel):  # of which llama-servers tell the same figures
+        servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
     for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
         # Servers tell the text alone; capture and drift go by tokens.
         yield i, replace(found, tokens=model.tokenize(found.text, special=False))

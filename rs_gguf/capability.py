@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -24,7 +24,7 @@ from rs_gguf.evaluation import Answer
 from rs_gguf.prompts import Prompt
 
 KINDS = ("arithmetic", "facts", "format", "code")
-MAX_TOKENS = {"arithmetic": 48, "facts": 48, "format": 48, "code": 192}
+_TOKENS, _CODE_TOKENS = 48, 192
 
 # Answers to prompts, in order, of at most so many tokens.
 Ask = Callable[[Sequence[Prompt], int], list[Answer]]
@@ -35,63 +35,81 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, the checks that its answer must pass, and an answer that passes them."""
+    """A prompt, the checks that its answer must pass, an answer that passes them, and how long one may be."""
 
     id: str
     kind: str
     prompt: str
     checks: Sequence[Mapping[str, Any]]
     reference: str
+    max_tokens: int = _TOKENS
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a model answered to a task, and whether that is right."""
+    """What a model answered to a task, and whether that is right; None where it was cut off before an answer,
+    within its thinking trace say.
+    """
 
     task: Task
     text: str
-    correct: bool
+    correct: bool | None
 
 
 def tasks(kinds: Sequence[str] = KINDS) -> list[Task]:
     """The project's tasks of these kinds."""
     text = (resources.files("rs_gguf") / "data" / "capability.jsonl").read_text(encoding="utf-8")
-    found = [Task(**json.loads(line)) for line in text.splitlines()]
-    return [task for task in found if task.kind in kinds]
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [
+        Task(**row, max_tokens=_CODE_TOKENS if row["kind"] == "code" else _TOKENS)
+        for row in rows
+        if row["kind"] in kinds
+    ]
 
 
-def runnable() -> tuple[list[Task], str]:
-    """The tasks that this system can check, and why the others are left out (empty when none is)."""
+def runnable(max_tokens: int = 0) -> tuple[list[Task], str]:
+    """The tasks that this system can check, and why the others are left out (empty when none is).
+
+    Answers may have `max_tokens` where that is more than the tasks need: a model may think before them.
+    """
     reason = sandbox.unavailable()
-    return (tasks([kind for kind in KINDS if kind != "code"]), reason) if reason else (tasks(), "")
+    found = tasks([kind for kind in KINDS if kind != "code"]) if reason else tasks()
+    return [replace(task, max_tokens=max(task.max_tokens, max_tokens)) for task in found], reason
 
 
 def solve(ask: Ask, chosen: Sequence[Task]) -> list[Solution]:
     """Have tasks answered; the solutions are in the order of the tasks."""
     solutions: dict[str, Solution] = {}
-    for limit in sorted({MAX_TOKENS[task.kind] for task in chosen}):
-        group = [task for task in chosen if MAX_TOKENS[task.kind] == limit]
+    for limit in sorted({task.max_tokens for task in chosen}):
+        group = [task for task in chosen if task.max_tokens == limit]
         answers = ask([Prompt(task.prompt, "benign") for task in group], limit)
         for task, found in zip(group, answers, strict=True):
-            solutions[task.id] = Solution(task, found.text, passes(task, found.text))
+            correct = None if found.to_judge is None else passes(task, found.text)
+            solutions[task.id] = Solution(task, found.text, correct)
     return [solutions[task.id] for task in chosen]
 
 
 def compare(before: Sequence[Solution], after: Sequence[Solution]) -> dict[str, dict[str, Any]]:
-    """Accuracy by kind and in `all`, from solutions of the same tasks unsteered and steered."""
+    """Accuracy by kind and in `all`, from solutions of the same tasks unsteered and steered.
+
+    `n` are the tasks that were answered on both sides; the others are `unanswered_…` on one or both.
+    """
     pairs = list(zip(before, after, strict=True))
     kinds = [kind for kind in KINDS if any(b.task.kind == kind for b, _ in pairs)]
     groups = {kind: [pair for pair in pairs if pair[0].task.kind == kind] for kind in kinds}
     return {name: _paired(group) for name, group in {**groups, "all": pairs}.items()}
 
 
-def _paired(pairs: Sequence[tuple[Solution, Solution]]) -> dict[str, Any]:
+def _paired(asked: Sequence[tuple[Solution, Solution]]) -> dict[str, Any]:
+    pairs = [(b.correct, a.correct) for b, a in asked if b.correct is not None and a.correct is not None]
     n = len(pairs)
-    right, right_after = sum(b.correct for b, _ in pairs), sum(a.correct for _, a in pairs)
-    gained = sum(a.correct and not b.correct for b, a in pairs)
-    lost = sum(b.correct and not a.correct for b, a in pairs)
+    right, right_after = sum(b for b, _ in pairs), sum(a for _, a in pairs)
+    gained = sum(a and not b for b, a in pairs)
+    lost = sum(b and not a for b, a in pairs)
     return {
         "n": n,
+        "unanswered_baseline": sum(b.correct is None for b, _ in asked),
+        "unanswered_steered": sum(a.correct is None for _, a in asked),
         "right_baseline": right,
         "right_steered": right_after,
         "accuracy_baseline": right / n if n else 0.0,

@@ -180,7 +180,7 @@ def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> A
 
 
 def _writers(model: LlamaModel) -> dict[str, str]:
-    """The writing matrices that every block has, and what they multiply; none where blocks differ."""
+    """The writing matrices that every block has, and what they multiply."""
     names = model.graph_tensors()
     try:
         found = [writer_inputs(names, layer) for layer in range(model.n_layer)]

@@ -54,7 +54,7 @@ CATALOGUE = {
         ),
         CatalogueModel(
             name="smollm2-135m",
-            summary="SmolLM2-135M-Instruct Q4_1; refuses nothing by itself, for induction and quick tries",
+            summary="SmolLM2-135M-Instruct Q4_1; hardly refuses in words; to try commands, not for results",
             licence="Apache-2.0",
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

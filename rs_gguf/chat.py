@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rs_gguf.errors import InputError
@@ -27,10 +28,11 @@ _CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+_FINAL = "<|channel|>final<|message|>"  # of gpt-oss, also where no trace stands before the answer
 _THINKING_MARKERS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|channel|>analysis<|message|>", _FINAL),
     ("[THINK]", "[/THINK]"),
 )
 
@@ -49,6 +51,17 @@ class ChatModel(Protocol):
     def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
 
 
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, by which a template tells trainers what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands between the tags, as if they were not there."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatFormat:
     """A compiled chat template. `render` and `tokenize` end with the generation prompt.
 
@@ -58,7 +71,7 @@ class ChatFormat:
 
     def __init__(self, template: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
@@ -123,6 +136,8 @@ def after_thinking(text: str, *, inside: bool | None = None) -> str:
     Then it had if the text holds the end of a trace and does not begin with the start of one.
     """
     text = text.strip()
+    if text.startswith(_FINAL):
+        return text.removeprefix(_FINAL).strip()
     opened = any(text.startswith(opening) for opening, _ in _THINKING_MARKERS)
     if inside is None:
         inside = not opened and any(closing in text for _, closing in _THINKING_MARKERS)

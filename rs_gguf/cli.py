@@ -23,9 +23,9 @@ _STAGES = {
     "answer": "Let the model answer the fit and tune prompts.",
     "score": "Judge the answers: refusal confidence.",
     "capture": "Read the activations at the last prompt token.",
-    "fit": "Fit the directions.",
+    "fit": "Fit directions and gates.",
     "tune": "Search layers and strength, refusals of harm as the constraint.",
-    "write": "Write the GGUF file and prove its effect on the model.",
+    "write": "Write the GGUF files and prove their effect on the model.",
     "measure": "Measure before and after on the test split.",
     "report": "Write report.html and card.md.",
 }
@@ -52,7 +52,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rs-export")
 def main() -> None:
-    """Refusal Steering for llama.cpp: fit, calibrate, check and measure GGUF control vectors."""
+    """Refusal Steering for llama.cpp: control vectors and gated adapters (LoRA), fitted and measured."""
     # The name of a file need not be UTF-8. What cannot be written is spelt out, as on stderr.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -180,7 +180,7 @@ def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
     print_results(Console(), metrics, out)
 
 
-@main.group(cls=_Group)
+@main.group()
 def models() -> None:
     """Known small models, pinned by SHA-256."""
 

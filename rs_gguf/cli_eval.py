@@ -51,7 +51,10 @@ def evaluate(
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int,
     capability: bool, output: Path | None,
 ) -> None:  # fmt: skip
-    """Refusals and broken answers, drift, capability and speed, unsteered and steered side by side."""
+    """Measure refusals and more, unsteered and steered.
+
+    Refusals, broken answers, drift, capability and speed, side by side and with intervals.
+    """
     from rich.console import Console
 
     from rs_gguf import capability as capabilities
@@ -71,7 +74,7 @@ def evaluate(
         click.echo("Nothing is steered: both sides are the model as it is.", err=True)
         doses = [0.0]
     sets = _sets(files)
-    tasks, left_out = capabilities.runnable() if capability else ([], "")
+    tasks, left_out = capabilities.runnable(tokens) if capability else ([], "")
     if left_out:
         click.echo(f"The tasks that run code are left out: {left_out}.", err=True)
     progress = TerminalProgress(Console(stderr=True))

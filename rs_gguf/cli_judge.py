@@ -47,7 +47,9 @@ def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
     price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
 ) -> None:  # fmt: skip
-    """Grade answers: adds confidence (−1 … 1), verdict, mode and category to each row, in order.
+    """Grade answers: refusal, answer or unclear.
+
+    Adds confidence (−1 … 1), verdict, mode and category to each row, in order.
 
     An endpoint's key is read from RS_GGUF_API_KEY. Judgements are cached by what was judged and by whom.
     """

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 def plan(
     recipe: Path | None, overrides: tuple[str, ...], bits: float | None, measure: bool, as_json: bool
 ) -> None:
-    """Say how long a run will take, stage by stage, and the memory and disk that it needs.
+    """Say how long a run will take.
+
+    Stage by stage, with the memory and disk that it needs.
 
     Nothing is downloaded and, without --measure, no weight is read: the recipe's model may be a GGUF file, or
     a folder with a config.json alone.
@@ -41,12 +43,13 @@ def plan(
     chosen = recipes.load(recipe, overrides)
     path = planning.model_file(chosen)
     shape = planning.model_shape(path, bits)
+    judge = planning.judge_of(chosen)  # before minutes of measuring
     if measure and (bits is not None or path.suffix == ".json"):
         raise InputError("--measure times the model itself: give its weights, and leave --bits away.")
     if measure:
         click.echo("Timing the model...", err=True)
     speed = planning.measure(chosen, path) if measure else stored_speed(usable_cores())
-    found = planning.plan(chosen, shape, speed, planning.judge_of(chosen))
+    found = planning.plan(chosen, shape, speed, judge)
     if as_json:
         click.echo(json.dumps(found.to_row(), indent=2))
         return

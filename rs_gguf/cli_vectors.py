@@ -27,7 +27,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--model", metavar="M", help="Also run it on this model and prove its effect.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def check(file: Path, model: str | None, as_json: bool) -> None:
-    """Say whether llama.cpp will use FILE as it was meant, with every reason why not. Exit code 0 or 1."""
+    """Say whether llama.cpp will use FILE as it was meant.
+
+    With every reason why not. Exit code 0 or 1.
+    """
     from rs_gguf import control_vector, lora, models
 
     try:
@@ -73,7 +76,10 @@ def _finite(proof: dict[str, Any]) -> dict[str, Any]:
 @click.option("--against", type=_FILE, help="Also show the cosine to what this file adds.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def inspect(file: Path, against: Path | None, as_json: bool) -> None:
-    """Show what is in FILE: blocks, matrices, norms, provenance, calibration, metrics."""
+    """Show what is in FILE.
+
+    Blocks, matrices, norms, provenance, calibration, metrics.
+    """
     value = _facts(file, against)
     if as_json:
         click.echo(json.dumps(value, indent=2))
@@ -164,8 +170,9 @@ def convert(
     architecture: str | None,
     model: str | None,
 ) -> None:
-    """Turn another tool's vector into one that llama.cpp loads at the right layer (--from), or an adapter of
-    ours into another tool's (--to).
+    """Turn another tool's vector into ours, or our adapter for it.
+
+    --from: a vector that llama.cpp loads at the right layer. --to: an adapter for another tool.
     """
     if (from_format is None) == (to_format is None):
         raise InputError("Give either --from (another tool's vector) or --to (our adapter for another tool).")

@@ -52,8 +52,10 @@ def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) ->
             f"{_told(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
     for kind, figures in found.get("capability", {}).items():
+        cut_off = max(figures["unanswered_baseline"], figures["unanswered_steered"])
+        less = f" (and {cut_off} cut off)" if cut_off else ""
         table.add_row(
-            f"{kind} tasks", _right(figures, "baseline"), _right(figures, "steered"),
+            f"{kind} tasks{less}", _right(figures, "baseline"), _right(figures, "steered"),
             f"p = {figures['mcnemar_p']:.2g}",
         )  # fmt: skip
     speed = found["tokens_per_second"]

@@ -21,8 +21,8 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators import DirectionEstimator, Means
 from rs_gguf.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.moments import Float64
-from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import RidgeSystem
+from rs_gguf.ridge_path import RidgePath, solve_paths
 
 CONSTRAINTS = ("harm", "groups", "benign")
 

@@ -3,7 +3,7 @@
 Activations [N, L, D] and refusal confidence [N] enter; directions [L, D] and offsets [L, D] leave. Section 3
 of García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each estimator
 names its classes as weight vectors and turns their means, and a `RidgeSystem` where it uses a covariance,
-into a direction; `rs_gguf.paths` does the rest.
+into a direction; `rs_gguf.ridge_path` does the rest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.labels import Labels, Mask
 from rs_gguf.moments import Float64
-from rs_gguf.paths import RidgePath, solve_paths
 from rs_gguf.ridge import SHRINKAGES, RidgeSystem, check_ridges
+from rs_gguf.ridge_path import RidgePath, solve_paths
 
 Means = Mapping[str, Float64]
 

@@ -172,8 +172,9 @@ def _fit_directions(
         directions, c = path.directions.swapaxes(0, 1), samples.confidence
         merit = project_statistics(samples.activations, directions, c, path.offset, neutral=NEUTRAL)
         scores, auroc = scores_of(merit).T, merit.auroc.T  # [ridges, L]
-        scales = scales_of(merit, c)[1].T
-        for k, ridge in enumerate(ridges):
+        to_induce, to_remove = scales_of(merit, c)
+        scales = (to_remove if recipe.effect == "remove" else to_induce).T
+        for k, ridge in enumerate(_ridges(name, recipe)):
             unit = path.directions[k]
             found |= {f"{name}@{ridge:g}/unit": unit, f"{name}@{ridge:g}/scales": scales[k]}
             summary.append(
@@ -247,8 +248,13 @@ def load_directions(folder: Path, recipe: Recipe) -> dict[tuple[str, float], Dir
     return {
         (name, ridge): Directions(sign * arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"])
         for name in estimators(recipe)
-        for ridge in recipe.fit.ridges
+        for ridge in _ridges(name, recipe)
     }
+
+
+def _ridges(name: str, recipe: Recipe) -> Sequence[float]:
+    """Those that make directions of their own: without a covariance all make the same."""
+    return recipe.fit.ridges if ESTIMATORS[name].uses_covariance else recipe.fit.ridges[:1]
 
 
 def load_gates(folder: Path) -> Gates | None:

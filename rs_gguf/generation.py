@@ -5,13 +5,17 @@ Logits or token lists go in; a token, a `Generation` or a length comes out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
+
+_SHOWN = 32  # tokens at the end of a prompt that is too long, those of the chat template among them
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,21 @@ class Generation:
     finished: bool
 
 
+def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
+    """The seed of each prompt's own draws.
+
+    By its tokens and not its place: a run that was stopped and goes on with what is missing draws what it
+    would have drawn. A prompt that is given again draws anew.
+    """
+    seen: Counter[bytes] = Counter()
+    found: list[tuple[int, ...]] = []
+    for tokens in prompts:
+        digest = hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes()).digest()
+        found.append((seed, int.from_bytes(digest, "little"), seen[digest]))
+        seen[digest] += 1
+    return found
+
+
 def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
     """The next token by its `logits` [V]: the likeliest, or one of the likely ones at random.
 
@@ -49,15 +68,23 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
     return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
 
 
-def check_lengths(sequences: Sequence[Sequence[int]], at_most: int, max_tokens: int = 0) -> None:
-    """Raise `InputError` if a sequence and an answer of `max_tokens` have more than `at_most` tokens."""
-    length = max(map(len, sequences))
-    if length + max_tokens > at_most:
+def check_lengths(
+    sequences: Sequence[Sequence[int]],
+    at_most: int,
+    text: Callable[[Sequence[int]], str],
+    max_tokens: int = 0,
+) -> None:
+    """Raise `InputError` if a sequence and an answer of `max_tokens` have more than `at_most` tokens.
+
+    It shows how the `text` of the sequence ends.
+    """
+    longest = max(sequences, key=len)
+    if (length := len(longest)) + max_tokens > at_most:
         answer = f" and its answer may have {max_tokens}" if max_tokens else ""
         lower = ", or lower the tokens of an answer" if max_tokens else ""
         raise InputError(
-            f"a prompt has {length} tokens{answer}, but only {at_most} fit the model's context. "
-            f"Shorten it{lower}."
+            f"a prompt has {length} tokens{answer}, but only {at_most} fit the model's context. Shorten it"
+            f"{lower}. It ends in {text(longest[-_SHOWN:])!r}."
         )
 
 

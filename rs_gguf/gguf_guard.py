@@ -4,7 +4,7 @@ In: a path. Out: a `gguf.GGUFReader` over a file whose every count, length and o
 found to lie inside it. The package maps the file and believes its numbers, so a wrong one means endless
 loops, gigabytes of Python objects or silently shortened arrays. The rules are those of llama.cpp's own reader
 (ggml/src/gguf.cpp, `gguf_init_from_reader`), so that what passes here is also what llama.cpp can open, with
-ceilings that suit vectors and adapters and keep the memory used far below 200 MiB.
+ceilings that suit vectors and adapters: what a vector takes stays far below 200 MiB of memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MAX_BYTES = 32 * 2**20
 """Twice what the largest open model so far needs in float64 (126 blocks of width 16384)."""
 MAX_NUMBERS = MAX_BYTES // 4
 """Numbers in all tensors: in float32 they fill a file of `MAX_BYTES`, and memory to match."""
+MAX_ADAPTER_BYTES = 2**30
+"""In F32, rank 32 on every matrix of Qwen2.5-32B; other tools' adapters are that large."""
 MAX_ENTRIES = 16_384
 """Metadata values (list elements counted one by one) and tensors together; each costs the reader about 1 KiB.
 """
@@ -35,31 +37,31 @@ class StricterThanLlamaCpp(InputError):
     """A file that is refused here although llama.cpp may open it."""
 
 
-def open_gguf(path: str | Path) -> GGUFReader:
+def open_gguf(path: str | Path, max_bytes: int = MAX_BYTES) -> GGUFReader:
     """Open a GGUF file for reading. Raises `InputError`, with the first fault found, when it is not sound.
 
     `StricterThanLlamaCpp` where that fault alone would not keep llama.cpp from opening it.
     """
-    data = read_bounded(path)
+    data = read_bounded(path, max_bytes)
     try:
-        _Walk(data).file()
+        _Walk(data, max_bytes // 4).file()
     except _Fault as fault:
         kind = StricterThanLlamaCpp if isinstance(fault, _OwnFault) else InputError
         raise kind(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
     return GGUFReader(path)
 
 
-def read_bounded(path: str | Path) -> bytes:
-    """The bytes of a regular file of at most `MAX_BYTES`. Raises `InputError` when it is anything else."""
+def read_bounded(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file of at most `max_bytes`. Raises `InputError` when it is anything else."""
     try:
         status = Path(path).stat()
         # A pipe or device could block or never end.
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file; give the path of a file.")
-        if status.st_size > MAX_BYTES:
+        if status.st_size > max_bytes:
             raise StricterThanLlamaCpp(
-                f"{path}: {status.st_size} bytes; a vector or adapter has at most {MAX_BYTES}. "
-                "Is this a model? Give the vector's file."
+                f"{path}: {status.st_size} bytes; such a file has at most {max_bytes}. "
+                "Is this a model? Give the vector's or adapter's file."
             )
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -77,8 +79,9 @@ class _OwnFault(_Fault):
 class _Walk:
     """One pass over the header, without keeping anything but what the rules need."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_numbers: int) -> None:
         self.data = data
+        self.max_numbers = max_numbers
         self.at = 0
         self.entries = 0
         self.numbers = 0
@@ -99,8 +102,10 @@ class _Walk:
         sizes = self.tensors(n_tensors)
         if n_tensors:
             self.layout(sizes)
-        if self.numbers > MAX_NUMBERS:
-            raise _OwnFault(f"its tensors hold {self.numbers} numbers; at most {MAX_NUMBERS} are accepted")
+        if self.numbers > self.max_numbers:
+            raise _OwnFault(
+                f"its tensors hold {self.numbers} numbers; at most {self.max_numbers} are accepted"
+            )
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:
@@ -124,7 +129,10 @@ class _Walk:
     def spend(self, count: int, what: str) -> None:
         self.entries += count
         if self.entries > MAX_ENTRIES:
-            raise _OwnFault(f"{count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in all")
+            raise _OwnFault(
+                f"{count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in "
+                "all (is this a model?)"
+            )
 
     def metadata(self, keys: set[str]) -> None:
         key = self.text("a metadata key", MAX_KEY_BYTES)

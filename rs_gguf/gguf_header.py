@@ -6,6 +6,7 @@ A path goes in, a `Header` comes out. No weight is read and no vocabulary kept, 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,34 @@ def read(path: Path) -> Header:
         raise InputError(
             f"{path}: not a GGUF file that can be read ({error}). Get the file again."
         ) from error
+
+
+def refuse_part(path: Path) -> None:
+    """Raise `InputError` where a GGUF file is one of several that hold a model.
+
+    llama.cpp finds the others by their names; here a model is the file that was given. A file that cannot be
+    read passes: whoever loads it tells better what is wrong.
+    """
+    try:
+        count = read(path).values.get("split.count", 0)
+    except InputError:
+        return
+    if count not in (0, 1):  # 0: they were merged
+        raise _part_of(str(path), count)
+
+
+def refuse_part_by_name(name: str) -> None:
+    """The same by the name alone, `…-00001-of-00003.gguf`, for a file that is not here."""
+    found = re.search(r"-\d{5}-of-(\d{5})\.gguf$", name)
+    if found:
+        raise _part_of(name, int(found[1]))
+
+
+def _part_of(name: str, count: int) -> InputError:
+    return InputError(
+        f"{name} is one of {count} files that hold a model. Get them all and make them one: "
+        "`llama-gguf-split --merge FIRST OUT`."
+    )
 
 
 class _Reader:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined
+from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.llama_context import Context, InForce, Token
 from rs_gguf.llama_file import LlamaFile
 from rs_gguf.llama_log import build
@@ -157,19 +157,19 @@ class LlamaModel(LlamaFile):
         sampling = sampling or Sampling()
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
-        check_lengths(prompts, self.n_ctx, max_tokens)
+        check_lengths(prompts, self.n_ctx, self.detokenize, max_tokens)
         context = self._context_for_answers(max(map(len, prompts)) + max_tokens)
         prefix = context.share_prefix(prompts, min(map(len, prompts)) - 1)
         # Of like length together: llama.cpp runs sequences of unequal length in several smaller steps.
         queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         running: dict[int, int] = {}  # slot → index of prompt
         answers: dict[int, list[int]] = {}
-        draws = {}
+        seed_of, draws = seeds(prompts, sampling.seed), {}
         while queue or running:
             for slot in range(1, context.n_slots + 1):
                 if queue and slot not in running:
                     i = running[slot] = queue.popleft()
-                    answers[i], draws[i] = [], np.random.default_rng((sampling.seed, i))
+                    answers[i], draws[i] = [], np.random.default_rng(seed_of[i])
                     context.begin(slot)
             context.close_gaps(running)
             batch = []
@@ -243,7 +243,7 @@ class LlamaModel(LlamaFile):
             return
         if not all(prompts):
             raise InputError("an empty prompt has no next token: every prompt needs at least one token.")
-        check_lengths(prompts, self.n_ctx)
+        check_lengths(prompts, self.n_ctx, self.detokenize)
         for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
@@ -254,7 +254,7 @@ class LlamaModel(LlamaFile):
         if not pairs:
             return []
         sequences = joined(pairs)
-        check_lengths(sequences, self.n_ctx)
+        check_lengths(sequences, self.n_ctx, self.detokenize)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
         for i, pos, logits in self._forward(sequences, answers):
@@ -296,7 +296,7 @@ class LlamaModel(LlamaFile):
             return
         if not all(positions):
             raise InputError("nothing to read: every sequence needs at least one token and one position.")
-        check_lengths(sequences, self.n_ctx)
+        check_lengths(sequences, self.n_ctx, self.detokenize)
         wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph
         with graph.reading(wanted):

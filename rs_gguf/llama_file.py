@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import llama_cpp
 
-from rs_gguf import llama_log, widening
+from rs_gguf import gguf_header, llama_log, widening
 from rs_gguf.errors import InputError
 from rs_gguf.llama_callbacks import calling
 
@@ -24,8 +24,9 @@ class LlamaFile:
     """The weights and the vocabulary of a GGUF file.
 
     Raises:
-        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, or there is
-            not enough memory for the weights. The message carries llama.cpp's own words.
+        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, one of several that
+            hold a model, or there is not enough memory for the weights. The message carries llama.cpp's own
+            words where it has any.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +35,7 @@ class LlamaFile:
             raise InputError(
                 f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`."
             )
+        gguf_header.refuse_part(self.path)
         llama_log.listen()
         llama_cpp.llama_backend_init()
         self.handle: Any = None
@@ -57,6 +59,7 @@ class LlamaFile:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
+        self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
         self.metadata = self._read_metadata()
         self.architecture = self.metadata.get("general.architecture", "unknown")
 

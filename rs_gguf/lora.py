@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from rs_gguf.control_vector import CheckReport
 from rs_gguf.errors import InputError
 from rs_gguf.gguf_file import add_provenance, finish, metadata, provenance_of, schema_faults, write_verified
-from rs_gguf.gguf_guard import open_gguf
+from rs_gguf.gguf_guard import MAX_ADAPTER_BYTES, open_gguf
 from rs_gguf.steering import ProvenanceValue, checked_provenance
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -109,7 +109,7 @@ def write(adapter: LoraAdapter, path: str | Path) -> None:
 
 def read(path: str | Path) -> LoraAdapter:
     """Read an adapter that llama.cpp accepts. Raises `InputError` with every reason when it is none."""
-    found = _survey(open_gguf(path))
+    found = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
     if isinstance(found, LoraAdapter):
         return found
     raise InputError(f"{path} is no usable LoRA adapter:\n" + "\n".join(f"- {reason}" for reason in found))
@@ -117,7 +117,7 @@ def read(path: str | Path) -> LoraAdapter:
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a GGUF file says of itself that it is an adapter. Raises `InputError` when it is unsound."""
-    return bool(metadata(open_gguf(path)).get("general.type") == "adapter")
+    return bool(metadata(open_gguf(path, MAX_ADAPTER_BYTES)).get("general.type") == "adapter")
 
 
 def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
@@ -127,7 +127,7 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     is proven (`rs_gguf.proof.prove_adapter`). Never raises for a bad adapter; `InputError` for a bad model.
     """
     try:
-        found = _survey(open_gguf(path))
+        found = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
     except InputError as error:
         return CheckReport(str(path), errors=(str(error),), warnings=())
     if not isinstance(found, LoraAdapter):
@@ -140,8 +140,9 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     proof = None
     if model is not None and not errors:
         from rs_gguf.llama import LlamaModel
-        from rs_gguf.proof import prove_adapter
+        from rs_gguf.proof import other_model, prove_adapter
 
+        warnings += other_model(found.provenance, model)
         with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
             try:
                 proof = prove_adapter(Path(path), loaded)

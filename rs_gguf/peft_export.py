@@ -68,7 +68,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
 
 def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     """The module of the PyTorch model that each matrix of the adapter belongs to."""
-    network = huggingface.network(huggingface.read_config(models.resolve(model)))
+    network = huggingface.network(huggingface.read_config(models.resolve(model, config_only=True)))
     config = network.config.get_text_config()
     family = huggingface.llama_cpp_name(config.model_type)
     known = huggingface.llama_cpp_family(adapter.architecture)

@@ -321,7 +321,7 @@ class Pipeline:
         chosen = self.chosen()
         facts = {
             "effect": self.recipe.effect,
-            "model.name": self.model_path.stem,
+            "model.name": models.name_of(self.recipe.model, self.model_path),
             "model.sha256": self.model_hash,
         }
         shown: dict[str, Any] = {}

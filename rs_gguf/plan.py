@@ -98,7 +98,10 @@ def judge_of(recipe: Recipe) -> Grader | None:
         return None
     if spec.startswith("votes:"):
         raise InputError(f"judge {spec}: how long a judge thinks cannot be planned. Plan with another judge.")
-    path = _here(spec.removeprefix("labels:"))
+    try:
+        path = _here(spec.removeprefix("labels:"))
+    except InputError as error:
+        raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
     model = shapes.of_gguf(path)
     probe = shipped_probe()
     # The probe belongs to the default model, whose deeper blocks it does not need.

@@ -74,7 +74,7 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         InputError: missing or empty file, unknown format, no column that holds prompts, or a bad row,
             which is named by file and line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"prompt file not found: {path}.")
     rows = []
@@ -104,13 +104,19 @@ def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Promp
     One that stands in several files of a kind is that of the last: it cannot be in two splits.
 
     Raises:
-        InputError: a file or a row of it that cannot be used.
+        InputError: a file or a row of it that cannot be used, or files that leave a split without a prompt.
     """
     found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
     for kind in KINDS:
         rows = _unique(row for path in files[kind] for row in load(path, kind)) or grid([kind])
         for split in SPLITS:
             found[split][kind] = [row for row in rows if row.split == split]
+            if not found[split][kind]:
+                raise InputError(
+                    f"{', '.join(map(str, files[kind]))}: none of {len(rows)} {kind} prompts is for {split}. "
+                    "Give more (60 % go to fit, 20 % to tune, 20 % to test), or a column `split` that says "
+                    "where each belongs."
+                )
     return found
 
 

@@ -9,7 +9,7 @@ nothing is found here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
-from rs_gguf.steering import SteeringVector
+from rs_gguf.models import fingerprint
+from rs_gguf.steering import ProvenanceValue, SteeringVector
 
 TOLERANCE = 1e-3
 # llama.cpp adds the direction in F32 to a residual h that is far larger: each sum is off by up to 2^-24 |h|,
@@ -82,6 +83,17 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proo
         return _prove(vector, model)
     with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
         return _prove(vector, loaded)
+
+
+def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) -> list[str]:
+    """A warning where a file was fitted on other bytes than `model`, of which its proof says nothing."""
+    fitted = provenance.get("model.sha256")
+    if fitted is None or fitted == fingerprint(Path(model)):
+        return []
+    return [
+        f"it was fitted on another model file, {provenance.get('model.name', '')!r} (SHA-256 "
+        f"{str(fitted)[:12]!r}...): its strength and all that was measured are of that one."
+    ]
 
 
 def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:

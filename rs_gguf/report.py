@@ -114,5 +114,5 @@ def _options(file: Mapping[str, Any]) -> str:
     if file["key"] == "adapter":
         return f"--lora {shlex.quote(file['file'])}"
     first, last = file["layers"]
-    scaled = shlex.quote(f"{file['file']}:{float(file['scale'])}")
-    return f"--control-vector-scaled {scaled} --control-vector-layer-range {int(first)} {int(last)}"
+    name = shlex.quote(file["file"])
+    return f"--control-vector {name} --control-vector-layer-range {int(first)} {int(last)}"

@@ -21,8 +21,8 @@ from rs_gguf.estimators import DirectionEstimator, RidgeMeanDifference, Uncentre
 from rs_gguf.labels import Labels
 from rs_gguf.layers import layer_auroc, layer_margin
 from rs_gguf.moments import CHUNK_SAMPLES, Float64, check_activations, chunks, layer_means, read_rows
-from rs_gguf.paths import solve_paths
 from rs_gguf.ridge import check_ridges, layer_system
+from rs_gguf.ridge_path import solve_paths
 
 Metric = Literal["auroc", "margin"]
 _METRICS: dict[str, Callable[..., Float64]] = {"auroc": layer_auroc, "margin": layer_margin}

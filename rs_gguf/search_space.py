@@ -25,7 +25,7 @@ GATE = "gate"  # what stands for the estimator where a gated adapter is meant
 class Directions:
     """What `fit` leaves for the search: unit directions and calibration, one row a layer.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4.
+    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4 to remove, s⁺ to induce.
     """
 
     unit: NDArray[np.float64]  # [L, D]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from rs_gguf.degenerate import is_degenerate
@@ -19,11 +19,10 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Advance, Answer
 from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
-from rs_gguf.judging.exchange import RequestRefusedError, TryFailedError, exchange
+from rs_gguf.judging.exchange import LOOKUP_TIMEOUT, RequestRefusedError, TryFailedError, exchange
 from rs_gguf.judging.judgement import final_answer
 from rs_gguf.prompts import Prompt
 
-_TIMEOUT = 30.0  # seconds, of the question which adapters there are
 _REQUESTS = 8  # under way at once, for each server
 
 
@@ -51,6 +50,28 @@ class LlamaServer:
 
     def check(self) -> None:
         """The adapters were looked up when this was made."""
+
+    def expect_model(self, figures: Mapping[str, int]) -> None:
+        """Compare `figures` (n_vocab, n_params) with what llama-servers tell of their model.
+
+        A server that cannot be reached now, or does not tell them, passes.
+
+        Raises:
+            InputError: a server has another model.
+        """
+        for url in self._client.urls:
+            try:
+                models = exchange(url, "/models", None, LOOKUP_TIMEOUT)["data"]
+                (meta,) = (m["meta"] for m in models if len(models) == 1 or m["id"] == self._client.model)
+                told = {name: meta[name] for name in figures}
+            except (TryFailedError, InputError, KeyError, TypeError, ValueError):
+                continue
+            if told != figures:
+                there, here = (", ".join(f"{k} = {v}" for k, v in f.items()) for f in (told, figures))
+                raise InputError(
+                    f"{url} has another model ({there}) than the recipe ({here}). Start the server with the "
+                    "recipe's file."
+                )
 
     def answers(
         self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
@@ -124,15 +145,15 @@ def _common_scales(
 def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int, float], dict[int, float]]:
     """By the server's numbers: the scales that stay, and those that a dose multiplies."""
     try:
-        found = exchange(root, "/lora-adapters", None, _TIMEOUT)
-        loaded = {int(entry["id"]): (Path(str(entry["path"])), float(entry["scale"])) for entry in found}
+        found = exchange(root, "/lora-adapters", None, LOOKUP_TIMEOUT)
+        loaded = {int(entry["id"]): (str(entry["path"]), float(entry["scale"])) for entry in found}
     except (TryFailedError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
     scaled = {}
     for path, scale in adapters:
-        numbers = [i for i, (there, _) in loaded.items() if there.name == path.name]
+        numbers = [i for i, (there, _) in loaded.items() if _name(there) == _name(str(path))]
         if len(numbers) != 1:
-            names = ", ".join(str(there) for there, _ in loaded.values()) or "none"
+            names = ", ".join(there for there, _ in loaded.values()) or "none"
             raise InputError(
                 f"{root} has loaded {len(numbers)} adapters named {path.name} (all: {names}). Start it with "
                 f"`llama-server --lora-scaled {path}:0`."
@@ -140,3 +161,8 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
         scaled[numbers[0]] = scale
     kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}
     return kept, scaled
+
+
+def _name(path: str) -> str:
+    """The file's name, of a path on this machine or a server's, which may be under Windows."""
+    return PureWindowsPath(path).name  # it takes both separators

@@ -34,7 +34,7 @@ class Shape:
     `dense`: of the blocks, for every token; `experts`: of the blocks, of which a token uses the share `used`;
     `head`: the output matrix. `weights`: bytes of all that is loaded. `attention`: heads times their width,
     and `cache`: numbers of keys and values kept of a token, both summed over the blocks. `writers`: how many
-    numbers each matrix multiplies that a gated adapter may change.
+    numbers each matrix multiplies that a gated adapter may change: those that every block has alike.
     """
 
     n_layer: int
@@ -75,6 +75,8 @@ def of_gguf(path: Path) -> Shape:
     family = values.get("general.architecture", "")
     try:
         n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
+        # The last ones may be for tokens further ahead: llama.cpp neither counts them nor runs them here.
+        n_layer -= int(values.get(f"{family}.nextn_predict_layers", 0))
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
         return _shape(tensors, n_layer, width, used, widening.size_to_load(path, header), str(path))
     # No number, or no matrix, where one belongs.
@@ -147,6 +149,8 @@ def _shape(
         found = _BLOCK.fullmatch(name)
         if found is None:
             outside[name] = shape
+        elif int(found[1]) >= n_layer:
+            continue
         elif "_exps" in found[2]:
             experts += math.prod(shape)
         else:
@@ -156,8 +160,7 @@ def _shape(
     if embedding is None or min(n_layer, width, *embedding) < 1:
         raise InputError(f"{source}: no token_embd.weight among its tensors. Give a language model.")
     kept = [_attention(block) for block in blocks.values()]
-    every = [{w: block[w][0] for w in _WRITERS if w in block} for block in blocks.values()]
-    alike = every and all(found == every[0] for found in every)
+    every = [{(w, block[w][0]) for w in _WRITERS if w in block} for block in blocks.values()]
     return Shape(
         n_layer=n_layer,
         width=width,
@@ -169,7 +172,7 @@ def _shape(
         weights=weights,
         attention=sum(queries for _, queries in kept),
         cache=sum(numbers for numbers, _ in kept),
-        writers=every[0] if alike else {},
+        writers=dict(sorted(set.intersection(*every))) if every else {},
     )
 
 

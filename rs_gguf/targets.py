@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rs_gguf import huggingface
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined
+from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.steering import SteeringVector, decoder_blocks
 
 # Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
@@ -179,7 +179,7 @@ class TorchModel:
         if not all(prompts):
             raise InputError("a prompt is empty: every prompt needs at least one token.")
         if self.n_ctx is not None:
-            check_lengths(prompts, self.n_ctx, max_tokens)
+            check_lengths(prompts, self.n_ctx, self.detokenize, max_tokens)
         return list(map(len, prompts))
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,16 +228,22 @@ class TorchModel:
         """
         if not prompts:
             return
+        sampling = sampling or Sampling()
+        seed_of = seeds(prompts, sampling.seed)
         for group in self._groups(self._checked_lengths(prompts, max_tokens)):
-            yield from self._answer(group, prompts, max_tokens, sampling or Sampling())
+            draws = {i: np.random.default_rng(seed_of[i]) for i in group}
+            yield from self._answer(group, prompts, max_tokens, sampling, draws)
 
     def _answer(
-        self, group: list[int], prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling
+        self,
+        group: list[int],
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        draws: Mapping[int, np.random.Generator],
     ) -> Iterator[tuple[int, Generation]]:
         ids, mask = self._padded([prompts[i] for i in group])
         answers: dict[int, list[int]] = {i: [] for i in group}
-        # Seeded by prompt, not by batch, as llama.cpp's are: a draw does not depend on its neighbours.
-        draws = {i: np.random.default_rng((sampling.seed, i)) for i in group}
         cache = None
         while group:
             logits, cache = self._forward(ids, mask, use_cache=True, cache=cache)

@@ -73,8 +73,6 @@ def _to_widen(header: Header) -> list[TensorInfo]:
 
     Experts' are not multiplied with tiles, whatever their type, and most of them rest at each token.
     """
-    if header.values.get("split.count", 1) != 1:  # the other files of the model are found beside the first
-        return []
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
     wide = [
         tensor

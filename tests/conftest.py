@@ -1,10 +1,28 @@
-"""Fixtures of the real model: the embedded default, fetched once into the user's cache."""
+"""A tiny model and the real one, the embedded default, fetched once; how Hypothesis draws examples."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from rs_gguf import models
+from rs_gguf.llama import LlamaModel
+
+# A busy machine is no fault, and a failure is there again the next time.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
+    """A random model with ChatML's control tokens: what its tokenizer does with a text is real."""
+    from tiny_gguf import write_tiny_qwen2  # which loads PyTorch
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_qwen2(path)
+    with LlamaModel(path, n_parallel=1, n_ctx=256, n_threads=1) as model:
+        yield model
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ class Server:
         self.behave, self.models = behave, models
         self.healthy, self.tells_models = True, True
         self.adapters: list[dict[str, Any]] = []  # as a llama-server tells them
+        self.meta: dict[str, int] = {}  # of each model, as a llama-server tells it
         self.asked: list[dict[str, Any]] = []
         self.health_checks = 0
         self.keys: set[str | None] = set()
@@ -47,7 +48,8 @@ class Server:
                 elif self.path == "/lora-adapters":
                     self.reply((200, outer.adapters))
                 else:
-                    self.reply((200, {"data": [{"id": name} for name in outer.models]}))
+                    told = {"meta": outer.meta} if outer.meta else {}
+                    self.reply((200, {"data": [{"id": name, **told} for name in outer.models]}))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

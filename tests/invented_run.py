@@ -59,8 +59,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
     vector, adapter = measured(rows, "steered"), measured(rows, "adapter")
     command = "llama-server -m 'my models/qwen.gguf' "
     vector["llama_cpp"] = {
-        "command": f"{command}--control-vector-scaled out/demo/remove.gguf:1.0 "
-        "--control-vector-layer-range 8 15",
+        "command": f"{command}--control-vector out/demo/remove.gguf --control-vector-layer-range 8 15",
         "build": "b6500",
     }
     adapter["llama_cpp"] = {"command": f"{command}--lora out/demo/remove-adapter.gguf", "build": "b6500"}
@@ -83,6 +82,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
             "ridge": 3.0,
             "layers": [8, 15],
             "strength": 2.6,
+            "margin": 0.0,
             "scale": 1.0,
         },
         **vector,
@@ -93,6 +93,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: 
             "ridge": 2.0,
             "layers": [4, 22],
             "strength": 1.2,
+            "margin": 0.4,
             "scale": 1.0,
             **adapter,
         },

@@ -142,6 +142,31 @@ def test_accuracy_is_paired_by_kind_and_in_all() -> None:
     assert low < 1 / 3 < high
 
 
+def test_what_was_cut_off_before_an_answer_is_no_wrong_one() -> None:
+    chosen = tasks(["facts"])[:4]
+
+    def answers(texts: Sequence[str | None]) -> list[Solution]:
+        """None: still within a trace when the tokens ran out."""
+        return solve(lambda *_: [Answer([1], text or "", text is not None, False) for text in texts], chosen)
+
+    right = [task.reference for task in chosen]
+    before, after = answers([None, *right[1:3], ""]), answers([right[0], None, REFUSAL, right[3]])
+    assert [solution.correct for solution in before] == [None, True, True, False]
+    found = capability.compare(before, after)["all"]
+    assert (found["n"], found["unanswered_baseline"], found["unanswered_steered"]) == (2, 1, 1)
+    assert (found["right_baseline"], found["right_steered"], found["gained"], found["lost"]) == (1, 1, 1, 1)
+
+
+def test_answers_may_have_as_many_tokens_as_were_asked_for() -> None:
+    limits = {
+        n: {task.kind: task.max_tokens for task in capability.runnable(n)[0] if task.kind != "code"}
+        for n in (4, 100)
+    }
+    assert set(limits[4].values()) == {48}
+    assert set(limits[100].values()) == {100}
+    assert {task.max_tokens for task in tasks(["code"])} == {192}
+
+
 def test_without_a_sandbox_no_code_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "unavailable", lambda: "no filter")
     found, reason = capability.runnable()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import rs_export
 from click.testing import CliRunner
 
 from rs_gguf import pipeline
@@ -76,6 +77,28 @@ def test_a_stage_goes_on_with_the_recipe_of_its_folder(
     assert [(recipe.effect, recipe.seed) for recipe in ran] == [("remove" if seed == 0 else "induce", seed)]
 
 
+@pytest.mark.parametrize(
+    ("vector", "adapter", "code"),
+    [
+        (True, None, 0),
+        (False, None, 1),
+        (True, False, 0),
+        (False, True, 0),
+        (True, True, 0),
+        (False, False, 1),
+    ],
+)
+def test_a_run_ends_with_1_where_neither_file_passes(
+    vector: bool, adapter: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"gate": {"passed": vector}}
+    if adapter is not None:
+        metrics["adapter"] = {"gate": {"passed": adapter}}
+    monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: metrics)
+    found, stdout, stderr = invoke("run", "--json", "--out", str(tmp_path))
+    assert (found, json.loads(stdout), stderr) == (code, metrics, "")
+
+
 def test_a_fresh_start_waits_for_whom_it_would_rob(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_done("answer", "key", 1.0)
@@ -103,10 +126,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
 
 @pytest.mark.skipif(os.name == "nt", reason="interrupts by a signal")
 def test_an_interrupt_ends_with_130_and_promises_nothing() -> None:
-    command = [sys.executable, "-m", "rs_gguf", "judge", "--judge", "keywords"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    ) as process:
+    with rs_export("judge", "--judge", "keywords") as process:
         assert process.stdin
         assert process.stderr
         process.stdin.write('{"prompt": "p", "answer": "a"}\n')

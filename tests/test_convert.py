@@ -245,17 +245,3 @@ def test_cosines_of_shared_blocks() -> None:
     assert cosines(a, b) == pytest.approx({1: 0.0, 2: -1.0, 3: 2**-0.5})
     with pytest.raises(InputError, match="2 and 1 wide"):
         cosines(a, SteeringVector({1: [1.0]}))
-
-
-def test_saklas_files_in_both_of_its_formats(tmp_path: Path) -> None:
-    gguf_io = pytest.importorskip("saklas.io.gguf_io")
-    profile = pytest.importorskip("saklas.core.profile")
-    given = rows(0, 1, 2)
-    tensors = {number: torch.from_numpy(row) for number, row in given.items()}
-    gguf_io.write_gguf_profile(tensors, tmp_path / "v.gguf", model_hint="llama")
-    assert "block 0" in check(tmp_path / "v.gguf").errors[0]
-    profile.save_profile(tensors, tmp_path / "v.safetensors", {"method": "profile"})
-    for name in ("v.gguf", "v.safetensors"):
-        result = convert(tmp_path / name, "saklas")
-        assert result.vector.layers == [1, 2]
-        assert all(np.array_equal(result.vector.directions[layer], given[layer]) for layer in (1, 2))

@@ -1,7 +1,8 @@
 """Files written by the real tools, through `convert`, have the effect that those tools give them.
 
-repeng and steering-vectors come from PyPI without their requirements: they pin NumPy 1 and transformers 4,
-but work with ours. llama-cvector-generator is built from llama.cpp's source. All on tiny random models.
+repeng, steering-vectors and saklas come from PyPI without their requirements: two pin NumPy 1 and
+transformers 4, the third brings a server, but what is used here works with ours. llama-cvector-generator is
+built from llama.cpp's source. All on tiny random models.
 """
 
 from __future__ import annotations
@@ -124,6 +125,21 @@ def test_steering_vectors(
     with trained.apply(network, multiplier=-4.0):
         theirs = logits(network)
     assert_same_effect(vector, -4.0, network, theirs, plain)
+
+
+def test_saklas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of its formats number blocks as ours, with the first one, which cannot be steered."""
+    monkeypatch.syspath_prepend(package("saklas==5.3.0"))
+    gguf_io = importlib.import_module("saklas.io.gguf_io")
+    profile = importlib.import_module("saklas.core.profile")
+    rows = dict(enumerate(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))))
+    gguf_io.write_gguf_profile(rows, tmp_path / "v.gguf", model_hint="llama")
+    assert "block 0" in control_vector.check(tmp_path / "v.gguf").errors[0]
+    profile.save_profile(rows, tmp_path / "v.safetensors", {"method": "profile"})
+    for name in ("v.gguf", "v.safetensors"):
+        vector = converted(tmp_path / name, "saklas")
+        assert vector.layers == [1, 2]
+        assert all(np.array_equal(vector.directions[layer], rows[layer].numpy()) for layer in (1, 2))
 
 
 @pytest.mark.real  # not on the real model, but the program is built for minutes

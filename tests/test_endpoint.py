@@ -15,9 +15,10 @@ import pytest
 from endpoints import Behaviour, Reply, Server, entry, said, without_proxy_or_key
 
 from rs_gguf.errors import InputError
+from rs_gguf.judging import client as client_module
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge, label_confidence
-from rs_gguf.judging.exchange import KEY_VARIABLE, Completion, RequestRefusedError, Token
+from rs_gguf.judging.exchange import KEY_VARIABLE, Completion, RequestRefusedError, Token, exchange
 from rs_gguf.judging.votes import vote_confidence
 
 KEY = "sk-do-not-tell-anybody"
@@ -169,6 +170,23 @@ def test_it_gives_up_after_so_many_tries_and_says_what_happened(serve: Callable[
         list(client(server, time=time, attempts=5).complete_all([ask("x")]))
     assert len(server.asked) == 5
     assert time.slept == [1, 2, 4, 8]
+
+
+def test_a_long_answer_may_take_longer_than_a_lookup(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[tuple[str, float]] = []
+
+    def noted(url: str, path: str, data: bytes | None, timeout: float) -> Any:
+        waited.append((path, timeout))
+        return exchange(url, path, data, timeout)
+
+    monkeypatch.setattr(client_module, "exchange", noted)
+    asking = EndpointClient([serve(flaky(2, (503, {}))).url], None, EndpointOptions(), sleep=Time().sleep)
+    asking.complete({**ask("x"), "max_tokens": 4000})
+    assert [path for path, _ in waited] == ["/models", "/chat/completions", "/models", "/chat/completions"]
+    assert {timeout for path, timeout in waited if path == "/models"} == {30}
+    assert min(timeout for path, timeout in waited if path != "/models") > 4000
 
 
 def test_nobody_listens(serve: Callable[..., Server]) -> None:

@@ -158,7 +158,7 @@ def test_path_equals_separate_fits_and_shares_systems(width):
 
 
 @pytest.mark.parametrize("kind", FIVE)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), width=st.sampled_from([3, 9, 80]))
 def test_invariances(kind, seed, width):
     activations, confidence = planted(60, 2, width, seed)
@@ -186,7 +186,7 @@ def test_invariances(kind, seed, width):
 
 
 @pytest.mark.parametrize("kind", SAFE)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 10_000), width=st.sampled_from([9, 80]))
 def test_safe_invariances(kind, seed, width):
     activations, confidence, kinds, _ = labelled(120, width, seed)

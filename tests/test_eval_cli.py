@@ -19,6 +19,7 @@ from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens, drift_of
+from rs_gguf.judging import cache
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.steering import SteeringVector
@@ -53,6 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "_TEXTS", 4)
+
+
+@pytest.fixture(autouse=True)
+def no_judgements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Verdicts are this run's, and none that an earlier one has left in the user's cache."""
+    monkeypatch.setattr(cache, "default_path", lambda: tmp_path / "judgements.sqlite3")
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:

@@ -10,6 +10,9 @@ from threadpoolctl import threadpool_limits
 
 from rs_gguf import figures, fitting
 from rs_gguf.errors import InputError
+from rs_gguf.fitting import ESTIMATORS
+from rs_gguf.layers import calibration_scales
+from rs_gguf.projection import project_reference
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Fit, Recipe
 
@@ -118,3 +121,27 @@ def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(
     assert {name for name in left if name.startswith("figures")} == {
         f"figures/{name}.svg" for name in ("cosines", "pca", "wrmd-mass", "wrmd-projections", "wrmd-scores")
     }
+
+
+def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
+    """s⁻ of the answered to remove, s⁺ of the refused to induce (method §4)."""
+    given = samples(600)
+    given.activations[given.confidence > 0] *= 3.0
+    for effect, side, sign in (("remove", 1, 1), ("induce", 0, -1)):
+        recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
+        (tmp_path / effect).mkdir()
+        fitting.fit(given, recipe, tmp_path / effect, advance=lambda _: None)
+        found = fitting.load_directions(tmp_path / effect, recipe)["wrmd", 0.5]
+        unit = sign * found.unit
+        offset = ESTIMATORS["wrmd"](ridge=0.5).fit(given.activations, given.confidence).offset_
+        projections = project_reference(given.activations, unit[:, np.newaxis], offset)[:, :, 0]
+        expected = calibration_scales(projections, given.confidence)
+        np.testing.assert_allclose(found.scales, expected[side], rtol=1e-4)
+        assert not np.allclose(expected[0], expected[1], rtol=0.1)
+
+
+def test_without_a_covariance_one_ridge_is_enough(tmp_path):
+    recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
+    fitting.fit(samples(60), recipe, tmp_path, advance=lambda _: None)
+    found = fitting.load_directions(tmp_path, recipe)
+    assert set(found) == {("md", 0.5), ("wrmd", 0.5), ("wrmd", 2.0)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Sampling, check_lengths, draw
+from rs_gguf.generation import Sampling, check_lengths, draw, seeds
 
 WARM = Sampling(temperature=0.8)
 
@@ -31,9 +31,19 @@ def test_likely_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     np.testing.assert_allclose(counts / 4000, [0.1, 0.6, 0.3, 0], atol=0.03)
 
 
-@pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, r"it\.$")])
+@pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, "it")])
 def test_a_prompt_that_is_too_long_is_told(max_tokens: int, told: str) -> None:
     fitting = [[1] * 4, [1] * (10 - max_tokens)]
-    check_lengths(fitting, 10, max_tokens)
-    with pytest.raises(InputError, match=f"a prompt has 11 tokens.*only 10 fit.*Shorten {told}"):
-        check_lengths([*fitting, [1] * 11, [1] * 11], 10, max_tokens)
+    check_lengths(fitting, 10, str, max_tokens)
+    with pytest.raises(
+        InputError, match=rf"a prompt has 11 tokens.*only 10 fit.*Shorten {told}\. .*'\[2, 2,"
+    ):
+        check_lengths([*fitting, [2] * 11, [1] * 11], 10, str, max_tokens)
+
+
+def test_what_is_missing_of_a_run_is_drawn_as_in_a_whole_one() -> None:
+    prompts = [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]]
+    whole = seeds(prompts, 3)
+    assert len(set(whole)) == len(prompts)  # one that is given again draws anew
+    assert seeds(prompts[3:4] + prompts[1:2], 3) == [whole[3], whole[1]]
+    assert not set(seeds(prompts, 4)) & set(whole)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import rs_export
 from click.testing import CliRunner
 
 from rs_gguf.cli import main
@@ -23,10 +22,7 @@ def invoke(*arguments: str, rows: list[Any] | None = None) -> tuple[int, str, st
 
 
 def test_rows_come_out_while_the_pipe_is_still_open() -> None:
-    command = [sys.executable, "-m", "rs_gguf", "judge", "--judge", "keywords"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    ) as process:
+    with rs_export("judge", "--judge", "keywords") as process:
         assert process.stdin
         assert process.stdout
         assert process.stderr

@@ -20,6 +20,7 @@ from tiny_gguf import SPECIALS, write_tiny_qwen2
 from rs_gguf import graph, lora
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
+from rs_gguf.generation import Sampling
 from rs_gguf.llama import LlamaModel
 from rs_gguf.llama_callbacks import called_back, calling
 from rs_gguf.lora import LoraAdapter
@@ -264,6 +265,20 @@ def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> Non
             np.testing.assert_allclose(found[i], alone, atol=2e-3)
 
 
+def test_sampled_answers_are_those_of_a_run_that_was_not_stopped(tmp_path: Path) -> None:
+    """Their draws go by the prompt and not by its place among those that are missing."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    warm = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=4)
+    prompts = np.random.default_rng(6).integers(5, 250, (6, 8)).tolist()
+    with llama(tmp_path / "tiny.gguf") as model, TorchModel(tmp_path / "tiny.gguf") as twin:
+        for engine in (model, twin):
+            whole = dict(engine.generate(prompts, max_tokens=8, sampling=warm))
+            rest = dict(engine.generate(prompts[4:], max_tokens=8, sampling=warm))
+            assert rest == {0: whole[4], 1: whole[5]}
+            greedy = dict(engine.generate(prompts, max_tokens=8))
+            assert any(whole[i].tokens != greedy[i].tokens for i in whole)
+
+
 @pytest.mark.parametrize("use", ["answer", "read"])
 def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
@@ -274,7 +289,7 @@ def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
             with pytest.raises(InputError, match=told):
                 list(model.generate(prompts, max_tokens=20))
         else:
-            with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\.$"):
+            with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\. It ends in"):
                 list(model.next_logits(prompts))
 
 

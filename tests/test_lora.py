@@ -282,6 +282,20 @@ def test_other_tools_half_floats_and_alpha_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.factors[DOWN][1], 8 * b.astype(F16).astype(np.float32))
 
 
+def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -> None:
+    """Those of other tools change every matrix of a large model at rank 16."""
+    a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)
+    a[:, 0] = 1
+    path = foreign(tmp_path / "a.gguf", {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b})
+    assert path.stat().st_size > 32 * 2**20
+    assert lora.is_adapter(path)
+    assert lora.read(path).norms[DOWN] == pytest.approx(64 * 131072**0.5)
+    with path.open("r+b") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(InputError, match="such a file has at most 1073741824"):
+        lora.is_adapter(path)
+
+
 def test_norms_and_cosines_are_those_of_the_products() -> None:
     other = LoraAdapter({DOWN: factors(3, 6, 4, seed=5), "blk.7.ffn_up.weight": factors(1, 4, 6)}, "qwen2")
 

@@ -15,14 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
+from gguf import GGUFWriter
+from huggingface_hub.utils import filter_repo_objects
 
 from rs_gguf import catalogue, models, packages
 from rs_gguf.catalogue import CATALOGUE, CatalogueModel, DataPackage
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
+from rs_gguf.gguf_file import finish
 from rs_gguf.models import fingerprint, pull, resolve
 
+ASK_THE_HUB = models._from_hub  # which the tests below cannot reach, unless they stand in for the hub
 PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
 WHOLE = b"".join(PIECES.values())
 
@@ -137,7 +142,7 @@ def test_an_unknown_model_is_named_with_what_is_accepted(spec: str) -> None:
 def test_hub_ids_go_to_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def hub(spec: str) -> Path:
+    def hub(spec: str, config_only: bool) -> Path:
         asked.append(spec)
         return tmp_path
 
@@ -166,6 +171,78 @@ def test_files_and_folders(tmp_path: Path) -> None:
         resolve(str(file.parent))
     (file.parent / "config.json").write_text("{}")
     assert resolve(str(file.parent)) == file.parent
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
+    """The files of the repository `owner/name`: what a test puts in here."""
+    files: dict[str, bytes] = {}
+    folder = tmp_path / "snapshot"
+
+    def download(repository: str, file: str, into: Path | None) -> Path:
+        assert (repository, into) == ("owner/name", None)
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[file])
+        return path
+
+    def snapshot(repository: str, **patterns: Any) -> str:
+        for file in filter_repo_objects(list(files), **patterns):
+            download(repository, file, None)
+        return str(folder)
+
+    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(models, "_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: list(files))
+    return files
+
+
+def test_what_is_fetched_of_a_repository_is_what_its_fingerprint_covers(hub: dict[str, bytes]) -> None:
+    parts = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    parts += ["chat_template.jinja", "model.safetensors"]
+    others = ["README.md", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors"]
+    hub.update(dict.fromkeys(parts + others, b"{}"))
+    folder = resolve("owner/name")
+    fetched = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert sorted(fetched) == sorted(parts)
+    seen = {fingerprint(folder)}
+    for part in parts:
+        (folder / part).write_text("changed")
+        seen.add(fingerprint(folder))
+    assert len(seen) == 1 + len(parts)
+
+
+@pytest.mark.parametrize("config", [{}, {"config.json": b"{}"}])
+def test_a_repository_of_gguf_files_tells_which_there_are(
+    hub: dict[str, bytes], config: dict[str, bytes]
+) -> None:
+    hub.update(config)
+    with pytest.raises(InputError, match=r"no config\.json with safetensors\. Nor a GGUF file"):
+        resolve("owner/name")
+    hub["Q4_K_M/m.gguf"] = hub["other.gguf"] = b"GGUF"
+    with pytest.raises(InputError, match=r"owner/name/FILE: Q4_K_M/m\.gguf, other\.gguf"):
+        resolve("owner/name")
+    assert resolve("owner/name/Q4_K_M/m.gguf").read_bytes() == b"GGUF"
+
+
+def test_a_repository_of_which_the_configuration_is_enough(hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub.update({"config.json": b"{}", "model.safetensors": b"large"})
+    assert resolve("owner/name", config_only=True).read_bytes() == b"{}"
+    assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]
+
+
+def test_a_file_that_is_a_part_of_a_model_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"one of 3 files.*llama-gguf-split --merge"):
+        resolve("owner/name/m-00001-of-00003.gguf")  # of which the repository is not asked
+    for count in (0, 1, 2):  # 0 as in files that were merged
+        writer = GGUFWriter(tmp_path / f"{count}.gguf", "qwen2")
+        writer.add_uint16("split.count", count)
+        finish(writer)
+    for count in (0, 1):
+        assert resolve(str(tmp_path / f"{count}.gguf")) == tmp_path / f"{count}.gguf"
+    with pytest.raises(InputError, match=r"2\.gguf is one of 2 files"):
+        resolve(str(tmp_path / "2.gguf"))
 
 
 def test_a_catalogue_name_is_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -376,8 +453,10 @@ def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: p
     file, link = tmp_path / "model.gguf", tmp_path / "link.gguf"
     link.symlink_to(file)
     file.write_bytes(b"new")
-    for _ in range(2):  # another change might leave the same time on it
-        assert fingerprint(file) == sha256(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.time, "time_ns", lambda: file.stat().st_mtime_ns + 10**9)
+        for _ in range(2):  # another change might leave the same time on it
+            assert fingerprint(file) == sha256(file)
     assert len(read) == 2
     for content, moment in ((b"one", 10**9), (b"two", 2 * 10**9), (b"longer", 2 * 10**9)):
         file.write_bytes(content)

@@ -17,7 +17,7 @@ from adapters import PROMPTS, factors, llama_logits, random_adapter
 from safetensors import safe_open
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import gguf_file, lora, peft_export
+from rs_gguf import gguf_file, lora, models, peft_export
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.lora import LoraAdapter
 
@@ -71,6 +71,23 @@ def test_a_gguf_file_tells_the_same_modules_as_the_folder(
         assert json.loads(file.metadata()["rs_gguf"]) == {"method": "gate", "strength": 0.5}
     # A path on this machine tells nobody else where the model is.
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_of_a_repository_the_configuration_alone_is_fetched(
+    tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny[1].config.save_pretrained(tmp_path)
+    fetched: list[str] = []
+
+    def download(repository: str, file: str, folder: Path | None) -> Path:
+        fetched.append(f"{repository}/{file}")
+        return tmp_path / file
+
+    monkeypatch.setattr(models, "_hub_download", download)
+    peft_export.export(random_adapter(), "owner/name", tmp_path / "peft")
+    assert fetched == ["owner/name/config.json"]
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/name"
 
 
 DENSE: dict[str, Any] = {

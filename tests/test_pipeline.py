@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from endpoints import Reply, Server, entry, said, without_proxy_or_key
+from tiny_gguf import write_tiny_folder, write_tiny_qwen2
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import contexts, control_vector, lora, prompts, recipe
 from rs_gguf import pipeline as pipeline_module
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
+from rs_gguf.arrays import save_arrays
 from rs_gguf.chat import ChatFormat
+from rs_gguf.cli import main
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens
+from rs_gguf.files import read_json, write_json
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import Pipeline, run
+from rs_gguf.pipeline import STAGES, Pipeline, run
 from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
+from rs_gguf.search_space import Candidate, Trial
 
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
 LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
@@ -164,6 +170,65 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     RunFolder(out).forget_all()
     kept = {"recipe.toml", "remove.gguf", "remove-adapter.gguf", "report.html", "card.md"}
     assert {path.name for path in out.iterdir()} - {".lock"} == kept
+
+
+def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
+    """A control vector alone, since no adapter can be fitted there, and no proof, which is llama.cpp's."""
+    write_tiny_folder(tmp_path / "model")
+    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.full=0"]
+    fewer += ["measure.baselines=[]"]
+    chosen = recipe.load(None, [*SMALL, *fewer, f"model={tmp_path / 'model'}", f"judge={judge.url}"])
+    out = tmp_path / "out"
+    metrics = run(chosen, out)
+
+    assert (metrics["model"]["architecture"], metrics["model"]["n_layer"]) == ("qwen2", 3)
+    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
+    assert "adapter" not in metrics
+    assert not (out / "remove-adapter.gguf").exists()
+    proof = metrics["proof"]
+    assert (proof["effect_observed"], proof["kl_mean"]) == (None, None)
+    assert "rs-export check --model" in proof["reasons"][0]
+    vector = control_vector.read(out / "remove.gguf")
+    assert (vector.architecture, vector.provenance["measured"]) == ("qwen2", True)
+    written = rows(out / "evaluation.jsonl")
+    assert all("answer_adapter" not in row for row in written)
+    assert any(row["answer_steered"] != row["answer_baseline"] for row in written)
+    assert "remove.gguf" in (out / "card.md").read_text(encoding="utf-8")
+    assert (out / "report.html").is_file()
+
+
+def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before the stage is made up here."""
+    model, folder = tmp_path / "tiny.gguf", RunFolder(tmp_path / "out")
+    write_tiny_qwen2(model)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", "judge=keywords"])
+    trial = Trial(0, Candidate("contrast-wrmd", 1.0, 1, 2, 2.0), "answers", 0.0, 1.0)
+    write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+    unit = np.random.default_rng(0).standard_normal((3, 32))
+    directions = {"contrast-wrmd@1/unit": unit, "contrast-wrmd@1/scales": np.ones(3)}
+    save_arrays(folder / "directions.safetensors", directions)
+    recipe.dump(chosen, folder / "recipe.toml")
+    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
+        for stage in STAGES[: STAGES.index("write")]:
+            folder.mark_done(stage, pipeline._key(stage), 0.0)
+
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def halved(self: LlamaModel, directions: Mapping[int, Any], **options: Any) -> Iterator[None]:
+        with steered(self, {n: np.float32(0.5) * row for n, row in directions.items()}, **options):
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "steered", halved)
+        failed = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
+    assert failed.exit_code == 1
+    assert f"\nError: {folder / 'remove.gguf'}: " in failed.stderr
+    assert "relative error 0.5" in failed.stderr
+    assert not (folder / "proof.json").exists()
+    again = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
+    assert again.exit_code == 0, again.output
+    assert read_json(folder / "proof.json")["vector"]["effect_observed"] is True
 
 
 def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from rs_gguf import speed as speeds
 from rs_gguf.cli import main
 from rs_gguf.costs import Grader
 from rs_gguf.errors import InputError
+from rs_gguf.gguf_file import finish
 from rs_gguf.llama import LlamaModel
 from rs_gguf.pipeline import run
 from rs_gguf.plan import STAGES, Plan, judge_of, plan
@@ -187,6 +188,63 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     assert found.cache == (40 - 24) + 5
     assert (found.attention, found.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
     assert found.writers == {"attn_output": 24}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "writers"),
+    [
+        (  # DeepSeek: experts from the second block on
+            {"attn_output": (16, 24), "ffn_down": (16, 48)},
+            {"attn_output": (16, 24), "ffn_down_exps": (4, 16, 8)},
+            {"attn_output": 24},
+        ),
+        (  # LFM2: convolutions in place of attention
+            {"shortconv.out_proj": (16, 16), "ffn_down": (16, 48)},
+            {"attn_output": (16, 16), "ffn_down": (16, 48)},
+            {"ffn_down": 48},
+        ),
+        (  # OpenELM: every block as wide as it likes
+            {"attn_output": (16, 12), "ffn_down": (16, 32)},
+            {"attn_output": (16, 16), "ffn_down": (16, 48)},
+            {},
+        ),
+        ({"ssm_out": (16, 16)}, {"attn_output": (16, 16)}, {}),
+    ],
+)  # fmt: skip
+def test_an_adapter_changes_what_every_block_has(
+    first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]], writers: dict[str, int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    blocks = {
+        f"blk.{n}.{name}.weight": s for n, block in enumerate((first, second)) for name, s in block.items()
+    }
+    tensors = {"token_embd.weight": (99, 16), **blocks}
+    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16))
+    assert found.writers == writers
+
+
+def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
+    """The last one guesses a token further ahead."""
+    block = {"attn_output.weight": (16, 24), "ffn_down.weight": (16, 48)}
+    tensors = {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}
+    tensors |= {"token_embd.weight": (99, 16), "blk.2.nextn.eh_proj.weight": (16, 32)}
+    values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
+    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
+    assert (found.n_layer, found.dense) == (2, 2 * (16 * 24 + 16 * 48))
+    assert found.writers == {"attn_output": 24, "ffn_down": 48}
+
+    # llama.cpp does without that block's tensors.
+    reader, writer = GGUFReader(tiny), GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "qwen2.block_count"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    writer.add_block_count(N_LAYER + 1)
+    writer.add_uint32("qwen2.nextn_predict_layers", 1)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    finish(writer)
+    with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
+        assert model.n_layer == shapes.of_gguf(model.path).n_layer == N_LAYER
 
 
 def test_a_header_cut_anywhere_is_one_error_or_the_shape(tiny: Path, tmp_path: Path) -> None:
@@ -480,3 +538,14 @@ def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: py
     code, _, stderr = command()
     assert code == 2
     assert f"rs-export models pull {models.DEFAULT}" in stderr
+
+
+def test_a_judge_that_is_not_here_is_named_before_measuring(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("rs_gguf.plan.measure", lambda recipe, path: pytest.fail("measured for nothing"))
+    code, _, stderr = command("--set", f"model={tiny}", "--measure")
+    assert code == 2
+    assert "judge: qwen2.5-coder-0.5b is not here yet" in stderr
+    assert "--set judge=keywords" in stderr

@@ -151,12 +151,30 @@ def test_columns_and_splits_are_found_in_capitals_too(tmp_path: Path) -> None:
 
 def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
     for name, split in (("a", "fit"), ("b", "test")):
-        (tmp_path / f"{name}.csv").write_text(f"prompt,split\none,{split}\n{name},fit\n", encoding="utf-8")
+        (tmp_path / f"{name}.csv").write_text(
+            f"prompt,split\none,{split}\n{name},fit\ntwo,tune\n", encoding="utf-8"
+        )
     files = {kind: [] for kind in KINDS} | {"benign": [tmp_path / "a.csv", tmp_path / "b.csv"]}
     found = {split: [p.prompt for p in rows["benign"]] for split, rows in pool(files).items()}
     assert {split: sorted(rows) for split, rows in found.items()} == {
-        "fit": ["a", "b"], "tune": [], "test": ["one"],
+        "fit": ["a", "b"], "tune": ["two"], "test": ["one"],
     }  # fmt: skip
+
+
+def test_a_split_without_a_prompt_is_told_before_hours_of_work(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("prompt,split\none,fit\ntwo,test\n", encoding="utf-8")
+    files = {kind: [] for kind in KINDS} | {"harmful": [path]}
+    with pytest.raises(
+        InputError, match=r"own\.csv: none of 2 harmful prompts is for tune.*a column `split`"
+    ):
+        pool(files)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "own.txt", "one\n")
+    assert [p.prompt for p in load(Path("~/own.txt"), "benign")] == ["one"]
 
 
 def test_the_splits_of_another_data_set_are_not_ours(tmp_path: Path) -> None:
@@ -418,10 +436,15 @@ def test_near_duplicates_are_found() -> None:
 
 
 def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
-    judged = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
-    # A judge's prompt may come with several answers, hence the set. Those of source "model" are the grid's,
-    # or have a written answer too.
-    rows = [json.loads(line) for line in judged.splitlines()]
-    pairs = sorted({row["prompt"] for row in rows if row["source"] == "written"})
-    prompts = [prompt.prompt for prompt in grid()] + pairs
-    assert near_duplicates(prompts, 0.7) == []
+    text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    # A judge's prompt may come with several answers, hence the sets.
+    written, models = (
+        {row["prompt"] for row in rows if row["source"] == source} for source in ("written", "model")
+    )
+    splits = {prompt.prompt: prompt.split for prompt in grid()}
+    # The model was asked prompts of the grid too: none that a file is tuned or tested on, since the answers
+    # to them have taught the judge.
+    assert {splits[prompt] for prompt in models & splits.keys()} == {"fit"}
+    others = sorted(written | (models - splits.keys()))
+    assert near_duplicates([prompt.prompt for prompt in grid()] + others, 0.7) == []

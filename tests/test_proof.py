@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from adapters import factors
 from tiny_gguf import write_tiny_qwen2
 
+from rs_gguf import files, lora
 from rs_gguf.control_vector import check, write
 from rs_gguf.llama import LlamaModel
+from rs_gguf.lora import LoraAdapter
 from rs_gguf.proof import TOLERANCE, prove_vector
 from rs_gguf.steering import SteeringVector
 
@@ -83,6 +86,18 @@ def test_what_does_not_fit_the_model(
     assert said in report.errors[0]
     assert report.loader_says == loader_says
     assert not report.proof.effect_observed
+
+
+def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> None:
+    """It may be of the same shape: what llama.cpp does with it is right, and what was measured is not."""
+    for sha256, told in ((files.sha256(file), False), ("0" * 64, True), (None, False)):
+        facts = {"model.name": "other"} | ({"model.sha256": sha256} if sha256 else {})
+        write(SteeringVector(vector(1).directions, facts), tmp_path / "v.gguf")
+        matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
+        lora.write(LoraAdapter(matrix, "qwen2", facts), tmp_path / "a.gguf")
+        for report in (check(tmp_path / "v.gguf", file), lora.check(tmp_path / "a.gguf", file)):
+            assert report.valid
+            assert sum("fitted on another model file, 'other'" in w for w in report.warnings) == told
 
 
 @pytest.mark.parametrize(

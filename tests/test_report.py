@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from invented_run import (
     ANSWERED_TRIALS,
@@ -439,12 +439,13 @@ def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: 
     given = {
         "set": "mine",
         "prompt": "Not of the run.",
-        "control_vectors": ["/home/me/secret/remove.gguf:0.5"],
+        "control_vectors": ["/home/me/secret/remove.gguf:0.5", r"C:\secret\other.gguf:2"],
     }
     page = Page(write_report(with_doses(run_folder, **given)))
     assert "mine at scale 0.5" in page.source
     assert "secret" not in page.source
     assert "remove.gguf:0.5" in page.source
+    assert "other.gguf:2" in page.source
 
 
 @pytest.mark.parametrize(
@@ -725,7 +726,6 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert "www\\.example" in body
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(st.sampled_from("`*_[]<>|&~#@:$!\\+-=.)(1 \n\u00a0aé{}\"'"), max_size=12))
 @example("1. a list")
 @example("12) a list")
@@ -780,7 +780,7 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert metrics["model"]["sha256"] in card
     assert "2512.16602" in card
     assert "2504.17130" in card
-    options = "--control-vector-scaled remove.gguf:1.0 --control-vector-layer-range 8 15"
+    options = "--control-vector remove.gguf --control-vector-layer-range 8 15"
     assert f"llama-server -m MODEL.gguf {options}\n" in card
     assert f"llama-cli -m MODEL.gguf {options}\n" in card
     assert "my models" not in card, "the maker's own paths stay out of the card"

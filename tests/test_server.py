@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 from endpoints import Reply, Server, said, without_proxy_or_key
+from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
+from rs_gguf import answering
 from rs_gguf.errors import InputError
+from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
+from rs_gguf.recipe import Answers, Recipe
 from rs_gguf.server import LlamaServer
 
 PROMPTS = [Prompt(str(k), "benign") for k in range(40)]
@@ -44,6 +48,52 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
     assert sorted(int(body["messages"][0]["content"]) for body in asked) == list(range(40))
     assert min(len(server.asked) for server in servers) > 0
     assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in asked)
+
+
+@pytest.mark.parametrize("given", ["a.gguf", "C:\\mine\\a.gguf", "mine/a.gguf"])
+def test_an_adapter_is_known_by_its_name_in_whatever_folder(servers: list[Server], given: str) -> None:
+    servers[0].adapters = [ADAPTERS[0], ADAPTERS[1] | {"path": "C:\\models\\a.gguf"}]
+    model = LlamaServer(servers[0].url, [(Path(given), 0.5)])
+    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    assert servers[0].asked[0]["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}]
+    with pytest.raises(InputError, match=r"0 adapters named b\.gguf \(all: /m/style\.gguf, C:\\models"):
+        LlamaServer(servers[0].url, [(Path("b.gguf"), 0.5)])
+
+
+def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
+    figures = {"n_vocab": 300, "n_params": 1000}
+    model = LlamaServer(",".join(server.url for server in servers), [])
+    model.expect_model(figures)  # nothing is told
+    servers[0].meta = {**figures, "n_embd": 8}
+    servers[1].tells_models = False
+    model.expect_model(figures)
+    servers[2].meta = {"n_vocab": 300, "n_params": 1001}
+    with pytest.raises(InputError, match=f"{servers[2].url} has another model.*1001.*recipe.*1000"):
+        model.expect_model(figures)
+    servers[2].models = ["m", "other"]
+    with pytest.raises(InputError, match="another model"):
+        model.expect_model(figures)
+    servers[2].healthy = False  # it may be back later, and then nobody knows
+    model.expect_model(figures)
+
+
+def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "plain.gguf", THINKING_TEMPLATE.replace("<think>\n", ""))
+    write_tiny_qwen3(tmp_path / "thinking.gguf", THINKING_TEMPLATE)
+    recipe = Recipe(answers=Answers(servers=servers[0].url))
+    with LlamaModel(tmp_path / "plain.gguf", n_ctx=256) as model:
+        servers[0].meta = {"n_vocab": model.n_vocab, "n_params": model.n_params}
+        found = dict(answering.answers(model, PROMPTS[:2], recipe))
+        assert [model.detokenize(found[i].tokens) for i in range(2)] == ["It is 0", "It is 1"]
+        servers[0].meta["n_params"] += 1
+        with pytest.raises(InputError, match="has another model"):
+            list(answering.answers(model, PROMPTS[:2], recipe))
+    with (
+        LlamaModel(tmp_path / "thinking.gguf", n_ctx=256) as model,
+        pytest.raises(InputError, match=r"opens a thinking trace.*without answers\.servers"),
+    ):
+        list(answering.answers(model, PROMPTS[:2], recipe))
+    assert len(servers[0].asked) == 2
 
 
 @pytest.mark.parametrize("number", [float("inf"), "first", None])

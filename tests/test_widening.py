@@ -14,7 +14,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import gguf_header, widening
+from rs_gguf.errors import InputError
 from rs_gguf.gguf_file import finish, metadata
+from rs_gguf.llama_file import LlamaFile
 
 Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
 
@@ -97,8 +99,17 @@ def test_the_model_itself_where_no_copy_helps(model: Path) -> None:
     without_q5 = model.with_name("f32.gguf")
     assert widening.file_to_load(without_q5) == without_q5
     assert widening.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
-    split = written(without_q5, model.with_name("m-00001-of-00002.gguf"), split_count=2)
-    assert widening.file_to_load(split) == split
+
+
+def test_a_part_of_a_model_is_refused_and_a_merged_one_is_copied(model: Path) -> None:
+    """llama.cpp would find the other parts by their names, and the copy would be of the first alone."""
+    part, merged = (
+        written(model.with_name("f32.gguf"), model.with_name(f"split{count}.gguf"), split_count=count)
+        for count in (2, 0)
+    )
+    with pytest.raises(InputError, match="one of 2 files"):
+        LlamaFile(part)
+    assert widening.file_to_load(merged) != merged
 
 
 def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

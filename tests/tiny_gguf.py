@@ -1,6 +1,6 @@
-"""A tiny random qwen2 model, as a GGUF file in F32 and as the same weights in PyTorch.
+"""A tiny random qwen2 model: a GGUF file in F32, a Hugging Face folder, and the same weights in PyTorch.
 
-The file is complete: llama.cpp and transformers both load it, tokenizer and chat template included.
+File and folder are complete: llama.cpp and transformers load them, tokenizer and chat template included.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import tokenizers
 import torch
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -34,20 +35,18 @@ _MERGES = [
     "Ġ s",
     "r e",
 ]
+_VOCABULARY = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in _MERGES] + SPECIALS
 
 
-def write_tiny_qwen2(
-    path: Path, *, n_layer: int = 3, n_embd: int = 32, seed: int = 0
-) -> transformers.Qwen2ForCausalLM:
-    """Write the GGUF file and return the model in PyTorch, F32, in evaluation mode.
+def tiny_qwen2(*, n_layer: int = 3, n_embd: int = 32, seed: int = 0) -> transformers.Qwen2ForCausalLM:
+    """The model in PyTorch, F32, in evaluation mode.
 
     `n_embd` is a multiple of 16: heads are 8 wide, two share their keys and values. Every byte is a token, so
     any text can be tokenised. The weights are large for their kind, so that logits spread over several units
     and every block matters.
     """
-    vocabulary = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in _MERGES] + SPECIALS
     config = transformers.Qwen2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=len(_VOCABULARY),
         hidden_size=n_embd,
         intermediate_size=2 * n_embd,
         num_hidden_layers=n_layer,
@@ -58,7 +57,7 @@ def write_tiny_qwen2(
         rope_theta=10_000.0,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=vocabulary.index("<|im_end|>"),
+        eos_token_id=_VOCABULARY.index("<|im_end|>"),
         initializer_range=0.2,
     )
     torch.manual_seed(seed)
@@ -67,7 +66,31 @@ def write_tiny_qwen2(
         for name, weight in model.named_parameters():
             if name.endswith("bias"):  # zero by default, where a converter's slip would not show
                 weight.normal_(std=0.2)
+    return model
 
+
+def write_tiny_folder(folder: Path) -> None:
+    """Write the model as a Hugging Face folder."""
+    tiny_qwen2().save_pretrained(folder)
+    merges = [(left, right) for left, right in map(str.split, _MERGES)]
+    numbers = {token: i for i, token in enumerate(_VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def write_tiny_qwen2(
+    path: Path, *, n_layer: int = 3, n_embd: int = 32, seed: int = 0
+) -> transformers.Qwen2ForCausalLM:
+    """Write `tiny_qwen2` as a GGUF file, and return it."""
+    model = tiny_qwen2(n_layer=n_layer, n_embd=n_embd, seed=seed)
+    config = model.config
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(n_embd)
@@ -77,16 +100,16 @@ def write_tiny_qwen2(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(len(vocabulary))
+    writer.add_vocab_size(len(_VOCABULARY))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(vocabulary)
-    control = [gguf.TokenType.CONTROL if t in SPECIALS else gguf.TokenType.NORMAL for t in vocabulary]
+    writer.add_token_list(_VOCABULARY)
+    control = [gguf.TokenType.CONTROL if t in SPECIALS else gguf.TokenType.NORMAL for t in _VOCABULARY]
     writer.add_token_types(control)
     writer.add_token_merges(_MERGES)
-    writer.add_bos_token_id(vocabulary.index("<|endoftext|>"))
-    writer.add_eos_token_id(vocabulary.index("<|im_end|>"))
-    writer.add_pad_token_id(vocabulary.index("<|endoftext|>"))
+    writer.add_bos_token_id(_VOCABULARY.index("<|endoftext|>"))
+    writer.add_eos_token_id(_VOCABULARY.index("<|im_end|>"))
+    writer.add_pad_token_id(_VOCABULARY.index("<|endoftext|>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, n_layer)

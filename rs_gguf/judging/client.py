@@ -20,6 +20,7 @@ from typing import Any
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.exchange import (
+    LOOKUP_TIMEOUT,
     Completion,
     RequestRefusedError,
     TryFailedError,
@@ -43,7 +44,8 @@ class EndpointOptions:
         concurrency: requests under way at once, over all servers.
         per_minute: most requests begun in a minute, over all servers; None is no limit.
         attempts: tries of one request before the run is given up.
-        timeout: seconds without a byte after which a try has failed; a judge that thinks sends none for long.
+        timeout: seconds without a byte after which a try has failed, and one more for each token that may be
+            answered: a server sends none before the last one, and a large model on a CPU is that slow.
         price: money for a million prompt tokens, and for a million completion tokens.
     """
 
@@ -115,6 +117,7 @@ class EndpointClient:
         """
         stop = stop or threading.Event()
         data = json.dumps({"model": self.model, **body}).encode()
+        timeout = self._options.timeout + body.get("max_tokens", 0)
         said: list[str] = []
         crashes = 0
         last: _Server | None = None
@@ -126,11 +129,11 @@ class EndpointClient:
                 if server.failures:
                     # Any answer but "not now" is a sign of life; not every server has this path.
                     with contextlib.suppress(InputError):
-                        exchange(server.url, "/models", None, self._options.timeout)
+                        exchange(server.url, "/models", None, LOOKUP_TIMEOUT)
                 self._wait_for_turn(stop)
                 _check_wanted(stop)
                 started = self._clock()
-                answer = exchange(server.url, "/chat/completions", data, self._options.timeout)
+                answer = exchange(server.url, "/chat/completions", data, timeout)
                 completion, counted = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
@@ -231,7 +234,7 @@ class EndpointClient:
         """The model of the first server that is there."""
         for server in self._servers:
             try:
-                found = exchange(server.url, "/models", None, self._options.timeout)
+                found = exchange(server.url, "/models", None, LOOKUP_TIMEOUT)
                 names = [utf8(entry["id"]) for entry in found["data"]]
             except (TryFailedError, KeyError, TypeError) as error:
                 said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."

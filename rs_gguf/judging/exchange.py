@@ -23,6 +23,8 @@ from rs_gguf.version import __version__
 
 KEY_VARIABLE = "RS_GGUF_API_KEY"
 
+LOOKUP_TIMEOUT = 30.0  # seconds, of a question that a server answers at once
+
 _MAX_BODY = 64 << 20  # bytes of a response; more is no completion
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that another try may cure
 

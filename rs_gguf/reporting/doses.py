@@ -6,6 +6,7 @@ begins like it; without one, the trials of the search. Charts for inline SVG com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
         **_BOX, "keys": keys, "word": word, "lines": lines, "steps": steps, "names": names,
         "across": across, "upward": upward, "tokens": found["tokens"], "judge": found["judge"],
         # Without their folders: whose they are is nobody's business.
-        "files": [argument.rsplit("/", 1)[-1] for arguments in used.values() for argument in arguments],
+        "files": [re.split(r"[/\\]", argument)[-1] for arguments in used.values() for argument in arguments],
     }  # fmt: skip
 
 

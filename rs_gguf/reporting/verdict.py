@@ -33,8 +33,8 @@ _EXTRAS: dict[str, Any] = {"notes": (), "spread95": {}}
 def files(metrics: Mapping[str, Any]) -> list[Row]:
     """The measured files: the control vector, then the adapter where the run made one.
 
-    Each has `key`, `side`, `word`, what metrics.json says of it, its `sets` as a list in the order of
-    `KINDS`, and the same by kind in `of`.
+    Each has `key`, `side`, `word`, how it `acts`, what metrics.json says of it, its `sets` as a list in the
+    order of `KINDS`, and the same by kind in `of`.
     """
     found: list[Row] = [{**metrics["vector"], **{name: metrics[name] for name in _FIGURES}}]
     found[0] |= {name: metrics[name] for name in _EXTRAS if name in metrics}
@@ -46,7 +46,23 @@ def files(metrics: Mapping[str, Any]) -> list[Row]:
         sets.sort(key=lambda one: kind_order(one["kind"]))
         of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
         file |= {"key": key, "side": _SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
+        file["acts"] = _acts(file)
     return found
+
+
+def _acts(file: Mapping[str, Any]) -> str:
+    """What it does to prompts of all kinds, the margin of a gate among it (`search_space.Candidate`)."""
+    if file["key"] == "vector":
+        first, last = file["layers"]
+        return (
+            f"moves all prompts by the same amount, in blocks {first} to {last}: what refuses harm moves too"
+        )
+    margin = file["margin"]
+    benign = f"{abs(margin):g} times as far, {'the same' if margin > 0 else 'the other'} way"
+    return (
+        "moves a prompt the further, the more it looks like the sensitive ones: benign ones on average "
+        f"{benign}, harmful ones a little towards a refusal"
+    )
 
 
 def kind_order(kind: str) -> tuple[int, str]:

@@ -1,17 +1,23 @@
-"""The whole pipeline on the real model, killed in every stage, and what its files promise."""
+"""The whole pipeline on the real model, killed in the middle of stages, and what its files promise."""
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 from rs_gguf import control_vector, lora, proof
 from rs_gguf.cli import main
 from rs_gguf.llama import LlamaModel
+from rs_gguf.pipeline import STAGES
 
 pytestmark = pytest.mark.real
 
@@ -20,52 +26,113 @@ SMALL = [
     "answers.test_tokens=24", "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
     "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full=4",
 ]  # fmt: skip
-LINES = (
-    "Answering prompts", "Judging answers", "Reading activations", "Fitting directions",
-    "Searching layers", "Writing and proving", "Measuring before and after", "Writing the report",
-)  # fmt: skip
+N_TEST = 12  # prompts of the test split, which each side answers together
 
 
-def command(out: Path, *more: str) -> list[str]:
+def command(out: Path, *more: str, stage: str = "run") -> list[str]:
     sets = [part for value in SMALL for part in ("--set", value)]
-    return [sys.executable, "-m", "rs_gguf", "run", "--out", str(out), *sets, *more]
+    return [sys.executable, "-m", "rs_gguf", stage, "--out", str(out), *sets, *more]
+
+
+def environment(out: Path) -> dict[str, str]:
+    """One where the user's models are at hand, and judgements are kept for this run alone."""
+    cache, own = platformdirs.user_cache_path("rs-gguf"), out.parent / f"{out.name}-cache" / "rs-gguf"
+    if not own.exists():
+        own.mkdir(parents=True)
+        for name in ("models", "widened"):
+            (cache / name).mkdir(exist_ok=True)
+            (own / name).symlink_to(cache / name)
+    return {**os.environ, "XDG_CACHE_HOME": str(own.parent)}
+
+
+def ended(out: Path, *more: str, stage: str = "run") -> subprocess.CompletedProcess[str]:
+    """The command, run to its end."""
+    done = subprocess.run(
+        command(out, *more, stage=stage), env=environment(out), capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done
+
+
+def rows_of(path: Path) -> dict[str, Any]:
+    """Rows by their ids; a log's header and a line that is not whole are left out."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if "id" in row]
+    found = {row["id"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    """The stages that are done, each with its key and the seconds that it took."""
+    found: dict[str, Any] = json.loads((out / "state.json").read_text())
+    return found
+
+
+def killed(out: Path, log: str, count: int) -> dict[str, Any]:
+    """What a stage's log holds of a run that is killed (SIGKILL) as soon as it has so many rows."""
+    with subprocess.Popen(
+        command(out), env=environment(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and len(rows_of(out / f"{log}.part")) < count:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.01)
+        process.kill()
+    kept = rows_of(out / f"{log}.part")
+    assert len(kept) >= count
+    assert not (out / log).exists(), "the stage had ended"
+    return kept
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that went to its end after several kills, and what it had then."""
+
+    out: Path
+    rows: dict[str, dict[str, Any]]  # by the log that they were in
+    states: list[dict[str, Any]]
+    answered: Path  # its folder once all was answered
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> tuple[Path, list[list[str]]]:
-    """A run that was killed (SIGKILL) as soon as each stage but the last had ended, then went to its end."""
+def finished(tmp_path_factory: pytest.TempPathFactory, real_model: Path) -> Killed:
+    """Killed in the middle of the answers, of the search and of the measurement."""
     out = tmp_path_factory.mktemp("run") / "out"
-    told = []
-    for stage in LINES[:-1]:
-        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if stage in line and "done before" not in line:
-                process.kill()
-                break
-        process.stderr.close()
-        process.wait()
-        told.append(lines)
-    done = subprocess.run(command(out), capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    told.append(done.stderr.splitlines())
-    return out, told
+    rows, states = {"answers.jsonl": killed(out, "answers.jsonl", 8)}, []
+    ended(out, stage="answer")
+    shutil.copytree(out, out.with_name("answered"))
+    for log, count in (("trials.jsonl", 1), ("measured.jsonl", N_TEST)):
+        states.append(state_of(out))
+        rows[log] = killed(out, log, count)
+    states.append(state_of(out))
+    ended(out)
+    return Killed(out, rows, states, out.with_name("answered"))
 
 
-def test_a_killed_run_goes_on_where_it_was(finished: tuple[Path, list[list[str]]]) -> None:
-    _, told = finished
-    for k, lines in enumerate(told):
-        for stage in LINES[:k]:
-            # A stage whose line was printed may have been killed before it was recorded: its rows are kept,
-            # and it ends at once. It is never begun anew from nothing.
-            (line,) = [line for line in lines if stage in line]
-            assert "done before" in line or line.rstrip().endswith("s"), line
+def test_a_killed_run_goes_on_where_it_was(finished: Killed) -> None:
+    for log, rows in finished.rows.items():
+        assert rows.items() <= rows_of(finished.out / log).items()
+    assert [list(done)[-1] for done in finished.states] == ["answer", "fit", "write"]
+    for done in finished.states:  # with their seconds: no stage was done again
+        assert done.items() <= state_of(finished.out).items()
 
 
-def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> None:
-    out, _ = finished
+def test_a_killed_run_makes_the_files_of_one_that_was_not(finished: Killed) -> None:
+    """From the same answers: what is answered together decides how sums are rounded, and a word at times."""
+    whole = finished.answered
+    ended(whole)
+    made = ["scores.jsonl", "directions.safetensors", "gates.safetensors", "evaluation.jsonl"]
+    for name in (*made, "remove.gguf", "remove-adapter.gguf"):
+        assert (whole / name).read_bytes() == (finished.out / name).read_bytes(), name
+    tuned = [json.loads((out / "tune.json").read_text()) for out in (whole, finished.out)]
+    for found in tuned:
+        for trial in found["trials"]:
+            del trial["seconds"]
+    assert tuned[0] == tuned[1]
+
+
+def test_metrics_follow_the_contract(finished: Killed) -> None:
+    out = finished.out
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["model"]) == {"name", "sha256", "architecture", "n_layer", "n_embd"}
     assert metrics["model"]["architecture"] == "qwen2"
@@ -75,7 +142,7 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
         low, high = found["ci95_steered"]
         assert 0 <= low <= found["refusal_steered"] <= high <= 1
     assert metrics["proof"]["effect_observed"] is True
-    assert "--control-vector-scaled" in metrics["llama_cpp"]["command"]
+    assert "--control-vector " in metrics["llama_cpp"]["command"]
     adapter = metrics["adapter"]
     assert adapter["file"] == "remove-adapter.gguf"
     assert set(adapter["sets"]) == set(metrics["sets"])
@@ -88,16 +155,14 @@ def test_metrics_follow_the_contract(finished: tuple[Path, list[list[str]]]) -> 
         assert all(-1 <= cosine <= 1 for cosine in fitted["contrast_cosine"][1:])
     assert set(metrics["seconds"]) >= {"answer", "score", "capture", "fit", "tune", "write", "measure"}
     rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
-    assert len(rows) == 12
+    assert len(rows) == N_TEST
     assert (out / "report.html").stat().st_size < 3_000_000
     assert "scatter-title" in (out / "report.html").read_text(), "the activations are drawn"
     assert "2512.16602" in (out / "card.md").read_text()
 
 
-def test_python_in_the_card_runs(
-    finished: tuple[Path, list[list[str]]], real_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, _ = finished
+def test_python_in_the_card_runs(finished: Killed, real_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = finished.out
     monkeypatch.chdir(out)
     blocks = re.findall(r"```python\n(.*?)```", (out / "card.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
@@ -108,33 +173,28 @@ def test_python_in_the_card_runs(
         names["llm"].close()
 
 
-def test_running_again_does_nothing(finished: tuple[Path, list[list[str]]]) -> None:
-    out, _ = finished
+def test_running_again_does_nothing(finished: Killed) -> None:
+    out = finished.out
     files = [out / "remove.gguf", out / "remove-adapter.gguf"]
     before = [file.read_bytes() for file in files]
-    again = subprocess.run(command(out, "--json"), capture_output=True, text=True, check=False)
-    assert again.returncode in (0, 1), again.stderr
-    assert again.stderr.count("done before") == len(LINES) - 1, "the page alone is written again"
+    again = ended(out, "--json")
+    assert again.stderr.count("done before") == len(STAGES) - 1, "the page alone is written again"
     assert json.loads(again.stdout)["vector"]["file"] == "remove.gguf"
     assert [file.read_bytes() for file in files] == before
 
 
-def test_two_runs_make_the_same_files(real_model: Path, tmp_path: Path) -> None:
-    less = ["prompts.unanswered=0", "prompts.tune=6", "answers.tokens=10", "tune.trials=1", "tune.full=0"]
+def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: Path) -> None:
+    less = ["--set", "prompts.fit=8", "--set", "prompts.tune=4", "--set", "answers.tokens=10"]
     runs = [tmp_path / "a", tmp_path / "b"]
     for out in runs:
-        words = command(out, *(part for value in less for part in ("--set", value)))
-        words[words.index("run")] = "write"
-        subprocess.run(words, capture_output=True, check=True)
-    for name in ("answers.jsonl", "scores.jsonl", "remove.gguf", "remove-adapter.gguf"):
+        ended(out, *less, stage="score")
+    for name in ("answers.jsonl", "scores.jsonl"):
         one, other = ((out / name).read_bytes() for out in runs)
         assert one == other, name
 
 
-def test_the_written_file_moves_the_model_by_its_directions(
-    finished: tuple[Path, list[list[str]]], real_model: Path
-) -> None:
-    out, _ = finished
+def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, real_model: Path) -> None:
+    out = finished.out
     vector = control_vector.read(out / "remove.gguf")
     shown = proof.prove_vector(vector, real_model)
     assert shown.effect_observed
@@ -143,10 +203,8 @@ def test_the_written_file_moves_the_model_by_its_directions(
     assert vector.provenance["measured"] is True
 
 
-def test_the_written_adapter_moves_the_model_by_its_matrices(
-    finished: tuple[Path, list[list[str]]], real_model: Path
-) -> None:
-    out, _ = finished
+def test_the_written_adapter_moves_the_model_by_its_matrices(finished: Killed, real_model: Path) -> None:
+    out = finished.out
     with LlamaModel(real_model, n_parallel=4, n_ctx=1024) as model:
         shown = proof.prove(out / "remove-adapter.gguf", model)
     assert shown.effect_observed
@@ -156,11 +214,11 @@ def test_the_written_adapter_moves_the_model_by_its_matrices(
 
 
 def test_check_proves_the_effect_and_refuses_another_models_vector(
-    finished: tuple[Path, list[list[str]]], real_model: Path, tmp_path: Path
+    finished: Killed, real_model: Path, tmp_path: Path
 ) -> None:
     from click.testing import CliRunner
 
-    out, _ = finished
+    out = finished.out
     runner = CliRunner()
     good = runner.invoke(main, ["check", str(out / "remove.gguf"), "--model", str(real_model), "--json"])
     assert good.exit_code == 0, good.output
@@ -173,12 +231,10 @@ def test_check_proves_the_effect_and_refuses_another_models_vector(
     assert "64 wide" in bad.stdout
 
 
-def test_eval_compares_both_sides(
-    finished: tuple[Path, list[list[str]]], real_model: Path, tmp_path: Path
-) -> None:
+def test_eval_compares_both_sides(finished: Killed, real_model: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    out, _ = finished
+    out = finished.out
     prompts = tmp_path / "mine.csv"
     prompts.write_text("Goal\nName three rivers in Europe.\nWhat does a glazier do?\n")
     arguments = ["eval", "--model", str(real_model), "--control-vector", f"{out / 'remove.gguf'}:1.0"]
