@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--prompts", type=int, default=32, help="half of them harmful, half benign")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16, help="prompts of a batch, for the peers")
+    parser.add_argument("--batch", type=int, default=8, help="prompts of a batch, for the peers")
     parser.add_argument(
         "--memory", action="store_true", help="only capture through llama.cpp, print the peak"
     )

@@ -38,6 +38,8 @@ _TURN_ENDS = (
 # Tokens of a batch, padding included. All logits of a log-probability batch exist at once: 1024 of them with
 # a vocabulary of 150,000 are 0.6 GB.
 _BATCH_TOKENS = 4096
+# Of a pass that only reads: a CPU is as busy with these as with more, and small batches are of like length.
+_CPU_BATCH_TOKENS = 512
 _LOGPROB_BATCH_TOKENS = 1024
 
 
@@ -65,6 +67,7 @@ class TorchModel:
         spread = device is None and torch.cuda.is_available()
         self.device = torch.device(device or ("cuda" if spread else "cpu"))
         on_cpu = self.device.type == "cpu"
+        self._read_tokens = _CPU_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
         self.model, self.tokenizer = huggingface.load(self.path, on_cpu=on_cpu, spread=spread)
         self.model.eval()
         if not spread:
@@ -164,7 +167,7 @@ class TorchModel:
 
     # ---- batches ---------------------------------------------------------------------------------
 
-    def _groups(self, lengths: Sequence[int], budget: int = _BATCH_TOKENS) -> Iterator[list[int]]:
+    def _groups(self, lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         """Indices in batches: like lengths together, so that little is padding."""
         group: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -230,7 +233,7 @@ class TorchModel:
             return
         sampling = sampling or Sampling()
         seed_of = seeds(prompts, sampling.seed)
-        for group in self._groups(self._checked_lengths(prompts, max_tokens)):
+        for group in self._groups(self._checked_lengths(prompts, max_tokens), _BATCH_TOKENS):
             draws = {i: np.random.default_rng(seed_of[i]) for i in group}
             yield from self._answer(group, prompts, max_tokens, sampling, draws)
 
@@ -274,7 +277,7 @@ class TorchModel:
         """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
         if not prompts:
             return
-        for group in self._groups(self._checked_lengths(prompts)):
+        for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
             logits, _ = self._forward(*self._padded([prompts[i] for i in group]))
             for row, i in enumerate(group):
                 yield i, logits[row, -1].numpy()
@@ -287,7 +290,9 @@ class TorchModel:
             return []
         sequences = joined(pairs)
         results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
-        for group in self._groups(self._checked_lengths(sequences), _LOGPROB_BATCH_TOKENS):
+        for group in self._groups(
+            self._checked_lengths(sequences), min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
+        ):
             longest = max(len(pairs[i][1]) for i in group)
             logits, _ = self._forward(*self._padded([sequences[i] for i in group]), keep=longest)
             for row, i in enumerate(group):
@@ -321,7 +326,7 @@ class TorchModel:
             raise InputError(
                 f"layers {list(layers)}: this model has blocks 0 to {self.n_layer - 1}; name at least one."
             )
-        for group in self._groups(self._checked_lengths(prompts)):
+        for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
             read = self._read([prompts[i] for i in group], layers)
             for row, i in enumerate(group):
                 yield i, {"l_out": np.stack([read[layer][row] for layer in layers])}
