@@ -54,13 +54,11 @@ def _acts(file: Mapping[str, Any]) -> str:
     """What it does to prompts of all kinds, the margin of a gate among it (`search_space.Candidate`)."""
     if file["key"] == "vector":
         first, last = file["layers"]
-        return (
-            f"moves all prompts by the same amount, in blocks {first} to {last}: what refuses harm moves too"
-        )
+        return f"moves all prompts alike, in blocks {first} to {last}, and what refuses harm with them"
     margin = file["margin"]
-    benign = f"{abs(margin):g} times as far, {'the same' if margin > 0 else 'the other'} way"
+    benign = f"{abs(margin):g} times as far{'' if margin > 0 else ' the other way'}"
     return (
-        "moves a prompt the further, the more it looks like the sensitive ones: benign ones on average "
+        "moves a prompt the further, the more it looks like the sensitive ones; benign ones on average "
         f"{benign}, harmful ones a little towards a refusal"
     )
 
