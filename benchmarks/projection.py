@@ -38,7 +38,7 @@ TYPES = {
     "bf16": (ml_dtypes.bfloat16, torch.bfloat16),
 }
 ACCEPTED_ERROR = 1e-2  # of Σ|h||v|: the 16-bit results of torch's own 16-bit products are let through
-EXACT = 1e-6  # the kernel's promise
+EXACT = 1e-6  # what the kernel keeps on random rows
 SPINNING = 0.05  # seconds after which no thread of another call spins: OpenBLAS does for 2²⁶ cycles
 HOPELESS = 8  # times the kernel's time
 FEW = 8  # directions up to which memory should be what limits

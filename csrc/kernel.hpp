@@ -6,9 +6,11 @@
 // saves the shuffle that widening in order needs. The directions and the offset are packed once a layer in
 // the same order, so the inner loop never sees it.
 //
-// How a sum is taken. Each of the W lanes sums its own terms over a *chunk* of a row (at most 2,048
-// elements); the lanes are then added as a tree, and the chunks one after the other. With eight lanes no more
-// than 256 terms are ever summed in sequence, whatever D is.
+// How a sum is taken. Each of the W lanes sums its own terms in *runs* of 32, and the runs of a *chunk* of a
+// row (at most 2,048 elements) one after the other; the lanes are then added as a tree, and the chunks one
+// after the other. So no term passes through more than 48 + D/512 roundings, its own and the offset's
+// included, whatever W is: most with four lanes and two directions, 32 in a run, up to 16 runs, a tree of 2.
+// On rows of equal numbers rounding errors do not cancel, and a lane that ran on would lose a digit.
 //
 // How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums are held in registers. Rows go
 // from where they lie to registers, and are never copied: a few rows, a chunk at a time, meet all columns of
@@ -44,6 +46,7 @@ class Kernel {
     static constexpr std::size_t most_rows = 12;             // of a block: a multiple of every R
     static constexpr std::size_t panel_floats = 48U << 10U;  // directions in the second-level cache: 192 KiB
     static constexpr std::size_t line = 64;
+    static constexpr std::size_t run_steps = 16;  // a step is two terms of each lane
 
     // Sources: where a tile reads its rows, and how one half of a step becomes a vector of float32.
     struct F32 {
@@ -75,9 +78,9 @@ class Kernel {
 
     // Rows that share a chunk of the directions, steps in a chunk, and steps for which all directions stay in
     // the second-level cache. Few rows and long chunks suit few directions, where memory is what limits: long
-    // runs are what the hardware prefetchers are good at, and rows whose distance is a power of two compete
-    // for the same cache sets. Many directions are a matrix product, where the chunk of a column (12 KiB)
-    // should be used often before it leaves the first-level cache.
+    // stretches are what the hardware prefetchers are good at, and rows whose distance is a power of two
+    // compete for the same cache sets. Many directions are a matrix product, where the chunk of a column (12
+    // KiB) should be used often before it leaves the first-level cache.
     struct Blocking {
         std::size_t rows, chunk_steps, panel_steps;
     };
@@ -142,30 +145,40 @@ class Kernel {
 
     // Adds one chunk of R rows × C directions to out[r][c]. A function of its own: inlined into the loops
     // around it, it makes compilers run out of registers, at half the speed. Meanwhile fetches what is wanted
-    // next, `next_bytes` a step from each of `next`, if not null.
+    // next, a chunk from each of `next`, if not null. `runs` is room for the sum of the runs: the caller's,
+    // so that it lies in memory and leaves the registers to the run at hand.
     template <class Source, std::size_t R, std::size_t C, bool offset>
     RS_NOINLINE static void tile(const unsigned char* const* rows, const unsigned char* const* next,
                                  const float* origin, const float* column, std::size_t steps,
-                                 float* const* out) {
-        Vector sum[R][C];
-        for (std::size_t r = 0; r < R; ++r)
-            for (std::size_t c = 0; c < C; ++c) sum[r][c] = V::zero();
-        for (std::size_t s = 0; s < steps; ++s) {
-            if (next != nullptr) {
-                for (std::size_t r = 0; r < R; ++r)
-                    for (std::size_t b = 0; b < step * Source::bytes; b += line)
-                        V::prefetch(next[r] + s * step * Source::bytes + b);
+                                 float* const* out, Vector (&runs)[R][C]) {
+        for (std::size_t s = 0; s < steps;) {
+            Vector sum[R][C];
+            for (std::size_t r = 0; r < R; ++r)
+                for (std::size_t c = 0; c < C; ++c) sum[r][c] = V::zero();
+            const std::size_t end = smaller(s + run_steps, steps);
+            for (; s < end; ++s) {
+                if (next != nullptr) {
+                    for (std::size_t r = 0; r < R; ++r)
+                        for (std::size_t b = 0; b < step * Source::bytes; b += line)
+                            V::prefetch(next[r] + s * step * Source::bytes + b);
+                }
+                const std::size_t at = s * step * Source::bytes;
+                half_step<0, Source, R, C, offset>(rows, at, origin, column, sum);
+                half_step<1, Source, R, C, offset>(rows, at, origin, column, sum);
+                if constexpr (offset) origin += step;
+                column += step * C;
             }
-            const std::size_t at = s * step * Source::bytes;
-            half_step<0, Source, R, C, offset>(rows, at, origin, column, sum);
-            half_step<1, Source, R, C, offset>(rows, at, origin, column, sum);
-            if constexpr (offset) origin += step;
-            column += step * C;
+            if (s > run_steps)  // not the first
+                for (std::size_t r = 0; r < R; ++r)
+                    for (std::size_t c = 0; c < C; ++c) runs[r][c] = V::add(runs[r][c], sum[r][c]);
+            else
+                for (std::size_t r = 0; r < R; ++r)
+                    for (std::size_t c = 0; c < C; ++c) runs[r][c] = sum[r][c];
         }
         for (std::size_t r = 0; r < R; ++r) {
             std::size_t c = 0;
-            for (; c + 4 <= C; c += 4) V::add_totals(&sum[r][c], out[r] + c);
-            for (; c < C; ++c) out[r][c] += V::total(sum[r][c]);
+            for (; c + 4 <= C; c += 4) V::add_totals(&runs[r][c], out[r] + c);
+            for (; c < C; ++c) out[r][c] += V::total(runs[r][c]);
         }
     }
 
@@ -188,13 +201,14 @@ class Kernel {
             const unsigned char* next[R];
             float* out[R];
             float dropped[C] = {};
+            Vector runs[R][C];
             for (std::size_t r = 0; r < R; ++r) {
                 const std::size_t i = smaller(n + r, block.rows - 1);
                 row[r] = block.row[i];
                 next[r] = block.next[i];
                 out[r] = n + r < block.rows ? block.out[i] + first : dropped;
             }
-            tile<Source, R, C, offset>(row, fetch ? next : nullptr, origin, column, steps, out);
+            tile<Source, R, C, offset>(row, fetch ? next : nullptr, origin, column, steps, out, runs);
         }
     }
 

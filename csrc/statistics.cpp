@@ -154,6 +154,14 @@ struct Worker {
 
 void statistics(const Target& target, const Problem& problem, const double* confidence, const double* weights,
                 double neutral, double q, std::size_t threads, const Statistics& out) {
+    if (problem.samples == 0) {  // no column to point to
+        const std::size_t count = problem.layers * problem.rank;
+        for (double* const figure :
+             {out.pearson, out.auroc, out.mean_refused, out.mean_answered, out.upper, out.lower})
+            std::fill_n(figure, count, nan);
+        std::fill_n(out.disagreement, count, 0.0);
+        return;
+    }
     const std::size_t workers = std::clamp<std::size_t>(problem.layers, 1, threads);
     std::vector<Worker> team;
     team.reserve(workers);

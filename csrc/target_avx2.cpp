@@ -33,6 +33,7 @@ struct Avx2 {
     }
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
     static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
     static float total(Vector a) {

@@ -31,6 +31,7 @@ struct Avx512 {
     }
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+    static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
     static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
     static __m256 fold(Vector a) {

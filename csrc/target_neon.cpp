@@ -5,6 +5,9 @@
 #include <arm_neon.h>
 
 #include <cstddef>
+#ifdef _MSC_VER
+#include <intrin.h>
+#endif
 
 #include "kernel.hpp"
 #include "projection.hpp"
@@ -24,6 +27,7 @@ struct Neon {
     static Vector hold(Vector a) { return a; }
     static Vector zero() { return vdupq_n_f32(0); }
     static Vector load(const float* p) { return vld1q_f32(p); }
+    static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
     static Vector subtract(Vector a, Vector b) { return vsubq_f32(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
     static float total(Vector a) { return vaddvq_f32(a); }
@@ -40,7 +44,13 @@ struct Neon {
     static Vector load_bf16_odd(const unsigned char* p) {
         return vreinterpretq_f32_u32(vandq_u32(load_bits(p), vdupq_n_u32(0xFFFF0000U)));
     }
-    static void prefetch(const unsigned char* p) { __builtin_prefetch(p); }
+    static void prefetch(const unsigned char* p) {
+#ifdef _MSC_VER
+        __prefetch(p);
+#else
+        __builtin_prefetch(p);
+#endif
+    }
 };
 
 using Loops = Kernel<Neon>;

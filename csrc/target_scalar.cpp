@@ -61,6 +61,9 @@ struct Scalar {
     static Vector load(const float* p) {
         return each([p](std::size_t i) { return p[i]; });
     }
+    static Vector add(const Vector& a, const Vector& b) {
+        return each([&](std::size_t i) { return a.lane[i] + b.lane[i]; });
+    }
     static Vector subtract(const Vector& a, const Vector& b) {
         return each([&](std::size_t i) { return a.lane[i] - b.lane[i]; });
     }
