@@ -1,5 +1,6 @@
-"""A tiny model and the real one, the embedded default, fetched once; how Hypothesis draws examples."""
+"""A tiny model and the real one, the embedded default, fetched once; what holds for all tests."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from rs_gguf.llama import LlamaModel
 # A busy machine is no fault, and a failure is there again the next time.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+# A shell's background job ignores interrupts, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -374,10 +374,12 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
 
     stub = ModuleType("rs_gguf.proof")
     stub.prove_vector = prove_vector  # type: ignore[attr-defined]
+    stub.other_model = lambda provenance, model: ["of another file"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rs_gguf.proof", stub)
     report = check(path, "model.gguf")
     assert asked == [(FULL, "model.gguf")]
     assert report.errors == ("the model has 6 blocks",)
+    assert "of another file" in report.warnings
     assert report.proof.reasons == report.errors
     assert report.loader_says == "refused"
     # A file that cannot be used is not run.
