@@ -1,4 +1,4 @@
-"""The judge's speed, what was tried for its accuracy, and the tables of docs/judge.md.
+"""The judge's speed, what was tried for its accuracy, and the tables of docs/judge.md and docs/lab/judge.md.
 
 speed: judgements per second of this project's batches against label words read by llama-cpp-python. The same
 model, the same labelled test pairs and the same tokens on all sides. The peer, which has one sequence a

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rs_gguf.chat import opens_thinking
+from rs_gguf.chat import begins_in_trace
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.judges import Judge
@@ -33,8 +33,7 @@ def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[t
         tokens = chat_tokens(model, asked, system)
         yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
         return
-    opening = chat_tokens(model, asked[:1], system)
-    if any(opens_thinking(model.detokenize(tokens[-8:], special=True)) for tokens in opening):
+    if any(begins_in_trace(model, tokens) for tokens in chat_tokens(model, asked[:1], system)):
         raise InputError(
             "answers.servers: the model's chat template opens a thinking trace, and servers do not tell the "
             "tokens of one: the answer would be read as its beginning. Let the model answer here, without "

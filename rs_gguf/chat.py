@@ -49,6 +49,7 @@ class ChatModel(Protocol):
     @property
     def opening(self) -> list[int]: ...
     def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str: ...
 
 
 class _Generation(Extension):
@@ -153,6 +154,11 @@ def opens_thinking(rendered: str) -> bool:
     """Whether a rendered prompt ends inside a thinking trace (its template opens one)."""
     tail = rendered.rstrip()
     return any(tail.endswith(opening) for opening, _ in _THINKING_MARKERS)
+
+
+def begins_in_trace(model: ChatModel, prompt: Sequence[int]) -> bool:
+    """Whether the answer to a prompt, given as tokens, begins within a thinking trace."""
+    return opens_thinking(model.detokenize(prompt[-8:], special=True))
 
 
 def _raise_exception(message: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.chance import mcnemar, wilson
-from rs_gguf.chat import ChatFormat, after_thinking, opens_thinking
+from rs_gguf.chat import ChatFormat, after_thinking, begins_in_trace
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
@@ -104,7 +104,7 @@ def answer(
     model: Model, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) for conversations given as tokens, as they finish."""
-    opened = [opens_thinking(model.detokenize(t[-8:], special=True)) for t in tokens]
+    opened = [begins_in_trace(model, prompt) for prompt in tokens]
     for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
         # Some models mark the trace with control tokens, which the plain text leaves out.
         marked = model.detokenize(generation.tokens, special=True)

@@ -147,11 +147,8 @@ def of_file(
     """What was measured of one written file, and how to use it."""
     candidate = trial.candidate
     harmful = sets["harmful"]
-    options = f"--lora {_from_home(path)}"
-    if candidate.estimator != GATE:
-        # Not `-scaled`, which splits its argument at colons: a path on Windows has one.
-        options = f"--control-vector {_from_home(path)}"
-        options += f" --control-vector-layer-range {candidate.first} {candidate.last}"
+    layers = None if candidate.estimator == GATE else (candidate.first, candidate.last)
+    options = llama_options(_from_home(path), layers)
     before, after = tokens_per_second
     model_file = _from_home(model.path) if model.path.is_file() else "MODEL.gguf"  # of a folder there is none
     return {
@@ -181,6 +178,18 @@ def of_file(
             "build": llama.build(),
         },
     }
+
+
+def llama_options(file: str, layers: Sequence[int] | None) -> str:
+    """llama.cpp's options for a file, given as a word of the shell.
+
+    `layers`: first and last block of a control vector; None for an adapter.
+    """
+    if layers is None:
+        return f"--lora {file}"
+    first, last = map(int, layers)
+    # Not `-scaled`, which splits its argument at colons: a path on Windows has one.
+    return f"--control-vector {file} --control-vector-layer-range {first} {last}"
 
 
 def _from_home(path: Path) -> str:

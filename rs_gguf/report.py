@@ -8,15 +8,15 @@ nothing run but the page's own script.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import write_text
+from rs_gguf.metrics import llama_options
 from rs_gguf.reporting import agreement, answers, doses, geometry, plots, verdict
 from rs_gguf.reporting.results import Results, Row, load
 from rs_gguf.reporting.text import html_environment, markdown_environment
@@ -91,7 +91,10 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
 
 def _common(run: Results) -> Row:
     effect = run.metrics["effect"]
-    files = [{**file, "options": _options(file)} for file in verdict.files(run.metrics)]
+    files = verdict.files(run.metrics)
+    for file in files:  # by their names: a card is read where no run folder is
+        layers = None if file["key"] == "adapter" else file["layers"]
+        file["options"] = llama_options(shlex.quote(file["file"]), layers)
     best = verdict.advised(files, effect)
     return {
         "m": run.metrics,
@@ -107,12 +110,3 @@ def _common(run: Results) -> Row:
         "limits": run.recipe.get("tune", {}),
         "version": __version__,
     }
-
-
-def _options(file: Mapping[str, Any]) -> str:
-    """The llama.cpp options, with the file by its name: a card is read where no run folder is."""
-    if file["key"] == "adapter":
-        return f"--lora {shlex.quote(file['file'])}"
-    first, last = file["layers"]
-    name = shlex.quote(file["file"])
-    return f"--control-vector {name} --control-vector-layer-range {int(first)} {int(last)}"

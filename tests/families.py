@@ -20,6 +20,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_gguf import byte_level
 
 N_LAYER, WIDTH = 4, 64
 VOCABULARY = ["<|endoftext|>", "<|im_end|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Ġt"]
@@ -205,10 +206,7 @@ def _undo_misnaming(weights: Path) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    model = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[("Ġ", "t")])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = byte_level(VOCABULARY, ["Ġ t"])
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=VOCABULARY[0], eos_token=VOCABULARY[1], pad_token=VOCABULARY[0]
     ).save_pretrained(folder)

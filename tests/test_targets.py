@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tiny_gguf import CHAT_TEMPLATE, SPECIALS, write_tiny_qwen2
+from tiny_gguf import CHAT_TEMPLATE, SPECIALS, byte_level, write_tiny_qwen2
 
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
@@ -56,10 +56,7 @@ def network(name: str) -> transformers.PreTrainedModel:
 
 
 def write_tokenizer(folder: Path) -> None:
-    model = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = byte_level(VOCABULARY)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )

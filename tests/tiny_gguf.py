@@ -5,6 +5,7 @@ File and folder are complete: llama.cpp and transformers load them, tokenizer an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -69,14 +70,20 @@ def tiny_qwen2(*, n_layer: int = 3, n_embd: int = 32, seed: int = 0) -> transfor
     return model
 
 
+def byte_level(vocabulary: Sequence[str], merges: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """A tokenizer of bytes, and of what `merges` make of them, "left right" each as in a GGUF file."""
+    pairs = [(left, right) for left, right in map(str.split, merges)]
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=pairs))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
 def write_tiny_folder(folder: Path) -> None:
     """Write the model as a Hugging Face folder."""
     tiny_qwen2().save_pretrained(folder)
-    merges = [(left, right) for left, right in map(str.split, _MERGES)]
-    numbers = {token: i for i, token in enumerate(_VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=merges))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = byte_level(_VOCABULARY, _MERGES)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

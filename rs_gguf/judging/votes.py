@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rs_gguf.chat import ChatFormat, after_thinking, opens_thinking
+from rs_gguf.chat import ChatFormat, after_thinking, begins_in_trace
 from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.judgement import Judgement, Pair, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, read_verdict, rubric_version, verdict_message
@@ -140,7 +140,6 @@ class VotesJudge:
             return "", 0
         # Some models mark the trace with control tokens, which the plain text leaves out.
         text = model.detokenize(tokens, special=True)
-        inside = opens_thinking(model.detokenize(prompt[-8:], special=True))
-        answer = after_thinking(text, inside=inside)
+        answer = after_thinking(text, inside=begins_in_trace(model, prompt))
         start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), answer)
         return (answer, start) if answer and start is not None else ("", 0)

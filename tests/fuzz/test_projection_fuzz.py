@@ -23,13 +23,7 @@ pytestmark = pytest.mark.skipif(not KERNELS, reason="rs_gguf._core is not built"
 TOLERANCE = 1e-6
 
 
-@settings(
-    max_examples=5000,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_and_stride(data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = data.draw
