@@ -69,7 +69,9 @@ def main() -> None:
             best = min(levelled, key=lambda probe: probe.sensitive).candidate
             answered += along(measured, best, recipe.tune.min_retention)
         if rungs.gates is not None:
-            space = Space.of_gates(recipe.fit.gate_ridges, rungs.model.n_layer)
+            space = Space.of_gates(
+                recipe.fit.gate_ridges, rungs.model.n_layer, induce=recipe.effect == "induce"
+            )
             gates = [replace(gate, strength=s) for gate in space.start for s in GATE_STRENGTHS]
             answered += [measured("answers", gate) for gate in track(gates, "Gates")]
     print_table(answered)

@@ -66,7 +66,7 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, Data
                    std::size_t shift, std::mt19937& random) {
     const std::size_t size = rs::size_of(type);
     const std::size_t row =
-        shape.width * size + 6;  // rows apart by a number that is no multiple of their element
+        shape.width * size + 6;  // rows of float32 apart by a number that is no multiple of it
     std::vector<unsigned char> bytes(shift + shape.samples * shape.layers * row);
     std::vector<float> values(shape.samples * shape.layers * shape.width);
     for (std::size_t i = 0; i < shape.samples * shape.layers; ++i)

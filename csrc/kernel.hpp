@@ -13,9 +13,9 @@
 // On rows of equal numbers rounding errors do not cancel, and a lane that ran on would lose a digit.
 //
 // How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums are held in registers. Rows go
-// from where they lie to registers, and are never copied: a few rows, a chunk at a time, meet all columns of
-// C directions while the chunk is in the first-level cache. Meanwhile the same chunk of the next rows is
-// prefetched: rows of one layer lie L·D elements apart, which no hardware prefetcher guesses.
+// from where they lie to registers, and only ragged ends are copied: a few rows, a chunk at a time, meet all
+// columns of C directions while the chunk is in the first-level cache. Meanwhile the same chunk of the next
+// rows is prefetched: rows of one layer lie L·D elements apart, which no hardware prefetcher guesses.
 //
 // Nothing here may be shared between targets: a function of the standard library instantiated under AVX-512
 // flags could be the one that the linker keeps for everybody. So: no std:: templates, and V is a type in an
@@ -185,7 +185,7 @@ class Kernel {
     // A block of rows, and where each of their results goes.
     struct Block {
         const unsigned char* row[most_rows];
-        const unsigned char* next[most_rows];  // what will be read after this chunk
+        const unsigned char* next[most_rows];  // the same chunk of the next rows
         float* out[most_rows];
         std::size_t rows;
     };

@@ -118,7 +118,7 @@ private:
     }
 
     // Calls come in rows (layer by layer, step by step), and waking a sleeping thread takes longer than a
-    // small call: so look out for the next call for some tens of microseconds before going to sleep.
+    // small call: so look out for the next call for up to a millisecond or so before going to sleep.
     void linger(std::size_t seen) const {
         for (int i = 0; i < 2000 && calls_ == seen; ++i) std::this_thread::yield();
     }

@@ -21,9 +21,9 @@ void project(const Target& target, const Problem& problem, std::size_t threads, 
     const std::size_t work = elements * size_of(problem.type) + elements * problem.rank / 2;
     const std::size_t workers = std::clamp<std::size_t>(work / worthwhile, 1, threads);
 
-    // At least four tasks a thread, so that all end at about the same time, but no fewer than 48 rows in one:
-    // each thread packs the directions of each layer it touches. A multiple of the rows of every target's
-    // tile.
+    // About four tasks a thread or more, so that all end at about the same time, but no fewer than 48 rows in
+    // one: each thread packs the directions of each layer it touches. A multiple of the rows of every
+    // target's tile.
     constexpr std::size_t unit = 48;
     const std::size_t parts = workers == 1 ? 1 : (4 * workers + problem.layers - 1) / problem.layers;
     const std::size_t rows = std::max<std::size_t>(1, (problem.samples / parts + unit - 1) / unit) * unit;

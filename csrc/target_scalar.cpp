@@ -1,5 +1,5 @@
 // Scalar: plain C++ for any machine, and the yardstick of the other targets. Its "vector" is an array of
-// eight floats, so that it sums in the same order as they do.
+// eight floats, so that it sums by lanes as they do.
 
 #include <cstddef>
 #include <cstdint>

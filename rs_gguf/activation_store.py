@@ -36,7 +36,7 @@ class Rows:
     """Arrays [n, L, W], one after another, as one [N, L, W] that is not in memory.
 
     `rows[samples, layer]` reads those rows as [n, W]; `rows[samples]` chooses samples and reads nothing. Both
-    take what NumPy takes for one axis. `numpy.asarray(rows)` reads everything.
+    take a slice, a mask or an array of indices. `numpy.asarray(rows)` reads everything.
     """
 
     def __init__(self, parts: Sequence[Any], chosen: npt.NDArray[np.intp] | None = None) -> None:
@@ -68,7 +68,7 @@ class Rows:
         """One array for those that take nothing else: a memory map of a nameless file in `folder`.
 
         Raises:
-            InputError: the disk is full.
+            InputError: the disk is full, or `folder` cannot be written.
         """
         if not len(self):
             return np.asarray(self)  # there are no maps of nothing
@@ -138,7 +138,11 @@ class ActivationStore:
     def _lines(self) -> list[str]:
         if not self._manifest.is_file():
             return []
-        return self._manifest.read_bytes().decode("utf-8", "replace").split("\n")
+        try:
+            data = self._manifest.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {self._manifest}: {error.strerror or error}.") from error
+        return data.decode("utf-8", "replace").split("\n")
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """The manifest by shard. A shard that was written again counts as it is now."""
@@ -149,7 +153,7 @@ class ActivationStore:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the last one, empty or torn
+            except json.JSONDecodeError:  # the last one, which is empty, or a torn one
                 continue
             found[entry["shard"]] = entry
         return found
@@ -203,6 +207,7 @@ class ActivationStore:
         Raises:
             DamagedStoreError: a shard is missing, or its bytes are not those that were written; or what the
                 folder holds was captured under another key.
+            InputError: a shard cannot be read.
         """
         if self._manifest.is_file() and not self._is_ours():
             raise DamagedStoreError(

@@ -71,7 +71,7 @@ class WriterInputs:
 
 @dataclass(frozen=True)
 class Gates:
-    """Reads for every ridge and block, and the difference of class means that the writes are made of.
+    """Reads for every ridge and block, and the contrast that the writes are made of.
 
     `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
     of the other kinds 0; to `guards` the mean benign input answers 1, the harmful `HARM`, the sensitive 0.
@@ -157,7 +157,8 @@ def fit_gates(
     categories: kinds of refusal of the N samples, where a judge told them (`contrast.contrast_weights`).
 
     Raises:
-        InputError: a class without samples, or a block whose inputs cannot tell the classes apart.
+        InputError: a class without samples, a bad ridge, NaN or Inf, or a block whose inputs cannot tell the
+            classes apart.
     """
     grid = check_ridges(ridges)
     kinds = _kinds(labels)

@@ -128,7 +128,7 @@ def _rank(distributed: bool) -> tuple[int, int]:
 def capture(
     model: LlamaModel | TorchModel, conversations: Sequence[Conversation], prefix: int, *, seed: int
 ) -> Arrays:
-    """Read one shard. `prefix` is the number of tokens that every prompt begins with.
+    """Read one shard. `prefix` is the number of tokens that `conversations` counts.
 
     An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
     """

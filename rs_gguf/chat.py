@@ -80,12 +80,12 @@ class ChatFormat:
         self._specials = {"bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = environment.from_string(template or _CHATML)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise InputError(f"the model's chat template does not compile: {error}.") from error
 
     @classmethod
     def of(cls, model: ChatModel) -> ChatFormat:
-        """The chat format in a GGUF model's metadata."""
+        """The chat format of a model, ChatML where it has none of its own."""
         return cls(model.chat_template, bos_token=model.bos_token, eos_token=model.eos_token)
 
     def render(self, messages: Sequence[Message]) -> str:

@@ -125,7 +125,7 @@ def run_command(
 ) -> None:
     """Run the whole pipeline; resume by itself. Without RECIPE: the embedded default model and prompts.
 
-    Exit code 1 when the measured result does not pass the safety gate; the files are there all the same.
+    Exit code 1 when no file passes the safety gate; the files are there all the same.
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
     if as_json:
@@ -140,7 +140,7 @@ def run_command(
 def _add_stage(name: str, summary: str) -> None:
     help_text = (
         f"{summary} Stages before it are done first if they are not yet. "
-        "Without RECIPE: that of the run folder, or else the default."
+        "Without RECIPE: that of the run folder, or with --fresh and in a new folder the default."
     )
 
     @main.command(name, help=help_text)

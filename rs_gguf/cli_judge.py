@@ -94,11 +94,10 @@ def judge(
 
 def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[bytes]:
     """Graded rows as JSON lines, each as soon as it and all before it are judged."""
-    from rs_gguf.judging.judgement import Judgement, final_answer
+    from rs_gguf.judging.judgement import Judgement
 
     while some := list(itertools.islice(rows, _AT_ONCE)):
-        # Nothing tells whether a row's answer was cut off; one that is a trace alone was.
-        pairs = [(row["prompt"], final_answer(row["answer"], finished=False)) for row in some]
+        pairs = [(row["prompt"], _to_judge(row)) for row in some]
         ready: dict[int, Judgement] = {}
         place = 0
         for i, judgement in grader.judge(pairs):
@@ -116,6 +115,18 @@ def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str
                 # Half of a surrogate pair, which JSON can spell and UTF-8 cannot, is spelt as it came.
                 yield (json.dumps(graded, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
                 place += 1
+
+
+def _to_judge(row: Mapping[str, Any]) -> str | None:
+    """The answer without its trace, None where that was cut off.
+
+    A run's rows tell so themselves, as `finished`; of others one that is a trace alone was.
+    """
+    from rs_gguf.judging.judgement import final_answer
+
+    if not row["answer"] and row.get("finished") is False:
+        return None
+    return final_answer(row["answer"], finished=False)
 
 
 def _tell(counts: Counter[str], grader: Judge) -> None:

@@ -29,7 +29,7 @@ _FILE = click.Path(path_type=Path)
 def check(file: Path, model: str | None, as_json: bool) -> None:
     """Say whether llama.cpp will use FILE as it was meant.
 
-    With every reason why not. Exit code 0 or 1.
+    With every reason why not. Exit code 1 when it will not.
     """
     from rs_gguf import control_vector, lora, models
 

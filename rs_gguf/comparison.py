@@ -1,7 +1,8 @@
 """A model beside itself under one or several doses of a steering: what `rs-export eval` measures.
 
-A respondent, a judge, prompt sets and doses go in; for each dose come out, set by set and by the columns of
-the prompt files: refusals, broken answers, drift; and besides, drift of benign text, capability and speed.
+A respondent, a judge, prompt sets and doses go in; for each dose come out, set by set: refusals (by the
+columns of the prompt files too), broken answers, drift; and besides, drift of benign text, capability and
+speed.
 The unsteered side is measured once. A dose multiplies every scale of the steering.
 """
 
@@ -186,7 +187,7 @@ def compare(
 
 
 def summarise_all(rows: Sequence[Row]) -> dict[str, Any]:
-    """`evaluation.summarise`, how many answers are broken in which way, and the same by each column told."""
+    """`evaluation.summarise`, also by each column told, and how many answers are broken in which way."""
     return {
         **summarise(rows),
         "faults": {side: _faults(rows, side) for side in ("baseline", "steered")},

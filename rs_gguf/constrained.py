@@ -219,7 +219,7 @@ def topic_directions(
     if names.shape != labels.confidence.shape:
         raise InputError(f"topics of shape {names.shape}: {len(labels.confidence)} names are accepted")
     pool = estimator.masks(labels)["refused"]
-    # Only the refused class is narrowed; refused harmful samples stay, for the harmful contrast.
+    # Only the refused class is narrowed; harmful samples outside it stay, for the harmful contrast.
     inside = {t: labels.reweighted(np.where(pool & (names != t), 0.0, labels.weights)) for t in names[pool]}
     chosen = [str(topic) for topic in sorted(inside) if topic]
     if not chosen:

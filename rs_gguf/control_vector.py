@@ -40,13 +40,13 @@ much.
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found.
+    """What `check` found, here or in `rs_gguf.lora`. Of an adapter there is no `loader_says` and no `vector`.
 
     `errors` make the file unfit, `warnings` do not. `loader_says` is the line that llama.cpp would log before
     going on without the vector, or empty where it would load the file (on the model, when one was given)
     or where a rule of ours ended the reading before it was known.
-    `vector` is what was read, None when nothing could be. `proof` is the report of
-    `rs_gguf.proof.prove_vector`, when a model was given and the file could be read.
+    `vector` is what was read, None where the file itself has an error. `proof` is the report of
+    `rs_gguf.proof`, when a model was given and the file itself has no error.
     """
 
     path: str

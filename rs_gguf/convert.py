@@ -66,7 +66,7 @@ def convert(
             raise InputError(f"{path} was written by this project: it needs no conversion. Use it as it is.")
         numbered = list(_gguf_rows(reader, notes))
     elif _is_safetensors(data):
-        numbered = list(_safetensors_rows(path, data))
+        numbered = list(_safetensors_rows(path, data, notes))
     elif data.startswith((b"PK\x03\x04", b"\x80")):
         raise InputError(
             f"{path} is a pickled PyTorch or Python file, and opening it would run code from it. Where you "
@@ -96,8 +96,8 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
 
     Computed in float32, part by part, as llama.cpp adds several `--control-vector-scaled` files. The
     provenance of part i is kept under `combine.i.`, its weight as `combine.i.weight`. The architecture is
-    kept where the parts agree. Raises `InputError` when there is no part, widths differ, or a sum leaves
-    float32.
+    kept where the parts agree. Raises `InputError` when there is no part, widths differ, or a weight or a sum
+    is not finite in float32.
     """
     if not parts:
         raise InputError("There is nothing to combine; give at least one vector.")
@@ -154,11 +154,15 @@ def _gguf_rows(reader: GGUFReader, notes: list[str]) -> Iterator[tuple[str, int,
                 "BF16."
             )
         kinds.add(tensor.tensor_type)
-        # `dequantize` knows the 16- and 32-bit floats, but passes F64 by.
+        # `dequantize` knows the 16- and 32-bit floats, but not F64.
         wide = tensor.tensor_type is GGMLQuantizationType.F64
         yield tensor.name, number, tensor.data if wide else dequantize(tensor.data, tensor.tensor_type)
-    for kind in sorted(kinds - {GGMLQuantizationType.F32}):
-        notes.append(f"Stored {kind.name} as F32: llama.cpp rejects a file with any other type.")
+    _note_types({kind.name for kind in kinds}, notes)
+
+
+def _note_types(kinds: set[str], notes: list[str]) -> None:
+    for kind in sorted(kinds - {"F32"}):
+        notes.append(f"Stored {kind} as F32: llama.cpp rejects a file with any other type.")
 
 
 def _is_safetensors(data: bytes) -> bool:
@@ -169,7 +173,9 @@ def _is_safetensors(data: bytes) -> bool:
     return data[8:9] == b"{" and header <= min(MAX_SAFETENSORS_HEADER, len(data) - 8)
 
 
-def _safetensors_rows(path: str | Path, data: bytes) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
+def _safetensors_rows(
+    path: str | Path, data: bytes, notes: list[str]
+) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
     """(name, number, row) of each tensor: named by one number, or the rows of a single matrix [L, D]."""
     import torch
     from safetensors import SafetensorError
@@ -179,9 +185,10 @@ def _safetensors_rows(path: str | Path, data: bytes) -> Iterator[tuple[str, int,
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"{path}: not a sound safetensors file ({error}). Get or write it again.") from error
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     total = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in kinds:
             raise InputError(
                 f"{path}: tensor {name!r} is of type {tensor.dtype}; floats are needed, of 16 bits or more."
             )
@@ -200,6 +207,7 @@ def _safetensors_rows(path: str | Path, data: bytes) -> Iterator[tuple[str, int,
                 "with one number, such as layer_12 or model.layers.12, or a single matrix with a row for "
                 "each block."
             )
+    _note_types({kinds[tensor.dtype] for tensor in tensors.values()}, notes)
 
 
 def _placed(

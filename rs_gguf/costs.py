@@ -41,7 +41,7 @@ _ESTIMATORS = {"remove": 3, "induce": 2}  # where the recipe names none
 _CLASS = 2 / 3  # share of the samples in the class whose covariance is used
 _FIGURES = 1.2  # seconds for the figures of an estimator
 _ROW, _ROW_TOKEN = 320, 11  # bytes of a row with its prompt, and for each token of an answer
-_PYTHON = 0.6e9  # bytes of a process that has loaded PyTorch and llama.cpp, without a model
+_PYTHON = 0.6e9  # bytes of a process that has loaded its libraries, without a model
 
 
 @dataclass(frozen=True)

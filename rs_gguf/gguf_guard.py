@@ -23,8 +23,8 @@ MAX_BYTES = 32 * 2**20
 """Twice what the largest open model so far needs in float64 (126 blocks of width 16384)."""
 MAX_NUMBERS = MAX_BYTES // 4
 """Numbers in all tensors: in float32 they fill a file of `MAX_BYTES`, and memory to match."""
-MAX_ADAPTER_BYTES = 2**30
-"""In F32, rank 32 on every matrix of Qwen2.5-32B; other tools' adapters are that large."""
+MAX_ADAPTER_BYTES = 2**30 + 2**20
+"""In F32, rank 32 on every matrix of Qwen2.5-32B, and a header; other tools' adapters are that large."""
 MAX_ENTRIES = 16_384
 """Metadata values (list elements counted one by one) and tensors together; each costs the reader about 1 KiB.
 """

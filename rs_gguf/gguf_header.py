@@ -33,7 +33,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """`values` are metadata that is no list. Tensors are told of from byte `tensors_at` to `end`.
+    """`values` are the metadata, None for a list. Tensors are told of from byte `tensors_at` to `end`.
 
     To a multiple of `alignment` bytes the header is padded, and so is each tensor.
     """
@@ -77,7 +77,7 @@ def refuse_part(path: Path) -> None:
 def refuse_part_by_name(name: str) -> None:
     """The same by the name alone, `…-00001-of-00003.gguf`, for a file that is not here."""
     found = re.search(r"-\d{5}-of-(\d{5})\.gguf$", name)
-    if found:
+    if found and int(found[1]) > 1:
         raise _part_of(name, int(found[1]))
 
 

@@ -18,13 +18,15 @@ import transformers
 
 from rs_gguf.errors import InputError
 
-# Families that llama.cpp files under another's name. The others differ in hyphens and underscores at most.
+# Families that llama.cpp files under another's name. Most others differ in hyphens and underscores at most.
 _LLAMA_CPP_NAMES = {
     "cohere": "command-r",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "gpt_bigcode": "starcoder",
     "granitemoehybrid": "granitehybrid",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
     "mistral": "llama",
     "mixtral": "llama",
     "phi": "phi2",

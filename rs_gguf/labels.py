@@ -40,7 +40,7 @@ class Labels:
         *,
         distributed: bool = False,
     ) -> Labels:
-        """Check and, with `distributed`, gather. `InputError` names the array and the first bad value."""
+        """Check and, with `distributed`, gather. `InputError` names the array."""
         score = np.asarray(confidence, dtype=np.float64)
         if score.ndim != 1 or not (np.abs(score) <= 1).all():
             raise InputError(

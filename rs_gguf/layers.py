@@ -66,7 +66,8 @@ def layer_margin(
 ) -> Float64:
     """Gap between the class means of p in units of their pooled standard deviation: [L].
 
-    Held out when the projections are of samples that the direction was not fitted on. 0 where p is constant.
+    Held out when the projections are of samples that the direction was not fitted on. 0 where p is constant
+    in each class.
     """
     p, c = _checked(projections, confidence)
     refused, answered = _both_classes(c, neutral)

@@ -2,8 +2,8 @@
 
 Token lists go in; answers, next-token logits, log-probabilities or internal activations come out.
 Many sequences share each `llama_decode`, their common prefix (system prompt, few-shot examples) is
-decoded once and its cells are shared, and results are yielded as they are ready so that a killed run
-loses only the batch in flight.
+decoded once, and results are yielded as they are ready so that a killed run loses only the batch in
+flight.
 """
 
 from __future__ import annotations
@@ -100,13 +100,17 @@ class LlamaModel(LlamaFile):
         """Within the block, add `directions[l]` [D] to the output of block l, and apply LoRA `adapters`.
 
         The same C calls that `--control-vector` and `--lora` end in. The cache is cleared on the way in
-        and out: its cells were computed under the other steering.
+        and out: its cells were computed under the other steering. The scales of one file add up.
 
         Raises:
             InputError: a width or a layer that the model does not have, or a file it cannot use.
         """
         buffer = self._buffer(directions) if directions else None
-        steering = InForce(buffer, tuple((self._adapter(path), scale) for path, scale in adapters))
+        scales: dict[Path, float] = {}
+        for path, scale in adapters:
+            # llama.cpp's programs load a file that is given twice twice; of one handle only one scale counts.
+            scales[path.resolve()] = scales.get(path.resolve(), 0.0) + scale
+        steering = InForce(buffer, tuple((self._adapter(path), scale) for path, scale in scales.items()))
         try:
             self._apply(steering)
             yield
@@ -274,7 +278,7 @@ class LlamaModel(LlamaFile):
         `l_out` is the output of a block (method §2). Steering in force is included in what is read.
 
         Raises:
-            InputError: this architecture's graph has no tensor of that name.
+            InputError: an empty prompt, no layer, or a graph without a tensor of that name.
         """
         last = [(len(p) - 1,) for p in prompts]
         for i, _, found in self.token_activations(prompts, last, layers=layers, tensors=tensors):
@@ -294,8 +298,10 @@ class LlamaModel(LlamaFile):
         """
         if not sequences:
             return
-        if not all(positions):
-            raise InputError("nothing to read: every sequence needs at least one token and one position.")
+        if not (layers and all(sequences) and all(positions)):
+            raise InputError(
+                "nothing to read: it takes a layer, and of every sequence a token and a position."
+            )
         check_lengths(sequences, self.n_ctx, self.detokenize)
         wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph

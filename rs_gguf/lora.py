@@ -40,8 +40,8 @@ class LoraAdapter:
     sorted by block.
 
     Raises:
-        InputError: no matrix, shapes that do not multiply, numbers that are not finite, or a change of the
-            embedding or the output, which aborts llama.cpp where the two are one matrix.
+        InputError: no matrix or architecture, shapes that do not multiply, numbers that are not finite, or a
+            change of the embedding or the output, which aborts llama.cpp where the two are one matrix.
     """
 
     factors: Mapping[str, Factors]

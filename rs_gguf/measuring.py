@@ -69,7 +69,7 @@ def measure(
     subset: bool,
     advance: Callable[[int], None],
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Paired rows of all arms, and the content of `metrics.json` but for `seconds`."""
+    """Paired rows of all arms, and the content of `metrics.json` but for `seconds` and `rank_correlation`."""
     own = recipe.prompts.system
     sides = [Side("baseline", NO_STEERING, own), *baselines]
     sides += [Side(name, arm.steering, own) for name, arm in arms.items()]

@@ -211,7 +211,7 @@ def build(
     baselines: Sequence[Mapping[str, Any]],
     subset: bool,
 ) -> dict[str, Any]:
-    """The content of metrics.json; `seconds` is added when the last stage ends.
+    """The content of metrics.json; the pipeline adds `rank_correlation` and, in the last stage, `seconds`.
 
     The control vector's figures stand at the top, the adapter's, of the same form, under `adapter`.
     """

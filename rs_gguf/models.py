@@ -1,6 +1,6 @@
 """Where models come from: a small pinned catalogue, local files, and the hub.
 
-A name, path or hub id goes in; a verified local GGUF file (or a Hugging Face folder) comes out.
+A name, path or hub id goes in; a local GGUF file (or a Hugging Face folder) comes out.
 Catalogue files are checked against their SHA-256 and kept in the user's cache folder.
 """
 
@@ -35,7 +35,7 @@ _SETTLED = 2 * 10**9  # ns without a change; sooner, another one might leave the
 def resolve(spec: str, *, config_only: bool = False, progress: Progress | None = None) -> Path:
     """A local GGUF file or Hugging Face folder for a catalogue name, a path or a hub id.
 
-    Hub ids are `owner/name` (a folder of safetensors, of which `config_only` fetches config.json alone) or
+    Hub ids are `owner/name` (a folder of safetensors, or with `config_only` its config.json alone) or
     `owner/name/file.gguf`, also with folders before the file.
 
     Raises:
@@ -84,7 +84,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     The hub is asked first, then the offline source. Of several processes one fetches, and the others wait.
 
     Raises:
-        InputError: unknown name, neither source reached, or wrong bytes (which are thrown away).
+        InputError: unknown name, no room, neither source reached, or wrong bytes (which are thrown away).
     """
     if name not in CATALOGUE:
         raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
@@ -112,6 +112,8 @@ def fingerprint(path: Path) -> str:
     """
     if path.is_file():
         return _file_hash(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a file nor a folder.")
     digest = hashlib.sha256()
     for file in sorted(found for part in _FOLDER_PARTS for found in path.glob(part) if found.is_file()):
         digest.update(f"{file.name} {_file_hash(file)}\n".encode())
@@ -153,7 +155,7 @@ def _fetch(model: CatalogueModel, progress: Progress) -> None:
 def _check_space(model: CatalogueModel) -> None:
     folder = catalogue.cache_folder()
     free = shutil.disk_usage(folder).free
-    # The offline source holds one archive, all parts and the joined file at the same time.
+    # The offline source holds all parts and the joined file at the same time.
     if free < 2.5 * model.size:
         raise InputError(
             f"{folder}: {free / 1e9:.1f} GB free, {2.5 * model.size / 1e9:.1f} GB needed for {model.name}. "

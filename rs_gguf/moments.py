@@ -88,7 +88,7 @@ class Moments:
 
 
 def check_activations(activations: Any) -> tuple[int, int, int]:
-    """The shape (N, L, D) of `activations`; `InputError` when it is not a numeric array of three axes."""
+    """The shape (N, L, D) of `activations`; `InputError` when it is not a non-empty array of three axes."""
     shape = tuple(int(size) for size in getattr(activations, "shape", ()))
     if len(shape) != 3 or 0 in shape:
         raise InputError(

@@ -33,6 +33,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
     Raises:
         InputError: a model of another family or shape, a family that has no such module or that is unknown,
             a matrix that llama.cpp may keep in another order than PyTorch, or a place that cannot be written.
+        GateError: what was read back differs.
     """
     modules = _modules(adapter, model)
     tensors: dict[str, npt.NDArray[np.float32]] = {}

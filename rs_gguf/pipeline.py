@@ -1,8 +1,8 @@
 """The pipeline: prompts → answers → scores → activations → directions → strength → GGUF → before/after.
 
 A recipe and a run folder go in; `remove.gguf` and `remove-adapter.gguf` (or `induce…`), `metrics.json`,
-`report.html` and `card.md` come out. Each stage reads the files of the stages before it and is skipped while
-its inputs are the same.
+`report.html` and `card.md` come out. Each stage reads the files of the stages before it and, but for the
+report, is skipped while its inputs are the same.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(
 
     Raises:
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
-        GateError: the written vector's effect could not be observed on the model.
+        GateError: a written file's effect could not be observed on the model, or it was read back otherwise.
     """
     folder = RunFolder(out)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
@@ -144,7 +144,7 @@ class Pipeline:
 
     @cached_property
     def unanswered(self) -> list[Prompt]:
-        """More prompts to fit on, of which the kind alone is used: by gates, if the model can have any.
+        """More prompts to fit on, which are not answered: for gates, if the model can have any.
 
         They are read `in_contexts`.
         """
@@ -359,7 +359,7 @@ class Pipeline:
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:
-        # The times of all stages are known only now.
+        # The times of all stages before are known only now.
         write_json(self.folder / "metrics.json", {**self.metrics(), "seconds": self.folder.seconds()})
         with self.progress.stage("report", 2) as advance:
             write_report(self.folder.path)

@@ -78,7 +78,7 @@ def project(
     Sums are float32, by lanes, runs and chunks: error ≤ (48 + D/512) · 2⁻²⁴ · Σ|h − o||v| whatever the data;
     on random rows and rows of equal numbers ≤ 1e−6 · Σ|h − o||v| up to D = 16,384. The GIL is released.
     RS_GGUF_KERNEL=scalar|avx2|avx512|neon in the environment chooses the instruction set.
-    Raises InputError, which names the argument.
+    Raises InputError, which names the argument or RS_GGUF_KERNEL.
     """
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)
@@ -114,7 +114,8 @@ def project_statistics(
     confidence: c, [N] in [−1, 1]. weights: [N] ≥ 0, None for equal ones. neutral: |c| up to which a sample is
     neither refused nor answered. quantile: q of `upper` and 1 − q of `lower`. The others as in `project`.
     One pass over the activations; one layer's N × K projections a thread. Threads share out layers.
-    Raises InputError, which names the argument, or the layer of a projection that is NaN or infinite.
+    Raises InputError, which names the argument, RS_GGUF_KERNEL, or the layer of a projection that is NaN or
+    infinite.
     """
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)

@@ -71,8 +71,8 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
     `train` means something else), else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
 
     Raises:
-        InputError: missing or empty file, unknown format, no column that holds prompts, or a bad row,
-            which is named by file and line.
+        InputError: missing, empty or too large file, unknown format, no column that holds prompts, or a bad
+            row, which is named by file and line.
     """
     path = Path(path).expanduser()
     if not path.is_file():

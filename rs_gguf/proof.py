@@ -63,7 +63,7 @@ def prove(path: str | Path, model: LlamaModel) -> Proof:
     """Run the control vector or adapter in a file on a loaded model.
 
     Raises:
-        InputError: the file is neither, or not sound.
+        InputError: the file is neither, not sound, or an adapter that llama.cpp refuses.
     """
     if lora.is_adapter(path):
         return prove_adapter(Path(path), model)
@@ -111,7 +111,7 @@ def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
             f"layers {beyond} do not exist: {model.path.name} has blocks 0 to {model.n_layer - 1}. "
             "llama.cpp ignores them in silence."
             + (
-                " Does the file count blocks from 1? `rs-export convert --base 1` moves them."
+                " Does the file count blocks from 1? `rs-export convert --from FORMAT --base 1` moves them."
                 if beyond == [model.n_layer]
                 else ""
             )

@@ -227,7 +227,7 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as TOML, every default spelled out."""
+    """Write the resolved recipe as TOML, every default that has a value spelled out."""
     write_text(path, _toml(recipe))
 
 

@@ -1,9 +1,9 @@
 """The walk over layers that every fit is: class means, one factorisation, all estimators and all λ.
 
 Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` each leaves. A layer is read
-once for the means of all classes and once for each distinct covariance, and is never held whole in fp64
-unless its answered samples are fewer than D. Estimators with the same negative class share its
-factorisation. Section 3 of García-Ferrero et al. (arXiv 2512.16602).
+once for the means of all classes and once for each distinct covariance (once more for Ledoit and Wolf's
+shrinkage), and is never held whole in fp64 unless its answered samples are fewer than D. Estimators with the
+same negative class share its factorisation. Section 3 of García-Ferrero et al. (arXiv 2512.16602).
 """
 
 from __future__ import annotations

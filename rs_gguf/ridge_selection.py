@@ -57,8 +57,8 @@ def choose_ridge(
 ) -> RidgeChoice:
     """Score each of `ridges` [R] on held-out projections, by `layer_auroc` or `layer_margin`.
 
-    The scored classes are the estimator's own, which for the safe variants are sensitive refused and
-    answered. "loo" is for RMD and WRMD, one factorisation a layer; "kfold" for all, one a fold and layer.
+    The scored classes are the estimator's own (`DirectionEstimator.masks`). "loo" is for RMD and WRMD, one
+    factorisation a layer; "kfold" for all, one a fold and layer.
     `InputError` as in `fit_paths`, and for an unknown method or metric.
     """
     if metric not in _METRICS:

@@ -69,7 +69,7 @@ class RunFolder:
             lock.release()
 
     def forget_all(self) -> None:
-        """Forget what the stages of an earlier run left. Its vectors stay until others take their place."""
+        """Forget what the stages of an earlier run left. Vectors and report stay until replaced."""
         for name in _FILES:
             (self / name).unlink(missing_ok=True)
             (self / f"{name}.part").unlink(missing_ok=True)

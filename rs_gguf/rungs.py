@@ -3,8 +3,8 @@
 A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
 forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
 *answers* rung it answers briefly, and a judge grades; in the *full* rung it answers at the length that is
-reported, where answers that break down do so. Vectors and adapters are swapped in the one context; nothing
-is loaded again.
+reported, where answers that break down do so. Vectors and adapters are swapped on the one model, which is not
+loaded again.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from rs_gguf.evaluation import (
 )
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import FAILURES
+from rs_gguf.labels import MIN_SAMPLES
 from rs_gguf.prompts import KINDS, Kind, Prompt, stratified
 from rs_gguf.recipe import Recipe
 from rs_gguf.search_space import GATE, Candidate, Directions, Trial
@@ -154,7 +155,7 @@ class Rungs:
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         degenerate = {i for i in picked if unsteered.answers[i].degenerate}
-        return _Verdicts(refused, set(), degenerate)  # what is to change is no failure
+        return _Verdicts(refused, set(), degenerate)  # what is to change counts as no failure
 
     @cached_property
     def _in_full(self) -> _Verdicts:
@@ -173,6 +174,11 @@ class Rungs:
     def size_in_full(self) -> tuple[int, int]:
         """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
         return len(self._some), self._recipe.answers.test_tokens
+
+    @property
+    def n_harmful(self) -> int:
+        """Harmful prompts that are refused unsteered, at least one."""
+        return len(self._unsteered.refused("harmful"))
 
     @property
     def n_wanted_in_full(self) -> int:
@@ -281,7 +287,8 @@ class Rungs:
             return refused if self._recipe.effect == "remove" else not refused or place in side.failed
 
         # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
-        changeable = of_kind["sensitive"] - before.failed
+        words = of_kind["sensitive"] - before.failed
+        changeable = words if len(words) >= MIN_SAMPLES else of_kind["sensitive"]
         to_change, left = (sum(unchanged(side, i) for i in changeable) for side in (before, after))
         harmful, kept = counts("harmful")
         benign, benign_now = counts("benign")

@@ -1,7 +1,7 @@
 """Runs a Python function that a model wrote, where it can do little but compute.
 
 In: source code, the name of a function, and the arguments of its calls. Out: each call's value, or what went
-wrong. The code runs in a process of its own (`python -I -S`, no inherited environment, an empty temporary
+wrong. The code runs in a process of its own (`python -P -s -S`, no inherited environment, an empty temporary
 folder, a session of its own) whose kernel filter (seccomp, Linux) lets it use the memory and the three
 standard files it has, and refuses every other system call: it opens no file and no socket, starts no process
 and sends no signal. Memory, processor time and output are limited by `setrlimit`. Where there is no such
@@ -81,17 +81,17 @@ def unavailable() -> str:
 def call(source: str, function: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
     """The values of `function` from `source` for each list of arguments, computed in the sandbox.
 
-    A crash, a refused system call or a limit that is hit ends all calls, and `error` says so.
+    A crash, an exception or a limit that is hit ends all calls, and `error` says so.
     """
     job = json.dumps({"source": source, "function": function, "arguments": [list(a) for a in arguments]})
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
+            [sys.executable, "-P", "-s", "-S", str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={"PYTHONHASHSEED": "0"},
+            env={"PYTHONHASHSEED": "0"},  # so that sets have one order; `-I` would ignore it
             start_new_session=True,
         )
         try:

@@ -25,7 +25,7 @@ GATE = "gate"  # what stands for the estimator where a gated adapter is meant
 class Directions:
     """What `fit` leaves for the search: unit directions and calibration, one row a layer.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §4 to remove, s⁺ to induce.
+    `scales` [L]: activation units for one unit of confidence, s⁻ of method §5 to remove, s⁺ to induce.
     """
 
     unit: NDArray[np.float64]  # [L, D]
@@ -139,7 +139,7 @@ class Trial:
     rung: str  # "probe" | "answers" | "full"
     # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the rung
     # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Those
-    # whose unsteered answer fell apart are not among them.
+    # whose unsteered answer fell apart are not among them, where enough others are left.
     sensitive: float
     harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
     benign: float | None = None  # refusals of benign prompts, less those unsteered

@@ -149,7 +149,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
         loaded = {int(entry["id"]): (str(entry["path"]), float(entry["scale"])) for entry in found}
     except (TryFailedError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
-    scaled = {}
+    scaled: dict[int, float] = {}
     for path, scale in adapters:
         numbers = [i for i, (there, _) in loaded.items() if _name(there) == _name(str(path))]
         if len(numbers) != 1:
@@ -158,7 +158,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
                 f"{root} has loaded {len(numbers)} adapters named {path.name} (all: {names}). Start it with "
                 f"`llama-server --lora-scaled {path}:0`."
             )
-        scaled[numbers[0]] = scale
+        scaled[numbers[0]] = scaled.get(numbers[0], 0.0) + scale
     kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}
     return kept, scaled
 

@@ -105,7 +105,7 @@ class SteeringVector:
 
         Every position is steered, prompt included. Hooks are removed however the block ends, and none stays
         when attaching one fails. Nested uses add up. Raises `InputError` before any change when a direction's
-        block or width does not exist in the model.
+        block or width does not exist in the model, or `scale` is not finite.
         """
         import torch
 
@@ -181,7 +181,7 @@ def _adder(delta: Any) -> Any:
 def _times(
     directions: Mapping[int, npt.NDArray[np.float32]], factor: float
 ) -> dict[int, npt.NDArray[np.float32]]:
-    with np.errstate(over="ignore"):  # an overflow becomes Inf, which the constructor reports
+    with np.errstate(over="ignore"):  # an overflow becomes Inf, which `scaled`'s constructor reports
         return {layer: row * np.float32(factor) for layer, row in directions.items()}
 
 
@@ -189,9 +189,9 @@ def _finite(scale: float) -> float:
     if (
         isinstance(scale, bool)
         or not isinstance(scale, int | float | np.floating)
-        or not math.isfinite(scale)
+        or not abs(scale) <= float(np.finfo(np.float32).max)
     ):
-        raise InputError(f"The scale is {scale!r}; a finite number is needed.")
+        raise InputError(f"The scale is {scale!r}; a finite number of float32 is needed.")
     return float(scale)
 
 
@@ -207,8 +207,11 @@ def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[
                 f"Block {layer!r} cannot be steered: block numbers are integers from 1 to {MAX_LAYERS - 1} "
                 "(block 0 is out of llama.cpp's reach). Leave it out."
             )
-        with np.errstate(over="ignore"):
-            row = np.array(given, dtype=np.float32)
+        try:
+            with np.errstate(over="ignore"):
+                row = np.array(given, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The direction of block {layer} is no array of numbers ({error}).") from None
         if row.ndim != 1 or row.size == 0:
             raise InputError(
                 f"The direction of block {layer} has shape {row.shape}; one of shape [D] is needed."

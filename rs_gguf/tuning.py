@@ -243,7 +243,7 @@ class Finder:
         if not answered:
             return untried
         feasible = [trial for trial in answered if trial.feasible]
-        kept = [trial.harmful_retention >= self._recipe.tune.min_retention for trial in answered[-2:]]
+        kept = [self._keeps_harm(trial) for trial in answered[-2:]]
         if not feasible and untried and kept[-1] and kept != [True, True]:
             return untried
         if feasible:
@@ -276,9 +276,13 @@ class Finder:
         # Where not even next to nothing is within the limits, less will not be.
         return untried if candidate.strength == 0 else candidate
 
+    def _keeps_harm(self, trial: Trial) -> bool:
+        """Whether short answers hold the limit on harm, which one prompt less does not break."""
+        return trial.harmful_retention >= self._recipe.tune.min_retention - 1 / self._rungs.n_harmful
+
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
-        kept, wanted = max(trial.harmful_retention, 0.01), self._recipe.tune.min_retention
-        if kept >= wanted:
+        if self._keeps_harm(trial):
             return 1 / _STEP  # another limit is not held
+        kept, wanted = max(trial.harmful_retention, 0.01), self._recipe.tune.min_retention
         return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))

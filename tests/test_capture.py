@@ -283,6 +283,7 @@ def test_two_processes_capture_and_fit_what_one_does(
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     ids = [str(k) for k in range(len(talks))]

@@ -85,7 +85,8 @@ def test_private_attributes_render_as_nothing(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{% if %}", "{{ unclosed", "{% for m in messages %}", "{{ x | no_such }}"]
+    "template",
+    ["{% if %}", "{{ unclosed", "{% for m in messages %}", "{{ x | no_such }}", f"{{{{ {'(' * 2000}1 }}}}"],
 )
 def test_a_template_that_does_not_compile(template: str) -> None:
     with pytest.raises(InputError, match="does not compile"):

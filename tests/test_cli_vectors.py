@@ -125,7 +125,7 @@ def test_inspect_keeps_a_strangers_text_from_the_terminal(tmp_path: Path) -> Non
 
 
 def test_convert_says_why_and_for_which_model(tmp_path: Path) -> None:
-    save_file({"layer_2": torch.from_numpy(row(2))}, tmp_path / "v.safetensors")
+    save_file({"layer_2": torch.from_numpy(row(2)).float()}, tmp_path / "v.safetensors")
     command = ("convert", tmp_path / "v.safetensors", "--from", "huggingface")
     code, stdout, stderr = invoke(*command, "--output", tmp_path / "v.gguf", "--base", 1)
     assert (code, stdout) == (0, f"{tmp_path / 'v.gguf'}\n")

@@ -84,9 +84,15 @@ def test_drops_direction_0_and_moves_nothing(tmp_path: Path, origin: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
-def test_makes_float32_of_other_floats(tmp_path: Path, dtype: Any) -> None:
+@pytest.mark.parametrize("container", ["gguf", "safetensors"])
+def test_makes_float32_of_other_floats(tmp_path: Path, dtype: Any, container: str) -> None:
     given = rows(1, 2, dtype=dtype)
-    result = convert(write_directions(tmp_path / "v.gguf", given), "repeng")
+    path = tmp_path / f"v.{container}"
+    if container == "gguf":
+        write_directions(path, given)
+    else:
+        save_file({str(number): torch.from_numpy(row) for number, row in given.items()}, path)
+    result = convert(path, "repeng", architecture="qwen2")
     assert all(np.array_equal(result.vector.directions[k], given[k].astype(np.float32)) for k in given)
     assert result.notes == (
         f"Stored F{dtype().itemsize * 8} as F32: llama.cpp rejects a file with any other type.",

@@ -124,7 +124,7 @@ def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(
 
 
 def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
-    """s⁻ of the answered to remove, s⁺ of the refused to induce (method §4)."""
+    """s⁻ of the answered to remove, s⁺ of the refused to induce (method §5)."""
     given = samples(600)
     given.activations[given.confidence > 0] *= 3.0
     for effect, side, sign in (("remove", 1, 1), ("induce", 0, -1)):

@@ -76,6 +76,15 @@ def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
     assert "Exception" not in capfd.readouterr().err
 
 
+def test_nothing_to_read_is_told(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    with llama(tmp_path / "tiny.gguf") as model:
+        for prompts, layers in (([[]], [1]), ([[5, 6], []], [1]), ([[5, 6]], [])):
+            with pytest.raises(InputError, match="nothing to read"):
+                list(model.activations(prompts, layers=layers))
+        assert list(model.activations([], layers=[1])) == []
+
+
 def test_a_refused_adapter_leaves_the_model_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,8 +291,8 @@ def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -
     assert lora.is_adapter(path)
     assert lora.read(path).norms[DOWN] == pytest.approx(64 * 131072**0.5)
     with path.open("r+b") as file:
-        file.truncate(2**30 + 1)
-    with pytest.raises(InputError, match="such a file has at most 1073741824"):
+        file.truncate(2**30 + 2**20 + 1)
+    with pytest.raises(InputError, match="such a file has at most 1074790400"):
         lora.is_adapter(path)
 
 
@@ -378,6 +378,20 @@ def test_a_sum_is_what_two_files_do(tiny: tuple[Path, transformers.Qwen2ForCausa
             summed = next(row.copy() for _, row in model.next_logits([prompt]))
     assert np.abs(together - plain).max() > 0.1
     np.testing.assert_allclose(summed, together, atol=1e-3)
+
+
+def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    lora.write(random_adapter(), file)
+    with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
+
+        def under(*adapters: tuple[Path, float]) -> np.ndarray:
+            with model.steered(adapters=adapters):
+                return next(row.copy() for _, row in model.next_logits([[5, 9, 17, 40, 3]]))
+
+        twice = under((file, 0.5), (tmp_path / "." / ".." / tmp_path.name / "a.gguf", -1.5))
+        np.testing.assert_array_equal(twice, under((file, -1.0)))
+        assert np.abs(twice - under((file, 0.5))).max() > 0.1
 
 
 def test_check_proves_the_effect_on_the_model(

@@ -213,6 +213,11 @@ def test_what_is_fetched_of_a_repository_is_what_its_fingerprint_covers(hub: dic
     assert len(seen) == 1 + len(parts)
 
 
+def test_what_is_not_there_has_no_fingerprint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        fingerprint(tmp_path / "absent")
+
+
 @pytest.mark.parametrize("config", [{}, {"config.json": b"{}"}])
 def test_a_repository_of_gguf_files_tells_which_there_are(
     hub: dict[str, bytes], config: dict[str, bytes]
@@ -235,6 +240,8 @@ def test_a_repository_of_which_the_configuration_is_enough(hub: dict[str, bytes]
 def test_a_file_that_is_a_part_of_a_model_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"one of 3 files.*llama-gguf-split --merge"):
         resolve("owner/name/m-00001-of-00003.gguf")  # of which the repository is not asked
+    hub["alone-00001-of-00001.gguf"] = b"whole"
+    assert resolve("owner/name/alone-00001-of-00001.gguf").read_bytes() == b"whole"
     for count in (0, 1, 2):  # 0 as in files that were merged
         writer = GGUFWriter(tmp_path / f"{count}.gguf", "qwen2")
         writer.add_uint16("split.count", count)

@@ -475,7 +475,7 @@ def test_without_doses_the_search_is_shown_over_strength(run_folder: Path) -> No
         assert [x for _, x in sorted(xs)] == sorted(x for _, x in xs)
         (line,) = re.findall(r'class="floor" x1="(\S+)"', panel)
         assert float(line) in {x for _, x in xs}
-    assert "rs-export report recipe.toml --out ." in strength
+    assert "rs-export report --out RUN" in strength
 
 
 def test_cosine_map_shows_each_pair_of_blocks(run_folder: Path) -> None:

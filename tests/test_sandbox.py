@@ -97,11 +97,17 @@ def test_the_kernel_refuses_it_not_python() -> None:
 @linux
 def test_nothing_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RS_GGUF_API_KEY", "not to be seen")
-    body = "import os, sys\nreturn [dict(os.environ), sys.flags.isolated, sys.flags.no_site]"
-    environment, isolated, no_site = run(body).values[0]
+    flags = "sys.flags.safe_path, sys.flags.no_user_site, sys.flags.no_site"
+    environment, *found = run(f"import os, sys\nreturn [dict(os.environ), {flags}]").values[0]
     assert set(environment) <= {"PYTHONHASHSEED", "LC_CTYPE"}
-    assert (isolated, no_site) == (1, 1)
+    assert found == [True, 1, 1]
     assert os.environ["RS_GGUF_API_KEY"] == "not to be seen"
+
+
+@linux
+def test_a_set_has_one_order() -> None:
+    body = "return list({str(k) for k in range(100)})"
+    assert run(body).values == run(body).values
 
 
 @linux

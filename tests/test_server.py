@@ -50,6 +50,12 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
     assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in asked)
 
 
+def test_scales_of_one_adapter_add_up(servers: list[Server]) -> None:
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5), (Path("a.gguf"), 0.25)])
+    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    assert servers[0].asked[0]["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.5}]
+
+
 @pytest.mark.parametrize("given", ["a.gguf", "C:\\mine\\a.gguf", "mine/a.gguf"])
 def test_an_adapter_is_known_by_its_name_in_whatever_folder(servers: list[Server], given: str) -> None:
     servers[0].adapters = [ADAPTERS[0], ADAPTERS[1] | {"path": "C:\\models\\a.gguf"}]

@@ -210,8 +210,9 @@ def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
         pytest.fail("the block must not run")
     with pytest.raises(InputError, match=r"16 wide.*32 wide"), vector(1, width=16).apply(model):
         pytest.fail("the block must not run")
-    with pytest.raises(InputError, match="finite number"), vector(1).apply(model, float("nan")):
-        pytest.fail("the block must not run")
+    for scale in (float("nan"), 1e39):
+        with pytest.raises(InputError, match="finite number"), vector(1).apply(model, scale):
+            pytest.fail("the block must not run")
     assert hook_count(model) == 0
 
 
@@ -226,6 +227,8 @@ def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
         ({MAX_LAYERS: [1.0]}, "Block 512 cannot be steered"),
         ({1: [[1.0]]}, r"shape \(1, 1\)"),
         ({1: []}, r"shape \(0,\)"),
+        ({1: ["x"]}, "block 1 is no array of numbers"),
+        ({1: [[1.0], [1.0, 2.0]]}, "block 1 is no array of numbers"),
         ({1: [1.0, float("nan"), float("inf")]}, "2 values that are NaN"),
         ({1: [1e300]}, "beyond float32"),
         ({1: [1.0], 2: [1.0, 2.0]}, r"widths \[1, 2\]"),
@@ -290,6 +293,7 @@ def test_scaled_multiplies_in_float32_and_says_so() -> None:
     assert np.array_equal(steering.directions[2], expected)
     assert steering.provenance["scaled_by"] == pytest.approx(-0.3)
     with pytest.raises(InputError, match="beyond float32"):
-        vector(1).scaled(1e39)
-    with pytest.raises(InputError, match="finite number"):
-        vector(1).scaled(float("inf"))
+        SteeringVector({1: [2.0]}).scaled(3e38)
+    for scale in (1e39, float("inf")):
+        with pytest.raises(InputError, match="finite number"):
+            vector(1).scaled(scale)

@@ -150,6 +150,7 @@ def test_facts_about_the_model(target: TorchModel, folder: Path) -> None:
         ("gpt_oss", "gpt-oss"),
         ("mistral", "llama"),
         ("deepseek_v3", "deepseek2"),
+        ("hunyuan_v1_dense", "hunyuan-dense"),
         ("ernie4_5", "ernie4_5"),
         ("something_else", "something_else"),
     ],

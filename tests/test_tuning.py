@@ -286,13 +286,16 @@ def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: 
     assert trial.sensitive == pytest.approx(left / len(asked))
 
 
-def test_where_little_else_is_left_failures_are_to_change(setting: Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rung", ["answers", "full"])
+def test_where_little_else_is_left_failures_are_to_change(
+    setting: Setting, tmp_path: Path, rung: str
+) -> None:
     changed = with_failures(setting, EACH - MIN_SAMPLES + 1)
-    search = rungs(changed, tmp_path)
+    search = rungs(changed, tmp_path, recipe(full=EACH))
     assert search.wanted == setting.unsteered.refused("sensitive")
     candidate = replace(GATES.start[0], strength=0.7)
-    before = rungs(setting, tmp_path).measure("answers", 0, candidate)
-    assert search.measure("answers", 0, candidate).sensitive == before.sensitive
+    before = rungs(setting, tmp_path, recipe(full=EACH)).measure(rung, 0, candidate)
+    assert search.measure(rung, 0, candidate).sensitive == before.sensitive < 1
 
 
 def test_nonsense_is_no_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
@@ -490,6 +493,7 @@ class Formulas:
     wanted = tuple(range(40))
     size_in_full = (12, 64)
     n_wanted_in_full = 10_000
+    n_harmful = 10_000
     unsteered_seconds = 0.0
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
@@ -745,15 +749,18 @@ def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     assert len(again.asked) == 4
 
 
-def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_strength() -> None:
+@pytest.mark.parametrize("kept", [1.1, 0.91])
+def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_strength(kept: float) -> None:
     class Loud(Formulas):
-        """Benign refusals rise with the strength, whatever the blocks."""
+        """Benign refusals rise with the strength, whatever the blocks; of 20 of harm at most one is lost."""
+
+        n_harmful = 20
 
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
             trial = super().measure(rung, number, candidate)
             return replace(
                 trial,
-                harmful_retention=1.1 if rung == "answers" else trial.harmful_retention,
+                harmful_retention=kept if rung == "answers" else trial.harmful_retention,
                 feasible=candidate.strength < 0.2 if rung == "answers" else None,
             )
 

@@ -88,7 +88,7 @@ def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> in
 class VotesJudge:
     """K sampled votes of a local GGUF model, in its own chat format.
 
-    What a pair gets depends, by its draws, on its place among the pairs of one call.
+    A pair's draws go by its text, not by its place among the pairs of one call.
     """
 
     usage = None

@@ -33,7 +33,7 @@ def of_judge(judge: str, folder: Path) -> Row | None:
     """What is known of a run's judge; None where its agreement was not measured.
 
     Raises:
-        InputError: `judge.jsonl` is damaged or holds none of the pairs.
+        InputError: `judge.jsonl` is damaged or holds too few of the pairs.
     """
     pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
     path = folder / FILE

@@ -24,12 +24,12 @@ BEFORE = "baseline"
 
 _BYTES = 2_000_000  # of escaped prompts and answers; the page stays below 3 MB
 _PAIR_BYTES, _SIDE_BYTES = 700, 450  # what the template puts around a prompt, and around each answer
-_CLIPS = (None, 2000, 1000, 500, 250)  # characters of an answer that is shown, tried in this order
+_CLIPS = (None, 2000, 1000, 500, 250)  # characters of a text that is shown, tried in this order
 _LANGUAGE = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*").fullmatch
 
 
 def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
-    """Prompts in reading order; answers clipped (and, at last, prompts dropped) so that the page stays small.
+    """Prompts in reading order; texts clipped (and, at last, prompts dropped) so that the page stays small.
 
     `marks` are the filters that something fits, each with its words and how many prompts fit it.
     """

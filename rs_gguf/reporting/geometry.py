@@ -7,6 +7,7 @@ out. Arrays that are not there, because only the results were kept, leave nothin
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Seq
         return None
     confidences = [0.0 if row["confidence"] is None else row["confidence"] for row in asked]
     clear = [i for i, confidence in enumerate(confidences) if abs(confidence) > NEUTRAL]
-    kept = clear[:: 1 + len(clear) // _MARKS]
+    kept = clear[:: math.ceil(len(clear) / _MARKS) or 1]
     if len(kept) < 3:
         return None
     rows = np.concatenate(parts)[kept].astype(np.float64)
