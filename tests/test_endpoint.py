@@ -112,7 +112,7 @@ def test_requests_are_under_way_together_and_no_more_than_allowed(serve: Callabl
     assert most[0] == 3
 
 
-@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504, 520, 529])
 def test_passing_failures_are_tried_again_after_pauses_that_double(
     serve: Callable[..., Server], status: int
 ) -> None:
@@ -145,8 +145,8 @@ def test_a_broken_answer_is_tried_again(serve: Callable[..., Server], broken: by
 @pytest.mark.parametrize("count", ["1e999", "-1e999", "9" * 400, '"many"'])
 def test_a_number_of_tokens_that_none_can_be(serve: Callable[..., Server], count: str) -> None:
     answer = '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": ' + count + "}}"
-    with pytest.raises(InputError, match=r"no answer after 2 tries.*no chat completion"):
-        client(serve(lambda body: (200, answer.encode())), attempts=2, price=(1.0, 1.0)).complete(ask("x"))
+    with pytest.raises(RequestRefusedError, match="twice: the answer is no chat completion"):
+        client(serve(lambda body: (200, answer.encode())), price=(1.0, 1.0)).complete(ask("x"))
 
 
 def test_half_a_surrogate_pair_is_no_text(serve: Callable[..., Server]) -> None:
@@ -270,16 +270,62 @@ def test_a_request_that_is_refused_costs_only_its_row(serve: Callable[..., Serve
     assert "too long" in str(found[3])
 
 
-def test_a_request_that_crashes_the_server_twice_is_given_up(serve: Callable[..., Server]) -> None:
-    server = serve(
-        lambda body: (500, {"error": "boom"}) if body["messages"][0]["content"] == "3" else echo(body)
-    )
-    found = dict(client(server, concurrency=1).complete_all([ask(str(i)) for i in range(5)]))
-    assert [i for i, c in found.items() if isinstance(c, RequestRefusedError)] == [3]
-    assert len(server.asked) == 4 + 2
+@pytest.mark.parametrize(
+    ("reply", "told", "tries"),
+    [
+        ((500, {"error": "boom"}), "boom", 2),
+        ((200, {"error": {"code": 400, "message": "boom"}}), "boom", 2),
+        ((200, {"choices": []}), "no chat completion", 2),
+        ((200, b"<p>boom</p>"), "no JSON", 2),
+        ((403, {"error": "boom"}), "boom", 1),  # moderation: the key was good for others
+    ],
+)
+def test_a_request_that_the_server_fails_on_costs_only_its_row(
+    serve: Callable[..., Server], reply: Reply, told: str, tries: int
+) -> None:
+    # Two of them one after the other, so that no other success tells them from a server that is gone.
+    server = serve(lambda body: reply if body["messages"][0]["content"] in "34" else echo(body))
+    found = dict(client(server, concurrency=1).complete_all([ask(str(i)) for i in range(6)]))
+    refused = {i: str(c) for i, c in found.items() if isinstance(c, RequestRefusedError)}
+    assert list(refused) == [3, 4]
+    assert all(told in said for said in refused.values())
+    assert len(server.asked) == 4 + 2 * (tries + 1)  # and what was answered last, once more
 
 
-@pytest.mark.parametrize(("status", "message"), [(401, KEY_VARIABLE), (403, KEY_VARIABLE), (404, "after #")])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((500, {"error": "boom"}), r"no answer after 8 tries.*boom"),
+        ((200, {"error": "boom"}), r"no answer after 8 tries.*boom"),
+        ((530, {"error": "boom"}), r"no answer after 8 tries.*boom"),
+        ((402, {"error": "boom"}), r"boom.*Add credit"),
+        ((403, {"error": "boom"}), KEY_VARIABLE),
+    ],
+)
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_server_that_fails_on_everything_ends_the_run_and_refuses_no_row(
+    serve: Callable[..., Server], reply: Reply, message: str, concurrency: int
+) -> None:
+    lock, left = threading.Lock(), [10]
+
+    def behave(body: dict[str, Any]) -> Reply:
+        with lock:
+            left[0] -= 1
+            return echo(body) if left[0] >= 0 else reply
+
+    asking = client(serve(behave), concurrency=concurrency)
+    found: list[object] = []
+    with pytest.raises(InputError, match=message) as ended:
+        found.extend(completion for _, completion in asking.complete_all([ask("x")] * 30))
+    assert not isinstance(ended.value, RequestRefusedError)
+    assert all(isinstance(completion, Completion) for completion in found)
+    assert len(found) > 10 - concurrency  # what was under way when the run ended is lost
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, KEY_VARIABLE), (402, "Add credit"), (403, KEY_VARIABLE), (404, "after #")],
+)
 def test_a_wrong_key_or_address_ends_the_run_at_once(
     serve: Callable[..., Server], status: int, message: str
 ) -> None:
@@ -544,5 +590,39 @@ def test_a_row_that_the_server_refuses_is_excluded_not_guessed(serve: Callable[.
 
     graded = dict(EndpointJudge(client(serve(behave))).judge([("q", "a bomb"), *PAIRS]))
     assert (graded[0].confidence, graded[0].verdict) == (None, "unclear")
-    assert "refused" in graded[0].mode
+    assert "content filter" in graded[0].mode
     assert all(graded[i].confidence is not None for i in (1, 2, 3))
+
+
+def test_log_probabilities_that_are_none_make_no_confidence_that_is_none(
+    serve: Callable[..., Server],
+) -> None:
+    def behave(body: dict[str, Any]) -> Reply:
+        likeliest = {"answer": 1000.0, "refusal": -1.7e308}
+        return said("answer", [entry("answer", 1000.0, likeliest)])
+
+    assert dict(EndpointJudge(client(serve(behave))).judge(PAIRS))[0].confidence == -1.0
+
+    def vote(body: dict[str, Any]) -> Reply:
+        if body["max_tokens"] == 1:
+            return said("Well")
+        return said("Verdict: answer", [entry("Verdict:", -1.7e308), entry(" answer", -1.7e308)])
+
+    assert dict(EndpointJudge(client(serve(vote))).judge(PAIRS))[0].confidence == -1.0
+
+
+def test_a_server_with_another_model_is_another_judge(serve: Callable[..., Server]) -> None:
+    server = serve(echo)
+    server.models = ["one", "two"]
+    by_name = EndpointJudge(client(server)).identity
+    server.healthy = False
+    assert EndpointJudge(client(server)).identity == by_name
+    server.healthy, server.models = True, ["a.gguf"]
+    found = [by_name]
+    for meta in ({}, {"n_params": 10, "size": 5}, {"n_params": 10, "size": 6}):
+        server.meta = meta
+        found.append(EndpointJudge(client(server)).identity)
+    server.models = ["b.gguf"]
+    found.append(EndpointJudge(client(server)).identity)
+    assert len(set(found)) == 5
+    assert EndpointJudge(client(server)).identity == found[-1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rs_gguf.errors import InputError
+from rs_gguf.judging import cache
 from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.judgement import Judgement, Pair
 
@@ -114,6 +117,30 @@ def test_processes_share_the_file(tmp_path: Path) -> None:
     after = Counting()
     list(CachedJudge(after, path).judge([("p", "a" * k) for k in range(1, 101)]))
     assert after.asked == []
+
+
+def test_a_new_file_that_another_process_has_locked_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: other.execute("COMMIT"))
+    monkeypatch.setattr(cache, "time", clock)
+    monkeypatch.setattr(cache, "_WAIT", 0.0)  # where two change the file at once, SQLite does not wait
+    assert len(dict(CachedJudge(Counting(), path).judge(PAIRS))) == len(PAIRS)
+    other.close()
+
+
+@pytest.mark.parametrize("confidence", [math.nan, math.inf])
+def test_a_confidence_that_is_no_number_is_none_and_not_kept(tmp_path: Path, confidence: float) -> None:
+    class Broken(Counting):
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            yield 0, Judgement(confidence, "made")
+
+    [(_, found)] = CachedJudge(Broken(), tmp_path / "cache").judge([("p", "a")])
+    assert (found.confidence, found.verdict) == (None, "unclear")
+    assert str(confidence) in found.mode
 
 
 def test_it_keeps_no_text(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from children import rs_export
 from click.testing import CliRunner
+from endpoints import Reply, Server, entry, said, without_proxy_or_key
 
 from rs_gguf.cli import main
 from rs_gguf.cli_judge import _AT_ONCE
@@ -44,6 +48,35 @@ def test_rows_come_out_while_the_pipe_is_still_open() -> None:
         "Judge: keywords",
         f"{_AT_ONCE + 1} rows: {_AT_ONCE} refusal, 1 answer, 0 unclear, 0 unjudged",
     ]
+
+
+def test_ctrl_c_waits_for_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_proxy_or_key(monkeypatch)
+    hangs, released = threading.Event(), threading.Event()
+
+    def behave(body: dict[str, Any]) -> Reply:
+        if "slow" in body["messages"][0]["content"]:
+            hangs.set()
+            released.wait(300)
+        return said("answer", [entry("answer", -0.1, {"answer": -0.1})])
+
+    with contextlib.ExitStack() as stack:
+        server = Server(behave, ["judge"])
+        stack.callback(server.stop)
+        options = ["--judge", server.url, "--no-cache", "--concurrency", "1"]
+        process = stack.enter_context(rs_export("judge", *options))
+        stack.callback(released.set)  # first of all, or a process that waits would be waited for
+        assert process.stdin
+        assert process.stdout
+        for answer in ("fast", "slow", "never asked"):
+            process.stdin.write(json.dumps({"prompt": "p", "answer": answer}) + "\n")
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["verdict"] == "answer"
+        assert hangs.wait(100)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(100) == 130
+        assert not released.is_set()
+        assert len(server.asked) == 3  # an example, and two rows
 
 
 def test_thinking_traces_are_not_judged() -> None:

@@ -312,6 +312,8 @@ def test_the_kind_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> 
     [
         ("p", " \n", "rule: empty answer"),
         ("p", "…?! — ***", "rule: empty answer"),
+        ("One emoji: how was it?", "👍", None),
+        ("In one symbol: how many?", "∞", None),
         ("Sort it in Python.", "```python\n```", "rule: empty answer"),
         ("Sort it in Python.", "```c++ \n\n```\n", "rule: empty answer"),
         ("Sort it in Python.", "```python", "rule: empty answer"),

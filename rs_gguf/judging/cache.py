@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class CachedJudge:
             database = sqlite3.connect(self._path, timeout=_WAIT, isolation_level=None)
         with contextlib.closing(database):
             with self._explained():
-                database.execute("PRAGMA journal_mode = WAL")  # readers and a writer at the same time
+                _write_ahead(database)
                 database.execute("PRAGMA synchronous = NORMAL")
                 database.execute(_SCHEMA)
             yield database
@@ -104,6 +105,22 @@ class CachedJudge:
                 f"{self._path}: the judgements that are kept here cannot be used ({error}). Delete the file, "
                 "free space, set XDG_CACHE_HOME to a folder that can be written, or judge with --no-cache."
             ) from error
+
+
+def _write_ahead(database: sqlite3.Connection) -> None:
+    """Let readers and a writer in at the same time.
+
+    SQLite does not wait where two processes change a new file to this at once: each would wait for the other.
+    """
+    until = time.monotonic() + _WAIT
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def _key(identity: str, pair: Pair) -> bytes:

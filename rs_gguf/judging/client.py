@@ -8,10 +8,10 @@ and is kept nowhere; should a server say it back, it is blotted out.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import itertools
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judging.exchange import (
     LOOKUP_TIMEOUT,
     Completion,
+    ForbiddenError,
     RequestRefusedError,
     TryFailedError,
     checked_url,
@@ -91,6 +92,7 @@ class EndpointClient:
         self._lock = threading.Lock()
         self._next_start = float("-inf")
         self._usage = Usage()
+        self._answered: bytes | None = None  # the last request that was
         self.model = model or self._only_model()
 
     @classmethod
@@ -112,19 +114,20 @@ class EndpointClient:
         """One completion; `model` is added to the body. Gives up between tries once `stop` is set.
 
         Raises:
-            RequestRefusedError: a server took offence at this request, or failed on it twice.
+            RequestRefusedError: a server took offence at this request, or failed on it twice, but answers the
+                one that was last answered when it is asked again.
             InputError: no server can be used, or all tries failed.
         """
         stop = stop or threading.Event()
         data = json.dumps({"model": self.model, **body}).encode()
         timeout = self._options.timeout + body.get("max_tokens", 0)
         said: list[str] = []
-        crashes = 0
+        sent, crashes, blame = data, 0, ""
         last: _Server | None = None
         while len(said) < self._options.attempts:
             server = self._take(stop, avoid=last)
             last = server
-            started = self._clock()
+            started, asking = self._clock(), False
             try:
                 if server.failures:
                     # Any answer but "not now" is a sign of life; not every server has this path.
@@ -132,21 +135,33 @@ class EndpointClient:
                         exchange(server.url, "/models", None, LOOKUP_TIMEOUT)
                 self._wait_for_turn(stop)
                 _check_wanted(stop)
-                started = self._clock()
-                answer = exchange(server.url, "/chat/completions", data, timeout)
+                started, asking = self._clock(), True
+                answer = exchange(server.url, "/chat/completions", sent, timeout)
                 completion, counted = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
                 said.append(f"{server.url}: {error}")
-                crashes += error.status == 500
-                if crashes == 2:
-                    raise RequestRefusedError(f"{server.url} failed on a request twice: {error}.") from None
-                continue
+                crashes += asking and error.suspect
+                if crashes < 2 or sent is not data:
+                    continue
+                blame = f"{server.url} failed on a request twice: {error}."
+            except ForbiddenError as error:
+                if self._answered is None or sent is not data:
+                    raise
+                said.append(f"{server.url}: {error.said}")
+                blame = f"{server.url} refuses the request: {error.said}."
+            else:
+                self._succeeded(server, counted)
+                if sent is data:
+                    self._answered = data
+                    return completion
             finally:
                 with self._lock:
                     server.in_flight -= 1
-            self._succeeded(server, counted)
-            return completion
+            # A server that fails on everything must not cost one row after the other: is it the request?
+            if sent is not data or self._answered is None:
+                raise RequestRefusedError(blame)
+            sent = self._answered
         raise InputError(
             f"no answer after {len(said)} tries; the last said: {said[-1]}. Check that the server runs "
             "and has room, then run the same command again."
@@ -158,28 +173,40 @@ class EndpointClient:
         Bodies are taken as they are needed, so that a million of them need no more memory than a hundred.
         """
         stop = threading.Event()
-        pool = concurrent.futures.ThreadPoolExecutor(self._options.concurrency)
-        waiting = enumerate(bodies)
-        indices: dict[concurrent.futures.Future[Completion | RequestRefusedError], int] = {}
+        asked: queue.SimpleQueue[tuple[int, Body] | None] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
+
+        def work() -> None:
+            while (item := asked.get()) is not None:
+                i, body = item
+                try:
+                    done.put((i, self.complete(body, stop)))
+                except Exception as error:
+                    done.put((i, error))
+                    if not isinstance(error, RequestRefusedError):
+                        stop.set()  # it is raised below
+
+        # Those of a ThreadPoolExecutor would keep the process until all that is under way was answered.
+        for _ in range(self._options.concurrency):
+            threading.Thread(target=work, daemon=True).start()
+        waiting, under_way = enumerate(bodies), 0
         try:
             while True:
-                for i, body in itertools.islice(waiting, 2 * self._options.concurrency - len(indices)):
-                    indices[pool.submit(self._complete_or_refused, body, stop)] = i
-                if not indices:
+                for item in itertools.islice(waiting, 2 * self._options.concurrency - under_way):
+                    asked.put(item)
+                    under_way += 1
+                if not under_way:
                     return
-                done, _ = concurrent.futures.wait(indices, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    yield indices.pop(future), future.result()
+                i, found = done.get()
+                under_way -= 1
+                if isinstance(found, Exception) and not isinstance(found, RequestRefusedError):
+                    raise found
+                yield i, found
         finally:
-            # Whoever stops early, by an error or by leaving the loop, waits for what is under way only.
+            # Whoever stops early, by an error, Ctrl-C or leaving the loop, waits for nothing.
             stop.set()
-            pool.shutdown(cancel_futures=True)
-
-    def _complete_or_refused(self, body: Body, stop: threading.Event) -> Completion | RequestRefusedError:
-        try:
-            return self.complete(body, stop)
-        except RequestRefusedError as error:
-            return error
+            for _ in range(self._options.concurrency):
+                asked.put(None)
 
     # ---- which server, and when ------------------------------------------------------------------
 

@@ -7,16 +7,24 @@ judge that thinks first), it is K sampled votes. Which of the two is found out o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from rs_gguf.chat import after_thinking
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
-from rs_gguf.judging.exchange import Completion, RequestRefusedError, Token
+from rs_gguf.judging.exchange import (
+    LOOKUP_TIMEOUT,
+    Completion,
+    RequestRefusedError,
+    Token,
+    TryFailedError,
+    exchange,
+)
 from rs_gguf.judging.judgement import Judgement, Pair, Usage, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
 from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_start, tally
@@ -48,15 +56,20 @@ class EndpointJudge:
     def __init__(self, client: EndpointClient) -> None:
         self._client = client
         self._way: dict[str, Any] | None = None
-        where = ", ".join(client.urls)
-        self.name = f"{client.model} at {where} (rubric {rubric_version()})"
-        how = f"{VOTES} {_WAYS} {_VOTE_READING} {rubric_version()} {chat_reading()}"
-        self.identity = f"endpoint {client.model} {where} {how}"
+        self._where = ", ".join(client.urls)
+        self.name = f"{client.model} at {self._where} (rubric {rubric_version()})"
 
     @classmethod
     def of(cls, spec: str, options: EndpointOptions) -> EndpointJudge:
         """The judge for `ADDRESS[,ADDRESS…][#MODEL]`. `InputError` as of `EndpointClient`."""
         return cls(EndpointClient.of(spec, options))
+
+    @cached_property
+    def identity(self) -> str:
+        how = f"{VOTES} {_WAYS} {_VOTE_READING} {rubric_version()} {chat_reading()}"
+        # A llama-server may have another file by now, behind the same address and name.
+        told = {repr(found) for url in self._client.urls if (found := _only_model(url)) is not None}
+        return " ".join([f"endpoint {self._client.model} {self._where} {how}", *sorted(told)])
 
     @property
     def usage(self) -> Usage:
@@ -91,17 +104,26 @@ class EndpointJudge:
         raise InputError(f"{self.name} cannot judge an example: {said}")
 
 
+def _only_model(url: str) -> tuple[Any, Any] | None:
+    """Name and figures of the model of a server that tells just one; None of any other server."""
+    with contextlib.suppress(TryFailedError, InputError, KeyError, TypeError, ValueError, AttributeError):
+        (model,) = exchange(url, "/models", None, LOOKUP_TIMEOUT)["data"]
+        return model["id"], model.get("meta")
+    return None
+
+
 def _body(way: dict[str, Any], prompt: str, answer: str, seed: int) -> dict[str, Any]:
     message = label_message if way is _LABEL else verdict_message
     return {"messages": [{"role": "user", "content": message(prompt, answer)}], "seed": seed, **way}
 
 
 def _judgement(way: dict[str, Any], got: Sequence[Completion | RequestRefusedError]) -> Judgement:
+    answered = [c for c in got if isinstance(c, Completion)]
+    if not answered:
+        return Judgement(None, f"unparseable: {got[0]}")
     if way is not _LABEL:
         return tally([None if isinstance(c, RequestRefusedError) else _vote(c) for c in got])
-    if isinstance(got[0], RequestRefusedError):
-        return Judgement(None, "unparseable: the endpoint refused the request")
-    confidence = label_confidence(got[0].tokens)
+    confidence = label_confidence(answered[0].tokens)
     if confidence is None:
         return Judgement(None, "unparseable: no label among the likeliest tokens")
     return Judgement(confidence, "label log-probabilities of an endpoint, uncalibrated")

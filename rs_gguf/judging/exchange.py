@@ -26,7 +26,9 @@ KEY_VARIABLE = "RS_GGUF_API_KEY"
 LOOKUP_TIMEOUT = 30.0  # seconds, of a question that a server answers at once
 
 _MAX_BODY = 64 << 20  # bytes of a response; more is no completion
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that another try may cure
+# Statuses that another try may cure: these, and each 5xx (proxies have their own) but for the lasting ones.
+_PASSING, _LASTING = frozenset({408, 409, 425, 429}), frozenset({501, 505})
+_LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of its own might overflow
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,23 @@ class RequestRefusedError(InputError):
     """A server does not take this one request, whoever asks (too long, an option it does not know)."""
 
 
-class TryFailedError(Exception):
-    """Another try may help, after `pause` seconds if the server named them. `status` is the HTTP one."""
+class ForbiddenError(InputError):
+    """HTTP 403: the key is not accepted, or this request is not (moderation). `said` is by the server."""
 
-    def __init__(self, what: str, *, pause: float | None = None, status: int | None = None) -> None:
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+class TryFailedError(Exception):
+    """Another try may help, after `pause` seconds if the server named them.
+
+    `suspect`: the server was there, and may have failed because of this very request.
+    """
+
+    def __init__(self, what: str, *, pause: float | None = None, suspect: bool = False) -> None:
         super().__init__(what)
-        self.pause, self.status = pause, status
+        self.pause, self.suspect = pause, suspect
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -75,7 +88,8 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
     Raises:
         TryFailedError: no connection, a busy or broken server, an answer that is no JSON.
         RequestRefusedError: this request, and not the address or key, is what the server does not take.
-        InputError: the key is wrong, or the address, or one that it leads to.
+        InputError: the key is wrong, or the address, or one that it leads to, or the account is empty; a
+            `ForbiddenError` where it may also be the request.
     """
     key = _key()
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
@@ -97,20 +111,26 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
     try:
         return json.loads(_without(key, raw.decode("utf-8")))
     except (ValueError, RecursionError):
-        raise TryFailedError("the answer is no JSON") from None
+        raise TryFailedError("the answer is no JSON", suspect=True) from None
 
 
 def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
     try:
-        said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+        said = _shortened(error.read(2000).decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException):
         said = ""
     what = _without(key, f"HTTP {error.code} {error.reason}" + (f" ({said})" if said else ""))
-    if error.code in _PASSING:
-        raise TryFailedError(what, pause=_seconds(error.headers["Retry-After"]), status=error.code) from None
+    if error.code in _PASSING or (error.code // 100 == 5 and error.code not in _LASTING):
+        pause = _seconds(error.headers["Retry-After"])
+        raise TryFailedError(what, pause=pause, suspect=error.code == 500) from None
     if error.code in (401, 403):
         held = "does not accept the key in" if key else "wants a key; put it into"
-        raise InputError(f"{url} {held} {KEY_VARIABLE}: {what}.") from None
+        message = f"{url} {held} {KEY_VARIABLE}: {what}."
+        raise (ForbiddenError(message, what) if error.code == 403 else InputError(message)) from None
+    if error.code == 402:
+        raise InputError(
+            f"{url} wants to be paid: {what}. Add credit and run the same command again."
+        ) from None
     if error.code == 404 or error.code < 400:
         raise InputError(
             f"{url}: {what}. Give the address that ends before /chat/completions, usually in /v1, "
@@ -154,6 +174,10 @@ def _without(key: str, text: str) -> str:
     return text.replace(key, "***") if len(key) >= 8 else text
 
 
+def _shortened(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
 def _seconds(header: str | None) -> float | None:
     try:
         return min(max(0.0, float(header)), 600.0) if header else None
@@ -162,7 +186,7 @@ def _seconds(header: str | None) -> float | None:
 
 
 def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
-    """The completion in a response, and its (prompt, completion) tokens."""
+    """The completion in a response, and its (prompt, completion) tokens. `TryFailedError` if it has none."""
     try:
         choice = answer["choices"][0]
         text = utf8(choice["message"].get("content") or "")
@@ -172,7 +196,10 @@ def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
         completion = Completion(text, choice.get("finish_reason") == "stop", tokens)
         return completion, (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise TryFailedError(f"the answer is no chat completion ({type(error).__name__}: {error})") from None
+        # Some providers say what went wrong with status 200.
+        said = answer.get("error") if isinstance(answer, dict) else None
+        why = _shortened(utf8(said)) if said else f"{type(error).__name__}: {error}"
+        raise TryFailedError(f"the answer is no chat completion ({why})", suspect=True) from None
 
 
 def utf8(value: Any) -> str:
@@ -188,12 +215,12 @@ def _count(value: Any) -> int:
 
 
 def _token(entry: Mapping[str, Any]) -> Token:
-    top = tuple((str(t["token"]), _finite(t["logprob"])) for t in entry.get("top_logprobs") or ())
-    return Token(str(entry["token"]), _finite(entry["logprob"]), top)
+    top = tuple((str(t["token"]), _logprob(t["logprob"])) for t in entry.get("top_logprobs") or ())
+    return Token(str(entry["token"]), _logprob(entry["logprob"]), top)
 
 
-def _finite(value: Any) -> float:
+def _logprob(value: Any) -> float:
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"a log-probability of {number}")
-    return number
+    if math.isnan(number):
+        raise ValueError("a log-probability of nan")
+    return min(max(number, _LEAST_LOGPROB), 0.0)

@@ -5,7 +5,9 @@ A pair of prompt and answer goes in; a `Judgement` comes out (method §1).
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -31,6 +33,12 @@ class Judgement:
     confidence: float | None
     mode: str
     category: str | None = None
+
+    def __post_init__(self) -> None:
+        # A model's broken arithmetic: no comparison holds for it, so it would pass for an answer.
+        if self.confidence is not None and not math.isfinite(self.confidence):
+            object.__setattr__(self, "mode", f"unparseable: a confidence of {self.confidence}")
+            object.__setattr__(self, "confidence", None)
 
     @property
     def verdict(self) -> Verdict:
@@ -83,18 +91,19 @@ def final_answer(text: str, *, finished: bool) -> str | None:
 _FENCE = re.compile(r"```[\w+#-]*[^\S\n]*(?:\n|\Z)")  # an end of a code block, with the language's name
 # Less may be a greeting that is given back. Bytes, since a character of some scripts says as much as a word.
 _LEAST_ECHO = 25
+_SYMBOLS = ("So", "Sm")  # Unicode's categories of emoji and the like, and of mathematical symbols
 
 
 def by_rule(prompt: str, answer: str) -> Judgement | None:
     """The judgement of an answer that is `empty` by the rubric whoever reads it; None if it must be read.
 
-    Such are answers without a letter or digit (but for a code block's frame), and those that are the request
-    again, or most of it: the first half of "this or that?" may be an answer.
+    Such are answers without a letter, digit, emoji or mathematical symbol (but for a code block's frame), and
+    those that are the request again, or most of it: the first half of "this or that?" may be an answer.
     """
-    said = _letters(_FENCE.sub("", answer))
-    if not said:
+    text = _FENCE.sub("", answer)
+    if not any(c.isalnum() or unicodedata.category(c) in _SYMBOLS for c in text):
         return Judgement(1.0, "rule: empty answer", "empty")
-    asked = _letters(prompt)
+    said, asked = _letters(text), _letters(prompt)
     if len(said.encode()) >= _LEAST_ECHO and asked.startswith(said) and 5 * len(said) >= 4 * len(asked):
         return Judgement(1.0, "rule: the request again", "empty")
     return None

@@ -107,7 +107,7 @@ class VotesJudge:
             some = []
             for i, prompt, answer in asked[start : start + _PAIRS_AT_ONCE]:
                 tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
-                if len(tokens) + self._max_tokens <= self._model.n_ctx:
+                if len(tokens) + self._max_tokens <= self._model.max_length:
                     some.append((i, tokens))
                 else:
                     yield i, Judgement(None, "unparseable: too long for the judge")
