@@ -37,12 +37,15 @@ def write_report(run_folder: Path) -> Path:
         files = common["files"]
         charts = plots.layer_charts(run.fit, files[0])
         curves = doses.measured(run.doses, run.rows, files)
-        drawn = {key for chart in curves for key in chart["keys"]}
+        drawn = {chart["key"] for chart in curves}
+        tune = plots.shown(run.tune)
         return {
             **common,
-            "plot": plots.trade_off(run.tune, files, run.metrics["effect"]),
+            "trials": tune["trials"],
+            "tried": len(run.tune["trials"]),
+            "plot": plots.trade_off(tune, files, run.metrics["effect"]),
             "curves": curves,
-            "strengths": [chart for chart in doses.searched(run.tune, files) if chart["key"] not in drawn],
+            "strengths": [chart for chart in doses.searched(tune, files) if chart["key"] not in drawn],
             "charts": charts,
             "samples": run.fit.get("samples", {}),
             "cosines": geometry.cosine_map(folder, files[0]),

@@ -40,7 +40,7 @@ from rs_gguf.report import write_card, write_report
 from rs_gguf.reporting import plots
 from rs_gguf.reporting.results import printable
 from rs_gguf.reporting.terminal import print_results
-from rs_gguf.reporting.text import markdown_code, markdown_fence, markdown_text
+from rs_gguf.reporting.text import interval, markdown_code, markdown_fence, markdown_text, percent
 
 
 class Page(html.parser.HTMLParser):
@@ -99,6 +99,14 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def judged_folder(tmp_path: Path) -> Path:
+    """A run all of whose answers were judged, so that both files count the same prompts."""
+    rows = invented_rows()
+    rows[3]["confidence_steered"] = 0.5
+    return make_run(tmp_path / "judged", rows)
+
+
+@pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
     return make_hostile_run(tmp_path / "run")
 
@@ -120,9 +128,9 @@ def gates(vector: bool, adapter: bool) -> Any:
     return change
 
 
-def test_report_states_the_verdict_the_numbers_and_the_exact_commands(run_folder: Path) -> None:
-    page = Page(write_report(run_folder))
-    metrics = json.loads((run_folder / "metrics.json").read_text())
+def test_report_states_the_verdict_the_numbers_and_the_exact_commands(judged_folder: Path) -> None:
+    page = Page(write_report(judged_folder))
+    metrics = json.loads((judged_folder / "metrics.json").read_text())
     assert page.all("h2", id="verdict-title") == ["✓Use the gated adapter"]
     for key, found in (("vector", metrics), ("adapter", metrics["adapter"])):
         assert page.all("code", id=f"command-{key}") == [found["llama_cpp"]["command"]]
@@ -135,6 +143,44 @@ def test_report_states_the_verdict_the_numbers_and_the_exact_commands(run_folder
         intervals += [found["sets"][kind]["ci95_steered"] for found in (metrics, metrics["adapter"])]
         said = [f"{round(100 * low)} to {round(100 * high)} %" for low, high in intervals]
         assert re.findall(r"\d+ to \d+ %", text) == said
+
+
+def test_files_that_count_other_prompts_have_their_own_before(tmp_path: Path) -> None:
+    rows = invented_rows(10)
+    for k, row in enumerate(row for row in rows if row["kind"] == "sensitive"):
+        row["confidence_baseline"] = row["confidence_adapter"] = 0.9 if k < 6 else -0.9
+        row["confidence_steered"] = None if k < 6 else -0.9  # as of thinking that was cut off
+    folder = make_run(tmp_path, rows)
+    page = Page(write_report(folder))
+    sensitive, harmful, _ = (one_line(text) for text in page.all("div", class_="number"))
+    assert "before 0 % of 4" in sensitive.split("Control vector")[1].split("Gated adapter")[0]
+    assert "before 60 % of 10" in sensitive.split("Gated adapter")[1]
+    assert "Before" not in sensitive
+    assert "Before" in harmful
+    others = section(page, "results").split("Beside other means")[1]
+    assert [int(n) for n in re.findall(r"before \d+\u202f% of (\d+)", others)] == [4, 10]
+    nothing = others.split(">Nothing<")[1].split("</tr>")[0]
+    assert nothing.count("%<small>") == 2, "of the other kinds"
+    row = printed(json.loads((folder / "metrics.json").read_text())).split("├")[0]
+    assert re.findall(r"before ([\d.]+%)", row.split("┡")[1]) == ["0.0%", "60.0%"]
+    assert re.findall(r"of (\d+)", row) == ["4", "10"]
+    assert "4 prompts" not in row
+
+
+def test_rates_of_no_prompt_are_not_measured(tmp_path: Path) -> None:
+    rows = invented_rows(8)
+    for row in rows:
+        if row["kind"] == "sensitive":
+            row |= {"confidence_steered": None, "confidence_adapter": None}
+    folder = make_run(tmp_path, rows)
+    page = Page(write_report(folder))
+    sensitive = one_line(page.all("div", class_="number")[0])
+    assert sensitive.count("not measured") == 3
+    table = printed(json.loads((folder / "metrics.json").read_text()))
+    assert table.split("├")[0].count("not measured") == 3
+    assert "0% to 100%" not in table
+    for text in (page.source, write_card(folder).read_text("utf-8")):
+        assert "0 to 100\u202f%" not in text
 
 
 @pytest.mark.parametrize(
@@ -352,8 +398,12 @@ def test_layers_of_the_fit_are_drawn_where_there_are_any(tmp_path: Path) -> None
 
 
 def test_induction_is_told_as_induction(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, metrics=lambda m: {**m, "effect": "induce"})
+    changes = {"effect": "induce", "spread95": {"removal": [-0.62, -0.41]}}
+    folder = make_run(tmp_path, metrics=lambda m: {**m, **changes})
     page = Page(write_report(folder))
+    assert re.search("Rise of sensitive refusals,.*?>41 to 62", section(page, "results"))
+    assert "sensitive answers left" in section(page, "strength")
+    assert "sensitive refusals left" not in page.source
     # The invented adapter takes away more refusals, so the vector is the one that adds most.
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
     assert "but adds fewer refusals" in one_line(page.all("p", class_="summary")[0])
@@ -404,6 +454,35 @@ def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     assert f"shows {shown} of {len(rows)} prompts" in one_line(text)
 
 
+def test_names_of_ones_own_and_a_long_search_make_a_small_page_too(tmp_path: Path) -> None:
+    rows = [
+        {**row, "id": f"{k}", **dict.fromkeys(("topic", "form", "language"), f"{k}{'&' * 500}")}
+        for k, row in enumerate(itertools.islice(itertools.cycle(invented_rows(8)), 600))
+    ]
+
+    def longer(tune: dict[str, Any]) -> dict[str, Any]:
+        vector, gate = tune["trials"][0], tune["trials"][12]
+        probes = [{**(gate if k % 2 else vector), "number": 100 + k} for k in range(900)]
+        return {**tune, "trials": [*tune["trials"], *probes], "chosen": 999}
+
+    folder = make_run(tmp_path, rows, tune=longer)
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert len(text.encode()) < 3_000_000
+    trials = text.count("<title>Trial ")
+    assert 400 < trials < 530
+    assert f"it shows {trials} of 926 trials" in one_line(text)
+    assert min(text.count(f'<g class="{key}" transform') for key in ("vector", "adapter")) > 200
+    assert "<title>Trial 999:" in text, "the chosen one stays"
+    assert "Chosen among 926 trials" in write_card(folder).read_text(encoding="utf-8")
+    lines = text.split("by form</caption>")[1].split("</table>")[0]
+    counts = [int(n) for n in re.findall(r'<td class="quiet">(\d+)</td>', lines)]
+    judged = [row for row in rows if row["kind"] == "sensitive" and None not in verdicts(row)]
+    assert len(counts) == 41
+    assert sum(counts) == len(judged)
+    assert f"<bdi>{len(judged) - 40} others</bdi>" in lines
+    assert text.split('id="filter-language"')[1].split("</select>")[0].count("<option") == 41
+
+
 # ---- what is drawn ---------------------------------------------------------------------------------
 
 
@@ -446,6 +525,34 @@ def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: 
     assert "secret" not in page.source
     assert "remove.gguf:0.5" in page.source
     assert "other.gguf:2" in page.source
+
+
+@pytest.mark.parametrize(
+    ("vectors", "adapters", "word", "scales"),
+    [
+        (["out/remove.gguf:2"], [], "Control vector", [0, 1, 2, 3]),
+        ([], ["remove-adapter.gguf"], "Gated adapter", [0, 0.5, 1, 1.5]),
+        (["remove.gguf:-1"], [], "Control vector", [-1.5, -1, -0.5, 0]),
+        (["other.gguf:2"], [], "Files given", [0, 1, 2, 3]),
+        ([], ["remove.gguf"], "Files given", [0, 0.5, 1, 1.5]),
+        (["remove.gguf:2"], ["remove-adapter.gguf"], "Files given", [0, 0.5, 1, 1.5]),
+    ],
+)
+def test_calibrated_is_scale_one_of_a_file_of_the_run_alone(
+    run_folder: Path, vectors: list[str], adapters: list[str], word: str, scales: list[float]
+) -> None:
+    folder = with_doses(run_folder, control_vectors=vectors, adapters=adapters)
+    strength = section(Page(write_report(folder)), "strength")
+    doses, *searches = strength.split("<figure>")[1:]
+    assert f"<strong>{word}</strong>" in doses
+    places = re.findall(r'translate\((\S+) \S+\)"><title>harmful at scale (\S+):', doses)
+    assert [float(scale.replace("−", "-")) for _, scale in places] == scales
+    assert "−0<" not in doses
+    lines = re.findall(r'class="floor" x1="(\S+)"', doses)
+    known = word != "Files given"
+    assert lines == ([x for x, scale in places if scale == "1"] if known else [])
+    assert len(searches) == (1 if known else 2)
+    assert ("scale 1.0" in strength.split("<figure>")[0]) == known
 
 
 @pytest.mark.parametrize(
@@ -644,6 +751,30 @@ def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
         assert words in side_effects
 
 
+@pytest.mark.parametrize(
+    ("rate", "digits", "said"),
+    [
+        (0.5, None, "50"),
+        (0.031, None, "3.1"),
+        (2999 / 3000, None, "99.97"),
+        (1 / 3000, None, "0.03"),
+        (0.99966, 1, "99.97"),
+        (1.004, None, "100.4"),
+        (0.9, 1, "90"),
+        (1 - 1e-12, None, "100"),
+        (-1e-12, None, "0"),
+        (-0.25, None, "−25"),
+    ],
+)
+def test_only_a_rate_of_0_or_1_reads_as_such(rate: float, digits: int | None, said: str) -> None:
+    assert percent(rate, digits) == f"{said}\u202f%"
+
+
+def test_a_narrow_interval_has_two_ends() -> None:
+    assert interval([0.00006, 0.0019]) == "0.0 to 0.2\u202f%"
+    assert interval([-0.002, 0.3]) == "0 to 30\u202f%"
+
+
 # ---- accessibility of the static page ------------------------------------------------------------
 
 
@@ -662,6 +793,9 @@ def test_page_has_labels_headings_and_unique_ids(run_folder: Path) -> None:
         if tag == "th":
             assert attributes["scope"] in ("row", "col", "rowgroup")
     assert len(page.all("caption")) == len(page.all("table"))
+    # Such a header is of all rows that follow in its group.
+    groups = [text.count('scope="rowgroup"') for text in page.source.split("<tbody>")]
+    assert sorted(groups)[-4:] == [0, 1, 1, 1]
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -853,8 +987,8 @@ def printed(metrics: dict[str, Any]) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_terminal_shows_both_files_and_their_commands_whole(run_folder: Path) -> None:
-    metrics = json.loads((run_folder / "metrics.json").read_text())
+def test_terminal_shows_both_files_and_their_commands_whole(judged_folder: Path) -> None:
+    metrics = json.loads((judged_folder / "metrics.json").read_text())
     lines = printed(metrics).splitlines()
     table = [line for line in lines if line.startswith("│")]
     assert all(len(line) <= 80 for line in table)

@@ -7,6 +7,7 @@ file's side.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -24,6 +25,8 @@ BEFORE = "baseline"
 
 _BYTES = 2_000_000  # of escaped prompts and answers; the page stays below 3 MB
 _PAIR_BYTES, _SIDE_BYTES = 700, 450  # what the template puts around a prompt, and around each answer
+_GROUPS = 40  # lines of a breakdown, the smaller groups being one more; languages to filter by
+_NAME = 80  # characters of a topic, a form or a language
 _CLIPS = (None, 2000, 1000, 500, 250)  # characters of a text that is shown, tried in this order
 _LANGUAGE = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*").fullmatch
 
@@ -52,13 +55,14 @@ def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
         "closed": "now refused, answered before",
         "broken": "broken text",
     }
+    spoken = Counter(pair["language"] for pair in shown if pair["language"])
     counted = {mark: sum(mark in pair["marks"] for pair in shown) for mark in words}
     return {
         "pairs": shown,
         "total": len(rows),
         "clip": clip,
         "kinds": sorted({row["kind"] for row in rows}, key=kind_order),
-        "languages": sorted({row["language"] for row in rows if row["language"]}),
+        "languages": sorted(name for name, _ in spoken.most_common(_GROUPS)),
         "marks": [{"mark": mark, "words": words[mark], "n": n} for mark, n in counted.items() if n],
     }
 
@@ -77,15 +81,17 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
             groups: dict[str, list[Row]] = {}
             for row in some:
                 groups.setdefault(row[field] or "not stated", []).append(row)
+            largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+            if others := [row for _, members in largest[_GROUPS:] for row in members]:
+                largest[_GROUPS:] = [(f"{len(groups) - _GROUPS} others", others)]
             lines: list[Row] = [
                 {
-                    "value": value,
+                    "value": _cut(value, _NAME),
                     "n": len(members),
                     "refused": [sum(row[f"confidence_{side}"] > 0 for row in members) for side in sides],
                 }
-                for value, members in groups.items()
+                for value, members in largest
             ]
-            lines.sort(key=lambda line: (-line["n"], line["value"]))
             if lines:
                 kinds.append({"kind": kind, "lines": lines})
         found.append({"field": field, "kinds": kinds})
@@ -149,9 +155,11 @@ def _pair(row: Row, files: Sequence[Row]) -> Row:
         "closed": before is False and True in after,
         "broken": any(one["broken"] for one in shown),
     }
+    names = {name: _cut(row[name], _NAME) for name in ("topic", "form", "language")}
     return {
-        **{name: row[name] for name in ("prompt", "kind", "topic", "form", "language")},
-        "lang": row["language"] if _LANGUAGE(row["language"]) else "",
+        **{name: row[name] for name in ("prompt", "kind")},
+        **names,
+        "lang": names["language"] if _LANGUAGE(names["language"]) else "",
         "sides": shown,
         "changed": changed,
         "marks": [mark for mark, fits in marks.items() if fits],
@@ -166,14 +174,15 @@ def _verdict(confidence: float | None) -> str:
 
 
 def _clipped(pair: Row, clip: int | None) -> Row:
-    def cut(text: str) -> str:
-        return text if clip is None or len(text) <= clip else text[:clip] + " […]"
+    sides = [{**side, "answer": _cut(side["answer"], clip)} for side in pair["sides"]]
+    return {**pair, "prompt": _cut(pair["prompt"], clip), "sides": sides}
 
-    sides = [{**side, "answer": cut(side["answer"])} for side in pair["sides"]]
-    return {**pair, "prompt": cut(pair["prompt"]), "sides": sides}
+
+def _cut(text: str, clip: int | None) -> str:
+    return text if clip is None or len(text) <= clip else text[:clip] + " […]"
 
 
 def _size(pair: Mapping[str, Any]) -> int:
-    names = ("prompt", "topic", "form", "language")
+    names = ("prompt", "topic", "form", "language", "language")  # it stands in an attribute too
     texts = [*(pair[name] for name in names), *(side["answer"] for side in pair["sides"] if not side["same"])]
     return _PAIR_BYTES + len(pair["sides"]) * _SIDE_BYTES + sum(len(escape(text).encode()) for text in texts)

@@ -27,13 +27,22 @@ _RATES = (("harmful", "harmful_retention"), ("sensitive", "sensitive"), ("benign
 def measured(doses: Sequence[Row], rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
     """A chart of each dose file: lines by kind of prompt where the run knows it, else by set.
 
-    `rows` are the run's own test prompts, by which prompts of a dose file get their kind back.
+    `rows` are the run's own test prompts, by which prompts of a dose file get their kind back. `key` is that
+    of the run's file, told by its name, where it alone was given, else None. Scales are those of the one file
+    that was given; where there are several, they multiply theirs.
     """
     kind_of = {row["prompt"]: row["kind"] for row in rows}
     return [_curves(found, kind_of, files) for found in doses]
 
 
 def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row:
+    given = {"vector": found["control_vectors"], "adapter": found["adapters"]}
+    # Without their folders: whose they are is nobody's business.
+    names = [re.split(r"[/\\]", argument)[-1] for arguments in given.values() for argument in arguments]
+    own, file = 1.0, None
+    if len(names) == 1:
+        names[0], own = _name_and_scale(names[0])
+        file = next((f for f in files if given[f["key"]] and f["file"] == names[0]), None)
     steps: list[Row] = []
     for dose in found["doses"]:
         groups: dict[str, list[Row]] = {}
@@ -41,7 +50,7 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
             groups.setdefault(kind_of.get(row["prompt"], row["set"]), []).append(row)
         steps.append(
             {
-                "scale": float(dose["scale"]),
+                "scale": float(dose["scale"]) * own or 0.0,  # no -0
                 "drift": dose["benign_text"]["drift"],
                 "of": {name: summarise(members) for name, members in groups.items()},
             }
@@ -49,12 +58,12 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
     steps.sort(key=lambda step: step["scale"])
     across = Axis.over([step["scale"] for step in steps], _BOX["left"], _BOX["right"])
     upward = _upward(())
-    names = sorted(steps[0]["of"], key=lambda name: (kind_order(name), name))
+    sets = sorted(steps[0]["of"], key=lambda name: (kind_order(name), name))
     # Sets that are no kinds borrow their looks, unless there are kinds beside them.
-    borrowed = {} if set(names) & set(KINDS) else dict(zip(names, KINDS, strict=False))
+    borrowed = {} if set(sets) & set(KINDS) else dict(zip(sets, KINDS, strict=False))
     lines = []
-    for k, name in enumerate(names):
-        aside = _ASIDE * (k - (len(names) - 1) / 2)  # or equal rates would hide each other
+    for k, name in enumerate(sets):
+        aside = _ASIDE * (k - (len(sets) - 1) / 2)  # or equal rates would hide each other
         points = [
             {
                 "x": round(across.at(step["scale"]) + aside, 2),
@@ -69,15 +78,20 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
         path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points)
         style = name if name in KINDS else borrowed.get(name, "other")
         lines.append({"name": name, "style": style, "points": points, "path": path})
-    used = {"vector": found["control_vectors"], "adapter": found["adapters"]}
-    keys = [key for key, arguments in used.items() if arguments]
-    word = next((file["word"] for file in files if [file["key"]] == keys), "files given")
     return {
-        **_BOX, "keys": keys, "word": word, "lines": lines, "steps": steps, "names": names,
-        "across": across, "upward": upward, "tokens": found["tokens"], "judge": found["judge"],
-        # Without their folders: whose they are is nobody's business.
-        "files": [re.split(r"[/\\]", argument)[-1] for arguments in used.values() for argument in arguments],
+        **_BOX, "key": file and file["key"], "word": file["word"] if file else "files given",
+        "lines": lines, "steps": steps, "names": sets, "across": across, "upward": upward,
+        "tokens": found["tokens"], "judge": found["judge"], "files": names,
     }  # fmt: skip
+
+
+def _name_and_scale(argument: str) -> tuple[str, float]:
+    """`NAME` or `NAME:SCALE`, as `eval` takes them."""
+    name, _, scale = argument.rpartition(":")
+    try:
+        return name, float(scale)
+    except ValueError:
+        return argument, 1.0
 
 
 def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 _FRONT = {"left": 74, "right": 640, "top": 44, "bottom": 360}
 _LINES = {"left": 44, "right": 330, "top": 14, "bottom": 150}
+_PROBES = 500  # that are drawn and listed; of more, every second, third, …
 # What fit.json has of a direction's blocks, its title and meaning, and a value that the axis always shows.
 _CHARTS = (
     (
@@ -57,6 +58,16 @@ class Axis:
         """Where a value lies."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
+
+
+def shown(tune: Mapping[str, Any]) -> Row:
+    """`tune.json` with no more probes than a page can hold; the chosen trials stay."""
+    chosen = {tune["chosen"], tune.get("chosen_adapter")}
+    probes = [t for t in tune["trials"] if t["rung"] == "probe" and t["number"] not in chosen]
+    probes.sort(key=lambda trial: trial["estimator"] == GATE)  # or every second may be of the same file
+    kept = [trial["number"] for trial in probes[:: math.ceil(len(probes) / _PROBES) or 1]]
+    dropped = {trial["number"] for trial in probes}.difference(kept)
+    return {**tune, "trials": [trial for trial in tune["trials"] if trial["number"] not in dropped]}
 
 
 def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row:

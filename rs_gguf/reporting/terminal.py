@@ -59,12 +59,12 @@ def _table(found: Sequence[Mapping[str, Any]], effect: str) -> Table:
     for column in ("prompts", "before", *(str(file["word"]) for file in found), "wanted"):
         table.add_column(column)
     for sets in zip(*(file["sets"] for file in found), strict=True):
-        one = sets[0]
+        one, alike = sets[0], sets[0]["alike"]
         wanted = "more" if effect == "induce" and one["kind"] == "sensitive" else _WANTED.get(one["kind"], "")
         table.add_row(
-            Text(f"{one['name']}\n{one['n']} prompts"),
-            _rate(one["refusal_baseline"], one["ci95_baseline"]),
-            *(_rate(figures["refusal_steered"], figures["ci95_steered"]) for figures in sets),
+            Text(f"{one['name']}\n{one['n']} prompts" if alike else one["name"]),
+            _rate(one, "baseline") if alike else "",
+            *(_rate(figures, "steered") + ("" if alike else _own_before(figures)) for figures in sets),
             wanted,
             end_section=True,
         )
@@ -73,8 +73,16 @@ def _table(found: Sequence[Mapping[str, Any]], effect: str) -> Table:
     return table
 
 
-def _rate(rate: float, interval: Sequence[float]) -> str:
-    return f"{rate:.1%}\n{interval[0]:.0%} to {interval[1]:.0%}"
+def _rate(figures: Mapping[str, Any], side: str) -> str:
+    if not figures["n"]:
+        return "not measured"
+    low, high = figures[f"ci95_{side}"]
+    return f"{figures[f'refusal_{side}']:.1%}\n{low:.0%} to {high:.0%}"
+
+
+def _own_before(figures: Mapping[str, Any]) -> str:
+    """For a file that was judged on other prompts than the file beside it."""
+    return f"\nbefore {figures['refusal_baseline']:.1%}\nof {figures['n']}" if figures["n"] else ""
 
 
 def _say(console: Console, text: str, *, style: str = "") -> None:

@@ -18,21 +18,27 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+_MOST_DIGITS = 3  # of a percentage: one prompt of a hundred thousand shows, the noise of a sum does not
+
 
 def percent(value: float | None, digits: int | None = None) -> str:
-    """A rate: whole, but where that would round to or hide a difference from 0 or 1."""
+    """A rate: whole or with `digits`, but with more near 0 and 1, which it reads as only where it is."""
     if value is None or math.isnan(value):
         return "not measured"
     if digits is None:
         digits = 1 if 0 < abs(value) < 0.0995 or 0.9005 < abs(value) < 1 else 0
-    text = f"{100 * value:.{digits}f}"
-    return f"{text.removesuffix('.0')}\u202f%".replace("-", "−")
+    while abs(value) not in (0, 1) and abs(round(100 * value, digits)) in (0, 100) and digits < _MOST_DIGITS:
+        digits += 1
+    text = f"{100 * value:z.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{text}\u202f%".replace("-", "−")
 
 
 def interval(bounds: Sequence[float]) -> str:
-    """A range of rates."""
+    """A range of rates, whole but where it is narrow."""
     low, high = bounds
-    return f"{100 * low:.0f} to {100 * high:.0f}\u202f%".replace("-", "−")
+    digits = 1 if 0 < high - low < 0.01 else 0
+    return f"{100 * low:z.{digits}f} to {100 * high:z.{digits}f}\u202f%".replace("-", "−")
 
 
 def number(value: float | None, form: str = ".3g") -> str:

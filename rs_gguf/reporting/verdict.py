@@ -34,7 +34,8 @@ def files(metrics: Mapping[str, Any]) -> list[Row]:
     """The measured files: the control vector, then the adapter where the run made one.
 
     Each has `key`, `side`, `word`, how it `acts`, what metrics.json says of it, its `sets` as a list in the
-    order of `KINDS`, and the same by kind in `of`.
+    order of `KINDS`, and the same by kind in `of`. A set is `alike` where `n` and the rate before are the
+    same in all files, each of which counts the prompts that were judged both before and with it.
     """
     found: list[Row] = [{**metrics["vector"], **{name: metrics[name] for name in _FIGURES}}]
     found[0] |= {name: metrics[name] for name in _EXTRAS if name in metrics}
@@ -47,6 +48,10 @@ def files(metrics: Mapping[str, Any]) -> list[Row]:
         of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
         file |= {"key": key, "side": _SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
         file["acts"] = _acts(file)
+    for same in zip(*(file["sets"] for file in found), strict=True):
+        alike = len({(one["n"], one["refusal_baseline"]) for one in same}) == 1
+        for one in same:
+            one["alike"] = alike
     return found
 
 
