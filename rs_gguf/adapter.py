@@ -27,12 +27,14 @@ from rs_gguf.labels import MIN_SAMPLES, Labels
 from rs_gguf.lora import Factors
 from rs_gguf.moments import Float64
 from rs_gguf.ridge import check_ridges
+from rs_gguf.ridge_path import ROUNDING
 
 # Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
-# last step first, since llama.cpp's build_ffn names them one after another.
+# last step first, since llama.cpp's build_ffn names them one after another. BitNet has norms before both.
 WRITERS: Mapping[str, Sequence[str]] = {
-    "attn_output": ("kqv_out",),
+    "attn_output": ("attn_sub_norm", "kqv_out"),
     "ffn_down": (
+        "ffn_sub_norm",
         "ffn_gate_par",
         "ffn_swiglu_limited",
         "ffn_swiglu",
@@ -55,6 +57,7 @@ QUIET = 2.0  # weight of the energy on each sort of other tokens, beside that wi
 class WriterInputs:
     """What one kind of matrix multiplies, in every block: rows [·, L, W] of any float type.
 
+    Times the factor, if any, that the model multiplies the product with before it adds it to the residual.
     `last`: at the last prompt token of each sample; `prompts`, `answers`: at other tokens of prompts and of
     answers where a gate must stay shut; `constant`: at those that the chat template puts before every prompt.
     """
@@ -75,6 +78,7 @@ class Gates:
 
     `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
     of the other kinds 0; to `guards` the mean benign input answers 1, the harmful `HARM`, the sensitive 0.
+    Both are rows of zeros where the inputs do not tell the kinds apart: such a block has no gate.
     `contrast` [L, D]: block output of refused minus answered sensitive prompts (benign ones where hardly a
     sensitive one is answered), or to induce of answered minus refused prompts, at equal cells: what a gate
     takes away.
@@ -93,16 +97,22 @@ class Gates:
         At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
         to `margin` times it for the mean benign one, and to `HARM` times that for the mean harmful one.
         Unseen prompts scatter about these means: with a margin (negative to induce refusals), few that are
-        harmful are moved to an answer, and few that are benign to a refusal. Each matrix of a block writes an
+        harmful are moved to an answer, and few that are benign to a refusal. Each gate of a block writes an
         equal part.
         """
         index = self.ridges.tolist().index(ridge)
         found = {}
+        before: Float64 | float = 0.0
         for layer in range(first, last + 1):
-            before = self.contrast[layer - 1] if layer > first else 0.0
-            write = (self.contrast[layer] - before) * (-strength / len(self.opens))
-            for writer, opens in self.opens.items():
-                read = opens[index, layer] + margin * self.guards[writer][index, layer]
+            gates = {
+                writer: rows[index, layer] for writer, rows in self.opens.items() if rows[index, layer].any()
+            }
+            if not gates:  # the next block writes its part too
+                continue
+            write = (self.contrast[layer] - before) * (-strength / len(gates))
+            before = self.contrast[layer]
+            for writer, opens in gates.items():
+                read = opens + margin * self.guards[writer][index, layer]
                 found[f"blk.{layer}.{writer}.weight"] = (
                     read[np.newaxis].astype(np.float32),
                     write[:, np.newaxis].astype(np.float32),
@@ -157,8 +167,8 @@ def fit_gates(
     categories: kinds of refusal of the N samples, where a judge told them (`contrast.contrast_weights`).
 
     Raises:
-        InputError: a class without samples, a bad ridge, NaN or Inf, or a block whose inputs cannot tell the
-            classes apart.
+        InputError: a class without samples, a bad ridge, NaN or Inf, or inputs that tell the classes apart in
+            no block.
     """
     grid = check_ridges(ridges)
     kinds = _kinds(labels)
@@ -177,6 +187,11 @@ def fit_gates(
                 found = _reads(rows, layer, writer, mean, cells, grid, quiet)
                 opens[writer][:, layer], guards[writer][:, layer] = found
             advance(1)
+    if not any(rows.any() for rows in opens.values()):
+        raise InputError(
+            "gated adapter: the inputs of no block tell sensitive from harmful and benign prompts; use "
+            "other prompts."
+        )
     return Gates(grid, opens, guards, contrast)
 
 
@@ -216,8 +231,8 @@ def _reads(
 ) -> Float64:
     """argmin aᵀ(S + ρI)a subject to what `Gates` says of aᵀμ, for each ridge.
 
-    [2, R, W]: of `opens`, then of `guards`. S is AᵀA of the rows that should not answer: samples about the
-    mean of their kind, other tokens and cell means as they are.
+    [2, R, W]: of `opens`, then of `guards`; zeros where the kinds have the same means. S is AᵀA of the rows
+    that should not answer: samples about the mean of their kind, other tokens and cell means as they are.
     """
     name = f"what {writer} multiplies"
     last = _block(rows.last, layer, name)
@@ -232,22 +247,15 @@ def _reads(
     if cells:
         parts.append(np.stack(cells) @ last / np.sqrt(len(cells)))
     factor = np.concatenate(parts)
-    solved = _solve(factor, means, ridges)  # [R, W, 3]
-    if solved is None:
-        raise InputError(
-            f"gated adapter: block {layer}: {name} never varies within a class; use more prompts."
-        )
     opens, guards = {"sensitive": 1.0}, {"benign": 1.0, "harmful": HARM}
     wanted = np.array([[read.get(kind, 0.0) for read in (opens, guards)] for kind in mean])
-    found = np.empty((2, len(ridges), factor.shape[1]))
-    for k, pulls in enumerate(solved):
+    found = np.zeros((2, len(ridges), len(means)))
+    if np.linalg.norm(np.ptp(means, axis=1)) <= ROUNDING * np.linalg.norm(means):
+        return found
+    for k, pulls in enumerate(_solve(factor, means, ridges)):  # [W, 3]
         gram = means.T @ pulls
-        if np.linalg.cond(gram) > 1e12:
-            raise InputError(
-                f"gated adapter: the inputs of block {layer} do not tell sensitive from harmful and benign "
-                "prompts; use other prompts."
-            )
-        found[:, k] = (pulls @ np.linalg.solve(gram, wanted)).T
+        if np.linalg.cond(gram) <= 1e12:
+            found[:, k] = (pulls @ np.linalg.solve(gram, wanted)).T
     return found
 
 
@@ -262,16 +270,16 @@ def _block(rows: Any, layer: int, name: str) -> Float64:
     return block
 
 
-def _solve(factor: Float64, right: Float64, ridges: Float64) -> Float64 | None:
-    """(AᵀA + ρI)⁻¹B for A = `factor` [n, W], B = `right` [W, r], and each ρ = λ tr(AᵀA)/W: [R, W, r].
+def _solve(factor: Float64, right: Float64, ridges: Float64) -> Sequence[Float64]:
+    """(AᵀA + ρI)⁻¹B [W, r] for A = `factor` [n, W], B = `right` [W, r], and each ρ = λ tr(AᵀA)/W.
 
-    By Cholesky of the smaller of AᵀA and AAᵀ, the latter through Woodbury's identity. None where A vanishes.
+    By Cholesky of the smaller of AᵀA and AAᵀ, the latter through Woodbury's identity. Nothing where A is 0.
     """
     wide = len(factor) < factor.shape[1]
     gram = blas.dsyrk(1.0, factor.T, trans=int(wide), lower=1)
     trace = float(np.trace(gram))
     if trace == 0.0:
-        return None
+        return []
     inner = factor @ right if wide else right
     solved = []
     for ridge in ridges * (trace / factor.shape[1]):
@@ -285,4 +293,4 @@ def _solve(factor: Float64, right: Float64, ridges: Float64) -> Float64 | None:
                 f"{trace:.3g}; choose a larger ridge."
             ) from error
         solved.append((right - factor.T @ found) / ridge if wide else found)
-    return np.stack(solved)
+    return solved

@@ -8,6 +8,7 @@ tokens, for which no gate should open. One forward pass a conversation serves al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf import shape
 from rs_gguf.activation_store import ActivationStore, Rows
 from rs_gguf.adapter import WriterInputs, writer_inputs
 from rs_gguf.chat import ChatFormat
@@ -131,6 +133,9 @@ def capture(
     """Read one shard. `prefix` is the number of tokens that `conversations` counts.
 
     An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
+
+    Raises:
+        InputError: an architecture whose block outputs are no residual stream that can be read.
     """
     layers = range(model.n_layer)
     if not isinstance(model, LlamaModel):
@@ -154,13 +159,14 @@ def capture(
         else:
             others["answers" if beyond > 0 else "prompts"].append(found)
     samples = [last[i] for i in range(len(conversations))]
+    scale = _product_scale(model)
     arrays: Arrays = {"activations": np.stack([found["l_out"] for found in samples])}
     for writer, name in writers.items():
         here = np.stack([found[name] for found in samples])
-        arrays[f"{writer}/last"] = _compact(here)
+        arrays[f"{writer}/last"] = _compact(here * scale)
         for sort, tokens in others.items():
             rows = np.reshape([found[name] for found in tokens], (-1, *here.shape[1:]))
-            arrays[f"{writer}/{sort}"] = _compact(rows)
+            arrays[f"{writer}/{sort}"] = _compact(rows * scale)
     return arrays
 
 
@@ -173,20 +179,36 @@ def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> A
     read = model.token_activations(
         [prompt[: len(places)]], [places], layers=range(model.n_layer), tensors=tuple(writers.values())
     )
-    rows = [found for _, _, found in read]
+    rows, scale = [found for _, _, found in read], _product_scale(model)
     return {
-        f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] for writer, name in writers.items()
+        f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] * scale
+        for writer, name in writers.items()
     }
 
 
+def _product_scale(model: LlamaModel) -> np.float32:
+    """What the model multiplies the product of a writing matrix with before it adds it to the residual."""
+    family, scale = model.architecture, 0.0
+    # llama.cpp's src/models/granite*.cpp and minicpm*.cpp; MiniMax scales the residual by a key of this name.
+    if family.startswith("minicpm"):
+        scale = 1.4 / math.sqrt(model.n_layer)
+    if family.startswith(("granite", "minicpm")) and family != "minicpm3":
+        scale = float(model.metadata.get(f"{family}.residual_scale", scale))
+    return np.float32(scale or 1.0)  # 0 stands for none
+
+
 def _writers(model: LlamaModel) -> dict[str, str]:
-    """The writing matrices that every block has, and what they multiply."""
-    names = model.graph_tensors()
+    """The writing matrices that every block has, of the same width, and what they multiply."""
+    names, alike = model.graph_tensors(), shape.of_gguf(model.path).writers
     try:
         found = [writer_inputs(names, layer) for layer in range(model.n_layer)]
     except InputError:  # a block without any: control vectors are left
         return {}
-    return {writer: name for writer, name in found[0].items() if all(f.get(writer) == name for f in found)}
+    return {
+        writer: name
+        for writer, name in found[0].items()
+        if writer in alike and all(f.get(writer) == name for f in found)
+    }
 
 
 def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:

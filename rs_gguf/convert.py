@@ -80,11 +80,11 @@ def convert(
     if not hint:
         notes.append("The file does not say which model it is for; name the family with --architecture.")
     provenance: dict[str, ProvenanceValue] = {
+        **{f"source.{key}": value for key, value in known.items() if _keepable(key, value)},
         "source.format": from_format,
         "source.file": Path(path).name,
         "source.sha256": hashlib.sha256(data).hexdigest(),
         "source.base": start,
-        **{f"source.{key}": value for key, value in known.items() if _keepable(key, value)},
     }
     return Conversion(
         SteeringVector(directions, provenance, hint if isinstance(hint, str) else ""), tuple(notes)
@@ -108,10 +108,10 @@ def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
         for layer, row in vector.scaled(weight).directions.items():
             with np.errstate(over="ignore"):  # the constructor below reports it
                 total[layer] = total[layer] + row if layer in total else row
+        provenance |= {f"combine.{index}.{key}": value for key, value in vector.provenance.items()}
         provenance[f"combine.{index}.weight"] = float(weight)
         if vector.architecture:
             provenance[f"combine.{index}.architecture"] = vector.architecture
-        provenance |= {f"combine.{index}.{key}": value for key, value in vector.provenance.items()}
     hints = {vector.architecture for vector, _ in parts}
     return SteeringVector(total, provenance, hints.pop() if len(hints) == 1 else "")
 

@@ -223,7 +223,8 @@ def _draw(
         neutral=NEUTRAL,
         layer=layer,
     )
-    figures.save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
+    with np.errstate(invalid="ignore"):  # no bar for a block without a direction
+        figures.save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
     if not ESTIMATORS[name].uses_covariance:
         return  # no ridge
     try:

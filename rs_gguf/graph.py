@@ -81,6 +81,8 @@ class GraphReader:
         if ask:
             return True
         n_rows = _ggml.ggml_nrows(tensor)
+        if n_rows not in (self._n_tokens, len(self._outputs)):
+            return True  # no row a token: the residual of Gemma 3n is four streams
         # The last block keeps only the rows that become outputs: none of a batch in which nothing is read.
         picks = self._outputs if n_rows == self._n_tokens else range(n_rows)
         row_bytes = _ggml.ggml_nbytes(tensor) // max(1, n_rows)

@@ -27,6 +27,7 @@ from rs_gguf.steering import ProvenanceValue, checked_provenance
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 _ALPHA = "adapter.lora.alpha"
+_INVOCATION = "adapter.alora.invocation_tokens"
 _NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
@@ -36,8 +37,9 @@ class LoraAdapter:
     """Low-rank changes of named matrices: `factors` maps `blk.N.<matrix>.weight` to A [r, in], B [out, r].
 
     At scale 1.0 exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
-    which its loader compares; `provenance` is as in `SteeringVector`. Arrays are copied, made read-only and
-    sorted by block.
+    which its loader compares; `provenance` is as in `SteeringVector`. `invoked`: another tool's aLoRA, which
+    llama-server applies after its invocation tokens alone. Arrays are copied, made read-only and sorted by
+    block.
 
     Raises:
         InputError: no matrix or architecture, shapes that do not multiply, numbers that are not finite, or a
@@ -47,6 +49,7 @@ class LoraAdapter:
     factors: Mapping[str, Factors]
     architecture: str
     provenance: Mapping[str, ProvenanceValue] = field(default_factory=dict)
+    invoked: bool = False
 
     def __post_init__(self) -> None:
         factors = {name: (_copied(a), _copied(b)) for name, (a, b) in self.factors.items()}
@@ -99,12 +102,22 @@ class LoraAdapter:
 def write(adapter: LoraAdapter, path: str | Path) -> None:
     """Write for `--lora`, whole or not at all, read back and compared; the same content gives the same bytes.
 
-    Raises `InputError` when no matrix would change or the place cannot be written, `GateError` when what was
-    read back differs.
+    Raises `InputError` when no matrix would change, for an aLoRA, or when the place cannot be written,
+    `GateError` when what was read back differs.
     """
+    refuse_invoked(adapter)
     if not any(adapter.norms.values()):
         raise InputError(f"Every change is zero: {path} would do nothing. Choose other weights or blocks.")
     write_verified(Path(path), lambda draft: _serialise(adapter, draft), lambda d: read(d).same_as(adapter))
+
+
+def refuse_invoked(adapter: LoraAdapter) -> None:
+    """Raise `InputError` for an aLoRA: its factors alone would change every token."""
+    if adapter.invoked:
+        raise InputError(
+            "The adapter is an aLoRA: llama-server applies it after its invocation tokens alone, and what is "
+            "written here is always on. Use the file as it is."
+        )
 
 
 def read(path: str | Path) -> LoraAdapter:
@@ -137,6 +150,10 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     warnings = [f"{zero} do nothing: their changes are zero."] if zero else []
     if len(zero) == len(found.factors):
         errors, warnings = ["Every change is zero: the file would do nothing."], []
+    if found.invoked:
+        warnings.append(
+            "It is an aLoRA: llama-server applies it after its invocation tokens alone, others always."
+        )
     proof = None
     if model is not None and not errors:
         from rs_gguf.llama import LlamaModel
@@ -157,7 +174,7 @@ def combine(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
 
     Equal to loading them all with `--lora-scaled`, up to rounding. The provenance of part i is kept under
     `combine.i.`, its weight as `combine.i.weight`. Raises `InputError` when there is no part, a weight is not
-    finite, or the parts belong to different models.
+    finite, one is an aLoRA, or the parts belong to different models.
     """
     if not parts:
         raise InputError("There is nothing to combine; give at least one adapter.")
@@ -169,6 +186,7 @@ def combine(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
     for index, (adapter, weight) in enumerate(parts):
         if not math.isfinite(weight):
             raise InputError(f"The weight {weight} of adapter {index} is not a finite number; give one.")
+        refuse_invoked(adapter)
         for name, (a, b) in adapter.factors.items():
             with np.errstate(over="ignore"):  # the constructor below reports it
                 weighted = b * np.float32(weight)
@@ -178,8 +196,8 @@ def combine(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
             _same_shape(name, total[name], (a, b))
             before = total[name]
             total[name] = np.concatenate([before[0], a]), np.concatenate([before[1], weighted], axis=1)
-        provenance[f"combine.{index}.weight"] = float(weight)
         provenance |= {f"combine.{index}.{key}": value for key, value in adapter.provenance.items()}
+        provenance[f"combine.{index}.weight"] = float(weight)
     return LoraAdapter(total, families[0], provenance)
 
 
@@ -225,7 +243,8 @@ def _survey(reader: GGUFReader) -> LoraAdapter | list[str]:
         with np.errstate(over="ignore"):  # the constructor below reports it
             factors[name] = (a, b * np.float32(alpha / len(a)) if alpha else b)
     try:
-        return LoraAdapter(factors, str(architecture), provenance_of(values))
+        invoked = bool(values.get(_INVOCATION))
+        return LoraAdapter(factors, str(architecture), provenance_of(values), invoked)
     except InputError as error:
         return [str(error)]
 

@@ -21,7 +21,7 @@ from rs_gguf import huggingface, models
 from rs_gguf.adapter import WRITERS
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.gguf_file import write_compared
-from rs_gguf.lora import LoraAdapter
+from rs_gguf.lora import LoraAdapter, refuse_invoked
 
 
 def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
@@ -32,9 +32,11 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
 
     Raises:
         InputError: a model of another family or shape, a family that has no such module or that is unknown,
-            a matrix that llama.cpp may keep in another order than PyTorch, or a place that cannot be written.
+            a matrix that llama.cpp may keep in another order than PyTorch, an aLoRA, or a place that cannot
+            be written.
         GateError: what was read back differs.
     """
+    refuse_invoked(adapter)
     modules = _modules(adapter, model)
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for name, (a, b) in adapter.factors.items():
@@ -78,8 +80,8 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
             f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
         )
     table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    linear = {
-        f"{table.get_name(path)}.weight": (path, module)
+    linear = {  # those of a model with several towers have a part more in their names than the table knows
+        f"{table.get_name(path.replace('language_model.', ''))}.weight": (path, module)
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear)
     }

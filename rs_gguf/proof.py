@@ -9,7 +9,7 @@ nothing is found here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,7 @@ ROUNDING = 2.0**-23
 ADAPTER_TOLERANCE = 1e-2
 _SHORT = "beside the residual the direction is so short that rounding swallows it"
 # Where a matrix's product shows: by itself, or in the sum that it goes into.
-_SEEN_AT = {"attn_output": ("attn_out", "ffn_inp"), "ffn_down": ("ffn_out", "l_out")}
-_POST_NORMS = {"attn_post_norm", "post_attn_norm"}  # of the product, before the sum
+_SEEN_AT = {"attn_output": {"attn_out", "ffn_inp"}, "ffn_down": {"ffn_down", "ffn_out", "l_out"}}
 
 _PROMPTS = (
     "Name three rivers in Europe.",
@@ -77,7 +76,7 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proo
     must be the direction itself, up to `TOLERANCE` (relative) and what F32 rounds away.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: the model cannot be loaded, or its block outputs cannot be read.
     """
     if isinstance(model, LlamaModel):
         return _prove(vector, model)
@@ -185,6 +184,9 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
     """Run an adapter on a loaded model, matrices of its first, middle and last block alone as well.
 
     Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
+
+    Raises:
+        InputError: the file is not sound, llama.cpp refuses it, or there is no room for one matrix of it.
     """
     adapter = lora.read(path)
     if adapter.architecture != model.architecture:
@@ -212,10 +214,11 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
             continue
         for writer in WRITERS:
             name = f"blk.{layer}.{writer}.weight"
-            seen_at = _seen_at(writer, {n.rpartition("-")[0] for n in graph if n.endswith(f"-{layer}")})
             # A change of zero says nothing, and cannot be written as a file of its own.
-            if norms.get(name) and writer in inputs and seen_at:
-                errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
+            if norms.get(name) and writer in inputs:
+                seen_at = _next(graph, inputs[writer], layer)
+                if seen_at in _SEEN_AT[writer]:
+                    errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
     wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
     reasons = []
     if np.array_equal(plain, steered):
@@ -229,10 +232,13 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
     return Proof(not reasons, tuple(reasons), errors, kl)
 
 
-def _seen_at(writer: str, tensors: Collection[str]) -> str | None:
-    """The tensor of a block that moves by a matrix's product, or None where the family names none."""
-    found = next((name for name in _SEEN_AT[writer] if name in tensors), None)
-    return None if found == "ffn_inp" and _POST_NORMS & set(tensors) else found
+def _next(graph: Sequence[str], read: str, layer: int) -> str:
+    """The tensor of a block that comes after `read`: in some families a norm of the product, or a part of it.
+
+    `graph`: names of all tensors, in the order of evaluation.
+    """
+    tensors = [name.rpartition("-")[0] for name in graph if name.endswith(f"-{layer}")]
+    return [*tensors, ""][tensors.index(read) + 1]
 
 
 def _product_error(
@@ -248,11 +254,16 @@ def _product_error(
         return {n: np.stack([found[i][n][0] for i in range(len(prompts))]).astype(np.float64) for n in names}
 
     before = sums()
-    with tempfile.TemporaryDirectory() as folder:
-        single = Path(folder) / "single.gguf"
-        lora.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
-        with model.steered(adapters=[(single, 1.0)]):
-            moved = sums()[seen_at] - before[seen_at]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            single = Path(folder) / "single.gguf"
+            lora.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
+            with model.steered(adapters=[(single, 1.0)]):
+                moved = sums()[seen_at] - before[seen_at]
+    except OSError as error:
+        raise InputError(
+            f"No room for a file with {name} alone ({error}). Free space or set TMPDIR."
+        ) from error
     promised = before[read] @ a.T @ b.T
     size = np.linalg.norm(promised, axis=1).max()
     return float(np.linalg.norm(moved - promised, axis=1).max() / size) if size else 0.0

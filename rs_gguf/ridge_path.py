@@ -24,15 +24,20 @@ from rs_gguf.ridge import RidgeSystem, check_ridges, layer_system, shrinkage_rid
 if TYPE_CHECKING:
     from rs_gguf.estimators import DirectionEstimator
 
+# Of means: what differs by less is one and the same, but for the rounding of a model that computes in F32.
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class RidgePath:
     """Directions of one estimator for R ridges: `directions` [R, L, D] fp64 unit rows, `offset` [L, D].
 
-    `ridges` [R, L] are absolute, 0 where the estimator has none. With kinds given, `harm_cosine` [R, L] is
-    the cosine of each direction with the harmful contrast (mean of refused harmful minus mean of answered
-    benign), and `contrast_cosine` [L] that of the difference of the estimator's own two class means with it;
-    else, or where there is no such sample, they are NaN.
+    A layer whose two class means are the same has rows of zeros: before the first attention, say, a
+    convolution may have seen nothing but the end of the chat template. `ridges` [R, L] are absolute, 0 where
+    there is none. With kinds given, `harm_cosine` [R, L] is the cosine of each direction with the harmful
+    contrast (mean of refused harmful minus mean of answered benign), and `contrast_cosine` [L] that of the
+    difference of the estimator's own two class means with it; else, or where there is no such sample or no
+    direction, they are NaN.
     """
 
     ridges: Float64
@@ -105,13 +110,19 @@ def solve_paths(
                     _fill(paths[index], layer, estimator, means, system, absolute)
                 # Freed before the next one, or the next layer, is read: it is as large as a layer.
                 system = None
+    for (estimator, _), path in zip(jobs, paths, strict=True):
+        if not path.directions.any():
+            raise InputError(
+                f"{estimator.name} has no direction at any layer: its classes have the same mean; check that "
+                "the activations vary"
+            )
     return paths
 
 
 def _empty_path(count: int, n_layers: int, width: int) -> RidgePath:
     return RidgePath(
         np.zeros((count, n_layers)),
-        np.empty((count, n_layers, width)),
+        np.zeros((count, n_layers, width)),
         np.empty((n_layers, width)),
         np.full((count, n_layers), np.nan),
         np.full(n_layers, np.nan),
@@ -127,20 +138,23 @@ def _fill(
     ridges: Float64,
 ) -> None:
     """One layer of a path: directions to unit length, offset, cosines with the harmful contrast."""
+    path.offset[layer] = means["offset"]
     difference = means["refused"] - means["answered"]
+    size = np.linalg.norm(difference)
+    if size <= ROUNDING * np.linalg.norm(means["answered"]):
+        return
     directions = estimator.direct(means, system, ridges)
     lengths = np.linalg.norm(directions, axis=1)
-    if not difference.any() or not (np.isfinite(lengths) & (lengths > 0)).all():
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
         raise InputError(
-            f"{estimator.name} has no direction at layer {layer}: its classes have the same mean, or what it "
-            "must not respond to takes the whole difference; check that the layer's activations vary"
+            f"{estimator.name} has no direction at layer {layer}: what it must not respond to takes the "
+            "whole difference of its classes"
         )
     path.ridges[:, layer] = ridges
     path.directions[:, layer] = directions / lengths[:, None]
-    path.offset[layer] = means["offset"]
     if "harmful" in means and "benign" in means:
         harm = means["harmful"] - means["benign"]
-        size = np.linalg.norm(harm)
-        if size > 0:
-            path.harm_cosine[:, layer] = path.directions[:, layer] @ harm / size
-            path.contrast_cosine[layer] = difference @ harm / (size * np.linalg.norm(difference))
+        harm_size = np.linalg.norm(harm)
+        if harm_size > 0:
+            path.harm_cosine[:, layer] = path.directions[:, layer] @ harm / harm_size
+            path.contrast_cosine[layer] = difference @ harm / (harm_size * size)

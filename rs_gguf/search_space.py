@@ -28,7 +28,7 @@ class Directions:
     `scales` [L]: activation units for one unit of confidence, s⁻ of method §5 to remove, s⁺ to induce.
     """
 
-    unit: NDArray[np.float64]  # [L, D]
+    unit: NDArray[np.float64]  # [L, D], rows of zeros where there is no direction
     scales: NDArray[np.float64]  # [L]
 
 
@@ -57,9 +57,12 @@ class Candidate:
         return gates.factors(self.ridge, self.first, self.last, self.strength, self.margin)
 
     def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
-        """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks."""
-        profile = band_profile(len(directions.unit), self.first, self.last)
-        alpha = -self.strength / profile.sum()
+        """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks.
+
+        Blocks that the fit found no direction for are left out, and do not count.
+        """
+        profile = band_profile(len(directions.unit), self.first, self.last) * directions.unit.any(axis=1)
+        alpha = -self.strength / max(1, profile.sum())
         rows = (alpha * profile * directions.scales)[:, np.newaxis] * directions.unit
         return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
 

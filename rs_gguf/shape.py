@@ -78,9 +78,11 @@ def of_gguf(path: Path) -> Shape:
         # The last ones may be for tokens further ahead: llama.cpp neither counts them nor runs them here.
         n_layer -= int(values.get(f"{family}.nextn_predict_layers", 0))
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
+        if not 0 <= used <= 1:
+            raise ValueError(f"{used:g} of its experts are used")
         return _shape(tensors, n_layer, width, used, widening.size_to_load(path, header), str(path))
     # No number, or no matrix, where one belongs.
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the header of a language model ({error!r}).") from error
 
 
@@ -156,9 +158,10 @@ def _shape(
         else:
             dense += math.prod(shape)
             blocks[int(found[1])][found[2].removesuffix(".weight")] = shape
-    embedding = outside.get("token_embd.weight")
-    if embedding is None or min(n_layer, width, *embedding) < 1:
-        raise InputError(f"{source}: no token_embd.weight among its tensors. Give a language model.")
+    embedding = outside.get("token_embd.weight", [0])
+    output = outside.get("output.weight", embedding)
+    if min(n_layer, width, *embedding, *output) < 1:
+        raise InputError(f"{source}: its embedding or its output is missing or empty. Give a language model.")
     kept = [_attention(block) for block in blocks.values()]
     every = [{(w, block[w][0]) for w in _WRITERS if w in block} for block in blocks.values()]
     return Shape(
@@ -168,7 +171,7 @@ def _shape(
         dense=dense,
         experts=experts,
         used=used,
-        head=math.prod(outside.get("output.weight", embedding)),
+        head=math.prod(output),
         weights=weights,
         attention=sum(queries for _, queries in kept),
         cache=sum(numbers for numbers, _ in kept),

@@ -313,7 +313,8 @@ class TorchModel:
         `l_out` is the output of a block (method §2). Steering in force is included in what is read.
 
         Raises:
-            InputError: a layer that the model does not have, or another tensor than `l_out`.
+            InputError: a layer that the model does not have, another tensor than `l_out`, or a model whose
+                residual is several streams.
         """
         if not prompts:
             return
@@ -339,6 +340,11 @@ class TorchModel:
         def reader(layer: int) -> Any:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
+                if hidden.ndim != 3:
+                    raise InputError(
+                        f"architecture {self.architecture!r} keeps a residual of several streams, so its "
+                        "activations cannot be read."
+                    )
                 last = hidden[:, -1].clone()  # a copy: the next block may add in place
                 read[layer] = last.float().cpu().numpy()
                 if len(read) == len(set(layers)):

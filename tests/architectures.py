@@ -285,6 +285,8 @@ ones at two scales. Adapters: rank {rank} on every matrix named, at scales 1 and
   steered or not: llama.cpp looks it up in a table of F16 values.
 - **moves**: the largest change of a logit by steering, at the position and the scale where it is least.
 
+Gemma 3n is left out: its residual is four streams, which cannot be read, and a run ends with an error.
+
 {table}
 """
 

@@ -72,6 +72,15 @@ CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "Gemma 2": lambda: transformers.Gemma2Config(**_GELU | _TIED, **_SLIDING, query_pre_attn_scalar=16),
     "Gemma 3": lambda: transformers.Gemma3TextConfig(**_GELU | _TIED, **_SLIDING, query_pre_attn_scalar=16),
+    "Gemma 4": lambda: transformers.Gemma4TextConfig(
+        **_GELU | _TIED | {"initializer_range": 0.01},
+        **_SLIDING,
+        global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=len(VOCABULARY),
+    ),
     "Phi-3": lambda: transformers.Phi3Config(**_DENSE, original_max_position_embeddings=128),
     "OLMo 2": lambda: transformers.Olmo2Config(**_DENSE),
     "Granite": lambda: transformers.GraniteConfig(
@@ -127,6 +136,14 @@ CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         qk_rope_head_dim=8,
         v_head_dim=16,
     ),
+    "MiniCPM3": lambda: transformers.MiniCPM3Config(
+        **_DENSE | {"num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    ),
     "Hy4": lambda: transformers.HYV4Config(
         **_DENSE | {"num_key_value_heads": 4},
         n_routed_experts=4,
@@ -142,6 +159,18 @@ CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         index_topk=128,
     ),
 }
+# Neither engine can read what its blocks put out: four streams instead of one.
+STREAMS = "Gemma 3n"
+_STREAMS = transformers.Gemma3nTextConfig(
+    **_GELU | _TIED | {"intermediate_size": [96] * N_LAYER},
+    **_SLIDING,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    activation_sparsity_pattern=[0.0] * N_LAYER,
+    vocab_size_per_layer_input=len(VOCABULARY),
+    hidden_size_per_layer_input=256,
+    laurel_rank=64,
+    num_kv_shared_layers=0,
+)
 
 # The converter's own recognition of tokenizers knows published ones only, and some families insist on a
 # SentencePiece file. What it does with weights and hyperparameters is left as it is.
@@ -166,7 +195,7 @@ for folder, file in jobs:
 def network(name: str) -> transformers.PreTrainedModel:
     """The random network of a case, F32, in evaluation mode: the same weights at every call."""
     torch.manual_seed(3)
-    config = CASES[name]()
+    config = _STREAMS if name == STREAMS else CASES[name]()
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,18 @@ import pytest
 import torch
 import transformers
 from architectures import llama as exact_llama
+from families import STREAMS, write_gguf
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import capture as capture_module
+from rs_gguf import lora
 from rs_gguf.activation_store import ActivationStore
-from rs_gguf.adapter import writer_inputs
+from rs_gguf.adapter import fit_gates, writer_inputs
 from rs_gguf.capture import Arrays, Conversation, capture, capture_all, capture_constant, writers_of
 from rs_gguf.capture import captured as captured_of
+from rs_gguf.errors import InputError
 from rs_gguf.estimators import MeanDifference, WeightedRidgeMeanDifference, fit_paths
+from rs_gguf.labels import Labels
 from rs_gguf.llama import LlamaModel
 from rs_gguf.targets import TorchModel
 
@@ -218,6 +223,71 @@ def test_pytorch_gives_block_outputs_alone(network: tuple[Path, Any], captured: 
     arrays = capture(TorchModel(network[0]), conversations(), len(PREFIX), seed=7)
     assert set(arrays) == {"activations"}
     assert distance(arrays["activations"], captured["activations"]) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_gguf(["Gemma 4", "Granite", STREAMS], tmp_path_factory.mktemp("families"))
+
+
+def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[str, Path]) -> None:
+    """Heads of Gemma 4 are twice as wide in every other block."""
+    with LlamaModel(families["Gemma 4"], n_parallel=3, n_ctx=512, n_threads=1) as model:
+        arrays = capture(model, conversations(), len(PREFIX), seed=7)
+        constant = capture_constant(model, conversations()[0].prompt, len(PREFIX))
+    assert arrays.keys() == {"activations", *(f"ffn_down/{rows}" for rows in ("last", "prompts", "answers"))}
+    assert constant.keys() == {"ffn_down/constant"}
+
+
+def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> None:
+    talks = [Conversation(c.prompt, [], quiet=False) for c in conversations()]
+    message = "architecture 'gemma3n'.*activations cannot be read"
+    with (
+        LlamaModel(families[STREAMS], n_parallel=3, n_ctx=512, n_threads=1) as model,
+        pytest.raises(InputError, match=message),
+    ):
+        capture(model, talks, len(PREFIX), seed=7)
+    with pytest.raises(InputError, match=message):
+        capture(TorchModel(families[STREAMS].with_suffix("")), talks, len(PREFIX), seed=7)
+
+
+def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    """Granite adds half of each product here."""
+    talks, layer, strength = conversations(48), 2, 0.5
+    kinds = ["sensitive", "benign", "harmful"] * 16
+    confidence = np.where(np.arange(48) % 6 < 3, 0.9, -0.9)
+    with LlamaModel(families["Granite"], n_parallel=8, n_ctx=2048, n_threads=1) as model:
+        read = capture(model, talks, len(PREFIX), seed=7)
+        constant = capture_constant(model, talks[0].prompt, len(PREFIX))
+        inputs = {"ffn_down": writers_of([read], constant)["ffn_down"]}
+        gates = fit_gates(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
+        factors = gates.factors(1.0, layer, layer, strength)
+        lora.write(lora.LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
+        with model.steered(adapters=[(tmp_path / "gate.gguf", 1.0)]):
+            steered = capture(model, talks, len(PREFIX), seed=7)
+    moved = (steered["activations"] - read["activations"])[::3, layer].mean(axis=0)
+    promised = -strength * gates.contrast[layer]
+    assert np.linalg.norm(moved - promised) < 0.02 * np.linalg.norm(promised)
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "expected"),
+    [
+        ("granitemoe", {"granitemoe.residual_scale": "0.220000"}, 0.22),
+        ("granite", {}, 1.0),
+        ("granite", {"granite.residual_scale": "0.000000"}, 1.0),
+        ("minicpm", {"minicpm.residual_scale": "0.300000"}, 0.3),
+        ("minicpm", {}, 0.35),
+        ("minicpm3", {"minicpm3.residual_scale": "0.300000"}, 0.35),  # llama.cpp does not read it there
+        ("minimax-01", {"minimax-01.residual_scale": "3.500000"}, 1.0),  # of the residual, not the product
+        ("qwen2", {}, 1.0),
+    ],
+)
+def test_what_llama_cpp_scales_products_by(family: str, metadata: dict[str, str], expected: float) -> None:
+    model: Any = SimpleNamespace(architecture=family, metadata=metadata, n_layer=16)
+    assert capture_module._product_scale(model) == pytest.approx(expected)
 
 
 def test_directions_are_those_of_pytorch(network: tuple[Path, Any]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rs_gguf import files
 from rs_gguf.control_vector import check, read, write
 from rs_gguf.convert import combine, convert, cosines
 from rs_gguf.errors import InputError
@@ -46,6 +47,22 @@ def write_gguf(path: Path, tensors: dict[str, npt.NDArray[Any]], **metadata: Any
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_metadata_of_the_source_do_not_pass_for_ours(tmp_path: Path) -> None:
+    """A key of one of our names is a stranger's word, not what was found."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    for key in ("file", "sha256", "format", "note"):
+        writer.add_string(key, "forged")
+    writer.add_tensor("direction.1", rows(1)[1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = convert(tmp_path / "v.gguf", "repeng").vector.provenance
+    assert (found["source.file"], found["source.format"]) == ("v.gguf", "repeng")
+    assert found["source.sha256"] == files.sha256(tmp_path / "v.gguf")
+    assert found["source.note"] == "forged"
 
 
 def write_directions(path: Path, directions: dict[int, npt.NDArray[Any]], **metadata: Any) -> Path:
@@ -213,6 +230,11 @@ def test_combine_sums_like_llama_cpp_loading_several_files() -> None:
     assert both.layers == [1, 2, 4]
     assert all(np.array_equal(both.directions[layer], buffer[layer - 1]) for layer in both.layers)
     assert both.architecture == "qwen2"
+    forged = SteeringVector(rows(1), {"weight": 7.0, "architecture": "llama"}, "qwen2")
+    assert combine([(forged, 0.3)]).provenance == {
+        "combine.0.architecture": "qwen2",
+        "combine.0.weight": 0.3,
+    }
     assert both.provenance == {
         "combine.0.architecture": "qwen2",
         "combine.0.method": "md",

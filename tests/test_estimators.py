@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from sklearn.base import clone
 from sklearn.covariance import ledoit_wolf, oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from rs_gguf.adapter import WriterInputs
 from rs_gguf.constrained import (
     ContrastRidge,
     ResidualRidge,
@@ -37,6 +39,10 @@ from rs_gguf.estimators import (
     fit_paths,
     ridge_path,
 )
+from rs_gguf.fitting import Samples, fit, load_directions, load_gates
+from rs_gguf.prompts import Prompt
+from rs_gguf.recipe import Fit, Recipe
+from rs_gguf.search_space import Candidate
 
 FOUR = [MeanDifference, WeightedMeanDifference, RidgeMeanDifference, WeightedRidgeMeanDifference]
 FIVE = [*FOUR, UncentredWeightedRidgeMeanDifference]
@@ -407,8 +413,8 @@ def test_errors_say_what_is_wrong():
         md.fit(activations, -np.abs(confidence))
     with pytest.raises(InputError, match="'answered'"):
         md.fit(activations, confidence, sample_weight=(confidence > 0).astype(float))
-    with pytest.raises(InputError, match=r"layer 0.*same mean"):
-        md.fit(np.ones((120, 1, 4)), confidence)
+    with pytest.raises(InputError, match=r"at any layer.*same mean"):
+        md.fit(np.ones((120, 2, 4)), confidence)
     with pytest.raises(InputError, match="120 samples of activations and 119"):
         md.fit(activations, confidence[:-1])
     with pytest.raises(InputError, match=r"\[-1, 1\]"):
@@ -593,6 +599,48 @@ def test_harm_cosine_is_that_of_the_mean_contrasts():
     none = np.where(np.array(kinds) == "harmful", -np.abs(confidence), confidence)
     found = MeanDifference().fit(activations, none, kinds=kinds)
     assert np.isnan([found.harm_cosine_, found.contrast_cosine_]).all()
+
+
+ROUNDED = 1 + 1e-7 * np.random.default_rng(3).standard_normal((240, 12))  # by what shares a batch
+
+
+@pytest.mark.parametrize("same", [np.ones((240, 12)), ROUNDED], ids=["same", "rounded"])
+@pytest.mark.parametrize("kind", [*FIVE, *SAFE])
+def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(kind, same):
+    activations, confidence, kinds, _ = labelled()
+    fitted = kind().fit(activations, confidence, kinds=kinds)
+    broken = np.insert(activations, 1, same, axis=1)
+    found = kind().fit(broken, confidence, kinds=kinds)
+    assert not found.directions_[1].any()
+    np.testing.assert_array_equal(found.directions_[[0, 2]], fitted.directions_)
+    assert np.isnan([found.harm_cosine_[1], found.contrast_cosine_[1]]).all()
+    assert np.isfinite(found.offset_).all()
+
+
+def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
+    """As in LFM2, whose first convolutions see nothing but the end of the chat template."""
+    activations, confidence, kinds, _ = labelled()
+    activations = np.insert(activations, 0, np.ones((2, 240, 12)), axis=1).astype(np.float32)
+    asked = [Prompt(str(i), kind) for i, kind in enumerate(kinds)]
+    inputs = WriterInputs(activations, activations[:8], activations[:0], activations[:2])
+    recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5], gate_ridges=[1.0]))
+    fit(
+        Samples(asked, activations, confidence, {"ffn_down": inputs}),
+        recipe,
+        tmp_path,
+        advance=lambda _: None,
+    )
+    for row in json.loads((tmp_path / "fit.json").read_text())["directions"]:
+        assert np.isfinite([row["score"], row["auroc"]]).all()
+        assert row["auroc"][:2] == [0.5, 0.5]
+    for directions in load_directions(tmp_path, recipe).values():
+        whole = Candidate("md", 0.5, 1, 3, 6.0).steering(directions)
+        alive = Candidate("md", 0.5, 2, 3, 6.0).steering(directions)
+        assert list(whole) == list(alive) == [2, 3]
+        for layer in whole:
+            np.testing.assert_array_equal(whole[layer], alive[layer])
+        assert Candidate("md", 0.5, 1, 1, 6.0).steering(directions) == {}
+    assert list(load_gates(tmp_path).factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
 
 
 def test_safe_errors():

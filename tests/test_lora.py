@@ -15,7 +15,7 @@ from adapters import factors, llama_logits, random_adapter, torch_logits
 from gguf import GGUFValueType
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import files, lora
+from rs_gguf import files, lora, peft_export
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
@@ -35,7 +35,7 @@ def foreign(
     tensors: dict[str, npt.NDArray[Any]] | None = None,
     *,
     architecture: str = "qwen2",
-    **metadata: tuple[Any, GGUFValueType] | None,
+    **metadata: tuple[Any, *tuple[GGUFValueType, ...]] | None,
 ) -> Path:
     """A sound adapter as another tool might write it, but for what is given; `__` stands for a dot."""
     a, b = factors(1, 6, 4)
@@ -282,6 +282,23 @@ def test_other_tools_half_floats_and_alpha_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.factors[DOWN][1], 8 * b.astype(F16).astype(np.float32))
 
 
+def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_path: Path) -> None:
+    tokens = ([5, 6], GGUFValueType.ARRAY, GGUFValueType.UINT32)
+    path = foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens)
+    report = lora.check(path)
+    assert report.valid
+    assert "is an aLoRA" in report.warnings[0]
+    found = lora.read(path)
+    for use in (
+        lambda: lora.write(found, tmp_path / "b.gguf"),
+        lambda: lora.combine([(found, 1.0)]),
+        lambda: peft_export.export(found, "none", tmp_path / "peft"),
+    ):
+        with pytest.raises(InputError, match="is an aLoRA"):
+            use()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -> None:
     """Those of other tools change every matrix of a large model at rank 16."""
     a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)
@@ -313,7 +330,9 @@ def test_norms_and_cosines_are_those_of_the_products() -> None:
 
 def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
     other = LoraAdapter(
-        {DOWN: factors(1, 6, 4, seed=9), "blk.7.ffn_up.weight": factors(1, 4, 6)}, "qwen2", {"k": 1}
+        {DOWN: factors(1, 6, 4, seed=9), "blk.7.ffn_up.weight": factors(1, 4, 6)},
+        "qwen2",
+        {"k": 1, "weight": 7},
     )
     total = lora.combine([(FULL, 0.5), (other, -2.0)])
     assert set(total.factors) == set(FULL.factors) | set(other.factors)
@@ -327,6 +346,7 @@ def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
     assert total.provenance["combine.0.weight"] == 0.5
     assert total.provenance["combine.0.method"] == "gate"
     assert total.provenance["combine.1.k"] == 1
+    assert total.provenance["combine.1.weight"] == -2.0
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,17 @@ LLAMA = transformers.LlamaConfig(**DENSE)
 FALCON = transformers.FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 LFM2 = transformers.Lfm2Config(**DENSE, layer_types=["conv", "full_attention"])
 MOE = transformers.Qwen3MoeConfig(**DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+TOWERS = transformers.Gemma3Config(
+    text_config=DENSE,
+    vision_config={
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+)
 GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)
 
 
@@ -121,6 +132,14 @@ GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)
         ),
         (LFM2, "lfm2", ("model.layers.1.self_attn.out_proj", "model.layers.1.feed_forward.w2")),
         (MOE, "qwen3moe", ("model.layers.1.self_attn.o_proj",)),
+        (  # with eyes
+            TOWERS,
+            "gemma3",
+            (
+                "model.language_model.layers.1.self_attn.o_proj",
+                "model.language_model.layers.1.mlp.down_proj",
+            ),
+        ),
         # llama.cpp's name of it does not follow from that of transformers.
         (
             transformers.HunYuanDenseV1Config(**DENSE),

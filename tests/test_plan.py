@@ -157,11 +157,11 @@ def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
         assert shape.bytes_read(tokens) == pytest.approx(2 * (100 + 100 * np.mean(used)), rel=0.02)
 
 
-def _file(path: Path, family: str, tensors: dict[str, tuple[int, ...]], **values: int) -> Path:
+def _file(path: Path, family: str, tensors: dict[str, tuple[int, ...]], **values: float) -> Path:
     """A header with tensors of these shapes (outputs first) and nothing behind it."""
     writer = GGUFWriter(path, family)
     for key, value in values.items():
-        writer.add_uint32(f"{family}.{key}", value)
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{family}.{key}", value)
     for name, shape in tensors.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
     writer.write_header_to_file()
@@ -271,10 +271,19 @@ def test_a_header_cut_anywhere_is_one_error_or_the_shape(tiny: Path, tmp_path: P
             {"token_embd.weight": (9, 4), "blk.0.attn_output.weight": (4, 4), "blk.0.attn_k.weight": (4,)},
             {"block_count": 1, "embedding_length": 4},
         ),
+        ({"token_embd.weight": (9, 4)}, {"block_count": math.inf, "embedding_length": 4}),
+        (
+            {"token_embd.weight": (9, 4)},
+            {"block_count": 1, "embedding_length": 4, "expert_count": 4, "expert_used_count": 8},
+        ),
+        (
+            {"token_embd.weight": (9, 4), "output.weight": (0, 4)},
+            {"block_count": 1, "embedding_length": 4},
+        ),
     ],
 )
 def test_a_header_without_a_language_model(
-    tensors: dict[str, tuple[int, ...]], values: dict[str, int], tmp_path: Path
+    tensors: dict[str, tuple[int, ...]], values: dict[str, float], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"m\.gguf"):
         shapes.of_gguf(_file(tmp_path / "m.gguf", "none", tensors, **values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import files, lora
 from rs_gguf.control_vector import check, write
+from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
-from rs_gguf.proof import TOLERANCE, prove_vector
+from rs_gguf.proof import TOLERANCE, prove_adapter, prove_vector
 from rs_gguf.steering import SteeringVector
 
 N_LAYER, WIDTH = 4, 32
@@ -141,3 +143,13 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
     shown = prove_vector(vector(1, 2, 3), model)
     assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
     assert shown.relative_error["2"] == pytest.approx(1.0)
+
+
+def test_a_proof_without_a_place_for_drafts_says_so(
+    model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.gguf"
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
+        prove_adapter(path, model)
