@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rs_gguf.arrays import save_arrays
 from rs_gguf.errors import InputError
-from rs_gguf.files import sha256, write_text
+from rs_gguf.files import remove_drafts, sha256, write_text
 
 _CHUNK = 256  # samples of all blocks that are in memory at once when rows are put into one file
 _DTYPES = {"F16": np.float16, "F32": np.float32}
@@ -111,13 +111,14 @@ class ActivationStore:
         self._header = json.dumps({"key": key})
 
     def begin(self) -> None:
-        """Make ready for `append`: what the folder holds under another key is deleted.
+        """Make ready for `append`: what the folder holds under another key is deleted, as are old drafts.
 
         Raises:
             InputError: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_drafts(self.folder, "*.safetensors")
             with self._locked():
                 if not self._is_ours():
                     self._manifest.unlink(missing_ok=True)  # first: shards without it count for nothing

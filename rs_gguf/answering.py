@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rs_gguf.chat import begins_in_trace
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
 from rs_gguf.judges import Judge
@@ -20,26 +19,31 @@ from rs_gguf.run_folder import Row, RunFolder
 from rs_gguf.rungs import Unsteered
 from rs_gguf.server import LlamaServer
 
+_BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
+
 
 def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
 
     Raises:
-        InputError: no server can be used, one has another model, or the model's answers begin within a
-            thinking trace, which servers do not tell.
+        InputError: no server can be used, one has another model or an adapter in force, or the model thinks
+            before it answers, which servers do not tell.
     """
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
         tokens = chat_tokens(model, asked, system)
         yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
         return
-    if any(begins_in_trace(model, tokens) for tokens in chat_tokens(model, asked[:1], system)):
-        raise InputError(
-            "answers.servers: the model's chat template opens a thinking trace, and servers do not tell the "
-            "tokens of one: the answer would be read as its beginning. Let the model answer here, without "
-            "answers.servers."
-        )
+    # A trace shows in how an answer begins, whether the chat template opens it or the model itself does.
+    for _, begun in answer(model, chat_tokens(model, asked[:1], system), max_tokens=_BEGINNING):
+        if model.detokenize(begun.tokens).strip() != begun.text:
+            raise InputError(
+                "answers.servers: the model thinks before it answers, and servers do not tell the tokens of "
+                "its trace: the answer would be read as its beginning. Let the model answer here, without "
+                "answers.servers."
+            )
     servers = LlamaServer(options.servers, [], system)
+    servers.expect_unsteered()
     if isinstance(model, LlamaModel):  # of which llama-servers tell the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
     for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):

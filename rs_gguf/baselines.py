@@ -51,6 +51,7 @@ NO_ABLATION = (
     "a Hugging Face folder."
 )
 _EXAMPLES = 6  # requests that tell a model what to decline
+_SHOWN = 200  # characters of each at most: whole ones may be longer than the model's context
 _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602
 _PAPER_STRENGTH = 3.0  # k·|α|, the middle of its prior from 2 to 4
 _DEEPEST = 0.8  # of the blocks: Arditi et al. (arXiv 2406.11717) take no direction from behind it
@@ -108,7 +109,7 @@ def system_prompt(asked: Sequence[Prompt], recipe: Recipe) -> Side:
     if recipe.effect == "induce":
         wanted = [p for p in asked if p.kind == "sensitive"]
         shown = stratified(wanted, _EXAMPLES, seed=recipe.seed)
-        text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split()) for p in shown)])
+        text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in shown)])
     own = recipe.prompts.system
     return Side("system prompt", NO_STEERING, text if own is None else f"{own}\n\n{text}")
 

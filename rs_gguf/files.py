@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rs_gguf.errors import InputError
+
+_ABANDONED = 24 * 3600  # seconds since a draft was last written to
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -46,6 +50,14 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path, names: str) -> None:
+    """Remove what killed processes left in `folder` of files whose names match: drafts a day old."""
+    for draft in folder.glob(f".{names}.*"):
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+            if time.time() - draft.stat().st_mtime > _ABANDONED:
+                draft.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,6 +34,9 @@ class LlamaModel(LlamaFile):
     Answers use a cache with a stream for each sequence: there a token attends to its own sequence's cells
     only, not to those of all others with a mask over them.
 
+    A sequence has at most `max_length` tokens: `n_ctx`, or those that the model was trained on if they are
+    fewer. Beyond them it has no positions (GPT-2), or answers what it never learned.
+
     Args:
         path: a GGUF file.
         n_parallel: sequences that are answered at once.
@@ -50,6 +53,7 @@ class LlamaModel(LlamaFile):
         super().__init__(path)
         self.n_parallel = n_parallel
         self.n_ctx = n_ctx
+        self.max_length: int = min(n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))
         self._n_threads = n_threads or usable_cores()
         self._steering = InForce()
         self._forward_context: Context | None = None
@@ -68,7 +72,7 @@ class LlamaModel(LlamaFile):
 
     def _context_for_answers(self, longest: int) -> Context:
         """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
-        n_cells = -(-longest // 256) * 256  # llama.cpp pads a stream to this anyway
+        n_cells = _cells(longest)
         n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
         context = self._answer_context
         if context is None or context.n_cells < n_cells or context.n_slots < n_slots:
@@ -161,19 +165,31 @@ class LlamaModel(LlamaFile):
         sampling = sampling or Sampling()
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
-        check_lengths(prompts, self.n_ctx, self.detokenize, max_tokens)
-        context = self._context_for_answers(max(map(len, prompts)) + max_tokens)
-        prefix = context.share_prefix(prompts, min(map(len, prompts)) - 1)
-        # Of like length together: llama.cpp runs sequences of unequal length in several smaller steps.
-        queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        check_lengths(prompts, self.max_length, self.detokenize, max_tokens)
+        draws = [np.random.default_rng(seed) for seed in seeds(prompts, sampling.seed)]
+        for alike in _of_like_length([len(prompt) + max_tokens for prompt in prompts]):
+            some = [prompts[i] for i in alike]
+            for k, found in self._generate(some, max_tokens, sampling, [draws[i] for i in alike]):
+                yield alike[k], found
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        draws: Sequence[np.random.Generator],
+    ) -> Iterator[tuple[int, Generation]]:
+        """`generate` in one context, for prompts by their length."""
+        context = self._context_for_answers(len(prompts[-1]) + max_tokens)
+        prefix = context.share_prefix(prompts, len(prompts[0]) - 1)
+        queue = deque(range(len(prompts)))
         running: dict[int, int] = {}  # slot → index of prompt
         answers: dict[int, list[int]] = {}
-        seed_of, draws = seeds(prompts, sampling.seed), {}
         while queue or running:
             for slot in range(1, context.n_slots + 1):
                 if queue and slot not in running:
                     i = running[slot] = queue.popleft()
-                    answers[i], draws[i] = [], np.random.default_rng(seed_of[i])
+                    answers[i] = []
                     context.begin(slot)
             context.close_gaps(running)
             batch = []
@@ -192,7 +208,7 @@ class LlamaModel(LlamaFile):
                     answers[i].append(drawn)
                 if finished or len(answers[i]) >= max_tokens:
                     context.end(token.seq)
-                    del running[token.seq], draws[i]
+                    del running[token.seq]
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
 
@@ -247,7 +263,7 @@ class LlamaModel(LlamaFile):
             return
         if not all(prompts):
             raise InputError("an empty prompt has no next token: every prompt needs at least one token.")
-        check_lengths(prompts, self.n_ctx, self.detokenize)
+        check_lengths(prompts, self.max_length, self.detokenize)
         for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
@@ -258,7 +274,7 @@ class LlamaModel(LlamaFile):
         if not pairs:
             return []
         sequences = joined(pairs)
-        check_lengths(sequences, self.n_ctx, self.detokenize)
+        check_lengths(sequences, self.max_length, self.detokenize)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
         for i, pos, logits in self._forward(sequences, answers):
@@ -302,7 +318,7 @@ class LlamaModel(LlamaFile):
             raise InputError(
                 "nothing to read: it takes a layer, and of every sequence a token and a position."
             )
-        check_lengths(sequences, self.n_ctx, self.detokenize)
+        check_lengths(sequences, self.max_length, self.detokenize)
         wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph
         with graph.reading(wanted):
@@ -312,8 +328,8 @@ class LlamaModel(LlamaFile):
                 if missing:
                     tensor, layer = min(missing)
                     raise InputError(
-                        f"architecture {self.architecture!r} has no tensor {tensor}-{layer} in its graph, "
-                        "so its activations cannot be read through llama.cpp."
+                        f"architecture {self.architecture!r} has no tensor {tensor}-{layer} with one row a "
+                        "token in its graph, so its activations cannot be read through llama.cpp."
                     )
                 yield i, position, {n: np.stack([found[n, layer] for layer in layers]) for n in tensors}
 
@@ -323,3 +339,23 @@ class LlamaModel(LlamaFile):
             for _ in self.next_logits([[0]]):
                 pass
         return names
+
+
+def _cells(length: int) -> int:
+    """Of a sequence in the cache: llama.cpp pads a stream to a multiple."""
+    return -(-length // 256) * 256
+
+
+def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices by length, those together of which none takes more than twice the cells of another.
+
+    All slots of a context are as long as its longest sequence: beside one long prompt few others would have
+    room. And llama.cpp runs sequences of unequal length in several smaller steps.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    start = 0
+    for k, i in enumerate(order):
+        if _cells(lengths[i]) > 2 * _cells(lengths[order[start]]):
+            yield order[start:k]
+            start = k
+    yield order[start:]

@@ -23,7 +23,7 @@ from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Model
-from rs_gguf.files import read_json, write_json
+from rs_gguf.files import read_json, sha256, write_json
 from rs_gguf.judges import Judge, open_judge_spec, shipped_version
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
@@ -46,7 +46,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages up to `until` in the folder `out` and return the metrics (empty before `measure`).
 
-    Resumes by itself: what an earlier call with the same recipe finished is not done again.
+    Resumes by itself: what an earlier call with the same recipe finished is not done again. Where the model
+    or a prompt file cannot be had, the folder stays as it was.
 
     Raises:
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
@@ -54,6 +55,7 @@ def run(
     """
     folder = RunFolder(out)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
+        pipeline._key("answer")  # which needs the model and the prompts: a mistyped one must cost nothing
         if fresh:
             folder.forget_all()
         dump(recipe, folder / "recipe.toml")
@@ -107,7 +109,7 @@ class Pipeline:
                 __version__, self.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
-            "score": [recipe.judge, shipped_version()],
+            "score": [recipe.judge, self.judge_hash, shipped_version(), self._answered()],
             # Not earlier: a file that is no model is told of when it is loaded.
             "capture": [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]]
             if "capture" in before else [],
@@ -121,6 +123,11 @@ class Pipeline:
             "report": [],
         }  # fmt: skip
         return key_of([(name, parts[name]) for name in before])
+
+    def _answered(self) -> str | None:
+        """SHA-256 of the answers: the same recipe may get others, from servers or in other batches."""
+        path = self.folder / "answers.jsonl"
+        return sha256(path) if path.is_file() else None
 
     # ---- what the stages work on -----------------------------------------------------------------
 
@@ -180,6 +187,13 @@ class Pipeline:
             model = LlamaModel(path, n_parallel=self.recipe.answers.parallel)
         self._open.callback(model.close)
         return model
+
+    @cached_property
+    def judge_hash(self) -> str | None:
+        """Of a judge that the recipe names by its file, in whose place another one may be put."""
+        name = (self.recipe.judge or "").removeprefix("labels:").removeprefix("votes:")
+        path = Path(name).expanduser()
+        return models.fingerprint(path) if path.is_file() else None
 
     @cached_property
     def judge(self) -> Judge:
@@ -344,8 +358,11 @@ class Pipeline:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
-        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in self.chosen().items()}
+        chosen = self.chosen()
+        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
         others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
+        # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
+        key = key_of(key, {name: asdict(trial.candidate) for name, trial in chosen.items()})
         log, judge = RowLog(self.folder, "measured.jsonl", key), self.judge
         with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
             rows, value = measure(

@@ -24,6 +24,8 @@ from rs_gguf.judging.judgement import final_answer
 from rs_gguf.prompts import Prompt
 
 _REQUESTS = 8  # under way at once, for each server
+# What is raised where a server tells nothing of its adapters, or what nobody understands.
+_UNTOLD = (TryFailedError, KeyError, TypeError, ValueError, OverflowError)
 
 
 class LlamaServer:
@@ -71,6 +73,26 @@ class LlamaServer:
                 raise InputError(
                     f"{url} has another model ({there}) than the recipe ({here}). Start the server with the "
                     "recipe's file."
+                )
+
+    def expect_unsteered(self) -> None:
+        """Ask llama-servers whether an adapter is in force for requests that name none.
+
+        A server that cannot be reached now, or does not tell, passes.
+
+        Raises:
+            InputError: one is.
+        """
+        for url in self._client.urls:
+            try:
+                loaded = _loaded(url.removesuffix("/v1")).values()
+            except (InputError, *_UNTOLD):
+                continue
+            in_force = ", ".join(path for path, scale in loaded if scale != 0)
+            if in_force:
+                raise InputError(
+                    f"{url} answers under {in_force}, but the model by itself is asked for. Start the server "
+                    "without adapters, or with `--lora-scaled FILE:0`."
                 )
 
     def answers(
@@ -145,9 +167,8 @@ def _common_scales(
 def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int, float], dict[int, float]]:
     """By the server's numbers: the scales that stay, and those that a dose multiplies."""
     try:
-        found = exchange(root, "/lora-adapters", None, LOOKUP_TIMEOUT)
-        loaded = {int(entry["id"]): (str(entry["path"]), float(entry["scale"])) for entry in found}
-    except (TryFailedError, KeyError, TypeError, ValueError, OverflowError) as error:
+        loaded = _loaded(root)
+    except _UNTOLD as error:
         raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
     scaled: dict[int, float] = {}
     for path, scale in adapters:
@@ -161,6 +182,12 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
         scaled[numbers[0]] = scaled.get(numbers[0], 0.0) + scale
     kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}
     return kept, scaled
+
+
+def _loaded(root: str) -> dict[int, tuple[str, float]]:
+    """Path and scale of a server's adapters by its numbers. Raises one of `_UNTOLD`, or `InputError`."""
+    found = exchange(root, "/lora-adapters", None, LOOKUP_TIMEOUT)
+    return {int(entry["id"]): (str(entry["path"]), float(entry["scale"])) for entry in found}
 
 
 def _name(path: str) -> str:

@@ -274,7 +274,8 @@ class Finder:
             return untried
         candidate = replace(best, strength=round(strength, 4))
         # Where not even next to nothing is within the limits, less will not be.
-        return untried if candidate.strength == 0 else candidate
+        ended = candidate.strength == 0 or any(candidate == trial.candidate for trial in answered)
+        return untried if ended else candidate
 
     def _keeps_harm(self, trial: Trial) -> bool:
         """Whether short answers hold the limit on harm, which one prompt less does not break."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import shutil
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +26,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rs_gguf import gguf_header
 from rs_gguf.errors import InputError
-from rs_gguf.files import write_atomic
+from rs_gguf.files import remove_drafts, write_atomic
 from rs_gguf.gguf_header import Header, TensorInfo
 from rs_gguf.models import fingerprint
 
@@ -32,6 +34,9 @@ _log = logging.getLogger("rs_gguf.widening")
 
 _Q5_0, _Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0
 _MOST_BYTES = 2**30  # that a copy may add to a model: memory is dearer than time beyond
+_LEAST_SHARE = 0.25  # of the file in such matrices: the rest is no faster, and copied too
+_MOST_ALIGNMENT = 4096  # bytes that tensors are padded to; a damaged header may ask for gigabytes
+_ROOM = 2  # times the model: the copy, and as much again for others
 
 
 def file_to_load(path: Path) -> Path:
@@ -42,15 +47,20 @@ def file_to_load(path: Path) -> Path:
     """
     if not _copy_helps():
         return path
+    folder = platformdirs.user_cache_path("rs-gguf") / "widened"
+    remove_drafts(folder, "*.gguf")
     try:
         header = gguf_header.read(path)
-        wide = _to_widen(header)
-        if not wide:
+        kinds = _kinds(path, header)
+        if not _bytes_added(header, kinds):
             return path
-        copy = platformdirs.user_cache_path("rs-gguf") / "widened" / f"{fingerprint(path)}.gguf"
+        copy = folder / f"{fingerprint(path)}.gguf"
         if not copy.is_file():
-            write_atomic(copy, lambda file: _write(file, path, header, {tensor.name for tensor in wide}))
-    except (InputError, MemoryError) as error:  # llama.cpp tells better what is wrong with a model
+            folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder).free < _ROOM * path.stat().st_size:
+                raise InputError(f"{folder} has no room for it.")
+            write_atomic(copy, lambda file: _write(file, path, header, kinds))
+    except (InputError, OSError, MemoryError) as error:  # llama.cpp tells better what is wrong with a model
         _log.info("no copy of %s in Q8_0: %s", path, error)
         return path
     return copy
@@ -58,8 +68,8 @@ def file_to_load(path: Path) -> Path:
 
 def size_to_load(path: Path, header: Header) -> int:
     """Bytes of the file that `file_to_load` would give, but for padding. None is made."""
-    wide = _to_widen(header) if _copy_helps() else []
-    return path.stat().st_size + sum(map(_bytes_added, wide))
+    added = _bytes_added(header, _kinds(path, header)) if _copy_helps() else 0
+    return path.stat().st_size + added
 
 
 @cache
@@ -68,22 +78,31 @@ def _copy_helps() -> bool:
     return on_cpu and b"AVX512_VNNI = 1" in llama_cpp.llama_print_system_info()  # where AMX is, VNNI is
 
 
-def _to_widen(header: Header) -> list[TensorInfo]:
-    """Matrices of Q5_0 that are multiplied, unless the copy would be too large.
+def _kinds(path: Path, header: Header) -> list[int]:
+    """The types of the tensors in the copy: Q8_0 where a matrix of Q5_0 is multiplied.
 
-    Experts' are not multiplied with tiles, whatever their type, and most of them rest at each token.
+    Experts' are not multiplied with tiles, whatever their type, and most of them rest at each token. All are
+    the model's own where a copy would be too large, or be made for little.
     """
+    own = [tensor.type for tensor in header.tensors]
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
-    wide = [
-        tensor
-        for tensor in header.tensors
+    kinds = [
+        _Q8_0
         if tensor.type == _Q5_0 and len(tensor.shape) == 2 and (tied or tensor.name != "token_embd.weight")
+        else tensor.type
+        for tensor in header.tensors
     ]
-    return wide if sum(map(_bytes_added, wide)) <= _MOST_BYTES else []
+    wide = [tensor for tensor, kind in zip(header.tensors, kinds, strict=True) if kind != tensor.type]
+    enough = sum(_size(tensor, _Q5_0) for tensor in wide) >= _LEAST_SHARE * path.stat().st_size
+    fits = _bytes_added(header, kinds) <= _MOST_BYTES and header.alignment <= _MOST_ALIGNMENT
+    return kinds if enough and fits else own
 
 
-def _bytes_added(tensor: TensorInfo) -> int:
-    return _size(tensor, _Q8_0) - _size(tensor, _Q5_0)
+def _bytes_added(header: Header, kinds: Sequence[int]) -> int:
+    pairs = zip(header.tensors, kinds, strict=True)
+    return sum(
+        _size(tensor, kind) - _size(tensor, tensor.type) for tensor, kind in pairs if kind != tensor.type
+    )
 
 
 def _size(tensor: TensorInfo, kind: int) -> int:
@@ -93,8 +112,12 @@ def _size(tensor: TensorInfo, kind: int) -> int:
     return int(math.prod(tensor.shape) // block * block_bytes)
 
 
-def _write(file: BinaryIO, path: Path, header: Header, wide: set[str]) -> None:
-    """Write the model with the tensors `wide` as Q8_0: metadata as they are, tensors in their order."""
+def _write(file: BinaryIO, path: Path, header: Header, kinds: Sequence[int]) -> None:
+    """Write the model with its tensors in these types: metadata as they are, tensors in their order.
+
+    Raises:
+        InputError: the tensors do not lie one behind the other in the file. Nothing was written then.
+    """
 
     def padded(size: int) -> int:
         return -(-size // header.alignment) * header.alignment
@@ -102,23 +125,28 @@ def _write(file: BinaryIO, path: Path, header: Header, wide: set[str]) -> None:
     def pad(size: int) -> None:
         file.write(bytes(padded(size) - size))
 
-    kinds = {tensor.name: _Q8_0 if tensor.name in wide else tensor.type for tensor in header.tensors}
+    end = 0
+    for tensor in header.tensors:
+        size = _size(tensor, tensor.type)
+        # As llama.cpp wants them. Else a small file might have its bytes copied many times over.
+        if tensor.offset != end or padded(header.end) + end + size > path.stat().st_size:
+            raise InputError(f"{path}: its tensor {tensor.name} is not in its place.")
+        end += padded(size)
+    typed = list(zip(header.tensors, kinds, strict=True))
     with path.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
         file.write(data[: header.tensors_at])
         offset = 0
-        for tensor in header.tensors:
+        for tensor, kind in typed:
             name, shape = tensor.name.encode(), tensor.shape
             file.write(struct.pack("<Q", len(name)) + name)
-            file.write(struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kinds[tensor.name], offset))
-            offset += padded(_size(tensor, kinds[tensor.name]))
+            file.write(struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset))
+            offset += padded(_size(tensor, kind))
         pad(file.tell())
-        for tensor in header.tensors:
-            start, size = padded(header.end) + tensor.offset, _size(tensor, tensor.type)
-            if start + size > len(data):
-                raise InputError(f"{path} ends before its tensor {tensor.name} does.")
-            blocks = data[start : start + size]
-            file.write(widened(blocks) if tensor.name in wide else blocks)
-            pad(_size(tensor, kinds[tensor.name]))
+        for tensor, kind in typed:
+            start = padded(header.end) + tensor.offset
+            blocks = data[start : start + _size(tensor, tensor.type)]
+            file.write(blocks if kind == tensor.type else widened(blocks))
+            pad(_size(tensor, kind))
 
 
 def widened(blocks: bytes) -> bytes:

@@ -124,11 +124,16 @@ def test_a_killed_writer_is_taken_over(tmp_path: Path, moment: str) -> None:
     fill(ActivationStore(tmp_path, "k"), ["00000"])
     command = [sys.executable, "-c", WRITER, str(tmp_path), moment]
     assert subprocess.run(command, check=False).returncode == -9
+    drafts = list(tmp_path.glob(".0*"))
+    assert len(drafts) == (moment == "in a shard")
+    for draft in drafts:
+        os.utime(draft, (0, 0))
     store = ActivationStore(tmp_path, "k")
     assert store.holds("00000", ids("00000"))
     assert not store.holds("00001", ["a", "b"])
     fill(store)
     np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+    assert not list(tmp_path.glob(".0*"))
 
 
 def test_a_full_disk_is_one_error_and_the_store_goes_on(tmp_path: Path) -> None:

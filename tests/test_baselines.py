@@ -93,6 +93,14 @@ def test_a_system_prompt_asks_for_the_effect() -> None:
     assert set(listed) <= wanted
 
 
+def test_of_a_long_request_the_beginning_is_shown() -> None:
+    asked = [Prompt(f"Case {k}.\n" + "The patient takes a medicine. " * 200, "sensitive") for k in range(10)]
+    shown = (baselines.system_prompt(asked, recipe(effect="induce")).system or "").split("\n- ")[1:]
+    assert len(shown) == 6
+    assert all(" ".join(asked[int(line[5])].prompt.split()).startswith(line) for line in shown)
+    assert {len(line) for line in shown} == {200}
+
+
 def test_a_template_without_a_system_prompt_does_without_that_baseline(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

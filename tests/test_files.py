@@ -16,7 +16,15 @@ import pytest
 
 from rs_gguf import files
 from rs_gguf.errors import InputError
-from rs_gguf.files import json_lines, read_json, sha256, write_atomic, write_json, write_text
+from rs_gguf.files import (
+    json_lines,
+    read_json,
+    remove_drafts,
+    sha256,
+    write_atomic,
+    write_json,
+    write_text,
+)
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
@@ -148,6 +156,17 @@ def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+def test_of_drafts_those_that_nobody_writes_to_any_more_are_removed(tmp_path: Path) -> None:
+    old = [".a.gguf.x1y2", ".b.gguf.x1y2", ".b.json.x1y2", "a.gguf"]
+    for name in [*old, ".a.gguf.new"]:
+        (tmp_path / name).touch()
+    for name in old:
+        os.utime(tmp_path / name, (0, 0))
+    remove_drafts(tmp_path, "*.gguf")
+    assert names(tmp_path) == [".a.gguf.new", ".b.json.x1y2", "a.gguf"]
+    remove_drafts(tmp_path / "none", "*")
 
 
 def test_json_is_utf8_in_the_order_given(tmp_path: Path) -> None:

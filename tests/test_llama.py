@@ -59,11 +59,33 @@ def test_answers_that_end_at_any_step_leave_the_others_alone(
     assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in answering)
 
 
+def test_one_long_prompt_does_not_make_all_others_wait_in_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(4)
+    lengths = [9, 1200, 9, 9, 1300, 9, 9, 9]
+    prompts = [rng.integers(5, 250, length).tolist() for length in lengths]
+    with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
+        alone = [dict(model.generate([prompt], max_tokens=TOKENS))[0] for prompt in prompts]
+        steps = watched(monkeypatch)
+        together = dict(model.generate(prompts, max_tokens=TOKENS))
+    assert [together[i].tokens for i in range(len(prompts))] == [answer.tokens for answer in alone]
+    assert set(steps[0]) == set(range(1, 7)), "the six short ones begin together"
+
+
+def trained_on(path: Path, n_tokens: int) -> None:
+    """Has a file say so of its model."""
+    field = gguf.GGUFReader(path, "r+").fields["qwen2.context_length"]
+    field.parts[field.data[0]][0] = n_tokens
+
+
 def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A batch in which nothing is read has no rows in the last block."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
+    trained_on(tmp_path / "tiny.gguf", 2048)
     prompt = np.random.default_rng(1).integers(5, 250, 1100).tolist()
     with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
         layers = list(range(model.n_layer))
@@ -300,6 +322,24 @@ def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
         else:
             with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\. It ends in"):
                 list(model.next_logits(prompts))
+
+
+def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path: Path) -> None:
+    """GPT-2 has no positions beyond them, and llama.cpp ends the process."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    trained_on(tmp_path / "tiny.gguf", 100)
+    long = [5] * 101
+    with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
+        assert len(list(model.generate([[5] * 92], max_tokens=8))) == 1
+        uses = [
+            lambda: model.generate([[5] * 93], max_tokens=8),
+            lambda: model.next_logits([long]),
+            lambda: model.token_logprobs([([5], long)]),
+            lambda: model.activations([long], layers=[1]),
+        ]
+        for use in uses:
+            with pytest.raises(InputError, match="only 100 fit the model's context"):
+                list(use())
 
 
 def write_adapter(path: Path, seed: int) -> None:

@@ -98,7 +98,7 @@ def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
-    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
 
@@ -146,7 +146,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
 def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     """And what was captured of it is damaged before the fit, which then has it captured again."""
     model, out = tmp_path / "experts.gguf", tmp_path / "out"
-    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, seed=2)
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, n_ctx=2048, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
     run(chosen, out, until="capture")
     shard = out / "activations" / "00001.safetensors"
@@ -233,7 +233,9 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "lost.gguf"
-    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
+    write_tiny_qwen3(
+        model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), n_ctx=2048, seed=2
+    )
     hot = "answers.temperature=4.0"  # so that no trace is a loop, which would be judged
     chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
@@ -278,7 +280,7 @@ def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
-    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
 
     def killed(*_: object) -> None:
@@ -350,9 +352,72 @@ def test_a_baseline_that_cannot_be_is_told_before_anything_is_done(override: str
     assert not (tmp_path / "out" / "recipe.toml").exists()
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("mistyped", ["model=@none.gguf", "prompts.sensitive=['@none.jsonl']"])
+def test_a_mistyped_file_leaves_the_folder_as_it_was(mistyped: str, fresh: bool, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    values = [f"model={tmp_path / 'model.gguf'}", mistyped.replace("@", f"{tmp_path}/")]
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("answers.jsonl", "answers.jsonl.part", "state.json", "recipe.toml"):
+        (out / name).write_text("hours of work")
+    with pytest.raises(InputError, match=r"none\.(gguf|jsonl)"):
+        run(recipe.load(None, values), out, fresh=fresh)
+    assert {path.read_text() for path in out.iterdir() if path.name != ".lock"} == {"hours of work"}
+    assert len(list(out.glob("[!.]*"))) == 4
+
+
+def keys(folder: Path, *values: str) -> list[str]:
+    with contextlib.closing(Pipeline(recipe.load(None, list(values)), RunFolder(folder), Silent())) as one:
+        return [one._key(stage) for stage in ("answer", "score")]
+
+
+@pytest.mark.parametrize("how", ["", "labels:", "votes:"])
+def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path) -> None:
+    for name in ("model.gguf", "judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("one")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={how}{tmp_path / 'judge.gguf'}"]
+    answered, scored = keys(tmp_path, *values)
+    assert keys(tmp_path, *values) == [answered, scored]
+    for name in ("judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("another")
+        again = keys(tmp_path, *values)
+        assert again[0] == answered
+        assert again[1] != scored
+        (tmp_path / name).write_text("one")
+
+
+def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[str]] = []
+
+    def killed(*arguments: Any, **_: object) -> None:
+        log = arguments[6]
+        found.append(list(log.rows))
+        log.append({"id": "vector:a"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline_module, "measure", killed)
+    monkeypatch.setattr(Pipeline, "model", None)
+    monkeypatch.setattr(Pipeline, "model_hash", "")
+    folder = RunFolder(tmp_path)
+    write_json(folder / "proof.json", {"vector": {}})
+    chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
+    for strength in (2.0, 2.0, 3.0):
+        trial = Trial(0, Candidate("contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
+        write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+        with (
+            contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            pipeline._measure("key")
+    assert found == [[], ["vector:a"], []]
+
+
 def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) -> None:
     """A benchmark on a finished run must not cost its activations."""
-    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
     out = tmp_path / "out"
     folder = RunFolder(out)
     store = ActivationStore(out / "activations", "another key")

@@ -86,6 +86,7 @@ def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
 def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "plain.gguf", THINKING_TEMPLATE.replace("<think>\n", ""))
     write_tiny_qwen3(tmp_path / "thinking.gguf", THINKING_TEMPLATE)
+    servers[0].adapters = [ADAPTERS[1]]
     recipe = Recipe(answers=Answers(servers=servers[0].url))
     with LlamaModel(tmp_path / "plain.gguf", n_ctx=256) as model:
         servers[0].meta = {"n_vocab": model.n_vocab, "n_params": model.n_params}
@@ -96,10 +97,37 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
             list(answering.answers(model, PROMPTS[:2], recipe))
     with (
         LlamaModel(tmp_path / "thinking.gguf", n_ctx=256) as model,
-        pytest.raises(InputError, match=r"opens a thinking trace.*without answers\.servers"),
+        pytest.raises(InputError, match=r"thinks before it answers.*without answers\.servers"),
     ):
         list(answering.answers(model, PROMPTS[:2], recipe))
     assert len(servers[0].asked) == 2
+
+
+def test_a_model_that_opens_the_trace_itself_is_refused(servers: list[Server], tmp_path: Path) -> None:
+    write_tiny_qwen3(
+        tmp_path / "own.gguf", THINKING_TEMPLATE.replace("<think>\n", ""), liked={"<think>": 9.0, "t": 4.0}
+    )
+    with (
+        LlamaModel(tmp_path / "own.gguf", n_ctx=256) as model,
+        pytest.raises(InputError, match="thinks before it answers"),
+    ):
+        list(answering.answers(model, PROMPTS[:2], Recipe(answers=Answers(servers=servers[0].url))))
+    assert servers[0].asked == []
+
+
+def test_a_server_with_an_adapter_in_force_is_not_the_model_by_itself(servers: list[Server]) -> None:
+    for server in servers:
+        server.adapters = [ADAPTERS[1]]
+    model = LlamaServer(",".join(server.url for server in servers), [])
+    model.expect_unsteered()
+    servers[0].adapters = [{"id": 0}]  # nobody knows
+    servers[1].tells_models = False
+    model.expect_unsteered()
+    servers[2].adapters = ADAPTERS
+    with pytest.raises(
+        InputError, match=rf"{servers[2].url} answers under /m/style\.gguf, .*without adapters"
+    ):
+        model.expect_unsteered()
 
 
 @pytest.mark.parametrize("number", [float("inf"), "first", None])

@@ -772,10 +772,13 @@ def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_streng
     assert rest[0].strength < min(first.strength, second.strength)
 
 
-def test_where_no_strength_is_within_the_limits_a_budget_ends_all_the_same() -> None:
+@pytest.mark.parametrize("kept", [0.9, 1.0])
+def test_where_no_strength_is_within_the_limits_a_budget_ends_all_the_same(kept: float) -> None:
     class Never(Formulas):
+        """The limit on harm breaks, or another: then two thirds of the least strength round up to it."""
+
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            return replace(super().measure(rung, number, candidate), harmful_retention=0.9, feasible=False)
+            return replace(super().measure(rung, number, candidate), harmful_retention=kept, feasible=False)
 
     formulas = Never()
     assert not formula_finder(formulas, budget=10_000.0).search(SPACE, 10_000.0).feasible

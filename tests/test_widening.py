@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import struct
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -10,7 +14,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from architectures import llama
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import gguf_header, widening
@@ -110,6 +114,78 @@ def test_a_part_of_a_model_is_refused_and_a_merged_one_is_copied(model: Path) ->
     with pytest.raises(InputError, match="one of 2 files"):
         LlamaFile(part)
     assert widening.file_to_load(merged) != merged
+
+
+def test_a_small_share_is_not_worth_a_copy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widening, "_LEAST_SHARE", 0.9)
+    assert widening.file_to_load(model) == model
+    assert widening.size_to_load(model, gguf_header.read(model)) == model.stat().st_size
+
+
+def test_no_copy_on_a_disk_without_room(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 2 * model.stat().st_size
+    monkeypatch.setattr(widening.shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    assert widening.file_to_load(model) == model
+    monkeypatch.setattr(widening.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert widening.file_to_load(model) != model
+
+
+def test_drafts_of_killed_processes_go(model: Path) -> None:
+    draft = widening.file_to_load(model).with_name(".0123.gguf.x1y2")
+    draft.touch()
+    os.utime(draft, (0, 0))
+    widening.file_to_load(model)
+    assert not draft.exists()
+
+
+Tensor = tuple[str, list[int], int, int]  # name, shape, type, offset in the data
+WIDE: Tensor = ("blk.0.attn_q.weight", [32, 40], Q5_0, 0)  # 880 bytes, 896 with what they are padded with
+
+
+def by_hand(path: Path, *tensors: Tensor, alignment: int = 32) -> Path:
+    """A file with these in its header and 1,024 bytes of data."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1)
+    data += text("general.alignment") + struct.pack("<II", GGUFValueType.UINT32, alignment)
+    for name, shape, kind, offset in tensors:
+        data += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    path.write_bytes(data + bytes(-len(data) % 32 + 1024))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "alignment"),
+    [
+        ([WIDE], 2**28),
+        ([WIDE, ("again", [32, 40], Q5_0, 0)], 32),
+        ([WIDE, ("beyond", [2**40], F32, 896)], 32),
+        ([WIDE, ("unknown", [1], 999, 896)], 32),
+    ],
+    ids=["padding", "the same bytes twice", "more than there is", "a type of tomorrow"],
+)
+def test_of_a_header_that_is_not_sound_no_byte_is_written(
+    model: Path, tensors: list[Tensor], alignment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+
+    class Watched(BytesIO):
+        def write(self, data: Any) -> int:
+            written.append(data)
+            return len(data)
+
+    monkeypatch.setattr(widening, "write_atomic", lambda path, write: write(Watched()))
+    path = by_hand(model.with_name("stranger.gguf"), *tensors, alignment=alignment)
+    assert widening.file_to_load(path) == path
+    assert written == []
+
+
+def test_each_tensor_of_one_name_goes_by_its_type(model: Path) -> None:
+    path = by_hand(model.with_name("stranger.gguf"), WIDE, ("blk.0.attn_q.weight", [3, 3], F32, 896))
+    found = gguf_header.read(widening.file_to_load(path)).tensors
+    assert [tensor.type for tensor in found] == [Q8_0, F32]
 
 
 def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def tiny_qwen2(*, n_layer: int = 3, n_embd: int = 32, seed: int = 0) -> transfor
         num_hidden_layers=n_layer,
         num_attention_heads=n_embd // 8,
         num_key_value_heads=n_embd // 16,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         rms_norm_eps=1e-6,
         rope_theta=10_000.0,
         tie_word_embeddings=False,

@@ -35,7 +35,7 @@ def write_tiny_qwen3(
     width: int = 32,
     inner: int = 48,
     shift: float = 16.0,
-    n_ctx: int = 512,
+    n_ctx: int = 2048,
     seed: int = 0,
 ) -> None:
     """Write the file. With `experts`, each block has so many, of which two are used: then it is qwen3moe.
