@@ -80,7 +80,7 @@ class ChatFormat:
         self._specials = {"bos_token": bos_token, "eos_token": eos_token}
         try:
             self._template = environment.from_string(template or _CHATML)
-        except (TemplateError, RecursionError) as error:
+        except Exception as error:  # Python's own compiler has limits and rules of its own
             raise InputError(f"the model's chat template does not compile: {error}.") from error
 
     @classmethod

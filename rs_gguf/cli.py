@@ -41,6 +41,12 @@ class _Group(click.Group):
             # A message may hold names and texts from files and servers.
             click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            raise  # click ends in silence
+        except OSError as error:
+            where = harmless(str(error.filename or "the output"))
+            click.echo(f"Error: {where}: {error.strerror or error}.", err=True)
+            ctx.exit(2)
         except MemoryError:
             click.echo("Error: not enough memory. Use a smaller model or smaller prompt sets.", err=True)
             ctx.exit(2)
@@ -101,6 +107,9 @@ def _run(
 
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
+    kept = out / "recipe.toml"
+    if recipe is None and kept.is_file() and not fresh:
+        recipe = kept  # the default one would begin another run in this folder
     chosen = recipes.load(recipe, overrides)
     try:
         with contextlib.closing(_progress()) as progress:
@@ -123,8 +132,9 @@ def run_command(
     budget: str | None,
     as_json: bool,
 ) -> None:
-    """Run the whole pipeline; resume by itself. Without RECIPE: the embedded default model and prompts.
+    """Run the whole pipeline; resume by itself.
 
+    Without RECIPE: that of the run folder, or with --fresh and in a new folder the embedded default.
     Exit code 1 when no file passes the safety gate; the files are there all the same.
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
@@ -152,9 +162,6 @@ def _add_stage(name: str, summary: str) -> None:
         fresh: bool,
         budget: str | None = None,
     ) -> None:
-        kept = out / "recipe.toml"
-        if recipe is None and kept.is_file() and not fresh:
-            recipe = kept  # the default one would begin another run in this folder
         _run(recipe, out, overrides, fresh, name, budget)
 
     if name == "tune":

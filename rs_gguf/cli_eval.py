@@ -132,7 +132,8 @@ def parse_scales(text: str) -> list[float]:
             raise InputError(f"--scales {text!r}: {field!r} is no finite number.")
         if k and fields[k - 1] in ("...", "…"):
             step = doses[-1] - doses[-2]
-            count = round((value - doses[-1]) / step) if step else 0
+            ratio = (value - doses[-1]) / step if step else 0.0
+            count = round(ratio) if math.isfinite(ratio) else 0
             if not 1 <= count <= _MOST_SCALES or abs(doses[-1] + count * step - value) > 1e-6:
                 raise InputError(
                     f"--scales {text!r}: steps of {step:g} do not lead from {doses[-1]:g} to {value:g}."

@@ -36,6 +36,7 @@ from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt
 
 _GROUPS = ("subject", "topic", "form", "language")
+_EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 _TEXTS = 64  # benign texts whose perplexity is taken
 FAULTS = ("empty", "loop", "language_switch", "cut_off")
 
@@ -135,9 +136,11 @@ def compare(
     `advance` is told of each answer: prompts and tasks, once and once more for each dose that is not 0.
 
     Raises:
-        InputError: the steering does not fit the model.
+        InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
     """
     respondent.check()
+    for _ in judge.judge([_EXAMPLE]):
+        pass
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     respondent.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)

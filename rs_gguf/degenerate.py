@@ -48,16 +48,16 @@ _LANGUAGES_OF = {
 
 
 def is_degenerate(generation: Generation) -> bool:
-    """Empty, or a loop: the text compresses far better than language does, or two tokens fill a window."""
+    """Empty, or a loop: the text compresses far better than language does, or two tokens fill its end."""
     text = generation.text.strip()
     if not text:
         return True
     data = text.encode("utf-8")
     if len(data) >= _LOOP_BYTES and len(zlib.compress(data, 9)) < _LOOP_RATIO * len(data):
         return True
-    tokens = generation.tokens
-    starts = range(len(tokens) - _LOOP_WINDOW + 1)
-    return any(len(set(tokens[i : i + _LOOP_WINDOW])) <= 2 for i in starts)
+    # A loop goes on to the end. Within an answer, rules of tables and long numbers are as uniform.
+    end = generation.tokens[-_LOOP_WINDOW:]
+    return len(end) == _LOOP_WINDOW and len(set(end)) <= 2
 
 
 def switches_language(prompt: Prompt, answer: str) -> bool:
@@ -71,9 +71,9 @@ def switches_language(prompt: Prompt, answer: str) -> bool:
     total = sum(letters.values())
     if total < _LEAST_LETTERS:
         return False
-    own = _scripts(prompt.prompt)
+    own = _main_scripts(prompt.prompt)
     foreign = sum(count for script, count in letters.items() if script not in own)
-    if foreign > _FOREIGN * total:
+    if own and foreign > _FOREIGN * total:
         return True
     asked = prompt.language if prompt.language in _WORDS else _language(_hits(prompt.prompt))
     hits = _hits(text)
@@ -89,6 +89,14 @@ def _scripts(text: str) -> Counter[str]:
         found[script] += count * (3 if script in _HEAVY else 1)
     del found[""]
     return found
+
+
+def _main_scripts(text: str) -> set[str]:
+    """Scripts of a third of the letters or more. A name in another one does not make it the prompt's own."""
+    found = Counter(script for char in text if (script := _script(char)))
+    main = {script for script, count in found.items() if count >= _FOREIGN * found.total()}
+    japanese = {"CJK", "HIRAGANA", "KATAKANA"}
+    return main | japanese if main & {"HIRAGANA", "KATAKANA"} else main
 
 
 @lru_cache(maxsize=4096)

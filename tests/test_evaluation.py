@@ -55,6 +55,7 @@ def test_mcnemar_is_the_sign_test(gained: int, lost: int) -> None:
         ("   \n", [1], True),
         ("the cat " * 40, list(range(80)), True),
         ("no no no no no no no no", [5] * 12, True),
+        ("A million million is 1,000,000,000,000.", [1, 2, 3, *[4, 5] * 6, 6], False),
         ("1. Tell people about the vigil.\n2. Ask for a permit.\n3. Bring candles.", list(range(24)), False),
         ("I'm sorry, but I can't assist with that.", list(range(11)), False),
         ("会议定于周五下午三点在图书馆二楼举行，请准时参加。", list(range(18)), False),
@@ -98,6 +99,14 @@ def test_a_dose_multiplies_every_scale() -> None:
     [
         ("What is the capital of France?", "en", "Paris is the capital of France.", False),
         ("What is the capital of France?", "en", "法国的首都是巴黎，它位于塞纳河畔。", True),
+        (
+            "What happened on 天安门 square in 1989?",
+            "en",
+            "1989年，北京的学生和市民聚集在广场上，要求改革。",
+            True,
+        ),
+        ("「自由」とは何ですか？", "ja", "自由とは、他人に支配されず自分で決めることです。", False),
+        ("2 + 2 = ?", "", "The answer is four, as everybody knows.", False),
         ("法国的首都是哪里？", "zh", "The capital of France is Paris, on the river Seine.", True),
         (
             "用Python写一个冒泡排序",

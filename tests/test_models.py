@@ -28,6 +28,7 @@ from rs_gguf.gguf_file import finish
 from rs_gguf.models import fingerprint, pull, resolve
 
 ASK_THE_HUB = models._from_hub  # which the tests below cannot reach, unless they stand in for the hub
+DOWNLOAD = models._hub_download
 PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
 WHOLE = b"".join(PIECES.values())
 
@@ -171,6 +172,40 @@ def test_files_and_folders(tmp_path: Path) -> None:
         resolve(str(file.parent))
     (file.parent / "config.json").write_text("{}")
     assert resolve(str(file.parent)) == file.parent
+    (file.parent / "other.gguf").unlink()
+    writer = GGUFWriter(file.parent / "remove.gguf", "controlvector")
+    finish(writer)
+    assert resolve(str(file.parent)) == file
+    file.unlink()
+    assert resolve(str(file.parent)) == file.parent  # a folder of transformers' with a vector in it
+
+
+def test_a_missing_file_of_a_folder_that_is_here_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "models").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a file or folder"):
+        resolve("my/models/typo.gguf")
+
+
+def test_without_a_way_to_the_hub_its_client_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def tried(*_: Any, local_files_only: bool, **__: Any) -> str:
+        asked.append(local_files_only)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(models, "_hub_download", DOWNLOAD)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", tried)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", tried)
+    with pytest.raises(InputError, match="no file here, and the hub gave none"):
+        resolve("path/to/model.gguf")
+    with pytest.raises(InputError, match="no file or folder here, and the hub gave no such model"):
+        resolve("owner/name")
+    assert asked == [True, True]
 
 
 @pytest.fixture
@@ -186,13 +221,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
         path.write_bytes(files[file])
         return path
 
-    def snapshot(repository: str, **patterns: Any) -> str:
+    def snapshot(repository: str, *, local_files_only: bool, **patterns: Any) -> str:
         for file in filter_repo_objects(list(files), **patterns):
             download(repository, file, None)
         return str(folder)
 
     monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
     monkeypatch.setattr(models, "_hub_download", download)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: list(files))
     return files
