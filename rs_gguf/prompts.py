@@ -188,7 +188,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                     )
                 yield reader.line_num, row
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
+            said = harmless(str(error))
+            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
     elif suffix == ".jsonl":
         # Not splitlines(): U+2028 and its like may stand inside a JSON text.
         for line, content in enumerate(text.split("\n"), start=1):
