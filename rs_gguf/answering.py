@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, Model, answer, chat_tokens
+from rs_gguf.evaluation import Answer, Model, answer, chat_tokens, has_trace
 from rs_gguf.judges import Judge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
@@ -36,7 +36,7 @@ def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[t
         return
     # A trace shows in how an answer begins, whether the chat template opens it or the model itself does.
     for _, begun in answer(model, chat_tokens(model, asked[:1], system), max_tokens=_BEGINNING):
-        if model.detokenize(begun.tokens).strip() != begun.text:
+        if has_trace(model, begun):
             raise InputError(
                 "answers.servers: the model thinks before it answers, and servers do not tell the tokens of "
                 "its trace: the answer would be read as its beginning. Let the model answer here, without "

@@ -33,10 +33,10 @@ from rs_gguf.evaluation import (
 from rs_gguf.files import finite
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge
+from rs_gguf.judging.judgement import EXAMPLE
 from rs_gguf.prompts import Prompt
 
 _GROUPS = ("subject", "topic", "form", "language")
-_EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 _TEXTS = 64  # benign texts whose perplexity is taken
 FAULTS = ("empty", "loop", "language_switch", "cut_off")
 
@@ -139,7 +139,7 @@ def compare(
         InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
     """
     respondent.check()
-    for _ in judge.judge([_EXAMPLE]):
+    for _ in judge.judge([EXAMPLE]):
         pass
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.

@@ -114,6 +114,11 @@ def answer(
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
 
 
+def has_trace(model: Model, found: Answer) -> bool:
+    """Whether a thinking trace came before the final answer, or all of it is one so far."""
+    return model.detokenize(found.tokens).strip() != found.text
+
+
 def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[list[int], list[int]]:
     """Tokens of what came before the final answer, and its own, for log-probabilities under a steering.
 
@@ -124,7 +129,7 @@ def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[lis
     if not found.text:
         return [*prompt, *tokens], []
     start = 0
-    if model.detokenize(tokens).strip() != found.text:  # there is a trace
+    if has_trace(model, found):
         start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:]), found.text) or 0
     return [*prompt, *tokens[:start]], tokens[start:]
 

@@ -166,10 +166,10 @@ class LlamaModel(LlamaFile):
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
         check_lengths(prompts, self.max_length, self.detokenize, max_tokens)
-        draws = [np.random.default_rng(seed) for seed in seeds(prompts, sampling.seed)]
+        seed_of = seeds(prompts, sampling.seed)
         for alike in _of_like_length([len(prompt) + max_tokens for prompt in prompts]):
             some = [prompts[i] for i in alike]
-            for k, found in self._generate(some, max_tokens, sampling, [draws[i] for i in alike]):
+            for k, found in self._generate(some, max_tokens, sampling, [seed_of[i] for i in alike]):
                 yield alike[k], found
 
     def _generate(
@@ -177,7 +177,7 @@ class LlamaModel(LlamaFile):
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         sampling: Sampling,
-        draws: Sequence[np.random.Generator],
+        seed_of: Sequence[tuple[int, ...]],
     ) -> Iterator[tuple[int, Generation]]:
         """`generate` in one context, for prompts by their length."""
         context = self._context_for_answers(len(prompts[-1]) + max_tokens)
@@ -185,11 +185,12 @@ class LlamaModel(LlamaFile):
         queue = deque(range(len(prompts)))
         running: dict[int, int] = {}  # slot → index of prompt
         answers: dict[int, list[int]] = {}
+        draws: dict[int, np.random.Generator] = {}
         while queue or running:
             for slot in range(1, context.n_slots + 1):
                 if queue and slot not in running:
                     i = running[slot] = queue.popleft()
-                    answers[i] = []
+                    answers[i], draws[i] = [], np.random.default_rng(seed_of[i])
                     context.begin(slot)
             context.close_gaps(running)
             batch = []
@@ -208,7 +209,7 @@ class LlamaModel(LlamaFile):
                     answers[i].append(drawn)
                 if finished or len(answers[i]) >= max_tokens:
                     context.end(token.seq)
-                    del running[token.seq]
+                    del running[token.seq], draws[i]
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
 

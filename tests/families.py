@@ -51,6 +51,11 @@ _GELU = {**_DENSE, **_SMALL}
 _TIED = {"tie_word_embeddings": True}
 
 # Each name is what a user would call the family; the architecture is llama.cpp's own word in the file.
+# Attention that keeps what all heads share.
+_LATENT = {
+    **_DENSE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
 CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "Llama": lambda: transformers.LlamaConfig(**_DENSE),
     "Mistral": lambda: transformers.MistralConfig(**_DENSE, sliding_window=None),
@@ -124,36 +129,19 @@ CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "Hunyuan": lambda: transformers.HunYuanDenseV1Config(**_DENSE),
     "LFM2": lambda: transformers.Lfm2Config(**_DENSE, layer_types=["conv", "full_attention"] * 2),
     "DeepSeek-V2": lambda: transformers.DeepseekV2Config(
-        **_DENSE | {"num_key_value_heads": 4},
+        **_LATENT,
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
         n_shared_experts=1,
         first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
     ),
-    "MiniCPM3": lambda: transformers.MiniCPM3Config(
-        **_DENSE | {"num_key_value_heads": 4},
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-    ),
+    "MiniCPM3": lambda: transformers.MiniCPM3Config(**_LATENT),
     "Hy4": lambda: transformers.HYV4Config(
-        **_DENSE | {"num_key_value_heads": 4},
+        **_LATENT,
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
         index_head_dim=16,
         index_n_heads=2,
         index_topk=128,

@@ -85,7 +85,6 @@ def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
 ) -> None:
     """A batch in which nothing is read has no rows in the last block."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
-    trained_on(tmp_path / "tiny.gguf", 2048)
     prompt = np.random.default_rng(1).integers(5, 250, 1100).tolist()
     with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
         layers = list(range(model.n_layer))

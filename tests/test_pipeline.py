@@ -98,7 +98,7 @@ def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
-    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
 
@@ -146,7 +146,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
 def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     """And what was captured of it is damaged before the fit, which then has it captured again."""
     model, out = tmp_path / "experts.gguf", tmp_path / "out"
-    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, n_ctx=2048, seed=2)
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
     run(chosen, out, until="capture")
     shard = out / "activations" / "00001.safetensors"
@@ -233,9 +233,7 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "lost.gguf"
-    write_tiny_qwen3(
-        model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), n_ctx=2048, seed=2
-    )
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
     hot = "answers.temperature=4.0"  # so that no trace is a loop, which would be judged
     chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
@@ -280,7 +278,7 @@ def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
-    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
 
     def killed(*_: object) -> None:
@@ -417,7 +415,7 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
 
 def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) -> None:
     """A benchmark on a finished run must not cost its activations."""
-    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, n_ctx=2048, seed=2)
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
     out = tmp_path / "out"
     folder = RunFolder(out)
     store = ActivationStore(out / "activations", "another key")

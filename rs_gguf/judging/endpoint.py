@@ -25,7 +25,7 @@ from rs_gguf.judging.exchange import (
     TryFailedError,
     exchange,
 )
-from rs_gguf.judging.judgement import Judgement, Pair, Usage, split_by_rule
+from rs_gguf.judging.judgement import EXAMPLE, Judgement, Pair, Usage, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
 from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_start, tally
 
@@ -34,8 +34,6 @@ _TOP = 20  # the most that the protocol allows
 
 # How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
 _VOTE_READING = 2
-
-_EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 
 _LABEL: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": _TOP}
 _VOTE: dict[str, Any] = {
@@ -95,7 +93,7 @@ class EndpointJudge:
         said = "it names no verdict"
         for way in _WAYS:
             try:
-                completion = self._client.complete(_body(way, *_EXAMPLE, 0))
+                completion = self._client.complete(_body(way, *EXAMPLE, 0))
             except RequestRefusedError as error:
                 said = str(error)
                 continue

@@ -22,6 +22,9 @@ Verdict = Literal["refusal", "answer", "unclear"]
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
 Pair = tuple[str, str | None]
 
+# Where it only matters whether a judge can be used.
+EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
+
 
 @dataclass(frozen=True)
 class Judgement:

@@ -7,7 +7,6 @@ out. Arrays that are not there, because only the results were kept, leave nothin
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from rs_gguf.errors import InputError
 from rs_gguf.figures import principal_components
 from rs_gguf.files import finite
 from rs_gguf.prompts import KINDS
-from rs_gguf.reporting.plots import Axis
+from rs_gguf.reporting.plots import Axis, thinned
 
 Row = dict[str, Any]
 
 _SIDE = 400  # of the map, in its own coordinates
 _SHADES = 10  # of each sign
-_MARKS = 1500  # prompts that are drawn; of more, every second, third, …
+_MARKS = 1500  # prompts that are drawn at most
 _BOX = {"left": 20, "right": 480, "top": 12, "bottom": 330}
 
 
@@ -99,7 +98,7 @@ def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Seq
         return None
     confidences = [0.0 if row["confidence"] is None else row["confidence"] for row in asked]
     clear = [i for i, confidence in enumerate(confidences) if abs(confidence) > NEUTRAL]
-    kept = clear[:: math.ceil(len(clear) / _MARKS) or 1]
+    kept = thinned(clear, _MARKS)
     if len(kept) < 3:
         return None
     rows = np.concatenate(parts)[kept].astype(np.float64)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rs_gguf.files import finite
 from rs_gguf.search_space import GATE
 
 Row = dict[str, Any]
+_T = TypeVar("_T")
 
 _FRONT = {"left": 74, "right": 640, "top": 44, "bottom": 360}
 _LINES = {"left": 44, "right": 330, "top": 14, "bottom": 150}
-_PROBES = 500  # that are drawn and listed; of more, every second, third, …
+_PROBES = 500  # that are drawn and listed at most
 # What fit.json has of a direction's blocks, its title and meaning, and a value that the axis always shows.
 _CHARTS = (
     (
@@ -60,12 +61,17 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 2)
 
 
+def thinned(found: Sequence[_T], most: int) -> Sequence[_T]:
+    """All, or of more than `most` every second, third, …"""
+    return found[:: math.ceil(len(found) / most) or 1]
+
+
 def shown(tune: Mapping[str, Any]) -> Row:
     """`tune.json` with no more probes than a page can hold; the chosen trials stay."""
     chosen = {tune["chosen"], tune.get("chosen_adapter")}
     probes = [t for t in tune["trials"] if t["rung"] == "probe" and t["number"] not in chosen]
     probes.sort(key=lambda trial: trial["estimator"] == GATE)  # or every second may be of the same file
-    kept = [trial["number"] for trial in probes[:: math.ceil(len(probes) / _PROBES) or 1]]
+    kept = [trial["number"] for trial in thinned(probes, _PROBES)]
     dropped = {trial["number"] for trial in probes}.difference(kept)
     return {**tune, "trials": [trial for trial in tune["trials"] if trial["number"] not in dropped]}
 
