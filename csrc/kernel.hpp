@@ -13,9 +13,12 @@
 // On rows of equal numbers rounding errors do not cancel, and a lane that ran on would lose a digit.
 //
 // How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums are held in registers. Rows go
-// from where they lie to registers, and only ragged ends are copied: a few rows, a chunk at a time, meet all
-// columns of C directions while the chunk is in the first-level cache. Meanwhile the same chunk of the next
-// rows is prefetched: rows of one layer lie L·D elements apart, which no hardware prefetcher guesses.
+// from where they lie to registers, and only ragged ends are copied: a few rows, a chunk at a time, meet one
+// column of C directions after the other. Meanwhile the same chunk of the next rows is prefetched: rows of
+// one layer lie L·D elements apart, which no hardware prefetcher guesses. Each column fetches its share, so
+// that memory is read for as long as there is something to multiply; and no nearer than into the second-level
+// cache, for where L·D is a power of two the same chunk of every row belongs into the same few sets of the
+// first, and rows that wait there throw out those at hand.
 //
 // Nothing here may be shared between targets: a function of the standard library instantiated under AVX-512
 // flags could be the one that the linker keeps for everybody. So: no std:: templates, and V is a type in an
@@ -43,7 +46,7 @@ class Kernel {
     static constexpr std::size_t lanes = V::lanes;
     static constexpr std::size_t step = 2 * lanes;
     static constexpr std::size_t columns = 6;                // C, the most directions in a tile
-    static constexpr std::size_t most_rows = 12;             // of a block: a multiple of every R
+    static constexpr std::size_t block_rows = 12;            // share a chunk of the directions; R's multiple
     static constexpr std::size_t panel_floats = 48U << 10U;  // directions in the second-level cache: 192 KiB
     static constexpr std::size_t line = 64;
     static constexpr std::size_t run_steps = 16;  // a step is two terms of each lane
@@ -76,23 +79,17 @@ class Kernel {
     static std::size_t columns_of(std::size_t rank) { return (rank + columns - 1) / columns; }
     static std::size_t begin(std::size_t t, std::size_t rank) { return t * rank / columns_of(rank); }
 
-    // Rows that share a chunk of the directions, steps in a chunk, and steps for which all directions stay in
-    // the second-level cache. Few rows and long chunks suit few directions, where memory is what limits: long
-    // stretches are what the hardware prefetchers are good at, and rows whose distance is a power of two
-    // compete for the same cache sets. Many directions are a matrix product, where the chunk of a column (12
-    // KiB) should be used often before it leaves the first-level cache.
+    // Steps in a chunk, and steps for which all directions stay in the second-level cache. Long chunks suit
+    // few directions, where memory is what limits, since long stretches are what the hardware prefetchers are
+    // good at. Many directions are a matrix product, where the chunk of a column (12 KiB) should be used
+    // often before it leaves the first-level cache.
     struct Blocking {
-        std::size_t rows, chunk_steps, panel_steps;
+        std::size_t chunk_steps, panel_steps;
     };
     static Blocking blocking(std::size_t rank) {
-        const std::size_t rows = rank <= 16 ? 4 : most_rows;
-        std::size_t chunk = 512;
-        if (rank <= 2)
-            chunk = 2048;
-        else if (rank <= 16)
-            chunk = 1024;
+        const std::size_t chunk = rank <= 16 ? 1024 : 512;
         const std::size_t chunks = panel_floats / rank / chunk;
-        return {rows, chunk / step, (chunks == 0 ? 1 : chunks) * chunk / step};
+        return {chunk / step, (chunks == 0 ? 1 : chunks) * chunk / step};
     }
 
     static std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
@@ -143,21 +140,28 @@ class Kernel {
         }
     }
 
+    // The share of the next rows' chunk that a column fetches: one step of every `of`, from `first` on.
+    struct Share {
+        std::size_t first, of;
+    };
+
     // Adds one chunk of R rows × C directions to out[r][c]. A function of its own: inlined into the loops
-    // around it, it makes compilers run out of registers, at half the speed. Meanwhile fetches what is wanted
-    // next, a chunk from each of `next`, if not null. `runs` is room for the sum of the runs: the caller's,
+    // around it, it makes compilers run out of registers, at half the speed. Meanwhile fetches its share of
+    // what is wanted next, a chunk from each of `next`. `runs` is room for the sum of the runs: the caller's,
     // so that it lies in memory and leaves the registers to the run at hand.
     template <class Source, std::size_t R, std::size_t C, bool offset>
     RS_NOINLINE static void tile(const unsigned char* const* rows, const unsigned char* const* next,
-                                 const float* origin, const float* column, std::size_t steps,
+                                 Share share, const float* origin, const float* column, std::size_t steps,
                                  float* const* out, Vector (&runs)[R][C]) {
+        std::size_t others = share.first;  // steps until the next one to fetch
         for (std::size_t s = 0; s < steps;) {
             Vector sum[R][C];
             for (std::size_t r = 0; r < R; ++r)
                 for (std::size_t c = 0; c < C; ++c) sum[r][c] = V::zero();
             const std::size_t end = smaller(s + run_steps, steps);
             for (; s < end; ++s) {
-                if (next != nullptr) {
+                if (others-- == 0) {
+                    others = share.of - 1;
                     for (std::size_t r = 0; r < R; ++r)
                         for (std::size_t b = 0; b < step * Source::bytes; b += line)
                             V::prefetch(next[r] + s * step * Source::bytes + b);
@@ -184,16 +188,16 @@ class Kernel {
 
     // A block of rows, and where each of their results goes.
     struct Block {
-        const unsigned char* row[most_rows];
-        const unsigned char* next[most_rows];  // the same chunk of the next rows
-        float* out[most_rows];
+        const unsigned char* row[block_rows];
+        const unsigned char* next[block_rows];  // the same chunk of the next rows
+        float* out[block_rows];
         std::size_t rows;
     };
 
     // One column of C directions over a block, R rows at a time. The last tile may lack rows: the block's
     // last row then stands in for them, and its results there are dropped.
     template <class Source, std::size_t C, bool offset>
-    static void column_of(const Block& block, std::size_t first, bool fetch, const float* origin,
+    static void column_of(const Block& block, std::size_t first, Share share, const float* origin,
                           const float* column, std::size_t steps) {
         constexpr std::size_t R = V::rows(C);
         for (std::size_t n = 0; n < block.rows; n += R) {
@@ -208,11 +212,11 @@ class Kernel {
                 next[r] = block.next[i];
                 out[r] = n + r < block.rows ? block.out[i] + first : dropped;
             }
-            tile<Source, R, C, offset>(row, fetch ? next : nullptr, origin, column, steps, out, runs);
+            tile<Source, R, C, offset>(row, next, share, origin, column, steps, out, runs);
         }
     }
 
-    // All columns over one chunk of a block. What comes next is fetched during the first.
+    // All columns over one chunk of a block.
     template <class Source, bool offset>
     static void multiply(const Rows& job, const Block& block, std::size_t s, std::size_t steps) {
         const float* const origin = job.packed + s * step;
@@ -220,14 +224,14 @@ class Kernel {
             const std::size_t k = begin(t, job.rank);
             const std::size_t c = begin(t + 1, job.rank) - k;
             const float* const column = packed_at(job.packed, job.width, k) + s * step * c;
-            const bool fetch = t == 0;
+            const Share share = {t, columns_of(job.rank)};
             switch (c) {
-                case 1: column_of<Source, 1, offset>(block, k, fetch, origin, column, steps); break;
-                case 2: column_of<Source, 2, offset>(block, k, fetch, origin, column, steps); break;
-                case 3: column_of<Source, 3, offset>(block, k, fetch, origin, column, steps); break;
-                case 4: column_of<Source, 4, offset>(block, k, fetch, origin, column, steps); break;
-                case 5: column_of<Source, 5, offset>(block, k, fetch, origin, column, steps); break;
-                default: column_of<Source, 6, offset>(block, k, fetch, origin, column, steps); break;
+                case 1: column_of<Source, 1, offset>(block, k, share, origin, column, steps); break;
+                case 2: column_of<Source, 2, offset>(block, k, share, origin, column, steps); break;
+                case 3: column_of<Source, 3, offset>(block, k, share, origin, column, steps); break;
+                case 4: column_of<Source, 4, offset>(block, k, share, origin, column, steps); break;
+                case 5: column_of<Source, 5, offset>(block, k, share, origin, column, steps); break;
+                default: column_of<Source, 6, offset>(block, k, share, origin, column, steps); break;
             }
         }
     }
@@ -245,7 +249,7 @@ class Kernel {
         };
         const auto block_at = [&](std::size_t n) {
             Block block;
-            block.rows = smaller(by.rows, job.count - n);
+            block.rows = smaller(block_rows, job.count - n);
             for (std::size_t r = 0; r < block.rows; ++r) block.out[r] = job.out + (n + r) * job.out_stride;
             return block;
         };
@@ -254,20 +258,20 @@ class Kernel {
             std::memset(job.out + n * job.out_stride, 0, job.rank * sizeof(float));
         for (std::size_t start = 0; start < full; start += by.panel_steps) {
             const std::size_t end = smaller(start + by.panel_steps, full);
-            for (std::size_t n = 0; n < job.count; n += by.rows) {
+            for (std::size_t n = 0; n < job.count; n += block_rows) {
                 Block block = block_at(n);
                 for (std::size_t s = start; s < end; s += by.chunk_steps) {
                     for (std::size_t r = 0; r < block.rows; ++r) {
                         block.row[r] = row_at(n + r, s);
-                        block.next[r] = row_at(n + r + by.rows, s);
+                        block.next[r] = row_at(n + r + block_rows, s);
                     }
                     multiply<Source, offset>(job, block, s, smaller(by.chunk_steps, end - s));
                 }
             }
         }
-        for (std::size_t n = 0; n < job.count && rest != 0; n += by.rows) {
+        for (std::size_t n = 0; n < job.count && rest != 0; n += block_rows) {
             Block block = block_at(n);
-            unsigned char ends[most_rows][step * Source::bytes] = {};
+            unsigned char ends[block_rows][step * Source::bytes] = {};
             for (std::size_t r = 0; r < block.rows; ++r) {
                 std::memcpy(ends[r], row_at(n + r, full), rest * Source::bytes);
                 block.row[r] = ends[r];

@@ -61,7 +61,7 @@ struct Avx2 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(load_bits(p), 16), 16));
     }
     static void prefetch(const unsigned char* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
     }
 };
 

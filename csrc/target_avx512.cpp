@@ -64,7 +64,7 @@ struct Avx512 {
             _mm512_and_si512(load_bits(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000U))));
     }
     static void prefetch(const unsigned char* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
     }
 };
 

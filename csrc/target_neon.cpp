@@ -48,7 +48,7 @@ struct Neon {
 #ifdef _MSC_VER
         __prefetch(p);
 #else
-        __builtin_prefetch(p);
+        __builtin_prefetch(p, 0, 2);  // a read, into the second-level cache
 #endif
     }
 };

@@ -19,7 +19,13 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Advance, Answer
 from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
-from rs_gguf.judging.exchange import LOOKUP_TIMEOUT, RequestRefusedError, TryFailedError, exchange
+from rs_gguf.judging.exchange import (
+    LOOKUP_TIMEOUT,
+    RequestRefusedError,
+    TryFailedError,
+    exchange,
+    served_models,
+)
 from rs_gguf.judging.judgement import final_answer
 from rs_gguf.prompts import Prompt
 
@@ -63,10 +69,10 @@ class LlamaServer:
         """
         for url in self._client.urls:
             try:
-                models = exchange(url, "/models", None, LOOKUP_TIMEOUT)["data"]
-                (meta,) = (m["meta"] for m in models if len(models) == 1 or m["id"] == self._client.model)
-                told = {name: meta[name] for name in figures}
-            except (TryFailedError, InputError, KeyError, TypeError, ValueError):
+                models = served_models(url)
+                (model,) = (m for m in models if len(models) == 1 or m.name == self._client.model)
+                told = {name: model.figures[name] for name in figures}
+            except (TryFailedError, InputError, KeyError, ValueError):
                 continue
             if told != figures:
                 there, here = (", ".join(f"{k} = {v}" for k, v in f.items()) for f in (told, figures))

@@ -28,7 +28,7 @@ from rs_gguf.judging.exchange import (
     checked_url,
     exchange,
     parse_completion,
-    utf8,
+    served_models,
 )
 from rs_gguf.judging.judgement import Usage
 
@@ -55,6 +55,10 @@ class EndpointOptions:
     attempts: int = 8
     timeout: float = 600.0
     price: tuple[float, float] = (0.0, 0.0)
+
+
+class _SuspectError(Exception):
+    """A server fails on a request, or does not take it, and the request may be to blame."""
 
 
 @dataclass
@@ -122,11 +126,30 @@ class EndpointClient:
         data = json.dumps({"model": self.model, **body}).encode()
         timeout = self._options.timeout + body.get("max_tokens", 0)
         said: list[str] = []
-        sent, crashes, blame = data, 0, ""
-        last: _Server | None = None
+        try:
+            completion = self._ask(data, timeout, stop, said, may_blame=True)
+        except _SuspectError as error:
+            # A server that fails on everything must not cost one row after the other: is it the request?
+            if self._answered is not None:
+                self._ask(self._answered, timeout, stop, said)
+            raise RequestRefusedError(str(error)) from None
+        self._answered = data
+        return completion
+
+    def _ask(
+        self, data: bytes, timeout: float, stop: threading.Event, said: list[str], *, may_blame: bool = False
+    ) -> Completion:
+        """Try until a server answers, or `said`, what went wrong each time, is as long as tries are allowed.
+
+        Raises:
+            _SuspectError: if `may_blame`, a server failed on the request twice, or forbids it where others
+                were answered.
+            InputError: no server can be used, or all tries failed.
+        """
+        crashes = 0
+        server: _Server | None = None
         while len(said) < self._options.attempts:
-            server = self._take(stop, avoid=last)
-            last = server
+            server = self._take(stop, avoid=server)
             started, asking = self._clock(), False
             try:
                 if server.failures:
@@ -136,32 +159,25 @@ class EndpointClient:
                 self._wait_for_turn(stop)
                 _check_wanted(stop)
                 started, asking = self._clock(), True
-                answer = exchange(server.url, "/chat/completions", sent, timeout)
+                answer = exchange(server.url, "/chat/completions", data, timeout)
                 completion, counted = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
                 said.append(f"{server.url}: {error}")
                 crashes += asking and error.suspect
-                if crashes < 2 or sent is not data:
-                    continue
-                blame = f"{server.url} failed on a request twice: {error}."
+                if may_blame and crashes == 2:
+                    raise _SuspectError(f"{server.url} failed on a request twice: {error}.") from None
             except ForbiddenError as error:
-                if self._answered is None or sent is not data:
+                if not may_blame or self._answered is None:
                     raise
                 said.append(f"{server.url}: {error.said}")
-                blame = f"{server.url} refuses the request: {error.said}."
+                raise _SuspectError(f"{server.url} refuses the request: {error.said}.") from None
             else:
                 self._succeeded(server, counted)
-                if sent is data:
-                    self._answered = data
-                    return completion
+                return completion
             finally:
                 with self._lock:
                     server.in_flight -= 1
-            # A server that fails on everything must not cost one row after the other: is it the request?
-            if sent is not data or self._answered is None:
-                raise RequestRefusedError(blame)
-            sent = self._answered
         raise InputError(
             f"no answer after {len(said)} tries; the last said: {said[-1]}. Check that the server runs "
             "and has room, then run the same command again."
@@ -261,9 +277,8 @@ class EndpointClient:
         """The model of the first server that is there."""
         for server in self._servers:
             try:
-                found = exchange(server.url, "/models", None, LOOKUP_TIMEOUT)
-                names = [utf8(entry["id"]) for entry in found["data"]]
-            except (TryFailedError, KeyError, TypeError) as error:
+                names = [model.name for model in served_models(server.url)]
+            except TryFailedError as error:
                 said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
                 continue
             if len(names) != 1:

@@ -7,7 +7,6 @@ judge that thinks first), it is K sampled votes. Which of the two is found out o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,12 @@ from rs_gguf.chat import after_thinking
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import (
-    LOOKUP_TIMEOUT,
     Completion,
     RequestRefusedError,
+    ServedModel,
     Token,
     TryFailedError,
-    exchange,
+    served_models,
 )
 from rs_gguf.judging.judgement import EXAMPLE, Judgement, Pair, Usage, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
@@ -66,7 +65,7 @@ class EndpointJudge:
     def identity(self) -> str:
         how = f"{VOTES} {_WAYS} {_VOTE_READING} {rubric_version()} {chat_reading()}"
         # A llama-server may have another file by now, behind the same address and name.
-        told = {repr(found) for url in self._client.urls if (found := _only_model(url)) is not None}
+        told = {repr(found) for url in self._client.urls for found in _only_model(url)}
         return " ".join([f"endpoint {self._client.model} {self._where} {how}", *sorted(told)])
 
     @property
@@ -102,12 +101,13 @@ class EndpointJudge:
         raise InputError(f"{self.name} cannot judge an example: {said}")
 
 
-def _only_model(url: str) -> tuple[Any, Any] | None:
-    """Name and figures of the model of a server that tells just one; None of any other server."""
-    with contextlib.suppress(TryFailedError, InputError, KeyError, TypeError, ValueError, AttributeError):
-        (model,) = exchange(url, "/models", None, LOOKUP_TIMEOUT)["data"]
-        return model["id"], model.get("meta")
-    return None
+def _only_model(url: str) -> list[ServedModel]:
+    """The model of a server that lists just one; none of any other server."""
+    try:
+        models = served_models(url)
+    except (TryFailedError, InputError):
+        return []
+    return models if len(models) == 1 else []
 
 
 def _body(way: dict[str, Any], prompt: str, answer: str, seed: int) -> dict[str, Any]:

@@ -49,6 +49,14 @@ class Completion:
     tokens: tuple[Token, ...] | None
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as a server lists it. `figures` (n_params, n_vocab and others) are a llama-server's own."""
+
+    name: str
+    figures: Mapping[str, Any]
+
+
 class RequestRefusedError(InputError):
     """A server does not take this one request, whoever asks (too long, an option it does not know)."""
 
@@ -112,6 +120,19 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
         return json.loads(_without(key, raw.decode("utf-8")))
     except (ValueError, RecursionError):
         raise TryFailedError("the answer is no JSON", suspect=True) from None
+
+
+def served_models(url: str) -> list[ServedModel]:
+    """The models that the server at base `url` lists.
+
+    Raises:
+        TryFailedError, InputError: as of `exchange`; the former also where the answer is no such list.
+    """
+    found = exchange(url, "/models", None, LOOKUP_TIMEOUT)
+    try:
+        return [ServedModel(utf8(entry["id"]), dict(entry.get("meta") or {})) for entry in found["data"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TryFailedError(f"the answer is no list of models ({type(error).__name__}: {error})") from None
 
 
 def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
