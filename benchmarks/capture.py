@@ -7,8 +7,8 @@ that read activations are called themselves), and so are the logits, since they 
 head; prompts are tokenised by their own code in batches, sorted by length so that little is padding, all
 cores. The sides take turns, after a first call of each that is not timed.
 Printed are prompts per second, how far the activations and the directions made of them agree, and the peak
-memory of a process that captures through llama.cpp, beside the size of the model file. The peers come with
-pip, once, into the user's cache folder.
+memory of a process that captures through llama.cpp, beside the size of the model file; with `--wider K` only
+that, of a model K times as wide. The peers come with pip, once, into the user's cache folder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -50,6 +54,9 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="only capture through llama.cpp, print the peak"
     )
+    parser.add_argument(
+        "--wider", type=int, metavar="K", help="only the memory, of the model made K times as wide, in Q4_0"
+    )
     options = parser.parse_args()
     path = models.resolve(options.model)
     asked = [
@@ -61,6 +68,14 @@ def main() -> None:
     ]
     if options.memory:
         print(json.dumps(peak_memory(path, asked)))
+        return
+    if options.wider:
+        with tempfile.TemporaryDirectory() as folder:
+            wider = Path(folder) / "wider.gguf"
+            # In a process of its own: the peak of this one would be that of its children too.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                pool.submit(write_wider, path, options.wider, wider).result()
+            report_memory(wider, options.prompts)
         return
     report_memory(path, options.prompts)
     found = race(path, asked, options.batch, options.repeats)
@@ -207,6 +222,34 @@ def peak_memory(path: Path, asked: list[prompts.Prompt]) -> dict[str, float]:
 def peak() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def write_wider(path: Path, times: int, to: Path) -> None:
+    """The model with each width `times` as large, its weights repeated: what counts is how many there are."""
+    reader = gguf.GGUFReader(path)
+    fields = {
+        name: field for name, field in reader.fields.items() if not name.startswith(("GGUF.", "general."))
+    }
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(to, architecture, use_temp_file=True)
+    widths = ("embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    for name, field in fields.items():
+        value = field.contents()
+        grown = name.removeprefix(f"{architecture}.") in widths
+        writer.add_key_value(name, value * times if grown else value, field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if weights.ndim == 1:
+            writer.add_tensor(tensor.name, np.tile(weights, times))
+            continue
+        vocabulary = tensor.name in ("token_embd.weight", "output.weight")
+        tiled = np.tile(weights / times, (1 if vocabulary else times, times))
+        q4_0 = gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(tensor.name, gguf.quants.quantize(tiled, q4_0), raw_dtype=q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def report_memory(path: Path, count: int) -> None:

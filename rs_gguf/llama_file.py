@@ -17,6 +17,7 @@ from rs_gguf import gguf_header, llama_log, widening
 from rs_gguf.errors import InputError
 from rs_gguf.llama_callbacks import calling
 
+_MOST_READ = 0.75  # of the machine's memory: a larger model is mapped, and runs as far as there is room
 _KEPT_ADAPTERS = 8  # loaded ones, unless more are in force: a search tries hundreds
 
 
@@ -43,11 +44,11 @@ class LlamaFile:
         # A copy that is faster takes more memory than the model itself.
         for file in dict.fromkeys([widening.file_to_load(self.path), self.path]):
             llama_log.forget_errors()
+            params = llama_cpp.llama_model_default_params()
+            params.load_mode = _load_mode(file)
             try:
                 with calling():
-                    self.handle = llama_cpp.llama_model_load_from_file(
-                        os.fsencode(file), llama_cpp.llama_model_default_params()
-                    )
+                    self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
             except BaseException:  # a Ctrl-C: it is loaded all the same
                 LlamaFile.close(self)
                 raise
@@ -169,3 +170,17 @@ class LlamaFile:
         ]
         for key in spare[: max(0, len(self._adapters) - _KEPT_ADAPTERS)]:
             llama_cpp.llama_adapter_lora_free(self._adapters.pop(key))
+
+
+def _load_mode(file: Path) -> int:
+    """Read the file into memory, or let llama.cpp choose, which maps it.
+
+    Without a GPU llama.cpp packs many matrices anew for the processor. Those of a mapped file then take
+    memory twice: as they were packed, and as they lie in the file.
+    """
+    choose: int = llama_cpp.LLAMA_LOAD_MODE_AUTO
+    if llama_cpp.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
+        return choose
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    read: int = llama_cpp.LLAMA_LOAD_MODE_NONE
+    return read if file.stat().st_size <= _MOST_READ * memory else choose
