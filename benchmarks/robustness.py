@@ -160,13 +160,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
-        sizes = sorted({row[kind]["n"] for kind in KINDS})
+        sizes = [row[kind]["n"] for kind in KINDS]
+        range_of_sizes = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
         sensitive, harmful, benign = (
             "{before} ({before_directly}) → {after} ({after_directly})".format_map(row[kind])
             for kind in KINDS
         )
         lines.append(
-            f"| {row['condition']} | {' to '.join(map(str, sizes))} | {sensitive} | {harmful} "
+            f"| {row['condition']} | {range_of_sizes} | {sensitive} | {harmful} "
             f"| {row['harmful']['both']} | {benign} "
             f"| {row['degenerate']['before']} → {row['degenerate']['after']} |"
         )
