@@ -140,7 +140,8 @@ class Kernel {
         }
     }
 
-    // The share of the next rows' chunk that a column fetches: one step of every `of`, from `first` on.
+    // The share of the next rows' chunk that a column fetches: a step of one row in every `of`, the rows in
+    // turn, from `first` on.
     struct Share {
         std::size_t first, of;
     };
@@ -153,18 +154,18 @@ class Kernel {
     RS_NOINLINE static void tile(const unsigned char* const* rows, const unsigned char* const* next,
                                  Share share, const float* origin, const float* column, std::size_t steps,
                                  float* const* out, Vector (&runs)[R][C]) {
-        std::size_t others = share.first;  // steps until the next one to fetch
+        std::size_t others = share.first;  // that are not fetched, until the next one that is
         for (std::size_t s = 0; s < steps;) {
             Vector sum[R][C];
             for (std::size_t r = 0; r < R; ++r)
                 for (std::size_t c = 0; c < C; ++c) sum[r][c] = V::zero();
             const std::size_t end = smaller(s + run_steps, steps);
             for (; s < end; ++s) {
-                if (others-- == 0) {
+                for (std::size_t r = 0; r < R; ++r) {
+                    if (others-- != 0) continue;
                     others = share.of - 1;
-                    for (std::size_t r = 0; r < R; ++r)
-                        for (std::size_t b = 0; b < step * Source::bytes; b += line)
-                            V::prefetch(next[r] + s * step * Source::bytes + b);
+                    for (std::size_t b = 0; b < step * Source::bytes; b += line)
+                        V::prefetch(next[r] + s * step * Source::bytes + b);
                 }
                 const std::size_t at = s * step * Source::bytes;
                 half_step<0, Source, R, C, offset>(rows, at, origin, column, sum);
