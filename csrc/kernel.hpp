@@ -7,9 +7,9 @@
 // the same order, so the inner loop never sees it.
 //
 // How a sum is taken. Each of the W lanes sums its own terms in *runs* of 32, and the runs of a *chunk* of a
-// row (at most 2,048 elements) one after the other; the lanes are then added as a tree, and the chunks one
-// after the other. So no term passes through more than 48 + D/512 roundings, its own and the offset's
-// included, whatever W is: most with four lanes and two directions, 32 in a run, up to 16 runs, a tree of 2.
+// row (at most 1,024 elements) one after the other; the lanes are then added as a tree, and the chunks one
+// after the other. So no term passes through more than 44 + D/512 roundings, its own and the offset's
+// included, whatever W is: most with four lanes, 32 in a run, up to 8 runs, a tree of 2.
 // On rows of equal numbers rounding errors do not cancel, and a lane that ran on would lose a digit.
 //
 // How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums are held in registers. Rows go

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Protocol
 
 from jinja2 import TemplateError, nodes
@@ -28,6 +29,7 @@ _CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+_MARK = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # stands for a text in a rendering
 _FINAL = "<|channel|>final<|message|>"  # of gpt-oss, also where no trace stands before the answer
 _THINKING_MARKERS = (
     ("<think>", "</think>"),
@@ -90,20 +92,36 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text that the model reads, up to where its answer begins."""
+        return self._render(messages, typed=self._typed)
+
+    def _render(self, messages: Sequence[Message], *, typed: bool) -> str:
+        """With contents as text or, `typed`, as lists of one part."""
+        given = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} if typed else message
+            for message in messages
+        ]
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._specials
-            )
+            return self._template.render(messages=given, add_generation_prompt=True, **self._specials)
         except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
-    def accepts(self, messages: Sequence[Message]) -> bool:
-        """Whether the template takes these messages: some know no system prompt."""
+    @cached_property
+    def _typed(self) -> bool:
+        """Whether the template shows contents only as lists of parts; found out as llama.cpp does."""
+        return not self._shows(["user"], typed=False) and self._shows(["user"], typed=True)
+
+    def accepts(self, roles: Sequence[str]) -> bool:
+        """Whether the template takes messages of these roles and drops none: some know no system prompt."""
+        return self._shows(roles, typed=self._typed)
+
+    def _shows(self, roles: Sequence[str], *, typed: bool) -> bool:
+        # Not the messages themselves: two may be alike, and a switch in one, like /no_think, is not shown.
+        messages = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
         try:
-            self.render(messages)
+            rendered = self._render(messages, typed=typed)
         except InputError:
             return False
-        return True
+        return all(message["content"] in rendered for message in messages)
 
     def tokenize(
         self, model: ChatModel, prompt: str, *, system: str | None = None, turns: Sequence[Message] = ()
@@ -113,13 +131,21 @@ class ChatFormat:
         A prompt that spells a control token ("<|im_end|>") must not end its own turn. So the template is
         rendered around a placeholder and the prompt is tokenised as plain text. They begin with the model's
         `opening`, which a template may leave to the tokeniser, as llama.cpp's server lets it.
+
+        Raises:
+            InputError: the template refuses the conversation, or drops the system prompt or the prompt.
         """
-        placeholder = "\N{REPLACEMENT CHARACTER}prompt\N{REPLACEMENT CHARACTER}"
+        placeholder = _MARK.format("prompt")
         messages = [{"role": "system", "content": system}] if system is not None else []
         rendered = self.render([*messages, *turns, {"role": "user", "content": placeholder}])
         before, found, after = rendered.partition(placeholder)
         if not found:
             raise InputError("the model's chat template drops the user's message.")
+        if system is not None and not self.accepts(["system", "user"]):
+            raise InputError(
+                "the model's chat template drops the system prompt. Leave it out, or write it into the "
+                "prompts."
+            )
         plain = model.tokenize(prompt, special=False)
         if model.tokenize(prompt) == plain:
             # One pass, as llama.cpp's server does it: merges across the seam stay as the model saw them.

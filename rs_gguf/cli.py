@@ -82,7 +82,8 @@ _budget = click.option(
     "--budget",
     metavar="TIME",
     help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What a search in the "
-    "same folder has measured counts; 0 takes the best of it, and answers in full with that.",
+    "same folder has measured counts; 0 takes the best of it, and answers in full with that. The "
+    "folder keeps it until it is none, or new numbers are set.",
 )
 
 

@@ -60,10 +60,12 @@ def evaluate(
     from rs_gguf import capability as capabilities
     from rs_gguf.comparison import compare
     from rs_gguf.comparison_tables import print_comparison, print_doses
-    from rs_gguf.files import write_json
+    from rs_gguf.files import check_writable, write_json
     from rs_gguf.judges import open_judge_spec
     from rs_gguf.terminal import TerminalProgress
 
+    if output is not None:
+        check_writable(output)
     parts, added = _parts(vectors), _parts(adapters)
     doses = [1.0] if scales is None else parse_scales(scales)
     if not (parts or added):

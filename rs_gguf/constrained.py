@@ -26,6 +26,10 @@ from rs_gguf.ridge_path import RidgePath, solve_paths
 
 CONSTRAINTS = ("harm", "groups", "benign")
 
+# Of the response to the class difference: what keeps a smaller share of it is rounding. Length would not
+# tell, since M⁻¹ magnifies rounding in quiet dimensions.
+_ROUNDING = 1e-10
+
 
 @dataclass(kw_only=True)
 class SensitiveRidge(DirectionEstimator):
@@ -114,10 +118,8 @@ class SafeRidge(SensitiveRidge):
         for index in range(len(ridges)):
             amount = _solve_symmetric(metric[index], response[index], 1 / self.penalty)
             directions[index] = free[index] - pulls[index] @ amount
-        # A remainder this small is rounding: the harmful contrasts span the sensitive one.
-        left = directions @ difference / (free @ difference)
-        if (left < 1e-10).any():
-            return np.zeros_like(directions)
+        # The harmful contrasts may span the sensitive one.
+        directions[directions @ difference < _ROUNDING * (free @ difference)] = 0.0
         return directions
 
     def _quiet(self, means: Means) -> Float64:
@@ -166,10 +168,12 @@ class ResidualRidge(SensitiveRidge):
         harm = means["harmful"] - means["benign"]
         solved = system.solve(np.column_stack([difference, harm]), ridges)
         against = solved[:, :, 1] if self.against == "harmful" else np.tile(means["benign"], (len(ridges), 1))
-        pairs = zip(solved[:, :, 0], against, strict=True)
+        free = solved[:, :, 0]
+        pairs = zip(free, against, strict=True)
         directions = np.stack([residualise(v, other[None], self.residual_ridge) for v, other in pairs])
-        # Taking a part away can turn the rest round: keep refused above answered.
-        signs: Float64 = np.where(directions @ difference < 0, -1.0, 1.0)
+        # Taking a part away can turn the rest round: keep refused above answered. It can also take all.
+        left = directions @ difference
+        signs: Float64 = np.where(np.abs(left) < _ROUNDING * (free @ difference), 0.0, np.sign(left))
         return directions * signs[:, None]
 
 

@@ -56,13 +56,13 @@ def shipped() -> tuple[Context, ...]:
 def spread(prompts: Sequence[Prompt], chat: ChatFormat, *, seed: int) -> list[tuple[Prompt, Context]]:
     """Each of the prompts in one context, all contexts as often as each other (±1).
 
-    Contexts that the model's chat template refuses (some know no system prompt) are left out. Prompts of one
-    context follow each other: what they have in common is then read once.
+    Contexts that the model's chat template refuses or drops (some know no system prompt) are left out.
+    Prompts of one context follow each other: what they have in common is then read once.
     """
     usable = [
         context
         for context in shipped()
-        if chat.accepts([*context.messages, {"role": "user", "content": context.wording}])
+        if chat.accepts([*(message["role"] for message in context.messages), "user"])
     ]
     order = np.random.default_rng(seed).permutation(len(prompts))
     parts = np.array_split(order, len(usable))

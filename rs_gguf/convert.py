@@ -195,6 +195,11 @@ def _safetensors_rows(
         total += tensor.numel()
         if total > MAX_NUMBERS:
             raise InputError(f"{path}: no vector has more than {MAX_NUMBERS} numbers. Is this a model?")
+        if re.search(r"(?<![A-Za-z0-9])-[0-9]", name):  # a sign, and no hyphen as in layer-12
+            raise InputError(
+                f"{path}: tensor {name!r} has a negative number. Name each tensor by the number of its "
+                "block, counted from 0."
+            )
         rows = tensor.to(torch.float32).numpy()
         numbers = re.findall(r"[0-9]+", name)
         if len(numbers) == 1 and len(numbers[0]) < 10:

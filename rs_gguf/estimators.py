@@ -41,7 +41,7 @@ class DirectionEstimator:
         weight 1 or more, else midpoint. It changes no direction but WMD's.
 
     After `fit`: `directions_` [L, D] fp64 unit rows on which refused samples project higher than answered
-    ones, zeros where the two means are the same; `offset_` [L, D], `ridges_` [L] absolute, `harm_cosine_` and
+    ones, zeros where there is no direction; `offset_` [L, D], `ridges_` [L] absolute, `harm_cosine_` and
     `contrast_cosine_` [L] (`RidgePath`).
     """
 
@@ -221,7 +221,8 @@ def fit_paths(
     torch.distributed; every process must call alike and gets the same result, that of one process.
 
     BLAS runs on one thread, so that the same input gives the same bytes whatever the machine's thread count.
-    `InputError`: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction.
+    `InputError`: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction at any
+    layer.
     """
     labels = Labels.of(confidence, kinds, groups, sample_weight, distributed=distributed)
     return solve_paths(activations, [(e, labels) for e in estimators], ridges=ridges, distributed=distributed)

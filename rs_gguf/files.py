@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -16,6 +17,11 @@ from typing import Any, BinaryIO
 from rs_gguf.errors import InputError
 
 _ABANDONED = 24 * 3600  # seconds since a draft was last written to
+
+
+def from_home(path: str | Path) -> Path:
+    """The path with `~` or `~user` expanded, or as it is where there is no such user, as in a shell."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser() raises for an unknown user
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,12 +50,31 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Free space or choose another folder."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before hours of work whether `write_atomic` could write `path`. Nothing is left behind.
+
+    Raises:
+        InputError: a folder, or a place that cannot be written.
+    """
+    path = Path(path).resolve()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.is_file() or not path.exists():
+            folder = next((parent for parent in path.parents if parent.exists()), path.parent)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror or error}. Free space or choose another folder.")
 
 
 def remove_drafts(folder: Path, names: str) -> None:

@@ -33,7 +33,7 @@ from rs_gguf.estimators import (
     WeightedRidgeMeanDifference,
     fit_paths,
 )
-from rs_gguf.files import write_json
+from rs_gguf.files import finite, write_json
 from rs_gguf.labels import Labels
 from rs_gguf.layers import layer_scores, scales_of, score_bands, scores_of
 from rs_gguf.projection import project, project_statistics
@@ -185,8 +185,8 @@ def _fit_directions(
                     "auroc": auroc[k].tolist(),
                     "mean_refused": merit.mean_refused[:, k].tolist(),
                     "mean_answered": merit.mean_answered[:, k].tolist(),
-                    "harm_cosine": path.harm_cosine[k].tolist(),
-                    "contrast_cosine": path.contrast_cosine.tolist(),
+                    "harm_cosine": [finite(cosine) for cosine in path.harm_cosine[k]],
+                    "contrast_cosine": [finite(cosine) for cosine in path.contrast_cosine],
                 }
             )
         best, layer = (int(index) for index in np.unravel_index(auroc.argmax(), auroc.shape))

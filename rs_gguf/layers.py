@@ -74,7 +74,9 @@ def layer_margin(
     gap: Float64 = p[refused].mean(axis=0) - p[answered].mean(axis=0)
     squares = p[refused].var(axis=0) * refused.sum() + p[answered].var(axis=0) * answered.sum()
     spread = np.sqrt(squares / (refused.sum() + answered.sum()))
-    margin: Float64 = np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
+    # Rounding leaves a constant column with a spread near, but not at, zero.
+    constant = (np.ptp(p[refused], axis=0) == 0) & (np.ptp(p[answered], axis=0) == 0)
+    margin: Float64 = np.divide(gap, spread, out=np.zeros_like(gap), where=~constant & (spread > 0))
     return margin
 
 

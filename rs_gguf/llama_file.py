@@ -5,8 +5,10 @@ A path goes in. Metadata, tokens of a text, text of tokens, and handles for a co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +19,7 @@ from rs_gguf import gguf_header, llama_log, widening
 from rs_gguf.errors import InputError
 from rs_gguf.llama_callbacks import calling
 
-_MOST_READ = 0.75  # of the machine's memory: a larger model is mapped, and runs as far as there is room
+_MOST_READ = 0.75  # of the memory that is free: a larger model is mapped, and runs as far as there is room
 _KEPT_ADAPTERS = 8  # loaded ones, unless more are in force: a search tries hundreds
 
 
@@ -173,14 +175,28 @@ class LlamaFile:
 
 
 def _load_mode(file: Path) -> int:
-    """Read the file into memory, or let llama.cpp choose, which maps it.
+    """Read the file into memory where there is room, or let llama.cpp choose, which maps it.
 
     Without a GPU llama.cpp packs many matrices anew for the processor. Those of a mapped file then take
     memory twice: as they were packed, and as they lie in the file.
     """
-    choose: int = llama_cpp.LLAMA_LOAD_MODE_AUTO
-    if llama_cpp.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
-        return choose
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     read: int = llama_cpp.LLAMA_LOAD_MODE_NONE
-    return read if file.stat().st_size <= _MOST_READ * memory else choose
+    choose: int = llama_cpp.LLAMA_LOAD_MODE_AUTO
+    if llama_cpp.llama_supports_gpu_offload() or not file.is_file():
+        return choose
+    return read if file.stat().st_size <= _MOST_READ * _free_memory() else choose
+
+
+def _free_memory(root: Path = Path("/")) -> int:
+    """Bytes that Linux can give this process now, at most what its control group may have; elsewhere 0."""
+    try:
+        told = (root / "proc/meminfo").read_text()
+        group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return 0
+    free = re.search(r"MemAvailable: +(\d+) kB", told)
+    rooms = [int(free[1]) * 1024] if free else [0]
+    for limit in (f".{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            rooms.append(int((root / "sys/fs/cgroup" / limit).read_text()))
+    return min(rooms)

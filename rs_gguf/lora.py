@@ -137,7 +137,8 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     """Judge an adapter file by the rules of llama.cpp's loader, collecting every reason.
 
     With `model`, a GGUF file, llama.cpp also loads it there, which compares names and shapes, and its effect
-    is proven (`rs_gguf.proof.prove_adapter`). Never raises for a bad adapter; `InputError` for a bad model.
+    is proven (`rs_gguf.proof.prove_adapter`). Never raises for a bad adapter; `InputError` for a bad model,
+    or where there is no room for drafts.
     """
     try:
         found = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
@@ -160,12 +161,9 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
         from rs_gguf.proof import other_model, prove_adapter
 
         warnings += other_model(found.provenance, model)
-        with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
-            try:
-                proof = prove_adapter(Path(path), loaded)
-                errors += proof.reasons
-            except InputError as error:  # what llama.cpp's loader says of an adapter for another model
-                errors.append(str(error))
+        with LlamaModel(Path(model), n_parallel=4) as loaded:
+            proof = prove_adapter(Path(path), loaded)
+        errors += proof.reasons
     return CheckReport(str(path), tuple(errors), tuple(warnings), proof=proof)
 
 

@@ -21,7 +21,7 @@ from filelock import FileLock
 from rs_gguf import catalogue, gguf_header, packages
 from rs_gguf.catalogue import CATALOGUE, DEFAULT, CatalogueModel
 from rs_gguf.errors import InputError
-from rs_gguf.files import sha256
+from rs_gguf.files import from_home, sha256
 from rs_gguf.packages import Progress
 
 __all__ = ["CATALOGUE", "DEFAULT", "Progress", "fingerprint", "name_of", "pull", "resolve"]
@@ -51,7 +51,7 @@ def resolve(spec: str, *, config_only: bool = False, progress: Progress | None =
 def _found(spec: str, config_only: bool, progress: Progress | None) -> Path:
     if spec in CATALOGUE:
         return pull(spec, progress=progress)
-    path = Path(spec).expanduser()
+    path = from_home(spec)
     if path.is_file():
         return path
     if path.is_dir():
@@ -90,7 +90,7 @@ def _may_be_a_model(path: Path) -> bool:
 def name_of(spec: str, path: Path) -> str:
     """What files and reports call the model that `spec` stands for and that lies at `path`."""
     # The hub's cache names folders by hashes, and what follows a point in a folder's name is no suffix.
-    return path.stem if path.is_file() else Path(spec).expanduser().resolve().name
+    return path.stem if path.is_file() else from_home(spec).resolve().name
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:

@@ -23,8 +23,9 @@ from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Model
-from rs_gguf.files import read_json, sha256, write_json
+from rs_gguf.files import from_home, read_json, sha256, write_json
 from rs_gguf.judges import Judge, open_judge_spec, shipped_version
+from rs_gguf.judging.judgement import EXAMPLE
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
 from rs_gguf.progress import Progress, Silent
@@ -46,8 +47,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages up to `until` in the folder `out` and return the metrics (empty before `measure`).
 
-    Resumes by itself: what an earlier call with the same recipe finished is not done again. Where the model
-    or a prompt file cannot be had, the folder stays as it was.
+    Resumes by itself: what an earlier call with the same recipe finished is not done again. Where the model,
+    a prompt file or the judge cannot be had, the folder stays as it was.
 
     Raises:
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
@@ -55,7 +56,11 @@ def run(
     """
     folder = RunFolder(out)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
-        pipeline._key("answer")  # which needs the model and the prompts: a mistyped one must cost nothing
+        # What is mistyped or out of reach must cost nothing. The key needs the model and the prompts.
+        key = pipeline._key("score")
+        if until != "answer" and (fresh or not folder.is_done("score", key)):
+            for _ in pipeline.judge.judge([EXAMPLE]):
+                pass
         if fresh:
             folder.forget_all()
         dump(recipe, folder / "recipe.toml")
@@ -192,7 +197,7 @@ class Pipeline:
     def judge_hash(self) -> str | None:
         """Of a judge that the recipe names by its file, in whose place another one may be put."""
         name = (self.recipe.judge or "").removeprefix("labels:").removeprefix("votes:")
-        path = Path(name).expanduser()
+        path = from_home(name)
         return models.fingerprint(path) if path.is_file() else None
 
     @cached_property
@@ -290,9 +295,10 @@ class Pipeline:
         limits = self.recipe.tune.model_dump(exclude={"trials", "finalists", "budget", "full"})
         key, path = key_of(self._key("fit"), limits), self.folder / "tune.json"
         log = RowLog(self.folder, "trials.jsonl", key)
-        if not log.rows and path.is_file() and (ended := read_json(path)).get("key") == key:
+        if path.is_file() and (ended := read_json(path)).get("key") == key:
             for row in ended["trials"]:
-                log.append({"id": str(row["number"]), **row})
+                if str(row["number"]) not in log.rows:  # the log may have been cut short right here
+                    log.append({"id": str(row["number"]), **row})
         rungs, n_layer = self.rungs(), self.model.n_layer
         spaces = {"vector": Space.of_vectors(sorted(rungs.directions), n_layer)}
         if rungs.gates is not None:
@@ -333,32 +339,38 @@ class Pipeline:
     def _write(self, _: str) -> None:
         """The files, each loaded again and its effect on the model observed."""
         chosen = self.chosen()
+        shown: dict[str, Any] = {}
+        with self.progress.stage("write", len(chosen)) as advance:
+            for name, trial in chosen.items():
+                self._write_file(name, trial)
+                shown[name] = writing.proven(self._file(name), self.model)
+                advance(1)
+        write_json(self.folder / "proof.json", shown)
+
+    def _write_file(self, name: str, trial: Trial) -> None:
+        path, place = self._file(name), trial.candidate
         facts = {
             "effect": self.recipe.effect,
             "model.name": models.name_of(self.recipe.model, self.model_path),
             "model.sha256": self.model_hash,
         }
-        shown: dict[str, Any] = {}
-        with self.progress.stage("write", len(chosen)) as advance:
-            for name, trial in chosen.items():
-                path, place = self._file(name), trial.candidate
-                if name == "vector":
-                    directions = fitting.load_directions(self.folder.path, self.recipe)
-                    found = directions[place.estimator, place.ridge]
-                    writing.write_vector(path, trial, found, self.model.architecture, facts)
-                else:
-                    gates = fitting.load_gates(self.folder.path)
-                    assert gates is not None  # a chosen adapter was made of them
-                    writing.write_adapter(path, trial, gates, self.model.architecture, facts)
-                shown[name] = writing.proven(path, self.model)
-                advance(1)
-        write_json(self.folder / "proof.json", shown)
+        if name == "vector":
+            directions = fitting.load_directions(self.folder.path, self.recipe)
+            found = directions[place.estimator, place.ridge]
+            writing.write_vector(path, trial, found, self.model.architecture, facts)
+        else:
+            gates = fitting.load_gates(self.folder.path)
+            assert gates is not None  # a chosen adapter was made of them
+            writing.write_adapter(path, trial, gates, self.model.architecture, facts)
 
     def _measure(self, key: str) -> None:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
         chosen = self.chosen()
+        for name, trial in chosen.items():
+            if not self._file(name).is_file():  # somebody took it away
+                self._write_file(name, trial)
         arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
         others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
         # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
@@ -376,6 +388,11 @@ class Pipeline:
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:
+        for path in map(self._file, self.chosen()):
+            if not path.is_file():
+                raise InputError(
+                    f"{path}, which this run wrote, is gone. Put it back, or run again with --fresh."
+                )
         # The times of all stages before are known only now.
         write_json(self.folder / "metrics.json", {**self.metrics(), "seconds": self.folder.seconds()})
         with self.progress.stage("report", 2) as advance:

@@ -15,6 +15,7 @@ from rs_gguf import models, prompts
 from rs_gguf import shape as shapes
 from rs_gguf.costs import Costs, Grader, Stage
 from rs_gguf.errors import InputError
+from rs_gguf.files import from_home
 from rs_gguf.recipe import Recipe
 from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed, measured_speed
@@ -134,7 +135,7 @@ def _here(model: str) -> Path:
         if not known.path.is_file():
             raise InputError(f"{model} is not here yet. Run `rs-export models pull {model}`.")
         return known.path
-    if not Path(model).expanduser().exists():
+    if not from_home(model).exists():
         raise InputError(
             f"no file or folder {model}. A plan downloads nothing: give a GGUF file or a Hugging Face "
             "folder, of which config.json alone will do."

@@ -75,7 +75,7 @@ def project(
     activations: [N, L, D] float32, float16 or bfloat16 (ml_dtypes or torch), D contiguous; never copied.
     directions: [L, K, D]. offset: the point o, [L, D], or None for the origin. Both are taken as float32.
     threads: at most so many; None: all cores that this process may use.
-    Sums are float32, by lanes, runs and chunks: error ≤ (48 + D/512) · 2⁻²⁴ · Σ|h − o||v| whatever the data;
+    Sums are float32, by lanes, runs and chunks: error ≤ (44 + D/512) · 2⁻²⁴ · Σ|h − o||v| whatever the data;
     on random rows and rows of equal numbers ≤ 1e−6 · Σ|h − o||v| up to D = 16,384. The GIL is released.
     RS_GGUF_KERNEL=scalar|avx2|avx512|neon in the environment chooses the instruction set.
     Raises InputError, which names the argument or RS_GGUF_KERNEL.

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from rs_gguf.errors import InputError, harmless
+from rs_gguf.files import from_home
 
 Kind = Literal["sensitive", "harmful", "benign"]
 Split = Literal["fit", "tune", "test"]
@@ -31,6 +32,7 @@ _PROMPT_COLUMNS = (
     "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text",
     "vanilla", "turns", "messages",
 )  # fmt: skip
+_ROW_LISTS = ("data", "rows", "prompts", "examples", "train")  # that hold the rows beside other lists
 _MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
 # Columns that complete the prompt of the column named.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
@@ -74,7 +76,7 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         InputError: missing, empty or too large file, unknown format, no column that holds prompts, or a bad
             row, which is named by file and line.
     """
-    path = Path(path).expanduser()
+    path = from_home(path)
     if not path.is_file():
         raise InputError(f"prompt file not found: {path}.")
     rows = []
@@ -206,7 +208,13 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                 columns = {name: cells for name, cells in columns.items() if name in kept}
                 value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
             else:
-                value = next(iter(columns.values()), None)
+                named = [name for name in columns if name.strip().lower() in _ROW_LISTS]
+                if len(columns) > 1 and len(named) != 1:
+                    raise InputError(
+                        f"{path}: which of the lists {_listed(columns)} holds the prompts? Name this one "
+                        f"{', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
+                    )
+                value = next((columns[name] for name in named or columns), None)
         if not isinstance(value, list):
             raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
         yield from enumerate(value, start=1)

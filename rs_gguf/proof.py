@@ -62,7 +62,7 @@ def prove(path: str | Path, model: LlamaModel) -> Proof:
     """Run the control vector or adapter in a file on a loaded model.
 
     Raises:
-        InputError: the file is neither, not sound, or an adapter that llama.cpp refuses.
+        InputError: the file is neither, not sound, or the model cannot be run on the prompts.
     """
     if lora.is_adapter(path):
         return prove_adapter(Path(path), model)
@@ -80,7 +80,7 @@ def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proo
     """
     if isinstance(model, LlamaModel):
         return _prove(vector, model)
-    with LlamaModel(Path(model), n_parallel=4, n_ctx=1024) as loaded:
+    with LlamaModel(Path(model), n_parallel=4) as loaded:
         return _prove(vector, loaded)
 
 
@@ -186,7 +186,8 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
     Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
 
     Raises:
-        InputError: the file is not sound, llama.cpp refuses it, or there is no room for one matrix of it.
+        InputError: the file is not sound, the model cannot be run on the prompts, or there is no room for one
+            matrix of the adapter.
     """
     adapter = lora.read(path)
     if adapter.architecture != model.architecture:
@@ -197,7 +198,12 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
         return Proof(False, (reason,), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
-    with model.steered(adapters=[(path, 1.0)]):  # raises what the loader says of a file that it refuses
+    try:
+        with model.steered(adapters=[(path, 1.0)]):
+            pass
+    except InputError as error:  # by llama.cpp's loader; whatever fails later is no fault of the adapter
+        return Proof(False, (str(error),), {}, None)
+    with model.steered(adapters=[(path, 1.0)]):
         steered = _distributions(model, prompts)
     plain = _distributions(model, prompts)
     kl = _mean_kl(plain, steered)

@@ -32,20 +32,22 @@ from rs_gguf.prompts import Kind
 
 _PREFIX = "RS_GGUF_"
 # Read by the projection kernel, and by judges and models behind an address.
-_OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY"}
+_OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY", "RS_GGUF_SERVER_KEY"}
 
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def _seconds(given: Any) -> Any:
-    """A time such as "2h" in seconds; a number as it is."""
+    """A time such as "2h" in seconds; a number as it is; None for "none" or nothing."""
     if not isinstance(given, str):
         return given
+    if given.strip() in ("", "none"):
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", given.strip())
     if found is None:
         raise PydanticCustomError(
-            "time", "seconds are expected, or a number with its unit as in 45s, 90m or 2h"
+            "time", "seconds are expected, a number with its unit as in 45s, 90m or 2h, or none"
         )
     return float(found[1]) * _UNITS[found[2]]
 
@@ -131,11 +133,12 @@ class Tune(_Section):
         description="prompts of each kind that the chosen candidate answers at full length, "
         "`answers.test_tokens`, and weaker ones until one holds all limits, and one more; 0 for none",
     )
-    budget: Annotated[float, BeforeValidator(_seconds)] | None = Field(
+    budget: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="time for the search, such as `90m` or `2h`, in place of `trials` and `finalists`",
+        description="time for the search, such as `90m` or `2h`, in place of `trials` and `finalists`; "
+        "`none` to go by these",
     )
     min_retention: float = Field(
         default=0.95, ge=0, le=1, description="harmful refusals kept, as a share of baseline"
@@ -145,6 +148,10 @@ class Tune(_Section):
         gt=0,
         description="bound on the mean |Δ log-probability| per token of benign answers, in nats",
     )
+
+    def keeps_enough(self, kept: float, before: int) -> bool:
+        """Whether so many refusals of harm are enough, of as many as there were before."""
+        return kept >= self.min_retention * before - 1e-9  # 0.55 · 100 comes out above 55
 
 
 class Measure(_Section):
@@ -191,6 +198,8 @@ class Recipe(BaseSettings):
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, then overrides such as `tune.trials=8`, the value as in TOML or plain text.
 
+    An override of `tune.trials` or `tune.finalists` ends a budget of the file or the environment.
+
     Raises:
         InputError: file missing or not TOML, unknown key or bad value; all of them in one message. A text
             that is no UTF-8.
@@ -213,6 +222,9 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe not found: {path}.")
     _check_environment()
     given = _nested(overrides)
+    tune = given.get("tune")
+    if isinstance(tune, dict) and tune.keys() & {"trials", "finalists"}:
+        tune.setdefault("budget", None)  # beside which they would count for nothing
     try:
         # As a plain Recipe, so that equal recipes are equal and no source is read again.
         recipe = Recipe.model_construct(**dict(Sourced(**given)))

@@ -33,8 +33,9 @@ class RidgePath:
     """Directions of one estimator for R ridges: `directions` [R, L, D] fp64 unit rows, `offset` [L, D].
 
     A layer whose two class means are the same has rows of zeros: before the first attention, say, a
-    convolution may have seen nothing but the end of the chat template. `ridges` [R, L] are absolute, 0 where
-    there is none. With kinds given, `harm_cosine` [R, L] is the cosine of each direction with the harmful
+    convolution may have seen nothing but the end of the chat template. So has one whose means differ, for any
+    of the ridges, only in what the estimator must not respond to. `ridges` [R, L] are absolute, 0 where there
+    is none. With kinds given, `harm_cosine` [R, L] is the cosine of each direction with the harmful
     contrast (mean of refused harmful minus mean of answered benign), and `contrast_cosine` [L] that of the
     difference of the estimator's own two class means with it; else, or where there is no such sample or no
     direction, they are NaN.
@@ -113,8 +114,8 @@ def solve_paths(
     for (estimator, _), path in zip(jobs, paths, strict=True):
         if not path.directions.any():
             raise InputError(
-                f"{estimator.name} has no direction at any layer: its classes have the same mean; check that "
-                "the activations vary"
+                f"{estimator.name} has no direction at any layer: its classes have the same mean, or differ "
+                "only in what it must not respond to; check that the activations vary"
             )
     return paths
 
@@ -146,10 +147,7 @@ def _fill(
     directions = estimator.direct(means, system, ridges)
     lengths = np.linalg.norm(directions, axis=1)
     if not (np.isfinite(lengths) & (lengths > 0)).all():
-        raise InputError(
-            f"{estimator.name} has no direction at layer {layer}: what it must not respond to takes the "
-            "whole difference of its classes"
-        )
+        return
     path.ridges[:, layer] = ridges
     path.directions[:, layer] = directions / lengths[:, None]
     if "harmful" in means and "benign" in means:

@@ -107,8 +107,6 @@ class Rungs:
         self._judge, self._unsteered = judge, unsteered
         self.directions, self.gates, self._recipe, self._folder = directions, gates, recipe, folder
         self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
-        # That the unsteered side took, which is asked once for all candidates.
-        self.unsteered_seconds = 0.0
         remove = recipe.effect == "remove"
         self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
@@ -225,10 +223,13 @@ class Rungs:
         _ = self._before
         if rung == "full":
             _ = self._in_full
-        self.unsteered_seconds += time.perf_counter() - start
-        start = time.perf_counter()
+        asked = time.perf_counter()
         trial = measured(number, candidate)
-        return replace(trial, seconds=round(time.perf_counter() - start, 2))
+        return replace(
+            trial,
+            seconds=round(time.perf_counter() - asked, 2),
+            unsteered_seconds=round(asked - start, 2),
+        )
 
     def _probe(self, number: int, candidate: Candidate) -> Trial:
         openings, quiet = self._before
@@ -272,7 +273,6 @@ class Rungs:
         after = self._verdicts(picked, steering, max_tokens)
         moved = self._drift(steering)
         unknown, unknown_now = ({i for i in picked if side.refused[i] is None} for side in (before, after))
-        lost, gained = len(unknown_now - unknown), len(unknown - unknown_now)
         judged = set(picked) - unknown - unknown_now
         of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
 
@@ -299,11 +299,23 @@ class Rungs:
         def chance(kind: Kind) -> float:
             return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
 
+        def few_more_among(was: set[int], now: set[int], *, turn: bool = True) -> bool:
+            """As the safety gate counts: what one kind gains does not pay for what another loses.
+
+            turn: as many as turn by themselves are chance.
+            """
+            lost = gained = 0
+            for kind in KINDS:
+                places = set(self._unsteered.of(kind))
+                here, gone = len((now - was) & places), len((was - now) & places)
+                if here > gone:
+                    lost, gained = lost + here, gained + gone
+            return few_more(lost - gained, len(picked), by_chance(lost + gained) if turn else 1.0)
+
         # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
         # the answers, the more verdicts are near ties.
         in_full = rung == "full"
         harm_by_chance = chance("harmful") if in_full else 1.0
-        broken_by_chance = by_chance(len(before.degenerate ^ after.degenerate)) if in_full else 1.0
 
         return Trial(
             number,
@@ -315,11 +327,11 @@ class Rungs:
             benign_drift=moved,
             degenerate=len(after.degenerate) / len(picked),
             answered=(len(picked), max_tokens),
-            feasible=kept + harm_by_chance >= limits.min_retention * harmful
+            feasible=limits.keeps_enough(kept + harm_by_chance, harmful)
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
-            and few_more(len(after.degenerate) - len(before.degenerate), len(picked), broken_by_chance)
-            and few_more(lost - gained, len(picked), by_chance(lost + gained)),
+            and few_more_among(before.degenerate, after.degenerate, turn=in_full)
+            and few_more_among(unknown, unknown_now),
         )
 
     def _drift(self, steering: Steering) -> float:

@@ -151,6 +151,8 @@ class Trial:
     feasible: bool | None = None
     answered: tuple[int, int] | None = None  # prompts, and tokens an answer
     seconds: float = field(default=0.0, compare=False)  # that it took
+    # Before, that the unsteered side took, which is asked once for all candidates.
+    unsteered_seconds: float = field(default=0.0, compare=False)
 
     def to_row(self) -> dict[str, Any]:
         row = asdict(self)

@@ -8,9 +8,11 @@ given text: neither can be had here.
 
 from __future__ import annotations
 
+import filecmp
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -21,6 +23,7 @@ from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import (
     LOOKUP_TIMEOUT,
+    SERVER_KEY_VARIABLE,
     RequestRefusedError,
     TryFailedError,
     exchange,
@@ -42,7 +45,8 @@ class LlamaServer:
         adapters: files, named as the servers were given them, and scales; the others stay as they are.
 
     Raises:
-        InputError: no such server, one that has not loaded one of the adapters, or servers that differ.
+        InputError: no such server, one that has not loaded one of the adapters or has another file of its
+            name, or servers that differ.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class LlamaServer:
         roots = [url.strip().rstrip("/").removesuffix("/v1") for url in urls.split(",")]
         self.name = address
         self._system = system
-        options = EndpointOptions(concurrency=_REQUESTS * len(roots))
+        options = EndpointOptions(concurrency=_REQUESTS * len(roots), key_variable=SERVER_KEY_VARIABLE)
         self._client = EndpointClient([f"{root}/v1" for root in roots], name or None, options)
         self._kept, self._scaled = _common_scales(roots, adapters) if adapters else ({}, {})
 
@@ -69,7 +73,7 @@ class LlamaServer:
         """
         for url in self._client.urls:
             try:
-                models = served_models(url)
+                models = served_models(url, SERVER_KEY_VARIABLE)
                 (model,) = (m for m in models if len(models) == 1 or m.name == self._client.model)
                 told = {name: model.figures[name] for name in figures}
             except (TryFailedError, InputError, KeyError, ValueError):
@@ -177,25 +181,46 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
     except _UNTOLD as error:
         raise InputError(f"{root} does not tell its adapters ({error}). Is it a llama-server?") from None
     scaled: dict[int, float] = {}
+    given: dict[int, Path] = {}
     for path, scale in adapters:
-        numbers = [i for i, (there, _) in loaded.items() if _name(there) == _name(str(path))]
+        # Many files have one name (`remove-adapter.gguf`): the folders tell them apart.
+        shared = {i: _parts_shared(there, path) for i, (there, _) in loaded.items()}
+        numbers = [i for i, parts in shared.items() if parts and parts == max(shared.values())]
         if len(numbers) != 1:
             names = ", ".join(there for there, _ in loaded.values()) or "none"
             raise InputError(
                 f"{root} has loaded {len(numbers)} adapters named {path.name} (all: {names}). Start it with "
                 f"`llama-server --lora-scaled {path}:0`."
             )
-        scaled[numbers[0]] = scaled.get(numbers[0], 0.0) + scale
+        (number,) = numbers
+        there, _ = loaded[number]
+        for other in (there, str(given.setdefault(number, path))):
+            if other != str(path) and _differ(other, path):
+                raise InputError(
+                    f"{root} has loaded {there} for {path}, but {other} is another file. Name the adapter as "
+                    f"the server was given it, or start it with `llama-server --lora-scaled {path}:0`."
+                )
+        scaled[number] = scaled.get(number, 0.0) + scale
     kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}
     return kept, scaled
 
 
 def _loaded(root: str) -> dict[int, tuple[str, float]]:
     """Path and scale of a server's adapters by its numbers. Raises one of `_UNTOLD`, or `InputError`."""
-    found = exchange(root, "/lora-adapters", None, LOOKUP_TIMEOUT)
+    found = exchange(root, "/lora-adapters", None, LOOKUP_TIMEOUT, SERVER_KEY_VARIABLE)
     return {int(entry["id"]): (str(entry["path"]), float(entry["scale"])) for entry in found}
 
 
-def _name(path: str) -> str:
-    """The file's name, of a path on this machine or a server's, which may be under Windows."""
-    return PureWindowsPath(path).name  # it takes both separators
+def _parts_shared(there: str, here: Path) -> int:
+    """How many of their last parts are the same, of a server's path and one of this machine."""
+    # The server may be under Windows; PureWindowsPath takes both separators.
+    parts = (reversed(PureWindowsPath(path).parts) for path in (there, here.absolute()))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*parts, strict=False)))
+
+
+def _differ(there: str, here: Path) -> bool:
+    """Whether two files hold other bytes. What is not on this machine, or not to be read, is not known to."""
+    try:
+        return not filecmp.cmp(there, here, shallow=False)
+    except (OSError, ValueError):  # a path with a null byte is the latter
+        return False

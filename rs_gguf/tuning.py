@@ -83,10 +83,14 @@ class Finder:
         start = self._spent
         shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
         until = [None if seconds is None else start + share * seconds for share in shares]
-        ranked = self._ranked(self._proposals(space, until[0]), space)
+        proposals = self._proposals(space, until[0])
+        ranked = self._ranked(proposals, space)
         known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
         answered = [self._answered(candidate) for candidate in known]
-        while self._goes_on(answered, self._recipe.tune.finalists, until[1]):
+        # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
+        newest = max(trial.number for trial in proposals)
+        due = self._recipe.tune.finalists + sum(trial.number < newest for trial in answered)
+        while self._goes_on(answered, due, until[1]):
             candidate = self._next(answered, ranked, space.most)
             if candidate is None:
                 break
@@ -131,14 +135,15 @@ class Finder:
         trial = self._known.get((rung, candidate))
         if trial is None:
             number = 1 + max((trial.number for trial in self._known.values()), default=-1)
-            before = self._rungs.unsteered_seconds
             trial = self._rungs.measure(rung, number, candidate)
-            self._spent += self._rungs.unsteered_seconds - before
+            # A resumed search asks the unsteered side again, which counts once.
+            if any((known.rung == "full") == (rung == "full") for known in self._known.values()):
+                trial = replace(trial, unsteered_seconds=0.0)
             self._known[rung, candidate] = trial
             self._record(trial)
         if (rung, candidate) not in self._counted:
             self._counted.add((rung, candidate))
-            before, self._spent = self._spent, self._spent + trial.seconds
+            before, self._spent = self._spent, self._spent + trial.seconds + trial.unsteered_seconds
             in_seconds = self._recipe.tune.budget is not None
             self._advance(int(self._spent) - int(before) if in_seconds else _COST[rung])
         return trial
@@ -279,7 +284,8 @@ class Finder:
 
     def _keeps_harm(self, trial: Trial) -> bool:
         """Whether short answers hold the limit on harm, which one prompt less does not break."""
-        return trial.harmful_retention >= self._recipe.tune.min_retention - 1 / self._rungs.n_harmful
+        n = self._rungs.n_harmful
+        return self._recipe.tune.keeps_enough(trial.harmful_retention * n + 1, n)
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rs_gguf.judging.exchange import KEY_VARIABLE
+from rs_gguf.judging.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
 
 Reply = tuple[int, Any]  # status and JSON body, or bytes sent as they are
 Behaviour = Callable[[dict[str, Any]], Reply]
@@ -18,7 +18,7 @@ Behaviour = Callable[[dict[str, Any]], Reply]
 
 def without_proxy_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests go straight to the address that they name, and carry no key, whatever this machine sets."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", KEY_VARIABLE, SERVER_KEY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -41,6 +41,7 @@ class Server:
             def do_GET(self) -> None:
                 with outer.lock:
                     outer.health_checks += 1
+                    outer.keys.add(self.headers["Authorization"])
                 if not outer.healthy:
                     self.reply((503, {"error": "loading"}))
                 elif not outer.tells_models:

@@ -302,7 +302,7 @@ def invented_fit() -> dict[str, Any]:
             "score": [round(-1 + 1.5 * math.sin((block + k) / 9), 4) for block in range(24)],
             "auroc": [round(0.6 + 0.38 * math.sin((block + k) / 9) ** 2, 4) for block in range(24)],
             # The first block of a causal model sees one token: there is no direction to compare.
-            "harm_cosine": [math.nan, *(round(0.7 - 0.02 * (block + k), 4) for block in range(1, 24))],
+            "harm_cosine": [None, *(round(0.7 - 0.02 * (block + k), 4) for block in range(1, 24))],
         }
         for k, (estimator, ridge) in enumerate(
             itertools.product(["contrast-wrmd", "safe-wrmd", "wrmd"], [0.3, 3.0])

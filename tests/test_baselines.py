@@ -101,10 +101,17 @@ def test_of_a_long_request_the_beginning_is_shown() -> None:
     assert {len(line) for line in shown} == {200}
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('') }}{% endif %}{{ messages[-1].content }}",
+        "{{ messages[-1].content }}",
+    ],
+)
 def test_a_template_without_a_system_prompt_does_without_that_baseline(
-    caplog: pytest.LogCaptureFixture,
+    template: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = templated("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}hi")
+    model = templated(template)
     found = build(samples(), recipe("system-prompt", "md"), model)
     assert [side.name for side in found] == ["md, one block"]
     assert "tiny takes no system prompt" in caplog.text

@@ -31,6 +31,19 @@ QWEN_LIKE = """\
 {%- endif %}
 """
 
+# As the first Phi-3-mini's: a system prompt is taken without a word, and dropped.
+DEAF = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|><|assistant|>"
+    "{% elif message.role == 'assistant' %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
+)
+# As SmolVLM's: contents are lists of parts.
+TYPED = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}<assistant>"
+)
+
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -225,6 +238,46 @@ def test_a_template_without_a_system_role_says_so_only_when_one_is_given(tiny_mo
     assert ChatFormat(template).tokenize(tiny_model, "Hi") == tiny_model.tokenize("Hi")
     with pytest.raises(InputError, match="System role not supported"):
         ChatFormat(template).tokenize(tiny_model, "Hi", system="Be brief.")
+
+
+def test_a_system_prompt_that_the_template_drops_is_an_error(tiny_model: LlamaModel) -> None:
+    chat = ChatFormat(DEAF)
+    assert chat.accepts(["user", "assistant", "user"])
+    assert not chat.accepts(["system", "user"])
+    assert chat.tokenize(tiny_model, "Hi")
+    with pytest.raises(InputError, match=r"drops the system prompt\. Leave it out"):
+        chat.tokenize(tiny_model, "Hi", system="Be brief.")
+    # Two messages may say the same: that one of them is shown says nothing of the other.
+    with pytest.raises(InputError, match="drops the system prompt"):
+        chat.tokenize(tiny_model, "Hi", system="Hi")
+
+
+def test_a_switch_that_the_template_takes_out_of_the_system_prompt_is_not_dropped(
+    tiny_model: LlamaModel,
+) -> None:
+    """As in SmolLM3's."""
+    chat = ChatFormat(
+        "{% if messages[0].role == 'system' %}{{ messages[0].content.replace('/no_think', '') }}"
+        "{% if '/no_think' in messages[0].content %}Do not think.{% endif %}{% endif %}"
+        "{{ messages[-1].content }}"
+    )
+    tokens = chat.tokenize(tiny_model, "Hi", system="/no_think")
+    assert tokens == tiny_model.tokenize("Do not think.Hi")
+
+
+def test_a_template_that_wants_parts_gets_the_whole_conversation_in_parts(tiny_model: LlamaModel) -> None:
+    chat, turns = ChatFormat(TYPED), [USER, {"role": "assistant", "content": "Yes?"}]
+    assert chat.render([USER]) == "<user>Hi<assistant>"
+    assert chat.accepts(["system", "user", "assistant", "user"])
+    tokens = chat.tokenize(tiny_model, "Why?", system="Be brief.", turns=turns)
+    assert tokens == tiny_model.tokenize("<system>Be brief.<user>Hi<assistant>Yes?<user>Why?<assistant>")
+    raising = ChatFormat("{{ raise_exception('no text') if messages[0].content is string }}" + TYPED)
+    assert raising.render([USER]) == "<user>Hi<assistant>"
+    # One that takes both gets text, as ever.
+    both = ChatFormat(
+        "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}" + TYPED + "{% endif %}"
+    )
+    assert both.render([USER]) == "Hi"
 
 
 def test_the_format_of_a_model_comes_from_its_metadata() -> None:

@@ -146,7 +146,9 @@ def test_refuses_quantised_directions(tmp_path: Path) -> None:
         convert(tmp_path / "v.gguf", "repeng")
 
 
-@pytest.mark.parametrize("pattern", ["{}", "layer_{}", "model.layers.{}", "direction.{}", "layers.{}.vector"])
+@pytest.mark.parametrize(
+    "pattern", ["{}", "layer_{}", "layer-{}", "model.layers.{}", "direction.{}", "layers.{}.vector"]
+)
 def test_reads_safetensors_named_by_one_number(tmp_path: Path, pattern: str) -> None:
     given = rows(0, 5, 12)
     tensors = {pattern.format(number): torch.from_numpy(row)[None, :] for number, row in given.items()}
@@ -184,6 +186,8 @@ def test_refuses_what_it_cannot_place(tmp_path: Path) -> None:
     refused({"layer_99999999999": row}, "which block")
     refused({"layer_1": torch.ones(2, 4)}, r"shape \[2, 4\]")
     refused({"layer_1": torch.ones(4, dtype=torch.int32)}, "floats are needed")
+    for name in ("-1", "layer_-3", "model.layers.-2.vector", "layer--1"):
+        refused({name: row}, f"tensor '{name}' has a negative number.*counted from 0")
     refused({"layer_0": row}, "No direction is left")
     refused({"layer_1": row}, "would be block -1", base=2)
     refused({"layer_1": row, "block_1": row.clone()}, "second direction for block 1")

@@ -18,7 +18,14 @@ from rs_gguf.errors import InputError
 from rs_gguf.judging import client as client_module
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge, label_confidence
-from rs_gguf.judging.exchange import KEY_VARIABLE, Completion, RequestRefusedError, Token, exchange
+from rs_gguf.judging.exchange import (
+    KEY_VARIABLE,
+    SERVER_KEY_VARIABLE,
+    Completion,
+    RequestRefusedError,
+    Token,
+    exchange,
+)
 from rs_gguf.judging.votes import vote_confidence
 
 KEY = "sk-do-not-tell-anybody"
@@ -177,9 +184,9 @@ def test_a_long_answer_may_take_longer_than_a_lookup(
 ) -> None:
     waited: list[tuple[str, float]] = []
 
-    def noted(url: str, path: str, data: bytes | None, timeout: float) -> Any:
+    def noted(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
         waited.append((path, timeout))
-        return exchange(url, path, data, timeout)
+        return exchange(url, path, data, timeout, key_variable)
 
     monkeypatch.setattr(client_module, "exchange", noted)
     server = serve(flaky(2, (503, {})))
@@ -279,6 +286,7 @@ def test_a_request_that_is_refused_costs_only_its_row(serve: Callable[..., Serve
         ((200, {"choices": []}), "no chat completion", 2),
         ((200, b"<p>boom</p>"), "no JSON", 2),
         ((403, {"error": "boom"}), "boom", 1),  # moderation: the key was good for others
+        ((400, {"error": "boom"}), "boom", 1),
     ],
 )
 def test_a_request_that_the_server_fails_on_costs_only_its_row(
@@ -301,6 +309,7 @@ def test_a_request_that_the_server_fails_on_costs_only_its_row(
         ((530, {"error": "boom"}), r"no answer after 8 tries.*boom"),
         ((402, {"error": "boom"}), r"boom.*Add credit"),
         ((403, {"error": "boom"}), KEY_VARIABLE),
+        ((400, {"error": "boom"}), r"boom.*answered before.*run the same command again"),
     ],
 )
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -397,21 +406,34 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setenv(SERVER_KEY_VARIABLE, "of-the-server")
     caplog.set_level(logging.DEBUG)
     # A server that says the key back, in an answer and in an error.
     server = serve(lambda body: said(f"your key is {KEY}"))
     asking = client(server)
     judge = EndpointJudge(asking)
     completion = asking.complete(ask("x"))
+    identity = judge.identity
     assert server.keys == {f"Bearer {KEY}"}
     server.behave = lambda body: (401, {"error": f"Incorrect API key provided: {KEY}"})
     with pytest.raises(InputError, match="does not accept the key") as refused:
         asking.complete(ask("x"))
-    server.behave = lambda body: (400, {"error": f"not with {KEY}"})
-    [(_, answer)] = asking.complete_all([ask("x")])
+    server.behave = lambda body: echo(body) if body == server.asked[0] else (400, {"error": f"not {KEY}"})
+    [(_, answer)] = asking.complete_all([ask("y")])
+    assert isinstance(answer, RequestRefusedError)
     told = [completion, answer, asking.usage, refused.value, repr(refused.value.__context__), caplog.text]
-    held = [repr(asking), repr(vars(asking)), repr(vars(judge)), judge.name, judge.identity]
+    held = [repr(asking), repr(vars(asking)), repr(vars(judge)), judge.name, identity]
     assert all(KEY not in str(part) for part in told + held)
+
+
+@pytest.mark.parametrize("before", [290 * "x", 1990 * " ", ((64 << 10) - 5) * " "])
+def test_no_part_of_a_key_is_told_where_an_error_is_cut(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with pytest.raises(RequestRefusedError, match="HTTP 400") as refused:
+        client(serve(lambda body: (400, (before + KEY).encode()))).complete(ask("x"))
+    assert KEY[:3] not in str(refused.value)
 
 
 def test_without_a_key_none_is_sent(serve: Callable[..., Server]) -> None:

@@ -617,6 +617,23 @@ def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(kind, same):
     assert np.isfinite(found.offset_).all()
 
 
+@pytest.mark.parametrize("kind", [SafeRidge, ResidualRidge])
+def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind):
+    activations, confidence, kinds, _ = labelled()
+    rng = np.random.default_rng(7)
+    # Two values only, as where a block sees but the last token; far from zero, as outlier dimensions are.
+    two = np.where(rng.random(240)[:, None] < 0.5, *(100 + rng.normal(size=(2, 12))))
+    options = {"ridges": [1e-3, 1.0], "kinds": kinds}
+    (fitted,) = fit_paths(activations, confidence, [kind()], **options)
+    (found,) = fit_paths(np.insert(activations, 1, two, axis=1), confidence, [kind()], **options)
+    assert not found.directions[:, 1].any()
+    assert not found.ridges[:, 1].any()
+    np.testing.assert_array_equal(found.directions[:, [0, 2]], fitted.directions)
+    assert np.isnan([*found.harm_cosine[:, 1], found.contrast_cosine[1]]).all()
+    with pytest.raises(InputError, match=f"{kind.name} has no direction at any layer.*must not respond"):
+        kind().fit(two[:, None], confidence, kinds=kinds)
+
+
 def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
     """As in LFM2, whose first convolutions see nothing but the end of the chat template."""
     activations, confidence, kinds, _ = labelled()
@@ -633,6 +650,9 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
     for row in json.loads((tmp_path / "fit.json").read_text())["directions"]:
         assert np.isfinite([row["score"], row["auroc"]]).all()
         assert row["auroc"][:2] == [0.5, 0.5]
+        for cosines in (row["harm_cosine"], row["contrast_cosine"]):  # null: JSON has no NaN
+            assert cosines[:2] == [None, None]
+            assert np.isfinite(cosines[2:]).all()
     for directions in load_directions(tmp_path, recipe).values():
         whole = Candidate("md", 0.5, 1, 3, 6.0).steering(directions)
         alive = Candidate("md", 0.5, 2, 3, 6.0).steering(directions)
@@ -651,8 +671,6 @@ def test_safe_errors():
         ResidualRidge().fit(activations, confidence, kinds=np.where(kinds == "benign", "sensitive", kinds))
     with pytest.raises(InputError, match="name no group"):
         SafeRidge(constraints=("groups",)).fit(activations, confidence, kinds=kinds)
-    with pytest.raises(InputError, match="safe-wrmd has no direction at layer 0"):
-        SafeRidge().fit(activations[:, :, :1], confidence, kinds=kinds)
     for options in ({"constraints": ()}, {"constraints": ("odd",)}, {"penalty": 0}):
         with pytest.raises(InputError, match=next(iter(options))):
             SafeRidge(**options)

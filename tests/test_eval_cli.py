@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 from endpoints import Reply, Server, said, without_proxy_or_key
 from tiny_gguf import write_tiny_qwen2
+from tiny_qwen3 import write_tiny_qwen3
 
-from rs_gguf import capability, comparison, control_vector, lora, prompts, sandbox
+from rs_gguf import capability, comparison, control_vector, files, lora, prompts, sandbox
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
 from rs_gguf.errors import InputError
@@ -298,6 +299,8 @@ def test_capability_is_paired_and_without_a_sandbox_says_what_is_left_out(
         (["--model", "http://127.0.0.1:9", "--control-vector", "@v.gguf"], "running server keeps"),
         (["--model", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--judge", "./none.gguf"], "none.gguf"),
+        (["--json", "@"], "cannot write"),
+        (["--json", "@plain.txt/out.json"], "cannot write"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_error(folder: Path, arguments: list[str], said: str) -> None:
@@ -320,7 +323,26 @@ def test_bad_input_is_one_clear_error(folder: Path, arguments: list[str], said: 
     assert stdout == ""
 
 
-def test_tables_are_told_before_a_file_that_cannot_be_written(folder: Path) -> None:
+def test_a_system_prompt_that_the_model_would_not_read_is_told_before_the_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen3(folder / "deaf.gguf", "{{ messages[-1].content }}", n_layer=2)
+    monkeypatch.setattr(LlamaModel, "generate", lambda *_, **__: pytest.fail("answered for nothing"))
+    code, stdout, stderr = invoke(
+        *("--model", str(folder / "deaf.gguf"), "--prompts", str(folder / "plain.txt")),
+        *("--judge", "keywords", "--system-prompt", "Be."),
+    )
+    assert (code, stdout) == (2, "")
+    assert "drops the system prompt" in stderr
+
+
+def test_tables_are_told_before_a_file_that_cannot_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise InputError("cannot write: No space left")
+
+    monkeypatch.setattr(files, "write_json", full)
     code, stdout, stderr = invoke(
         *(
             "--model",
@@ -330,7 +352,7 @@ def test_tables_are_told_before_a_file_that_cannot_be_written(folder: Path) -> N
             "--judge",
             "keywords",
         ),
-        *("--tokens", "4", "--json", str(folder / "plain.txt" / "out.json")),
+        *("--tokens", "4", "--json", str(folder / "full.json")),
     )
     assert code == 2
     assert "cannot write" in stderr

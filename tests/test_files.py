@@ -17,6 +17,8 @@ import pytest
 from rs_gguf import files
 from rs_gguf.errors import InputError
 from rs_gguf.files import (
+    check_writable,
+    from_home,
     json_lines,
     read_json,
     remove_drafts,
@@ -145,6 +147,35 @@ def test_a_place_that_cannot_hold_a_file_is_an_input_error(tmp_path: Path) -> No
     with pytest.raises(InputError, match="cannot write"):
         write_text(tmp_path / "folder", "text")
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_place_is_tried_before_it_is_needed_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "deep" / "file")
+    for bad in (tmp_path, tmp_path / "file" / "inside", tmp_path / "file" / "deep" / "inside"):
+        with pytest.raises(InputError, match="cannot write"):
+            check_writable(bad)
+
+    def denied(**options: Any) -> BinaryIO:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(InputError, match="Permission denied"):
+        check_writable(tmp_path / "file")
+    check_writable(Path(os.devnull))  # a device is written to as it is
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_tilde_is_home_or_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # as Windows calls it
+    assert from_home("~/a/b") == from_home(Path("~/a/b")) == tmp_path / "a" / "b"
+    assert from_home("~draft.csv") == Path("~draft.csv")
+    assert from_home("a/~") == Path("a/~")
 
 
 @posix_only

@@ -75,6 +75,9 @@ def test_auroc_equals_sklearn_with_ties_and_without_neutral_samples():
 def test_margin_is_the_standardised_gap():
     p = np.array([[1.0, 5], [3, 5], [5, 5], [7, 5]])
     np.testing.assert_allclose(layer_margin(p, [-1, -1, 1, 1]), [4.0, 0.0])
+    # The mean of three times 0.1 is not 0.1.
+    c = np.repeat([1.0, -1.0], 3)
+    assert layer_margin(np.where(c > 0, 0.1, 0.3)[:, None], c) == [0.0]
 
 
 def test_bands_hold_the_score_and_repeat_with_the_seed():

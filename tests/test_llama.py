@@ -17,7 +17,7 @@ import pytest
 from architectures import llama
 from tiny_gguf import SPECIALS, write_tiny_qwen2
 
-from rs_gguf import graph, lora
+from rs_gguf import graph, llama_file, lora
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.generation import Sampling
@@ -412,3 +412,28 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
                 model.steered({1: np.ones(model.n_embd, np.float32)}),
             ):
                 list(model.generate([[5, 6]], max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "expected"),
+    [
+        ("0::/\n", {}, 8 << 20),
+        ("0::/\n", {"memory.max": "max"}, 8 << 20),
+        ("0::/\n", {"memory.max": f"{2 << 20}"}, 2 << 20),
+        ("0::/user.slice/one.scope\n", {"user.slice/one.scope/memory.max": f"{3 << 20}"}, 3 << 20),
+        ("4:memory:/a\n0::/\n", {"memory/memory.limit_in_bytes": f"{1 << 20}"}, 1 << 20),
+        ("0::/\n", {"memory.max": f"{9 << 20}"}, 8 << 20),
+    ],
+)
+def test_free_memory_is_what_a_control_group_may_have(
+    tmp_path: Path, group: str, limits: dict[str, str], expected: int
+) -> None:
+    files = {"proc/meminfo": "MemTotal:  99999 kB\nMemAvailable:    8192 kB\n", "proc/self/cgroup": group}
+    for name, text in {**files, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert llama_file._free_memory(tmp_path) == expected
+
+
+def test_where_memory_is_not_told_a_model_is_mapped(tmp_path: Path) -> None:
+    assert llama_file._free_memory(tmp_path) == 0

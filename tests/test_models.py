@@ -159,6 +159,16 @@ def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     assert resolve("owner/name") == Path("owner/name")
 
 
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"'~draft\.gguf': not a catalogue name"):
+        resolve("~draft.gguf")
+    Path("~draft").mkdir()
+    (Path("~draft") / "config.json").write_text("{}")
+    assert resolve("~draft") == Path("~draft")
+    assert models.name_of("~draft", Path("~draft")) == "~draft"
+
+
 def test_files_and_folders(tmp_path: Path) -> None:
     file = tmp_path / "one" / "model.gguf"
     file.parent.mkdir()

@@ -29,6 +29,7 @@ from rs_gguf.cli import main
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import chat_tokens
 from rs_gguf.files import read_json, write_json
+from rs_gguf.judging.judgement import EXAMPLE
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.pipeline import STAGES, Pipeline, run
@@ -166,6 +167,16 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     assert factors
     assert all(".attn_output." in name for name in factors)
 
+    # What was moved away is not said to be there.
+    (out / "remove.gguf").rename(out / "moved.gguf")
+    with pytest.raises(InputError, match=r"remove\.gguf, which this run wrote, is gone"):
+        run(chosen, out)
+    more = recipe.load(None, [*SMALL, "prompts.test=6", f"model={model}", f"judge={judge.url}"])
+    run(more, out)  # which is measured anew: it is written anew for that
+    written, moved = control_vector.read(out / "remove.gguf"), control_vector.read(out / "moved.gguf")
+    np.testing.assert_equal(dict(written.directions), dict(moved.directions))
+    (out / "moved.gguf").unlink()
+
     # To begin afresh forgets all that the stages leave for one another, and nothing else.
     RunFolder(out).forget_all()
     kept = {"recipe.toml", "remove.gguf", "remove-adapter.gguf", "report.html", "card.md"}
@@ -238,7 +249,7 @@ def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path)
     chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
         run(chosen, tmp_path / "out")
-    assert judge.judged == []
+    assert set(judge.judged) == {EXAMPLE[1]}  # whether it can judge at all
 
 
 def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
@@ -363,6 +374,24 @@ def test_a_mistyped_file_leaves_the_folder_as_it_was(mistyped: str, fresh: bool,
         run(recipe.load(None, values), out, fresh=fresh)
     assert {path.read_text() for path in out.iterdir() if path.name != ".lock"} == {"hours of work"}
     assert len(list(out.glob("[!.]*"))) == 4
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = {
+        "answers.jsonl": "hours of work",
+        "recipe.toml": "seed = 1",
+        "state.json": '{"answer": {"key": "a"}}',
+    }
+    for name, text in kept.items():
+        (out / name).write_text(text)
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'none.gguf'}"]
+    with pytest.raises(InputError, match=r"none\.gguf"):
+        run(recipe.load(None, values), out, fresh=fresh)
+    assert {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"} == kept
 
 
 def keys(folder: Path, *values: str) -> list[str]:

@@ -530,6 +530,7 @@ def test_the_command_measures(tiny: Path) -> None:
     [
         (["--set", "model=./missing.gguf"], "downloads nothing"),
         (["--set", "model=owner/name"], "downloads nothing"),
+        (["--set", "model=~draft.gguf"], "downloads nothing"),
         (["--set", "model=TINY", "--bits", "4"], "config.json"),
         (["--set", "model=TINY", "--bits", "4", "--measure"], "config.json"),
         (["--set", "model=TINY", "--set", "prompts.harmful=['none.csv']"], "none.csv"),

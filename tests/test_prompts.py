@@ -87,6 +87,9 @@ def test_conversations_give_the_first_turn_of_the_user(tmp_path: Path, row: Any,
         ["one", "two"],
         [{"goal": "one"}, {"goal": "two"}],
         {"version": 1, "data": [{"prompt": "one"}, {"prompt": "two"}]},
+        {"languages": ["en", "zh"], "prompts": [{"prompt": "one"}, {"prompt": "two"}]},
+        {"Train": ["one", "two"], "test": ["three"]},
+        {"questions": ["one", "two"]},
         {"prompt": ["one", "two"]},
         {"category": ["x", "y"], "Goal": ["one", "two"]},
     ],
@@ -177,6 +180,12 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [p.prompt for p in load(Path("~/own.txt"), "benign")] == ["one"]
 
 
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("~draft.txt"), "one\n")
+    assert texts(Path("~draft.txt")) == ["one"]
+
+
 def test_the_splits_of_another_data_set_are_not_ours(tmp_path: Path) -> None:
     lines = [f"prompt number {i}" for i in range(40)]
     plain = load(write(tmp_path / "plain.txt", "\n".join(lines)), "benign")
@@ -256,6 +265,12 @@ def test_parquet_without_pyarrow_says_what_to_install(
         ("f.jsonl", "9" * 5000, r"f\.jsonl:1: "),
         ("f.json", '{"a": 1}', "expected a JSON list"),
         ("f.json", '"one"', "expected a JSON list"),
+        (
+            "f.json",
+            '{"a": ["one"], "b": ["two"]}',
+            r"f\.json: which of the lists a, b holds .* Name this one data,",
+        ),
+        ("f.json", '{"data": ["one"], "rows": ["two"]}', r"f\.json: which of the lists data, rows holds"),
         ("f.json", '["one", null]', r"f\.json:2: a row must be text"),
         ("f.json", '{"prompt": ["one", "two"], "x": ["1", "2", "3"]}', r"f\.json:3: no prompt"),
         ("f.txt", b"caf\xe9", r"f\.txt: not UTF-8 text \(.* at byte 3\)"),

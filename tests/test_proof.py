@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny_gguf
 from adapters import factors
 from tiny_gguf import write_tiny_qwen2
 
@@ -19,7 +20,7 @@ from rs_gguf.control_vector import check, write
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
-from rs_gguf.proof import TOLERANCE, prove_adapter, prove_vector
+from rs_gguf.proof import TOLERANCE, prove_vector
 from rs_gguf.steering import SteeringVector
 
 N_LAYER, WIDTH = 4, 32
@@ -145,11 +146,21 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
     assert shown.relative_error["2"] == pytest.approx(1.0)
 
 
-def test_a_proof_without_a_place_for_drafts_says_so(
-    model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_place_for_drafts_is_no_fault_of_the_adapter(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.gguf"
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
-        prove_adapter(path, model)
+        lora.check(path, file)
+
+
+def test_a_template_with_a_long_system_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_gguf, "CHAT_TEMPLATE", 1030 * "x" + tiny_gguf.CHAT_TEMPLATE)
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=N_LAYER, n_embd=WIDTH)
+    write(vector(1), tmp_path / "v.gguf")
+    matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
+    lora.write(LoraAdapter(matrix, "qwen2"), tmp_path / "a.gguf")
+    assert check(tmp_path / "v.gguf", tmp_path / "tiny.gguf").errors == ()
+    assert lora.check(tmp_path / "a.gguf", tmp_path / "tiny.gguf").errors == ()

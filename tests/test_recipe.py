@@ -165,6 +165,22 @@ def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "budget"),
+    [
+        (["tune.budget=none"], None),
+        (["tune.budget="], None),
+        (["tune.trials=60"], None),  # beside a budget it would count for nothing
+        (["tune.finalists=6"], None),
+        (["tune.trials=60", "tune.budget=1h"], 3600),
+        (["tune.full=32"], 7200),
+    ],
+)
+def test_a_kept_budget_ends(overrides: list[str], budget: float | None, tmp_path: Path) -> None:
+    dump(load(None, ["tune.budget=2h"]), tmp_path / "recipe.toml")
+    assert load(tmp_path / "recipe.toml", overrides).tune.budget == budget
+
+
+@pytest.mark.parametrize(
     "override",
     ["model=a\udcff.gguf", "prompts.benign=['a\udcff.csv']", 'prompts.system="\ud83d"', "judge=\udcff"],
 )

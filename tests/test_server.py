@@ -12,6 +12,7 @@ from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import answering
 from rs_gguf.errors import InputError
+from rs_gguf.judging.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Answers, Recipe
@@ -64,6 +65,47 @@ def test_an_adapter_is_known_by_its_name_in_whatever_folder(servers: list[Server
     assert servers[0].asked[0]["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}]
     with pytest.raises(InputError, match=r"0 adapters named b\.gguf \(all: /m/style\.gguf, C:\\models"):
         LlamaServer(servers[0].url, [(Path("b.gguf"), 0.5)])
+
+
+def test_folders_tell_adapters_of_one_name_apart(servers: list[Server]) -> None:
+    paths = ["/m/one/a.gguf", "C:\\m\\two\\a.gguf", "/m/two/style.gguf"]
+    servers[0].adapters = [{"id": i, "path": path, "scale": 0.0} for i, path in enumerate(paths)]
+    model = LlamaServer(servers[0].url, [(Path("two/a.gguf"), 0.5), (Path("../one/a.gguf"), 0.25)])
+    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    assert [entry["scale"] for entry in servers[0].asked[0]["lora"]] == [0.25, 0.5, 0.0]
+    with pytest.raises(InputError, match=r"2 adapters named a\.gguf"):
+        LlamaServer(servers[0].url, [(Path("three/a.gguf"), 0.5)])
+
+
+def test_another_file_of_the_name_is_refused(servers: list[Server], tmp_path: Path) -> None:
+    theirs, copy, mine = files = [tmp_path / name / "a.gguf" for name in ("theirs", "copy", "mine")]
+    for file, content in zip(files, (b"1", b"1", b"2"), strict=True):
+        file.parent.mkdir()
+        file.write_bytes(content)
+    servers[0].adapters = [{"id": 0, "path": str(theirs), "scale": 0.0}]
+    LlamaServer(servers[0].url, [(theirs, 1.0), (copy, 1.0)])
+    with pytest.raises(InputError, match=f"has loaded {theirs} for {mine}.*another file"):
+        LlamaServer(servers[0].url, [(mine, 1.0)])
+    servers[0].adapters = [{"id": 0, "path": "/of another machine/a.gguf", "scale": 0.0}]
+    LlamaServer(servers[0].url, [(mine, 1.0)])
+    with pytest.raises(InputError, match=f"for {mine}, but {copy} is another file"):
+        LlamaServer(servers[0].url, [(copy, 1.0), (mine, 1.0)])
+
+
+def test_the_key_of_the_judge_is_not_sent(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "of-the-judge")
+    monkeypatch.setenv(SERVER_KEY_VARIABLE, "of-the-server")
+    servers[0].adapters = [ADAPTERS[1]]
+    model = LlamaServer(servers[0].url.removesuffix("/v1"), [(Path("a.gguf"), 0.5)])  # asks for the model
+    model.expect_model({"n_vocab": 300})
+    model.expect_unsteered()
+    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    assert servers[0].keys == {"Bearer of-the-server"}
+    servers[0].behave = lambda body: (401, {"error": "no"})
+    with pytest.raises(InputError, match=f"does not accept the key in {SERVER_KEY_VARIABLE}"):
+        list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    with pytest.raises(InputError, match=f"Keys go into {SERVER_KEY_VARIABLE}"):
+        LlamaServer("http://me:secret@host", [])
 
 
 def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:

@@ -248,6 +248,23 @@ def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: 
     assert search.measure(rung, 1, replace(GATES.start[0], strength=0.0)).feasible
 
 
+@pytest.mark.parametrize("what", ["unjudged", "degenerate"])
+@pytest.mark.parametrize(("now", "feasible"), [(1, True), (6, False)])
+def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, now: int, feasible: bool
+) -> None:
+    search = rungs(setting, tmp_path, recipe(full=EACH))
+    sensitive, harmful = setting.unsteered.of("sensitive")[:6], setting.unsteered.of("harmful")[:now]
+
+    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+        of = sensitive if steering is NO_STEERING else harmful
+        refused = {i: None if what == "unjudged" and i in of else True for i in picked}
+        return rungs_module._Verdicts(refused, set(), set(of) if what == "degenerate" else set())
+
+    monkeypatch.setattr(search, "_verdicts", verdicts)
+    assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
+
+
 def test_a_model_that_gives_no_numbers_any_more_keeps_nothing(setting: Setting, tmp_path: Path) -> None:
     trial = rungs(setting, tmp_path).measure("probe", 0, replace(GATES.start[0], strength=math.inf))
     assert (trial.sensitive, trial.harmful_retention) == (0, 0)
@@ -494,7 +511,6 @@ class Formulas:
     size_in_full = (12, 64)
     n_wanted_in_full = 10_000
     n_harmful = 10_000
-    unsteered_seconds = 0.0
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
         self.model = SimpleNamespace(n_layer=24)
@@ -692,19 +708,37 @@ def test_full_answers_end_with_the_budget_but_for_the_first() -> None:
         assert len([t for t in search.trials if t.rung == "full"]) == tries
 
 
+class SlowUnsteered(Breaking):
+    """The unsteered side takes a minute, and in full 500 seconds, once in a process."""
+
+    most = 0.0
+
+    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+        took = 0.0 if self.asked else 60.0
+        if rung == "full" and "full" not in {rung for rung, _ in self.asked}:
+            took += 500.0
+        return replace(super().measure(rung, number, candidate), unsteered_seconds=took)
+
+
 def test_what_the_unsteered_side_took_counts_to_the_budget() -> None:
-    class Slow(Breaking):
-        most = 0.0
-
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            if rung == "full" and not self.unsteered_seconds:
-                self.unsteered_seconds = 500.0
-            return super().measure(rung, number, candidate)
-
     # Of 700 seconds some 560 went before; a second full answer takes a few.
-    search = formula_finder(Slow(), budget=700.0, full=4)
+    search = formula_finder(SlowUnsteered(), budget=700.0, full=4)
     search.search(SPACE, 700.0)
     assert len([t for t in search.trials if t.rung == "full"]) == 1
+
+
+def test_what_the_unsteered_side_took_counts_once_however_often_a_search_is_resumed() -> None:
+    others = replace(SPACE, directions=[("bad", 2.0)], start=[replace(SPACE.start[0], ridge=2.0)])
+
+    def search(known: Sequence[Trial] = ()) -> list[Trial]:
+        finder = formula_finder(SlowUnsteered(), known=known, budget=400.0)
+        for space in (SPACE, others):
+            finder.search(space, 200.0)
+        return finder.trials
+
+    whole = search()
+    for kept in (3, len(whole) // 2, len(whole) - 2):
+        assert search(load_trials([trial.to_row() for trial in whole[:kept]])) == whole
 
 
 def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:
@@ -747,6 +781,22 @@ def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     assert resumed.search(SPACE, 300.0) == chosen
     assert resumed.trials == whole.trials
     assert len(again.asked) == 4
+
+
+def test_a_longer_search_answers_with_what_it_proposes() -> None:
+    short = formula_finder(Formulas(), trials=4, finalists=4)
+    short.search(SPACE)
+    formulas = Formulas()
+    longer = formula_finder(formulas, known=short.trials, trials=30, finalists=4)
+    chosen = longer.search(SPACE)
+    answered = [candidate.shape for rung, candidate in formulas.asked if rung == "answers"]
+    assert len(answered) == 4
+    assert not {trial.candidate.shape for trial in short.trials} & set(answered)
+    # Cut off, it ends alike; ended, it measures nothing more.
+    for kept in (-20, -5, -2, None):
+        again = formula_finder(Formulas(), known=longer.trials[:kept], trials=30, finalists=4)
+        assert again.search(SPACE) == chosen
+        assert again.trials == longer.trials
 
 
 @pytest.mark.parametrize("kept", [1.1, 0.91])
@@ -850,6 +900,11 @@ def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path) -> None:
     assert found["trials"][: len(whole["trials"])] == whole["trials"]
     assert len(found["trials"]) == len(whole["trials"]) + len(longer.asked)
     assert 0 < len(longer.asked) < len(whole["trials"])
+    # The disk may have been full when its rows were copied into a new log.
+    log, again = tmp_path / "whole" / "trials.jsonl.part", Formulas()
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    assert tune_stage(tmp_path / "whole", again, budget=300) == found
+    assert again.asked == []
     # Under other limits nothing that was measured counts.
     strict = Formulas()
     values = tune_stage(tmp_path / "whole", strict, budget=50, max_benign_drift=0.1)

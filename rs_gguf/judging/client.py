@@ -20,6 +20,7 @@ from typing import Any
 
 from rs_gguf.errors import InputError
 from rs_gguf.judging.exchange import (
+    KEY_VARIABLE,
     LOOKUP_TIMEOUT,
     Completion,
     ForbiddenError,
@@ -48,6 +49,7 @@ class EndpointOptions:
         timeout: seconds without a byte after which a try has failed, and one more for each token that may be
             answered: a server sends none before the last one, and a large model on a CPU is that slow.
         price: money for a million prompt tokens, and for a million completion tokens.
+        key_variable: the environment variable that holds the key.
     """
 
     concurrency: int = 8
@@ -55,10 +57,7 @@ class EndpointOptions:
     attempts: int = 8
     timeout: float = 600.0
     price: tuple[float, float] = (0.0, 0.0)
-
-
-class _SuspectError(Exception):
-    """A server fails on a request, or does not take it, and the request may be to blame."""
+    key_variable: str = KEY_VARIABLE
 
 
 @dataclass
@@ -91,7 +90,7 @@ class EndpointClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._servers = [_Server(checked_url(url)) for url in dict.fromkeys(urls)]
+        self._servers = [_Server(checked_url(url, options.key_variable)) for url in dict.fromkeys(urls)]
         self._options, self._clock, self._sleep = options, clock, sleep
         self._lock = threading.Lock()
         self._next_start = float("-inf")
@@ -120,7 +119,8 @@ class EndpointClient:
         Raises:
             RequestRefusedError: a server took offence at this request, or failed on it twice, but answers the
                 one that was last answered when it is asked again.
-            InputError: no server can be used, or all tries failed.
+            InputError: no server can be used, all tries failed, or the one that was last answered is refused
+                as well.
         """
         stop = stop or threading.Event()
         data = json.dumps({"model": self.model, **body}).encode()
@@ -128,11 +128,17 @@ class EndpointClient:
         said: list[str] = []
         try:
             completion = self._ask(data, timeout, stop, said, may_blame=True)
-        except _SuspectError as error:
-            # A server that fails on everything must not cost one row after the other: is it the request?
+        except RequestRefusedError:
+            # A server that takes nothing any more must not cost one row after the other: is it the request?
             if self._answered is not None:
-                self._ask(self._answered, timeout, stop, said)
-            raise RequestRefusedError(str(error)) from None
+                try:
+                    self._ask(self._answered, timeout, stop, said)
+                except RequestRefusedError as error:
+                    raise InputError(
+                        f"{error} That very request was answered before. Check the server and the account, "
+                        "then run the same command again."
+                    ) from None
+            raise
         self._answered = data
         return completion
 
@@ -142,10 +148,11 @@ class EndpointClient:
         """Try until a server answers, or `said`, what went wrong each time, is as long as tries are allowed.
 
         Raises:
-            _SuspectError: if `may_blame`, a server failed on the request twice, or forbids it where others
-                were answered.
+            RequestRefusedError: as of `exchange`; if `may_blame`, also where a server failed on the request
+                twice, or forbids it where others were answered.
             InputError: no server can be used, or all tries failed.
         """
+        key_variable = self._options.key_variable
         crashes = 0
         server: _Server | None = None
         while len(said) < self._options.attempts:
@@ -155,23 +162,23 @@ class EndpointClient:
                 if server.failures:
                     # Any answer but "not now" is a sign of life; not every server has this path.
                     with contextlib.suppress(InputError):
-                        exchange(server.url, "/models", None, LOOKUP_TIMEOUT)
+                        exchange(server.url, "/models", None, LOOKUP_TIMEOUT, key_variable)
                 self._wait_for_turn(stop)
                 _check_wanted(stop)
                 started, asking = self._clock(), True
-                answer = exchange(server.url, "/chat/completions", data, timeout)
+                answer = exchange(server.url, "/chat/completions", data, timeout, key_variable)
                 completion, counted = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
                 said.append(f"{server.url}: {error}")
                 crashes += asking and error.suspect
                 if may_blame and crashes == 2:
-                    raise _SuspectError(f"{server.url} failed on a request twice: {error}.") from None
+                    raise RequestRefusedError(f"{server.url} failed on a request twice: {error}.") from None
             except ForbiddenError as error:
                 if not may_blame or self._answered is None:
                     raise
                 said.append(f"{server.url}: {error.said}")
-                raise _SuspectError(f"{server.url} refuses the request: {error.said}.") from None
+                raise RequestRefusedError(f"{server.url} refuses the request: {error.said}.") from None
             else:
                 self._succeeded(server, counted)
                 return completion
@@ -277,7 +284,8 @@ class EndpointClient:
         """The model of the first server that is there."""
         for server in self._servers:
             try:
-                names = [model.name for model in served_models(server.url)]
+                models = served_models(server.url, self._options.key_variable)
+                names = [model.name for model in models]
             except TryFailedError as error:
                 said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
                 continue

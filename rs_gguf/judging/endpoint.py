@@ -17,6 +17,7 @@ from rs_gguf.chat import after_thinking
 from rs_gguf.errors import InputError
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import (
+    KEY_VARIABLE,
     Completion,
     RequestRefusedError,
     ServedModel,
@@ -104,7 +105,7 @@ class EndpointJudge:
 def _only_model(url: str) -> list[ServedModel]:
     """The model of a server that lists just one; none of any other server."""
     try:
-        models = served_models(url)
+        models = served_models(url, KEY_VARIABLE)
     except (TryFailedError, InputError):
         return []
     return models if len(models) == 1 else []

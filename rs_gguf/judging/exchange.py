@@ -2,7 +2,8 @@
 
 An address and a JSON body go in; the server's JSON comes out, or an error that says whether another try may
 help. The key is read from the environment for each exchange and kept nowhere; should a server say it back, it
-is blotted out.
+is blotted out. Judges and models that answer each have a variable of their own: the key of one is not sent to
+the other.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any, NoReturn
 from rs_gguf.errors import InputError
 from rs_gguf.version import __version__
 
-KEY_VARIABLE = "RS_GGUF_API_KEY"
+KEY_VARIABLE = "RS_GGUF_API_KEY"  # of judges
+SERVER_KEY_VARIABLE = "RS_GGUF_SERVER_KEY"  # of servers whose model is measured
 
 LOOKUP_TIMEOUT = 30.0  # seconds, of a question that a server answers at once
 
 _MAX_BODY = 64 << 20  # bytes of a response; more is no completion
+_MAX_ERROR = 64 << 10  # bytes of a response that says what went wrong; more is not looked at
 # Statuses that another try may cure: these, and each 5xx (proxies have their own) but for the lasting ones.
 _PASSING, _LASTING = frozenset({408, 409, 425, 429}), frozenset({501, 505})
 _LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of its own might overflow
@@ -90,8 +93,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _opener = urllib.request.build_opener(_NoRedirect)
 
 
-def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
+def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
     """The JSON that a server answers with at base `url` plus `path`: POST with `data`, else GET.
+
+    The key in the environment's `key_variable`, if any, goes with it.
 
     Raises:
         TryFailedError: no connection, a busy or broken server, an answer that is no JSON.
@@ -99,7 +104,7 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
         InputError: the key is wrong, or the address, or one that it leads to, or the account is empty; a
             `ForbiddenError` where it may also be the request.
     """
-    key = _key()
+    key = _key(key_variable)
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -109,7 +114,7 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
             raw = response.read(_MAX_BODY + 1)
     except urllib.error.HTTPError as error:
         with error:
-            _raise_for(url, error, key)
+            _raise_for(url, error, key, key_variable)
     except (OSError, http.client.HTTPException) as error:
         raise TryFailedError(_without(key, str(error) or type(error).__name__)) from None
     except ValueError as error:  # of the address, or of the one that a redirect names
@@ -122,31 +127,33 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float) -> Any:
         raise TryFailedError("the answer is no JSON", suspect=True) from None
 
 
-def served_models(url: str) -> list[ServedModel]:
+def served_models(url: str, key_variable: str) -> list[ServedModel]:
     """The models that the server at base `url` lists.
 
     Raises:
         TryFailedError, InputError: as of `exchange`; the former also where the answer is no such list.
     """
-    found = exchange(url, "/models", None, LOOKUP_TIMEOUT)
+    found = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
     try:
         return [ServedModel(utf8(entry["id"]), dict(entry.get("meta") or {})) for entry in found["data"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TryFailedError(f"the answer is no list of models ({type(error).__name__}: {error})") from None
 
 
-def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
+def _raise_for(url: str, error: urllib.error.HTTPError, key: str, key_variable: str) -> NoReturn:
     try:
-        said = _shortened(error.read(2000).decode("utf-8", "replace"))
+        raw = error.read(_MAX_ERROR + 1)
     except (OSError, http.client.HTTPException):
-        said = ""
-    what = _without(key, f"HTTP {error.code} {error.reason}" + (f" ({said})" if said else ""))
+        raw = b""
+    # Blotted out before it is cut, and not looked at where the read cut it: half a key would not be known.
+    said = _shortened(_without(key, raw.decode("utf-8", "replace"))) if len(raw) <= _MAX_ERROR else ""
+    what = _without(key, f"HTTP {error.code} {error.reason}") + (f" ({said})" if said else "")
     if error.code in _PASSING or (error.code // 100 == 5 and error.code not in _LASTING):
         pause = _seconds(error.headers["Retry-After"])
         raise TryFailedError(what, pause=pause, suspect=error.code == 500) from None
     if error.code in (401, 403):
         held = "does not accept the key in" if key else "wants a key; put it into"
-        message = f"{url} {held} {KEY_VARIABLE}: {what}."
+        message = f"{url} {held} {key_variable}: {what}."
         raise (ForbiddenError(message, what) if error.code == 403 else InputError(message)) from None
     if error.code == 402:
         raise InputError(
@@ -160,7 +167,7 @@ def _raise_for(url: str, error: urllib.error.HTTPError, key: str) -> NoReturn:
     raise RequestRefusedError(f"{url} refuses the request: {what}.") from None
 
 
-def checked_url(url: str) -> str:
+def checked_url(url: str, key_variable: str) -> str:
     """A base address without its last slash. `InputError` if it is none, or holds what may be a key."""
     url = url.strip().rstrip("/")
     try:
@@ -176,17 +183,15 @@ def checked_url(url: str) -> str:
         # Not repeated here: it may hold a key.
         raise InputError(
             f"the address of {parts.hostname} holds a user name, password or query. Keys go into "
-            f"{KEY_VARIABLE} only."
+            f"{key_variable} only."
         )
     return url
 
 
-def _key() -> str:
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+def _key(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
     if not all("!" <= c <= "~" for c in key):
-        raise InputError(
-            f"{KEY_VARIABLE} holds characters that no key has (spaces, line breaks, other letters)."
-        )
+        raise InputError(f"{variable} holds characters that no key has (spaces, line breaks, other letters).")
     return key
 
 
