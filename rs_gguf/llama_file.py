@@ -196,7 +196,7 @@ def _free_memory(root: Path = Path("/")) -> int:
         return 0
     free = re.search(r"MemAvailable: +(\d+) kB", told)
     rooms = [int(free[1]) * 1024] if free else [0]
-    for limit in (f".{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
+    for limit in (f"./{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
             rooms.append(int((root / "sys/fs/cgroup" / limit).read_text()))
     return min(rooms)

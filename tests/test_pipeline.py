@@ -430,6 +430,7 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
     monkeypatch.setattr(Pipeline, "model_hash", "")
     folder = RunFolder(tmp_path)
     write_json(folder / "proof.json", {"vector": {}})
+    (tmp_path / "remove.gguf").touch()
     chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
     for strength in (2.0, 2.0, 3.0):
         trial = Trial(0, Candidate("contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
