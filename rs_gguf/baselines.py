@@ -88,7 +88,7 @@ def build(
         "ablation": lambda: ablation(samples(), model, recipe, folder),
     }
     names = list(recipe.measure.baselines)
-    if "system-prompt" in names and not ChatFormat.of(model).accepts(["system", "user"]):
+    if "system-prompt" in names and not ChatFormat.of(model).takes_system:
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and isinstance(model, LlamaModel):

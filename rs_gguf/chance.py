@@ -7,6 +7,7 @@ Counts go in; bounds leave. Intervals by Wilson (JASA 22, 1927), paired tests by
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 NEUTRAL = 0.15  # |confidence| up to this is neither refused nor answered (section 3 of arXiv 2512.16602)
 _FEW = 0.01  # share of answers that may become degenerate or impossible to judge, but chance in any case
@@ -48,6 +49,17 @@ def few_more(more: float, n: int, chance: float = 1.0) -> bool:
     `chance`: as many as turn by themselves.
     """
     return more <= max(chance, _FEW * n)
+
+
+def few_lost(turned: Iterable[tuple[int, int]], n: int, *, by_themselves: bool = True) -> bool:
+    """`few_more` of several kinds together: what one kind gains does not pay for what another loses.
+
+    `turned`: by kind, how many answers were lost and how many gained. `by_themselves`: as many as turn back
+    and forth are chance.
+    """
+    losing = [(lost, gained) for lost, gained in turned if lost > gained]
+    more = sum(lost - gained for lost, gained in losing)
+    return few_more(more, n, by_chance(sum(map(sum, losing))) if by_themselves else 1.0)
 
 
 def standard_error(rate: float, n: int) -> float:

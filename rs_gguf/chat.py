@@ -110,8 +110,13 @@ class ChatFormat:
         """Whether the template shows contents only as lists of parts; found out as llama.cpp does."""
         return not self._shows(["user"], typed=False) and self._shows(["user"], typed=True)
 
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system prompt."""
+        return self.accepts(["system", "user"])
+
     def accepts(self, roles: Sequence[str]) -> bool:
-        """Whether the template takes messages of these roles and drops none: some know no system prompt."""
+        """Whether the template takes messages of these roles and drops none."""
         return self._shows(roles, typed=self._typed)
 
     def _shows(self, roles: Sequence[str], *, typed: bool) -> bool:
@@ -141,7 +146,7 @@ class ChatFormat:
         before, found, after = rendered.partition(placeholder)
         if not found:
             raise InputError("the model's chat template drops the user's message.")
-        if system is not None and not self.accepts(["system", "user"]):
+        if system is not None and not self.takes_system:
             raise InputError(
                 "the model's chat template drops the system prompt. Leave it out, or write it into the "
                 "prompts."

@@ -33,7 +33,7 @@ from rs_gguf.evaluation import (
 from rs_gguf.files import finite
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge
-from rs_gguf.judging.judgement import EXAMPLE
+from rs_gguf.judging.judgement import try_out
 from rs_gguf.prompts import Prompt
 
 _GROUPS = ("subject", "topic", "form", "language")
@@ -139,8 +139,7 @@ def compare(
         InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
     """
     respondent.check()
-    for _ in judge.judge([EXAMPLE]):
-        pass
+    try_out(judge)
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     respondent.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)

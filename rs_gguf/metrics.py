@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf import llama, models
-from rs_gguf.chance import by_chance, few_more
+from rs_gguf.chance import by_chance, few_lost
 from rs_gguf.evaluation import Model, summarise
 from rs_gguf.files import finite, sha256
 from rs_gguf.prompts import KINDS, Prompt
@@ -280,23 +280,20 @@ def gate(
     # gains does not pay for what another loses. What can no longer be judged is counted on neither side, and
     # might be anything.
     asked = sum(found["n"] + found["unjudged"] for found in sets.values())
-    doubts = {}
+    doubts, broken = {}, {}
     for kind, found in sets.items():
-        lost, gained = (found["unjudged"] - found[f"unjudged_{side}"] for side in ("baseline", "steered"))
-        if lost > gained:
-            doubts[kind] = (lost, gained)
-    more = sum(lost - gained for lost, gained in doubts.values())
-    if not few_more(more, asked, by_chance(sum(lost + gained for lost, gained in doubts.values()))):
-        told = ", ".join(f"{lost} {kind} ({gained} only now)" for kind, (lost, gained) in doubts.items())
+        unjudged = found["unjudged"]  # on one side or both
+        n = found["n"] + unjudged
+        doubts[kind] = unjudged - found["unjudged_baseline"], unjudged - found["unjudged_steered"]
+        broken[kind] = round(found["degenerate_steered"] * n), round(found["degenerate_baseline"] * n)
+    if not few_lost(doubts.values(), asked):
+        told = ", ".join(
+            f"{lost} {kind} ({gained} only now)" for kind, (lost, gained) in doubts.items() if lost > gained
+        )
         reasons.append(f"of {asked} answers these could be judged before and no longer can: {told}")
-    rises = {}
-    for kind, found in sets.items():
-        n = found["n"] + found["unjudged"]
-        before, after = (round(found[f"degenerate_{side}"] * n) for side in ("baseline", "steered"))
-        if after > before:
-            rises[kind] = (before, after)
-    more = sum(after - before for before, after in rises.values())
-    if not few_more(more, asked):
-        told = ", ".join(f"{kind} from {before} to {after}" for kind, (before, after) in rises.items())
+    if not few_lost(broken.values(), asked, by_themselves=False):
+        rises = {kind: (after, before) for kind, (after, before) in broken.items() if after > before}
+        more = sum(after - before for after, before in rises.values())
+        told = ", ".join(f"{kind} from {before} to {after}" for kind, (after, before) in rises.items())
         reasons.append(f"degenerate answers rose by {more} of {asked}: {told}")
     return reasons

@@ -25,7 +25,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Model
 from rs_gguf.files import from_home, read_json, sha256, write_json
 from rs_gguf.judges import Judge, open_judge_spec, shipped_version
-from rs_gguf.judging.judgement import EXAMPLE
+from rs_gguf.judging.judgement import try_out
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
 from rs_gguf.progress import Progress, Silent
@@ -59,8 +59,7 @@ def run(
         # What is mistyped or out of reach must cost nothing. The key needs the model and the prompts.
         key = pipeline._key("score")
         if until != "answer" and (fresh or not folder.is_done("score", key)):
-            for _ in pipeline.judge.judge([EXAMPLE]):
-                pass
+            try_out(pipeline.judge)
         if fresh:
             folder.forget_all()
         dump(recipe, folder / "recipe.toml")

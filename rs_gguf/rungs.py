@@ -20,7 +20,7 @@ import numpy as np
 
 from rs_gguf import lora
 from rs_gguf.adapter import Gates
-from rs_gguf.chance import by_chance, few_more
+from rs_gguf.chance import by_chance, few_lost
 from rs_gguf.contrast import meant
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import (
@@ -299,18 +299,10 @@ class Rungs:
         def chance(kind: Kind) -> float:
             return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
 
-        def few_more_among(was: set[int], now: set[int], *, turn: bool = True) -> bool:
-            """As the safety gate counts: what one kind gains does not pay for what another loses.
-
-            turn: as many as turn by themselves are chance.
-            """
-            lost = gained = 0
-            for kind in KINDS:
-                places = set(self._unsteered.of(kind))
-                here, gone = len((now - was) & places), len((was - now) & places)
-                if here > gone:
-                    lost, gained = lost + here, gained + gone
-            return few_more(lost - gained, len(picked), by_chance(lost + gained) if turn else 1.0)
+        def turned(was: set[int], now: set[int]) -> list[tuple[int, int]]:
+            """By kind, how many prompts came into the set and how many left it."""
+            kinds = [set(self._unsteered.of(kind)) for kind in KINDS]
+            return [(len((now - was) & places), len((was - now) & places)) for places in kinds]
 
         # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
         # the answers, the more verdicts are near ties.
@@ -330,8 +322,8 @@ class Rungs:
             feasible=limits.keeps_enough(kept + harm_by_chance, harmful)
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift
-            and few_more_among(before.degenerate, after.degenerate, turn=in_full)
-            and few_more_among(unknown, unknown_now),
+            and few_lost(turned(before.degenerate, after.degenerate), len(picked), by_themselves=in_full)
+            and few_lost(turned(unknown, unknown_now), len(picked)),
         )
 
     def _drift(self, steering: Steering) -> float:

@@ -49,13 +49,13 @@ _SLIDING = {"sliding_window": 4}  # shorter than the prompts
 _SMALL = {"initializer_range": 0.02}
 _GELU = {**_DENSE, **_SMALL}
 _TIED = {"tie_word_embeddings": True}
-
-# Each name is what a user would call the family; the architecture is llama.cpp's own word in the file.
 # Attention that keeps what all heads share.
 _LATENT = {
     **_DENSE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
+
+# Each name is what a user would call the family; the architecture is llama.cpp's own word in the file.
 CASES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "Llama": lambda: transformers.LlamaConfig(**_DENSE),
     "Mistral": lambda: transformers.MistralConfig(**_DENSE, sliding_window=None),

@@ -81,6 +81,12 @@ class Judge(Protocol):
         ...
 
 
+def try_out(judge: Judge) -> None:
+    """Have an example judged. Raises as `judge.judge` does where the judge cannot be used."""
+    for _ in judge.judge([EXAMPLE]):
+        pass
+
+
 def final_answer(text: str, *, finished: bool) -> str | None:
     """The part of an answer that is judged: what follows its thinking trace.
 
