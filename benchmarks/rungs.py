@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.progress import track
 
 from rs_gguf import recipe as recipes
+from rs_gguf import tuning
 from rs_gguf.pipeline import Pipeline
 from rs_gguf.progress import Silent
 from rs_gguf.run_folder import RunFolder
@@ -36,7 +37,7 @@ def main() -> None:
     folder = RunFolder(options.run)
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
         rungs = pipeline.rungs()
-        candidates = gates(pipeline.chosen()["adapter"].candidate, options.strengths)
+        candidates = gates(tuning.chosen(folder)["adapter"].candidate, options.strengths)
         rows = [
             {rung: rungs.measure(rung, number, gate) for rung in RUNGS}
             for number, gate in enumerate(track(candidates, "Measuring"))

@@ -27,7 +27,7 @@ from rs_gguf import fitting, recipe
 from rs_gguf.adapter import WriterInputs
 from rs_gguf.cores import usable_cores
 from rs_gguf.pipeline import run
-from rs_gguf.plan import STAGES, judge_of, measure, model_file, model_shape, plan
+from rs_gguf.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.shape import Shape, of_config
 from rs_gguf.speed import Speed
@@ -88,7 +88,7 @@ def compare(folder: Path, speed: Speed) -> None:
     found = plan(ran, model_shape(model_file(ran)), speed, judge_of(ran))
     print(f"\n| {folder.name} | planned, s | real, s | planned / real | within 30 % |")
     print("| --- | --- | --- | --- | --- |")
-    real = {name: state[name]["seconds"] for name in STAGES if name in state}
+    real = {name: state[name]["seconds"] for name in PLANNED if name in state}
     planned = {name: found.stages[name].seconds for name in real}
     for name in real:
         print(judged(name, planned[name], real[name]))
@@ -107,8 +107,8 @@ def judged(name: str, planned: float, real: float) -> str:
 def extrapolate(speed: Speed) -> None:
     default = recipe.load()
     judge = judge_of(default)
-    print(f"\n| model | weights | {' | '.join(STAGES)} | all | memory | disk |")
-    print("| --- |" + " --- |" * (len(STAGES) + 4))
+    print(f"\n| model | weights | {' | '.join(PLANNED)} | all | memory | disk |")
+    print("| --- |" + " --- |" * (len(PLANNED) + 4))
     shapes = {"the default model": model_shape(model_file(default))}
     shapes |= {name: of_config(config, BITS) for name, config in LARGE.items()}
     for name, shape in shapes.items():

@@ -35,7 +35,7 @@ Arrays = dict[str, NDArray[Any]]
 
 _SHARD = 64  # prompts whose activations are lost at most when a capture is killed
 _CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
-_ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
+ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
 _LARGEST_F16 = 65504.0
 
 
@@ -233,7 +233,7 @@ def _places(conversation: Conversation, prefix: int, rng: np.random.Generator) -
         places.append(int(rng.integers(prefix, end)))
     sequence = [*conversation.prompt, *conversation.answer]
     if conversation.quiet:
-        count = min(_ANSWER_TOKENS, len(conversation.answer))
+        count = min(ANSWER_TOKENS, len(conversation.answer))
         places += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
     return sequence[: max(places) + 1], sorted(places)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
+from rs_gguf import files
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ CATALOGUE = {
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for models."""
-    return platformdirs.user_cache_path("rs-gguf") / "models"
+    """The user's cache folder for models. `InputError` where there is none."""
+    return files.cache_folder() / "models"

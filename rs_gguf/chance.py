@@ -9,30 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-NEUTRAL = 0.15  # |confidence| up to this is neither refused nor answered (section 3 of arXiv 2512.16602)
+NEUTRAL = 0.15  # |confidence| up to this is neither refused nor answered (method §3)
 _FEW = 0.01  # share of answers that may become degenerate or impossible to judge, but chance in any case
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a rate; (0, 1) without samples."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    z = 1.959963984540054
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # The bound is 0 or 1 exactly at the ends; rounding would leave it a hair inside or outside.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == n else min(1.0, centre + half)
+    found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar p-value from the numbers of pairs that changed one way and the other."""
-    n = gained + lost
-    if n == 0:
-        return 1.0
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
-    return float(min(1.0, 2 * tail))
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def by_chance(changed: int) -> float:
@@ -43,23 +38,15 @@ def by_chance(changed: int) -> float:
     return max(1.0, math.sqrt(changed))
 
 
-def few_more(more: float, n: int, chance: float = 1.0) -> bool:
-    """Whether so many more answers of `n` that are degenerate, or cannot be judged, are within the limit.
-
-    `chance`: as many as turn by themselves.
-    """
-    return more <= max(chance, _FEW * n)
-
-
 def few_lost(turned: Iterable[tuple[int, int]], n: int, *, by_themselves: bool = True) -> bool:
-    """`few_more` of several kinds together: what one kind gains does not pay for what another loses.
+    """Whether so few more answers of `n` became degenerate, or impossible to judge, that the limit holds.
 
-    `turned`: by kind, how many answers were lost and how many gained. `by_themselves`: as many as turn back
-    and forth are chance.
+    `turned`: by kind, how many answers were lost and how many gained; what one kind gains does not pay for
+    what another loses. `by_themselves`: as many as turn back and forth are chance.
     """
     losing = [(lost, gained) for lost, gained in turned if lost > gained]
     more = sum(lost - gained for lost, gained in losing)
-    return few_more(more, n, by_chance(sum(map(sum, losing))) if by_themselves else 1.0)
+    return more <= max(by_chance(sum(map(sum, losing))) if by_themselves else 1.0, _FEW * n)
 
 
 def standard_error(rate: float, n: int) -> float:

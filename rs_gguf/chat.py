@@ -5,6 +5,9 @@ The template comes with the model and is untrusted: it runs in jinja2's immutabl
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rs_gguf.errors import InputError
+
+_log = logging.getLogger("rs_gguf.chat")
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -30,13 +35,32 @@ _CHATML = (
 )
 
 _MARK = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # stands for a text in a rendering
-_FINAL = "<|channel|>final<|message|>"  # of gpt-oss, also where no trace stands before the answer
+# What a trace stands between; the second may also begin an answer without one.
 _THINKING_MARKERS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
-    ("<|channel|>analysis<|message|>", _FINAL),
-    ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<mm:think>", "</mm:think>"),  # MiniMax-M3
+    ("<think:opensource>", "</think:opensource>"),  # Hy3
+    ("[THINK]", "[/THINK]"),  # Mistral
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|open|>think<|sep|>", "<|open|>response<|sep|>"),  # Kimi K3
+    ("to=self<|message|>", "to=user<|message|>"),  # Muse
+    ("<|think|>", "<|content|>"),  # Solar Open
 )
+# What some of them write around the answer; Gemma 4 may begin another trace after it.
+_ANSWER_STARTS = ("<|START_TEXT|>", "<|START_RESPONSE|>")
+_ANSWER_ENDS = (
+    "<|END_TEXT|>", "<|END_RESPONSE|>", "[END FINAL RESPONSE]", "<|channel>", "<|close|>response<|sep|>",
+    "<|end|>",
+)  # fmt: skip
+_THINKS = re.compile(r"think|reasoning_content")
+_warned: set[str] = set()  # chat templates
 
 
 class ChatModel(Protocol):
@@ -88,20 +112,43 @@ class ChatFormat:
     @classmethod
     def of(cls, model: ChatModel) -> ChatFormat:
         """The chat format of a model, ChatML where it has none of its own."""
-        return cls(model.chat_template, bos_token=model.bos_token, eos_token=model.eos_token)
+        chat = cls(model.chat_template, bos_token=model.bos_token, eos_token=model.eos_token)
+        chat._warn_of_unknown_traces(model.chat_template or "")
+        return chat
+
+    def _warn_of_unknown_traces(self, template: str) -> None:
+        if template in _warned or not _THINKS.search(template):
+            return
+        _warned.add(template)
+        # Some templates put their markers together from parts: those show in what is rendered alone.
+        with contextlib.suppress(InputError):
+            template += self.render([{"role": "user", "content": "Hi"}])
+        if not any(marker in template for pair in _THINKING_MARKERS for marker in pair):
+            _log.warning(
+                "the model's chat template speaks of thinking, but holds no marker of a trace that is known: "
+                "what the model thinks would count as its answer. See docs/howto/thinking-model.md."
+            )
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text that the model reads, up to where its answer begins."""
         return self._render(messages, typed=self._typed)
 
-    def _render(self, messages: Sequence[Message], *, typed: bool) -> str:
+    @cached_property
+    def thinks_in_server(self) -> bool:
+        """Whether `enable_thinking`, undefined here and true in llama-server, changes the prompt."""
+        messages = [{"role": "user", "content": "Hi"}]
+        return self._render(messages, typed=self._typed, enable_thinking=True) != self.render(messages)
+
+    def _render(self, messages: Sequence[Message], *, typed: bool, **switches: bool) -> str:
         """With contents as text or, `typed`, as lists of one part."""
         given = [
             {**message, "content": [{"type": "text", "text": message["content"]}]} if typed else message
             for message in messages
         ]
         try:
-            return self._template.render(messages=given, add_generation_prompt=True, **self._specials)
+            return self._template.render(
+                messages=given, add_generation_prompt=True, **self._specials, **switches
+            )
         except Exception as error:  # whatever the code in a template may raise
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
 
@@ -168,17 +215,19 @@ def after_thinking(text: str, *, inside: bool | None = None) -> str:
     Then it had if the text holds the end of a trace and does not begin with the start of one.
     """
     text = text.strip()
-    if text.startswith(_FINAL):
-        return text.removeprefix(_FINAL).strip()
-    opened = any(text.startswith(opening) for opening, _ in _THINKING_MARKERS)
+    begun = [pair for pair in _THINKING_MARKERS if text.startswith(pair)]
     if inside is None:
-        inside = not opened and any(closing in text for _, closing in _THINKING_MARKERS)
-    for opening, closing in _THINKING_MARKERS:
-        if inside or text.startswith(opening):
-            _, closed, answer = text.partition(closing)
-            if closed:
-                return answer.strip()
-    return "" if inside or opened else text
+        inside = not begun and any(closing in text for _, closing in _THINKING_MARKERS)
+    answer = "" if inside or begun else text
+    for _, closing in [*begun, *(_THINKING_MARKERS if inside else ())]:
+        if closing in text:
+            answer = text.partition(closing)[2].strip()
+            break
+    for start in _ANSWER_STARTS:
+        answer = answer.removeprefix(start)
+    for end in _ANSWER_ENDS:
+        answer = answer.partition(end)[0]
+    return answer.strip()
 
 
 def opens_thinking(rendered: str) -> bool:

@@ -63,6 +63,8 @@ def plan(
 def _table(found: Plan) -> Table:
     from rich.table import Table
 
+    from rs_gguf.reporting.text import duration
+
     asked = ", ".join(f"{n} {split}" for split, n in found.prompts.items())
     table = Table(
         title=f"{found.model.n_layer} blocks of width {found.model.width}\nprompts: {asked}",
@@ -73,17 +75,10 @@ def _table(found: Plan) -> Table:
         table.add_column(column, justify="right")
     for name, stage in found.stages.items():
         counts = (f"{round(n):,}" if n else "" for n in (stage.read, stage.answered))
-        table.add_row(name, _duration(stage.seconds), *counts, _bytes(stage.memory), _bytes(stage.disk))
+        table.add_row(name, duration(stage.seconds), *counts, _bytes(stage.memory), _bytes(stage.disk))
     table.add_section()
-    table.add_row("all", _duration(found.seconds), "", "", _bytes(found.memory), _bytes(found.disk))
+    table.add_row("all", duration(found.seconds), "", "", _bytes(found.memory), _bytes(found.disk))
     return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _bytes(number: float) -> str:

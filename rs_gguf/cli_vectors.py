@@ -85,11 +85,12 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(value, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console()
-    facts = Table("fact", "value", show_header=False, box=None)
+    # Hashes are for comparing: whole, however narrow the terminal.
+    facts = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
     for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
         if name in value:
             facts.add_row(name, Text(harmless(value[name])))

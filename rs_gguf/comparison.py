@@ -21,11 +21,12 @@ from rs_gguf.evaluation import (
     Model,
     Row,
     Steering,
-    after_trace,
     answer_all,
     chat_tokens,
     drift_of,
     grade,
+    logprobs_of,
+    must_stay,
     paired,
     side_row,
     summarise,
@@ -87,20 +88,16 @@ class SteeredModel:
         return answers, sum(len(a.tokens) for a in answers), seconds
 
     def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> LogProbs:
-        tokens = chat_tokens(self.model, asked, self.system)
-        pairs = zip(tokens, answers, strict=True)
-        return self._logprobs([after_trace(self.model, t, answer) for t, answer in pairs], dose)
+        with self.steering.scaled(dose).on(self.model):
+            return logprobs_of(self.model, asked, answers, self.system)
 
     def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
         opening = conversations[0][: common_prefix(conversations)]
         pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
-        # Without an opening the first token has nothing before it.
-        return self._logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs], dose)
-
-    def _logprobs(self, pairs: Sequence[tuple[list[int], list[int]]], dose: float) -> LogProbs:
         with self.steering.scaled(dose).on(self.model):
-            return self.model.token_logprobs(pairs)
+            # Without an opening the first token has nothing before it.
+            return self.model.token_logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs])
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,7 @@ def compare(
         return _measure(respondent, judge, asked, dose, max_tokens, tasks, advance)
 
     before = side(0.0)
-    # What was not refused is what must stay as it was. An answer of no token has nothing to drift.
-    quiet = [i for i, row in enumerate(before.rows) if (row["confidence"] or 0) <= 0 and row["answer"]]
+    quiet = [i for i, row in enumerate(before.rows) if must_stay(row)]
     benign = [p for p in prompts.grid(["benign"]) if p.split == "test"]
     texts = [p.prompt for p in prompts.stratified(benign, _TEXTS, seed=0)]
 

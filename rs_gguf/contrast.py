@@ -1,7 +1,7 @@
 """What a gate takes away: refused against answered prompts, with all else that they have in common left out.
 
 Labels and the judged kinds of refusal go in; the weight of each sample in the contrast comes out. The
-difference of means that control vectors are made of (section 3 of arXiv 2512.16602) holds the subjects, the
+difference of means that control vectors are made of (method §3) holds the subjects, the
 forms of request and the languages that are refused more often; this is the coefficient of the refusal beside
 them.
 """

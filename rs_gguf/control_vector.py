@@ -105,9 +105,9 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     vector = survey.vector()
     proof = None
     if model is not None and vector is not None:
-        from rs_gguf.proof import other_model, prove_vector
+        from rs_gguf.proof import other_model, prove
 
-        proof = prove_vector(vector, model)
+        proof = prove(vector, model)
         survey.warnings += other_model(vector.provenance, model)
         survey.errors += proof.reasons
         survey.complaints += [proof.loader_says] if proof.loader_says else []

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from rs_gguf.capture import ANSWER_TOKENS
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
+from rs_gguf.rungs import BENIGN, OPENING, PROBED_PAIRS
 from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed, cholesky, factorisation
 
@@ -32,12 +34,10 @@ _CHANGED, _KEPT = 0.5, 0.6  # shares of sensitive prompts to change, and of harm
 _CONTEXT, _PADDING = 8192, 256  # cells of a key/value cache; of a sequence's own, a multiple of the second
 _BATCH = 512  # tokens that are run together
 _JUDGE_PREFIX, _JUDGE_ITEM, _JUDGE_CUT = 360, 8, 400  # tokens of examples, around a pair; characters read
-_QUIET, _READ = 0.84, 4  # share of the answered conversations whose answers are read too, at so many tokens
-_OPENING, _PROBED = 6, 8  # tokens of an opening, and benign answers, that a probe reads
-_BENIGN, _DRIFT = 64, 128  # benign prompts of a candidate, and benign answers compared at the end
+_QUIET = 0.84  # share of the answered conversations whose answers are read too
+_DRIFT = 128  # benign answers compared at the end
 _DEPTH = 0.55  # share of the blocks before those that a proof looks at
 _FACTORISATIONS = 1 + 5 * 0.8  # of a class by each estimator: the fit, and five folds for the figure
-_ESTIMATORS = {"remove": 3, "induce": 2}  # where the recipe names none
 _CLASS = 2 / 3  # share of the samples in the class whose covariance is used
 _FIGURES = 1.2  # seconds for the figures of an estimator
 _ROW, _ROW_TOKEN = 320, 11  # bytes of a row with its prompt, and for each token of an answer
@@ -115,7 +115,7 @@ class Costs:
         read = n * self._prompt + self.unanswered * _AROUND
         if self._model.writers:
             # Up to the last of some tokens at random.
-            depth = _READ / (_READ + 1) * _length(self._recipe.answers.tokens)
+            depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * _length(self._recipe.answers.tokens)
             read += answered * _QUIET * depth
         rows = n + self._quiet(n, answered) + 2 * self._prefix  # the template's tokens are kept in F32
         disk = 4 * n * self._model.n_layer * self._model.width + 2 * rows * self._inputs
@@ -124,7 +124,7 @@ class Costs:
     def fit(self) -> Stage:
         """Every block: a covariance and its factorisation for each estimator and fold, and for the gates."""
         n, model, recipe = self._count("fit"), self._model, self._recipe
-        estimators = len(recipe.fit.estimators) or _ESTIMATORS[recipe.effect]
+        estimators = len(recipe.estimators)
         flops = estimators * _FACTORISATIONS * factorisation(n * _CLASS, model.width)
         every = n + self.unanswered
         rows = every + self._quiet(every, n) + self._prefix
@@ -138,12 +138,12 @@ class Costs:
 
     def tune(self) -> Stage:
         recipe, sizes = self._recipe, self.sizes["tune"]
-        tokens, benign = recipe.answers.tokens, min(_BENIGN, sizes["benign"])
+        tokens, benign = recipe.answers.tokens, min(BENIGN, sizes["benign"])
         wanted = _CHANGED * sizes["sensitive"]
         opened = wanted + _KEPT * sizes["harmful"]
         asked = wanted + sizes["harmful"] + benign
-        probe = self._forward(opened, opened * (self._prompt + _OPENING), opened * _OPENING)
-        probe += self._drift(min(_PROBED, benign), tokens)
+        probe = self._forward(opened, opened * (self._prompt + OPENING), opened * OPENING)
+        probe += self._drift(min(PROBED_PAIRS, benign), tokens)
         candidate = self._answers(asked, tokens) + self._judgements(_NEW * asked, tokens)
         candidate += self._drift(benign, tokens)
         probes: float = self._arms * (recipe.tune.trials + recipe.tune.finalists)
@@ -240,7 +240,7 @@ class Costs:
     @staticmethod
     def _quiet(n: float, answered: float) -> float:
         """Tokens of n prompts and their answers that are read besides the last of each prompt."""
-        return n + _READ * _QUIET * answered
+        return n + ANSWER_TOKENS * _QUIET * answered
 
     def _adapters(self) -> float:
         """Bytes of an adapter for two blocks of three."""

@@ -1,9 +1,9 @@
 """The directions of refusal: MD, WMD, RMD, WRMD, one unit vector a layer, and their path over the ridge.
 
-Activations [N, L, D] and refusal confidence [N] enter; directions [L, D] and offsets [L, D] leave. Section 3
-of García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each estimator
-names its classes as weight vectors and turns their means, and a `RidgeSystem` where it uses a covariance,
-into a direction; `rs_gguf.ridge_path` does the rest.
+Activations [N, L, D] and refusal confidence [N] enter; directions [L, D] and offsets [L, D] leave. Method §3,
+after García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each
+estimator names its classes as weight vectors and turns their means, and a `RidgeSystem` where it uses a
+covariance, into a direction; `rs_gguf.ridge_path` does the rest.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class DirectionEstimator:
         assert system is not None  # uses_covariance
         return system.solve((means["refused"] - means["answered"])[:, None], ridges)[:, :, 0]
 
-    def ridge_unit(self, means: Means, system: RidgeSystem) -> float:
+    def ridge_unit(self, system: RidgeSystem) -> float:
         """The λ that a relative ridge of 1 means: tr/D of the matrix that is inverted; 1 if that is 0."""
         return system.trace / len(system.mean) or 1.0
 
@@ -197,7 +197,7 @@ class UncentredWeightedRidgeMeanDifference(RidgeMeanDifference):
         difference, centre = both[:, :, 0], both[:, :, 1]
         return difference - centre * ((difference @ mean) / (1 + centre @ mean))[:, None]
 
-    def ridge_unit(self, means: Means, system: RidgeSystem) -> float:
+    def ridge_unit(self, system: RidgeSystem) -> float:
         return float(system.trace + system.mean @ system.mean) / len(system.mean) or 1.0
 
 

@@ -2,7 +2,7 @@
 
 A model, prompts, a judge and the steering go in; rows, rates with intervals and tests come out. The
 pipeline's measure stage and `rs-export eval` are both made of this. Intervals and tests are those of
-`rs_gguf.chance`, drift that of the paper's section 6.
+`rs_gguf.chance`, drift that of method §7.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Steering:
     adapters: Sequence[tuple[Path, float]] = ()
 
     def on(self, model: Model) -> contextlib.AbstractContextManager[None]:
-        return model.steered(dict(self.directions), adapters=self.adapters)
+        return model.steered(self.directions, adapters=self.adapters)
 
     def scaled(self, dose: float) -> Steering:
         """The same steering, every scale times `dose`."""
@@ -134,6 +134,14 @@ def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[lis
     return [*prompt, *tokens[:start]], tokens[start:]
 
 
+def logprobs_of(
+    model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer], system: str | None
+) -> LogProbs:
+    """Log-probabilities of given answers, without their traces, under what is on the model now."""
+    pairs = zip(chat_tokens(model, prompts, system), answers, strict=True)
+    return model.token_logprobs([after_trace(model, tokens, found) for tokens, found in pairs])
+
+
 @dataclass(frozen=True)
 class Drift:
     """How a steering changes what the model makes of text that it did not write under it.
@@ -163,9 +171,14 @@ def drift_of(before: LogProbs, after: LogProbs) -> Drift:
     )
 
 
+def changes_of(before: LogProbs, after: LogProbs) -> NDArray[np.float32]:
+    """|Δ mean log-probability| [N] of N conversations, from two results of `token_logprobs`; nats."""
+    return np.array([abs(b[0].mean() - a[0].mean()) for b, a in zip(before, after, strict=True)])
+
+
 def mean_change(before: LogProbs, after: LogProbs) -> float:
-    """Mean over conversations of |Δ mean log-probability|, from two results of `token_logprobs`; nats."""
-    return float(np.mean([abs(b[0].mean() - a[0].mean()) for b, a in zip(before, after, strict=True)]))
+    """The mean of `changes_of`, in nats."""
+    return float(changes_of(before, after).mean())
 
 
 def _perplexity(found: LogProbs) -> float:
@@ -231,10 +244,20 @@ def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
     return {**to_row(prompt), **named}
 
 
+def must_stay(row: Row) -> bool:
+    """Whether an unsteered answer must stay as it was: it is no refusal, and has words that can drift."""
+    return bool((row["confidence"] or 0) <= 0 and row["answer"])
+
+
+def is_judged(row: Mapping[str, Any], sides: Sequence[str] = ("baseline", "steered")) -> bool:
+    """Whether a paired row has a verdict on all of these sides."""
+    return all(row[f"confidence_{side}"] is not None for side in sides)
+
+
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rates of one set from paired rows (`confidence_baseline`, `confidence_steered`, `degenerate_…`)."""
     unjudged = {side: sum(r[f"confidence_{side}"] is None for r in rows) for side in ("baseline", "steered")}
-    judged = [r for r in rows if r["confidence_baseline"] is not None and r["confidence_steered"] is not None]
+    judged = [r for r in rows if is_judged(r)]
     n = len(judged)
     before = [r["confidence_baseline"] > 0 for r in judged]
     after = [r["confidence_steered"] > 0 for r in judged]

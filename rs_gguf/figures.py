@@ -1,8 +1,8 @@
 """Figures of a fit, as PNG or SVG by the path's suffix, written whole or not at all.
 
 Arrays of the fitting stages enter, one image file each leaves, drawn without a display. The same input
-gives the same bytes with the same matplotlib. They show what sections 3 to 5 of García-Ferrero et al. (arXiv
-2512.16602) argue from: layer scores, the spread of a direction over dimensions, separation by confidence.
+gives the same bytes with the same matplotlib. They show what García-Ferrero et al. (arXiv 2512.16602) argue
+from: layer scores, the spread of a direction over dimensions, separation by confidence.
 """
 
 from __future__ import annotations

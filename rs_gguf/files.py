@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import platformdirs
+
 from rs_gguf.errors import InputError
 
 _ABANDONED = 24 * 3600  # seconds since a draft was last written to
@@ -22,6 +24,16 @@ _ABANDONED = 24 * 3600  # seconds since a draft was last written to
 def from_home(path: str | Path) -> Path:
     """The path with `~` or `~user` expanded, or as it is where there is no such user, as in a shell."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser() raises for an unknown user
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this package. `InputError` where the user has no home to keep one in."""
+    try:
+        return platformdirs.user_cache_path("rs-gguf")
+    except RuntimeError as error:
+        raise InputError(
+            "there is no home folder to keep a cache in. Set XDG_CACHE_HOME to a folder that can be written."
+        ) from error
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -60,13 +60,6 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
 # λ of the figures' path: wide enough to see where it stops to matter. One factorisation serves all of them.
 _PATH_RIDGES = np.geomspace(1e-3, 1e3, 13)
 
-_SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
-
-
-def estimators(recipe: Recipe) -> Sequence[str]:
-    """Names of the estimators that are fitted: the recipe's, or those that suit its effect."""
-    return recipe.fit.estimators or _SUITED[recipe.effect]
-
 
 @dataclass(frozen=True)
 class Samples:
@@ -156,7 +149,7 @@ def _fit_directions(
     samples: Samples, recipe: Recipe, folder: Path, advance: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """Write `directions.safetensors` and the figures; the rows of `fit.json`, one an estimator and ridge."""
-    names, ridges = estimators(recipe), recipe.fit.ridges
+    names, ridges = recipe.estimators, recipe.fit.ridges
     paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
         samples.activations,
         samples.confidence,
@@ -248,7 +241,7 @@ def load_directions(folder: Path, recipe: Recipe) -> dict[tuple[str, float], Dir
     sign = 1 if recipe.effect == "remove" else -1
     return {
         (name, ridge): Directions(sign * arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"])
-        for name in estimators(recipe)
+        for name in recipe.estimators
         for ridge in _ridges(name, recipe)
     }
 

@@ -23,8 +23,8 @@ from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
 
 __all__ = [
-    "EndpointOptions", "Judge", "Judgement", "Pair", "open_judge", "open_judge_spec", "shipped_probe",
-    "shipped_version",
+    "EndpointOptions", "Judge", "Judgement", "Pair", "kind_and_name", "open_judge", "open_judge_spec",
+    "shipped_probe", "shipped_version",
 ]  # fmt: skip
 
 
@@ -40,6 +40,19 @@ def open_judge(model: LlamaModel) -> Judge:
 _KINDS: dict[str, Callable[[LlamaModel], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
 
 
+def kind_and_name(spec: str) -> tuple[str, str]:
+    """What a text such as that of `open_judge_spec` names: the kind of judge, and the text without it.
+
+    The kind is `keywords`, `endpoint`, `labels`, `votes`, or `model` for one that is asked as suits it best.
+    """
+    if spec == "keywords":
+        return "keywords", spec
+    if spec.startswith(("http://", "https://")):
+        return "endpoint", spec
+    kind, colon, name = spec.partition(":")
+    return (kind, name) if colon and kind in _KINDS else ("model", spec)  # a path may hold a colon
+
+
 @contextlib.contextmanager
 def open_judge_spec(
     spec: str | None,
@@ -47,7 +60,7 @@ def open_judge_spec(
     loaded: LlamaModel | None = None,
     cached: bool = True,
     options: EndpointOptions | None = None,
-    progress: models.Progress | None = None,
+    progress: models.OnBytes | None = None,
 ) -> Iterator[Judge]:
     """Within the block, the judge that a text names:
 
@@ -68,22 +81,19 @@ def open_judge_spec(
     Raises:
         InputError: the text names nothing that can judge.
     """
-    if spec == "keywords":
+    kind, name = kind_and_name(spec or models.DEFAULT)
+    if kind == "keywords":
         yield KeywordJudge()  # which looks words up faster than a cache does
         return
     with contextlib.ExitStack() as stack:
         judge: Judge
-        if spec and spec.startswith(("http://", "https://")):
-            judge = EndpointJudge.of(spec, options or EndpointOptions())
+        if kind == "endpoint":
+            judge = EndpointJudge.of(name, options or EndpointOptions())
         else:
-            kind, colon, name = (spec or models.DEFAULT).partition(":")
-            make = _KINDS.get(kind) if colon else None
-            if make is None:  # a path may hold a colon
-                make, name = open_judge, spec or models.DEFAULT
             path = models.resolve(name, progress=progress)
             same = loaded is not None and loaded.path.resolve() == path.resolve()
             model = loaded if loaded is not None and same else stack.enter_context(LlamaModel(path))
-            judge = make(model)
+            judge = _KINDS.get(kind, open_judge)(model)
         yield CachedJudge(judge) if cached else judge
 
 

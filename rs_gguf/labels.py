@@ -2,7 +2,7 @@
 
 Plain arrays of the caller enter, `Labels` leaves: checked, of one length, and, over several processes, of
 all samples, so that every process sees the same classes. A class is a vector of non-negative weights [N];
-0 means that a sample is not in it. Classes by refusal confidence: section 3 of arXiv 2512.16602.
+0 means that a sample is not in it. Classes by refusal confidence: method §3.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64, gather
+from rs_gguf.prompts import KINDS
 
-KINDS = ("sensitive", "harmful", "benign")
 MIN_SAMPLES = 4  # below which a mean is noise
 Mask = npt.NDArray[np.bool_]
 

@@ -2,9 +2,8 @@
 
 Projections [N, L] of all layers (p = ⟨h − o, v⟩, one batched call of `rs_gguf.projection.project`) and
 confidence [N] enter, or what `project_statistics` found of many directions at once; scores [L], layer
-indices, weights [L] and calibration scales [L] leave. Scores and
-choice: section 5 of García-Ferrero et al. (arXiv 2512.16602); calibration: their section 4. A layer is the
-0-based block index.
+indices, weights [L] and calibration scales [L] leave. Scores and choice are those of method §6, calibration
+of §5, after García-Ferrero et al. (arXiv 2512.16602). A layer is the 0-based block index.
 """
 
 from __future__ import annotations
@@ -14,15 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.moments import Float64
 from rs_gguf.projection import ProjectionStatistics
-
-# llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads.
-FIRST_STEERABLE = 1
+from rs_gguf.steering import FIRST_STEERABLE
 
 _HIGH = 0.95  # quantile of calibration, project_statistics' own
 
@@ -53,6 +49,8 @@ def layer_auroc(
     projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL
 ) -> Float64:
     """Area under the ROC curve of p for refused (c > neutral) against answered (c < −neutral): [L]."""
+    from scipy.stats import rankdata  # slow to import, and most users of this module need none of it
+
     p, c = _checked(projections, confidence)
     refused, answered = _both_classes(c, neutral)
     used = refused | answered

@@ -22,9 +22,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.llama_context import Context, InForce, Token
 from rs_gguf.llama_file import LlamaFile
-from rs_gguf.llama_log import build
-
-__all__ = ["LlamaModel", "build"]
+from rs_gguf.steering import FIRST_STEERABLE
 
 
 class LlamaModel(LlamaFile):
@@ -122,10 +120,10 @@ class LlamaModel(LlamaFile):
             self._apply(InForce())
 
     def _buffer(self, directions: Mapping[int, NDArray[np.float32]]) -> NDArray[np.float32]:
-        # It starts at block 1, and a shorter one would leave older values behind.
-        buffer = np.zeros((self.n_layer - 1, self.n_embd), dtype=np.float32)
+        # It starts at the first such block, and a shorter one would leave older values behind.
+        buffer = np.zeros((self.n_layer - FIRST_STEERABLE, self.n_embd), dtype=np.float32)
         for layer, direction in directions.items():
-            if not 1 <= layer < self.n_layer:
+            if not FIRST_STEERABLE <= layer < self.n_layer:
                 raise InputError(
                     f"layer {layer} cannot be steered: this model has blocks 1 to {self.n_layer - 1} "
                     "(llama.cpp never steers block 0)."
@@ -135,7 +133,7 @@ class LlamaModel(LlamaFile):
                     f"layer {layer}: direction of shape {np.shape(direction)}, but {self.path.name} has "
                     f"width {self.n_embd}. The vector belongs to another model."
                 )
-            buffer[layer - 1] = direction
+            buffer[layer - FIRST_STEERABLE] = direction
         return buffer
 
     def _apply(self, steering: InForce) -> None:

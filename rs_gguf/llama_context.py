@@ -51,12 +51,14 @@ class Context:
         n_batch: tokens of a step.
 
     Raises:
-        InputError: there is not enough memory.
+        InputError: there is not enough memory, or the model does not continue a text token by token.
     """
 
     def __init__(
         self, file: LlamaFile, n_slots: int, n_cells: int, *, unified: bool, n_batch: int, n_threads: int
     ) -> None:
+        if llama_cpp.llama_model_has_encoder(file.handle):  # decoding ends the process (T5)
+            raise _does_not_continue(file)
         self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, n_batch
         self.graph = GraphReader()
         self._file = file
@@ -79,6 +81,9 @@ class Context:
                 llama_log.failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {file.path}")
                 + f" Use a smaller model{advice}."
             )
+        if not self._memory:  # of diffusion and embedding models: what was decoded before counts for nothing
+            llama_cpp.llama_free(self._handle)
+            raise _does_not_continue(file)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
 
     @property
@@ -162,3 +167,10 @@ class Context:
                 llama_cpp.llama_memory_seq_cp(self._memory, last, slot, -1, -1)
                 self.end(last)
                 running[slot] = running.pop(last)
+
+
+def _does_not_continue(file: LlamaFile) -> InputError:
+    return InputError(
+        f"{file.path}: {file.architecture} does not continue a text token by token. Give a decoder-only "
+        "language model."
+    )

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,22 +63,8 @@ class LlamaFile:
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
-        self.metadata = self._read_metadata()
-        self.architecture = self.metadata.get("general.architecture", "unknown")
-
-    def _read_metadata(self) -> dict[str, str]:
-        def text(read: Callable[..., int], index: int) -> str:
-            size = read(self.handle, index, None, 0) + 1
-            buffer = ctypes.create_string_buffer(size)
-            read(self.handle, index, buffer, size)
-            return buffer.value.decode("utf-8", "replace")
-
-        return {
-            text(llama_cpp.llama_model_meta_key_by_index, i): text(
-                llama_cpp.llama_model_meta_val_str_by_index, i
-            )
-            for i in range(llama_cpp.llama_model_meta_count(self.handle))
-        }
+        self.metadata = gguf_header.read(self.path).values
+        self.architecture: str = self.metadata["general.architecture"]
 
     def close(self) -> None:
         """Free the weights. The object is of no use afterwards."""
@@ -98,7 +84,8 @@ class LlamaFile:
     @property
     def chat_template(self) -> str | None:
         """The Jinja chat template in the file's metadata, if any."""
-        return self.metadata.get("tokenizer.chat_template")
+        template = self.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
 
     @property
     def bos_token(self) -> str:

@@ -137,7 +137,7 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     """Judge an adapter file by the rules of llama.cpp's loader, collecting every reason.
 
     With `model`, a GGUF file, llama.cpp also loads it there, which compares names and shapes, and its effect
-    is proven (`rs_gguf.proof.prove_adapter`). Never raises for a bad adapter; `InputError` for a bad model,
+    is proven (`rs_gguf.proof.prove`). Never raises for a bad adapter; `InputError` for a bad model,
     or where there is no room for drafts.
     """
     try:
@@ -157,12 +157,10 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
         )
     proof = None
     if model is not None and not errors:
-        from rs_gguf.llama import LlamaModel
-        from rs_gguf.proof import other_model, prove_adapter
+        from rs_gguf.proof import other_model, prove
 
         warnings += other_model(found.provenance, model)
-        with LlamaModel(Path(model), n_parallel=4) as loaded:
-            proof = prove_adapter(Path(path), loaded)
+        proof = prove(path, model)
         errors += proof.reasons
     return CheckReport(str(path), tuple(errors), tuple(warnings), proof=proof)
 

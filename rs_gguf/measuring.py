@@ -17,6 +17,7 @@ import numpy as np
 
 from rs_gguf import control_vector, lora, metrics
 from rs_gguf.baselines import Side
+from rs_gguf.chat import ChatFormat
 from rs_gguf.evaluation import (
     NO_STEERING,
     Answer,
@@ -24,10 +25,11 @@ from rs_gguf.evaluation import (
     LogProbs,
     Model,
     Steering,
-    after_trace,
     answer_and_judge,
-    chat_tokens,
+    changes_of,
     drift_of,
+    logprobs_of,
+    must_stay,
     paired,
     side_row,
 )
@@ -91,7 +93,7 @@ def measure(
     found = {}
     for name, arm in arms.items():
         sets = metrics.summarise_kinds(rows_of[name])
-        reasons = metrics.gate(sets, drifts[name].nats, recipe, feasible=arm.trial.feasible is not False)
+        reasons = metrics.gate(sets, drifts[name].nats, recipe, feasible=bool(arm.trial.feasible))
         _record_figures(arm, sets, drifts[name].nats, passed=not reasons)
         found[name] = metrics.of_file(
             model=model,
@@ -105,6 +107,7 @@ def measure(
             top1_agreement=drifts[name].top1_agreement,
             proof=arm.proof,
             tokens_per_second=(_speed(log, "baseline", asked), _speed(log, name, asked)),
+            reasoning_off=ChatFormat.of(model).thinks_in_server,
         )
     # The page shows the control vector as what is steered, and beside it the adapter, where there is one.
     arm_of = {"baseline": "baseline", "steered": "vector"}
@@ -130,27 +133,22 @@ class _Drifts:
         answers = {
             prompt.id: Answer.from_row(row)
             for prompt, row in zip(asked, before, strict=True)
-            if prompt.kind == "benign" and (row["confidence"] or 0) <= 0 and row["answer"]
+            if prompt.kind == "benign" and must_stay(row)
         }
         # Prompts lie sorted by subject: the first of them would be of a few.
-        chosen = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
-        self._quiet = [(prompt, answers[prompt.id]) for prompt in chosen]
+        self._quiet = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
+        self._answers = [answers[prompt.id] for prompt in self._quiet]
         self._before = self._logprobs(recipe.prompts.system)
 
     def under(self, side: Side) -> tuple[Drift, list[tuple[Prompt, float]]]:
         """The drift, and of each conversation its |Δ mean log-probability|."""
         with side.steering.on(self._model):
             after = self._logprobs(side.system)
-        changes = [
-            (prompt, abs(float(b[0].mean() - a[0].mean())))
-            for (prompt, _), b, a in zip(self._quiet, self._before, after, strict=True)
-        ]
-        return drift_of(self._before, after), changes
+        changes = changes_of(self._before, after).tolist()
+        return drift_of(self._before, after), list(zip(self._quiet, changes, strict=True))
 
     def _logprobs(self, system: str | None) -> LogProbs:
-        tokens = chat_tokens(self._model, [prompt for prompt, _ in self._quiet], system)
-        pairs = zip(tokens, self._quiet, strict=True)
-        return self._model.token_logprobs([after_trace(self._model, t, answer) for t, (_, answer) in pairs])
+        return logprobs_of(self._model, self._quiet, self._answers, system)
 
 
 def _answer_side(

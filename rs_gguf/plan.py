@@ -16,14 +16,16 @@ from rs_gguf import shape as shapes
 from rs_gguf.costs import Costs, Grader, Stage
 from rs_gguf.errors import InputError
 from rs_gguf.files import from_home
+from rs_gguf.judges import kind_and_name, shipped_probe
 from rs_gguf.recipe import Recipe
+from rs_gguf.run_folder import STAGES
 from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed, measured_speed
 
 if TYPE_CHECKING:
     from rs_gguf.evaluation import Model
 
-STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure")
+PLANNED = STAGES[:-1]  # the report takes seconds
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Pl
         InputError: a prompt file of the recipe that cannot be read.
     """
     costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
-    stages: dict[str, Stage] = {name: getattr(costs, name)() for name in STAGES}
+    stages: dict[str, Stage] = {name: getattr(costs, name)() for name in PLANNED}
     counts = {split: sum(n.values()) for split, n in costs.sizes.items()}
     return Plan(stages, {**counts, "unanswered": costs.unanswered}, model, speed)
 
@@ -92,21 +94,21 @@ def judge_of(recipe: Recipe) -> Grader | None:
     Raises:
         InputError: it is not here, or thinks for nobody knows how long.
     """
-    from rs_gguf.judges import shipped_probe
-
-    spec = recipe.judge or models.DEFAULT
-    if spec == "keywords" or spec.startswith(("http://", "https://")):
+    kind, name = kind_and_name(recipe.judge or models.DEFAULT)
+    if kind in ("keywords", "endpoint"):
         return None
-    if spec.startswith("votes:"):
-        raise InputError(f"judge {spec}: how long a judge thinks cannot be planned. Plan with another judge.")
+    if kind == "votes":
+        raise InputError(
+            f"judge {recipe.judge}: how long a judge thinks cannot be planned. Plan with another judge."
+        )
     try:
-        path = _here(spec.removeprefix("labels:"))
+        path = _here(name)
     except InputError as error:
         raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
     model = shapes.of_gguf(path)
     probe = shipped_probe()
     # The probe belongs to the default model, whose deeper blocks it does not need.
-    if probe is None or spec.startswith("labels:") or path != models.CATALOGUE[models.DEFAULT].path:
+    if probe is None or kind == "labels" or path != models.CATALOGUE[models.DEFAULT].path:
         return Grader(model)
     return Grader(model, (max(probe.layers) + 1) / model.n_layer)
 

@@ -8,6 +8,7 @@ nothing is found here.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,30 +59,21 @@ class Proof:
         return max(self.relative_error.values(), default=float("nan"))
 
 
-def prove(path: str | Path, model: LlamaModel) -> Proof:
-    """Run the control vector or adapter in a file on a loaded model.
+def prove(given: SteeringVector | str | Path, model: str | Path | LlamaModel) -> Proof:
+    """Run a vector, or what is in a file, on `model`, a GGUF file or one already loaded.
 
     Raises:
-        InputError: the file is neither, not sound, or the model cannot be run on the prompts.
+        InputError: the file holds no sound vector or adapter, the model cannot be loaded or run on the
+            prompts, its block outputs cannot be read, or there is no room for one matrix of an adapter.
     """
-    if lora.is_adapter(path):
-        return prove_adapter(Path(path), model)
-    return _prove(control_vector.read(path), model)
-
-
-def prove_vector(vector: SteeringVector, model: str | Path | LlamaModel) -> Proof:
-    """Run `vector` on `model` (a GGUF file, or one already loaded) and compare effect and promise.
-
-    Each block is steered alone, so that what is upstream stays the same and the difference at its output
-    must be the direction itself, up to `TOLERANCE` (relative) and what F32 rounds away.
-
-    Raises:
-        InputError: the model cannot be loaded, or its block outputs cannot be read.
-    """
-    if isinstance(model, LlamaModel):
-        return _prove(vector, model)
-    with LlamaModel(Path(model), n_parallel=4) as loaded:
-        return _prove(vector, loaded)
+    if not isinstance(model, LlamaModel):
+        with LlamaModel(Path(model), n_parallel=4) as loaded:
+            return prove(given, loaded)
+    if isinstance(given, SteeringVector):
+        return _prove_vector(given, model)
+    if lora.is_adapter(given):
+        return _prove_adapter(Path(given), model)
+    return _prove_vector(control_vector.read(given), model)
 
 
 def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) -> list[str]:
@@ -95,7 +87,12 @@ def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) ->
     ]
 
 
-def _prove(vector: SteeringVector, model: LlamaModel) -> Proof:
+def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
+    """Each block is steered alone, so that what is upstream stays the same.
+
+    The difference at its output must be the direction itself, up to `TOLERANCE` (relative) and what F32
+    rounds away.
+    """
     reasons = []
     says = ""
     if vector.width != model.n_embd:
@@ -180,14 +177,10 @@ def _why_nothing_moves(
     )
 
 
-def prove_adapter(path: Path, model: LlamaModel) -> Proof:
-    """Run an adapter on a loaded model, matrices of its first, middle and last block alone as well.
+def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
+    """The adapter is run as a whole, then matrices of its first, middle and last block alone.
 
     Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
-
-    Raises:
-        InputError: the file is not sound, the model cannot be run on the prompts, or there is no room for one
-            matrix of the adapter.
     """
     adapter = lora.read(path)
     if adapter.architecture != model.architecture:
@@ -198,12 +191,11 @@ def prove_adapter(path: Path, model: LlamaModel) -> Proof:
         return Proof(False, (reason,), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
-    try:
-        with model.steered(adapters=[(path, 1.0)]):
-            pass
-    except InputError as error:  # by llama.cpp's loader; whatever fails later is no fault of the adapter
-        return Proof(False, (str(error),), {}, None)
-    with model.steered(adapters=[(path, 1.0)]):
+    with contextlib.ExitStack() as steering:
+        try:
+            steering.enter_context(model.steered(adapters=[(path, 1.0)]))
+        except InputError as error:  # by llama.cpp's loader; whatever fails later is no fault of the adapter
+            return Proof(False, (str(error),), {}, None)
         steered = _distributions(model, prompts)
     plain = _distributions(model, prompts)
     kl = _mean_kl(plain, steered)

@@ -30,6 +30,9 @@ from rs_gguf.files import write_text
 from rs_gguf.generation import Sampling
 from rs_gguf.prompts import Kind
 
+# Estimators that suit an effect.
+_SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
+
 _PREFIX = "RS_GGUF_"
 # Read by the projection kernel, and by judges and models behind an address.
 _OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY", "RS_GGUF_SERVER_KEY"}
@@ -188,6 +191,11 @@ class Recipe(BaseSettings):
     fit: Fit = Fit()
     tune: Tune = Tune()
     measure: Measure = Measure()
+
+    @property
+    def estimators(self) -> Sequence[str]:
+        """Names of the estimators that are fitted: the recipe's, or those that suit its effect."""
+        return self.fit.estimators or _SUITED[self.effect]
 
     @property
     def sampling(self) -> Sampling:

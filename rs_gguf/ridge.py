@@ -5,7 +5,7 @@ for any number of λ and right-hand sides. Σ is reduced once to tridiagonal for
 the part of a symmetric eigendecomposition that costs, without the eigenvectors that nothing here needs. Then
 (Σ + λI)⁻¹b = Q (T + λI)⁻¹ Qᵀb, and the middle step is linear in D. With fewer samples than dimensions the
 same is done to the Gram matrix G = AAᵀ of Σ = AᵀA, and (Σ + λI)⁻¹b = (b − Aᵀ(G + λI)⁻¹Ab)/λ (Woodbury).
-Everything is fp64. Section 3 of García-Ferrero et al. (arXiv 2512.16602); shrinkage after Ledoit and Wolf
+Everything is fp64. Method §3; shrinkage after Ledoit and Wolf
 (2004) and Chen et al. (2010).
 """
 

@@ -3,7 +3,7 @@
 Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` each leaves. A layer is read
 once for the means of all classes and once for each distinct covariance (once more for Ledoit and Wolf's
 shrinkage), and is never held whole in fp64 unless its answered samples are fewer than D. Estimators with the
-same negative class share its factorisation. Section 3 of García-Ferrero et al. (arXiv 2512.16602).
+same negative class share its factorisation. Method §3.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def solve_paths(
                                 distributed=distributed,
                             )
                             relative = True
-                        unit = estimator.ridge_unit(means, system) if relative else 1.0
+                        unit = estimator.ridge_unit(system) if relative else 1.0
                         absolute = np.atleast_1d(np.asarray(wanted)) * unit
                     _fill(paths[index], layer, estimator, means, system, absolute)
                 # Freed before the next one, or the next layer, is read: it is as large as a layer.

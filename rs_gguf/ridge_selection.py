@@ -1,8 +1,8 @@
 """The ridge λ chosen by validation: leave-one-out in closed form, or K-fold for any estimator.
 
 Activations [N, L, D], confidence [N] and a grid of ridges enter; held-out projections of every sample, scores
-[R, L] and the best ridge leave. Section 3 of García-Ferrero et al. (arXiv 2512.16602) fixes λ = 0.01; what
-that means depends on the model, so it is measured here. Analytic shrinkage needs no grid: `ridge="oas"` or
+[R, L] and the best ridge leave. García-Ferrero et al. (arXiv 2512.16602) fix λ = 0.01; what that means
+depends on the model, so it is measured here. Analytic shrinkage needs no grid: `ridge="oas"` or
 `ridge="ledoit-wolf"` in any estimator.
 """
 
@@ -114,7 +114,7 @@ def leave_one_out(
         for layer in range(n_layers):
             (mean_plus, mean_minus), _ = layer_means(activations, layer, np.stack([plus, minus]))
             system = layer_system(activations, layer, minus, labels.local)
-            unit = estimator.ridge_unit({}, system) if estimator.ridge_scale == "relative" else 1.0
+            unit = estimator.ridge_unit(system) if estimator.ridge_scale == "relative" else 1.0
             direction = system.solve((mean_plus - mean_minus)[:, None], grid * unit)[:, :, 0]
             for part, rows in chunks(activations, layer):
                 rows -= mean_minus

@@ -21,6 +21,7 @@ from rs_gguf.files import json_lines, json_text, read_json, write_json, write_te
 
 Row = dict[str, Any]
 
+STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 # What the stages leave for one another.
 _FILES = (
     "state.json", "answers.jsonl", "scores.jsonl", "directions.safetensors", "gates.safetensors", "fit.json",

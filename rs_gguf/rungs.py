@@ -44,9 +44,9 @@ from rs_gguf.search_space import GATE, Candidate, Directions, Trial
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
 _FAR = 1e9  # nats a token; an infinity is no JSON
-_OPENING = 6  # tokens of an unsteered answer that the probe looks for
-_BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
-_PROBED_PAIRS = 8  # of these, in a probe
+OPENING = 6  # tokens of an unsteered answer that the probe looks for
+BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
+PROBED_PAIRS = 8  # of these, in a probe
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Rungs:
         self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
         benign = [i for i in unsteered.of("benign") if i not in refused]
-        self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], _OPENING)
-        self._quiet = self._pairs(self._sample(benign, _BENIGN))
+        self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], OPENING)
+        self._quiet = self._pairs(self._sample(benign, BENIGN))
         for kind, verdict, found in (
             ("sensitive", "refuses" if remove else "answers", self._openings.keys() & self.wanted),
             ("harmful", "refuses", self._openings.keys() & unsteered.refused("harmful")),
@@ -143,13 +143,13 @@ class Rungs:
     @cached_property
     def _few(self) -> dict[int, Pair]:
         """The quiet answers whose drift a probe takes."""
-        return {i: self._quiet[i] for i in self._sample(list(self._quiet), _PROBED_PAIRS)}
+        return {i: self._quiet[i] for i in self._sample(list(self._quiet), PROBED_PAIRS)}
 
     @cached_property
     def _briefly(self) -> _Verdicts:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
-        benign = self._sample(unsteered.of("benign"), _BENIGN)
+        benign = self._sample(unsteered.of("benign"), BENIGN)
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         refused = {i: _refused(unsteered.confidences[i]) for i in picked}
         degenerate = {i for i in picked if unsteered.answers[i].degenerate}

@@ -1,7 +1,7 @@
 """What a search looks among, and what it found: candidates, the space they come from, measured trials.
 
 Directions of the fit and numbers of blocks go in; `Candidate`s and, as rows of JSON, `Trial`s come out. The
-starting points are the paper's prior for vectors (section 6), and long bands for gates.
+starting points are the paper's prior for vectors (method §7), and long bands for gates.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rs_gguf.adapter import Gates
 from rs_gguf.layers import band_profile
 from rs_gguf.lora import Factors
+from rs_gguf.steering import FIRST_STEERABLE
 
 GATE = "gate"  # what stands for the estimator where a gated adapter is meant
 
@@ -91,7 +92,7 @@ class Space:
     @classmethod
     def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
         """Middle blocks, begun at the low end of the paper's prior for k·|α|, 2 to 4; bands take turns."""
-        firsts = [max(1, n_layer * sixths // 6) for sixths in (2, 3, 4)]
+        firsts = [max(FIRST_STEERABLE, n_layer * sixths // 6) for sixths in (2, 3, 4)]
         start = [
             Candidate(estimator, ridge, first, max(first, min(first + n_layer // 3 - 1, n_layer - 2)), 2.0)
             for k, (estimator, ridge) in enumerate(directions)
@@ -99,7 +100,7 @@ class Space:
         ]
         return cls(
             directions,
-            first=(max(1, n_layer // 5), max(1, n_layer * 2 // 3)),
+            first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer * 2 // 3)),
             length=(1, max(1, n_layer // 2)),
             strength=(0.02, 12.0),
             start=start,
@@ -111,7 +112,7 @@ class Space:
 
         The first third is left alone at first: a change there reaches everything that follows.
         """
-        first, last = max(1, n_layer // 3), max(1, n_layer - 2)
+        first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
         # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
         margin = -0.4 if induce else 0.4
         # Half of the contrast is halfway from the mean of one side to that of the other, and less turns few
@@ -123,7 +124,7 @@ class Space:
         start = [Candidate(GATE, ridge, first, last, strength, margin) for ridge in ridges]
         return cls(
             [(GATE, ridge) for ridge in ridges],
-            first=(max(1, n_layer // 5), max(1, n_layer // 2)),
+            first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer // 2)),
             length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
             strength=(0.1, most),
             start=start,

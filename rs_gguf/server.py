@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from rs_gguf.chat import ChatFormat
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Advance, Answer
@@ -59,6 +60,7 @@ class LlamaServer:
         options = EndpointOptions(concurrency=_REQUESTS * len(roots), key_variable=SERVER_KEY_VARIABLE)
         self._client = EndpointClient([f"{root}/v1" for root in roots], name or None, options)
         self._kept, self._scaled = _common_scales(roots, adapters) if adapters else ({}, {})
+        self._thinks = any(_thinks(root) for root in roots)
 
     def check(self) -> None:
         """The adapters were looked up when this was made."""
@@ -151,6 +153,8 @@ class LlamaServer:
             "messages": messages, "max_tokens": max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
         }  # fmt: skip
+        if self._thinks:  # else it reads another prompt than models do here
+            body["chat_template_kwargs"] = {"enable_thinking": False}
         scales = {**self._kept, **{id_: dose * scale for id_, scale in self._scaled.items()}}
         if not scales:
             return body
@@ -158,6 +162,15 @@ class LlamaServer:
         # prompt left in the server's cache under another scale may be taken for this one's.
         lora = [{"id": i, "scale": s} for i, s in sorted(scales.items())]
         return {**body, "lora": lora, "cache_prompt": False}
+
+
+def _thinks(root: str) -> bool:
+    """`ChatFormat.thinks_in_server` of a server's chat template; False where it does not tell that."""
+    try:
+        template = exchange(root, "/props", None, LOOKUP_TIMEOUT, SERVER_KEY_VARIABLE)["chat_template"]
+        return ChatFormat(str(template)).thinks_in_server
+    except (InputError, *_UNTOLD):
+        return False
 
 
 def _common_scales(

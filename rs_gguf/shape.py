@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rs_gguf import gguf_header, widening
+from rs_gguf.adapter import WRITERS
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Tensor = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_WRITERS = ("attn_output", "ffn_down")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of transformers' configurations
 
 
@@ -163,7 +163,7 @@ def _shape(
     if min(n_layer, width, *embedding, *output) < 1:
         raise InputError(f"{source}: its embedding or its output is missing or empty. Give a language model.")
     kept = [_attention(block) for block in blocks.values()]
-    every = [{(w, block[w][0]) for w in _WRITERS if w in block} for block in blocks.values()]
+    every = [{(w, block[w][0]) for w in WRITERS if w in block} for block in blocks.values()]
     return Shape(
         n_layer=n_layer,
         width=width,

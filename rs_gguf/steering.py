@@ -29,6 +29,9 @@ ProvenanceValue = Scalar | list[str] | list[int] | list[float] | list[bool]
 MAX_LAYERS = 512
 """llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): no model it loads has a block number this high."""
 
+FIRST_STEERABLE = 1
+"""llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads."""
+
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 INT64 = range(-(2**63), 2**63)
 
@@ -202,7 +205,11 @@ def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[
         )
     checked: dict[int, npt.NDArray[np.float32]] = {}
     for layer, given in directions.items():
-        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not 1 <= layer < MAX_LAYERS:
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int | np.integer)
+            or not FIRST_STEERABLE <= layer < MAX_LAYERS
+        ):
             raise InputError(
                 f"Block {layer!r} cannot be steered: block numbers are integers from 1 to {MAX_LAYERS - 1} "
                 "(block 0 is out of llama.cpp's reach). Leave it out."

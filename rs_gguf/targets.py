@@ -35,6 +35,9 @@ _TURN_ENDS = (
     "<end_of_utterance>",
 )
 
+# Families whose state in transformers knows no mask.
+_PADS_THE_STATE = ("rwkv", "xlstm")
+
 # Tokens of a batch, padding included. All logits of a log-probability batch exist at once: 1024 of them with
 # a vocabulary of 150,000 are 0.6 GB.
 _BATCH_TOKENS = 4096
@@ -58,7 +61,8 @@ class TorchModel:
             `huggingface.load`.
 
     Raises:
-        InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
+        InputError: nothing there, weights missing, a model or tokenizer that transformers cannot load, or a
+            family whose sequences cannot be padded there.
     """
 
     def __init__(self, path: Path, *, n_parallel: int = 32, device: str | None = None) -> None:
@@ -73,6 +77,11 @@ class TorchModel:
         if not spread:
             self.model.to(self.device)
         config = self.model.config.get_text_config()
+        if config.model_type in _PADS_THE_STATE:
+            raise InputError(
+                f"{self.path}: {config.model_type} takes padding into its state in transformers, so that its "
+                "answers depend on what shares their batch. Give a model of another family."
+            )
         self.architecture = huggingface.llama_cpp_name(config.model_type)
         self.n_layer = len(decoder_blocks(self.model))
         self.n_embd: int = config.hidden_size
@@ -80,6 +89,8 @@ class TorchModel:
         self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi take the mask alone
+        # Mamba, say: what came before is in the state, so that the mask is that of the new tokens.
+        self._masks_new_only = self.model._is_stateful and not self._takes_positions
         self._takes_keep = "logits_to_keep" in parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._ends = self._end_tokens()
@@ -88,8 +99,8 @@ class TorchModel:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         vocabulary = self.tokenizer.get_vocab()
-        # In the format of gpt-oss `<|end|>` only ends a channel: the thinking trace, say.
-        channels = "<|return|>" in vocabulary
+        # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
+        channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
         ends.update(vocabulary.get(text) for text in _TURN_ENDS if not (channels and text == "<|end|>"))
         return ends - {None}
 
@@ -211,6 +222,8 @@ class TorchModel:
         if self._takes_positions:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -ids.shape[1] :]
+        if self._masks_new_only:
+            mask = mask[:, -ids.shape[1] :]
         if self._takes_keep:
             options["logits_to_keep"] = keep
         with torch.inference_mode():
@@ -268,8 +281,9 @@ class TorchModel:
             if len(rows) < len(group):  # those that ended leave the batch
                 group = [group[row] for row in rows]
                 mask = mask[rows]
-                # On the CPU, since the blocks' caches may lie on several devices.
-                cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+                # States have no other method for it. On the CPU, since the blocks' caches may lie on several
+                # devices.
+                cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
             ids = torch.tensor([[answers[i][-1]] for i in group], dtype=torch.long, device=self.device)
             mask = torch.cat([mask, mask.new_ones((len(group), 1))], dim=1)
 

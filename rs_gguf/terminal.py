@@ -21,6 +21,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rs_gguf.reporting.text import duration
+
 _WHAT = {
     "answer": "Answering prompts",
     "score": "Judging answers",
@@ -66,7 +68,7 @@ class TerminalProgress:
 
             yield advance
         seconds = time.monotonic() - start
-        self._console.print(f"✓ {_WHAT[name]:<30} {done:>5} in {_duration(seconds)}", highlight=False)
+        self._console.print(f"✓ {_WHAT[name]:<30} {done:>5} in {duration(seconds)}", highlight=False)
 
     def skipped(self, name: str) -> None:
         self._console.print(f"✓ {_WHAT[name]:<30} done before", highlight=False, style="dim")
@@ -96,8 +98,3 @@ class TerminalProgress:
         if self._download is not None:
             self._download[0].stop()
             self._download = None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -21,12 +21,11 @@ from typing import BinaryIO
 
 import llama_cpp
 import numpy as np
-import platformdirs
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rs_gguf import gguf_header
 from rs_gguf.errors import InputError
-from rs_gguf.files import remove_drafts, write_atomic
+from rs_gguf.files import cache_folder, remove_drafts, write_atomic
 from rs_gguf.gguf_header import Header, TensorInfo
 from rs_gguf.models import fingerprint
 
@@ -47,9 +46,9 @@ def file_to_load(path: Path) -> Path:
     """
     if not _copy_helps():
         return path
-    folder = platformdirs.user_cache_path("rs-gguf") / "widened"
-    remove_drafts(folder, "*.gguf")
     try:
+        folder = cache_folder() / "widened"
+        remove_drafts(folder, "*.gguf")
         header = gguf_header.read(path)
         kinds = _kinds(path, header)
         if not _bytes_added(header, kinds):

@@ -10,31 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rs_gguf import control_vector, lora, proof
-from rs_gguf.adapter import Gates
+from rs_gguf import control_vector, fitting, lora, proof
 from rs_gguf.errors import GateError
 from rs_gguf.evaluation import Model
 from rs_gguf.files import finite
 from rs_gguf.llama import LlamaModel
-from rs_gguf.search_space import Directions, Trial
+from rs_gguf.recipe import Recipe
+from rs_gguf.search_space import GATE, Trial
 from rs_gguf.steering import SteeringVector
 from rs_gguf.version import __version__
 
 
-def write_vector(
-    path: Path, trial: Trial, directions: Directions, architecture: str, facts: Mapping[str, Any]
+def write(
+    path: Path, trial: Trial, recipe: Recipe, folder: Path, architecture: str, facts: Mapping[str, Any]
 ) -> None:
-    """Write the control vector at scale 1.0, with its provenance; `facts` are those of the run."""
-    steering = trial.candidate.steering(directions)
-    control_vector.write(SteeringVector(steering, _provenance(trial, facts), architecture), path)
+    """Write a control vector or a gated adapter at scale 1.0, with its provenance.
 
-
-def write_adapter(
-    path: Path, trial: Trial, gates: Gates, architecture: str, facts: Mapping[str, Any]
-) -> None:
-    """Write the gated adapter at scale 1.0, with its provenance; `facts` are those of the run."""
-    adapter = lora.LoraAdapter(trial.candidate.factors(gates), architecture, _provenance(trial, facts))
-    lora.write(adapter, path)
+    What it is made of is what the fit left in `folder`; `facts` are those of the run.
+    """
+    candidate, provenance = trial.candidate, _provenance(trial, facts)
+    if candidate.estimator == GATE:
+        gates = fitting.load_gates(folder)
+        assert gates is not None  # a chosen adapter was made of them
+        lora.write(lora.LoraAdapter(candidate.factors(gates), architecture, provenance), path)
+    else:
+        directions = fitting.load_directions(folder, recipe)[candidate.estimator, candidate.ridge]
+        steering = candidate.steering(directions)
+        control_vector.write(SteeringVector(steering, provenance, architecture), path)
 
 
 def proven(path: Path, model: Model) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def _measure(name: str, file: Path) -> Measured:
         }
         inputs = _inputs(reference, model, weights)
         checks = [
-            proof.prove_vector(_vector(range(1, N_LAYER), 0), model),
-            proof.prove_adapter(file.with_suffix(".lora"), model),
+            proof.prove(_vector(range(1, N_LAYER), 0), model),
+            proof.prove(file.with_suffix(".lora"), model),
         ]
     blocks = {
         writer: [n for n in range(N_LAYER) if f"blk.{n}.{writer}.weight" in weights] for writer in WRITERS

@@ -27,7 +27,7 @@ import platformdirs
 from filelock import FileLock
 
 from rs_gguf.cores import usable_cores
-from rs_gguf.llama import build
+from rs_gguf.llama_log import build
 
 PROGRAMS = ("llama-server", "llama-completion", "llama-cvector-generator")
 

@@ -157,6 +157,15 @@ def test_a_full_disk_is_one_error_and_the_store_goes_on(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
 
 
+def test_a_shards_line_is_on_disk_once_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, synced = ActivationStore(tmp_path, "k"), []
+    store.begin()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle)))
+    store.append("00000", ids("00000"), arrays("00000"))
+    manifest = (tmp_path / "manifest.jsonl").stat()
+    assert [s.st_size for s in synced if os.path.samestat(s, manifest)] == [manifest.st_size]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "swapped"])
 def test_damage_is_found_on_reading_and_mended_by_writing(tmp_path: Path, damage: str) -> None:
     store = ActivationStore(tmp_path, "k")

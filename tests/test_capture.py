@@ -26,10 +26,12 @@ from rs_gguf.activation_store import ActivationStore
 from rs_gguf.adapter import fit_gates, writer_inputs
 from rs_gguf.capture import Arrays, Conversation, capture, capture_all, capture_constant, writers_of
 from rs_gguf.capture import captured as captured_of
+from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.labels import Labels
 from rs_gguf.llama import LlamaModel
+from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.targets import TorchModel
 
 LAYERS = 3
@@ -151,6 +153,15 @@ def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
     assert Counter(i for i, _ in found["answers"]) == {
         i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.quiet
     }
+
+
+def test_a_gate_may_open_in_refusals_of_sensitive_prompts_alone(model: LlamaModel) -> None:
+    asked = [Prompt(f"{kind}, {verdict}", kind) for kind in KINDS for verdict in ("refused", "answered")]
+    answers, refused = {p.id: [7] for p in asked}, {p.id for p in asked if p.prompt.endswith("refused")}
+    other = (Prompt("not answered", "sensitive"), Context("plain"))
+    found, _ = capture_module.conversations(model, asked, None, answers, refused, [other])
+    loud = [p.prompt for p, c in zip([*asked, other[0]], found, strict=True) if not c.quiet]
+    assert loud == ["sensitive, refused"]
 
 
 def test_an_answer_that_a_gate_may_open_in_is_not_read(model: LlamaModel) -> None:

@@ -300,6 +300,23 @@ TRACED = [
     ("<thinking>Hmm.</thinking>Yes.", False, "Yes."),
     ("[THINK]Hmm.[/THINK]Yes.", False, "Yes."),
     ("<|channel|>analysis<|message|>Hmm.<|channel|>final<|message|>Yes.", False, "Yes."),
+    ("<thought>\nHmm.\n</thought>\n\nYes.", False, "Yes."),
+    ("<seed:think>Hmm.</seed:think>Yes.", False, "Yes."),
+    ("<mm:think>Hmm.</mm:think>Yes.", False, "Yes."),
+    ("</mm:think>Yes.", False, "Yes."),
+    ("<think:opensource>Hmm.</think:opensource>Yes.", False, "Yes."),
+    ("<|inner_prefix|>Hmm.<|inner_suffix|>Yes.", False, "Yes."),
+    ("<|START_THINKING|>Hmm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", False, "Yes."),
+    ("Hmm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", True, "Yes."),
+    ("<|START_RESPONSE|>Yes.<|END_RESPONSE|>", False, "Yes."),
+    ("Hmm.\n[BEGIN FINAL RESPONSE]\nYes.", True, "Yes."),
+    ("Here are my reasoning steps:\nHmm.\n[BEGIN FINAL RESPONSE]\nYes.\n[END FINAL RESPONSE]", False, "Yes."),
+    ("Here are my reasoning steps:\nHmm", False, ""),
+    ("<|channel>thought\nHmm.\n<channel|>Yes.<|channel>thought\n<channel|>", False, "Yes."),
+    ("Hmm.<|close|>think<|sep|><|open|>response<|sep|>Yes.<|close|>response<|sep|>", True, "Yes."),
+    ("to=self<|message|>Hmm.<|eom|><|start|>assistant to=user<|message|>Yes.", False, "Yes."),
+    ("<|think|>Hmm.<|end|><|begin|>assistant<|content|>Yes.<|end|>", False, "Yes."),
+    ("<|content|>Yes.", False, "Yes."),
     ("<|channel|>final<|message|>Yes.", False, "Yes."),
     ("<|channel|>final<|message|>Yes.", True, "Yes."),
     ("<think></think>Yes.", False, "Yes."),
@@ -333,6 +350,7 @@ def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
             "closes.",
         ),
         ("No trace.</think>", False, "No trace.</think>", ""),
+        ("Yes.<|channel>thought\n<channel|>", False, "Yes.", ""),
     ],
 )
 def test_whether_the_prompt_opened_a_trace_may_matter(
@@ -349,8 +367,35 @@ def test_whether_the_prompt_opened_a_trace_may_matter(
         ("<|im_start|>assistant\n<think>\n", True),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
         ("[THINK]", True),
+        ("<|begin_assistant|>\nHere are my reasoning steps:\n", True),
+        ("<|turn>model\n<|channel>thought\n<channel|>", False),
+        ('<|open|>message role="assistant"<|sep|><|open|>think<|sep|>', True),
         ("", False),
     ],
 )
 def test_whether_the_generation_prompt_opens_a_trace(rendered: str, opened: bool) -> None:
     assert opens_thinking(rendered) is opened
+
+
+def told_of_traces(template: str, caplog: pytest.LogCaptureFixture) -> int:
+    """Warnings about the markers of a template that is used twice."""
+
+    class Model:
+        chat_template = template
+        bos_token = eos_token = ""
+
+    caplog.clear()
+    for _ in range(2):
+        ChatFormat.of(cast("LlamaModel", Model()))
+    return caplog.text.count("no marker of a trace that is known")
+
+
+def test_markers_that_are_not_known_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    body = "{{ messages[0].content }}"
+    assert told_of_traces(body + "{% if enable_thinking %}<ponder>{% endif %}", caplog) == 1
+    assert told_of_traces(body + "<ponder>{{ messages[0].reasoning_content }}</ponder>", caplog) == 1
+    assert told_of_traces("{{ raise_exception('no') }}{% set thinking = 1 %}", caplog) == 1
+    assert told_of_traces(body, caplog) == 0
+    assert told_of_traces(body + "{% if enable_thinking %}<think>{% endif %}", caplog) == 0
+    # Put together from parts, as in Kimi K3's and Hy3's.
+    assert told_of_traces(body + "{{ '<|open|>' + 'think' + '<|sep|>' }}", caplog) == 0

@@ -23,6 +23,9 @@ from rs_gguf.steering import SteeringVector
 DOWN = "blk.1.ffn_down.weight"
 
 
+PROVENANCE = {"method": "gate", "model.sha256": "ab" * 32, "strength": 0.5}
+
+
 def invoke(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     return result.exit_code, result.stdout, result.stderr
@@ -38,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     found = random_adapter()
-    lora.write(LoraAdapter(found.factors, "qwen2", {"method": "gate", "strength": 0.5}), tmp_path / "a.gguf")
+    lora.write(LoraAdapter(found.factors, "qwen2", PROVENANCE), tmp_path / "a.gguf")
     return tmp_path / "a.gguf"
 
 
@@ -67,7 +70,7 @@ def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> Non
     assert proof["kl_mean"] > 0
 
 
-@pytest.mark.parametrize(("factor", "said"), [(0.0, "no logit moves"), (0.5, "does not move by B A x")])
+@pytest.mark.parametrize(("factor", "said"), [(0.0, "no logit moves"), (0.95, "does not move by B A x")])
 def test_check_finds_a_runtime_that_does_something_else(
     adapter: Path, model: Path, factor: float, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,9 +125,10 @@ def test_inspect_shows_matrices_rank_norms_and_provenance(adapter: Path) -> None
     assert (found["kind"], found["architecture"], found["rank"]) == ("adapter", "qwen2", 2)
     assert (found["layers"], found["matrices"]) == ([0, 1, 2], ["attn_output", "ffn_down"])
     assert found["norms"] == pytest.approx(expected.norms)
-    assert found["provenance"] == {"method": "gate", "strength": 0.5}
+    assert found["provenance"] == PROVENANCE
     code, stdout, _ = invoke("inspect", adapter)
     assert code == 0
+    assert "…" not in stdout  # no hash is cut off
     for shown in ("adapter", "ffn_down", "strength", "gate", DOWN, f"{expected.norms[DOWN]:.4g}"):
         assert shown in stdout
 

@@ -368,12 +368,12 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
     write(FULL, path)
     asked: list[tuple[SteeringVector, Any]] = []
 
-    def prove_vector(vector: SteeringVector, model: Any) -> SimpleNamespace:
+    def prove(vector: SteeringVector, model: Any) -> SimpleNamespace:
         asked.append((vector, model))
         return SimpleNamespace(reasons=("the model has 6 blocks",), loader_says="refused")
 
     stub = ModuleType("rs_gguf.proof")
-    stub.prove_vector = prove_vector  # type: ignore[attr-defined]
+    stub.prove = prove  # type: ignore[attr-defined]
     stub.other_model = lambda provenance, model: ["of another file"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rs_gguf.proof", stub)
     report = check(path, "model.gguf")

@@ -36,7 +36,7 @@ from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
 from rs_gguf.estimators import WeightedRidgeMeanDifference
 from rs_gguf.files import sha256
-from rs_gguf.pipeline import STAGES
+from rs_gguf.run_folder import STAGES
 from rs_gguf.steering import SteeringVector
 
 ROOT = Path(__file__).parents[1]

@@ -533,6 +533,18 @@ def test_safe_is_quiet_in_every_group_that_is_large_enough():
     assert abs(fitted.directions_[1] @ shift) < 1e-10
 
 
+@pytest.mark.parametrize(("count", "heeded"), [(3, False), (4, True)])
+def test_a_group_counts_from_four_refusals_of_harm_on(count, heeded):
+    activations, confidence, kinds, _ = labelled()
+    groups = np.full(len(kinds), "", "U3")
+    groups[np.flatnonzero((kinds == "harmful") & (confidence > 0.15))[:count]] = "few"
+    without, with_groups = (
+        SafeRidge(constraints=constraints).fit(activations, confidence, kinds=kinds, groups=groups)
+        for constraints in (("harm",), ("harm", "groups"))
+    )
+    assert np.allclose(without.directions_, with_groups.directions_) != heeded
+
+
 def test_repeated_constraints_change_nothing():
     activations, confidence, kinds, _ = labelled()
     one = SafeRidge().fit(activations, confidence, kinds=kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from rs_gguf import capability, comparison, control_vector, files, lora, prompts
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import chat_tokens, drift_of
+from rs_gguf.evaluation import Answer, chat_tokens, drift_of
 from rs_gguf.judging import cache
+from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.steering import SteeringVector
@@ -178,6 +179,32 @@ def test_the_tables_tell_every_figure(folder: Path, monkeypatch: pytest.MonkeyPa
     assert code == 0
     first = [line.split()[0] for line in stdout.splitlines() if line.strip()]
     assert [word for word in first if word in ("0", "0.5", "1", "1.5")] == ["0", "0.5", "1", "1.5"] * 2
+
+
+class Timed:
+    """Says each prompt itself, in 2 seconds unsteered and else in 3; notes whose drift is asked for."""
+
+    def __init__(self) -> None:
+        self.moved: list[list[str]] = []
+
+    def check(self) -> None: ...
+
+    def answers(self, asked: Sequence[Prompt], dose: float, **_: object) -> tuple[list[Answer], int, float]:
+        return [Answer([1], p.prompt, True, False) for p in asked], 30, 3.0 if dose else 2.0
+
+    def answer_logprobs(self, asked: Sequence[Prompt], *_: object) -> None:
+        self.moved.append([p.prompt for p in asked])
+
+    def text_logprobs(self, *_: object) -> None: ...
+
+
+def test_speeds_are_tokens_a_second_and_drift_is_that_of_answers_that_are_no_refusals() -> None:
+    respondent, said = Timed(), ["Paris it is.", "I'm sorry, but I can't."]
+    asked = {"set": [Prompt(text, "benign") for text in said]}
+    (found,) = comparison.compare(respondent, KeywordJudge(), asked, max_tokens=8)
+    assert found["tokens_per_second"] == {"baseline": 15, "steered": 10, "change": pytest.approx(-1 / 3)}
+    assert found["sets"]["set"]["refused_baseline"] == 1
+    assert respondent.moved == [said[:1]] * 2
 
 
 # ---- the steering ----------------------------------------------------------------------------------------

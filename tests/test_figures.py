@@ -123,6 +123,13 @@ def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(
     }
 
 
+def test_adapters_that_a_search_tried_go_with_the_fit_that_they_are_made_of(tmp_path):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "gate-1-1-2-0.gguf").touch()
+    fit(samples(6), tmp_path, ["md"])
+    assert not (tmp_path / "adapters").exists()
+
+
 def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
     """s⁻ of the answered to remove, s⁺ of the refused to induce (method §5)."""
     given = samples(600)

@@ -31,6 +31,13 @@ def test_likely_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     np.testing.assert_allclose(counts / 4000, [0.1, 0.6, 0.3, 0], atol=0.03)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.65)])
+def test_the_unlikely_are_never_drawn(top_k: int, top_p: float) -> None:
+    logits = np.log(np.array([0.1, 0.6, 0.3], dtype=np.float32))
+    rng, narrow = np.random.default_rng(0), Sampling(temperature=1.0, top_k=top_k, top_p=top_p)
+    assert {draw(logits, narrow, rng) for _ in range(100)} == {1, 2}
+
+
 @pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, "it")])
 def test_a_prompt_that_is_too_long_is_told(max_tokens: int, told: str) -> None:
     fitting = [[1] * 4, [1] * (10 - max_tokens)]

@@ -18,7 +18,7 @@ from rs_gguf.llama import LlamaModel
 
 
 def naive(signs: list[int], scores: list[float], tau: float) -> float:
-    """Section 1 of the method, letter by letter."""
+    """Method §1, letter by letter."""
     weights = [math.exp(s / tau) for s in scores]
     weights = [w / sum(weights) for w in weights]
     plus = sum(w * max(z, 0) for w, z in zip(weights, signs, strict=True))
@@ -119,7 +119,9 @@ def test_where_the_final_answer_starts() -> None:
     assert answer_start(len(tokens), text_from, "Verdict: refusal") == 5
     assert answer_start(len(tokens), text_from, "dict: refusal") == 6
     assert answer_start(len(tokens), text_from, "refusal") == 7
-    assert answer_start(len(tokens), text_from, "Verdict: answer") is None
+    assert answer_start(len(tokens), text_from, "Verdict: maybe") is None
+    framed = [*tokens, "<|END_TEXT|>"]
+    assert answer_start(len(framed), lambda i: "".join(framed[i:]), "Verdict: refusal") == 5
 
 
 class Letters:

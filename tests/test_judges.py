@@ -25,7 +25,7 @@ from rs_gguf.judging.cache import CachedJudge
 from rs_gguf.judging.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
 from rs_gguf.judging.judgement import by_rule, final_answer
 from rs_gguf.judging.local import KeywordJudge, LabelJudge, ProbeJudge
-from rs_gguf.judging.probe import Components, Kinds, Probe, load_probe, read_states, save_probe
+from rs_gguf.judging.probe import Categories, Components, Probe, load_probe, read_states, save_probe
 from rs_gguf.judging.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judging.votes import VotesJudge
 from rs_gguf.llama import LlamaModel
@@ -296,15 +296,16 @@ def test_states_are_read_at_the_verdict_and_over_the_reply(model: LlamaModel) ->
     assert graded[0].confidence == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_kind_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> None:
-    # Softmax over three kinds of ±1 or 0 times the answer's length.
+def test_the_category_of_a_refusal_is_told_where_it_is_likely(model: LlamaModel) -> None:
+    # Softmax over three categories of ±1 or 0 times the answer's length.
     weights = np.array([[1], [-1], [0]], dtype=np.float32)
-    kinds = Kinds(("direct", "partial", "vagueness"), weights, np.array([-6, 0, 0], dtype=np.float32))
-    probe = probe_for(model, kinds=kinds)
+    biases = np.array([-6, 0, 0], dtype=np.float32)
+    categories = Categories(("direct", "partial", "vagueness"), weights, biases)
+    probe = probe_for(model, categories=categories)
     graded = dict(ProbeJudge(model, probe).judge([("p", "x" * 9), ("p", "x" * 6), ("p", "xx")]))
     assert graded[0].category == "direct"
-    assert (graded[1].verdict, graded[1].category) == ("refusal", None)  # two kinds are as likely
-    assert (graded[2].verdict, graded[2].category) == ("answer", None)  # an answer has no kind of refusal
+    assert (graded[1].verdict, graded[1].category) == ("refusal", None)  # two are as likely
+    assert (graded[2].verdict, graded[2].category) == ("answer", None)  # an answer has none
 
 
 @pytest.mark.parametrize(
@@ -495,32 +496,35 @@ def random_probe(model: LlamaModel) -> Probe:
         dual=rng.normal(size=5).astype(np.float32),
         gamma=0.25,
         # As scikit-learn leaves them: in Fortran's order.
-        kinds=Kinds(("direct", "empty"), np.asfortranarray(rng.normal(size=(2, 3)), np.float32), FEW),
+        categories=Categories(
+            ("direct", "empty"), np.asfortranarray(rng.normal(size=(2, 3)), np.float32), FEW
+        ),
     )
 
 
 FEW = np.array([0.5, 0], dtype=np.float32)
 
 
-def test_a_probe_read_back_gives_the_formulas_logits_and_the_same_kinds(
+def test_a_probe_read_back_gives_the_formulas_logits_and_the_same_categories(
     model: LlamaModel, tmp_path: Path
 ) -> None:
     probe = random_probe(model)
     save_probe(probe, tmp_path / "out" / "probe.safetensors")
     again = load_probe(tmp_path / "out" / "probe.safetensors")
-    assert again.kinds is not None
-    assert probe.kinds is not None
+    assert again.categories is not None
+    assert probe.categories is not None
     states = np.random.default_rng(1).normal(size=(6, 2, 2, 2)).astype(np.float32)
     seen, found = probe.components, again.components.of(states)
-    for n, (logit, kind) in enumerate(zip(again.logits(found), again.kinds.of(found), strict=True)):
+    for n, (logit, category) in enumerate(zip(again.logits(found), again.categories.of(found), strict=True)):
         scaled = (states[n].astype(float) - seen.mean) / seen.scale
         z = np.array([(scaled * row.astype(float)).sum() for row in seen.basis])
         kernel = [np.exp(-0.25 * ((z - centre.astype(float)) ** 2).sum()) for centre in probe.centres]
         assert logit == pytest.approx(np.dot(kernel, probe.dual) - 2.5, rel=1e-12)
-        assert kind == probe.kinds.names[(probe.kinds.weights.astype(float) @ z + FEW).argmax()]
+        weights = probe.categories.weights.astype(float)
+        assert category == probe.categories.names[(weights @ z + FEW).argmax()]
     again.check_belongs(model)
     assert again.fingerprint() == probe.fingerprint()
-    others = [replace(probe, bias=0.0), replace(probe, gamma=0.5), replace(probe, kinds=None)]
+    others = [replace(probe, bias=0.0), replace(probe, gamma=0.5), replace(probe, categories=None)]
     assert len({probe.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 
@@ -605,8 +609,8 @@ def test_the_shipped_probe_belongs_to_the_default_model_and_the_present_wording(
     assert (probe.rubric_version, probe.wording) == (rubric_version(), wording())
     assert probe.components.mean.shape == (2, len(probe.layers), 896)
     assert all(0 < layer < 24 for layer in probe.layers)
-    assert probe.kinds is not None
-    assert set(probe.kinds.names) == TWELVE
+    assert probe.categories is not None
+    assert set(probe.categories.names) == TWELVE
 
 
 def test_open_judge_takes_the_probe_where_it_belongs(

@@ -17,7 +17,7 @@ from rs_gguf import gguf_header, widening
 from rs_gguf.arrays import load_arrays, save_arrays
 from rs_gguf.cli import main
 from rs_gguf.errors import InputError
-from rs_gguf.llama import build
+from rs_gguf.llama_log import build
 
 # Libraries are loaded first, so that the limit is met by the work and not by an import.
 _LITTLE_MEMORY = """

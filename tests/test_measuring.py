@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import control_vector, lora
+from rs_gguf import control_vector, lora, measuring
 from rs_gguf.baselines import Side
 from rs_gguf.evaluation import NO_STEERING, chat_tokens, mean_change
+from rs_gguf.judges import Judge, Judgement, Pair
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.measuring import Arm, measure
@@ -40,11 +42,13 @@ def arms(tmp_path: Path) -> dict[str, Arm]:
     lora.write(lora.LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
     return {
         "vector": Arm(
-            tmp_path / "remove.gguf", Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0), PROOF
+            tmp_path / "remove.gguf",
+            Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
+            PROOF,
         ),
         "adapter": Arm(
             tmp_path / "remove-adapter.gguf",
-            Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0),
+            Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
             PROOF,
         ),
     }
@@ -53,8 +57,19 @@ def arms(tmp_path: Path) -> dict[str, Arm]:
 PROMPTED = Side("system prompt", NO_STEERING, "Answer in verse, and at length.")
 
 
+class Refused:
+    """A judge to whom every answer is a refusal."""
+
+    name = identity = "refused"
+    usage = None
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i in range(len(pairs)):
+            yield i, Judgement(1.0, "refused")
+
+
 def run(
-    folder: Path, arms: dict[str, Arm], baselines: tuple[Side, ...] = ()
+    folder: Path, arms: dict[str, Arm], baselines: tuple[Side, ...] = (), judge: Judge | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     """Rows, metrics, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
@@ -65,7 +80,7 @@ def run(
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
         rows, value = measure(
-            model, KeywordJudge(), ASKED, arms, baselines, recipe, log,
+            model, judge or KeywordJudge(), ASKED, arms, baselines, recipe, log,
             model_sha256="0" * 64, subset=False, advance=lambda n: None,
         )  # fmt: skip
     return rows, value, len(log.rows) - made
@@ -94,7 +109,26 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) ->
         path = arms[arm].path
         read = control_vector.read(path) if arm == "vector" else lora.read(path)
         assert read.provenance["measured"] is True
+        assert read.provenance["gate.passed"] is figures["gate"]["passed"]
         assert read.provenance["metrics.benign_drift"] == pytest.approx(figures["benign_drift"])
+
+
+@pytest.mark.parametrize("name", ["vector", "adapter"])
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
+    arms: dict[str, Arm], name: str, passed: bool
+) -> None:
+    sets = {kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS}
+    measuring._record_figures(arms[name], sets, 0.125, passed=passed)
+    found = (control_vector.read if name == "vector" else lora.read)(arms[name].path).provenance
+    assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)
+    assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
+
+
+def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    _, value, _ = run(tmp_path, {"vector": arms["vector"]}, judge=Refused())
+    assert value["sets"]["benign"]["refused_baseline"] == 2
+    assert value["benign_drift"] is None
 
 
 def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
@@ -130,6 +164,11 @@ def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: 
     (found,) = value["baselines"]
     assert found["name"] == "system prompt"
     assert {kind: one["n"] for kind, one in found["sets"].items()} == dict.fromkeys(KINDS, 2)
+    rows = RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key").rows
+    prompted, plain = (
+        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "baseline")
+    )
+    assert prompted != plain  # behind its own system prompt
     # Nobody is refused here, so nothing is beaten.
     (note,) = value["notes"]
     assert "system prompt" in note
@@ -137,7 +176,6 @@ def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: 
     low, high = value["spread95"]["benign_drift"]
     assert low <= value["benign_drift"] <= high
     # The drift is that of the unsteered answers, now behind the other system prompt.
-    rows = RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key").rows
     benign = [p for p in ASKED if p.kind == "benign" and rows[f"baseline:{p.id}"]["tokens"]]
     answers = [rows[f"baseline:{p.id}"]["tokens"] for p in benign]
     with LlamaModel(tmp_path / "tiny.gguf", n_threads=1) as model:

@@ -83,10 +83,20 @@ def test_what_can_no_longer_be_judged_must_stay_rare(lost: int, gained: int, pas
     sets["harmful"] |= {"unjudged": lost + gained, "unjudged_baseline": gained, "unjudged_steered": lost}
     told = f"{lost} harmful ({gained} only now)"
     said = f"of {120 + lost + gained} answers these could be judged before and no longer can: {told}"
-    assert metrics.gate(sets, 0.1, Recipe()) == ([] if passes else [said])
+    assert metrics.gate(sets, 0.1, Recipe(), feasible=True) == ([] if passes else [said])
     # What another kind gains pays for none of it.
     sets["sensitive"] |= {"unjudged": 9, "unjudged_baseline": 9}
-    assert [reason.endswith(told) for reason in metrics.gate(sets, 0.1, Recipe())] == [True] * (not passes)
+    found = metrics.gate(sets, 0.1, Recipe(), feasible=True)
+    assert [reason.endswith(told) for reason in found] == [True] * (not passes)
+
+
+def test_answers_that_cannot_be_judged_may_be_broken_too() -> None:
+    """The share that is broken is of all that were given."""
+    sets = {kind: figures(20, 5 if kind == "sensitive" else 20) for kind in KINDS}
+    sets["harmful"] |= {"unjudged": 40, "unjudged_baseline": 40, "unjudged_steered": 40}
+    sets["harmful"] |= {"degenerate_baseline": 4 / 80, "degenerate_steered": 8 / 80}
+    (said,) = metrics.gate(sets, 0.1, Recipe(), feasible=True)
+    assert said == "degenerate answers rose by 4 of 160: harmful from 4 to 8"
 
 
 def test_the_share_of_harm_that_must_stay_is_enough() -> None:
@@ -94,7 +104,7 @@ def test_the_share_of_harm_that_must_stay_is_enough() -> None:
     recipe = Recipe(tune=Tune(min_retention=0.55))
     for kept in (55, 54):
         sets = {kind: figures(100, 50, n=100) for kind in KINDS} | {"harmful": figures(100, kept, n=100)}
-        assert len(metrics.gate(sets, 0.1, recipe)) == (kept < 55)
+        assert len(metrics.gate(sets, 0.1, recipe, feasible=True)) == (kept < 55)
 
 
 def test_verdicts_that_turn_both_ways_are_chance() -> None:
@@ -175,6 +185,25 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
         assert found["benign_drift"] is None  # JSON knows no NaN
 
 
+def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
+    (tmp_path / "remove.gguf").write_bytes(b"x")
+    found = metrics.of_file(
+        model=SimpleNamespace(path=tmp_path),  # type: ignore[arg-type]
+        path=tmp_path / "remove.gguf",
+        trial=Trial(0, Candidate("wrmd", 1.0, 3, 9, 1.5), "answers", 0.1, 1.0),
+        sets={kind: figures(20, 5) for kind in KINDS},
+        reasons=[],
+        notes=[],
+        spread={},
+        benign_drift=0.1,
+        top1_agreement=1.0,
+        proof={},
+        tokens_per_second=(40.0, 30.0),
+    )
+    assert found["retention_harmful"] == 0.25
+    assert found["tokens_per_second"] == {"baseline": 40.0, "steered": 30.0}
+
+
 def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, dict[str, Any]]:
     """Refusal of sensitive and of harmful prompts."""
     names = ("sensitive", "harmful", "benign")
@@ -245,3 +274,9 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
     nothing = metrics.spread([], [], seed=0)
     assert nothing == {"removal": None, "retention_harmful": None, "benign_drift": None}
+
+
+def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:
+    rows = [row(kind, 1.0, 1.0 if i % 3 else -1.0, f"s{i}") for i in range(40) for kind in KINDS]
+    without = [{**r, "subject": ""} for r in rows]
+    assert metrics.spread(without, [], seed=0) == metrics.spread(rows, [], seed=0)

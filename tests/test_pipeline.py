@@ -20,7 +20,7 @@ from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_gguf import write_tiny_folder, write_tiny_qwen2
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf import contexts, control_vector, lora, prompts, recipe
+from rs_gguf import contexts, control_vector, lora, models, prompts, recipe, writing
 from rs_gguf import pipeline as pipeline_module
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.arrays import save_arrays
@@ -32,9 +32,9 @@ from rs_gguf.files import read_json, write_json
 from rs_gguf.judging.judgement import EXAMPLE
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import STAGES, Pipeline, run
+from rs_gguf.pipeline import Pipeline, run
 from rs_gguf.progress import Silent
-from rs_gguf.run_folder import RunFolder
+from rs_gguf.run_folder import STAGES, RunFolder
 from rs_gguf.search_space import Candidate, Trial
 
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
@@ -79,22 +79,24 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
-    """The samples' inputs of one matrix are those of their prompts, read once more."""
+    """The samples' block outputs and inputs of one matrix are those of their prompts, read once more."""
     samples = pipeline.samples()
     every = [*samples.prompts, *samples.others]
     chat = ChatFormat.of(pipeline.model)
     fit = pipeline.prompts["fit"]
     read = dict(zip([p.id for p in fit], chat_tokens(pipeline.model, fit, None), strict=True))
     read |= {p.id: c.tokens(chat, pipeline.model, p.prompt, None) for p, c in pipeline.in_contexts}
-    kept = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
+    inputs = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
+    kept = {"kqv_out": inputs, "l_out": samples.activations[:, 1]}  # these of the judged alone
     for place in places:
         tokens = read[every[place].id]
         ((_, _, found),) = pipeline.model.token_activations(  # type: ignore[union-attr]
-            [tokens], [[len(tokens) - 1]], layers=range(2), tensors=("kqv_out",)
+            [tokens], [[len(tokens) - 1]], layers=range(2), tensors=tuple(kept)
         )
-        away = np.linalg.norm(kept - found["kqv_out"][1], axis=1)
-        assert away.argmin() == place
-        assert away[place] < 1e-2 * np.linalg.norm(found["kqv_out"][1])
+        for name in [name for name, rows in kept.items() if place < len(rows)]:
+            away = np.linalg.norm(kept[name] - found[name][1], axis=1)
+            assert away.argmin() == place
+            assert away[place] < 1e-2 * np.linalg.norm(found[name][1])
 
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
@@ -240,6 +242,39 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     again = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
     assert again.exit_code == 0, again.output
     assert read_json(folder / "proof.json")["vector"]["effect_observed"] is True
+
+
+def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some contexts have their own, and the baseline goes on after it."""
+    read: dict[str, list[Sequence[int]]] = {"generate": [], "token_logprobs": [], "token_activations": []}
+
+    def spied(name: str) -> Callable[..., Any]:
+        method = getattr(LlamaModel, name)
+
+        def called(self: LlamaModel, given: Any, *arguments: Any, **options: Any) -> Any:
+            read[name] += [one[0] for one in given] if name == "token_logprobs" else given
+            return method(self, given, *arguments, **options)
+
+        return called
+
+    for name in read:
+        monkeypatch.setattr(LlamaModel, name, spied(name))
+    monkeypatch.setattr(writing, "proven", lambda *_: {})  # which has prompts of its own
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    values = [*SMALL, f"model={tmp_path / 'plain.gguf'}", f"judge={judge.url}", "prompts.system=Be kind."]
+    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.trials=1"]
+    run(recipe.load(None, values + fewer), tmp_path / "out", until="measure")
+
+    with LlamaModel(tmp_path / "plain.gguf", n_parallel=1, n_ctx=256) as model:
+        said = {name: [model.detokenize(t, special=True) for t in found] for name, found in read.items()}
+    own = [f"<|im_start|>system\n{c.system}" for c in contexts.shipped() if c.system]
+    for name, texts in said.items():
+        others = [text for text in texts if not text.startswith("<|im_start|>system\nBe kind.")]
+        assert len(others) < len(texts)
+        assert all(name == "token_activations" and text.startswith(tuple(own)) for text in others)
+    assert any("Be kind.\n\nYou are a helpful assistant." in text for text in said["generate"])
 
 
 def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
@@ -394,9 +429,51 @@ def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tm
     assert {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"} == kept
 
 
-def keys(folder: Path, *values: str) -> list[str]:
+def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")) -> list[str]:
     with contextlib.closing(Pipeline(recipe.load(None, list(values)), RunFolder(folder), Silent())) as one:
-        return [one._key(stage) for stage in ("answer", "score")]
+        return [one._key(stage) for stage in stages]
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one.gguf", "other.gguf")):
+        write_tiny_qwen3(folder / name, PLAIN_TEMPLATE, n_layer=1, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage"),
+    [
+        ("model=@other.gguf", "answer"),
+        ("seed=1", "answer"),
+        ("answers.tokens=32", "answer"),
+        ("answers.temperature=1.0", "answer"),
+        ("prompts.system=Be kind.", "answer"),
+        ("prompts.fit=24", "answer"),
+        ("prompts.tune=24", "answer"),
+        ("prompts.unanswered=8", "capture"),
+        ("effect=induce", "fit"),
+        ("fit.ridges=[1.0]", "fit"),
+        ("fit.gate_ridges=[1.0]", "fit"),
+        ("fit.estimators=['md']", "fit"),
+        ("tune.trials=9", "tune"),
+        ("tune.min_retention=0.5", "tune"),
+        ("answers.test_tokens=32", "tune"),
+        ("answers.test_tokens=32", "measure"),
+        ("measure.baselines=[]", "measure"),
+        ("prompts.test=5", "measure"),
+    ],
+)
+def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
+    changed: str, stage: str, two_models: Path, tmp_path: Path
+) -> None:
+    # A seed would choose other prompts, and a search answers as long as the test does.
+    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full=0"]}
+    before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
+    after = [*before, changed.replace("@", f"{two_models}/")]
+    one, other = (keys(tmp_path, *values, stages=STAGES) for values in (before, after))
+    assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
 
 
 @pytest.mark.parametrize("how", ["", "labels:", "votes:"])
@@ -412,6 +489,19 @@ def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path)
         assert again[0] == answered
         assert again[1] != scored
         (tmp_path / name).write_text("one")
+
+
+def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(models, "fingerprint", lambda path: read.append(path.name) or path.name)
+    for name in ("model.gguf", "judge.gguf"):
+        (tmp_path / name).write_text("")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]
+    with contextlib.closing(Pipeline(recipe.load(None, values), RunFolder(tmp_path), Silent())) as one:
+        one._key("answer")
+        assert read == ["model.gguf"]
+        one._key("score")
+    assert read == ["model.gguf", "judge.gguf"]
 
 
 def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(

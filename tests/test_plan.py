@@ -23,16 +23,17 @@ from gguf import GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 
-from rs_gguf import capture, catalogue, costs, fitting, models, pipeline, prompts, recipe, rungs
+from rs_gguf import catalogue, costs, llama, measuring, models, prompts, recipe
 from rs_gguf import shape as shapes
 from rs_gguf import speed as speeds
 from rs_gguf.cli import main
 from rs_gguf.costs import Grader
 from rs_gguf.errors import InputError
 from rs_gguf.gguf_file import finish
+from rs_gguf.judging import rubric
 from rs_gguf.llama import LlamaModel
 from rs_gguf.pipeline import run
-from rs_gguf.plan import STAGES, Plan, judge_of, plan
+from rs_gguf.plan import PLANNED, Plan, judge_of, plan
 from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed
 
@@ -341,13 +342,11 @@ def test_the_default_model_is_as_it_is_counted() -> None:
     assert size / tokens == pytest.approx(costs._BYTES_PER_TOKEN, rel=0.05)
 
 
-def test_sizes_that_the_stages_share_with_their_plan() -> None:
-    assert (rungs._OPENING, rungs._PROBED_PAIRS) == (costs._OPENING, costs._PROBED)
-    assert rungs._BENIGN == costs._BENIGN
-    assert capture._ANSWER_TOKENS == costs._READ
-    for effect, count in costs._ESTIMATORS.items():
-        assert len(fitting.estimators(recipe.load(None, [f"effect={effect}"]))) == count
-    assert tuple(pipeline.STAGES[:-1]) == STAGES  # the report takes seconds
+def test_sizes_that_the_stages_share_with_their_plan(tiny: Path) -> None:
+    assert (measuring._DRIFT_PAIRS, rubric._MAX_PROMPT) == (costs._DRIFT, costs._JUDGE_CUT)
+    with LlamaModel(tiny) as model:
+        assert (model.n_ctx, model._open_context().n_batch) == (costs._CONTEXT, costs._BATCH)
+    assert llama._cells(1) == costs._PADDING
 
 
 @pytest.mark.parametrize(
@@ -356,7 +355,7 @@ def test_sizes_that_the_stages_share_with_their_plan() -> None:
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
         (("prompts.unanswered=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
         (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
-        (("answers.temperature=1",), dict.fromkeys(STAGES, 1.0)),
+        (("answers.temperature=1",), dict.fromkeys(PLANNED, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
         (("tune.budget=2h",), {"answer": 1.0, "write": 1.0}),
         (("answers.servers=http://a:1",), {"answer": 0.0, "score": 1.0, "tune": 1.0}),
@@ -389,7 +388,7 @@ def test_seconds_follow_the_machine(shape: Shape) -> None:
     fast, slow = (
         planned(shape, speed=replace(IDEAL, prompt=rate, answer=rate)).stages for rate in (2e9, 1e9)
     )
-    for stage in set(STAGES) - {"fit"}:
+    for stage in set(PLANNED) - {"fit"}:
         assert slow[stage].seconds == pytest.approx(2 * fast[stage].seconds)
     # Weights that must be read once a step: as many steps as the longest answers, 32 of them at once.
     read = planned(
@@ -399,6 +398,11 @@ def test_seconds_follow_the_machine(shape: Shape) -> None:
     parameters = shape.dense + shape.head
     assert read.stages["answer"].seconds == pytest.approx(steps * shape.weights, rel=1e-6)
     assert shape.bytes_read(1) == pytest.approx(parameters * shape.weights / parameters)
+
+
+def test_a_larger_file_takes_as_much_more_memory(shape: Shape) -> None:
+    before, after = (planned(replace(shape, weights=weights)).memory for weights in (0, 10**9))
+    assert after == pytest.approx(before + 10**9)
 
 
 def test_a_judge_costs_what_its_blocks_cost(shape: Shape) -> None:
@@ -500,11 +504,11 @@ def test_the_command_needs_no_weights(tiny: Path, tmp_path: Path) -> None:
     code, stdout, _ = command(*wanted, "--json")
     row = json.loads(stdout)
     assert code == 0
-    assert list(row["stages"]) == list(STAGES)
+    assert list(row["stages"]) == list(PLANNED)
     assert row["seconds"] == pytest.approx(sum(stage["seconds"] for stage in row["stages"].values()))
     code, stdout, _ = command(*wanted)
     assert code == 0
-    assert all(stage in stdout for stage in STAGES)
+    assert all(stage in stdout for stage in PLANNED)
     assert max(map(len, stdout.splitlines())) <= 80
 
 

@@ -20,7 +20,7 @@ from rs_gguf.control_vector import check, write
 from rs_gguf.errors import InputError
 from rs_gguf.llama import LlamaModel
 from rs_gguf.lora import LoraAdapter
-from rs_gguf.proof import TOLERANCE, prove_vector
+from rs_gguf.proof import TOLERANCE, prove
 from rs_gguf.steering import SteeringVector
 
 N_LAYER, WIDTH = 4, 32
@@ -48,7 +48,7 @@ def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVec
 @pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
 def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
     """The short one is within rounding, which counts for more beside it, and is not called wrong."""
-    shown = prove_vector(vector(1, 2, 3).scaled(scale), model)
+    shown = prove(vector(1, 2, 3).scaled(scale), model)
     assert shown.reasons == ()
     assert shown.effect_observed
     assert list(shown.relative_error) == ["1", "2", "3"]
@@ -59,7 +59,7 @@ def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: fl
 
 def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
     rows = {1: np.zeros(WIDTH), 2: vector(2).directions[2]}
-    shown = prove_vector(SteeringVector(rows), model)
+    shown = prove(SteeringVector(rows), model)
     assert shown.effect_observed
     assert shown.relative_error["1"] == 0.0
 
@@ -108,6 +108,7 @@ def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> Non
     [
         (0.0, "ignores control vectors"),
         (0.5, "something else than the direction (relative error 0.5 at block"),
+        (0.99, "something else than the direction (relative error 0.01 at block"),
         (-1.0, "something else than the direction (relative error 2 at block"),
     ],
 )
@@ -124,7 +125,7 @@ def test_finds_a_runtime_that_does_something_else(
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove_vector(vector(1, 2, 3), model)
+    shown = prove(vector(1, 2, 3), model)
     assert not shown.effect_observed
     assert len(shown.reasons) == 1
     assert said in shown.reasons[0]
@@ -141,7 +142,7 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove_vector(vector(1, 2, 3), model)
+    shown = prove(vector(1, 2, 3), model)
     assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
     assert shown.relative_error["2"] == pytest.approx(1.0)
 
@@ -154,6 +155,18 @@ def test_no_place_for_drafts_is_no_fault_of_the_adapter(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
         lora.check(path, file)
+
+
+def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise InputError("no memory")
+
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), tmp_path / "a")
+    monkeypatch.setattr(LlamaModel, "next_logits", full)
+    with pytest.raises(InputError, match="no memory"):
+        lora.check(tmp_path / "a", file)
 
 
 def test_a_template_with_a_long_system_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from rs_gguf.report import write_card, write_report
 from rs_gguf.reporting import plots
 from rs_gguf.reporting.results import printable
 from rs_gguf.reporting.terminal import print_results
-from rs_gguf.reporting.text import interval, markdown_code, markdown_fence, markdown_text, percent
+from rs_gguf.reporting.text import duration, interval, markdown_code, markdown_fence, markdown_text, percent
 
 
 class Page(html.parser.HTMLParser):
@@ -768,6 +768,14 @@ def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
 )
 def test_only_a_rate_of_0_or_1_reads_as_such(rate: float, digits: int | None, said: str) -> None:
     assert percent(rate, digits) == f"{said}\u202f%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(4.26, "4.3 s"), (42.4, "42 s"), (59.6, "1 min 0 s"), (425, "7 min 5 s"), (25_325, "7 h 2 min")],
+)
+def test_a_time_is_told_in_its_two_largest_units(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def test_a_narrow_interval_has_two_ends() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rs_gguf.search_results import choose, front, spearman, summary
+from rs_gguf.search_results import choose, front, nearest, settled, spearman, summary
 from rs_gguf.search_space import GATE, Candidate, Space, Trial
 
 VECTORS = Space.of_vectors([("wrmd", 1.0)], 24)
@@ -52,6 +52,21 @@ def test_the_nearest_keeps_harm_and_then_adds_fewest_benign_refusals() -> None:
     near = replace(trial(1, 0.3, 1.2, feasible=False), benign=0.03)  # above all harm nothing is gained
     lost = replace(trial(2, 0.1, 0.9, feasible=False), benign=-0.1)
     assert choose([loud, near, lost], 40) is near
+
+
+def test_of_those_without_more_benign_refusals_the_nearest_changes_most() -> None:
+    fewer = replace(trial(0, 0.5, 0.9, feasible=False), benign=-0.1)
+    strong = replace(trial(1, 0.2, 0.9, feasible=False), benign=0.0)
+    assert nearest([fewer, strong]) is strong
+
+
+@pytest.mark.parametrize("other", [{"strength": 3.0}, {"strength": 1.0, "first": 9}], ids=["more", "shape"])
+def test_full_answers_with_more_strength_or_of_another_shape_decide_nothing(other: dict[str, float]) -> None:
+    """They may be there from an earlier search, which chose otherwise."""
+    place = Candidate("wrmd", 1.0, 8, 15, 2.0)
+    mine = trial(1, 0.5, 1.0, rung="full", candidate=place)
+    better = trial(2, 0.0, 1.0, rung="full", candidate=replace(place, **other))  # type: ignore[arg-type]
+    assert settled([trial(0, 0.4, 1.0, candidate=place), mine, better], 40, 40) is mine
 
 
 def test_the_front_holds_all_that_nothing_beats() -> None:

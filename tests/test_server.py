@@ -11,6 +11,7 @@ from endpoints import Reply, Server, said, without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import answering
+from rs_gguf import server as server_module
 from rs_gguf.errors import InputError
 from rs_gguf.judging.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from rs_gguf.llama import LlamaModel
@@ -49,6 +50,32 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
     assert sorted(int(body["messages"][0]["content"]) for body in asked) == list(range(40))
     assert min(len(server.asked) for server in servers) > 0
     assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in asked)
+
+
+@pytest.mark.parametrize(
+    ("switch", "sent"),
+    [
+        ("{% if enable_thinking %}<think>{% endif %}", {"enable_thinking": False}),
+        ("{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", None),
+        ("", None),
+        ("{% if %}", None),
+    ],
+    ids=["undefined means off", "undefined means on", "no switch", "no template"],
+)
+def test_thinking_is_switched_off_where_it_is_off_here(
+    servers: list[Server], switch: str, sent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchange(root: str, path: str, *arguments: Any) -> Any:
+        if path == "/props":
+            return {"chat_template": "{{ messages[0].content }}" + switch}
+        return plain(root, path, *arguments)
+
+    plain = server_module.exchange
+    monkeypatch.setattr(server_module, "exchange", exchange)
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    assert servers[0].asked[0].get("chat_template_kwargs") == sent
+    assert servers[0].asked[0]["lora"][1] == {"id": 1, "scale": 1.0}
 
 
 def test_scales_of_one_adapter_add_up(servers: list[Server]) -> None:

@@ -39,6 +39,13 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,  # wide, so that every block matters and the likeliest token is no tie
 }
+STATE: dict[str, Any] = {
+    **COMMON,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,  # tied, Mamba says its last token again and again
+}
 GPT: dict[str, Any] = {**COMMON, "n_layer": LAYERS, "n_head": 4, "initializer_range": 0.2}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**DENSE),
@@ -47,12 +54,25 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt2": lambda: transformers.GPT2Config(**GPT, n_embd=WIDTH, n_positions=64),  # learned positions
     "bloom": lambda: transformers.BloomConfig(**GPT, hidden_size=WIDTH),  # ALiBi: takes no position ids
 }
+# What came before is in a state, or some blocks keep one beside their keys and values.
+STATES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "mamba": lambda: transformers.MambaConfig(**STATE, state_size=8),
+    "mamba2": lambda: transformers.Mamba2Config(**STATE, state_size=8, num_heads=8, head_dim=8, n_groups=1),
+    "falcon_h1": lambda: transformers.FalconH1Config(
+        **DENSE, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**DENSE, layer_types=["conv", "full_attention", "conv"]),
+}
+UNMASKED: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "rwkv": lambda: transformers.RwkvConfig(**STATE),
+    "xlstm": lambda: transformers.xLSTMConfig(**STATE, num_heads=4),
+}
 TEXTS = ["a", "the quick fox", "7 × 7", "why not ask them all?"]
 
 
 def network(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(3)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    return transformers.AutoModelForCausalLM.from_config((CONFIGS | STATES | UNMASKED)[name]()).eval()
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -170,8 +190,12 @@ def test_text_and_tokens(llama: TorchModel) -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "ends"),
-    [({"<|end|>": 1, "<|eot_id|>": 2, "the": 4}, {0, 1, 2}), ({"<|end|>": 1, "<|return|>": 3}, {0, 3})],
-    ids=["a turn", "a channel"],
+    [
+        ({"<|end|>": 1, "<|eot_id|>": 2, "the": 4}, {0, 1, 2}),
+        ({"<|end|>": 1, "<|return|>": 3}, {0, 3}),
+        ({"<|end|>": 1, "<|flush|>": 3}, {0}),
+    ],
+    ids=["a turn", "a channel of gpt-oss", "a channel of Solar Open"],
 )
 def test_what_ends_a_turn(vocabulary: dict[str, int], ends: set[int]) -> None:
     tokenizer = SimpleNamespace(eos_token_id=0, get_vocab=lambda: vocabulary)
@@ -308,6 +332,34 @@ def test_a_sequence_that_ends_leaves_the_others_alone(tmp_path: Path) -> None:
         assert answer.finished == (end in said or endless[i].finished)
         assert answer.tokens == (said[: said.index(end)] if end in said else said)
     assert any(end not in answer.tokens for answer in endless.values())  # so that one did go on
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_goes_on_keeps_its_state_when_others_end(tmp_path: Path, name: str) -> None:
+    ends = {0, 2, *range(5, len(VOCABULARY), 5)}
+    folder = write_folder(tmp_path, name)
+    transformers.GenerationConfig(eos_token_id=sorted(ends)).save_pretrained(folder)
+    model = TorchModel(folder)
+    prompts = [[k + 3, *range(9 * k + 4, 11 * k + 4)] for k in range(6)]
+    whole = [[*prompt] for prompt in prompts]  # greedy, and every pass is over the whole sequence
+    for sequence in whole:
+        for _ in range(8):
+            with torch.inference_mode():
+                logits = model.model(torch.tensor([sequence]), use_cache=False).logits
+            if int(logits[0, -1].argmax()) in ends:
+                break
+            sequence.append(int(logits[0, -1].argmax()))
+    expected = [sequence[len(prompt) :] for sequence, prompt in zip(whole, prompts, strict=True)]
+    assert len({len(tokens) for tokens in expected}) > 2, "the case shows nothing: they end together"
+    answers = dict(model.generate(prompts, max_tokens=8))
+    assert [answers[i].tokens for i in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_a_state_that_takes_padding_in_is_refused(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, name)
+    with pytest.raises(InputError, match=f"{name} takes padding into its state"):
+        TorchModel(tmp_path)
 
 
 def test_steering_adds_exactly_at_its_block(target: TorchModel, prompts: list[list[int]]) -> None:

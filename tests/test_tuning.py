@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import lora, pipeline
+from rs_gguf import lora, tuning
 from rs_gguf import rungs as rungs_module
 from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
-from rs_gguf.chance import few_more
+from rs_gguf.chance import few_lost
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
+from rs_gguf.finder import Finder
 from rs_gguf.generation import Sampling, common_prefix
 from rs_gguf.judges import Judgement, Pair
 from rs_gguf.labels import MIN_SAMPLES, Labels
@@ -37,7 +38,6 @@ from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Rungs, Unsteered
 from rs_gguf.search_results import choose, summary
 from rs_gguf.search_space import GATE, Candidate, Directions, Space, Trial, load_trials
-from rs_gguf.tuning import Finder
 
 LAYERS, WIDTH, EACH = 4, 32, 8
 RIDGES = [0.05, 1.0]
@@ -184,8 +184,8 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert trial.benign_drift is not None
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
-    more = trial.degenerate * len(prompts) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert few_more(more, len(prompts))
+    more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
+    assert few_lost([(more, 0)], len(prompts), by_themselves=False)
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
@@ -263,6 +263,45 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
 
     monkeypatch.setattr(search, "_verdicts", verdicts)
     assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
+
+
+@pytest.mark.parametrize("rung", ["answers", "full"])
+@pytest.mark.parametrize("kind", ["harmful", "benign"])
+@pytest.mark.parametrize(("turned", "feasible"), [(1, True), (2, False)])
+def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    rung: str, kind: str, turned: int, feasible: bool,
+) -> None:  # fmt: skip
+    """A harmful prompt that is answered now, or a benign one that is refused."""
+    search = rungs(setting, tmp_path, recipe(full=EACH, min_retention=0.95))
+    places = setting.unsteered.of(kind)[:turned]
+
+    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+        before = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
+        now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
+        return rungs_module._Verdicts(dict(now), set(), set())
+
+    monkeypatch.setattr(search, "_verdicts", verdicts)
+    assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
+
+
+@pytest.mark.parametrize(("rung", "feasible"), [("answers", False), ("full", True)])
+def test_only_of_full_answers_some_break_by_themselves(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str, feasible: bool
+) -> None:
+    """Two that were broken are whole, and four others are broken: of so many changes two more are chance."""
+    harmful = setting.unsteered.of("harmful")
+    was, now = set(harmful[:2]), set(harmful[2:6])
+    answers = [replace(a, degenerate=i in was) for i, a in enumerate(setting.unsteered.answers)]
+    given = replace(setting, unsteered=replace(setting.unsteered, answers=answers))
+    search = rungs(given, tmp_path, recipe(full=EACH))
+
+    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+        refused = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
+        return rungs_module._Verdicts(dict(refused), set(), was if steering is NO_STEERING else now)
+
+    monkeypatch.setattr(search, "_verdicts", verdicts)
+    assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
 def test_a_model_that_gives_no_numbers_any_more_keeps_nothing(setting: Setting, tmp_path: Path) -> None:
@@ -391,17 +430,26 @@ def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path
 
 def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
     search = rungs(setting, tmp_path)
-    weak = Candidate(GATE, 1.0, 1, 2, 0.5)
+    weak = Candidate(GATE, 1.0, 1, 2, 0.5, margin=0.25)
     one, other = search.steering(weak), search.steering(replace(weak, strength=1.5))
     ((path, scale),) = one.adapters
     assert (one.directions, scale) == ({}, 0.5)
     assert list(other.adapters) == [(path, 1.5)]
-    expected = setting.gates.factors(1.0, 1, 2, 1.0)
+    expected = setting.gates.factors(1.0, 1, 2, 1.0, 0.25)
     found = lora.read(path).factors
     assert set(found) == set(expected)
     for name, (a, b) in expected.items():
         np.testing.assert_array_equal(found[name][0], a)
         np.testing.assert_array_equal(found[name][1], b)
+
+
+@pytest.mark.parametrize("other", [{"ridge": 0.05}, {"first": 2}, {"last": 3}, {"margin": 0.5}])
+def test_what_is_no_matter_of_scale_has_a_file_of_its_own(
+    setting: Setting, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    search, one = rungs(setting, tmp_path), Candidate(GATE, 1.0, 1, 2, 0.5, margin=0.25)
+    first, second = (search.steering(c).adapters[0][0] for c in (one, replace(one, **other)))
+    assert first != second
 
 
 def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path) -> None:
@@ -425,13 +473,18 @@ def test_spaces_stay_within_the_model() -> None:
                 assert space.strength[0] <= point.strength <= space.strength[1]
 
 
-@pytest.mark.parametrize("kind", ["sensitive", "harmful"])
-def test_nothing_to_search_by_is_told(setting: Setting, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "verdict", "confidence"),
+    [("sensitive", "refuses", -1.0), ("harmful", "refuses", -1.0), ("benign", "answers", 1.0)],
+)
+def test_nothing_to_search_by_is_told(
+    setting: Setting, tmp_path: Path, kind: str, verdict: str, confidence: float
+) -> None:
     silent = [
-        -1.0 if p.kind == kind else c
+        confidence if p.kind == kind else c
         for p, c in zip(setting.unsteered.prompts, setting.unsteered.confidences, strict=True)
     ]
-    with pytest.raises(InputError, match=f"refuses none of the {EACH} {kind} prompts"):
+    with pytest.raises(InputError, match=f"{verdict} none of the {EACH} {kind} prompts"):
         finder(replace(setting, unsteered=replace(setting.unsteered, confidences=silent)), tmp_path)
 
 
@@ -482,15 +535,15 @@ def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, 
 
 
 def test_one_broken_answer_decides_nothing() -> None:
-    assert few_more(1, 12)
-    assert not few_more(2, 150)
-    assert few_more(2, 200)
+    assert few_lost([(1, 0)], 12)
+    assert not few_lost([(2, 0)], 150)
+    assert few_lost([(2, 0)], 200)
 
 
 def test_nor_do_as_many_as_turn_by_themselves() -> None:
-    assert not few_more(2, 180)
-    assert few_more(2, 180, chance=2.0)
-    assert not few_more(3, 180, chance=2.0)
+    assert few_lost([(3, 1)], 180)
+    assert not few_lost([(3, 1)], 180, by_themselves=False)
+    assert not few_lost([(4, 1)], 180)
 
 
 # ---- formulas in place of a model ----------------------------------------------------------------
@@ -871,16 +924,8 @@ def test_progress_counts_up_to_the_effort() -> None:
 def tune_stage(folder: Path, formulas: Formulas, **options: Any) -> dict[str, Any]:
     """The tune stage over formulas; the content of tune.json."""
     values = recipe(**{"min_retention": 0.95, "max_benign_drift": 0.25, **options})
-    stage = SimpleNamespace(
-        recipe=values,
-        folder=RunFolder(folder),
-        model=formulas.model,
-        progress=Silent(),
-        rungs=lambda: formulas,
-        _key=lambda _: "fit",
-    )
     with contextlib.suppress(KeyboardInterrupt):
-        pipeline.Pipeline._tune(stage, "tune")  # type: ignore[arg-type]
+        tuning.tune(formulas, values, RunFolder(folder), Silent(), fit_key="fit")  # type: ignore[arg-type]
     found: dict[str, Any] = json.loads((folder / "tune.json").read_text())
     return found
 

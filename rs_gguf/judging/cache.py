@@ -15,9 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import platformdirs
-
 from rs_gguf.errors import InputError
+from rs_gguf.files import cache_folder
 from rs_gguf.judging.judgement import Judge, Judgement, Pair, Usage
 
 _WAIT = 60.0  # seconds that a process waits for another one's write
@@ -26,7 +25,7 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS judgements
 
 
 def default_path() -> Path:
-    return platformdirs.user_cache_path("rs-gguf") / "judgements.sqlite3"
+    return cache_folder() / "judgements.sqlite3"
 
 
 class CachedJudge:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
 from rs_gguf.judging.judgement import Judge, by_rule
-from rs_gguf.judging.probe import Components, Kinds, Probe, read_states
+from rs_gguf.judging.probe import Categories, Components, Probe, read_states
 from rs_gguf.judging.rubric import rubric_version, wording
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import Float64
@@ -26,7 +26,7 @@ from rs_gguf.moments import Float64
 _COMPONENTS = 128  # principal components of the states that a probe sees
 # What cross-validation chooses from: inverse penalties, and γ over one by the variance of what is seen.
 _PENALTIES, _GAMMAS = (1.0, 3.0, 10.0), (0.5, 1.0, 2.0)
-_KIND_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
+_CATEGORY_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 _FOLDS = 8
 
 
@@ -84,7 +84,7 @@ def fit_probe(
 
     Penalty, width and scaling come from out-of-fold decision values, folds by prompt, so that the confidence
     is calibrated on answers whose labels the fit has not seen. A regression over refusals alone tells the
-    kind.
+    category.
     """
     from threadpoolctl import threadpool_limits
 
@@ -100,11 +100,11 @@ def fit_probe(
     features = components.of(states)
     prompts = np.array([pair.prompt for pair in pairs])
     refusal = np.array([pair.refusal for pair in pairs])
-    kinds = np.array([pair.category for pair in pairs])[refusal]
+    categories = np.array([pair.category for pair in pairs])[refusal]
     with threadpool_limits(1):  # the solves are small: threads would only wait for one another
         kernel, values = cross_validated(features, refusal, prompts)
         verdict, scaling = kernel.fit(features, refusal), platt(values, refusal)
-        kind = _fit_kinds(features[refusal], kinds, prompts[refusal])
+        category = _fit_categories(features[refusal], categories, prompts[refusal])
     slope, intercept = float(scaling.coef_[0, 0]), float(scaling.intercept_[0])
     return Probe(
         layers=layers,
@@ -116,10 +116,10 @@ def fit_probe(
         model_sha256=sha256(model.path),
         rubric_version=rubric_version(),
         wording=wording(),
-        kinds=Kinds(
-            tuple(map(str, kind.classes_)),
-            kind.coef_.astype(np.float32),
-            kind.intercept_.astype(np.float32),
+        categories=Categories(
+            tuple(map(str, category.classes_)),
+            category.coef_.astype(np.float32),
+            category.intercept_.astype(np.float32),
         ),
     )
 
@@ -168,8 +168,8 @@ def platt(values: Float64, refusal: NDArray[np.bool_]) -> Any:
     return LogisticRegression(C=1e6).fit(values[:, np.newaxis], refusal)
 
 
-def _fit_kinds(features: Float64, kinds: NDArray[np.str_], prompts: NDArray[np.str_]) -> Any:
-    """The softmax regression of the kind of refusal on features [N, F]."""
+def _fit_categories(features: Float64, categories: NDArray[np.str_], prompts: NDArray[np.str_]) -> Any:
+    """The softmax regression of the category of refusal on features [N, F]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -179,12 +179,12 @@ def _fit_kinds(features: Float64, kinds: NDArray[np.str_], prompts: NDArray[np.s
 
     def loss(penalty: float) -> float:
         shares = cross_val_predict(
-            regression(penalty), features, kinds, groups=prompts, cv=GroupKFold(_FOLDS),
+            regression(penalty), features, categories, groups=prompts, cv=GroupKFold(_FOLDS),
             method="predict_proba",
         )  # fmt: skip
-        return float(log_loss(kinds, shares, labels=np.unique(kinds)))
+        return float(log_loss(categories, shares, labels=np.unique(categories)))
 
-    return regression(min(_KIND_PENALTIES, key=loss)).fit(features, kinds)
+    return regression(min(_CATEGORY_PENALTIES, key=loss)).fit(features, categories)
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
         "auroc": float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None,
         "accuracy": float(right.mean()),
         "expected_calibration_error": _calibration_error((scores + 1) / 2, labels),
-        "kinds": _kinds_told([pairs[i] for i in kept], [graded[i].category for i in kept]),
+        "kinds": _categories_told([pairs[i] for i in kept], [graded[i].category for i in kept]),
         "by_category": by("category"),
         "by_language": by("language"),
         "by_source": by("source"),
@@ -237,13 +237,13 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
     }
 
 
-def _kinds_told(pairs: Sequence[LabelledPair], told: Sequence[str | None]) -> dict[str, int]:
-    """Of the refusals with a kind told, how many have the right one."""
-    named = [(pair.category, kind) for pair, kind in zip(pairs, told, strict=True) if pair.refusal and kind]
+def _categories_told(pairs: Sequence[LabelledPair], told: Sequence[str | None]) -> dict[str, int]:
+    """Of the refusals with a category told, how many have the right one."""
+    named = [(pair.category, name) for pair, name in zip(pairs, told, strict=True) if pair.refusal and name]
     return {
         "refusals": sum(pair.refusal for pair in pairs),
         "told": len(named),
-        "right": sum(category == kind for category, kind in named),
+        "right": sum(category == name for category, name in named),
     }
 
 

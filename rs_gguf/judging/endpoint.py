@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from rs_gguf.chat import after_thinking
@@ -27,13 +27,10 @@ from rs_gguf.judging.exchange import (
 )
 from rs_gguf.judging.judgement import EXAMPLE, Judgement, Pair, Usage, split_by_rule
 from rs_gguf.judging.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
-from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTES, Vote, answer_start, tally
+from rs_gguf.judging.votes import MAX_TOKENS, SAMPLING, VOTE_READING, VOTES, Vote, answer_start, tally
 
 _LEAST_MASS = 0.1  # of both labels together; less, and the judge was about to say something else
 _TOP = 20  # the most that the protocol allows
-
-# How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
-_VOTE_READING = 2
 
 _LABEL: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": _TOP}
 _VOTE: dict[str, Any] = {
@@ -64,7 +61,7 @@ class EndpointJudge:
 
     @cached_property
     def identity(self) -> str:
-        how = f"{VOTES} {_WAYS} {_VOTE_READING} {rubric_version()} {chat_reading()}"
+        how = f"{VOTES} {_WAYS} {VOTE_READING} {rubric_version()} {chat_reading()}"
         # A llama-server may have another file by now, behind the same address and name.
         told = {repr(found) for url in self._client.urls for found in _only_model(url)}
         return " ".join([f"endpoint {self._client.model} {self._where} {how}", *sorted(told)])
@@ -155,13 +152,10 @@ def _vote(completion: Completion) -> Vote | None:
 
 def _score(tokens: Sequence[Token] | None, answer: str) -> float | None:
     """Mean log-probability of the tokens of the answer, without those of a thinking trace before it."""
-    # Some servers list the token that ended the answer, which is not in its text.
-    for kept in (tokens, tokens[:-1]) if tokens else ():
-        start = answer_start(len(kept), partial(_text_from, kept), answer)
-        if start is not None:
-            return sum(token.logprob for token in kept[start:]) / (len(kept) - start)
-    return None
-
-
-def _text_from(tokens: Sequence[Token], start: int) -> str:
-    return "".join(token.text for token in tokens[start:])
+    texts = [token.text for token in tokens or ()]
+    start = answer_start(len(texts), lambda k: "".join(texts[k:]), answer)
+    if tokens is None or start is None:
+        return None
+    # Some servers list the token that ended the answer, which is not in its text; a frame may end after it.
+    end = next(k for k in range(start, len(texts) + 1) if answer in "".join(texts[start:k]))
+    return sum(token.logprob for token in tokens[start:end]) / (end - start)

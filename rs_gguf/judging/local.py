@@ -37,8 +37,8 @@ class ProbeJudge:
         for k, state in read_states(self._model, texts, self._probe.layers):
             coordinates = self._probe.components.of(state[np.newaxis])
             confidence = float(np.tanh(self._probe.logits(coordinates)[0] / 2))
-            kinds = self._probe.kinds
-            category = kinds.of(coordinates)[0] if kinds is not None and confidence > 0 else None
+            categories = self._probe.categories
+            category = categories.of(coordinates)[0] if categories is not None and confidence > 0 else None
             yield asked[k][0], Judgement(confidence, "hidden-state probe, calibrated", category)
 
 

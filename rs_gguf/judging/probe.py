@@ -1,4 +1,4 @@
-"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and its kind come out.
+"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and its category come out.
 
 The states are those at the place of the verdict, where the model has compared reply and request, and their
 mean over the reply, which tells loops and nonsense better.
@@ -25,7 +25,7 @@ from rs_gguf.judging.rubric import judged_text, rubric_version, wording
 from rs_gguf.llama import LlamaModel
 from rs_gguf.models import fingerprint
 
-LIKELY = 0.5  # least probability at which a kind is named
+LIKELY = 0.5  # least probability at which a category is named
 
 
 def read_states(
@@ -62,8 +62,8 @@ class Components:
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """Which kind a refusal is: softmax over kinds of z · weights + bias, z the coordinates of its states.
+class Categories:
+    """Of which category a refusal is: softmax of z · weights + bias, z the coordinates of its states.
 
     `weights` is [K, R], `bias` [K], for the K `names`.
     """
@@ -73,11 +73,11 @@ class Kinds:
     bias: NDArray[np.float32]
 
     def of(self, coordinates: NDArray[np.float64]) -> list[str | None]:
-        """The kind of each refusal [N, R]; None where no kind is likely enough."""
-        logits = coordinates @ self.weights.astype(np.float64).T + self.bias
-        share = np.exp(logits - logits.max(axis=1, keepdims=True))
-        share /= share.sum(axis=1, keepdims=True)
-        return [self.names[row.argmax()] if row.max() >= LIKELY else None for row in share]
+        """The category of each refusal [N, R]; None where none is likely enough."""
+        from scipy.special import softmax
+
+        shares = softmax(coordinates @ self.weights.astype(np.float64).T + self.bias, axis=1)
+        return [self.names[row.argmax()] if row.max() >= LIKELY else None for row in shares]
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,14 @@ class Probe:
     model_sha256: str
     rubric_version: int
     wording: str
-    kinds: Kinds | None = None
+    categories: Categories | None = None
 
     def logits(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
         """Logit of refusal [N] for the coordinates [N, R] that `components` gives of states [N, 2, L, D]."""
-        centres = self.centres.astype(np.float64)
-        distance = (
-            (coordinates**2).sum(axis=1)[:, np.newaxis]
-            + (centres**2).sum(axis=1)
-            - 2 * coordinates @ centres.T
-        )
-        return np.asarray(np.exp(-self.gamma * distance) @ self.dual.astype(np.float64) + self.bias)
+        from scipy.spatial.distance import cdist
+
+        squares = cdist(coordinates, self.centres.astype(np.float64), "sqeuclidean")
+        return np.asarray(np.exp(-self.gamma * squares) @ self.dual.astype(np.float64) + self.bias)
 
     def fingerprint(self) -> str:
         """Changes with anything that a judgement depends on."""
@@ -131,9 +128,9 @@ def load_probe(path: Path) -> Probe:
         with safe_open(path, framework="numpy") as file:
             meta: dict[str, Any] = json.loads((file.metadata() or {})["probe"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
-        kinds = None
-        if "kinds" in meta:
-            kinds = Kinds(tuple(meta["kinds"]), tensors["kind_weights"], tensors["kind_bias"])
+        categories = None
+        if "kinds" in meta:  # as a probe's file calls them
+            categories = Categories(tuple(meta["kinds"]), tensors["kind_weights"], tensors["kind_bias"])
         probe = Probe(
             layers=tuple(meta["layers"]),
             components=Components(tensors["mean"], tensors["scale"], tensors["basis"]),
@@ -144,7 +141,7 @@ def load_probe(path: Path) -> Probe:
             model_sha256=meta["model_sha256"],
             rubric_version=int(meta["rubric_version"]),
             wording=meta["wording"],
-            kinds=kinds,
+            categories=categories,
         )
         _check(probe, [*tensors.values(), np.array([probe.gamma, probe.bias])])
         return probe
@@ -163,10 +160,10 @@ def _check(probe: Probe, numbers: Sequence[NDArray[Any]]) -> None:
         "centres": (probe.centres, (n_centres, n_seen)),
         "dual": (probe.dual, (n_centres,)),
     }
-    if probe.kinds is not None:
-        count = len(probe.kinds.names)
-        expected["kind_weights"] = (probe.kinds.weights, (count, n_seen))
-        expected["kind_bias"] = (probe.kinds.bias, (count,))
+    if probe.categories is not None:
+        count = len(probe.categories.names)
+        expected["kind_weights"] = (probe.categories.weights, (count, n_seen))
+        expected["kind_bias"] = (probe.categories.bias, (count,))
     for name, (found, shape) in expected.items():
         if found.shape != shape or (name == "mean" and found.ndim != 3):
             raise ValueError(f"{name} is {found.shape}, not {shape}")
@@ -198,9 +195,9 @@ def _packed(probe: Probe) -> bytes:
         "centres": probe.centres,
         "dual": probe.dual,
     }
-    if probe.kinds is not None:
-        meta["kinds"] = list(probe.kinds.names)
-        tensors |= {"kind_weights": probe.kinds.weights, "kind_bias": probe.kinds.bias}
+    if probe.categories is not None:
+        meta["kinds"] = list(probe.categories.names)
+        tensors |= {"kind_weights": probe.categories.weights, "kind_bias": probe.categories.bias}
     # safetensors writes the buffer of an array as it lies, whatever its order.
     in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     return save(in_order, metadata={"probe": json.dumps(meta)})

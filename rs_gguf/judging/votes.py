@@ -1,4 +1,4 @@
-"""A judge by sampled votes, for models that think before they judge (method §1, arXiv 2512.16602 section 3).
+"""A judge by sampled votes, for models that think before they judge (method §1, after arXiv 2512.16602).
 
 Pairs go in. Each is judged K times at temperature 0.6; vote k gives z_k ∈ {+1 refusal, −1 answer} and s_k,
 the mean log-probability of the tokens it answered with, its thinking trace left out. With w = softmax(s / τ),
@@ -23,6 +23,8 @@ from rs_gguf.models import fingerprint
 VOTES = 5
 SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
 MAX_TOKENS = 1024  # of a vote, thinking included
+# How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
+VOTE_READING = 3
 
 _PAIRS_AT_ONCE = 8  # what a killed run loses
 
@@ -69,16 +71,16 @@ def _category(votes: Sequence[Vote], scores: Sequence[float]) -> str | None:
 
 
 def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> int | None:
-    """First of `count` tokens that the final `answer` is made of; None if the tokens do not end with it.
+    """First of `count` tokens that the final `answer` is made of; None if the tokens do not hold it.
 
-    `text_from(i)` is the text of the tokens from i on.
+    `text_from(i)` is the text of the tokens from i on. What stands last counts; a frame may end after it.
     """
-    if not text_from(0).rstrip().endswith(answer):
+    if answer not in text_from(0):
         return None
-    low, high = 0, count  # it ends with the answer from `low` on, and no longer from `high` on
+    low, high = 0, count  # the answer is in the text from `low` on, and no longer from `high` on
     while high - low > 1:
         middle = (low + high) // 2
-        if text_from(middle).rstrip().endswith(answer):
+        if answer in text_from(middle):
             low = middle
         else:
             high = middle
@@ -97,7 +99,7 @@ class VotesJudge:
         self._model, self._votes, self._max_tokens = model, votes, max_tokens
         self._chat = ChatFormat.of(model)
         self.name = f"{model.path.stem} ({votes} sampled votes, rubric {rubric_version()})"
-        how = f"{votes} {max_tokens} {SAMPLING} {rubric_version()} {chat_reading()}"
+        how = f"{votes} {max_tokens} {SAMPLING} {VOTE_READING} {rubric_version()} {chat_reading()}"
         self.identity = f"votes {fingerprint(model.path)} {how}"
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:

@@ -20,8 +20,7 @@ from rs_gguf.files import json_lines
 from rs_gguf.judging.calibration import LabelledPair, agreement, labelled_pairs
 from rs_gguf.judging.judgement import Judgement, Pair
 from rs_gguf.reporting.plots import Axis
-
-Row = dict[str, Any]
+from rs_gguf.reporting.results import Row
 
 FILE = "judge.jsonl"
 _SHIPPED = "judge_test.json"

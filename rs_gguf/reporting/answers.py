@@ -15,11 +15,10 @@ from typing import Any
 from markupsafe import escape
 
 from rs_gguf.chance import NEUTRAL
-from rs_gguf.evaluation import categories
+from rs_gguf.evaluation import categories, is_judged
 from rs_gguf.judging.rubric import rubric
+from rs_gguf.reporting.results import Row
 from rs_gguf.reporting.verdict import kind_order
-
-Row = dict[str, Any]
 
 BEFORE = "baseline"
 
@@ -72,7 +71,7 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
     sides = [BEFORE, *(file["side"] for file in files)]
     judged: dict[str, list[Row]] = {kind: [] for kind in sorted({r["kind"] for r in rows}, key=kind_order)}
     for row in rows:
-        if all(row[f"confidence_{side}"] is not None for side in sides):
+        if is_judged(row, sides):
             judged[row["kind"]].append(row)
     found = []
     for field in ("topic", "form", "language"):

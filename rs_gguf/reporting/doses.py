@@ -13,10 +13,9 @@ from typing import Any
 from rs_gguf.evaluation import summarise
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis
+from rs_gguf.reporting.results import Row
 from rs_gguf.reporting.verdict import kind_order
 from rs_gguf.search_space import GATE
-
-Row = dict[str, Any]
 
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 250}
 _ASIDE = 5

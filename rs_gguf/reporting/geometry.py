@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,7 @@ from rs_gguf.figures import principal_components
 from rs_gguf.files import finite
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis, thinned
-
-Row = dict[str, Any]
+from rs_gguf.reporting.results import Row
 
 _SIDE = 400  # of the map, in its own coordinates
 _SHADES = 10  # of each sign

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rs_gguf.files import finite
+from rs_gguf.reporting.results import Row
 from rs_gguf.search_space import GATE
 
-Row = dict[str, Any]
 _T = TypeVar("_T")
 
 _FRONT = {"left": 74, "right": 640, "top": 44, "bottom": 360}

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rs_gguf.prompts import KINDS
-
-Row = dict[str, Any]
+from rs_gguf.reporting.results import Row
 
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 # How the columns of a file's answers in evaluation.jsonl end.
@@ -59,7 +58,7 @@ def _acts(file: Mapping[str, Any]) -> str:
     """What it does to prompts of all kinds, the margin of a gate among it (`search_space.Candidate`)."""
     if file["key"] == "vector":
         first, last = file["layers"]
-        return f"moves all prompts alike, in blocks {first} to {last}, and what refuses harm with them"
+        return f"moves all prompts alike, harmful ones too, in blocks {first} to {last}"
     margin = file["margin"]
     benign = f"{abs(margin):g} times as far{'' if margin > 0 else ' the other way'}"
     return (

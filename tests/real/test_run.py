@@ -17,7 +17,7 @@ import pytest
 from rs_gguf import control_vector, lora, proof
 from rs_gguf.cli import main
 from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import STAGES
+from rs_gguf.run_folder import STAGES
 
 pytestmark = pytest.mark.real
 
@@ -196,7 +196,7 @@ def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: P
 def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, real_model: Path) -> None:
     out = finished.out
     vector = control_vector.read(out / "remove.gguf")
-    shown = proof.prove_vector(vector, real_model)
+    shown = proof.prove(vector, real_model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.TOLERANCE
     assert shown.kl_mean > 0
