@@ -35,19 +35,17 @@ def folder(tmp_path: Path) -> Path:
 def test_both_files_say_what_they_are(folder: Path) -> None:
     found = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
     for file, candidate in zip(found, (VECTOR, ADAPTER), strict=True):
+        expected = {
+            "model.name": "tiny",
+            "estimator": candidate.estimator,
+            "ridge.relative": 0.5,
+            "layers": [1, 2],
+            "strength": 1.75,
+            "margin": candidate.margin,
+            "measured": False,
+        }
+        assert {name: file.provenance[name] for name in expected} == expected
         assert file.architecture == "qwen2"
-        assert (
-            file.provenance.items()
-            >= {
-                "model.name": "tiny",
-                "estimator": candidate.estimator,
-                "ridge.relative": 0.5,
-                "strength": 1.75,
-                "margin": candidate.margin,
-                "measured": False,
-            }.items()
-        )
-        assert file.provenance["layers"] == [1, 2]
 
 
 def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
