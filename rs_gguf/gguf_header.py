@@ -60,18 +60,20 @@ def read(path: Path) -> Header:
         ) from error
 
 
-def refuse_part(path: Path) -> None:
-    """Raise `InputError` where a GGUF file is one of several that hold a model.
+def values_of_whole(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file. `InputError` where it is one of several that hold a model.
 
-    llama.cpp finds the others by their names; here a model is the file that was given. A file that cannot be
-    read passes: whoever loads it tells better what is wrong.
+    llama.cpp finds the others by their names; here a model is the file that was given. Of a file that cannot
+    be read there are none: whoever loads it tells better what is wrong.
     """
     try:
-        count = read(path).values.get("split.count", 0)
+        values = read(path).values
     except InputError:
-        return
+        return {}
+    count = values.get("split.count", 0)
     if count not in (0, 1):  # 0: they were merged
         raise _part_of(str(path), count)
+    return values
 
 
 def refuse_part_by_name(name: str) -> None:

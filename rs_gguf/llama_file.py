@@ -38,7 +38,7 @@ class LlamaFile:
             raise InputError(
                 f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`."
             )
-        gguf_header.refuse_part(self.path)
+        self.metadata = gguf_header.values_of_whole(self.path)
         llama_log.listen()
         llama_cpp.llama_backend_init()
         self.handle: Any = None
@@ -63,7 +63,6 @@ class LlamaFile:
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
-        self.metadata = gguf_header.read(self.path).values
         self.architecture: str = self.metadata["general.architecture"]
 
     def close(self) -> None:
