@@ -138,7 +138,7 @@ def of_file(
     top1_agreement: float,
     proof: Mapping[str, Any],
     tokens_per_second: tuple[float, float],
-    reasoning_off: bool = False,
+    reasoning_off: bool,
 ) -> dict[str, Any]:
     """What was measured of one written file, and how to use it.
 

@@ -175,6 +175,7 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
             top1_agreement=1.0,
             proof={},
             tokens_per_second=(1.0, 1.0),
+            reasoning_off=False,
         )
         command = found["llama_cpp"]["command"]
         wanted = ["--lora", named]
@@ -199,6 +200,7 @@ def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
         top1_agreement=1.0,
         proof={},
         tokens_per_second=(40.0, 30.0),
+        reasoning_off=False,
     )
     assert found["retention_harmful"] == 0.25
     assert found["tokens_per_second"] == {"baseline": 40.0, "steered": 30.0}
