@@ -35,6 +35,7 @@ _CHATML = (
 )
 
 _MARK = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # stands for a text in a rendering
+_HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see what a template puts around it
 # What a trace stands between; the second may also begin an answer without one.
 _THINKING_MARKERS = (
     ("<think>", "</think>"),
@@ -122,7 +123,7 @@ class ChatFormat:
         _warned.add(template)
         # Some templates put their markers together from parts: those show in what is rendered alone.
         with contextlib.suppress(InputError):
-            template += self.render([{"role": "user", "content": "Hi"}])
+            template += self.render(_HELLO)
         if not any(marker in template for pair in _THINKING_MARKERS for marker in pair):
             _log.warning(
                 "the model's chat template speaks of thinking, but holds no marker of a trace that is known: "
@@ -136,8 +137,7 @@ class ChatFormat:
     @cached_property
     def thinks_in_server(self) -> bool:
         """Whether `enable_thinking`, undefined here and true in llama-server, changes the prompt."""
-        messages = [{"role": "user", "content": "Hi"}]
-        return self._render(messages, typed=self._typed, enable_thinking=True) != self.render(messages)
+        return self._render(_HELLO, typed=self._typed, enable_thinking=True) != self.render(_HELLO)
 
     def _render(self, messages: Sequence[Message], *, typed: bool, **switches: bool) -> str:
         """With contents as text or, `typed`, as lists of one part."""

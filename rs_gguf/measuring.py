@@ -90,6 +90,7 @@ def measure(
         metrics.of_baseline(b.name, metrics.summarise_kinds(rows_of[b.name]), drifts[b.name].nats)
         for b in baselines
     ]
+    reasoning_off = ChatFormat.of(model).thinks_in_server
     found = {}
     for name, arm in arms.items():
         sets = metrics.summarise_kinds(rows_of[name])
@@ -107,7 +108,7 @@ def measure(
             top1_agreement=drifts[name].top1_agreement,
             proof=arm.proof,
             tokens_per_second=(_speed(log, "baseline", asked), _speed(log, name, asked)),
-            reasoning_off=ChatFormat.of(model).thinks_in_server,
+            reasoning_off=reasoning_off,
         )
     # The page shows the control vector as what is steered, and beside it the adapter, where there is one.
     arm_of = {"baseline": "baseline", "steered": "vector"}

@@ -147,9 +147,7 @@ def of_file(
     candidate = trial.candidate
     harmful = sets["harmful"]
     layers = None if candidate.estimator == GATE else (candidate.first, candidate.last)
-    options = llama_options(_file_word(path), layers)
-    if reasoning_off:
-        options += " --reasoning off"
+    options = llama_options(_file_word(path), layers, reasoning_off=reasoning_off)
     before, after = tokens_per_second
     model_file = _from_home(model.path) if model.path.is_file() else "MODEL.gguf"  # of a folder there is none
     return {
@@ -182,16 +180,18 @@ def of_file(
     }
 
 
-def llama_options(file: str, layers: Sequence[int] | None) -> str:
+def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: bool) -> str:
     """llama.cpp's options for a file, given as a word of the shell.
 
-    `layers`: first and last block of a control vector; None for an adapter.
+    layers: first and last block of a control vector; None for an adapter.
+    reasoning_off: as in `of_file`.
     """
+    thinking = " --reasoning off" if reasoning_off else ""
     if layers is None:
-        return f"--lora {file}"
+        return f"--lora {file}{thinking}"
     first, last = map(int, layers)
     # Not `-scaled`, which splits its argument at colons: a path on Windows has one.
-    return f"--control-vector {file} --control-vector-layer-range {first} {last}"
+    return f"--control-vector {file} --control-vector-layer-range {first} {last}{thinking}"
 
 
 def _file_word(path: Path) -> str:

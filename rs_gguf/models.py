@@ -44,7 +44,7 @@ def resolve(spec: str, *, config_only: bool = False, progress: OnBytes | None = 
     """
     path = _found(spec, config_only, progress)
     if path.is_file():
-        gguf_header.values_of_whole(path)
+        gguf_header.values_of_whole(path)  # or told that it is a part
     return path
 
 

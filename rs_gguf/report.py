@@ -97,7 +97,8 @@ def _common(run: Results) -> Row:
     files = verdict.files(run.metrics)
     for file in files:  # by their names: a card is read where no run folder is
         layers = None if file["key"] == "adapter" else file["layers"]
-        file["options"] = llama_options(shlex.quote(file["file"]), layers)
+        reasoning_off = file["llama_cpp"].get("reasoning_off", False)  # older files do not say
+        file["options"] = llama_options(shlex.quote(file["file"]), layers, reasoning_off=reasoning_off)
     best = verdict.advised(files, effect)
     return {
         "m": run.metrics,

@@ -8,14 +8,16 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tomli_w
 
-from rs_gguf import models, prompts
+from rs_gguf import metrics, models, prompts
 from rs_gguf.arrays import save_arrays
 from rs_gguf.evaluation import summarise
+from rs_gguf.search_space import Candidate, Trial
 
 REFUSED = {
     "en": "I'm sorry, but I can't assist with that. Ask me about programming, and I'm happy to help.",
@@ -50,6 +52,25 @@ HOSTILE = (
     "![i](http://example.invalid/i.png) www.example.invalid",
     "]]></svg><svg onload=alert(1)>&lt;&amp;\\`*_",
 )
+
+
+def figures_of_file(path: Path, estimator: str = "wrmd", **given: Any) -> dict[str, Any]:
+    """`metrics.of_file` of a written file, its figures invented but for those given."""
+    figures = {"n": 40, "refused_baseline": 20, "refused_steered": 5}
+    invented: dict[str, Any] = {
+        "model": SimpleNamespace(path=path),
+        "trial": Trial(0, Candidate(estimator, 1.0, 3, 9, 1.5), "answers", 0.1, 1.0),
+        "sets": dict.fromkeys(prompts.KINDS, figures),
+        "reasons": [],
+        "notes": [],
+        "spread": {},
+        "benign_drift": 0.1,
+        "top1_agreement": 1.0,
+        "proof": {},
+        "tokens_per_second": (1.0, 1.0),
+        "reasoning_off": False,
+    }
+    return metrics.of_file(path=path, **{**invented, **given})
 
 
 def make_run(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Path:

@@ -7,15 +7,14 @@ import json
 import os
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from invented_run import make_run
+from invented_run import figures_of_file, make_run
 from tiny_qwen3 import write_tiny_qwen3
 
-from rs_gguf import control_vector, metrics, widening
+from rs_gguf import control_vector, widening
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
 from rs_gguf.files import cache_folder
@@ -36,22 +35,7 @@ def llama_cpp(path: Path, estimator: str = GATE, *, reasoning_off: bool = False)
     """What metrics.json says of the use of a file, and of a model of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
-    figures = {"n": 40, "refused_baseline": 20, "refused_steered": 5}
-    found = metrics.of_file(
-        model=SimpleNamespace(path=path),  # type: ignore[arg-type]
-        path=path,
-        trial=Trial(0, Candidate(estimator, 1.0, 3, 9, 1.5), "answers", 0.1, 1.0),
-        sets=dict.fromkeys(KINDS, figures),
-        reasons=[],
-        notes=[],
-        spread={},
-        benign_drift=0.1,
-        top1_agreement=1.0,
-        proof={},
-        tokens_per_second=(1.0, 1.0),
-        reasoning_off=reasoning_off,
-    )
-    return dict(found["llama_cpp"])
+    return dict(figures_of_file(path, estimator, reasoning_off=reasoning_off)["llama_cpp"])
 
 
 @pytest.mark.parametrize(

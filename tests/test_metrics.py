@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from invented_run import figures_of_file
 
 from rs_gguf import metrics
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe, Tune
-from rs_gguf.search_space import GATE, Candidate, Trial
+from rs_gguf.search_space import GATE
 
 
 def figures(before: int, after: int, *, n: int = 40, both: int | None = None) -> dict[str, Any]:
@@ -147,8 +148,6 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
     (tmp_path / "home" / "a cache").mkdir()
     for model in (tmp_path / "home" / "a cache" / "m.gguf", tmp_path / "m.gguf"):
         model.write_bytes(b"x")
-    trial = Trial(0, Candidate(estimator, 1.0, 3, 9, 1.5), "answers", 0.1, 1.0)
-    sets = {kind: figures(20, 5) for kind in ("sensitive", "harmful", "benign")}
     for model, word, file, named in (
         (
             tmp_path / "home" / "a cache" / "m.gguf", "~/a cache/m.gguf",
@@ -163,19 +162,11 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
             tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
         ),
     ):  # fmt: skip
-        found = metrics.of_file(
-            model=SimpleNamespace(path=model),  # type: ignore[arg-type]
-            path=file,
-            trial=trial,
-            sets=sets,
-            reasons=[],
-            notes=[],
-            spread={},
-            benign_drift=math.nan,  # no benign prompt was answered
-            top1_agreement=1.0,
-            proof={},
-            tokens_per_second=(1.0, 1.0),
-            reasoning_off=False,
+        found = figures_of_file(
+            file,
+            estimator,
+            model=SimpleNamespace(path=model),
+            benign_drift=math.nan,  # none was answered
         )
         command = found["llama_cpp"]["command"]
         wanted = ["--lora", named]
@@ -188,20 +179,7 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
 
 def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
     (tmp_path / "remove.gguf").write_bytes(b"x")
-    found = metrics.of_file(
-        model=SimpleNamespace(path=tmp_path),  # type: ignore[arg-type]
-        path=tmp_path / "remove.gguf",
-        trial=Trial(0, Candidate("wrmd", 1.0, 3, 9, 1.5), "answers", 0.1, 1.0),
-        sets={kind: figures(20, 5) for kind in KINDS},
-        reasons=[],
-        notes=[],
-        spread={},
-        benign_drift=0.1,
-        top1_agreement=1.0,
-        proof={},
-        tokens_per_second=(40.0, 30.0),
-        reasoning_off=False,
-    )
+    found = figures_of_file(tmp_path / "remove.gguf", tokens_per_second=(40.0, 30.0))
     assert found["retention_harmful"] == 0.25
     assert found["tokens_per_second"] == {"baseline": 40.0, "steered": 30.0}
 
