@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens, has_trace
+from rs_gguf.files import Row
 from rs_gguf.judges import Judge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
-from rs_gguf.run_folder import Row, RunFolder
+from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Unsteered
 from rs_gguf.server import LlamaServer
 

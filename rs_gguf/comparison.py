@@ -19,7 +19,6 @@ from rs_gguf.evaluation import (
     Answer,
     LogProbs,
     Model,
-    Row,
     Steering,
     answer_all,
     chat_tokens,
@@ -31,7 +30,7 @@ from rs_gguf.evaluation import (
     side_row,
     summarise,
 )
-from rs_gguf.files import finite
+from rs_gguf.files import Row, finite
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import try_out

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rs_gguf.chance import mcnemar, wilson
 from rs_gguf.chat import ChatFormat, after_thinking, begins_in_trace
 from rs_gguf.degenerate import is_degenerate
+from rs_gguf.files import Row
 from rs_gguf.generation import Sampling
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import Judgement
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megaby
 
 Model: TypeAlias = "LlamaModel | TorchModel"
 Advance = Callable[[int], None]
-Row = dict[str, Any]
 # Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
 LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
 

@@ -18,6 +18,8 @@ import platformdirs
 
 from rs_gguf.errors import InputError
 
+Row = dict[str, Any]  # of a JSON Lines file
+
 _ABANDONED = 24 * 3600  # seconds since a draft was last written to
 
 
@@ -113,7 +115,7 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_lines(text: str) -> list[dict[str, Any]]:
+def json_lines(text: str) -> list[Row]:
     """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut.
 
     Raises:

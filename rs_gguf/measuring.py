@@ -33,10 +33,11 @@ from rs_gguf.evaluation import (
     paired,
     side_row,
 )
+from rs_gguf.files import Row
 from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt, stratified
 from rs_gguf.recipe import Recipe
-from rs_gguf.run_folder import Row, RowLog
+from rs_gguf.run_folder import RowLog
 from rs_gguf.search_space import GATE, Trial
 
 _PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed

@@ -15,10 +15,10 @@ import jinja2
 
 from rs_gguf import models
 from rs_gguf.errors import InputError
-from rs_gguf.files import write_text
+from rs_gguf.files import Row, write_text
 from rs_gguf.metrics import llama_options
 from rs_gguf.reporting import agreement, answers, doses, geometry, plots, verdict
-from rs_gguf.reporting.results import Results, Row, load
+from rs_gguf.reporting.results import Results, load
 from rs_gguf.reporting.text import html_environment, markdown_environment
 from rs_gguf.version import __version__
 

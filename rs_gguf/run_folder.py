@@ -17,9 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
-from rs_gguf.files import json_lines, json_text, read_json, write_json, write_text
-
-Row = dict[str, Any]
+from rs_gguf.files import Row, json_lines, json_text, read_json, write_json, write_text
 
 STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
 # What the stages leave for one another.

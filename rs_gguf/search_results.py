@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from rs_gguf.chance import standard_error
-from rs_gguf.search_space import Space, Trial
+from rs_gguf.search_space import CHOSEN, Space, Trial
 
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
@@ -118,9 +118,8 @@ def summary(
             "sensitive": spearman(*_columns(pairs, "sensitive")),
             "harmful": spearman(*_columns(pairs, "harmful_retention")),
         }
-    keys = {"vector": "chosen", "adapter": "chosen_adapter"}
     return {
-        **{keys[name]: number for name, number in chosen.items()},
+        **{CHOSEN[name]: number for name, number in chosen.items()},
         "front": fronts,
         "halves": half,
         "rank_correlation": correlation,

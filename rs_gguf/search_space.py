@@ -20,6 +20,8 @@ from rs_gguf.lora import Factors
 from rs_gguf.steering import FIRST_STEERABLE
 
 GATE = "gate"  # what stands for the estimator where a gated adapter is meant
+# Keys of `tune.json` that have the number of a file's trial.
+CHOSEN = {"vector": "chosen", "adapter": "chosen_adapter"}
 
 
 @dataclass(frozen=True)

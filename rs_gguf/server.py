@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import filecmp
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -196,6 +197,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
     scaled: dict[int, float] = {}
     given: dict[int, Path] = {}
     for path, scale in adapters:
+        start = f"llama-server --lora-scaled {shlex.quote(f'{path}:0')}"
         # Many files have one name (`remove-adapter.gguf`): the folders tell them apart.
         shared = {i: _parts_shared(there, path) for i, (there, _) in loaded.items()}
         numbers = [i for i, parts in shared.items() if parts and parts == max(shared.values())]
@@ -203,7 +205,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
             names = ", ".join(there for there, _ in loaded.values()) or "none"
             raise InputError(
                 f"{root} has loaded {len(numbers)} adapters named {path.name} (all: {names}). Start it with "
-                f"`llama-server --lora-scaled {path}:0`."
+                f"`{start}`."
             )
         (number,) = numbers
         there, _ = loaded[number]
@@ -211,7 +213,7 @@ def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int
             if other != str(path) and _differ(other, path):
                 raise InputError(
                     f"{root} has loaded {there} for {path}, but {other} is another file. Name the adapter as "
-                    f"the server was given it, or start it with `llama-server --lora-scaled {path}:0`."
+                    f"the server was given it, or start it with `{start}`."
                 )
         scaled[number] = scaled.get(number, 0.0) + scale
     kept = {i: scale for i, (_, scale) in loaded.items() if i not in scaled and math.isfinite(scale)}

@@ -13,7 +13,7 @@ from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import RowLog, RunFolder, key_of
 from rs_gguf.rungs import Rungs
 from rs_gguf.search_results import summary
-from rs_gguf.search_space import Space, Trial, load_trials
+from rs_gguf.search_space import CHOSEN, Space, Trial, load_trials
 
 
 def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *, fit_key: str) -> None:
@@ -56,5 +56,4 @@ def chosen(folder: RunFolder) -> dict[str, Trial]:
     """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
     tuned = read_json(folder / "tune.json")
     trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
-    named = {"vector": "chosen", "adapter": "chosen_adapter"}
-    return {name: trials[tuned[key]] for name, key in named.items() if key in tuned}
+    return {name: trials[tuned[key]] for name, key in CHOSEN.items() if key in tuned}

@@ -16,11 +16,10 @@ from typing import Any
 
 from rs_gguf.chance import wilson
 from rs_gguf.errors import InputError
-from rs_gguf.files import json_lines
+from rs_gguf.files import Row, json_lines
 from rs_gguf.judging.calibration import LabelledPair, agreement, labelled_pairs
 from rs_gguf.judging.judgement import Judgement, Pair
 from rs_gguf.reporting.plots import Axis
-from rs_gguf.reporting.results import Row
 
 FILE = "judge.jsonl"
 _SHIPPED = "judge_test.json"

@@ -16,8 +16,8 @@ from markupsafe import escape
 
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.evaluation import categories, is_judged
+from rs_gguf.files import Row
 from rs_gguf.judging.rubric import rubric
-from rs_gguf.reporting.results import Row
 from rs_gguf.reporting.verdict import kind_order
 
 BEFORE = "baseline"

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rs_gguf.evaluation import summarise
+from rs_gguf.files import Row
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis
-from rs_gguf.reporting.results import Row
 from rs_gguf.reporting.verdict import kind_order
-from rs_gguf.search_space import GATE
+from rs_gguf.search_space import CHOSEN, GATE
 
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 250}
 _ASIDE = 5
@@ -95,7 +95,7 @@ def _name_and_scale(argument: str) -> tuple[str, float]:
 
 def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:
     """For each file the trials of its search over their strength; other choices differ between them too."""
-    chosen = {tune.get("chosen"), tune.get("chosen_adapter")}
+    chosen = {tune.get(key) for key in CHOSEN.values()}
     charts = []
     for file in files:
         trials = [t for t in tune["trials"] if (t["estimator"] == GATE) == (file["key"] == "adapter")]

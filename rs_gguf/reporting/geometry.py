@@ -18,10 +18,9 @@ from threadpoolctl import threadpool_limits
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.errors import InputError
 from rs_gguf.figures import principal_components
-from rs_gguf.files import finite
+from rs_gguf.files import Row, finite
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis, thinned
-from rs_gguf.reporting.results import Row
 
 _SIDE = 400  # of the map, in its own coordinates
 _SHADES = 10  # of each sign

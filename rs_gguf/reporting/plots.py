@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rs_gguf.files import finite
-from rs_gguf.reporting.results import Row
-from rs_gguf.search_space import GATE
+from rs_gguf.files import Row, finite
+from rs_gguf.search_space import CHOSEN, GATE
 
 _T = TypeVar("_T")
 
@@ -68,7 +67,7 @@ def thinned(found: Sequence[_T], most: int) -> Sequence[_T]:
 
 def shown(tune: Mapping[str, Any]) -> Row:
     """`tune.json` with no more probes than a page can hold; the chosen trials stay."""
-    chosen = {tune["chosen"], tune.get("chosen_adapter")}
+    chosen = {tune.get(key) for key in CHOSEN.values()}
     probes = [t for t in tune["trials"] if t["rung"] == "probe" and t["number"] not in chosen]
     probes.sort(key=lambda trial: trial["estimator"] == GATE)  # or every second may be of the same file
     kept = [trial["number"] for trial in thinned(probes, _PROBES)]
@@ -83,7 +82,7 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
     `front` is the stair of what trials reach that answered briefly, of both kinds together; `tested` are the
     written files as the test split found them, joined to the trial that they were chosen by.
     """
-    chosen = {tune["chosen"]: "vector", tune.get("chosen_adapter"): "adapter"}
+    chosen = {tune[key]: name for name, key in CHOSEN.items() if key in tune}
     points = [
         {
             **trial,

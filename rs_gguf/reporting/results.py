@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
-from rs_gguf.files import json_lines
-
-Row = dict[str, Any]
+from rs_gguf.files import Row, json_lines
 
 _NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
 

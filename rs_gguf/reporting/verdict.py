@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rs_gguf.files import Row
 from rs_gguf.prompts import KINDS
-from rs_gguf.reporting.results import Row
 
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 # How the columns of a file's answers in evaluation.jsonl end.

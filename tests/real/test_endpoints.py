@@ -14,6 +14,7 @@ from binaries import Server
 from endpoints import without_proxy_or_key
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
+from rs_gguf.files import Row
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.endpoint import EndpointJudge
 from rs_gguf.judging.rubric import label_message
@@ -22,7 +23,7 @@ from rs_gguf.pipeline import run
 from rs_gguf.progress import Progress, Silent
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Answers, Prompts, Recipe
-from rs_gguf.run_folder import Row, RunFolder
+from rs_gguf.run_folder import RunFolder
 from rs_gguf.server import LlamaServer
 
 pytestmark = pytest.mark.real
