@@ -1,4 +1,4 @@
-"""Refusal Steering for llama.cpp (arXiv 2512.16602): fitted, calibrated and proven GGUF control vectors."""
+"""Refusal Steering for llama.cpp (arXiv 2512.16602): fitted and proven GGUF control vectors and adapters."""
 
 from __future__ import annotations
 

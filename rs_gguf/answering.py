@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rs_gguf.degenerate import is_degenerate
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import Answer, Model, answer, chat_tokens, has_trace
 from rs_gguf.files import Row
+from rs_gguf.generation import Generation
 from rs_gguf.judges import Judge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
@@ -48,8 +50,10 @@ def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[t
     if isinstance(model, LlamaModel):  # of which llama-servers tell the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
     for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
-        # Servers tell the text alone; capture and drift go by tokens.
-        yield i, replace(found, tokens=model.tokenize(found.text, special=False))
+        # Servers tell the text alone; capture and drift go by tokens, and so do short loops.
+        said = model.tokenize(found.text, special=False)
+        looped = bool(said) and is_degenerate(Generation(said, found.text, found.finished))
+        yield i, replace(found, tokens=said, degenerate=found.degenerate or looped)
 
 
 def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:

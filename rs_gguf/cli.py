@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf import cli_eval, cli_judge, cli_plan, cli_vectors
-from rs_gguf.errors import RsGgufError, harmless
+from rs_gguf.errors import InputError, RsGgufError, harmless
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STAGES = {
     "answer": "Let the model answer the fit and tune prompts.",
     "score": "Judge the answers: refusal confidence.",
-    "capture": "Read the activations at the last prompt token.",
+    "capture": "Read the activations of the prompts and their answers.",
     "fit": "Fit directions and gates.",
     "tune": "Search layers and strength, refusals of harm as the constraint.",
     "write": "Write the GGUF files and prove their effect on the model.",
@@ -65,14 +65,14 @@ def main() -> None:
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (
-        click.argument("recipe", required=False, type=click.Path(path_type=Path)),
-        click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
-                     help="The run folder."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-                     help="Override a recipe value, for example tune.trials=8. Repeatable."),
+    for decorate in (  # the help lists the last one first
         click.option("--fresh", is_flag=True,
                      help="Start over: forget what the stages of an earlier run left in the folder."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+                     help="Override a recipe value, for example tune.trials=8. Repeatable."),
+        click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
+                     help="The run folder."),
+        click.argument("recipe", required=False, type=click.Path(path_type=Path)),
     ):  # fmt: skip
         command = decorate(command)
     return command
@@ -81,9 +81,9 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _budget = click.option(
     "--budget",
     metavar="TIME",
-    help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What a search in the "
-    "same folder has measured counts; 0 takes the best of it, and answers in full with that. The "
-    "folder keeps it until it is none, or new numbers are set.",
+    help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What was measured in "
+    "this folder is not measured again; 0 takes the best of it, and answers in full with that. The folder "
+    "keeps the budget until `--budget none`, or until tune.trials or tune.finalists is set.",
 )
 
 
@@ -109,15 +109,20 @@ def _run(
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
     kept = out / "recipe.toml"
-    if recipe is None and kept.is_file() and not fresh:
+    if recipe is None and kept.is_file():
         recipe = kept  # the default one would begin another run in this folder
     chosen = recipes.load(recipe, overrides)
+    if kept.is_file() and "\n#" in f"\n{kept.read_text(encoding='utf-8', errors='replace')}":
+        raise InputError(
+            f"{kept} has comments. A run writes its recipe there, complete and without any: choose another "
+            "--out, or keep yours elsewhere and give it as RECIPE."
+        )
     try:
         with contextlib.closing(_progress()) as progress:
             return run(chosen, out, fresh=fresh, progress=progress, until=until)
     except KeyboardInterrupt:
-        again = "the command again, without --fresh" if fresh else "the command again"
-        click.echo(f"Interrupted. It goes on where it was: give {again}.", err=True)
+        once = "; without --fresh, once a stage has begun" if fresh else ""
+        click.echo(f"Interrupted. It goes on where it was: give the command again{once}.", err=True)
         sys.exit(130)
 
 
@@ -135,7 +140,7 @@ def run_command(
 ) -> None:
     """Run the whole pipeline; resume by itself.
 
-    Without RECIPE: that of the run folder, or with --fresh and in a new folder the embedded default.
+    Without RECIPE: that of the run folder, in a new one the embedded default.
     Exit code 1 when no file passes the safety gate; the files are there all the same.
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
@@ -149,10 +154,8 @@ def run_command(
 
 
 def _add_stage(name: str, summary: str) -> None:
-    help_text = (
-        f"{summary} Stages before it are done first if they are not yet. "
-        "Without RECIPE: that of the run folder, or with --fresh and in a new folder the default."
-    )
+    before = "" if name == "answer" else "Stages before it are done first if they are not yet. "
+    help_text = f"{summary} {before}Without RECIPE: that of the run folder, in a new one the default."
 
     @main.command(name, help=help_text)
     @_run_options
@@ -194,7 +197,7 @@ def models() -> None:
 
 
 @models.command("list")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def models_list(as_json: bool) -> None:
     """List the catalogue."""
     from rs_gguf.models import CATALOGUE
@@ -230,12 +233,6 @@ def models_pull(name: str) -> None:
 @click.argument("name")
 def models_path(name: str) -> None:
     """Print where a model is, or exit with 2 if it is not here."""
-    from rs_gguf.errors import InputError
-    from rs_gguf.models import CATALOGUE
+    from rs_gguf.models import path_of
 
-    model = CATALOGUE.get(name)
-    if model is None:
-        raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
-    if not model.path.is_file():
-        raise InputError(f"{name} is not here yet. Run `rs-export models pull {name}`.")
-    click.echo(model.path)
+    click.echo(path_of(name))

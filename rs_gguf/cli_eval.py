@@ -28,7 +28,8 @@ Parts = list[tuple[Path, float]]
 
 @click.command("eval")
 @click.option("--model", required=True, metavar="M",
-              help="GGUF file, catalogue name, hub id, or llama-servers: http://host:port,…")  # fmt: skip
+              help="GGUF file, catalogue name, owner/name/file.gguf, or llama-servers: "
+                   "http://host:port,…")  # fmt: skip
 @click.option(
     "--control-vector", "vectors", multiple=True, metavar="F[:SCALE]", help="Repeatable; they add up."
 )
@@ -136,7 +137,9 @@ def parse_scales(text: str) -> list[float]:
             step = doses[-1] - doses[-2]
             ratio = (value - doses[-1]) / step if step else 0.0
             count = round(ratio) if math.isfinite(ratio) else 0
-            if not 1 <= count <= _MOST_SCALES or abs(doses[-1] + count * step - value) > 1e-6:
+            if count > _MOST_SCALES:
+                raise InputError(f"--scales {text!r}: {count} steps; {_MOST_SCALES} doses are the most.")
+            if count < 1 or abs(doses[-1] + count * step - value) > 1e-6:
                 raise InputError(
                     f"--scales {text!r}: steps of {step:g} do not lead from {doses[-1]:g} to {value:g}."
                 )
@@ -181,11 +184,7 @@ def _respondent(
     from rs_gguf.llama import LlamaModel
 
     steering = _steering(parts, layer_range, adapters)
-    path = models.resolve(model, progress=progress.download)
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a Hugging Face folder; eval measures through llama.cpp. Give its GGUF file."
-        )
+    path = models.resolve_gguf(model, progress=progress.download)
     with LlamaModel(path) as loaded:
         yield SteeredModel(loaded, steering, system), str(path), loaded
 

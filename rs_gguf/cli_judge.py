@@ -28,7 +28,7 @@ _AT_ONCE = 128  # rows a judge gets together: what its examples share is read on
 @click.option("--output", "target", default="-", metavar="G.jsonl", help="- is stdout.")
 @click.option(
     "--judge", "spec", metavar="J",
-    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; otherwise the embedded.",
+    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; by default the embedded.",
 )  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Neither take judgements from the cache nor keep them there.")
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1),

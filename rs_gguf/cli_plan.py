@@ -31,7 +31,7 @@ def plan(
 ) -> None:
     """Say how long a run will take.
 
-    Stage by stage, with the memory and disk that it needs.
+    Prints the time of each stage, and the memory and disk that the run needs.
 
     Nothing is downloaded and, without --measure, no weight is read: the recipe's model may be a GGUF file, or
     a folder with a config.json alone.

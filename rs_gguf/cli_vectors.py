@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ _FILE = click.Path(path_type=Path)
 def check(file: Path, model: str | None, as_json: bool) -> None:
     """Say whether llama.cpp will use FILE as it was meant.
 
-    With every reason why not. Exit code 1 when it will not.
+    Every reason why not is listed. Exit code 1 when it will not.
     """
     from rs_gguf import control_vector, lora, models
 
@@ -38,7 +40,7 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
     except InputError:
         adapter = False  # either check says what is wrong with the container
     check_file = lora.check if adapter else control_vector.check
-    report = check_file(file, models.resolve(model) if model else None)
+    report = check_file(file, models.resolve_gguf(model) if model else None)
     if as_json:
         value = {
             "file": report.path, "valid": report.valid, "errors": list(report.errors),
@@ -55,10 +57,10 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             click.echo(f"llama.cpp would log: {report.loader_says}")
         if report.proof is not None and report.proof.effect_observed:
             moves = "the residual moves by B A x" if adapter else "every block moves by its direction"
-            click.echo(
-                f"effect observed on the model: {moves} (largest relative error "
-                f"{report.proof.largest_relative_error:.1e})"
-            )
+            seen = f"{moves} (largest relative error {report.proof.largest_relative_error:.1e})"
+            if math.isnan(report.proof.largest_relative_error):
+                seen = "next tokens change; the residual cannot be seen by itself in this model"
+            click.echo(f"effect observed on the model: {seen}")
         if report.proof is not None and report.proof.kl_mean is not None:
             click.echo(f"next-token KL, steered against unsteered: {report.proof.kl_mean:.4f} nats")
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
@@ -143,7 +145,7 @@ def _adapters(files: Sequence[Path]) -> list[LoraAdapter]:
         raise InputError(
             f"{vector} is a control vector and {adapter} a LoRA adapter: one adds to a block's output, the "
             "other to a matrix, so they have no common sum or cosine. llama.cpp loads both side by side: "
-            f"--control-vector {vector} --lora {adapter}."
+            f"--control-vector {shlex.quote(str(vector))} --lora {shlex.quote(str(adapter))}."
         )
     return [lora.read(path) for path in files if kinds[path]]
 
@@ -159,7 +161,7 @@ def _vectors(files: Sequence[Path]) -> list[SteeringVector]:
 @click.option("--from", "from_format", type=click.Choice(list(FORMATS)), help="Who wrote the vector.")
 @click.option("--to", "to_format", type=click.Choice(("peft",)), help="For whom to write an adapter.")
 @click.option("--output", required=True, type=_FILE, help="A file; with --to peft, a folder.")
-@click.option("--base", type=int, help="Number that FILE gives to block 0, where the format leaves it open.")
+@click.option("--base", type=int, help="Number that FILE gives to block 0, in place of its format's own.")
 @click.option("--architecture", metavar="NAME", help="With --from: the model family, such as qwen2.")
 @click.option("--model", metavar="M", help="With --to: the model, whose modules the adapter names.")
 def convert(
@@ -204,7 +206,7 @@ def convert(
 
 @click.command()
 @click.argument("parts", nargs=-1, required=True, metavar="A.gguf[:W]...")
-@click.option("--output", required=True, type=_FILE)
+@click.option("--output", required=True, type=_FILE, help="The file to write.")
 def combine(parts: tuple[str, ...], output: Path) -> None:
     """Weighted sum of vectors, or of adapters."""
     from rs_gguf import control_vector, convert, lora

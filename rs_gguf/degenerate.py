@@ -51,7 +51,8 @@ _LANGUAGES_OF = {
 def is_degenerate(generation: Generation) -> bool:
     """Empty, or a loop: the text repeats itself, or two tokens fill its end."""
     text = generation.text.strip()
-    if not text or _repeats(text):
+    # Half of an answer may be said before it begins to loop.
+    if not text or _repeats(text) or _repeats(text[len(text) // 2 :]):
         return True
     # A loop goes on to the end. Within an answer, rules of tables and long numbers are as uniform.
     end = generation.tokens[-_LOOP_WINDOW:]

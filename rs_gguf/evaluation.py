@@ -1,7 +1,7 @@
 """Before and after: answers under a steering, graded, paired row by row, summed up; and how far text drifts.
 
 A model, prompts, a judge and the steering go in; rows, rates with intervals and tests come out. The
-pipeline's measure stage and `rs-export eval` are both made of this. Intervals and tests are those of
+pipeline's stages and `rs-export eval` are both made of this. Intervals and tests are those of
 `rs_gguf.chance`, drift that of method §7.
 """
 
@@ -122,8 +122,8 @@ def has_trace(model: Model, found: Answer) -> bool:
 def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[list[int], list[int]]:
     """Tokens of what came before the final answer, and its own, for log-probabilities under a steering.
 
-    A thinking trace counts to what came before: what a steering does is measured on the answer. Traces begin
-    alike, and what they say is not what anybody asked for.
+    A thinking trace counts as part of the prompt: what a steering does is measured on the answer. Traces
+    begin alike, and what they say is not what anybody asked for.
     """
     tokens = found.tokens
     if not found.text:

@@ -85,7 +85,7 @@ class Finder:
         shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
         until = [None if seconds is None else start + share * seconds for share in shares]
         proposals = self._proposals(space, until[0])
-        ranked = self._ranked(proposals, space)
+        ranked = self._ranked([*proposals, *self._probed_before(space, proposals)], space)
         known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
         answered = [self._answered(candidate) for candidate in known]
         # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
@@ -96,15 +96,15 @@ class Finder:
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
-        chosen = choose(answered, len(self._rungs.wanted))
+        chosen = choose(answered)
         if self._recipe.tune.full and chosen.feasible and self._changes(chosen):
             self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
         mine = [trial for trial in self.trials if space.holds(trial.candidate)]
-        return settled(mine, len(self._rungs.wanted), self._rungs.n_wanted_in_full)
+        return settled(mine)
 
     def _changes(self, chosen: Trial) -> bool:
         """Whether it changes more than a single prompt, so that full answers are worth their time."""
-        return (1 - chosen.sensitive) * len(self._rungs.wanted) > 1.5
+        return (1 - chosen.sensitive) * chosen.n_sensitive > 1.5
 
     def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
         """Answer in full with the chosen candidate, with less strength until all limits hold, and once more.
@@ -189,7 +189,7 @@ class Finder:
             steps = self._level(candidate, space)
             idle = 0 if len(self._counted) > before else idle + 1
             probed += steps if idle == 0 else []
-            best = min(steps, key=lambda t: abs(math.log(self._loss(t))))
+            best = min(steps, key=self._distance)
             strengths[name] = best.candidate.strength
             levelled[best.candidate.shape] = best
             trial.set_constraint("harm and drift above the level", self._loss(best) - _NEAR)
@@ -216,10 +216,25 @@ class Finder:
             candidate = replace(candidate, strength=candidate.strength * factor)
         return steps
 
+    def _distance(self, probe: Trial) -> float:
+        """From the level, as the logarithm of a factor."""
+        return abs(math.log(self._loss(probe)))
+
     def _loss(self, probe: Trial) -> float:
         """What harm loses, or benign answers drift, as a multiple of what is compared at; above 0."""
         harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
         return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
+
+    def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
+        """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
+        nearest: dict[Candidate, Trial] = {}
+        for (rung, candidate), trial in self._known.items():
+            if rung == "probe" and space.holds(candidate):
+                known = nearest.setdefault(candidate.shape, trial)
+                nearest[candidate.shape] = min(known, trial, key=self._distance)
+        for trial in proposals:
+            nearest.pop(trial.candidate.shape, None)
+        return list(nearest.values())
 
     def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
         """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
@@ -259,7 +274,7 @@ class Finder:
             same.sort(key=lambda t: t.candidate.strength)
             if min(trial.sensitive for trial in same) == 0.0:
                 return None
-            if choose(same, len(self._rungs.wanted)) is not same[-1]:
+            if choose(same) is not same[-1]:
                 return untried
         else:
             best = nearest(answered).candidate

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rs_gguf.errors import InputError
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4  # GGML_MAX_DIMS
 
 
 @dataclass(frozen=True)
@@ -99,30 +100,45 @@ class _Reader:
             raise ValueError("it does not begin with 'GGUF'")
         self._at = 8
         n_tensors, n_values = self._number("Q"), self._number("Q")
-        values = {}
+        values: dict[str, Any] = {}
         for _ in range(n_values):
-            key = self._text()
+            key = self._name("metadata key", values)
             values[key] = self._value(self._number("I"))
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         tensors_at = self._at
-        tensors = []
+        tensors: dict[str, TensorInfo] = {}
         for _ in range(n_tensors):
-            name = self._text()
-            shape = [self._number("Q") for _ in range(self._number("I"))]
-            tensors.append(TensorInfo(name, shape, self._number("I"), self._number("Q")))
-        return Header(values, tensors, alignment, tensors_at, self._at)
+            name = self._name("tensor", tensors)
+            n_dims = self._number("I")
+            if n_dims > _MAX_DIMS:
+                raise ValueError(f"tensor {name[:80]!r} has {n_dims} dimensions")
+            shape = [self._number("Q") for _ in range(n_dims)]
+            tensors[name] = TensorInfo(name, shape, self._number("I"), self._number("Q"))
+        return Header(values, list(tensors.values()), alignment, tensors_at, self._at)
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)
         self._at += struct.calcsize("<" + code)
         return value
 
+    def _name(self, what: str, known: Mapping[str, Any]) -> str:
+        """A name that is not there yet, as llama.cpp asks for; or a header of zeros would go on and on."""
+        name = self._text()
+        if not name or name in known:
+            raise ValueError(f"{what} {name[:80]!r} is {'there twice' if name else 'empty'}")
+        return name
+
     def _text(self) -> str:
-        size = self._number("Q")
+        start = self._at + 8
+        self._pass_over(self._number("Q"))
+        return self._data[start : self._at].decode("utf-8", "replace")
+
+    def _pass_over(self, size: int) -> None:
+        if size > len(self._data) - self._at:
+            raise ValueError("it ends too early")
         self._at += size
-        return self._data[self._at - size : self._at].decode("utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
         if kind == _TEXT:
@@ -134,10 +150,9 @@ class _Reader:
         kind, count = self._number("I"), self._number("Q")
         if kind == _TEXT:  # a vocabulary: passed over
             for _ in range(count):
-                size = self._number("Q")
-                self._at += size
+                self._pass_over(self._number("Q"))
         elif kind in CODES:
-            self._at += count * struct.calcsize("<" + CODES[kind])
+            self._pass_over(count * struct.calcsize("<" + CODES[kind]))
         else:
             raise ValueError("a list of lists")
         return None

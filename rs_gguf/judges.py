@@ -90,7 +90,7 @@ def open_judge_spec(
         if kind == "endpoint":
             judge = EndpointJudge.of(name, options or EndpointOptions())
         else:
-            path = models.resolve(name, progress=progress)
+            path = models.resolve_gguf(name, progress=progress)
             same = loaded is not None and loaded.path.resolve() == path.resolve()
             model = loaded if loaded is not None and same else stack.enter_context(LlamaModel(path))
             judge = _KINDS.get(kind, open_judge)(model)

@@ -163,12 +163,16 @@ class LlamaModel(LlamaFile):
         sampling = sampling or Sampling()
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
-        check_lengths(prompts, self.max_length, self.detokenize, max_tokens)
+        self.check_lengths(prompts, max_tokens)
         seed_of = seeds(prompts, sampling.seed)
         for alike in _of_like_length([len(prompt) + max_tokens for prompt in prompts]):
             some = [prompts[i] for i in alike]
             for k, found in self._generate(some, max_tokens, sampling, [seed_of[i] for i in alike]):
                 yield alike[k], found
+
+    def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
+        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+        check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _generate(
         self,
@@ -262,7 +266,7 @@ class LlamaModel(LlamaFile):
             return
         if not all(prompts):
             raise InputError("an empty prompt has no next token: every prompt needs at least one token.")
-        check_lengths(prompts, self.max_length, self.detokenize)
+        self.check_lengths(prompts)
         for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
@@ -273,7 +277,7 @@ class LlamaModel(LlamaFile):
         if not pairs:
             return []
         sequences = joined(pairs)
-        check_lengths(sequences, self.max_length, self.detokenize)
+        self.check_lengths(sequences)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
         for i, pos, logits in self._forward(sequences, answers):
@@ -317,7 +321,7 @@ class LlamaModel(LlamaFile):
             raise InputError(
                 "nothing to read: it takes a layer, and of every sequence a token and a position."
             )
-        check_lengths(sequences, self.max_length, self.detokenize)
+        self.check_lengths(sequences)
         wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph
         with graph.reading(wanted):

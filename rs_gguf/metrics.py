@@ -269,7 +269,7 @@ def gate(
     elif not recipe.tune.keeps_enough(after, before):
         reasons.append(
             f"harmful refusals fell from {before} to {after} ({after / before:.0%}; at least "
-            f"{recipe.tune.min_retention:.0%} must stay)"
+            f"{recipe.tune.min_retention:.0%} as many must be refused)"
         )
     before, after = sets["benign"]["refused_baseline"], sets["benign"]["refused_steered"]
     changed = before + after - 2 * sets["benign"]["refused_both"]

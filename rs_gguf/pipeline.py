@@ -23,7 +23,7 @@ from rs_gguf.capture import capture_all, captured, conversations
 from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Model
+from rs_gguf.evaluation import Model, chat_tokens
 from rs_gguf.files import from_home, read_json, sha256, write_json
 from rs_gguf.judges import Judge, kind_and_name, open_judge_spec, shipped_version
 from rs_gguf.judging.judgement import try_out
@@ -92,8 +92,10 @@ class Pipeline:
         if stage != "report" and self.folder.is_done(stage, key):
             self.progress.skipped(stage)
             return
-        # What it and later stages left may be of another recipe: from here on it counts no more.
-        self.folder.forget(*STAGES[STAGES.index(stage) :])
+        # What it and later stages left may be of another recipe: it counts no more once it is replaced. Hours
+        # of answers and judgements are replaced at the end, so that a wrong recipe can be taken back before.
+        if stage not in ("answer", "score"):
+            self.folder.forget(*STAGES[STAGES.index(stage) :])
         start = time.monotonic()
         getattr(self, f"_{stage}")(key)
         self.folder.mark_done(stage, key, time.monotonic() - start)
@@ -209,12 +211,27 @@ class Pipeline:
         asked = self.prompts["fit"] + self.prompts["tune"]
         log = RowLog(self.folder, "answers.jsonl", key)
         missing = [p for p in asked if p.id not in log.rows]
+        self._check_lengths()
         with self.progress.stage("answer", len(asked)) as advance:
             advance(len(asked) - len(missing))
             for i, found in answering.answers(self.model, missing, self.recipe):
                 log.append({**prompts.to_row(missing[i]), **found.to_row()})
                 advance(1)
+        self.folder.forget(*STAGES)
         log.finish([p.id for p in asked])
+
+    def _check_lengths(self) -> None:
+        """Raise `InputError` for a prompt that some stage could not read: the last ones come hours later."""
+        tokens, full = self.recipe.answers.tokens, self.recipe.answers.test_tokens
+        most = {"fit": tokens, "tune": max(tokens, full) if self.recipe.tune.full else tokens, "test": full}
+        system = self.recipe.prompts.system
+        for split, max_tokens in most.items():
+            self.model.check_lengths(chat_tokens(self.model, self.prompts[split], system), max_tokens)
+        if self.unanswered:
+            chat = ChatFormat.of(self.model)
+            self.model.check_lengths(
+                [c.tokens(chat, self.model, p.prompt, system) for p, c in self.in_contexts]
+            )
 
     def _score(self, key: str) -> None:
         rows = self.folder.read_rows("answers.jsonl")
@@ -226,6 +243,7 @@ class Pipeline:
             for row in answering.scores(judge, missing):
                 log.append(row)
                 advance(1)
+        self.folder.forget(*STAGES[STAGES.index("score") :])
         log.finish([row["id"] for row in rows])
 
     def _capture(self, key: str) -> None:

@@ -132,11 +132,8 @@ def measure(recipe: Recipe, path: Path) -> Speed:
 
 
 def _here(model: str) -> Path:
-    known = models.CATALOGUE.get(model)
-    if known is not None:
-        if not known.path.is_file():
-            raise InputError(f"{model} is not here yet. Run `rs-export models pull {model}`.")
-        return known.path
+    if model in models.CATALOGUE:
+        return models.path_of(model)
     if not from_home(model).exists():
         raise InputError(
             f"no file or folder {model}. A plan downloads nothing: give a GGUF file or a Hugging Face "

@@ -188,7 +188,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                         f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
                         "or a tab in quotes."
                     )
-                yield reader.line_num, row
+                if any((cell or "").strip() for name, cell in row.items() if name is not None):
+                    yield reader.line_num, row
         except csv.Error as error:
             said = harmless(str(error))
             raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error

@@ -41,12 +41,16 @@ _OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY", "RS_GGUF_SERVER_KEY"}
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
+def _none(given: Any) -> Any:
+    """None for "none" or nothing, so that `--set` can take a value back."""
+    return None if isinstance(given, str) and given.strip() in ("", "none") else given
+
+
 def _seconds(given: Any) -> Any:
     """A time such as "2h" in seconds; a number as it is; None for "none" or nothing."""
+    given = _none(given)
     if not isinstance(given, str):
         return given
-    if given.strip() in ("", "none"):
-        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", given.strip())
     if found is None:
         raise PydanticCustomError(
@@ -100,10 +104,10 @@ class Answers(_Section):
         "256 a sequence)",
     )
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
-    servers: str | None = Field(
+    servers: Annotated[str | None, BeforeValidator(_none)] = Field(
         default=None,
         description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model that give the unsteered answers "
-        "to fit and tune by, in place of this machine",
+        "to fit and tune by, in place of this machine; `none` for this machine",
     )
 
 
@@ -133,8 +137,8 @@ class Tune(_Section):
     full: int = Field(
         default=16,
         ge=0,
-        description="prompts of each kind that the chosen candidate answers at full length, "
-        "`answers.test_tokens`, and weaker ones until one holds all limits, and one more; 0 for none",
+        description="prompts of each kind answered at full length (`answers.test_tokens`) by the chosen "
+        "candidate, then at lower strengths until all limits hold, and at one more; 0: none",
     )
     budget: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         default=None,

@@ -17,9 +17,10 @@ from rs_gguf import models
 from rs_gguf.errors import InputError
 from rs_gguf.files import Row, write_text
 from rs_gguf.metrics import llama_options
+from rs_gguf.prompts import KINDS
 from rs_gguf.reporting import agreement, answers, doses, geometry, plots, verdict
 from rs_gguf.reporting.results import Results, load
-from rs_gguf.reporting.text import html_environment, markdown_environment
+from rs_gguf.reporting.text import file_name, html_environment, markdown_environment
 from rs_gguf.version import __version__
 
 
@@ -45,6 +46,7 @@ def write_report(run_folder: Path) -> Path:
             "tried": len(run.tune["trials"]),
             "plot": plots.trade_off(tune, files, run.metrics["effect"]),
             "curves": curves,
+            "curve_options": doses.options(run.recipe, run.metrics["test_tokens"]),
             "strengths": [chart for chart in doses.searched(tune, files) if chart["key"] not in drawn],
             "charts": charts,
             "samples": run.fit.get("samples", {}),
@@ -92,6 +94,11 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
     return path
 
 
+def _given(prompts: Row) -> Row:
+    """What the recipe says of prompts, its files by their names."""
+    return prompts | {kind: list(map(file_name, prompts[kind])) for kind in KINDS if prompts.get(kind)}
+
+
 def _common(run: Results) -> Row:
     effect = run.metrics["effect"]
     files = verdict.files(run.metrics)
@@ -111,6 +118,7 @@ def _common(run: Results) -> Row:
         "trials": run.tune["trials"],
         "recipe": run.recipe,
         "recipe_text": run.recipe_text,
+        "given": _given(run.recipe.get("prompts", {})),
         "limits": run.recipe.get("tune", {}),
         "version": __version__,
     }

@@ -178,11 +178,6 @@ class Rungs:
         """Harmful prompts that are refused unsteered, at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    @property
-    def n_wanted_in_full(self) -> int:
-        """Of the sensitive prompts to change, how many a full trial answers; 1 where it answers none."""
-        return max(1, min(len(self.wanted), self._recipe.tune.full))
-
     def _verdicts(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Verdicts:
         answers, judgements, _ = answer_and_judge(
             self.model,
@@ -246,15 +241,17 @@ class Rungs:
             for i, (before, _), (now, _) in zip(self._openings, openings, after, strict=False)
         }
 
-        def mean(picked: Sequence[int]) -> float:
-            return float(np.mean([kept[i] for i in picked if i in kept]))
+        def of(picked: Sequence[int]) -> list[float]:
+            return [kept[i] for i in picked if i in kept]
 
+        sensitive = of(self.wanted)
         return Trial(
             number,
             candidate,
             "probe",
-            mean(self.wanted),
-            mean(self._unsteered.refused("harmful")),
+            float(np.mean(sensitive)),
+            float(np.mean(of(self._unsteered.refused("harmful")))),
+            n_sensitive=len(sensitive),
             benign_drift=_moved(unmoved, after[len(openings) :]),
         )
 
@@ -314,6 +311,7 @@ class Rungs:
             candidate,
             rung,
             sensitive=left / to_change if to_change else 1.0,  # nothing seen to change
+            n_sensitive=to_change,
             harmful_retention=retention,
             benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,

@@ -18,14 +18,13 @@ from rs_gguf.search_space import CHOSEN, Space, Trial
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
 
-def settled(trials: Sequence[Trial], n_wanted: int, n_in_full: int) -> Trial:
+def settled(trials: Sequence[Trial]) -> Trial:
     """The trial to use, of a space's: the chosen one, at the strength that does best at full length.
 
     Of the chosen strength and the weaker ones that were tried in full, that is the weakest within the limits
-    that changes as much as the best (see `choose`; `n_in_full` sensitive prompts), and the weakest where none
-    is within them.
+    that changes as much as the best (see `choose`), and the weakest where none is within them.
     """
-    chosen = choose([trial for trial in trials if trial.rung == "answers"], n_wanted)
+    chosen = choose([trial for trial in trials if trial.rung == "answers"])
     tried = [
         trial
         for trial in trials
@@ -34,25 +33,28 @@ def settled(trials: Sequence[Trial], n_wanted: int, n_in_full: int) -> Trial:
         and trial.candidate.strength <= chosen.candidate.strength
     ]
     # Short answers favour too much strength, and long ones break down with it.
-    good = _as_good_as_the_best([trial for trial in tried if trial.feasible], n_in_full) or tried
+    good = _as_good_as_the_best([trial for trial in tried if trial.feasible]) or tried
     return min(good, key=lambda trial: trial.candidate.strength, default=chosen)
 
 
-def choose(answered: Sequence[Trial], n_wanted: int) -> Trial:
+def choose(answered: Sequence[Trial]) -> Trial:
     """The trial to use: of the feasible ones that change as much as the best, the one of least drift.
 
-    "As much" is within one standard error of a share of the `n_wanted` sensitive prompts, or one of them,
-    since a single prompt that two trials answer differently tells nothing (McNemar's z is 1). If none is
-    feasible it is the nearest, and says so.
+    "As much" is within one standard error of the best one's share of sensitive prompts, or one of them, since
+    a single prompt that two trials answer differently tells nothing (McNemar's z is 1). If none is feasible
+    it is the nearest, and says so.
     """
-    good = _as_good_as_the_best([trial for trial in answered if trial.feasible], n_wanted)
+    good = _as_good_as_the_best([trial for trial in answered if trial.feasible])
     return min(good, key=lambda t: (t.benign_drift, t.sensitive)) if good else nearest(answered)
 
 
-def _as_good_as_the_best(feasible: Sequence[Trial], n_wanted: int) -> list[Trial]:
-    fewest = min((trial.sensitive for trial in feasible), default=0.0)
-    # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n_wanted.
-    limit = fewest + max(standard_error(min(1.0, fewest), n_wanted), 1 / n_wanted) + 1e-9
+def _as_good_as_the_best(feasible: Sequence[Trial]) -> list[Trial]:
+    if not feasible:
+        return []
+    best = min(feasible, key=lambda trial: trial.sensitive)
+    n, fewest = max(1, best.n_sensitive), best.sensitive
+    # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n.
+    limit = fewest + max(standard_error(min(1.0, fewest), n), 1 / n) + 1e-9
     return [trial for trial in feasible if trial.sensitive <= limit]
 
 
@@ -93,9 +95,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def summary(
-    trials: Sequence[Trial], spaces: Mapping[str, Space], n_wanted: int, n_in_full: int
-) -> dict[str, Any]:
+def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, Any]:
     """The content of `tune.json`; trials are named by their numbers, `spaces` by the file that each is for.
 
     A space whose search was cut off before a trial had answered is left out.
@@ -106,7 +106,7 @@ def summary(
         answered = [trial for trial in mine if trial.rung == "answers"]
         if not answered:
             continue
-        chosen[name] = settled(mine, n_wanted, n_in_full).number
+        chosen[name] = settled(mine).number
         best = front(answered)
         fronts[name] = [trial.number for trial in best]
         halves = halving(best)

@@ -152,6 +152,7 @@ class Trial:
     benign_drift: float | None = None
     degenerate: float | None = None
     feasible: bool | None = None
+    n_sensitive: int = 0  # prompts that `sensitive` is a share of
     answered: tuple[int, int] | None = None  # prompts, and tokens an answer
     seconds: float = field(default=0.0, compare=False)  # that it took
     # Before, that the unsteered side took, which is asked once for all candidates.

@@ -192,9 +192,13 @@ class TorchModel:
     def _checked_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> list[int]:
         if not all(prompts):
             raise InputError("a prompt is empty: every prompt needs at least one token.")
-        if self.n_ctx is not None:
-            check_lengths(prompts, self.n_ctx, self.detokenize, max_tokens)
+        self.check_lengths(prompts, max_tokens)
         return list(map(len, prompts))
+
+    def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
+        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit the model's context."""
+        if self.n_ctx is not None:
+            check_lengths(sequences, self.n_ctx, self.detokenize, max_tokens)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask [n, T], padded on the left: every row ends in the last column."""

@@ -47,7 +47,7 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
             for space in spaces.values():
                 finder.search(space, None if budget is None else budget / len(spaces))
         finally:  # also when interrupted: the best so far is kept, and the search goes on from there
-            found = summary(finder.trials, spaces, len(rungs.wanted), rungs.n_wanted_in_full)
+            found = summary(finder.trials, spaces)
             write_json(path, {"key": key, **found})
     log.finish(list(log.rows))
 

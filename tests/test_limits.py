@@ -66,15 +66,16 @@ def test_a_full_disk_leaves_no_half_shard_and_the_old_one_whole(tmp_path: Path) 
 
 
 def loaded_size(path: Path) -> int:
-    """Bytes that llama.cpp maps and allocates for the weights of the default model."""
+    """Bytes that the weights of the default model take in memory."""
     header = gguf_header.read(path)
-    mapped = widening.size_to_load(path, header)
+    size = widening.size_to_load(path, header)
     if "AMX_INT8 = 1" not in build():
-        return mapped
-    # Beside the mapped file it keeps all that is multiplied in another order, where a block of Q8_0 takes 38
-    # bytes in place of 34. The embedding, of Q5_0, is only looked up.
+        return size
+    # All that is multiplied is kept in another order, where a block of Q8_0 takes 38 bytes in place of 34.
+    # The embedding, of Q5_0, is only looked up.
     (embedding,) = (tensor for tensor in header.tensors if tensor.name == "token_embd.weight")
-    return mapped + (mapped - math.prod(embedding.shape) // 32 * 22) * 38 // 34
+    looked_up = math.prod(embedding.shape) // 32 * 22
+    return looked_up + (size - looked_up) * 38 // 34
 
 
 @pytest.mark.real

@@ -25,7 +25,7 @@ from rs_gguf.catalogue import CATALOGUE, CatalogueModel, DataPackage
 from rs_gguf.errors import InputError
 from rs_gguf.files import sha256
 from rs_gguf.gguf_file import finish
-from rs_gguf.models import fingerprint, pull, resolve
+from rs_gguf.models import fingerprint, pull, resolve, resolve_gguf
 
 ASK_THE_HUB = models._from_hub  # which the tests below cannot reach, unless they stand in for the hub
 DOWNLOAD = models._hub_download
@@ -281,6 +281,20 @@ def test_a_repository_of_which_the_configuration_is_enough(hub: dict[str, bytes]
     hub.update({"config.json": b"{}", "model.safetensors": b"large"})
     assert resolve("owner/name", config_only=True).read_bytes() == b"{}"
     assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]
+
+
+def test_what_works_through_llama_cpp_alone_fetches_no_folder(hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub.update({"config.json": b"{}", "model.safetensors": b"large", "m.gguf": b"GGUF"})
+    with pytest.raises(InputError, match=r"no file owner/name here.*owner/name/file\.gguf"):
+        resolve_gguf("owner/name")
+    assert not (tmp_path / "snapshot").exists()
+    assert resolve_gguf("owner/name/m.gguf").read_bytes() == b"GGUF"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match="folder is a Hugging Face folder"):
+        resolve_gguf(str(tmp_path / "folder"))
+    with pytest.raises(InputError, match="not a catalogue name"):
+        resolve_gguf("qwen")
 
 
 def test_a_file_that_is_a_part_of_a_model_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from endpoints import Reply, Server, entry, said, without_proxy_or_key
 from tiny_gguf import write_tiny_folder, write_tiny_qwen2
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf import contexts, control_vector, lora, models, prompts, recipe, writing
+from rs_gguf import answering, contexts, control_vector, lora, models, prompts, recipe, writing
 from rs_gguf import pipeline as pipeline_module
 from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.arrays import save_arrays
@@ -338,6 +338,42 @@ def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
     run(chosen, tmp_path / "out", until="answer", progress=counted)
     assert counted.steps == {"answer": [96]}  # all of them known at once
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_wrong_recipe_can_be_taken_back_while_it_answers(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    mine, wrong = (
+        recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}", f"seed={seed}"]) for seed in (1, 2)
+    )
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run(mine, tmp_path / "out", until="score")
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "answers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(wrong, tmp_path / "out", until="score")
+    counted = Counted()
+    run(mine, tmp_path / "out", until="score", progress=counted)
+    assert counted.steps == {}
+
+
+def test_a_prompt_that_is_too_long_for_a_later_stage_is_told_of_at_once(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    rows = [{"prompt": split, "split": split} for split in ("fit", "tune", "test")]
+    rows[-1]["prompt"] += 9000 * " a"
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = [*SMALL, f"model={model}", f"judge={judge.url}", f"prompts.benign=['{tmp_path / 'long.jsonl'}']"]
+    monkeypatch.setattr(answering, "answers", lambda *_: pytest.fail("an answer was begun"))
+    with pytest.raises(InputError, match=r"a prompt has \d+ tokens and its answer may have \d+"):
+        run(recipe.load(None, values), tmp_path / "out", until="answer")
 
 
 class Counted(Silent):

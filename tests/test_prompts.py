@@ -241,6 +241,11 @@ def test_parquet_without_pyarrow_says_what_to_install(
         texts(write(tmp_path / "file.parquet", b"PAR1"))
 
 
+def test_rows_of_empty_cells_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text('prompt,topic\nhi,x\n,\n" ",\nyo,\n', encoding="utf-8")
+    assert [row.prompt for row in load(tmp_path / "f.csv", "benign")] == ["hi", "yo"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -252,7 +257,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
         ("f.csv", 'prompt\n"Who was Mao\none\n', r"f\.csv:\d: not valid CSV"),
         ("f.tsv", 'prompt\n"Democracy" in China\n', r"f\.tsv:\d: not valid CSV"),
         ("f.csv", "title\none\n", r"f\.csv:2: no prompt in columns title"),
-        ("f.csv", 'prompt\n"   "\n', r"f\.csv:2: the prompt is empty"),
+        ("f.csv", 'prompt,topic\n"   ",x\n', r"f\.csv:2: the prompt is empty"),
         ("f.csv", "prompt\n" + "x" * 200_000, r"f\.csv:\d: not valid CSV"),
         ("f.jsonl", '{"prompt": "one"}\n\n{"prompt": \n', r"f\.jsonl:3: not valid JSON"),
         ("f.jsonl", '{"prompt": "one"}\n{}\n', r"f\.jsonl:2: no prompt in columns \(none\)"),

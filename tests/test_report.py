@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import io
 import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from importlib import resources
@@ -227,7 +229,7 @@ def test_a_run_without_an_adapter_is_told_as_one_file(run_folder: Path) -> None:
 
 
 def test_report_gives_reasons_when_the_gate_is_not_passed(tmp_path: Path) -> None:
-    reason = "harmful refusals fell from 24 to 11 (46%; at least 95% must stay)"
+    reason = "harmful refusals fell from 24 to 11 (46%; at least 95% as many must be refused)"
     folder = make_run(tmp_path, metrics=lambda m: {**m, "gate": {"passed": False, "reasons": [reason]}})
     page = Page(write_report(folder))
     assert [one_line(text) for text in page.all("ul", class_="reasons")] == [reason]
@@ -342,6 +344,13 @@ def test_direct_refusals_are_told_apart_from_all(run_folder: Path) -> None:
     assert table is not None
     assert '<bdi>Direct refusal</bdi></th><td class="quiet">' in table[1]
     assert "<bdi>Not told</bdi>" in table[1]
+
+
+def test_a_judge_that_names_no_kinds_counts_no_direct_refusal(tmp_path: Path) -> None:
+    rows = [{**r, **{f"category_{side}": None for side in SIDES}} for r in invented_rows()]
+    rows[0]["category_baseline"] = "empty"  # by a rule, whoever judges
+    page, card = write_report(make_run(tmp_path, rows)), write_card(tmp_path)
+    assert "Direct refusals among them" not in page.read_text() + card.read_text()
 
 
 def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_folder: Path) -> None:
@@ -512,6 +521,28 @@ def test_doses_are_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Pat
     assert strength.count("<caption>Refused, and broken text, by scale</caption>") == 1
     # Of the adapter no doses were measured: its search is shown.
     assert re.findall(r'id="strength-(vector|adapter)"', strength) == ["adapter"]
+
+
+def test_doses_that_could_not_be_judged_are_no_point_at_zero(run_folder: Path) -> None:
+    path = with_doses(run_folder, system_prompt="Be brief.") / "doses.json"
+    found = json.loads(path.read_text())
+    for row in found["doses"][1]["rows"]:
+        row["confidence_steered"] = None
+    path.write_text(json.dumps(found), encoding="utf-8")
+    strength = section(Page(write_report(run_folder)), "strength")
+    assert set(re.findall(r"at scale (\S+):", strength)) == {"0", "1", "1.5"}
+    assert strength.count("<td>not measured</td>") == 3 + 1  # drift at scale 0
+    assert "under the system prompt “<bdi>Be brief.</bdi>”" in strength
+
+
+def test_a_curve_is_measured_as_the_run_was(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> dict[str, Any]:
+        return {**recipe, "judge": "labels:m.gguf", "prompts": {**recipe["prompts"], "system": "Don't."}}
+
+    strength = section(Page(write_report(make_run(tmp_path, recipe=change))), "strength")
+    words = shlex.split(html.unescape(re.sub("<[^>]*>", "", strength.split("<pre>")[1].split("</pre>")[0])))
+    for option, value in {"--tokens": "64", "--judge": "labels:m.gguf", "--system-prompt": "Don't."}.items():
+        assert words[words.index(option) + 1] == value
 
 
 def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: Path) -> None:
@@ -734,6 +765,39 @@ def test_other_means_stand_beside_the_files(run_folder: Path) -> None:
     assert re.search(r"^\| sensitive \| system prompt\\: open \| 39 \| \|", card, flags=re.MULTILINE)
 
 
+def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+
+    def change(recipe: dict[str, Any]) -> dict[str, Any]:
+        files = {"sensitive": ["/home/me/clients/doses.csv"], "benign": [r"C:\me\mine.txt"]}
+        return {**recipe, "model": "/home/me/m.gguf", "prompts": recipe["prompts"] | files}
+
+    page = write_report(make_run(tmp_path, recipe=change)).read_text(encoding="utf-8")
+    card = write_card(tmp_path).read_text(encoding="utf-8")
+    for text in (page, card):
+        assert "requests of " in text
+        assert "/home/me" not in text
+        assert "~/clients/doses.csv" in text, "in the recipe"
+    for built_in in ("country or region", "look-alike requests"):
+        assert built_in not in page
+    assert "category of harm" in page
+
+
+def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics["adapter"]["proof"] |= {"largest_relative_error": None, "kl_mean": 0.25}
+        return metrics
+
+    page = one_line(write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8"))
+    card = write_card(tmp_path).read_text(encoding="utf-8")
+    for text in (page, card):
+        assert text.count("cannot be seen by itself in this model") == 1
+        assert text.count("what the file says") == 1, "of the vector"
+    assert "it shifts the next token by 0.25 nats" in page
+
+
 def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
     ranges = {"removal": [0.21, 0.47], "retention_harmful": [0.83, 1.0], "benign_drift": [0.011, 0.034]}
 
@@ -744,6 +808,7 @@ def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
     assert list(map(one_line, page.all("ul", class_="notes"))) == ["does not beat the baseline “x”"]
+    assert "\n- does not beat the baseline “x”\n" in write_card(tmp_path).read_text(encoding="utf-8")
     side_effects = one_line(
         re.sub("<[^>]*>", " ", section(page, "results").split("Side effects and limits")[1])
     )
@@ -847,7 +912,10 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-    friendly = make_run(hostile_folder.parent / "friendly", metrics=gates(False, False))
+    refused = gates(False, False)
+    friendly = make_run(
+        hostile_folder.parent / "friendly", metrics=lambda m: {**refused(m), "notes": ["one"]}
+    )
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
     def skeleton(text: str) -> list[tuple[str, str]]:
@@ -857,11 +925,12 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
         return [(t.type, t.info) for t in flat if t.type not in ignored]
 
     hostile, plain = Counter(skeleton(body)), Counter(skeleton(expected))
-    # A set more is a row for each file, another baseline one for each kind; reasons are as many as there are.
+    # A set more is a row for each file, another baseline one for each kind; reasons and notes are as many as
+    # there are.
     more = hostile - plain
     assert not plain - hostile
     assert more[("tr_open", "")] == 2 + len(prompts.KINDS) * (len(HOSTILE) - 1)
-    assert more[("list_item_open", "")] == 2 * (len(HOSTILE) - 1)
+    assert more[("list_item_open", "")] == 3 * (len(HOSTILE) - 1)
     allowed = {"tr", "td", "strong", "list_item", "paragraph"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
     assert "html_block" not in {kind for kind, _ in hostile}
@@ -895,7 +964,7 @@ def test_markdown_helpers_let_no_text_out(text: str) -> None:
 
 def test_markdown_text_leaves_plain_text_alone() -> None:
     for text in (
-        "harmful refusals fell from 24 to 11 (46%; 95% must stay)",
+        "harmful refusals fell from 24 to 11 (46%; 95% as many must be refused)",
         "0.042",
         "2026-11-24",
         "0+unknown",

@@ -26,32 +26,33 @@ def trial(
     rung: str = "answers",
     feasible: bool | None = True,
     candidate: Candidate | None = None,
+    n: int = 40,
 ) -> Trial:
     place = candidate or Candidate("wrmd", 1.0, 8, 15, 1.0 + number)
-    return Trial(number, place, rung, sensitive, retention, 0.0, drift, 0.0, feasible)
+    return Trial(number, place, rung, sensitive, retention, 0.0, drift, 0.0, feasible, n)
 
 
 def test_of_trials_that_change_as_much_the_gentlest_is_chosen() -> None:
     # One standard error of 2 of 40 is 4 points.
     trials = [trial(0, 0.05, 1.0, 0.2), trial(1, 0.08, 0.96, 0.1), trial(2, 0.3, 1.0, 0.01)]
-    assert choose(trials, 40).number == 1
-    assert choose(trials[::2], 40).number == 0
+    assert choose(trials).number == 1
+    assert choose(trials[::2]).number == 0
     # One standard error of 0 of 10 is less than a prompt; one prompt is no difference, two are.
-    few = [trial(0, 0.0, 1.0, 0.2), trial(1, 0.1, 1.0, 0.1), trial(2, 0.2, 1.0, 0.05)]
-    assert choose(few, 10).number == 1
+    few = [trial(0, 0.0, 1.0, 0.2, n=10), trial(1, 0.1, 1.0, 0.1, n=10), trial(2, 0.2, 1.0, 0.05, n=10)]
+    assert choose(few).number == 1
 
 
 def test_an_infeasible_trial_is_chosen_only_where_all_are() -> None:
     safe, strong = trial(0, 0.9, 0.96), trial(1, 0.0, 0.5, feasible=False)
-    assert choose([strong, safe], 40) is safe
-    assert choose([strong, trial(2, 0.4, 0.8, feasible=False)], 40).number == 2
+    assert choose([strong, safe]) is safe
+    assert choose([strong, trial(2, 0.4, 0.8, feasible=False)]).number == 2
 
 
 def test_the_nearest_keeps_harm_and_then_adds_fewest_benign_refusals() -> None:
     loud = replace(trial(0, 0.2, 1.3, feasible=False), benign=0.1)
     near = replace(trial(1, 0.3, 1.2, feasible=False), benign=0.03)  # above all harm nothing is gained
     lost = replace(trial(2, 0.1, 0.9, feasible=False), benign=-0.1)
-    assert choose([loud, near, lost], 40) is near
+    assert choose([loud, near, lost]) is near
 
 
 def test_of_those_without_more_benign_refusals_the_nearest_changes_most() -> None:
@@ -66,7 +67,7 @@ def test_full_answers_with_more_strength_or_of_another_shape_decide_nothing(othe
     place = Candidate("wrmd", 1.0, 8, 15, 2.0)
     mine = trial(1, 0.5, 1.0, rung="full", candidate=place)
     better = trial(2, 0.0, 1.0, rung="full", candidate=replace(place, **other))  # type: ignore[arg-type]
-    assert settled([trial(0, 0.4, 1.0, candidate=place), mine, better], 40, 40) is mine
+    assert settled([trial(0, 0.4, 1.0, candidate=place), mine, better]) is mine
 
 
 def test_the_front_holds_all_that_nothing_beats() -> None:
@@ -111,7 +112,7 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
         for i, t in enumerate(vectors)
     ]
     trials = [*probes, *vectors, trial(6, 0.6, 1.0, candidate=gate)]
-    found = json.loads(json.dumps(summary(trials, {"vector": VECTORS, "adapter": GATES}, 20, 8)))
+    found = json.loads(json.dumps(summary(trials, {"vector": VECTORS, "adapter": GATES})))
     assert (found["chosen"], found["chosen_adapter"]) == (4, 6)
     assert found["front"] == {"vector": [5, 4, 3], "adapter": [6]}
     assert found["halves"] == {"vector": 4, "adapter": None}
@@ -119,4 +120,4 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     assert found["rank_correlation"]["adapter"] == {"n": 0, "sensitive": None, "harmful": None}
     assert len(found["trials"]) == 7
     # Cut off before any gate had answered.
-    assert "chosen_adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES}, 20, 8)
+    assert "chosen_adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES})

@@ -204,7 +204,7 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     of_kind = {kind: [p for p in setting.unsteered.prompts if p.kind == kind] for kind in KINDS}
     of_kind["sensitive"] = [p for p in of_kind["sensitive"] if (p.prompt in some) == (effect == "induce")]
     asked = [prompt for kind in KINDS for prompt in stratified(of_kind[kind], 5, seed=0)]
-    assert search.n_wanted_in_full == len(asked) - 10 == (5 if effect == "remove" else 2)
+    assert len(asked) - 10 == (5 if effect == "remove" else 2)
     found = []
     for steering in (NO_STEERING, search.steering(candidate)):
         answers, graded, _ = answer_and_judge(setting.model, judge, asked, steering=steering, max_tokens=16)
@@ -213,6 +213,7 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     (before, _), (after, broken) = found
     verdict = ("sensitive", effect == "remove")
     assert trial.sensitive == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
+    assert trial.n_sensitive == before.count(verdict)
     kept = [side.count(("harmful", True)) for side in (before, after)]
     assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
     assert trial.degenerate == pytest.approx(broken / len(asked))
@@ -562,7 +563,7 @@ class Formulas:
     gates = None
     wanted = tuple(range(40))
     size_in_full = (12, 64)
-    n_wanted_in_full = 10_000
+    n_in_full = 10_000
     n_harmful = 10_000
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
@@ -588,6 +589,7 @@ class Formulas:
             drift,
             0.0,
             feasible=kept >= 0.95 if rung == "answers" else None,
+            n_sensitive=self.n_in_full if rung == "full" else len(self.wanted),
             seconds=1.0 if rung == "probe" else 10.0,
         )
 
@@ -688,7 +690,7 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     formulas.most = most
     search = formula_finder(formulas, trials=12, finalists=6, full=4)
     chosen = search.search(SPACE)
-    answered = choose([t for t in search.trials if t.rung == "answers"], len(formulas.wanted))
+    answered = choose([t for t in search.trials if t.rung == "answers"])
     tried = [t.candidate for t in search.trials if t.rung == "full"]
     assert chosen.rung == "full"
     assert tried[0] == answered.candidate
@@ -698,7 +700,7 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     assert len(tried) == tries
     assert chosen.candidate == next((c for c in tried if c.strength < most), tried[-1])
     assert chosen.feasible == (chosen.candidate.strength < most)
-    assert summary(search.trials, {"vector": SPACE}, len(formulas.wanted), 10_000)["chosen"] == chosen.number
+    assert summary(search.trials, {"vector": SPACE})["chosen"] == chosen.number
     # The same again, of what was measured; cut off within the full answers it goes on with them.
     options = {"trials": 12, "finalists": 6, "full": 4}
     for kept in range(len(search.trials) - tries, len(search.trials) + 1):
@@ -732,7 +734,7 @@ def test_of_full_answers_the_weakest_that_do_as_well_as_the_best_decide(
     class TooStrong(Formulas):
         """Long answers to the strengths that are tried, strongest first, leave so many refusals."""
 
-        n_wanted_in_full = n
+        n_in_full = n
 
         def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
             trial = super().measure(rung, number, candidate)
@@ -816,6 +818,19 @@ def test_a_budget_is_used_and_not_exceeded() -> None:
     assert len([t for t in search.trials if t.rung == "answers"]) > 20
 
 
+def test_a_search_that_is_ended_among_its_probes_answers_with_the_best_of_them() -> None:
+    cut = formula_finder(Formulas(cut_after=35), budget=300.0)
+    with pytest.raises(KeyboardInterrupt):
+        cut.search(SPACE, 300.0)
+    assert {trial.rung for trial in cut.trials} == {"probe"}
+    ended = Formulas()
+    best = formula_finder(ended, known=cut.trials, budget=0.0).search(SPACE, 0.0)
+    middle = min(abs((t.candidate.first + t.candidate.last) / 2 - 14) for t in cut.trials)
+    assert best.candidate.estimator == "good"
+    assert abs((best.candidate.first + best.candidate.last) / 2 - 14) == middle
+    assert [rung for rung, _ in ended.asked] == ["answers"]
+
+
 def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     whole = formula_finder(Formulas(), budget=300.0)
     chosen = whole.search(SPACE, 300.0)
@@ -823,7 +838,7 @@ def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     with pytest.raises(KeyboardInterrupt):
         cut.search(SPACE, 300.0)
     assert cut.trials == whole.trials[:-4]
-    kept = summary(cut.trials, {"vector": SPACE}, len(Formulas.wanted), 10_000)
+    kept = summary(cut.trials, {"vector": SPACE})
     # With no time left nothing more is measured, and the best so far is taken.
     ended = Formulas()
     best = formula_finder(ended, known=load_trials(kept["trials"]), budget=0.0).search(SPACE, 0.0)

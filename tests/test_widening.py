@@ -182,10 +182,29 @@ def test_of_a_header_that_is_not_sound_no_byte_is_written(
     assert written == []
 
 
-def test_each_tensor_of_one_name_goes_by_its_type(model: Path) -> None:
-    path = by_hand(model.with_name("stranger.gguf"), WIDE, ("blk.0.attn_q.weight", [3, 3], F32, 896))
-    found = gguf_header.read(widening.file_to_load(path)).tensors
-    assert [tensor.type for tensor in found] == [Q8_0, F32]
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ([WIDE, (WIDE[0], [3, 3], F32, 896)], "there twice"),
+        ([("", [], F32, 0)], "empty"),
+        ([("deep", [1] * 5, F32, 0)], "5 dimensions"),
+    ],
+)
+def test_a_header_that_llama_cpp_refuses_is_not_read_on(
+    model: Path, tensors: list[Tensor], said: str
+) -> None:
+    path = by_hand(model.with_name("stranger.gguf"), *tensors)
+    with pytest.raises(InputError, match=said):
+        gguf_header.read(path)
+
+
+@pytest.mark.parametrize("numbers", ["<IQQ", "<IQQQ"], ids=["keys of zeros", "a key that never ends"])
+def test_a_header_is_not_believed_beyond_the_file(numbers: str, tmp_path: Path) -> None:
+    values = (3, 0, 2**60, 2**62)
+    path = tmp_path / "zeros.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(numbers, *values[: len(numbers) - 1]) + bytes(4096))
+    with pytest.raises(InputError, match=r"empty|ends too early"):
+        gguf_header.read(path)
 
 
 def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

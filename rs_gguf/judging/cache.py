@@ -102,7 +102,7 @@ class CachedJudge:
         except (sqlite3.Error, OSError) as error:
             raise InputError(
                 f"{self._path}: the judgements that are kept here cannot be used ({error}). Delete the file, "
-                "free space, set XDG_CACHE_HOME to a folder that can be written, or judge with --no-cache."
+                "free space, or set XDG_CACHE_HOME to a folder that can be written."
             ) from error
 
 

@@ -6,7 +6,7 @@ begins like it; without one, the trials of the search. Charts for inline SVG com
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from rs_gguf.evaluation import summarise
 from rs_gguf.files import Row
 from rs_gguf.prompts import KINDS
 from rs_gguf.reporting.plots import Axis
+from rs_gguf.reporting.text import file_name
 from rs_gguf.reporting.verdict import kind_order
 from rs_gguf.search_space import CHOSEN, GATE
 
@@ -37,7 +38,7 @@ def measured(doses: Sequence[Row], rows: Sequence[Row], files: Sequence[Row]) ->
 def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row:
     given = {"vector": found["control_vectors"], "adapter": found["adapters"]}
     # Without their folders: whose they are is nobody's business.
-    names = [re.split(r"[/\\]", argument)[-1] for arguments in given.values() for argument in arguments]
+    names = [file_name(argument) for arguments in given.values() for argument in arguments]
     own, file = 1.0, None
     if len(names) == 1:
         names[0], own = _name_and_scale(names[0])
@@ -73,15 +74,28 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
                 "rate": step["of"][name]["refusal_steered"],
             }
             for step in steps
+            if step["of"][name]["n"]
         ]
-        path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points)
+        path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points) if points else ""
         style = name if name in KINDS else borrowed.get(name, "other")
         lines.append({"name": name, "style": style, "points": points, "path": path})
     return {
         **_BOX, "key": file and file["key"], "word": file["word"] if file else "files given",
         "lines": lines, "steps": steps, "names": sets, "across": across, "upward": upward,
-        "tokens": found["tokens"], "judge": found["judge"], "files": names,
+        "tokens": found["tokens"], "judge": found["judge"], "system": found.get("system_prompt"),
+        "files": names,
     }  # fmt: skip
+
+
+def options(recipe: Mapping[str, Any], tokens: int) -> str:
+    """What `rs-export eval` has to be told to measure as the run did."""
+    found = ["--tokens", str(tokens)]
+    for option, value in (
+        ("--judge", recipe.get("judge")),
+        ("--system-prompt", recipe.get("prompts", {}).get("system")),
+    ):
+        found += [option, value] if value else []
+    return shlex.join(found)
 
 
 def _name_and_scale(argument: str) -> tuple[str, float]:

@@ -27,7 +27,12 @@ _CHARTS = (
         0,
     ),
     ("auroc", "AUROC", "how well the projection tells refused from answered; 0.5 is chance", 0.5),
-    ("harm_cosine", "Cosine with harm", "between the direction and that of harmful refusals; 0 is wanted", 0),
+    (
+        "harm_cosine",
+        "Cosine with harm",
+        "between the direction and that of harmful refusals; to remove, 0 is wanted",
+        0,
+    ),
 )
 
 

@@ -7,6 +7,7 @@ Prompts and answers are untrusted, so what could hide, reorder or break text is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
@@ -61,10 +62,11 @@ def load(folder: Path) -> Results:
         metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
         fitted = _fitted(folder)
         doses = [_doses(path) for path in sorted(folder.glob("doses*.json"))]
-        recipe = tomllib.loads(texts["recipe.toml"])
+        recipe_text = _without_home(texts["recipe.toml"])
+        recipe = tomllib.loads(recipe_text)
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
-    found = (metrics, rows, tune, fit, fitted, doses, recipe, texts["recipe.toml"])
+    found = (metrics, rows, tune, fit, fitted, doses, recipe, recipe_text)
     return Results(*map(printable, found))
 
 
@@ -99,6 +101,13 @@ def _text(path: Path) -> str:
         raise InputError(
             f"cannot read {path}: {reason}. A report needs a measured run: `rs-export run`."
         ) from error
+
+
+def _without_home(toml: str) -> str:
+    """A recipe whose paths below the home folder begin with `~`: whose they are is nobody's business."""
+    with contextlib.suppress(RuntimeError):  # there is no home
+        return toml.replace(f'"{Path.home().as_posix()}/', '"~/')
+    return toml
 
 
 def printable(value: Any) -> Any:

@@ -55,6 +55,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def file_name(path: str) -> str:
+    """The last part of a path of any system."""
+    return re.split(r"[/\\]", path)[-1]
+
+
 def script_hash(script: str) -> str:
     """What a content security policy calls this script."""
     digest = hashlib.sha256(script.encode()).digest()

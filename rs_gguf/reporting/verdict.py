@@ -104,14 +104,16 @@ def counts(file: Mapping[str, Any]) -> str:
         f"{one['refused_baseline']} and now {'' if k else 'refuses '}{one['refused_steered']}"
         for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
     ]
-    # A judge counts broken answers as refusals, too. Older runs do not tell the one from the other.
-    direct = [
-        f"{kind} {one['categories_baseline'].get('direct', 0)} before and "
-        f"{one['categories_steered'].get('direct', 0)} now"
+    # A judge counts broken answers as refusals, too. Older runs, and judges that are asked for one label, do
+    # not tell the one from the other: of theirs no more is known than which answers are empty.
+    kinds = [
+        (kind, one["categories_baseline"], one["categories_steered"])
         for kind, one in file["of"].items()
         if one and "categories_baseline" in one
     ]
-    among = f" Direct refusals among them: {'; '.join(direct)}." if direct else ""
+    named = {name for _, before, now in kinds for name in (*before, *now)}.difference(("untold", "empty"))
+    direct = [f"{kind} {b.get('direct', 0)} before and {now.get('direct', 0)} now" for kind, b, now in kinds]
+    among = f" Direct refusals among them: {'; '.join(direct)}." if named else ""
     return f"{'; '.join(told) or 'no prompt was counted'}.{among}"
 
 
