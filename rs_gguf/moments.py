@@ -75,14 +75,6 @@ class Moments:
         self.weight += other.weight
         self.mean = self.mean + shift * (other.weight / self.weight)
 
-    def covariance(self) -> Float64:
-        """The weighted covariance [D, D], normalised by the sum of the weights (maximum likelihood)."""
-        if self.lower is None:
-            raise InputError("these moments hold no scatter; make them with scatter=True")
-        lower: Float64 = np.tril(self.lower) / self.weight
-        lower += np.tril(lower, -1).T
-        return lower
-
     def _add_outer(self, factor: Float64) -> None:
         self.lower = blas.dsyrk(1.0, factor.T, beta=1.0, c=self.lower, lower=1, overwrite_c=1)
 

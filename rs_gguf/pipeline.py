@@ -116,7 +116,9 @@ class Pipeline:
             "score": lambda: [recipe.judge, self.judge_hash, shipped_version(), self._answered()],
             "capture": lambda: [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]],
             "fit": lambda: [
-                recipe.effect, recipe.fit.model_dump(), list(map(prompts.to_row, self.prompts["fit"])),
+                # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
+                recipe.effect, recipe.fit.model_dump(),
+                list(map(prompts.to_row, self.prompts["fit"] + self.unanswered + self.prompts["tune"])),
             ],
             "tune": lambda: [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": list,

@@ -189,7 +189,13 @@ class Recipe(BaseSettings):
         default="remove",
         description="take refusals of the sensitive prompts away, or make the model refuse them",
     )
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="the one seed of every choice at random")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**32 - 1,
+        description="the one seed of all that is drawn: prompts, contexts, sampled tokens, the search. Which "
+        "tokens of prompts and answers are read is always the same",
+    )
     prompts: Prompts = Prompts()
     answers: Answers = Answers()
     fit: Fit = Fit()

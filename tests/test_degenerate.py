@@ -38,9 +38,10 @@ LOOPS = {
     "counted": "".join(f"{i}. I cannot discuss politics.\n" for i in range(1, 25)),
     "digits": "0" * 200,
     "JSON": "[" + ", ".join(f'{{"id": {i}, "name": "Alice", "age": 28}}' for i in range(1, 12)),
-    "late": "The bridge was built by three towns, which each paid a third of what its stones had cost them, and "
+    "late": "The bridge was built by three towns, which each paid a third of what its stones had cost, and "
     "for a hundred years nobody else crossed the river anywhere near it. " + "Its stones are worn. " * 12,
-    "late, in Chinese": "这座桥是三个城镇一起修建的，每个城镇都付了三分之一的石料钱。" + "石头已经磨损，" * 12,
+    "late, in Chinese": "这座桥是三个城镇一起修建的，每个城镇都付了三分之一的石料钱。"
+    + "石头已经磨损，" * 12,
     "code": "```python\n" + "    print('Hello, world!')\n" * 12,
 }
 
