@@ -15,7 +15,7 @@ import llama_cpp
 
 from rs_gguf import models, prompts
 from rs_gguf.cores import usable_cores
-from rs_gguf.evaluation import chat_tokens
+from rs_gguf.engine import chat_tokens
 from rs_gguf.llama import LlamaModel
 from rs_gguf.widening import file_to_load
 

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from rs_gguf import models, prompts
-from rs_gguf.evaluation import chat_tokens
+from rs_gguf.engine import chat_tokens
 from rs_gguf.llama import LlamaModel
 
 REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"

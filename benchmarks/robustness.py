@@ -18,7 +18,8 @@ from rich.progress import track
 
 from rs_gguf import control_vector, lora, models, prompts
 from rs_gguf.chat import ChatFormat, Message
-from rs_gguf.evaluation import NO_STEERING, Answer, Steering, answer, grade
+from rs_gguf.engine import NO_STEERING, Answer, Steering, answer
+from rs_gguf.evaluation import grade
 from rs_gguf.files import write_json
 from rs_gguf.generation import Sampling
 from rs_gguf.judges import open_judge_spec

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from rs_gguf import models, prompts
 from rs_gguf.cores import usable_cores
-from rs_gguf.evaluation import chat_tokens
+from rs_gguf.engine import chat_tokens
 from rs_gguf.generation import common_prefix
 from rs_gguf.llama import LlamaModel
 from rs_gguf.widening import file_to_load

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rs_gguf.degenerate import is_degenerate
+from rs_gguf.engine import Answer, Model, answer, chat_tokens, has_trace
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, Model, answer, chat_tokens, has_trace
 from rs_gguf.files import Row
 from rs_gguf.generation import Generation
 from rs_gguf.judges import Judge

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from rs_gguf import gguf_header, lora
 from rs_gguf.chance import NEUTRAL
 from rs_gguf.chat import ChatFormat
+from rs_gguf.engine import NO_STEERING, Model, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import (
     DirectionEstimator,
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
 )
-from rs_gguf.evaluation import NO_STEERING, Model, Steering
 from rs_gguf.fitting import Samples
 from rs_gguf.layers import calibration_scales, flat_profile, layer_auroc, layer_scores
 from rs_gguf.llama import LlamaModel

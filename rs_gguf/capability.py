@@ -20,7 +20,7 @@ from typing import Any
 
 from rs_gguf import sandbox
 from rs_gguf.chance import mcnemar, wilson
-from rs_gguf.evaluation import Answer
+from rs_gguf.engine import Answer
 from rs_gguf.prompts import Prompt
 
 KINDS = ("arithmetic", "facts", "format", "code")

@@ -21,8 +21,8 @@ from rs_gguf.activation_store import ActivationStore, Rows
 from rs_gguf.adapter import WriterInputs, writer_inputs
 from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
+from rs_gguf.engine import Model, chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Model, chat_tokens
 from rs_gguf.generation import common_prefix
 from rs_gguf.llama import LlamaModel
 from rs_gguf.moments import gather

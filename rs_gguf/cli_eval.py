@@ -16,7 +16,7 @@ from rs_gguf.errors import InputError, harmless
 
 if TYPE_CHECKING:
     from rs_gguf.comparison import Respondent
-    from rs_gguf.evaluation import Steering
+    from rs_gguf.engine import Steering
     from rs_gguf.llama import LlamaModel
     from rs_gguf.prompts import Prompt
     from rs_gguf.terminal import TerminalProgress
@@ -192,7 +192,7 @@ def _respondent(
 def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
     from rs_gguf.control_vector import read
     from rs_gguf.convert import combine
-    from rs_gguf.evaluation import Steering
+    from rs_gguf.engine import Steering
     from rs_gguf.lora import is_adapter
 
     total = combine([(read(path), scale) for path, scale in parts]).directions if parts else {}

@@ -14,22 +14,8 @@ from typing import Any, Protocol
 
 from rs_gguf import capability, prompts
 from rs_gguf.degenerate import switches_language
-from rs_gguf.evaluation import (
-    Advance,
-    Answer,
-    LogProbs,
-    Model,
-    Steering,
-    answer_all,
-    chat_tokens,
-    drift_of,
-    grade,
-    logprobs_of,
-    must_stay,
-    paired,
-    side_row,
-    summarise,
-)
+from rs_gguf.engine import Advance, Answer, LogProbs, Model, Steering, answer_all, chat_tokens, logprobs_of
+from rs_gguf.evaluation import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.files import Row, finite
 from rs_gguf.generation import common_prefix
 from rs_gguf.judges import Judge

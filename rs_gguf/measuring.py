@@ -18,21 +18,8 @@ import numpy as np
 from rs_gguf import control_vector, lora, metrics
 from rs_gguf.baselines import Side
 from rs_gguf.chat import ChatFormat
-from rs_gguf.evaluation import (
-    NO_STEERING,
-    Answer,
-    Drift,
-    LogProbs,
-    Model,
-    Steering,
-    answer_and_judge,
-    changes_of,
-    drift_of,
-    logprobs_of,
-    must_stay,
-    paired,
-    side_row,
-)
+from rs_gguf.engine import NO_STEERING, Answer, LogProbs, Model, Steering, logprobs_of
+from rs_gguf.evaluation import Drift, answer_and_judge, changes_of, drift_of, must_stay, paired, side_row
 from rs_gguf.files import Row
 from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt, stratified

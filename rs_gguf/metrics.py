@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from rs_gguf import llama_log, models
 from rs_gguf.chance import by_chance, few_lost
-from rs_gguf.evaluation import Model, is_judged, summarise
+from rs_gguf.engine import Model
+from rs_gguf.evaluation import is_judged, summarise
 from rs_gguf.files import finite, sha256
 from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe

@@ -22,8 +22,8 @@ from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.capture import capture_all, captured, conversations
 from rs_gguf.chat import ChatFormat
 from rs_gguf.contexts import Context
+from rs_gguf.engine import Model, chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Model, chat_tokens
 from rs_gguf.files import from_home, read_json, sha256, write_json
 from rs_gguf.judges import Judge, kind_and_name, open_judge_spec, shipped_version
 from rs_gguf.judging.judgement import try_out

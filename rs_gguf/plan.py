@@ -23,7 +23,7 @@ from rs_gguf.shape import Shape
 from rs_gguf.speed import Speed, measured_speed
 
 if TYPE_CHECKING:
-    from rs_gguf.evaluation import Model
+    from rs_gguf.engine import Model
 
 PLANNED = STAGES[:-1]  # the report takes seconds
 
@@ -119,7 +119,7 @@ def measure(recipe: Recipe, path: Path) -> Speed:
     Raises:
         InputError: it cannot be loaded.
     """
-    from rs_gguf.evaluation import chat_tokens
+    from rs_gguf.engine import chat_tokens
     from rs_gguf.llama import LlamaModel
     from rs_gguf.targets import TorchModel
 

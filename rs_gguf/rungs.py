@@ -22,18 +22,9 @@ from rs_gguf import lora
 from rs_gguf.adapter import Gates
 from rs_gguf.chance import by_chance, few_lost
 from rs_gguf.contrast import meant
+from rs_gguf.engine import NO_STEERING, Answer, LogProbs, Model, Steering, after_trace, chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import (
-    NO_STEERING,
-    Answer,
-    LogProbs,
-    Model,
-    Steering,
-    after_trace,
-    answer_and_judge,
-    chat_tokens,
-    mean_change,
-)
+from rs_gguf.evaluation import answer_and_judge, mean_change
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import FAILURES
 from rs_gguf.labels import MIN_SAMPLES

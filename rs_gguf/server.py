@@ -19,8 +19,8 @@ from typing import Any
 
 from rs_gguf.chat import ChatFormat
 from rs_gguf.degenerate import is_degenerate
+from rs_gguf.engine import Advance, Answer
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Advance, Answer
 from rs_gguf.generation import Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import (

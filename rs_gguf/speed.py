@@ -19,7 +19,7 @@ from rs_gguf.ridge import RidgeSystem
 from rs_gguf.shape import Shape
 
 if TYPE_CHECKING:
-    from rs_gguf.evaluation import Model
+    from rs_gguf.engine import Model
 
 _T = TypeVar("_T")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf import control_vector, fitting, lora, proof
+from rs_gguf.engine import Model
 from rs_gguf.errors import GateError
-from rs_gguf.evaluation import Model
 from rs_gguf.files import finite
 from rs_gguf.llama import LlamaModel
 from rs_gguf.recipe import Recipe

@@ -13,8 +13,8 @@ from tiny_gguf import write_tiny_qwen2
 from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf import baselines
+from rs_gguf.engine import NO_STEERING
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import NO_STEERING
 from rs_gguf.fitting import Samples
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import KINDS, Prompt

@@ -11,7 +11,7 @@ import pytest
 
 from rs_gguf import capability, sandbox
 from rs_gguf.capability import KINDS, Solution, Task, passes, solve, tasks
-from rs_gguf.evaluation import NO_STEERING, Answer, answer_all
+from rs_gguf.engine import NO_STEERING, Answer, answer_all
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
 

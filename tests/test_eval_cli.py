@@ -18,8 +18,9 @@ from tiny_qwen3 import write_tiny_qwen3
 from rs_gguf import capability, comparison, control_vector, files, lora, prompts, sandbox
 from rs_gguf.cli import main
 from rs_gguf.cli_eval import parse_scales
+from rs_gguf.engine import Answer, chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import Answer, chat_tokens, drift_of
+from rs_gguf.evaluation import drift_of
 from rs_gguf.judging import cache
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel

@@ -16,18 +16,8 @@ from rich.console import Console
 from rs_gguf import comparison_tables, prompts
 from rs_gguf.chance import mcnemar, wilson
 from rs_gguf.degenerate import is_degenerate, switches_language
-from rs_gguf.evaluation import (
-    Answer,
-    Steering,
-    after_trace,
-    answer,
-    drift_of,
-    grade,
-    must_stay,
-    paired,
-    side_row,
-    summarise,
-)
+from rs_gguf.engine import Answer, Steering, after_trace, answer
+from rs_gguf.evaluation import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.generation import Generation
 from rs_gguf.judges import Judgement
 from rs_gguf.prompts import Prompt

@@ -13,7 +13,8 @@ from tiny_gguf import write_tiny_qwen2
 
 from rs_gguf import control_vector, lora, measuring
 from rs_gguf.baselines import Side
-from rs_gguf.evaluation import NO_STEERING, chat_tokens, mean_change
+from rs_gguf.engine import NO_STEERING, chat_tokens
+from rs_gguf.evaluation import mean_change
 from rs_gguf.judges import Judge, Judgement, Pair
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel

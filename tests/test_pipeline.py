@@ -26,8 +26,8 @@ from rs_gguf.activation_store import ActivationStore, DamagedStoreError
 from rs_gguf.arrays import save_arrays
 from rs_gguf.chat import ChatFormat
 from rs_gguf.cli import main
+from rs_gguf.engine import chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import chat_tokens
 from rs_gguf.files import read_json, write_json
 from rs_gguf.judging.judgement import EXAMPLE
 from rs_gguf.judging.local import KeywordJudge

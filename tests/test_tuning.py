@@ -23,8 +23,9 @@ from rs_gguf import rungs as rungs_module
 from rs_gguf.adapter import Gates, fit_gates
 from rs_gguf.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.chance import few_lost
+from rs_gguf.engine import NO_STEERING, chat_tokens
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import NO_STEERING, answer_and_judge, chat_tokens
+from rs_gguf.evaluation import answer_and_judge
 from rs_gguf.finder import Finder
 from rs_gguf.generation import Sampling, common_prefix
 from rs_gguf.judges import Judgement, Pair
