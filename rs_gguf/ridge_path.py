@@ -8,7 +8,8 @@ same negative class share its factorisation. Method §3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,21 +94,10 @@ def solve_paths(
                     means.setdefault("offset", (means["refused"] + means["answered"]) / 2)
                     absolute = np.zeros(len(paths[index].ridges))
                     if system is not None and key is not None:
-                        wanted = estimator.ridge if grid is None else grid
-                        relative = estimator.ridge_scale == "relative"
-                        if isinstance(wanted, str):
-                            wanted = shrinkage_ridge(
-                                wanted,
-                                system,
-                                activations,
-                                layer,
-                                distinct[key],
-                                local,
-                                distributed=distributed,
-                            )
-                            relative = True
-                        unit = estimator.ridge_unit(system) if relative else 1.0
-                        absolute = np.atleast_1d(np.asarray(wanted)) * unit
+                        absolute = _absolute(estimator, grid, system, functools.partial(
+                            shrinkage_ridge, system=system, activations=activations, layer=layer,
+                            weights=distinct[key], local=local, distributed=distributed,
+                        ))  # fmt: skip
                     _fill(paths[index], layer, estimator, means, system, absolute)
                 # Freed before the next one, or the next layer, is read: it is as large as a layer.
                 system = None
@@ -128,6 +118,20 @@ def _empty_path(count: int, n_layers: int, width: int) -> RidgePath:
         np.full((count, n_layers), np.nan),
         np.full(n_layers, np.nan),
     )
+
+
+def _absolute(
+    estimator: DirectionEstimator,
+    grid: Float64 | None,
+    system: RidgeSystem,
+    shrinkage: Callable[[str], float],
+) -> Float64:
+    """Absolute ridges: of the grid, or the estimator's own, which `shrinkage` finds where it is a name."""
+    wanted = estimator.ridge if grid is None else grid
+    if isinstance(wanted, str):
+        return np.atleast_1d(shrinkage(wanted) * estimator.ridge_unit(system))
+    unit = estimator.ridge_unit(system) if estimator.ridge_scale == "relative" else 1.0
+    return np.atleast_1d(np.asarray(wanted)) * unit
 
 
 def _fill(
