@@ -23,6 +23,7 @@ from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import Judgement
 from rs_gguf.prompts import Prompt, to_row
 
+SIDES = {"vector": "steered", "adapter": "adapter"}  # how columns of a file's answers end in a paired row
 _PAIRED = ("answer", "confidence", "category", "degenerate")
 
 

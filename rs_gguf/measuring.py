@@ -19,7 +19,16 @@ from rs_gguf import control_vector, lora, metrics
 from rs_gguf.baselines import Side
 from rs_gguf.chat import ChatFormat
 from rs_gguf.engine import NO_STEERING, Answer, LogProbs, Model, Steering, logprobs_of
-from rs_gguf.evaluation import Drift, answer_and_judge, changes_of, drift_of, must_stay, paired, side_row
+from rs_gguf.evaluation import (
+    SIDES,
+    Drift,
+    answer_and_judge,
+    changes_of,
+    drift_of,
+    must_stay,
+    paired,
+    side_row,
+)
 from rs_gguf.files import Row
 from rs_gguf.judges import Judge
 from rs_gguf.prompts import Prompt, stratified
@@ -98,10 +107,7 @@ def measure(
             tokens_per_second=(_speed(log, "baseline", asked), _speed(log, name, asked)),
             reasoning_off=reasoning_off,
         )
-    # The page shows the control vector as what is steered, and beside it the adapter, where there is one.
-    arm_of = {"baseline": "baseline", "steered": "vector"}
-    if "adapter" in arms:
-        arm_of["adapter"] = "adapter"
+    arm_of = {"baseline": "baseline", **{SIDES[name]: name for name in arms}}
     rows = [paired(p, {side: log.rows[f"{name}:{p.id}"] for side, name in arm_of.items()}) for p in asked]
     value = metrics.build(
         recipe=recipe, model=model, model_sha256=model_sha256, judge=judge.name, found=found,

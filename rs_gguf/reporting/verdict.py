@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rs_gguf.evaluation import SIDES
 from rs_gguf.files import Row
 from rs_gguf.prompts import KINDS
 
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
-# How the columns of a file's answers in evaluation.jsonl end.
-_SIDES = {"vector": "steered", "adapter": "adapter"}
 _FIGURES = (
     "sets",
     "benign_drift",
@@ -45,7 +44,7 @@ def files(metrics: Mapping[str, Any]) -> list[Row]:
         sets = [{"name": name, **figures} for name, figures in file["sets"].items()]
         sets.sort(key=lambda one: kind_order(one["kind"]))
         of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
-        file |= {"key": key, "side": _SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
+        file |= {"key": key, "side": SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
         file["acts"] = _acts(file)
     for same in zip(*(file["sets"] for file in found), strict=True):
         alike = len({(one["n"], one["refusal_baseline"]) for one in same}) == 1
