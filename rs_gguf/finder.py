@@ -227,14 +227,14 @@ class Finder:
 
     def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
         """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
-        nearest: dict[Candidate, Trial] = {}
+        closest: dict[Candidate, Trial] = {}
         for (rung, candidate), trial in self._known.items():
             if rung == "probe" and space.holds(candidate):
-                known = nearest.setdefault(candidate.shape, trial)
-                nearest[candidate.shape] = min(known, trial, key=self._distance)
+                known = closest.setdefault(candidate.shape, trial)
+                closest[candidate.shape] = min(known, trial, key=self._distance)
         for trial in proposals:
-            nearest.pop(trial.candidate.shape, None)
-        return list(nearest.values())
+            closest.pop(trial.candidate.shape, None)
+        return list(closest.values())
 
     def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
         """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.

@@ -320,6 +320,10 @@ def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path
     assert ran == [f"{stage} of a" for stage in last]
 
 
+def kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,11 +331,8 @@ def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
     write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "mark_done", killed)
+        patch.setattr(RunFolder, "mark_done", kill)
         with pytest.raises(KeyboardInterrupt):
             run(chosen, tmp_path / "out", until="answer")
     counted = Counted()
@@ -349,12 +350,9 @@ def test_a_wrong_recipe_can_be_taken_back_while_it_answers(
         recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}", f"seed={seed}"]) for seed in (1, 2)
     )
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     run(mine, tmp_path / "out", until="score")
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "answers", killed)
+        patch.setattr(answering, "answers", kill)
         with pytest.raises(KeyboardInterrupt):
             run(wrong, tmp_path / "out", until="score")
     counted = Counted()
