@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf import cli_eval, cli_judge, cli_plan, cli_vectors
-from rs_gguf.errors import InputError, RsGgufError, harmless
+from rs_gguf.errors import RsGgufError, harmless
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
@@ -112,11 +112,6 @@ def _run(
     if recipe is None and kept.is_file():
         recipe = kept  # the default one would begin another run in this folder
     chosen = recipes.load(recipe, overrides)
-    if kept.is_file() and "\n#" in f"\n{kept.read_text(encoding='utf-8', errors='replace')}":
-        raise InputError(
-            f"{kept} has comments. A run writes its recipe there, complete and without any: choose another "
-            "--out, or keep yours elsewhere and give it as RECIPE."
-        )
     try:
         with contextlib.closing(_progress()) as progress:
             return run(chosen, out, fresh=fresh, progress=progress, until=until)

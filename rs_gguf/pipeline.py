@@ -57,9 +57,9 @@ def run(
         key = pipeline._key("score")
         if until != "answer" and (fresh or not folder.is_done("score", key)):
             try_out(pipeline.judge)
+        dump(recipe, folder / "recipe.toml")
         if fresh:
             folder.forget_all()
-        dump(recipe, folder / "recipe.toml")
         for stage in STAGES[: STAGES.index(until) + 1]:
             pipeline.do(stage)
         return pipeline.metrics() if until in ("measure", "report") else {}

@@ -257,7 +257,16 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as TOML, every default that has a value spelled out."""
+    """Write the resolved recipe as TOML, every default that has a value spelled out.
+
+    Raises:
+        InputError: a file with comments, which are somebody's own, is there already.
+    """
+    if path.is_file() and "\n#" in f"\n{path.read_text(encoding='utf-8', errors='replace')}":
+        raise InputError(
+            f"{path} has comments. A run writes its recipe there, complete and without any: choose another "
+            "folder (--out), or keep yours elsewhere and give it as RECIPE."
+        )
     write_text(path, _toml(recipe))
 
 

@@ -94,19 +94,6 @@ def test_a_run_goes_on_with_the_recipe_of_its_folder(
     assert [(recipe.effect, recipe.seed) for recipe in ran] == [("induce", seed)]
 
 
-@pytest.mark.parametrize("recipe", [True, False])
-def test_comments_of_a_recipe_are_not_written_over(
-    recipe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, other = tmp_path / "recipe.toml", tmp_path / "other.toml"
-    kept.write_text("seed = 7\n# Why seven: …\n", encoding="utf-8")
-    other.write_text("seed = 8\n", encoding="utf-8")
-    monkeypatch.setattr(pipeline, "run", lambda *_, **__: pytest.fail("a run was begun"))
-    code, _, stderr = invoke("run", *([str(other)] if recipe else []), "--out", str(tmp_path))
-    assert code == 2
-    assert "recipe.toml has comments" in stderr
-
-
 @pytest.mark.parametrize(
     ("vector", "adapter", "code"),
     [

@@ -463,6 +463,19 @@ def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tm
     assert {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"} == kept
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_comments_of_a_recipe_are_not_written_over(fresh: bool, tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = {"answers.jsonl": "hours of work", "recipe.toml": "seed = 7\n# Why seven: …\n"}
+    for name, text in kept.items():
+        (out / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"recipe\.toml has comments"):
+        run(recipe.load(None, [f"model={tmp_path / 'model.gguf'}"]), out, fresh=fresh, until="answer")
+    assert {path.name: path.read_text("utf-8") for path in out.iterdir() if path.name != ".lock"} == kept
+
+
 def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")) -> list[str]:
     with contextlib.closing(Pipeline(recipe.load(None, list(values)), RunFolder(folder), Silent())) as one:
         return [one._key(stage) for stage in stages]
