@@ -21,7 +21,7 @@ from rs_gguf.chat import ChatFormat, Message
 from rs_gguf.engine import NO_STEERING, Answer, Steering, answer
 from rs_gguf.evaluation import grade
 from rs_gguf.files import write_json
-from rs_gguf.generation import Sampling
+from rs_gguf.generation import GREEDY, Sampling
 from rs_gguf.judges import open_judge_spec
 from rs_gguf.judging.judgement import Judgement
 from rs_gguf.llama import LlamaModel
@@ -50,7 +50,7 @@ class Condition:
     name: str
     messages: Callable[[str], list[Message]]
     tokens: int = 64
-    sampling: Sampling | None = None
+    sampling: Sampling = GREEDY
     picked: Callable[[Prompt], bool] = lambda prompt: prompt.language == "en"
 
 

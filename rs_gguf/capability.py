@@ -23,7 +23,7 @@ from rs_gguf.chance import mcnemar, wilson
 from rs_gguf.engine import Answer
 from rs_gguf.prompts import Prompt
 
-KINDS = ("arithmetic", "facts", "format", "code")
+SKILLS = ("arithmetic", "facts", "format", "code")
 _TOKENS, _CODE_TOKENS = 48, 192
 
 # Answers to prompts, in order, of at most so many tokens.
@@ -56,7 +56,7 @@ class Solution:
     correct: bool | None
 
 
-def tasks(kinds: Sequence[str] = KINDS) -> list[Task]:
+def tasks(kinds: Sequence[str] = SKILLS) -> list[Task]:
     """The project's tasks of these kinds."""
     text = (resources.files("rs_gguf") / "data" / "capability.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
@@ -73,7 +73,7 @@ def runnable(max_tokens: int = 0) -> tuple[list[Task], str]:
     Answers may have `max_tokens` where that is more than the tasks need: a model may think before them.
     """
     reason = sandbox.unavailable()
-    found = tasks([kind for kind in KINDS if kind != "code"]) if reason else tasks()
+    found = tasks([kind for kind in SKILLS if kind != "code"]) if reason else tasks()
     return [replace(task, max_tokens=max(task.max_tokens, max_tokens)) for task in found], reason
 
 
@@ -95,7 +95,7 @@ def compare(before: Sequence[Solution], after: Sequence[Solution]) -> dict[str, 
     `n` are the tasks that were answered on both sides; the others are `unanswered_…` on one or both.
     """
     pairs = list(zip(before, after, strict=True))
-    kinds = [kind for kind in KINDS if any(b.task.kind == kind for b, _ in pairs)]
+    kinds = [kind for kind in SKILLS if any(b.task.kind == kind for b, _ in pairs)]
     groups = {kind: [pair for pair in pairs if pair[0].task.kind == kind] for kind in kinds}
     return {name: _paired(group) for name, group in {**groups, "all": pairs}.items()}
 

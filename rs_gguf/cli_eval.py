@@ -43,6 +43,9 @@ Parts = list[tuple[Path, float]]
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
 @click.option("--judge", metavar="J", help="Who grades, named as for `rs-export judge --judge`.")
 @click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
+              help="Of answers; 0 is greedy.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of every draw.")
 @click.option(
     "--capability", is_flag=True, help="Also solve the embedded tasks with exact answers, on both sides."
 )
@@ -50,7 +53,7 @@ Parts = list[tuple[Path, float]]
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int,
-    capability: bool, output: Path | None,
+    temperature: float, seed: int, capability: bool, output: Path | None,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
@@ -62,11 +65,14 @@ def evaluate(
     from rs_gguf.comparison import compare
     from rs_gguf.comparison_tables import print_comparison, print_doses
     from rs_gguf.files import check_writable, write_json
+    from rs_gguf.generation import Sampling
     from rs_gguf.judges import open_judge_spec
     from rs_gguf.terminal import TerminalProgress
 
     if output is not None:
         check_writable(output)
+    if not math.isfinite(temperature):
+        raise InputError(f"--temperature {temperature}: a finite number is needed.")
     parts, added = _parts(vectors), _parts(adapters)
     doses = [1.0] if scales is None else parse_scales(scales)
     if not (parts or added):
@@ -90,12 +96,13 @@ def evaluate(
         total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(dose != 0 for dose in doses))
         advance = stack.enter_context(progress.stage("measure", total))
         found = compare(
-            respondent, grader, sets, max_tokens=tokens, doses=doses, tasks=tasks, advance=advance
-        )
+            respondent, grader, sets, max_tokens=tokens, doses=doses, tasks=tasks,
+            sampling=Sampling(temperature=temperature, seed=seed), advance=advance,
+        )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
             "adapters": list(adapters), "system_prompt": system_prompt, "judge": grader.name,
-            "tokens": tokens,
+            "tokens": tokens, "temperature": temperature, "seed": seed,
         }  # fmt: skip
     console = Console()
     if scales is None:

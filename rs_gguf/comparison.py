@@ -17,7 +17,7 @@ from rs_gguf.degenerate import switches_language
 from rs_gguf.engine import Advance, Answer, LogProbs, Model, Steering, answer_all, chat_tokens, logprobs_of
 from rs_gguf.evaluation import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.files import Row, finite
-from rs_gguf.generation import common_prefix
+from rs_gguf.generation import GREEDY, Sampling, common_prefix
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import try_out
 from rs_gguf.prompts import Prompt
@@ -35,7 +35,13 @@ class Respondent(Protocol):
         ...
 
     def answers(
-        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
+        self,
+        asked: Sequence[Prompt],
+        dose: float,
+        *,
+        max_tokens: int,
+        advance: Advance,
+        sampling: Sampling = GREEDY,
     ) -> tuple[list[Answer], int, float]:
         """The answers in order, the number of their tokens, and the seconds that they took."""
         ...
@@ -64,11 +70,17 @@ class SteeredModel:
             pass
 
     def answers(
-        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
+        self,
+        asked: Sequence[Prompt],
+        dose: float,
+        *,
+        max_tokens: int,
+        advance: Advance,
+        sampling: Sampling = GREEDY,
     ) -> tuple[list[Answer], int, float]:
         answers, seconds = answer_all(
             self.model, asked, steering=self.steering.scaled(dose), max_tokens=max_tokens,
-            system=self.system, advance=advance,
+            system=self.system, sampling=sampling, advance=advance,
         )  # fmt: skip
         return answers, sum(len(a.tokens) for a in answers), seconds
 
@@ -111,10 +123,12 @@ def compare(
     max_tokens: int,
     doses: Sequence[float] = (1.0,),
     tasks: Sequence[capability.Task] = (),
+    sampling: Sampling = GREEDY,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """For each dose: `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` (with tasks), `rows`.
 
+    `sampling` is of the answers to the prompts: the tasks, which have one answer each, are solved greedily.
     `advance` is told of each answer: prompts and tasks, once and once more for each dose that is not 0.
 
     Raises:
@@ -127,7 +141,7 @@ def compare(
     respondent.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)
 
     def side(dose: float) -> _Side:
-        return _measure(respondent, judge, asked, dose, max_tokens, tasks, advance)
+        return _measure(respondent, judge, asked, dose, max_tokens, tasks, sampling, advance)
 
     before = side(0.0)
     quiet = [i for i, row in enumerate(before.rows) if must_stay(row)]
@@ -192,10 +206,13 @@ def _measure(
     dose: float,
     max_tokens: int,
     tasks: Sequence[capability.Task],
+    sampling: Sampling,
     advance: Advance,
 ) -> _Side:
     # All sets at once: the same batches on both sides.
-    answers, tokens, seconds = respondent.answers(asked, dose, max_tokens=max_tokens, advance=advance)
+    answers, tokens, seconds = respondent.answers(
+        asked, dose, max_tokens=max_tokens, advance=advance, sampling=sampling
+    )
 
     def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
         return respondent.answers(some, dose, max_tokens=limit, advance=advance)[0]

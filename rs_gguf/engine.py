@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rs_gguf.chat import ChatFormat, after_thinking, begins_in_trace
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.files import Row
-from rs_gguf.generation import Sampling
+from rs_gguf.generation import GREEDY, Sampling
 from rs_gguf.judging.votes import answer_start
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
@@ -94,7 +94,7 @@ def chat_tokens(model: Model, prompts: Sequence[Prompt], system: str | None = No
 
 
 def answer(
-    model: Model, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling | None = None
+    model: Model, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) for conversations given as tokens, as they finish."""
     opened = [begins_in_trace(model, prompt) for prompt in tokens]
@@ -142,7 +142,7 @@ def answer_all(
     steering: Steering,
     max_tokens: int,
     system: str | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     advance: Advance = lambda n: None,
 ) -> tuple[list[Answer], float]:
     """The answers to `prompts` under `steering`, in order, and the seconds that they took."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rs_gguf.chance import mcnemar, wilson
 from rs_gguf.engine import Advance, Answer, LogProbs, Model, Steering, answer_all
 from rs_gguf.files import Row
-from rs_gguf.generation import Sampling
+from rs_gguf.generation import GREEDY, Sampling
 from rs_gguf.judges import Judge
 from rs_gguf.judging.judgement import Judgement
 from rs_gguf.prompts import Prompt, to_row
@@ -84,7 +84,7 @@ def answer_and_judge(
     steering: Steering,
     max_tokens: int,
     system: str | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     advance: Advance = lambda n: None,
 ) -> tuple[list[Answer], list[Judgement], float]:
     """Answers to `prompts` under `steering`, what the judge says of them, and tokens answered per second."""

@@ -28,6 +28,9 @@ class Sampling:
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Generation:
     """What one sequence answered: its tokens, text, and whether it ended by itself (`finished`)."""

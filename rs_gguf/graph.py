@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from rs_gguf.llama_callbacks import called_back
 
-Tensor = tuple[str, int]  # name and block: ("l_out", 7) is the graph's `l_out-7`
-Rows = dict[Tensor, NDArray[np.float32]]
+GraphTensor = tuple[str, int]  # name and block: ("l_out", 7) is the graph's `l_out-7`
+GraphRows = dict[GraphTensor, NDArray[np.float32]]
 
 
 class GraphReader:
@@ -27,12 +27,12 @@ class GraphReader:
 
     def __init__(self) -> None:
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self.on_tensor)
-        self._wanted: dict[bytes, Tensor] = {}
+        self._wanted: dict[bytes, GraphTensor] = {}
         self._names: list[str] | None = None
         self._outputs: Sequence[int] = ()
         self._n_tokens = 0
-        self._rows: deque[Rows] = deque()
-        self._seen: set[Tensor] = set()  # in the batch at hand
+        self._rows: deque[GraphRows] = deque()
+        self._seen: set[GraphTensor] = set()  # in the batch at hand
 
     @property
     def reads(self) -> bool:
@@ -40,7 +40,7 @@ class GraphReader:
         return bool(self._wanted)
 
     @contextlib.contextmanager
-    def reading(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+    def reading(self, tensors: Sequence[GraphTensor]) -> Iterator[None]:
         """Within the block, copy these, none to pause. Nothing after the last of them is computed."""
         before = self._wanted
         self._wanted = {f"{name}-{block}".encode(): (name, block) for name, block in tensors}
@@ -65,7 +65,7 @@ class GraphReader:
         self._rows = deque({} for _ in outputs)
         self._seen.clear()
 
-    def take(self) -> Rows:
+    def take(self) -> GraphRows:
         """What was read at the next output token of the batch, of each tensor its row [width]."""
         return self._rows.popleft()
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from rs_gguf.cores import usable_cores
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined, seeds
-from rs_gguf.llama_context import Context, InForce, Token
+from rs_gguf.generation import GREEDY, Generation, Sampling, check_lengths, draw, joined, seeds
+from rs_gguf.llama_context import BatchToken, InForce, LlamaContext
 from rs_gguf.llama_file import LlamaFile
 from rs_gguf.steering import FIRST_STEERABLE
 
@@ -54,21 +54,23 @@ class LlamaModel(LlamaFile):
         self.max_length: int = min(n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))
         self._n_threads = n_threads or usable_cores()
         self._steering = InForce()
-        self._forward_context: Context | None = None
-        self._answer_context: Context | None = None
+        self._forward_context: LlamaContext | None = None
+        self._answer_context: LlamaContext | None = None
         try:
             self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
         except BaseException:
             self.close()
             raise
 
-    def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> Context:
+    def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> LlamaContext:
         n_batch = min(512, self.n_ctx)
-        context = Context(self, n_slots, n_cells, unified=unified, n_batch=n_batch, n_threads=self._n_threads)
+        context = LlamaContext(
+            self, n_slots, n_cells, unified=unified, n_batch=n_batch, n_threads=self._n_threads
+        )
         context.steer(self._steering)
         return context
 
-    def _context_for_answers(self, longest: int) -> Context:
+    def _context_for_answers(self, longest: int) -> LlamaContext:
         """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
         n_cells = _cells(longest)
         n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
@@ -87,7 +89,7 @@ class LlamaModel(LlamaFile):
         self._forward_context = self._answer_context = None
         super().close()
 
-    def _contexts(self) -> list[Context]:
+    def _contexts(self) -> list[LlamaContext]:
         return [c for c in (self._forward_context, self._answer_context) if c is not None]
 
     # ---- steering --------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ class LlamaModel(LlamaFile):
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Iterator[tuple[int, Generation]]:
         """Answer token lists, many at a time; yield (index, answer) in the order they finish.
 
@@ -160,7 +162,6 @@ class LlamaModel(LlamaFile):
         """
         if not prompts:
             return
-        sampling = sampling or Sampling()
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
         self.check_lengths(prompts, max_tokens)
@@ -200,7 +201,7 @@ class LlamaModel(LlamaFile):
                 known = [*prompts[i], *answers[i]]
                 start = len(known) - 1 if answers[i] else prefix
                 batch += [
-                    Token(t, pos, slot, pos == len(known) - 1)
+                    BatchToken(t, pos, slot, pos == len(known) - 1)
                     for pos, t in enumerate(known[start:], start=start)
                 ]
             for token, logits in context.decode(batch):
@@ -215,7 +216,7 @@ class LlamaModel(LlamaFile):
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
 
-    def _open_context(self) -> Context:
+    def _open_context(self) -> LlamaContext:
         """That of forward passes; `InputError` after `close`."""
         if self._forward_context is None:
             raise InputError(f"{self.path.name} was closed.")
@@ -252,7 +253,7 @@ class LlamaModel(LlamaFile):
             for slot, i in enumerate(group, start=1):
                 context.begin(slot)
                 batch += [
-                    Token(t, pos, slot, pos in outputs[i])
+                    BatchToken(t, pos, slot, pos in outputs[i])
                     for pos, t in enumerate(sequences[i][prefix:], start=prefix)
                 ]
             for token, logits in context.decode(batch):

@@ -24,7 +24,7 @@ from rs_gguf.llama_file import LlamaFile
 
 
 @dataclass(frozen=True)
-class Token:
+class BatchToken:
     """A token at a position of a sequence; `output`: logits are wanted there."""
 
     id: int
@@ -41,7 +41,7 @@ class InForce:
     adapters: tuple[tuple[Any, float], ...] = ()
 
 
-class Context:
+class LlamaContext:
     """A cache for `n_slots` sequences besides sequence 0, which holds what they begin with.
 
     Args:
@@ -110,7 +110,7 @@ class Context:
             raise InputError(llama_log.failure("llama.cpp refused the adapter"))
         llama_cpp.llama_memory_clear(self._memory, False)
 
-    def decode(self, tokens: Sequence[Token]) -> Iterator[tuple[Token, NDArray[np.float32]]]:
+    def decode(self, tokens: Sequence[BatchToken]) -> Iterator[tuple[BatchToken, NDArray[np.float32]]]:
         """Run `tokens`; yield those marked `output` with a view of their logits [V], valid until the next."""
         batch = self._batch
         for start in range(0, len(tokens), self.n_batch):
@@ -142,7 +142,7 @@ class Context:
         """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
         llama_cpp.llama_memory_clear(self._memory, False)
         length = min(common_prefix(sequences), at_most)
-        prefix = [Token(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
+        prefix = [BatchToken(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
         with self.graph.reading(()):
             for _ in self.decode(prefix):
                 pass

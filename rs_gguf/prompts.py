@@ -180,51 +180,55 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     if suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-        try:
-            for row in reader:
-                if any(row.get(None) or ()):  # where surplus cells are kept
-                    raise InputError(
-                        f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
-                        "or a tab in quotes."
-                    )
-                if any((cell or "").strip() for name, cell in row.items() if name is not None):
-                    yield reader.line_num, row
-        except csv.Error as error:
-            said = harmless(str(error))
-            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
-    elif suffix == ".jsonl":
+        yield from _table_rows(text, path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":
+        yield from _json_rows(_parse_json(text, str(path)), path)
+    elif suffix in (".jsonl", ".txt", ""):
         # Not splitlines(): U+2028 and its like may stand inside a JSON text.
         for line, content in enumerate(text.split("\n"), start=1):
             if content.strip():
-                yield line, _parse_json(content, f"{path}:{line}")
-    elif suffix == ".json":
-        value = _parse_json(text, str(path))
-        if isinstance(value, dict):  # columns of lists, or {"data": [...]}
-            columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
-            if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
-                # Thousands of columns times thousands of rows fit into no memory; the longest says how many.
-                kept = {name for name in columns if name.strip().lower() in _KEPT}
-                kept.add(max(columns, key=lambda name: len(columns[name])))
-                columns = {name: cells for name, cells in columns.items() if name in kept}
-                value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
-            else:
-                named = [name for name in columns if name.strip().lower() in _ROW_LISTS]
-                if len(columns) > 1 and len(named) != 1:
-                    raise InputError(
-                        f"{path}: which of the lists {_listed(columns)} holds the prompts? Name this one "
-                        f"{', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
-                    )
-                value = next((columns[name] for name in named or columns), None)
-        if not isinstance(value, list):
-            raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
-        yield from enumerate(value, start=1)
-    elif suffix in (".txt", ""):
-        for line, content in enumerate(text.split("\n"), start=1):
-            if content.strip():
-                yield line, content.strip()
+                yield line, _parse_json(content, f"{path}:{line}") if suffix == ".jsonl" else content.strip()
     else:
         raise InputError(f"{path}: unknown format {suffix!r}; use txt, csv, tsv, json, jsonl or parquet.")
+
+
+def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(row.get(None) or ()):  # where surplus cells are kept
+                raise InputError(
+                    f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
+                    "or a tab in quotes."
+                )
+            if any((cell or "").strip() for name, cell in row.items() if name is not None):
+                yield reader.line_num, row
+    except csv.Error as error:
+        said = harmless(str(error))
+        raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
+
+
+def _json_rows(value: Any, path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a list, of {"data": [...]}, or of columns, each a list."""
+    if isinstance(value, dict):
+        columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
+        if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
+            # Thousands of columns times thousands of rows fit into no memory; the longest says how many.
+            kept = {name for name in columns if name.strip().lower() in _KEPT}
+            kept.add(max(columns, key=lambda name: len(columns[name])))
+            columns = {name: cells for name, cells in columns.items() if name in kept}
+            value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
+        else:
+            named = [name for name in columns if name.strip().lower() in _ROW_LISTS]
+            if len(columns) > 1 and len(named) != 1:
+                raise InputError(
+                    f"{path}: which of the lists {_listed(columns)} holds the prompts? Name this one "
+                    f"{', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
+                )
+            value = next((columns[name] for name in named or columns), None)
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
+    yield from enumerate(value, start=1)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -88,11 +88,26 @@ def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) ->
 
 
 def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
-    """Each block is steered alone, so that what is upstream stays the same.
+    foreign = _foreign(vector, model)
+    if foreign is not None:
+        return foreign
+    chat = ChatFormat.of(model)
+    prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
+    plain = _distributions(model, prompts)
+    with model.steered(dict(vector.directions)):
+        steered = _distributions(model, prompts)
+    kl = _mean_kl(plain, steered)
+    if kl is None:
+        reason = "the next-token probabilities are no numbers any more: the directions are far too long."
+        return Proof(False, (reason,), {}, None)
+    if np.array_equal(plain, steered):
+        return Proof(False, (_why_nothing_moves(vector, model, prompts, plain),), {}, kl)
+    errors, reasons = _blocks_alone(vector, model, prompts[:2])
+    return Proof(not reasons, tuple(reasons), errors, kl)
 
-    The difference at its output must be the direction itself, up to `TOLERANCE` (relative) and what F32
-    rounds away.
-    """
+
+def _foreign(vector: SteeringVector, model: LlamaModel) -> Proof | None:
+    """The proof of a vector that cannot be of this model, or None."""
     reasons = []
     says = ""
     if vector.width != model.n_embd:
@@ -112,21 +127,18 @@ def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
                 else ""
             )
         )
-    if reasons:
-        return Proof(False, tuple(reasons), {}, None, says)
-    chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
-    plain = _distributions(model, prompts)
-    with model.steered(dict(vector.directions)):
-        steered = _distributions(model, prompts)
-    kl = _mean_kl(plain, steered)
-    if kl is None:
-        reason = "the next-token probabilities are no numbers any more: the directions are far too long."
-        return Proof(False, (reason,), {}, None)
-    if np.array_equal(plain, steered):
-        return Proof(False, (_why_nothing_moves(vector, model, prompts, plain),), {}, kl)
-    pair = prompts[:2]
-    before = _residuals(model, pair, vector.layers)
+    return Proof(False, tuple(reasons), {}, None, says) if reasons else None
+
+
+def _blocks_alone(
+    vector: SteeringVector, model: LlamaModel, prompts: list[list[int]]
+) -> tuple[dict[str, float], list[str]]:
+    """Relative errors by block, each steered alone so that what is upstream stays the same, and reasons.
+
+    The difference at its output must be the direction itself, up to `TOLERANCE` (relative) and what F32
+    rounds away.
+    """
+    before = _residuals(model, prompts, vector.layers)
     lost = {
         layer: ROUNDING * float(np.linalg.norm(before[:, k], axis=1).max())
         for k, layer in enumerate(vector.layers)
@@ -134,13 +146,12 @@ def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
     norms = vector.norms
     short = [layer for layer, norm in norms.items() if 0.0 < norm <= lost[layer]]
     if short:
-        reason = f"blocks {short}: {_SHORT} (length {norms[short[0]]:.2g} at block {short[0]})."
-        return Proof(False, (reason,), {}, kl)
+        return {}, [f"blocks {short}: {_SHORT} (length {norms[short[0]]:.2g} at block {short[0]})."]
     errors: dict[int, float] = {}
     ignored, wrong = [], []
     for k, (layer, direction) in enumerate(vector.directions.items()):
         with model.steered({layer: direction}):
-            moved = _residuals(model, pair, [layer])[:, 0] - before[:, k]
+            moved = _residuals(model, prompts, [layer])[:, 0] - before[:, k]
         size = norms[layer]
         missed = float(np.linalg.norm(moved - direction, axis=1).max())
         errors[layer] = missed / size if size else 0.0
@@ -148,6 +159,7 @@ def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
             ignored.append(layer)
         elif size and not missed <= TOLERANCE * size + lost[layer]:  # so that NaN is a miss
             wrong.append(layer)
+    reasons = []
     if ignored:
         reasons.append(
             f"blocks {ignored}: the residual does not move. The graph of architecture {model.architecture!r} "
@@ -159,7 +171,7 @@ def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
             f"blocks {wrong}: the residual moves by something else than the direction (relative error "
             f"{errors[worst]:.2g} at block {worst}, tolerance {TOLERANCE:g})."
         )
-    return Proof(not reasons, tuple(reasons), {str(layer): e for layer, e in errors.items()}, kl)
+    return {str(layer): error for layer, error in errors.items()}, reasons
 
 
 def _why_nothing_moves(
@@ -178,10 +190,6 @@ def _why_nothing_moves(
 
 
 def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
-    """The adapter is run as a whole, then matrices of its first, middle and last block alone.
-
-    Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
-    """
     adapter = lora.read(path)
     if adapter.architecture != model.architecture:
         reason = (
@@ -202,6 +210,25 @@ def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
     if kl is None:
         reason = "the next-token probabilities are no numbers any more: the change is far too large."
         return Proof(False, (reason,), {}, None)
+    errors = _matrices_alone(adapter, model, prompts)
+    wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
+    reasons = []
+    if np.array_equal(plain, steered):
+        reasons.append("no logit moves: this llama.cpp applies nothing of the adapter.")
+    if wrong:
+        worst = max(wrong, key=lambda name: errors[name])
+        reasons.append(
+            f"{wrong}: the residual does not move by B A x (relative error {errors[worst]:.2g} at {worst}, "
+            f"tolerance {ADAPTER_TOLERANCE:g})."
+        )
+    return Proof(not reasons, tuple(reasons), errors, kl)
+
+
+def _matrices_alone(adapter: LoraAdapter, model: LlamaModel, prompts: list[list[int]]) -> dict[str, float]:
+    """Relative errors of the matrices of its first, middle and last block, each run alone.
+
+    Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
+    """
     errors: dict[str, float] = {}
     layers, norms = adapter.layers, adapter.norms
     graph = model.graph_tensors()
@@ -217,17 +244,7 @@ def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
                 seen_at = _next(graph, inputs[writer], layer)
                 if seen_at in _SEEN_AT[writer]:
                     errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
-    wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
-    reasons = []
-    if np.array_equal(plain, steered):
-        reasons.append("no logit moves: this llama.cpp applies nothing of the adapter.")
-    if wrong:
-        worst = max(wrong, key=lambda name: errors[name])
-        reasons.append(
-            f"{wrong}: the residual does not move by B A x (relative error {errors[worst]:.2g} at {worst}, "
-            f"tolerance {ADAPTER_TOLERANCE:g})."
-        )
-    return Proof(not reasons, tuple(reasons), errors, kl)
+    return errors
 
 
 def _next(graph: Sequence[str], read: str, layer: int) -> str:

@@ -120,5 +120,6 @@ def _common(run: Results) -> Row:
         "recipe_text": run.recipe_text,
         "given": _given(run.recipe.get("prompts", {})),
         "limits": run.recipe.get("tune", {}),
+        "temperature": run.recipe.get("answers", {}).get("temperature"),
         "version": __version__,
     }

@@ -21,7 +21,7 @@ from rs_gguf.chat import ChatFormat
 from rs_gguf.degenerate import is_degenerate
 from rs_gguf.engine import Advance, Answer
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling
+from rs_gguf.generation import GREEDY, Generation, Sampling
 from rs_gguf.judging.client import EndpointClient, EndpointOptions
 from rs_gguf.judging.exchange import (
     LOOKUP_TIMEOUT,
@@ -109,12 +109,18 @@ class LlamaServer:
                 )
 
     def answers(
-        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, advance: Advance
+        self,
+        asked: Sequence[Prompt],
+        dose: float,
+        *,
+        max_tokens: int,
+        advance: Advance,
+        sampling: Sampling = GREEDY,
     ) -> tuple[list[Answer], int, float]:
         """The answers in order, the number of their tokens, and the seconds that they took."""
         answers: dict[int, Answer] = {}
         counted, start = self._client.usage.completion_tokens, time.perf_counter()
-        for i, found in self.answer(asked, dose, max_tokens=max_tokens):
+        for i, found in self.answer(asked, dose, max_tokens=max_tokens, sampling=sampling):
             answers[i] = found
             advance(1)
         seconds = time.perf_counter() - start
@@ -122,13 +128,13 @@ class LlamaServer:
         return [answers[i] for i in range(len(asked))], tokens, seconds
 
     def answer(
-        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, sampling: Sampling | None = None
+        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, answer) as they come, greedy unless `sampling` says otherwise.
+        """Yield (index, answer) as they come.
 
         Not every server knows `top_k`, so it is not sent. The tokens of an answer are not told.
         """
-        bodies = (self._body(prompt, dose, max_tokens, sampling or Sampling()) for prompt in asked)
+        bodies = (self._body(prompt, dose, max_tokens, sampling) for prompt in asked)
         for i, found in self._client.complete_all(bodies):
             if isinstance(found, RequestRefusedError):
                 raise InputError(f"the prompt {asked[i].prompt[:60]!r} was not answered: {found}")

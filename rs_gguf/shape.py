@@ -21,7 +21,7 @@ from rs_gguf.errors import InputError
 if TYPE_CHECKING:
     import transformers
 
-Tensor = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
+TensorInfo = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of transformers' configurations
@@ -142,7 +142,7 @@ def _gguf_name(name: str, table: Any) -> str:
 
 
 def _shape(
-    tensors: Iterable[Tensor], n_layer: int, width: int, used: float, weights: int, source: str
+    tensors: Iterable[TensorInfo], n_layer: int, width: int, used: float, weights: int, source: str
 ) -> Shape:
     blocks: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
     outside: dict[str, Sequence[int]] = {}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rs_gguf import huggingface
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Generation, Sampling, check_lengths, draw, joined, seeds
+from rs_gguf.generation import GREEDY, Generation, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.steering import SteeringVector, decoder_blocks
 
 # Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
@@ -239,7 +239,7 @@ class TorchModel:
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Iterator[tuple[int, Generation]]:
         """Answer token lists, many at a time; yield (index, answer) in the order they finish.
 
@@ -248,7 +248,6 @@ class TorchModel:
         """
         if not prompts:
             return
-        sampling = sampling or Sampling()
         seed_of = seeds(prompts, sampling.seed)
         for group in self._groups(self._checked_lengths(prompts, max_tokens), _BATCH_TOKENS):
             draws = {i: np.random.default_rng(seed_of[i]) for i in group}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rs_gguf import capability, sandbox
-from rs_gguf.capability import KINDS, Solution, Task, passes, solve, tasks
+from rs_gguf.capability import SKILLS, Solution, Task, passes, solve, tasks
 from rs_gguf.engine import NO_STEERING, Answer, answer_all
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
@@ -24,7 +24,7 @@ def test_there_are_enough_and_each_is_there_once() -> None:
     assert len(found) >= 150
     assert min(Counter(task.kind for task in found).values()) >= 40
     assert len({task.id for task in found}) == len({task.prompt for task in found}) == len(found)
-    assert {task.kind for task in found} == set(KINDS)
+    assert {task.kind for task in found} == set(SKILLS)
 
 
 @needs_sandbox
@@ -192,4 +192,4 @@ def test_the_real_model_solves_some_of_each_kind(real_model: Path) -> None:
         found = solve(
             lambda asked, limit: answer_all(model, asked, steering=NO_STEERING, max_tokens=limit)[0], chosen
         )
-    assert {s.task.kind for s in found if s.correct} == set(KINDS), found
+    assert {s.task.kind for s in found if s.correct} == set(SKILLS), found

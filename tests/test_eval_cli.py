@@ -21,6 +21,7 @@ from rs_gguf.cli_eval import parse_scales
 from rs_gguf.engine import Answer, chat_tokens
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import drift_of
+from rs_gguf.generation import Sampling
 from rs_gguf.judging import cache
 from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
@@ -182,6 +183,21 @@ def test_the_tables_tell_every_figure(folder: Path, monkeypatch: pytest.MonkeyPa
     assert [word for word in first if word in ("0", "0.5", "1", "1.5")] == ["0", "0.5", "1", "1.5"] * 2
 
 
+def test_answers_are_drawn_as_asked_on_both_sides(folder: Path) -> None:
+    warm = ("--control-vector", "@v.gguf", "--temperature", "2")
+    first, again, other = (evaluate(folder, *warm, "--seed", seed) for seed in ("7", "7", "8"))
+    assert (first["temperature"], first["seed"]) == (2.0, 7)
+    drawn = {"max_tokens": TOKENS, "sampling": Sampling(temperature=2.0, seed=7)}
+    with LlamaModel(folder / "tiny.gguf") as model:
+        tokens = chat_tokens(model, [Prompt(row["prompt"], "sensitive") for row in first["rows"]])
+        plain = dict(model.generate(tokens, **drawn))
+        with model.steered(dict(control_vector.read(folder / "v.gguf").directions)):
+            moved = dict(model.generate(tokens, **drawn))
+    for side, expected in (("baseline", plain), ("steered", moved)):
+        assert answers(first, side) == answers(again, side) == [expected[i].text.strip() for i in range(3)]
+        assert answers(first, side) != answers(other, side)
+
+
 class Timed:
     """Says each prompt itself, in 2 seconds unsteered and else in 3; notes whose drift is asked for."""
 
@@ -283,7 +299,7 @@ def test_capability_is_paired_and_without_a_sandbox_says_what_is_left_out(
 ) -> None:
     every = capability.tasks()
     monkeypatch.setattr(
-        capability, "tasks", lambda kinds=capability.KINDS: [t for t in every if t.kind in kinds][::24]
+        capability, "tasks", lambda kinds=capability.SKILLS: [t for t in every if t.kind in kinds][::24]
     )
     monkeypatch.setattr(sandbox, "unavailable", lambda: "no filter here")
     out = folder / "capability.json"
@@ -323,6 +339,7 @@ def test_capability_is_paired_and_without_a_sandbox_says_what_is_left_out(
         (["--control-vector", "@wide.gguf"], "belongs to another model"),
         (["--scales", "0,1"], "neither is given"),
         (["--control-vector", "@v.gguf", "--scales", "0,x"], "'x' is no finite number"),
+        (["--temperature", "nan"], "--temperature nan: a finite number"),
         (["--prompts", "@none.csv"], "prompt file not found"),
         (["--model", "http://127.0.0.1:9", "--control-vector", "@v.gguf"], "running server keeps"),
         (["--model", "http://127.0.0.1:9"], "127.0.0.1:9"),
@@ -455,6 +472,30 @@ def test_a_server_is_steered_by_each_requests_scales(server: Server, folder: Pat
     assert scales == {((0, 0.75), (1, 0.0)), ((0, 0.75), (1, 0.25)), ((0, 0.75), (1, 0.5))}
     assert all(body["messages"][0] == {"role": "system", "content": "Be."} for body in server.asked)
     assert {body["max_tokens"] for body in server.asked[1:]} == {TOKENS}
+
+
+def test_a_server_draws_answers_and_solves_tasks_greedily(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = capability.tasks(["facts"])[:3]
+    monkeypatch.setattr(capability, "runnable", lambda _: (tasks, ""))
+    evaluate(
+        folder,
+        "--model",
+        server.url,
+        "--lora",
+        "remove.gguf",
+        "--capability",
+        "--temperature",
+        "0.8",
+        "--seed",
+        "3",
+    )
+    drawn: dict[str, set[tuple[float, int]]] = {"asked": set(), "tasks": set()}
+    for body in server.asked[1:]:  # the first reads the weights
+        kind = "tasks" if body["messages"][-1]["content"] in {task.prompt for task in tasks} else "asked"
+        drawn[kind].add((body["temperature"], body["seed"]))
+    assert drawn == {"asked": {(0.8, 3)}, "tasks": {(0.0, 0)}}
 
 
 def test_an_adapter_that_the_server_lacks_is_told(server: Server, folder: Path) -> None:

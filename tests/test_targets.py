@@ -19,7 +19,7 @@ from tiny_gguf import CHAT_TEMPLATE, SPECIALS, byte_level, write_tiny_qwen2
 
 from rs_gguf.chat import ChatFormat
 from rs_gguf.errors import InputError
-from rs_gguf.generation import Sampling
+from rs_gguf.generation import GREEDY, Sampling
 from rs_gguf.huggingface import llama_cpp_name
 from rs_gguf.llama import LlamaModel
 from rs_gguf.shape import of_folder
@@ -301,9 +301,9 @@ def test_greedy_answers_are_those_of_transformers(target: TorchModel, prompts: l
         assert answers[i].text == target.detokenize(answers[i].tokens)
 
 
-@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=4)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=4)])
 def test_answers_do_not_depend_on_the_batch(
-    target: TorchModel, prompts: list[list[int]], sampling: Sampling | None, monkeypatch: pytest.MonkeyPatch
+    target: TorchModel, prompts: list[list[int]], sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = dict(target.generate(prompts, max_tokens=10, sampling=sampling))
     monkeypatch.setattr(target, "n_parallel", 1)

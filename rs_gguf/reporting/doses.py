@@ -83,18 +83,21 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
         **_BOX, "key": file and file["key"], "word": file["word"] if file else "files given",
         "lines": lines, "steps": steps, "names": sets, "across": across, "upward": upward,
         "tokens": found["tokens"], "judge": found["judge"], "system": found.get("system_prompt"),
+        "temperature": found.get("temperature"),
         "files": names,
     }  # fmt: skip
 
 
 def options(recipe: Mapping[str, Any], tokens: int) -> str:
     """What `rs-export eval` has to be told to measure as the run did."""
-    found = ["--tokens", str(tokens)]
+    found, temperature = ["--tokens", str(tokens)], recipe.get("answers", {}).get("temperature")
     for option, value in (
         ("--judge", recipe.get("judge")),
         ("--system-prompt", recipe.get("prompts", {}).get("system")),
+        ("--temperature", temperature),
+        ("--seed", temperature and recipe.get("seed")),
     ):
-        found += [option, value] if value else []
+        found += [option, str(value)] if value else []
     return shlex.join(found)
 
 
