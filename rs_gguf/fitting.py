@@ -149,12 +149,12 @@ def _fit_directions(
     samples: Samples, recipe: Recipe, folder: Path, advance: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """Write `directions.safetensors` and the figures; the rows of `fit.json`, one an estimator and ridge."""
-    names, ridges = recipe.estimators, recipe.fit.ridges
+    names = recipe.estimators
     paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
         samples.activations,
         samples.confidence,
         [ESTIMATORS[name]() for name in names],
-        ridges=ridges,
+        ridges=recipe.fit.ridges,
         kinds=samples.kinds,
     )
     found: dict[str, NDArray[Any]] = {}
@@ -162,12 +162,13 @@ def _fit_directions(
     shown: dict[str, NDArray[np.float64]] = {}
     for name, path in zip(names, paths, strict=True):
         # All ridges at once: the activations are read but once, and no projections are kept.
-        directions, c = path.directions.swapaxes(0, 1), samples.confidence
+        ridges = _ridges(name, recipe)
+        directions, c = path.directions[: len(ridges)].swapaxes(0, 1), samples.confidence
         merit = project_statistics(samples.activations, directions, c, path.offset, neutral=NEUTRAL)
         scores, auroc = scores_of(merit).T, merit.auroc.T  # [ridges, L]
         to_induce, to_remove = scales_of(merit, c)
         scales = (to_remove if recipe.effect == "remove" else to_induce).T
-        for k, ridge in enumerate(_ridges(name, recipe)):
+        for k, ridge in enumerate(ridges):
             unit = path.directions[k]
             found |= {f"{name}@{ridge:g}/unit": unit, f"{name}@{ridge:g}/scales": scales[k]}
             summary.append(
@@ -247,8 +248,8 @@ def load_directions(folder: Path, recipe: Recipe) -> dict[tuple[str, float], Dir
 
 
 def _ridges(name: str, recipe: Recipe) -> Sequence[float]:
-    """Those that make directions of their own: without a covariance all make the same."""
-    return recipe.fit.ridges if ESTIMATORS[name].uses_covariance else recipe.fit.ridges[:1]
+    """Those that make directions of their own: without a covariance there is none, told by 0."""
+    return recipe.fit.ridges if ESTIMATORS[name].uses_covariance else [0.0]
 
 
 def load_gates(folder: Path) -> Gates | None:

@@ -39,6 +39,7 @@ class Directions:
 class Candidate:
     """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
 
+    `ridge` is 0 where the estimator has none.
     `margin` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
     harmful prompt, by a part of it, the other way. Negative to induce refusals.
     """

@@ -68,7 +68,7 @@ def _provenance(trial: Trial, facts: Mapping[str, Any]) -> dict[str, Any]:
         "method": "Refusal Steering, arXiv 2512.16602",
         **facts,
         "estimator": place.estimator,
-        "ridge.relative": place.ridge,
+        **({"ridge.relative": place.ridge} if place.ridge else {}),  # 0: of an estimator that has none
         "layers": [place.first, place.last],
         "strength": place.strength,
         "margin": place.margin,

@@ -666,12 +666,12 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
             assert cosines[:2] == [None, None]
             assert np.isfinite(cosines[2:]).all()
     for directions in load_directions(tmp_path, recipe).values():
-        whole = Candidate("md", 0.5, 1, 3, 6.0).steering(directions)
-        alive = Candidate("md", 0.5, 2, 3, 6.0).steering(directions)
+        whole = Candidate("md", 0.0, 1, 3, 6.0).steering(directions)
+        alive = Candidate("md", 0.0, 2, 3, 6.0).steering(directions)
         assert list(whole) == list(alive) == [2, 3]
         for layer in whole:
             np.testing.assert_array_equal(whole[layer], alive[layer])
-        assert Candidate("md", 0.5, 1, 1, 6.0).steering(directions) == {}
+        assert Candidate("md", 0.0, 1, 1, 6.0).steering(directions) == {}
     assert list(load_gates(tmp_path).factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
 
 

@@ -524,7 +524,7 @@ def test_doses_are_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Pat
 
 
 def test_doses_that_could_not_be_judged_are_no_point_at_zero(run_folder: Path) -> None:
-    path = with_doses(run_folder, system_prompt="Be brief.") / "doses.json"
+    path = with_doses(run_folder, system_prompt="Be brief.", temperature=0.8) / "doses.json"
     found = json.loads(path.read_text())
     for row in found["doses"][1]["rows"]:
         row["confidence_steered"] = None
@@ -532,16 +532,22 @@ def test_doses_that_could_not_be_judged_are_no_point_at_zero(run_folder: Path) -
     strength = section(Page(write_report(run_folder)), "strength")
     assert set(re.findall(r"at scale (\S+):", strength)) == {"0", "1", "1.5"}
     assert strength.count("<td>not measured</td>") == 3 + 1  # drift at scale 0
+    assert "48 tokens an answer at temperature 0.8, judged" in one_line(strength)
     assert "under the system prompt “<bdi>Be brief.</bdi>”" in strength
 
 
 def test_a_curve_is_measured_as_the_run_was(tmp_path: Path) -> None:
     def change(recipe: dict[str, Any]) -> dict[str, Any]:
-        return {**recipe, "judge": "labels:m.gguf", "prompts": {**recipe["prompts"], "system": "Don't."}}
+        drawn = {"answers": {"temperature": 0.8}, "seed": 3}
+        system = {**recipe["prompts"], "system": "Don't."}
+        return {**recipe, **drawn, "judge": "labels:m.gguf", "prompts": system}
 
     strength = section(Page(write_report(make_run(tmp_path, recipe=change))), "strength")
     words = shlex.split(html.unescape(re.sub("<[^>]*>", "", strength.split("<pre>")[1].split("</pre>")[0])))
-    for option, value in {"--tokens": "64", "--judge": "labels:m.gguf", "--system-prompt": "Don't."}.items():
+    for option, value in {
+        "--tokens": "64", "--judge": "labels:m.gguf", "--system-prompt": "Don't.",
+        "--temperature": "0.8", "--seed": "3",
+    }.items():  # fmt: skip
         assert words[words.index(option) + 1] == value
 
 
@@ -783,6 +789,17 @@ def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
     for built_in in ("country or region", "look-alike requests"):
         assert built_in not in page
     assert "category of harm" in page
+
+
+def test_an_estimator_without_a_ridge_is_said_to_have_none(tmp_path: Path) -> None:
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics["vector"] |= {"estimator": "md", "ridge": 0.0}
+        return metrics
+
+    page = write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8")
+    for text in (one_line(page), write_card(tmp_path).read_text(encoding="utf-8")):
+        assert "no λ, blocks 8 to 15" in text
+        assert text.count("relative λ 2, blocks 4 to 22") == 1, "of the adapter"
 
 
 def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
@@ -1044,6 +1061,17 @@ def test_card_says_what_was_not_measured(run_folder: Path) -> None:
     for thing in ("more than one turn", "beyond 64 tokens", "greedy", "what the model can do", "both files"):
         assert thing in missing
     assert "None of these front ends, nor a merged model, was tried" in card
+
+
+def test_answers_that_were_drawn_are_said_to_be(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> dict[str, Any]:
+        return {**recipe, "answers": {"temperature": 0.8}}
+
+    page = write_report(make_run(tmp_path, recipe=change)).read_text(encoding="utf-8")
+    card = write_card(tmp_path).read_text(encoding="utf-8")
+    for text in (one_line(page), card):
+        assert "64 generated tokens an answer, drawn at temperature 0.8" in text
+    assert "- greedy answers, and any temperature but 0.8;" in card
 
 
 def test_python_in_the_card_compiles(run_folder: Path) -> None:

@@ -46,6 +46,11 @@ def number(value: float | None, form: str = ".3g") -> str:
     return "not measured" if value is None or math.isnan(value) else format(value, form).replace("-", "−")
 
 
+def ridge(value: float) -> str:
+    """The λ of a direction; 0 where its estimator has none."""
+    return f"relative λ {number(value)}" if value else "no λ"
+
+
 def duration(seconds: float) -> str:
     """A time in the two largest units."""
     minutes, rest = divmod(round(seconds), 60)
@@ -97,6 +102,7 @@ def _environment(**options: Any) -> jinja2.Environment:
         "percent": percent,
         "interval": interval,
         "number": number,
+        "ridge": ridge,
         "duration": duration,
         "script_hash": script_hash,
     }
