@@ -55,8 +55,9 @@ vectors: install
 		folder=$$(dirname $$recipe); out=out/$$folder; \
 		$(BIN)/rs-export run $$recipe --out $$out || test $$? -eq 1 || exit; \
 		awk 'NR % 4 == 1' $$out/evaluation.jsonl >$$out/quarter.jsonl; \
-		$(BIN)/rs-export eval --model qwen2.5-coder-0.5b --lora $$out/*-adapter.gguf --tokens 100 \
-			--prompts $$out/quarter.jsonl --scales 0,0.5,...,2 --json $$out/doses-adapter.json || exit; \
+		$(BIN)/rs-export eval $$(sed -nE 's/^(model|temperature) = "?([^"]*)"?/--\1 \2/p' $$out/recipe.toml) \
+			--lora $$out/*-adapter.gguf --tokens 100 --prompts $$out/quarter.jsonl --scales 0,0.5,...,2 \
+			--json $$out/doses-adapter.json || exit; \
 		$(BIN)/rs-export report --out $$out || exit; \
 		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/; \
 		sed -i "s#$$out/#$$folder/#g; s#$$HOME/#~/#g" $$folder/metrics.json $$folder/report.html; \
