@@ -34,6 +34,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	mkdir -p build/tidy
 	$(BIN)/cmake -S . -B build/tidy -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRS_CHECK=ON \
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build/tidy.log || { cat build/tidy.log; exit 1; }
@@ -59,8 +60,9 @@ vectors: install
 			--lora $$out/*-adapter.gguf --tokens 100 --prompts $$out/quarter.jsonl --scales 0,0.5,...,2 \
 			--json $$out/doses-adapter.json || exit; \
 		$(BIN)/rs-export report --out $$out || exit; \
-		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/; \
-		sed -i "s#$$out/#$$folder/#g; s#$$HOME/#~/#g" $$folder/metrics.json $$folder/report.html; \
+		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/ || exit; \
+		sed -i.bak "s#$$out/#$$folder/#g; s#$$HOME/#~/#g" $$folder/metrics.json $$folder/report.html || exit; \
+		rm $$folder/*.bak; \
 	done
 
 # Pictures of the reports at hand, to look at before and after a change of the page.

@@ -57,7 +57,9 @@ private:
                 std::thread thread([this] { serve(); });
                 handles_.push_back(thread.native_handle());
                 thread.detach();
-                left_ = -1;
+#ifdef RS_AFFINITY
+                CPU_ZERO(&allowed_);
+#endif
             }
         } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
             // The system gives no more threads: those that there are, and the caller, do the work.
@@ -70,11 +72,11 @@ private:
 #ifdef RS_AFFINITY
         const int here = sched_getcpu();
         cpu_set_t cores;
-        if (here < 0 || here == left_ || sched_getaffinity(0, sizeof cores, &cores) != 0) return;
+        if (here < 0 || sched_getaffinity(0, sizeof cores, &cores) != 0) return;
         CPU_CLR(here, &cores);
-        if (CPU_COUNT(&cores) == 0) return;
+        if (CPU_COUNT(&cores) == 0 || CPU_EQUAL(&cores, &allowed_)) return;
         for (const auto handle : handles_) pthread_setaffinity_np(handle, sizeof cores, &cores);
-        left_ = here;
+        allowed_ = cores;
 #endif
     }
 
@@ -129,7 +131,9 @@ private:
     std::condition_variable idle_;
     std::atomic<std::size_t> calls_{0};
     std::vector<std::thread::native_handle_type> handles_;
-    int left_ = -1;  // the core that the workers are kept off
+#ifdef RS_AFFINITY
+    cpu_set_t allowed_{};  // cores that the workers may use: all of the caller's but the one it was on
+#endif
     Job* job_ = nullptr;
     std::size_t seats_ = 0;
     std::size_t taken_ = 0;

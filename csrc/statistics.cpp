@@ -121,9 +121,12 @@ private:
         double cc = 0;
         bool p_varies = false;
         bool c_varies = false;
+        std::size_t first = samples_;  // of the samples that count
         for (std::size_t n = 0; n < samples_; ++n) {
-            p_varies = p_varies || p[n * stride] != p[0];
-            c_varies = c_varies || c_[n] != c_[0];
+            if (w_[n] == 0) continue;
+            first = std::min(first, n);
+            p_varies = p_varies || p[n * stride] != p[first * stride];
+            c_varies = c_varies || c_[n] != c_[first];
             const double dp = static_cast<double>(p[n * stride]) - mean_p;
             const double dc = c_[n] - mean_c;
             pp += w_[n] * dp * dp;

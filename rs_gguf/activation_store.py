@@ -118,7 +118,7 @@ class ActivationStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_drafts(self.folder, "*.safetensors")
+            remove_drafts(self.folder, "*")
             with self._locked():
                 if not self._is_ours():
                     self._manifest.unlink(missing_ok=True)  # first: shards without it count for nothing
@@ -132,6 +132,12 @@ class ActivationStore:
 
     def _is_ours(self) -> bool:
         return self._lines()[:1] == [self._header]
+
+    def _of_another(self) -> DamagedStoreError:
+        return DamagedStoreError(
+            f"{self.folder} holds the activations of another recipe or model, or of another version of this "
+            "program. Start again: they are read anew."
+        )
 
     def _locked(self) -> FileLock:
         return FileLock(self.folder / ".lock")
@@ -163,30 +169,36 @@ class ActivationStore:
         return self.folder / f"{shard}.safetensors"
 
     def append(self, shard: str, ids: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Keep arrays [n, L, W] of the prompts `ids` as one shard; all is on disk when this returns.
+        """Keep arrays [n, L, W] of the prompts `ids` as one shard, then its line in the manifest.
 
         The store was begun.
 
         Raises:
             InputError: the disk is full. The store is as it was.
+            DamagedStoreError: another process has begun the store under another key since.
         """
         path = self._path(shard)
-        save_arrays(path, dict(arrays))
-        entry = {
-            "shard": shard,
-            "sha256": sha256(path),
-            "layers": next((a.shape[1] for a in arrays.values()), 0),
-            "dtypes": {name: str(a.dtype) for name, a in arrays.items()},
-            "ids": list(ids),
-        }
-        line = json.dumps(entry) + "\n"
         try:
-            with self._locked(), self._manifest.open("r+b") as file:
-                file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"  # by a kill or a full disk; its piece is a line of its own then
-                file.write(("\n" + line if torn else line).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            with self._locked():
+                if not self._is_ours():
+                    raise self._of_another()
+                save_arrays(path, dict(arrays))
+                entry = {
+                    "shard": shard,
+                    "sha256": sha256(path),
+                    "layers": next((a.shape[1] for a in arrays.values()), 0),
+                    "dtypes": {name: str(a.dtype) for name, a in arrays.items()},
+                    "ids": list(ids),
+                }
+                line = json.dumps(entry) + "\n"
+                with self._manifest.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    torn = (
+                        file.read(1) != b"\n"
+                    )  # by a kill or a full disk; its piece is a line of its own then
+                    file.write(("\n" + line if torn else line).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise InputError(
                 f"cannot write {self._manifest}: {error.strerror or error}. Free space and start again: what "
@@ -211,10 +223,7 @@ class ActivationStore:
             InputError: a shard cannot be read.
         """
         if self._manifest.is_file() and not self._is_ours():
-            raise DamagedStoreError(
-                f"{self.folder} holds the activations of another recipe or model, or of another version of "
-                "this program. Start again: they are read anew."
-            )
+            raise self._of_another()
         entries = self._entries()
         found = []
         for shard in shards:

@@ -16,12 +16,13 @@ from rs_gguf.files import Row
 from rs_gguf.generation import Generation
 from rs_gguf.judges import Judge
 from rs_gguf.llama import LlamaModel
-from rs_gguf.prompts import Prompt
+from rs_gguf.prompts import KINDS, Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.run_folder import RunFolder
 from rs_gguf.rungs import Unsteered
 from rs_gguf.server import LlamaServer
 
+COUNTED = ("refused", "answered", "not judged")
 _BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
 
 
@@ -74,6 +75,16 @@ def judged(folder: RunFolder) -> dict[str, Row]:
     """What the judge said of answers, by the prompt's id; those that could not be judged are left out."""
     rows = folder.read_rows("scores.jsonl")
     return {row["id"]: row for row in rows if row["confidence"] is not None}
+
+
+def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
+    """By kind how many prompts of fit and tune are refused, answered and not judged."""
+    confidence = {row["id"]: row["confidence"] for row in folder.read_rows("scores.jsonl")}
+    found: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
+    for row in folder.read_rows("answers.jsonl"):
+        said = confidence[row["id"]]
+        found[row["kind"]]["not judged" if said is None else "refused" if said > 0 else "answered"] += 1
+    return found
 
 
 def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> Unsteered:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 
-_SHARD = 64  # prompts whose activations are lost at most when a capture is killed
+SHARD = 64  # prompts whose activations are lost at most when a capture is killed
 _CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
 ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
 _LARGEST_F16 = 65504.0
@@ -91,8 +91,8 @@ def capture_all(
     """
     store.begin()
     rank, ranks = _rank(distributed)
-    for start in range(rank * _SHARD, len(ids), ranks * _SHARD):
-        part = slice(start, start + _SHARD)
+    for start in range(rank * SHARD, len(ids), ranks * SHARD):
+        part = slice(start, start + SHARD)
         if not store.holds(_shard_of(start), ids[part]):
             store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
         advance(len(ids[part]))
@@ -107,14 +107,14 @@ def captured(store: ActivationStore, count: int, *, inputs: bool) -> tuple[Rows,
     Raises:
         DamagedStoreError: a shard is missing or was changed, or all are of another key.
     """
-    shards = store.read([_shard_of(start) for start in range(0, count, _SHARD)])
+    shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
     constant = {name: Rows([part]) for name, part in store.read([_CONSTANT])[0].items()} if inputs else {}
     return Rows([shard["activations"] for shard in shards]), writers_of(shards, constant)
 
 
 def _shard_of(start: int) -> str:
     """Name of the shard that begins with prompt number `start`."""
-    return f"{start // _SHARD:05d}"
+    return f"{start // SHARD:05d}"
 
 
 def _rank(distributed: bool) -> tuple[int, int]:
@@ -157,6 +157,7 @@ def capture(
         if beyond == 0:
             last[i] = found
         else:
+            del found["l_out"]
             others["answers" if beyond > 0 else "prompts"].append(found)
     samples = [last[i] for i in range(len(conversations))]
     scale = _product_scale(model)
@@ -165,7 +166,7 @@ def capture(
         here = np.stack([found[name] for found in samples])
         arrays[f"{writer}/last"] = _compact(here * scale)
         for sort, tokens in others.items():
-            rows = np.reshape([found[name] for found in tokens], (-1, *here.shape[1:]))
+            rows = np.reshape([found.pop(name) for found in tokens], (-1, *here.shape[1:]))
             arrays[f"{writer}/{sort}"] = _compact(rows * scale)
     return arrays
 

@@ -1,6 +1,7 @@
 """Conversations to token lists, with the model's own chat template, and thinking traces off answers.
 
-The template comes with the model and is untrusted: it runs in jinja2's immutable sandbox.
+The template comes with the model and is untrusted: it runs in jinja2's immutable sandbox. Loops within loops
+can still keep it busy for as long as they like.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from datetime import datetime
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rs_gguf.errors import InputError
@@ -60,6 +62,7 @@ _ANSWER_ENDS = (
     "<|END_TEXT|>", "<|END_RESPONSE|>", "[END FINAL RESPONSE]", "<|channel>", "<|close|>response<|sep|>",
     "<|end|>",
 )  # fmt: skip
+_LARGEST_PRODUCT = 1_000_000  # characters or parts
 _THINKS = re.compile(r"think|reasoning_content")
 _warned: set[str] = set()  # chat templates
 
@@ -77,6 +80,20 @@ class ChatModel(Protocol):
     def opening(self) -> list[int]: ...
     def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str: ...
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox without products that would take all memory: a template of one line can ask for them."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left * right`. No chat template needs a power."""
+        for value, times in ((left, right), (right, left)):
+            size = len(value) if isinstance(value, Sized) else 0
+            if operator == "**" or (isinstance(times, int) and size * times > _LARGEST_PRODUCT):
+                raise TemplateError(f"it asks for a product ({operator}) that is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
@@ -98,9 +115,7 @@ class ChatFormat:
     """
 
     def __init__(self, template: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
         )

@@ -32,7 +32,25 @@ _STAGES = {
 
 
 class _Group(click.Group):
-    """Prints our errors as one message and turns them into exit codes."""
+    """Prints our errors as one message, turns them into exit codes, and lists the stages of a run apart."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in self.commands if name not in _STAGES] + list(_STAGES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        limit = formatter.width - 6 - width
+        named = [
+            (f"{name:<{width}}", self.commands[name].get_short_help_str(limit))
+            for name in self.list_commands(ctx)
+        ]
+        everyday = len(named) - len(_STAGES)
+        for title, rows in (
+            ("Commands", named[:everyday]),
+            ("Stages of `run`, one by one", named[everyday:]),
+        ):
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -162,6 +180,8 @@ def _add_stage(name: str, summary: str) -> None:
         budget: str | None = None,
     ) -> None:
         _run(recipe, out, overrides, fresh, name, budget)
+        if name == "score":
+            _print_counts(out)
 
     if name == "tune":
         _budget(stage)
@@ -176,6 +196,20 @@ for _command in (
     cli_vectors.check, cli_vectors.inspect, cli_vectors.convert, cli_vectors.combine,
 ):  # fmt: skip
     main.add_command(_command)
+
+
+def _print_counts(out: Path) -> None:
+    """How many were refused, by kind: hours before a fit may find too few of a class."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rs_gguf.answering import COUNTED, counts
+    from rs_gguf.run_folder import RunFolder
+
+    table = Table("prompts", *COUNTED, title="To fit and tune by", title_justify="left")
+    for kind, found in counts(RunFolder(out)).items():
+        table.add_row(kind, *map(str, found.values()))
+    Console().print(table)
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:

@@ -45,7 +45,8 @@ Parts = list[tuple[Path, float]]
 @click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
               help="Of answers; 0 is greedy.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of every draw.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
+              help="Of every draw.")  # fmt: skip
 @click.option(
     "--capability", is_flag=True, help="Also solve the embedded tasks with exact answers, on both sides."
 )

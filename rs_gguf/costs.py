@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rs_gguf.capture import ANSWER_TOKENS
+from rs_gguf.capture import ANSWER_TOKENS, SHARD
 from rs_gguf.prompts import Prompt
 from rs_gguf.recipe import Recipe
 from rs_gguf.rungs import BENIGN, OPENING, PROBED_PAIRS
@@ -118,8 +118,12 @@ class Costs:
             depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * _length(self._recipe.answers.tokens)
             read += answered * _QUIET * depth
         rows = n + self._quiet(n, answered) + 2 * self._prefix  # the template's tokens are kept in F32
-        disk = 4 * n * self._model.n_layer * self._model.width + 2 * rows * self._inputs
-        return Stage(self._forward(n, read), self._memory(), disk, read)
+        outputs = self._model.n_layer * self._model.width
+        disk = 4 * n * outputs + 2 * rows * self._inputs
+        # A shard in F32, and the copies of one matrix that are made of it; at last the template's tokens.
+        shard = max(min(SHARD, n) * (rows / n if n else 0), 2 * self._prefix)
+        working = 4 * shard * (2 * self._inputs + outputs)
+        return Stage(self._forward(n, read), self._memory() + working, disk, read)
 
     def fit(self) -> Stage:
         """Every block: a covariance and its factorisation for each estimator and fold, and for the gates."""

@@ -123,7 +123,10 @@ def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[lis
         return [*prompt, *tokens], []
     start = 0
     if has_trace(model, found):
-        start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:]), found.text) or 0
+        # As `answer` read it: after a trace with the control tokens that are in it.
+        start = (
+            answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), found.text) or 0
+        )
     return [*prompt, *tokens[:start]], tokens[start:]
 
 

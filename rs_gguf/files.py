@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rs_gguf.errors import InputError
 
 Row = dict[str, Any]  # of a JSON Lines file
 
+_NAMED = 50  # characters of a file's name in that of its draft
 _ABANDONED = 24 * 3600  # seconds since a draft was last written to
 
 
@@ -46,21 +48,23 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         InputError: the folder cannot be written or the disk is full. The old file, if any, is untouched.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     temporary: Path | None = None
     try:
         if path.exists() and not path.is_file():  # a folder is an error of open
             with path.open("wb") as file:
                 write(file)
             return
+        # Only now: what /dev/stdout leads to has a name of no file where it is a pipe.
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        # A name may be as long as names can be, and a draft's is longer.
+        draft = path.with_name(f".{path.name[:_NAMED]}.{secrets.token_hex(8)}")
+        with draft.open("xb") as file:
+            temporary = draft
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         temporary = None
     except OSError as error:
@@ -76,11 +80,12 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: a folder, or a place that cannot be written.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.is_file() or not path.exists():
+            path = Path(os.path.realpath(path))
             folder = next((parent for parent in path.parents if parent.exists()), path.parent)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -147,9 +152,3 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -20,7 +20,10 @@ _SHOWN = 32  # tokens at the end of a prompt that is too long, those of the chat
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw."""
+    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw.
+
+    Of the `top_k` likeliest tokens, at that temperature, those that make up `top_p`.
+    """
 
     temperature: float = 0.0
     top_k: int = 20
@@ -44,7 +47,7 @@ def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The seed of each prompt's own draws.
 
     By its tokens and not its place: a run that was stopped and goes on with what is missing draws what it
-    would have drawn. A prompt that is given again draws anew.
+    would have drawn. A prompt that is given again in one call draws anew.
     """
     seen: Counter[bytes] = Counter()
     found: list[tuple[int, ...]] = []

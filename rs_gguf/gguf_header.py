@@ -133,7 +133,8 @@ class _Reader:
     def _text(self) -> str:
         start = self._at + 8
         self._pass_over(self._number("Q"))
-        return self._data[start : self._at].decode("utf-8", "replace")
+        # Names that differ must not be made alike: llama.cpp compares their bytes.
+        return self._data[start : self._at].decode("utf-8", "backslashreplace")
 
     def _pass_over(self, size: int) -> None:
         if size > len(self._data) - self._at:

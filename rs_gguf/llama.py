@@ -67,7 +67,11 @@ class LlamaModel(LlamaFile):
         context = LlamaContext(
             self, n_slots, n_cells, unified=unified, n_batch=n_batch, n_threads=self._n_threads
         )
-        context.steer(self._steering)
+        try:
+            context.steer(self._steering)
+        except BaseException:
+            context.free()
+            raise
         return context
 
     def _context_for_answers(self, longest: int) -> LlamaContext:

@@ -73,8 +73,13 @@ class LlamaContext:
         if unified:
             params.cb_eval = self.graph.callback
         llama_log.forget_errors()
-        with calling():
-            self._handle = llama_cpp.llama_init_from_model(file.handle, params)
+        self._handle: Any = None
+        try:
+            with calling():
+                self._handle = llama_cpp.llama_init_from_model(file.handle, params)
+        except BaseException:  # a Ctrl-C: it is there all the same
+            llama_cpp.llama_free(self._handle)
+            raise
         if not self._handle:
             advice = "" if unified else ", or answer fewer prompts at once (`answers.parallel`)"
             raise InputError(

@@ -27,9 +27,9 @@ class LlamaFile:
     """The weights and the vocabulary of a GGUF file.
 
     Raises:
-        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, one of several that
-            hold a model, or there is not enough memory for the weights. The message carries llama.cpp's own
-            words where it has any.
+        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, without a vocabulary,
+            one of several that hold a model, or there is not enough memory for the weights. The message
+            carries llama.cpp's own words where it has any.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,11 +59,21 @@ class LlamaFile:
         if not self.handle:
             raise InputError(llama_log.failure(f"llama.cpp cannot load {self.path}"))
         self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        fault = self._fault()
+        if fault:
+            LlamaFile.close(self)
+            raise InputError(f"{self.path} {fault}. Get the file again, or another one.")
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
         self.architecture: str = self.metadata["general.architecture"]
+
+    def _fault(self) -> str:
+        """What llama.cpp does not mind when it loads a file, and cannot do without later."""
+        if llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            return "holds no vocabulary: no text can be made tokens"  # the first would end the process
+        return "" if self.metadata else "holds metadata that are not read here, though llama.cpp reads them"
 
     def close(self) -> None:
         """Free the weights. The object is of no use afterwards."""
@@ -112,9 +122,12 @@ class LlamaFile:
         """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
         data = text.encode("utf-8")
         size = len(data) + 8
-        buffer = (llama_cpp.llama_token * size)()
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
-        return list(buffer[:count])
+        while True:
+            buffer = (llama_cpp.llama_token * size)()
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
+            if count >= 0:
+                return list(buffer[:count])
+            size = -count  # a character that the vocabulary spells in bytes may be several tokens
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of `tokens`; control tokens are left out unless `special`."""
@@ -174,7 +187,7 @@ def _load_mode(file: Path) -> int:
 
 
 def _free_memory(root: Path = Path("/")) -> int:
-    """Bytes that Linux can give this process now, at most what its control group may have; elsewhere 0."""
+    """Bytes that Linux can give this process now, at most what its control groups may have; elsewhere 0."""
     try:
         told = (root / "proc/meminfo").read_text()
         group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
@@ -182,7 +195,10 @@ def _free_memory(root: Path = Path("/")) -> int:
         return 0
     free = re.search(r"MemAvailable: +(\d+) kB", told)
     rooms = [int(free[1]) * 1024] if free else [0]
-    for limit in (f"./{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
+    groups = root / "sys/fs/cgroup"
+    own = groups / group
+    limits = [folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(groups)]
+    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            rooms.append(int((root / "sys/fs/cgroup" / limit).read_text()))
+            rooms.append(int(limit.read_text()))
     return min(rooms)

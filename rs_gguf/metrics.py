@@ -309,5 +309,5 @@ def gate(
         rises = {kind: (after, before) for kind, (after, before) in broken.items() if after > before}
         more = sum(after - before for after, before in rises.values())
         told = ", ".join(f"{kind} from {before} to {after}" for kind, (after, before) in rises.items())
-        reasons.append(f"degenerate answers rose by {more} of {asked}: {told}")
+        reasons.append(f"broken answers rose by {more} of {asked}: {told}")
     return reasons

@@ -226,11 +226,13 @@ class Pipeline:
         """Raise `InputError` for a prompt that some stage could not read: the last ones come hours later."""
         tokens, full = self.recipe.answers.tokens, self.recipe.answers.test_tokens
         most = {"fit": tokens, "tune": max(tokens, full) if self.recipe.tune.full else tokens, "test": full}
-        system = self.recipe.prompts.system
+        system, chat = self.recipe.prompts.system, ChatFormat.of(self.model)
         for split, max_tokens in most.items():
             self.model.check_lengths(chat_tokens(self.model, self.prompts[split], system), max_tokens)
+        if "system-prompt" in self.recipe.measure.baselines and chat.takes_system:
+            longer = baselines.system_prompt(self.prompts["fit"], self.recipe).system
+            self.model.check_lengths(chat_tokens(self.model, self.prompts["test"], longer), full)
         if self.unanswered:
-            chat = ChatFormat.of(self.model)
             self.model.check_lengths(
                 [c.tokens(chat, self.model, p.prompt, system) for p, c in self.in_contexts]
             )

@@ -23,10 +23,10 @@ from rs_gguf.projection_numpy import Float32, Float64, numpy_projections, numpy_
 
 try:
     from rs_gguf import _core
-except ImportError:  # no compiler when the package was installed
-    HAS_KERNEL = False
+except ImportError as error:  # no compiler when the package was installed, or none of its libraries here
+    HAS_KERNEL, _MISSING = False, str(error)
 else:
-    HAS_KERNEL = True
+    HAS_KERNEL, _MISSING = True, ""
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +175,12 @@ def _as_array(activations: Activations) -> npt.NDArray[Any]:
                 f"activations: expected a tensor on the CPU, got one on {activations.device}: use .cpu()"
             )
         tensor = activations.detach()
+        if tensor.layout != torch.strided:
+            raise InputError(f"activations: expected a dense tensor, got {tensor.layout}: use .to_dense()")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"activations: expected float32, float16 or bfloat16, got {tensor.dtype}: convert it"
+            )
         # NumPy has no bfloat16 that DLPack could name: the bits travel as integers.
         array = np.from_dlpack(tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor)
         is_bfloat16 = tensor.dtype == torch.bfloat16
@@ -268,7 +274,8 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "the compiled kernel rs_gguf._core is missing, so NumPy projects, many times slower: "
+            f"the compiled kernel rs_gguf._core is missing ({_MISSING}), so NumPy projects, many times "
+            "slower: "
             "install a C++17 compiler and reinstall "
             "(pip install --force-reinstall --no-deps --no-cache-dir rs-gguf)",
             SlowProjectionWarning,

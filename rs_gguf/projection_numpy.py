@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -43,7 +44,8 @@ def numpy_statistics(
         with np.errstate(all="ignore"):
             dp = p - w @ p / w.sum()
             dc = c - w @ c / w.sum()
-            varies = (p != p[:1]).any(axis=0) & (c != c[:1]).any()
+            told = w > 0
+            varies = (p[told] != p[told][:1]).any(axis=0) & (c[told] != c[told][:1]).any()
             spread = np.sqrt(w @ dp**2) * np.sqrt(w @ dc**2)
             figures["pearson"][layer] = np.where(varies & (spread > 0), (w * dc) @ dp / spread, np.nan)
             mass = w[:, None] * (np.sign(p) != np.sign(c)[:, None])
@@ -51,8 +53,9 @@ def numpy_statistics(
             mean_square = (mass * errors**2).sum(axis=0) / mass.sum(axis=0)
             figures["disagreement"][layer] = np.where(mass.sum(axis=0) > 0, np.sqrt(mean_square), 0)
         if refused.any() and answered.any():
-            gap = p[refused][:, np.newaxis] - p[answered]
-            figures["auroc"][layer] = ((gap > 0) + 0.5 * (gap == 0)).mean(axis=(0, 1))
+            above = rankdata(np.concatenate([p[refused], p[answered]]), axis=0)[: refused.sum()]
+            pairs = above.sum(axis=0) - refused.sum() * (refused.sum() + 1) / 2
+            figures["auroc"][layer] = pairs / (refused.sum() * answered.sum())
         for name, chosen in (("mean_refused", refused), ("mean_answered", answered)):
             if w[chosen].sum() > 0:
                 figures[name][layer] = w[chosen] @ p[chosen] / w[chosen].sum()

@@ -192,7 +192,7 @@ class Recipe(BaseSettings):
     seed: int = Field(
         default=0,
         ge=0,
-        le=2**32 - 1,
+        le=2**32 - 2,  # the next one is any number to a llama-server
         description="the one seed of all that is drawn: prompts, contexts, sampled tokens, the search. Which "
         "tokens of prompts and answers are read is always the same",
     )

@@ -132,7 +132,7 @@ class LlamaServer:
     ) -> Iterator[tuple[int, Answer]]:
         """Yield (index, answer) as they come.
 
-        Not every server knows `top_k`, so it is not sent. The tokens of an answer are not told.
+        Drawn ones are drawn as by `generation.draw`. The tokens of an answer are not told.
         """
         bodies = (self._body(prompt, dose, max_tokens, sampling) for prompt in asked)
         for i, found in self._client.complete_all(bodies):
@@ -160,6 +160,8 @@ class LlamaServer:
             "messages": messages, "max_tokens": max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
         }  # fmt: skip
+        if sampling.temperature > 0:  # else nothing is drawn, and not every server knows these
+            body |= {"top_k": sampling.top_k, "samplers": ["top_k", "temperature", "top_p"]}
         if self._thinks:  # else it reads another prompt than models do here
             body["chat_template_kwargs"] = {"enable_thinking": False}
         scales = {**self._kept, **{id_: dose * scale for id_, scale in self._scaled.items()}}

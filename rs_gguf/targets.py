@@ -44,6 +44,8 @@ _BATCH_TOKENS = 4096
 # Of a pass that only reads: a CPU is as busy with these as with more, and small batches are of like length.
 _CPU_BATCH_TOKENS = 512
 _LOGPROB_BATCH_TOKENS = 1024
+# In the cache of all that are answered at once: on a CPU as many as in llama.cpp's.
+_CACHED_TOKENS, _CPU_CACHED_TOKENS = 65536, 8192
 
 
 class TorchModel:
@@ -72,6 +74,7 @@ class TorchModel:
         self.device = torch.device(device or ("cuda" if spread else "cpu"))
         on_cpu = self.device.type == "cpu"
         self._read_tokens = _CPU_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
+        self._cached_tokens = _CPU_CACHED_TOKENS if on_cpu else _CACHED_TOKENS
         self.model, self.tokenizer = huggingface.load(self.path, on_cpu=on_cpu, spread=spread)
         self.model.eval()
         if not spread:
@@ -249,7 +252,8 @@ class TorchModel:
         if not prompts:
             return
         seed_of = seeds(prompts, sampling.seed)
-        for group in self._groups(self._checked_lengths(prompts, max_tokens), _BATCH_TOKENS):
+        whole = [length + max_tokens for length in self._checked_lengths(prompts, max_tokens)]
+        for group in self._groups(whole, self._cached_tokens):
             draws = {i: np.random.default_rng(seed_of[i]) for i in group}
             yield from self._answer(group, prompts, max_tokens, sampling, draws)
 

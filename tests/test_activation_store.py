@@ -192,6 +192,16 @@ def test_a_store_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
     assert not store.holds("00003", [])
 
 
+def test_a_writer_whose_store_was_begun_anew_writes_nothing_into_it(tmp_path: Path) -> None:
+    slow, other = ActivationStore(tmp_path, "one model"), ActivationStore(tmp_path, "another model")
+    fill(slow, ["00000"])
+    other.begin()
+    with pytest.raises(DamagedStoreError, match="another recipe or model"):
+        slow.append("00001", ids("00001"), arrays("00001"))
+    assert not other.holds("00001", ids("00001"))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_only_a_writer_clears_away_what_belongs_to_another_key(tmp_path: Path) -> None:
     old = ActivationStore(tmp_path, "old")
     fill(old)

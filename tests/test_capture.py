@@ -327,7 +327,7 @@ from rs_gguf.estimators import WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.llama import LlamaModel
 model, folder = map(Path, sys.argv[1:])
 dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-module._SHARD = 4
+module.SHARD = 4
 data = np.load(folder / "in.npz")
 talks = [Conversation(row[row >= 0].tolist(), row[row >= 0][-3:].tolist(), True) for row in data["prompts"]]
 ids = [str(k) for k in range(len(talks))]
@@ -347,7 +347,7 @@ dist.destroy_process_group()
 def test_two_processes_capture_and_fit_what_one_does(
     network: tuple[Path, Any], model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture_module, "_SHARD", 4)
+    monkeypatch.setattr(capture_module, "SHARD", 4)
     talks = [Conversation(c.prompt, list(c.prompt[-3:]), quiet=True) for c in conversations(18)]
     prompts = np.full((len(talks), 40), -1)
     for row, talk in zip(prompts, talks, strict=True):
@@ -385,7 +385,7 @@ def test_two_processes_capture_and_fit_what_one_does(
 def test_a_capture_goes_on_where_it_was(
     model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture_module, "_SHARD", 4)
+    monkeypatch.setattr(capture_module, "SHARD", 4)
     ids, talks = [str(k) for k in range(10)], conversations()
 
     class KilledError(Exception):

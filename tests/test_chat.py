@@ -68,7 +68,10 @@ def controls(model: LlamaModel, tokens: list[int]) -> list[str]:
         "{{ '{0.__class__.__mro__}'.format(1) }}{{ ''.__class__() }}",
         "{% set x = messages.append(1) %}",
         "{% set x = messages[0].update({'content': 'other'}) %}",
-        "{{ range(10 ** 9) | list }}",
+        "{{ range(1000000000) | list }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ 10000000000 * messages }}",
         "{{ 1 / 0 }}",
         "{{ messages[7].content.no.such }}",
         "{% include '/etc/passwd' %}",
@@ -112,6 +115,12 @@ def test_private_attributes_render_as_nothing(template: str) -> None:
 def test_a_template_that_does_not_compile(template: str) -> None:
     with pytest.raises(InputError, match="does not compile"):
         ChatFormat(template)
+
+
+def test_ordinary_products_are_computed() -> None:
+    assert (
+        ChatFormat("{{ 3 * 4 }}{{ '=' * 5 }}{{ 2 * 'ab' }}{{ 1.5 * 2 }}").render([USER]) == "12=====abab3.0"
+    )
 
 
 def test_what_a_template_says_itself_is_passed_on() -> None:

@@ -23,6 +23,29 @@ def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+def test_help_lists_what_people_need_before_the_stages() -> None:
+    code, stdout, _ = invoke("--help")
+    assert code == 0
+    names = [line.split()[0] for line in stdout.split("Commands:")[1].splitlines() if line.strip()]
+    assert names == [
+        "run", "plan", "eval", "judge", "check", "inspect", "convert", "combine", "models",
+        "Stages", "answer", "score", "capture", "fit", "tune", "write", "measure", "report",
+    ]  # fmt: skip
+
+
+def test_score_tells_what_there_is_to_fit_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["sensitive", "sensitive", "harmful", "benign"]
+    confidences = [0.8, -0.7, 0.3, None]
+    for name, key, values in (("answers", "kind", kinds), ("scores", "confidence", confidences)):
+        lines = (json.dumps({"id": str(i), key: value}) + "\n" for i, value in enumerate(values))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: {})
+    code, stdout, _ = invoke("score", "--out", str(tmp_path))
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in stdout.splitlines() if "│" in line]
+    assert rows == [["sensitive", "1", "1", "0"], ["harmful", "1", "0", "0"], ["benign", "0", "0", "1"]]
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys, rs_gguf.cli; sys.exit('torch' in sys.modules or 'llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

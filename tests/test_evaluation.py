@@ -279,6 +279,13 @@ def test_a_trace_may_be_marked_by_control_tokens(said: list[int], text: str) -> 
     assert found.text == text
 
 
+def test_control_tokens_in_an_answer_leave_its_trace_where_it_was() -> None:
+    trace, said = [0, *map(ord, "May I?"), 1], [*map(ord, "No"), 2, ord(".")]
+    model = Marked([*trace, *said])
+    ((_, found),) = answer(model, [[65]], max_tokens=20)  # type: ignore[arg-type]
+    assert after_trace(model, [65], found) == ([65, *trace], said)  # type: ignore[arg-type]
+
+
 def test_a_trace_that_is_a_loop_is_broken_and_no_empty_answer() -> None:
     """It was cut off: nobody knows the answer, however the trace looks."""
     model = Marked([0, *map(ord, "Wait. " * 40)], finished=False)

@@ -185,6 +185,70 @@ def test_an_interrupt_while_a_model_is_loaded_is_not_lost(
     assert sys.unraisablehook is hook
 
 
+def test_an_interrupt_while_a_context_is_made_frees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=2)
+    made, freed = [], []
+
+    def init(model: Any, params: Any, init: Any = llama_cpp.llama_init_from_model) -> Any:
+        made.append(init(model, params))
+        raise_within(KeyboardInterrupt())
+        return made[0]
+
+    def free(handle: Any, free: Any = llama_cpp.llama_free) -> None:
+        freed.append(handle)
+        free(handle)
+
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", init)
+    monkeypatch.setattr(llama_cpp, "llama_free", free)
+    with pytest.raises(KeyboardInterrupt):
+        LlamaModel(tmp_path / "tiny.gguf", n_parallel=2, n_ctx=256)
+    assert freed == made
+
+
+def raise_within(error: BaseException) -> None:
+    """As llama.cpp calls its log."""
+
+    @called_back
+    def log() -> None:
+        raise error
+
+    ctypes.CFUNCTYPE(None)(log)()
+
+
+@pytest.mark.parametrize("spoil", ["vocabulary", "metadata"])
+def test_what_llama_cpp_does_not_mind_when_it_loads_is_told(
+    tmp_path: Path, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    if spoil == "vocabulary":  # the first text would end the process
+        monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda self, _: self.add_string(
+            "tokenizer.ggml.model", "none"))  # fmt: skip
+    else:
+        monkeypatch.setattr(llama_file.gguf_header, "values_of_whole", lambda _: {})
+    write_tiny_qwen2(path)
+    with pytest.raises(InputError, match=f"tiny.gguf holds (no )?{spoil}"):
+        LlamaModel(path, n_parallel=1, n_ctx=256)
+
+
+def test_a_text_may_have_more_tokens_than_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that spells its space in bytes: there is no room at first, and llama.cpp says how much."""
+    rooms: list[int] = []
+
+    def tokenize(*arguments: Any, tokenize: Any = llama_cpp.llama_tokenize) -> int:
+        vocab, text, length, buffer, room, *rest = arguments
+        rooms.append(room)
+        return int(tokenize(vocab, text, length, buffer, room if len(rooms) > 1 else 3, *rest))
+
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
+        expected = model.tokenize("the mountain")
+        monkeypatch.setattr(llama_cpp, "llama_tokenize", tokenize)
+        assert model.tokenize("the mountain") == expected
+    assert rooms[1:] == [len(expected)]
+
+
 def test_each_thread_gets_what_its_own_calls_raise() -> None:
     """Two calls of llama.cpp at once, the one that began first ended first."""
     hook = sys.unraisablehook
@@ -421,6 +485,7 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
         ("0::/\n", {"memory.max": "max"}, 8 << 20),
         ("0::/\n", {"memory.max": f"{2 << 20}"}, 2 << 20),
         ("0::/user.slice/one.scope\n", {"user.slice/one.scope/memory.max": f"{3 << 20}"}, 3 << 20),
+        ("0::/user.slice/one.scope\n", {"user.slice/memory.max": f"{4 << 20}"}, 4 << 20),
         ("4:memory:/a\n0::/\n", {"memory/memory.limit_in_bytes": f"{1 << 20}"}, 1 << 20),
         ("0::/\n", {"memory.max": f"{9 << 20}"}, 8 << 20),
     ],

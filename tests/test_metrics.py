@@ -97,7 +97,7 @@ def test_answers_that_cannot_be_judged_may_be_broken_too() -> None:
     sets["harmful"] |= {"unjudged": 40, "unjudged_baseline": 40, "unjudged_steered": 40}
     sets["harmful"] |= {"degenerate_baseline": 4 / 80, "degenerate_steered": 8 / 80}
     (said,) = metrics.gate(sets, 0.1, Recipe(), feasible=True)
-    assert said == "degenerate answers rose by 4 of 160: harmful from 4 to 8"
+    assert said == "broken answers rose by 4 of 160: harmful from 4 to 8"
 
 
 def test_the_share_of_harm_that_must_stay_is_enough() -> None:
@@ -128,10 +128,10 @@ def test_verdicts_that_turn_both_ways_are_chance() -> None:
         ({"sensitive": (20, 20)}, "no sensitive refusal was removed"),
         ({"sensitive": (20, 20), "effect": "induce"}, "no refusal was induced"),
         ({"feasible": False}, "no configuration held every limit on the tune split"),
-        ({"more_degenerate": {"harmful": 2}}, "degenerate answers rose by 2 of 120: harmful from 4 to 6"),
+        ({"more_degenerate": {"harmful": 2}}, "broken answers rose by 2 of 120: harmful from 4 to 6"),
         (
             {"more_degenerate": {"sensitive": 1, "harmful": -3, "benign": 2}},
-            "degenerate answers rose by 3 of 120: sensitive from 4 to 5, benign from 4 to 6",
+            "broken answers rose by 3 of 120: sensitive from 4 to 5, benign from 4 to 6",
         ),
     ],
 )

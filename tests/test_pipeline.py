@@ -34,6 +34,7 @@ from rs_gguf.judging.local import KeywordJudge
 from rs_gguf.llama import LlamaModel
 from rs_gguf.pipeline import Pipeline, run
 from rs_gguf.progress import Silent
+from rs_gguf.prompts import Prompt
 from rs_gguf.run_folder import STAGES, RunFolder
 from rs_gguf.search_space import Candidate, Trial
 
@@ -360,13 +361,18 @@ def test_a_wrong_recipe_can_be_taken_back_while_it_answers(
     assert counted.steps == {}
 
 
+@pytest.mark.parametrize("spare", [0, 40], ids=["by itself", "with the baseline's system prompt"])
 def test_a_prompt_that_is_too_long_for_a_later_stage_is_told_of_at_once(
-    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spare: int, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
     write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
     rows = [{"prompt": split, "split": split} for split in ("fit", "tune", "test")]
-    rows[-1]["prompt"] += 9000 * " a"
+    with LlamaModel(model, n_parallel=1) as loaded:
+        (shortest,) = chat_tokens(loaded, [Prompt("test", "benign")])
+        (longer,) = chat_tokens(loaded, [Prompt("test" + 10 * "a", "benign")])
+        assert len(longer) == len(shortest) + 10
+        rows[-1]["prompt"] += (loaded.max_length - 32 - len(shortest) + 1 - spare) * "a"
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     values = [*SMALL, f"model={model}", f"judge={judge.url}", f"prompts.benign=['{tmp_path / 'long.jsonl'}']"]
     monkeypatch.setattr(answering, "answers", lambda *_: pytest.fail("an answer was begun"))

@@ -194,11 +194,27 @@ def test_tensors(kernel: str, dtype: torch.dtype) -> None:
     assert_close(project(swapped, v.astype(np.float64)), expected, v)
 
 
-def test_activations_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_not_copied() -> None:
     for h in (np.zeros((2, 2, 4), ml_dtypes.bfloat16), np.zeros((4, 2, 4), np.float16)[::-2]):
         assert np.shares_memory(projection._as_array(h), h)
     tensor = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
     assert projection._as_array(tensor).ctypes.data == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, 3, 4).to_sparse(), torch.zeros(2, 3, 4).double()])
+def test_tensors_that_cannot_be_read_in_place_are_told(tensor: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"^activations: expected .*, got torch\.(sparse_coo|float64): "):
+        project(tensor, np.zeros((3, 1, 4), np.float32))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_strided_views_are_shared_among_threads(kernel: str, dtype: Any) -> None:
+    h, v, o = case(406, 10, 8, 896, dtype)
+    h, v, o = h[::-2, ::-2], v[::2], o[::2]
+    single = project(h, v, o, threads=1)
+    assert_close(single, h, v, o)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(project(h, v, o, threads=threads), single)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -332,7 +348,7 @@ def test_errors_name_the_argument() -> None:
     refuse(r"activations: expected float32, .* got float64", h.astype(np.float64), v)
     refuse(r"activations: expected float32, .* got uint16", h.astype(np.uint16), v)
     refuse(r"activations: expected float32, .* got >f4", h.astype(">f4"), v)
-    refuse(r"activations: expected float32, .* got int64", torch.zeros(1, 1, 1, dtype=torch.int64), v)
+    refuse(r"activations: expected float32, .* got torch.int64", torch.zeros(1, 1, 1, dtype=torch.int64), v)
     refuse(r"activations: expected shape \[N, L, D\], got \[4, 8\]", h[:, 0], v)
     refuse(r"activations: the last axis must be contiguous", h[:, :, ::2], v[:, :, ::2])
     refuse(
@@ -456,6 +472,16 @@ def test_whole_weights_are_repetitions(kernel: str) -> None:
         np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-9)
 
 
+def test_what_varies_without_weight_does_not_vary(kernel: str) -> None:
+    h, v, _, o, _ = statistics_case(4)
+    h[:3] = h[0]
+    c, w = np.array([0.3, 0.3, 0.3, -0.5]), np.array([0.1, 0.1, 0.1, 0.0])
+    for call in (project_statistics, project_statistics_reference):
+        assert np.isnan(call(h, v, c, o, weights=w).pearson).all()
+        one_varies = call(h, v, c, o, weights=np.full(4, 0.1))
+        assert np.isfinite(one_varies.pearson).all()
+
+
 def test_figures_without_meaning_are_nan(kernel: str) -> None:
     h, v, c, _, _ = statistics_case(20)
     refused_only = project_statistics(h, v, np.full(20, 0.5))
@@ -487,7 +513,7 @@ def test_ties_and_constants(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_statistics_of_what_is_not_finite_are_refused(value: float) -> None:
+def test_statistics_of_what_is_not_finite_are_refused(kernel: str, value: float) -> None:
     h, v, c, o, _ = statistics_case(20)
     h[7, 1, 3] = value
     for call in (project_statistics, project_statistics_reference):

@@ -197,7 +197,7 @@ def test_variables_that_are_not_utf_8_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_largest_seed_is_taken_by_every_generator() -> None:
-    seed = load(None, ["seed=4294967295"]).seed
+    seed = load(None, ["seed=4294967294"]).seed
     optuna.samplers.TPESampler(seed=seed)
     np.random.default_rng((seed, 0))
 

@@ -199,7 +199,10 @@ def test_the_advised_file_has_passed_and_removes_most(
 ) -> None:
     page = Page(write_report(make_run(tmp_path, metrics=gates(vector, adapter))))
     assert page.all("h2", id="verdict-title") == [said]
-    badges = ["✓ passed its gate" if passed else "✕ did not pass its gate" for passed in (vector, adapter)]
+    badges = [
+        "✓ passed its safety gate" if passed else "✕ did not pass its safety gate"
+        for passed in (vector, adapter)
+    ]
     titles = [one_line(text) for text in page.all("div", class_="title")]
     assert first in titles[0], "the advised file comes first"
     assert sorted(text.split("gguf ")[1] for text in titles) == sorted(badges)
@@ -233,7 +236,7 @@ def test_report_gives_reasons_when_the_gate_is_not_passed(tmp_path: Path) -> Non
     folder = make_run(tmp_path, metrics=lambda m: {**m, "gate": {"passed": False, "reasons": [reason]}})
     page = Page(write_report(folder))
     assert [one_line(text) for text in page.all("ul", class_="reasons")] == [reason]
-    assert "The control vector did not pass its gate." in page.all("p", class_="summary")[0]
+    assert "The control vector did not pass its safety gate." in page.all("p", class_="summary")[0]
 
 
 def test_report_is_one_file_that_can_load_and_run_nothing_else(run_folder: Path) -> None:
@@ -1052,7 +1055,7 @@ def test_prompts_of_ones_own_are_not_called_political(tmp_path: Path) -> None:
 
 def test_card_of_two_failed_gates_advises_neither(tmp_path: Path) -> None:
     card = write_card(make_run(tmp_path, metrics=gates(False, False))).read_text(encoding="utf-8")
-    assert "**Use neither file as it is.** Neither passed its gate." in card
+    assert "**Use neither file as it is.** Neither passed its safety gate." in card
 
 
 def test_card_says_what_was_not_measured(run_folder: Path) -> None:
@@ -1137,7 +1140,7 @@ def test_terminal_gives_the_reasons_of_each_file(run_folder: Path) -> None:
     assert "Use neither file as it is." in text
     assert "  control vector: no sensitive refusal was removed\n" in text
     assert "  gated adapter: [red]not markup[/] ␛[31m\n" in text
-    assert text.count("(did not pass its gate)") == 2
+    assert text.count("(did not pass its safety gate)") == 2
 
 
 def test_terminal_of_a_run_without_an_adapter(run_folder: Path) -> None:

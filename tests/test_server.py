@@ -13,6 +13,7 @@ from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 from rs_gguf import answering
 from rs_gguf import server as server_module
 from rs_gguf.errors import InputError
+from rs_gguf.generation import Sampling
 from rs_gguf.judging.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from rs_gguf.llama import LlamaModel
 from rs_gguf.prompts import Prompt
@@ -76,6 +77,18 @@ def test_thinking_is_switched_off_where_it_is_off_here(
     list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
     assert servers[0].asked[0].get("chat_template_kwargs") == sent
     assert servers[0].asked[0]["lora"][1] == {"id": 1, "scale": 1.0}
+
+
+def test_what_is_drawn_is_drawn_as_here(servers: list[Server]) -> None:
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5, sampling=Sampling(temperature=0.8, seed=3)))
+    greedy, drawn = servers[0].asked
+    assert greedy["temperature"] == 0
+    assert not {"top_k", "samplers"} & greedy.keys()
+    expected = {"temperature": 0.8, "seed": 3, "top_k": 20, "top_p": 0.95}
+    assert {name: drawn[name] for name in expected} == expected
+    assert drawn["samplers"] == ["top_k", "temperature", "top_p"]
 
 
 def test_scales_of_one_adapter_add_up(servers: list[Server]) -> None:

@@ -310,6 +310,15 @@ def test_answers_do_not_depend_on_the_batch(
     assert together == dict(target.generate(prompts, max_tokens=10, sampling=sampling))
 
 
+def test_answers_at_once_share_a_cache(target: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[int]] = []
+    monkeypatch.setattr(target, "_cached_tokens", 100)
+    monkeypatch.setattr(target, "_answer", lambda group, *_: groups.append(group) or [])
+    list(target.generate([[5] * 10] * 5, max_tokens=40))
+    list(target.generate([[5] * 10] * 5, max_tokens=10))
+    assert list(map(len, groups)) == [2, 2, 1, 5]
+
+
 def test_sampling_follows_its_seed(llama: TorchModel) -> None:
     def draw(seed: int) -> dict[int, Any]:
         warm = Sampling(temperature=2.0, top_k=0, top_p=1.0, seed=seed)

@@ -47,7 +47,7 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
         elif file is best:
             note = " (the one to use)"
         else:
-            note = "" if file["gate"]["passed"] else " (did not pass its gate)"
+            note = "" if file["gate"]["passed"] else " (did not pass its safety gate)"
         _say(console, f"\n{file['word'].capitalize()}, {printable(str(out / file['file']))}{note}:")
         _say(console, file["llama_cpp"]["command"])
     report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))

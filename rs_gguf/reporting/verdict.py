@@ -89,10 +89,10 @@ def sentences(found: Sequence[Row], effect: str) -> list[str]:
     """Why: what the advised file does, then how the other one stands. Reasons of a gate are not repeated."""
     best = advised(found, effect)
     if best is None:
-        verdict = "Neither passed its gate." if len(found) > 1 else "It did not pass its gate."
+        verdict = "Neither passed its safety gate." if len(found) > 1 else "It did not pass its safety gate."
         return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}" for file in found)]
     others = [file for file in found if file is not best]
-    lines = [f"It passed its gate: {counts(best)}"]
+    lines = [f"It passed its safety gate: {counts(best)}"]
     return lines + [f"The {other['word']} {_beside(best, other, effect)}." for other in others]
 
 
@@ -118,7 +118,7 @@ def counts(file: Mapping[str, Any]) -> str:
 
 def _beside(best: Row, other: Row, effect: str) -> str:
     if not other["gate"]["passed"]:
-        return "did not pass its gate"
+        return "did not pass its safety gate"
     does = "adds" if effect == "induce" else "removes"
     if _merits(other, effect)[0] < _merits(best, effect)[0]:
         sensitive = other["of"]["sensitive"]

@@ -1,4 +1,4 @@
-"""Shapes, strides, alignments, types and threads at random, against float64 NumPy; 5,000 cases."""
+"""Shapes, strides, alignments, and types at random, against float64 NumPy; 5,000 cases."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_any_shape_and_stride(data: st.DataObject, monkeypatch: pytest.MonkeyPat
     v = rng.standard_normal((layers, k, d)).astype(np.float32)
     o = rng.standard_normal((layers, d)).astype(np.float32) if draw(st.booleans(), "offset") else None
 
-    result = project(h, v, o, threads=draw(st.integers(1, 4), "threads"))
+    result = project(h, v, o)
 
     wide = h.astype(np.float64) - (0 if o is None else o.astype(np.float64))
     expected = np.einsum("nld,lkd->nlk", wide, v.astype(np.float64))
