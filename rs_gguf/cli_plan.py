@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--bits", type=click.FloatRange(1, 64), metavar="B",
               help="Plan for a GGUF file of B bits a weight, 4.85 in Q4_K_M; for a config.json.")  # fmt: skip
 @click.option("--measure", is_flag=True,
-              help="Load the model and time it; otherwise the speed is that of docs/scaling.md.")  # fmt: skip
+              help="Load the model and time it; else the speed is a server core's.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: seconds, bytes, tokens.")
 def plan(
     recipe: Path | None, overrides: tuple[str, ...], bits: float | None, measure: bool, as_json: bool

