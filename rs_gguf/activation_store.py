@@ -193,9 +193,8 @@ class ActivationStore:
                 line = json.dumps(entry) + "\n"
                 with self._manifest.open("r+b") as file:
                     file.seek(-1, os.SEEK_END)
-                    torn = (
-                        file.read(1) != b"\n"
-                    )  # by a kill or a full disk; its piece is a line of its own then
+                    # Torn by a kill or a full disk: the piece is a line of its own then.
+                    torn = file.read(1) != b"\n"
                     file.write(("\n" + line if torn else line).encode())
                     file.flush()
                     os.fsync(file.fileno())
