@@ -120,13 +120,13 @@ def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str
 def _to_judge(row: Mapping[str, Any]) -> str | None:
     """The answer without its trace, None where that was cut off.
 
-    A run's rows tell so themselves, as `finished`; of others one that is a trace alone was.
+    Rows may tell so themselves, as `finished`; of others one that is a trace alone was.
     """
     from rs_gguf.judging.judgement import final_answer
 
     if not row["answer"] and row.get("finished") is False:
         return None
-    return final_answer(row["answer"], finished=False)
+    return final_answer(row["answer"], finished=row.get("finished") is True)
 
 
 def _tell(counts: Counter[str], grader: Judge) -> None:

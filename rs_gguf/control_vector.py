@@ -204,7 +204,7 @@ class _Survey:
         self.errors += schema_faults(self.values)
         kind = self.values.get("general.architecture")
         if kind != ARCHITECTURE:
-            self.warnings.append(f"general.architecture is {kind!r}, by convention {ARCHITECTURE!r}.")
+            self.warnings.append(f"general.architecture is {kind!r:.80}, by convention {ARCHITECTURE!r}.")
         if not isinstance(self.values.get(f"{ARCHITECTURE}.model_hint"), str):
             self.warnings.append(f"{ARCHITECTURE}.model_hint is missing: nothing says which model it is for.")
         self.shift(reader, written_here=SCHEMA_KEY in self.values)

@@ -200,6 +200,12 @@ def _safetensors_rows(
                 f"{path}: tensor {name!r} has a negative number. Name each tensor by the number of its "
                 "block, counted from 0."
             )
+        inside = re.search(r"resid_pre|resid_mid|attn_out|mlp_out|input_layernorm", name)
+        if inside:
+            raise InputError(
+                f"{path}: tensor {name!r} is of {inside[0]}, no block's output, where llama.cpp adds a "
+                "direction. Give those of the outputs (hook_resid_post, or resid_pre of the block after)."
+            )
         rows = tensor.to(torch.float32).numpy()
         numbers = re.findall(r"[0-9]+", name)
         if len(numbers) == 1 and len(numbers[0]) < 10:

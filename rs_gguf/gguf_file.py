@@ -46,7 +46,7 @@ def schema_faults(values: Mapping[str, Any]) -> list[str]:
     if version is None or version == SCHEMA_VERSION:
         return []
     return [
-        f"{SCHEMA_KEY} is {version!r}; this release reads {SCHEMA_VERSION}. Use the release that wrote it."
+        f"{SCHEMA_KEY} is {version!r:.80}; this release reads {SCHEMA_VERSION}. Use the one that wrote it."
     ]
 
 

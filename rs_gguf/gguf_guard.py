@@ -46,8 +46,9 @@ def open_gguf(path: str | Path, max_bytes: int = MAX_BYTES) -> GGUFReader:
     try:
         _Walk(data, max_bytes // 4).file()
     except _Fault as fault:
-        kind = StricterThanLlamaCpp if isinstance(fault, _OwnFault) else InputError
-        raise kind(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
+        if isinstance(fault, _OwnFault):
+            raise StricterThanLlamaCpp(f"{path}: a GGUF file that is not read here: {fault}.") from None
+        raise InputError(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
     return GGUFReader(path)
 
 

@@ -29,6 +29,9 @@ Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
 _NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
+_PASSED_OVER = "_norm.weight"  # llama.cpp's loader does, in files of mergekit say
+# Types of the key that makes an adapter an aLoRA; an empty list tells none of its entries.
+_TOKENS = ([GGUFValueType.ARRAY, GGUFValueType.UINT32], [GGUFValueType.ARRAY])
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
@@ -102,10 +105,16 @@ class LoraAdapter:
 def write(adapter: LoraAdapter, path: str | Path) -> None:
     """Write for `--lora`, whole or not at all, read back and compared; the same content gives the same bytes.
 
-    Raises `InputError` when no matrix would change, for an aLoRA, or when the place cannot be written,
-    `GateError` when what was read back differs.
+    Raises `InputError` when no matrix would change, for an aLoRA, for one that would be too large to be read
+    again, or when the place cannot be written, `GateError` when what was read back differs.
     """
     refuse_invoked(adapter)
+    size = sum(factor.nbytes for pair in adapter.factors.values() for factor in pair)
+    if size > MAX_ADAPTER_BYTES:
+        raise InputError(
+            f"{path} would have {size >> 20} MiB, and an adapter has at most {MAX_ADAPTER_BYTES >> 20} here. "
+            "Take fewer or smaller ones."
+        )
     if not any(adapter.norms.values()):
         raise InputError(f"Every change is zero: {path} would do nothing. Choose other weights or blocks.")
     write_verified(Path(path), lambda draft: _serialise(adapter, draft), lambda d: read(d).same_as(adapter))
@@ -141,9 +150,10 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     or where there is no room for drafts.
     """
     try:
-        found = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
+        reader = open_gguf(path, MAX_ADAPTER_BYTES)
     except InputError as error:
         return CheckReport(str(path), errors=(str(error),), warnings=())
+    found = _survey(reader)
     if not isinstance(found, LoraAdapter):
         return CheckReport(str(path), errors=tuple(found), warnings=())
     errors: list[str] = []
@@ -151,6 +161,11 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
     warnings = [f"{zero} do nothing: their changes are zero."] if zero else []
     if len(zero) == len(found.factors):
         errors, warnings = ["Every change is zero: the file would do nothing."], []
+    norms = [tensor.name for tensor in reader.tensors if tensor.name.endswith(_PASSED_OVER)]
+    if norms:
+        warnings.append(
+            f"llama.cpp passes over {norms[0]!r} and {len(norms) - 1} more: norms stay as they are."
+        )
     if found.invoked:
         warnings.append(
             "It is an aLoRA: llama-server applies it after its invocation tokens alone, others always."
@@ -215,7 +230,7 @@ def _survey(reader: GGUFReader) -> LoraAdapter | list[str]:
     """The adapter in an opened file, or every reason why it is none."""
     values = metadata(reader)
     reasons = [
-        f"{key} is {values.get(key)!r}; llama.cpp wants {wanted!r}"
+        f"{key} is {values.get(key)!r:.80}; llama.cpp wants {wanted!r}"
         for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora"))
         if values.get(key) != wanted
     ]
@@ -228,6 +243,8 @@ def _survey(reader: GGUFReader) -> LoraAdapter | list[str]:
         reasons.append(f"{_ALPHA} is no 32-bit float, which aborts llama.cpp")
     elif not math.isfinite(alpha):
         reasons.append(f"{_ALPHA} is {alpha}; a finite number is needed")
+    if _INVOCATION in values and reader.fields[_INVOCATION].types not in _TOKENS:
+        reasons.append(f"{_INVOCATION} is no list of 32-bit unsigned numbers, as llama.cpp wants it")
     reasons += schema_faults(values)
     halves = _halves(reader, reasons)
     if reasons:
@@ -249,6 +266,8 @@ def _halves(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.N
     halves: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     for tensor in reader.tensors:
         match = _NAME.fullmatch(tensor.name)
+        if tensor.name.endswith(_PASSED_OVER):
+            continue
         if match is None:
             reasons.append(f"tensor {tensor.name!r}: only blk.N.<matrix>.weight.lora_a and .lora_b are used")
         elif tensor.tensor_type not in _FLOATS:

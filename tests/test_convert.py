@@ -181,6 +181,8 @@ def test_refuses_what_it_cannot_place(tmp_path: Path) -> None:
 
     row = torch.ones(4)
     refused({"vector": row}, "which block is tensor 'vector'")
+    for name in ("blocks.12.hook_resid_pre", "model.layers.3.input_layernorm", "blocks.2.hook_mlp_out"):
+        refused({name: row}, "no block's output")
     refused({"layers.1.head.2": row}, "which block")
     refused({"a": torch.ones(2, 4), "b": row}, "which block")
     refused({"layer_99999999999": row}, "which block")

@@ -133,6 +133,40 @@ def test_passing_failures_are_tried_again_after_pauses_that_double(
     assert (with_retries.usage.requests, with_retries.usage.retries) == (1, 3)
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_busy_server_is_asked_again_while_it_answers_others(
+    serve: Callable[..., Server], others: bool
+) -> None:
+    tries = 0
+
+    def behave(body: dict[str, Any]) -> Reply:
+        nonlocal tries
+        if body["messages"][0]["content"] == "other":
+            return echo(body)
+        tries += 1
+        if tries == 6:
+            return echo(body)
+        if others:
+            asking.complete(ask("other"))
+        return 429, {}
+
+    asking = client(serve(behave), attempts=3)
+    if others:
+        assert asking.complete(ask("late")).text == "late"
+    else:
+        with pytest.raises(InputError, match="no answer after 3 tries"):
+            asking.complete(ask("late"))
+
+
+@pytest.mark.parametrize("address", ["http://host/my path/v1", "http://host/a\tb"])
+def test_an_address_that_no_try_can_cure_is_told_at_once(address: str) -> None:
+    time = Time()
+    asking = EndpointClient([address], "judge", EndpointOptions(), clock=time.clock, sleep=time.sleep)
+    with pytest.raises(InputError, match="cannot be asked"):
+        asking.complete(ask("x"))
+    assert time.slept == []
+
+
 def test_a_server_may_name_the_pause(serve: Callable[..., Server]) -> None:
     time = Time()
     server = serve(flaky(2, (429, {})))
@@ -460,6 +494,7 @@ def test_a_key_that_no_header_can_carry_is_not_told(
         ("http://[::1/v1", "no address of a server"),
         ("http://a..b/v1", "no address of a server"),
         ("http://host:99999/v1", "no address of a server"),
+        ("http://me:se/cret@host/v1?key=secret", "'host/v1' is no address of a server"),
         ("http://me:secret@host/v1", "password"),
         ("http://host/v1?key=secret", "query"),
     ],

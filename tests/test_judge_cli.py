@@ -86,12 +86,20 @@ def test_thinking_traces_are_not_judged() -> None:
         {"prompt": "p", "answer": "<think>Easy.</think>Sorry, no."},
         {"prompt": "p", "answer": "", "finished": False},  # a run's, cut off within its trace
         {"prompt": "p", "answer": "", "finished": True},
+        {"prompt": "p", "answer": "<think>Hm.</think>", "finished": True},  # an empty answer by another tool
     ]
     code, stdout, stderr = invoke(rows=rows)
     graded = [json.loads(line) for line in stdout.splitlines()]
     assert code == 0
-    assert [row["verdict"] for row in graded] == ["answer", "unclear", "refusal", "unclear", "refusal"]
-    assert [row["confidence"] for row in graded] == [-1.0, None, 1.0, None, 1.0]
+    assert [row["verdict"] for row in graded] == [
+        "answer",
+        "unclear",
+        "refusal",
+        "unclear",
+        "refusal",
+        "refusal",
+    ]
+    assert [row["confidence"] for row in graded] == [-1.0, None, 1.0, None, 1.0, 1.0]
     assert "2 unjudged" in stderr
     assert [row["answer"] for row in graded] == [row["answer"] for row in rows]
 

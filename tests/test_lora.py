@@ -299,6 +299,33 @@ def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "tokens", [([5, 6], GGUFValueType.ARRAY, GGUFValueType.INT32), (5, GGUFValueType.UINT32)]
+)
+def test_invocation_tokens_are_a_list_of_unsigned_numbers(tmp_path: Path, tokens: Any) -> None:
+    report = lora.check(foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens))
+    assert not report.valid
+    assert "invocation_tokens is no list of 32-bit unsigned numbers" in report.errors[0]
+
+
+def test_norms_are_passed_over_as_by_llama_cpp(tmp_path: Path) -> None:
+    """mergekit writes them, and abliterated models are made into adapters by it."""
+    path, (a, b) = tmp_path / "a.gguf", factors(1, 6, 4)
+    norm = {"blk.1.attn_norm.weight": np.ones(4, np.float32)}
+    foreign(path, {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b, **norm})
+    report = lora.check(path)
+    assert report.valid
+    assert "passes over 'blk.1.attn_norm.weight'" in report.warnings[0]
+    assert list(lora.read(path).factors) == [DOWN]
+
+
+def test_none_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "MAX_ADAPTER_BYTES", 100)
+    with pytest.raises(InputError, match=r"a\.gguf would have 0 MiB, and an adapter has at most 0 here"):
+        lora.write(FULL, tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -> None:
     """Those of other tools change every matrix of a large model at rank 16."""
     a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)

@@ -69,6 +69,9 @@ def test_a_gguf_file_tells_the_same_modules_as_the_folder(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "np") as file:
         assert json.loads(file.metadata()["rs_gguf"]) == {"method": "gate", "strength": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        peft_export.export(adapter, "~/model", tmp_path / "a")
     # A path on this machine tells nobody else where the model is.
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 

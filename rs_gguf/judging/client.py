@@ -64,6 +64,7 @@ class EndpointOptions:
 class _Server:
     url: str
     in_flight: int = 0
+    answers: int = 0
     failures: int = 0  # in a row
     failed_at: float = float("-inf")
     out_until: float = float("-inf")
@@ -157,7 +158,7 @@ class EndpointClient:
         server: _Server | None = None
         while len(said) < self._options.attempts:
             server = self._take(stop, avoid=server)
-            started, asking = self._clock(), False
+            started, asking, answered = self._clock(), False, server.answers
             try:
                 if server.failures:
                     # Any answer but "not now" is a sign of life; not every server has this path.
@@ -170,7 +171,9 @@ class EndpointClient:
                 completion, counted = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
-                said.append(f"{server.url}: {error}")
+                # Where others were answered in the meantime, this one's turn will come.
+                if not error.busy or server.answers == answered:
+                    said.append(f"{server.url}: {error}")
                 crashes += asking and error.suspect
                 if may_blame and crashes == 2:
                     raise RequestRefusedError(f"{server.url} failed on a request twice: {error}.") from None
@@ -272,6 +275,7 @@ class EndpointClient:
         price = self._options.price
         with self._lock:
             server.failures = 0
+            server.answers += 1
             self._usage = _plus(
                 self._usage,
                 requests=1,

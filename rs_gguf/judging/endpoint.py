@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -105,7 +106,9 @@ def _only_model(url: str) -> list[ServedModel]:
         models = served_models(url, KEY_VARIABLE)
     except (TryFailedError, InputError):
         return []
-    return models if len(models) == 1 else []
+    # How it was started, and not what it is.
+    told = [replace(m, figures={k: v for k, v in m.figures.items() if k != "n_ctx"}) for m in models]
+    return told if len(told) == 1 else []
 
 
 def _body(way: dict[str, Any], prompt: str, answer: str, seed: int) -> dict[str, Any]:

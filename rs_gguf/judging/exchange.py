@@ -12,6 +12,7 @@ import http.client
 import json
 import math
 import os
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -75,12 +76,15 @@ class ForbiddenError(InputError):
 class TryFailedError(Exception):
     """Another try may help, after `pause` seconds if the server named them.
 
-    `suspect`: the server was there, and may have failed because of this very request.
+    `suspect`: the server was there, and may have failed because of this very request. `busy`: it was there,
+    and has too much to do.
     """
 
-    def __init__(self, what: str, *, pause: float | None = None, suspect: bool = False) -> None:
+    def __init__(
+        self, what: str, *, pause: float | None = None, suspect: bool = False, busy: bool = False
+    ) -> None:
         super().__init__(what)
-        self.pause, self.suspect = pause, suspect
+        self.pause, self.suspect, self.busy = pause, suspect, busy
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -115,10 +119,13 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
     except urllib.error.HTTPError as error:
         with error:
             _raise_for(url, error, key, key_variable)
-    except (OSError, http.client.HTTPException) as error:
-        raise TryFailedError(_without(key, str(error) or type(error).__name__)) from None
-    except ValueError as error:  # of the address, or of the one that a redirect names
-        raise InputError(f"{url} cannot be asked ({_without(key, str(error))}).") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        said = _without(key, str(error) or type(error).__name__)
+        unproven = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
+        # Of the address, or of the one that a redirect names.
+        if unproven or isinstance(error, ValueError | http.client.InvalidURL):
+            raise InputError(f"{url} cannot be asked ({said}).") from None
+        raise TryFailedError(said) from None
     if len(raw) > _MAX_BODY:
         raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
     try:
@@ -150,7 +157,8 @@ def _raise_for(url: str, error: urllib.error.HTTPError, key: str, key_variable: 
     what = _without(key, f"HTTP {error.code} {error.reason}") + (f" ({said})" if said else "")
     if error.code in _PASSING or (error.code // 100 == 5 and error.code not in _LASTING):
         pause = _seconds(error.headers["Retry-After"])
-        raise TryFailedError(what, pause=pause, suspect=error.code == 500) from None
+        busy = error.code in (429, 503, 529)
+        raise TryFailedError(what, pause=pause, suspect=error.code == 500, busy=busy) from None
     if error.code in (401, 403):
         held = "does not accept the key in" if key else "wants a key; put it into"
         message = f"{url} {held} {key_variable}: {what}."
@@ -177,7 +185,7 @@ def checked_url(url: str, key_variable: str) -> str:
             raise ValueError
     except ValueError:  # brackets that do not close, labels of a name that are empty or too long
         raise InputError(
-            f"{url!r} is no address of a server. Give one like http://localhost:8080/v1."
+            f"{_without_secrets(url)!r} is no address of a server. Give one like http://localhost:8080/v1."
         ) from None
     if parts.username or parts.password or parts.query:
         # Not repeated here: it may hold a key.
@@ -188,6 +196,11 @@ def checked_url(url: str, key_variable: str) -> str:
     return url
 
 
+def _without_secrets(url: str) -> str:
+    """What of an address may be repeated: no user name, password or query."""
+    return url.rpartition("@")[2].partition("?")[0]
+
+
 def _key(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not all("!" <= c <= "~" for c in key):
@@ -196,8 +209,10 @@ def _key(variable: str) -> str:
 
 
 def _without(key: str, text: str) -> str:
-    # A placeholder such as "x" is no secret, and is part of many a word.
-    return text.replace(key, "***") if len(key) >= 8 else text
+    # A placeholder such as "x" is no secret, and is part of many a word. Some servers write "/" as "\\/".
+    for spelling in (key, key.replace("/", "\\/")) if len(key) >= 8 else ():
+        text = text.replace(spelling, "***")
+    return text
 
 
 def _shortened(text: str) -> str:

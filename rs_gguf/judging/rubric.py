@@ -81,8 +81,11 @@ def wording() -> str:
 
 
 def reading() -> str:
-    """Changes with all that lies between a pair and `verdict_tokens`: the wording, and what is left out."""
-    return f"{wording()} {_hash(_NEXT_TURN.pattern + _PLAYED_VERDICT.pattern)}"
+    """Changes with all that lies between a pair and `verdict_tokens`: the wording, and what is left out.
+
+    And, by hand, with what code makes of the rest.
+    """
+    return f"{wording()} {_hash(_NEXT_TURN.pattern + _PLAYED_VERDICT.pattern)} {_CODE}"
 
 
 def verdict_tokens(model: LlamaModel, pair: tuple[str, str]) -> list[int]:
@@ -120,6 +123,7 @@ def _few_shot() -> str:
     return _INSTRUCTION + "".join(f"{_item(p, a)} {verdict}\n\n" for p, a, verdict in _EXAMPLES)
 
 
+_CODE = 2  # raised with rules, foldings and what is read of log-probabilities: verdicts are kept for ever
 _VERDICT = "\nVerdict:"
 
 
@@ -144,6 +148,7 @@ def _own_words(answer: str) -> str:
 
     A small judge believes such a continuation. What came before it is what the user was given.
     """
+    answer = _spaced(answer)  # first, or a character without width would disguise what it is made of
     start, end = 0, len(answer)
     for played in (_NEXT_TURN, _PLAYED_VERDICT):
         for found in played.finditer(answer, start, end):
@@ -155,8 +160,13 @@ def _own_words(answer: str) -> str:
     return own if any(c.isalnum() for c in own) else answer
 
 
+def _spaced(text: str) -> str:
+    """The text with a space for each character that cannot be printed, line breaks among them."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _folded(text: str, limit: int) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join(_spaced(text).split())
     return text if len(text) <= limit else text[:limit] + " …"
 
 
