@@ -190,19 +190,21 @@ class ActivationStore:
                     "dtypes": {name: str(a.dtype) for name, a in arrays.items()},
                     "ids": list(ids),
                 }
-                line = json.dumps(entry) + "\n"
-                with self._manifest.open("r+b") as file:
-                    file.seek(-1, os.SEEK_END)
-                    # Torn by a kill or a full disk: the piece is a line of its own then.
-                    torn = file.read(1) != b"\n"
-                    file.write(("\n" + line if torn else line).encode())
-                    file.flush()
-                    os.fsync(file.fileno())
+                self._enter(json.dumps(entry) + "\n")
         except OSError as error:
             raise InputError(
                 f"cannot write {self._manifest}: {error.strerror or error}. Free space and start again: what "
                 "was captured is kept."
             ) from error
+
+    def _enter(self, line: str) -> None:
+        """Write a line at the end of the manifest."""
+        with self._manifest.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"  # by a kill or a full disk; its piece is a line of its own then
+            file.write(("\n" + line if torn else line).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def holds(self, shard: str, ids: Sequence[str]) -> bool:
         """Whether a shard is there with these prompts, byte for byte as it was written."""

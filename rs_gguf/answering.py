@@ -79,11 +79,12 @@ def judged(folder: RunFolder) -> dict[str, Row]:
 
 def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
     """By kind how many prompts of fit and tune are refused, answered and not judged."""
-    confidence = {row["id"]: row["confidence"] for row in folder.read_rows("scores.jsonl")}
+    said = judged(folder)
     found: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
     for row in folder.read_rows("answers.jsonl"):
-        said = confidence[row["id"]]
-        found[row["kind"]]["not judged" if said is None else "refused" if said > 0 else "answered"] += 1
+        score = said.get(row["id"])
+        verdict = "not judged" if score is None else "refused" if score["confidence"] > 0 else "answered"
+        found[row["kind"]][verdict] += 1
     return found
 
 

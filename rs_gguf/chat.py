@@ -89,10 +89,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """`left * right`. No chat template needs a power."""
-        for value, times in ((left, right), (right, left)):
-            size = len(value) if isinstance(value, Sized) else 0
-            if operator == "**" or (isinstance(times, int) and size * times > _LARGEST_PRODUCT):
-                raise TemplateError(f"it asks for a product ({operator}) that is too large")
+        too_large = any(
+            isinstance(value, Sized) and isinstance(times, int) and len(value) * times > _LARGEST_PRODUCT
+            for value, times in ((left, right), (right, left))
+        )
+        if operator == "**" or too_large:
+            raise TemplateError(f"it asks for a product ({operator}) that is too large")
         return super().call_binop(context, operator, left, right)
 
 

@@ -60,10 +60,8 @@ def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
 def test_a_direction_without_a_ridge_claims_none(tmp_path: Path) -> None:
     directions = {"md@0/unit": np.eye(4, 8), "md@0/scales": np.ones(4)}
     save_arrays(tmp_path / "directions.safetensors", directions)
-    recipe, trial = (
-        Recipe(fit=Fit(estimators=["md"])),
-        Trial(0, Candidate("md", 0.0, 1, 2, 1.0), "answers", 0, 1),
-    )
+    recipe = Recipe(fit=Fit(estimators=["md"]))
+    trial = Trial(0, Candidate("md", 0.0, 1, 2, 1.0), "answers", 0.0, 1.0)
     writing.write(tmp_path / "v.gguf", trial, recipe, tmp_path, "qwen2", {})
     provenance = control_vector.read(tmp_path / "v.gguf").provenance
     assert provenance["estimator"] == "md"

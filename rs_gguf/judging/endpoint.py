@@ -106,9 +106,11 @@ def _only_model(url: str) -> list[ServedModel]:
         models = served_models(url, KEY_VARIABLE)
     except (TryFailedError, InputError):
         return []
-    # How it was started, and not what it is.
-    told = [replace(m, figures={k: v for k, v in m.figures.items() if k != "n_ctx"}) for m in models]
-    return told if len(told) == 1 else []
+    if len(models) != 1:
+        return []
+    (model,) = models
+    # n_ctx tells how it was started, and not what it is.
+    return [replace(model, figures={name: v for name, v in model.figures.items() if name != "n_ctx"})]
 
 
 def _body(way: dict[str, Any], prompt: str, answer: str, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shapes, strides, alignments, and types at random, against float64 NumPy; 5,000 cases."""
+"""Shapes, strides, alignments and types at random, against float64 NumPy; 5,000 cases."""
 
 from __future__ import annotations
 
