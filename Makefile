@@ -67,7 +67,7 @@ vectors: install
 
 # Pictures of the reports at hand, to look at before and after a change of the page.
 screenshots: install
-	$(BIN)/python tests/browser.py out/screenshots $(wildcard $(DEMO)/report.html vectors/*/report.html)
+	$(BIN)/python tests/fixtures/browser.py out/screenshots $(wildcard $(DEMO)/report.html vectors/*/report.html)
 
 clean:
 	rm -rf $(VENV) build out
@@ -84,7 +84,7 @@ sanitize: install
 	ASAN_OPTIONS=detect_stack_use_after_return=0 build/sanitize/rs_check
 	@asan=$$($(CXX) -print-file-name=libasan.so); if test -e "$$asan"; then \
 		PYTHONPATH=tests $(ASAN) LD_PRELOAD="$$asan $$($(CXX) -print-file-name=libstdc++.so)" \
-			$(BIN)/python -m pytest -p sanitized -q -k "not stub" tests/test_projection.py tests/fuzz/test_projection_fuzz.py; \
+			$(BIN)/python -m pytest -p fixtures.sanitized -q -k "not stub" tests/activations/test_projection.py tests/fuzz/test_projection_fuzz.py; \
 		else echo "the module is not tested under AddressSanitizer: $(CXX) has no libasan.so"; fi
 
 # Its NEON target under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).

@@ -13,11 +13,12 @@ import time
 
 import llama_cpp
 
-from rs_gguf import models, prompts
-from rs_gguf.cores import usable_cores
-from rs_gguf.engine import chat_tokens
-from rs_gguf.llama import LlamaModel
-from rs_gguf.widening import file_to_load
+from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.machine import usable_cores
+from rs_gguf.models import resolve as models
+from rs_gguf.models.wide_copy import file_to_load
+from rs_gguf.prompts import user_files as prompts
 
 
 def main() -> None:

@@ -37,9 +37,10 @@ import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from rs_gguf import models, prompts
-from rs_gguf.engine import chat_tokens
-from rs_gguf.llama import LlamaModel
+from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.models import resolve as models
+from rs_gguf.prompts import user_files as prompts
 
 REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"
 BATCHES = (1, 8, 32)  # prompts that a peer reads at once
@@ -91,8 +92,8 @@ def race(path: Path, asked: list[prompts.Prompt], repeats: int) -> dict[str, Act
     import torch
     import transformers
 
-    from rs_gguf.huggingface import keeps_bf16
-    from rs_gguf.targets import TorchModel
+    from rs_gguf.engines.pytorch.model import TorchModel
+    from rs_gguf.engines.pytorch.weights import keeps_bf16
 
     ours, network = LlamaModel(path), TorchModel(path)
     tokens = chat_tokens(ours, asked)
@@ -176,7 +177,7 @@ def with_steering_vectors(network: Any, texts: list[str], batch: int) -> Activat
 
 
 def package(requirement: str) -> Path:
-    from binaries import package
+    from fixtures.binaries import package
 
     return package(requirement)
 
@@ -186,7 +187,7 @@ def package(requirement: str) -> Path:
 
 def compare(found: dict[str, Activations], confidence: npt.NDArray[np.float64]) -> None:
     """Print cosines of each side's activations and directions to those of the PyTorch path."""
-    from rs_gguf.estimators import MeanDifference, WeightedRidgeMeanDifference, fit_paths
+    from rs_gguf.estimators.estimator import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 
     def directions(activations: Activations) -> npt.NDArray[np.float64]:
         estimators = [MeanDifference(), WeightedRidgeMeanDifference()]

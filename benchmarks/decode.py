@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from rs_gguf import models
-from rs_gguf.cores import usable_cores
-from rs_gguf.llama import LlamaModel
-from rs_gguf.widening import file_to_load
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.machine import usable_cores
+from rs_gguf.models import resolve as models
+from rs_gguf.models.wide_copy import file_to_load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import binaries
+from fixtures import binaries
 
 GOAL = 0.8
 CONTEXTS = (2048, 8192)

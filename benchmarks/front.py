@@ -18,14 +18,14 @@ from pathlib import Path
 
 from rich.progress import track
 
-from rs_gguf import recipe as recipes
-from rs_gguf.files import read_json, write_json
-from rs_gguf.pipeline import Pipeline
-from rs_gguf.progress import Silent
-from rs_gguf.run_folder import RunFolder
-from rs_gguf.rungs import Rungs
-from rs_gguf.search_results import front, halving
-from rs_gguf.search_space import GATE, Candidate, Space, Trial, load_trials
+from rs_gguf.methods.method import GATE, Candidate, Space, Trial, load_trials
+from rs_gguf.pipeline import recipe as recipes
+from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.run import Pipeline
+from rs_gguf.pipeline.stage import Silent
+from rs_gguf.records.files import read_json, write_json
+from rs_gguf.search.choice import front, halving
+from rs_gguf.search.rungs import Rungs
 
 LEVEL = -math.log(0.9)  # nats of harm's openings
 GATE_STRENGTHS = (0.5, 0.8, 1.2)

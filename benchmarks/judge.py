@@ -32,12 +32,11 @@ import llama_cpp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from rs_gguf import models
-from rs_gguf.cores import usable_cores
-from rs_gguf.generation import common_prefix
-from rs_gguf.judges import Judge, Judgement, Pair, open_judge
-from rs_gguf.judging import rubric
-from rs_gguf.judging.calibration import (
+from rs_gguf.engines.generation import common_prefix
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.estimators.moments import Float64
+from rs_gguf.judges import rubric
+from rs_gguf.judges.calibration import (
     LabelledPair,
     agreement,
     cross_validated,
@@ -46,13 +45,14 @@ from rs_gguf.judging.calibration import (
     platt,
     principal_components,
 )
-from rs_gguf.judging.judgement import by_rule
-from rs_gguf.judging.local import LabelJudge
-from rs_gguf.judging.probe import read_states, save_probe
-from rs_gguf.judging.rubric import verdict_tokens
-from rs_gguf.llama import LlamaModel
-from rs_gguf.moments import Float64
-from rs_gguf.widening import file_to_load
+from rs_gguf.judges.judge import by_rule
+from rs_gguf.judges.local import LabelJudge
+from rs_gguf.judges.probe import read_states, save_probe
+from rs_gguf.judges.registry import Judge, Judgement, Pair, open_judge
+from rs_gguf.judges.rubric import verdict_tokens
+from rs_gguf.machine import usable_cores
+from rs_gguf.models import resolve as models
+from rs_gguf.models.wide_copy import file_to_load
 
 Rows = Sequence[Sequence[object]]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from endpoints import Reply, Server, entry, said
-from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+from fixtures.endpoints import Reply, Server, entry, said
+from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
 CHOICES = [

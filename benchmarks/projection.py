@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from rs_gguf import _core
-from rs_gguf.cores import usable_cores
-from rs_gguf.projection import project
+from rs_gguf.activations.projection import project
+from rs_gguf.machine import usable_cores
 
 SIZES = [(512, 32, 4096), (64, 24, 896)]
 RANKS = [1, 8, 64]

@@ -31,16 +31,16 @@ import torch
 from scipy.linalg import cho_factor, cho_solve, eigh
 from threadpoolctl import threadpool_limits
 
-from rs_gguf.constrained import SafeRidge
-from rs_gguf.cores import usable_cores
-from rs_gguf.estimators import (
+from rs_gguf.estimators.constrained import SafeRidge
+from rs_gguf.estimators.estimator import (
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
     WeightedRidgeMeanDifference,
     fit_paths,
 )
-from rs_gguf.moments import Float64
-from rs_gguf.ridge_path import RidgePath
+from rs_gguf.estimators.moments import Float64
+from rs_gguf.estimators.path import RidgePath
+from rs_gguf.machine import usable_cores
 
 RIDGES = np.geomspace(1e-3, 1e2, 32)
 ESTIMATORS = [

@@ -23,17 +23,18 @@ from typing import Any
 import numpy as np
 import transformers
 
-from rs_gguf import fitting, recipe
-from rs_gguf.adapter import WriterInputs
-from rs_gguf.cores import usable_cores
-from rs_gguf.pipeline import run
-from rs_gguf.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
-from rs_gguf.prompts import KINDS, Prompt
-from rs_gguf.shape import Shape, of_config
-from rs_gguf.speed import Speed
+from rs_gguf.machine import usable_cores
+from rs_gguf.methods import fit as fitting
+from rs_gguf.methods.gates import WriterInputs
+from rs_gguf.models.shape import Shape, of_config
+from rs_gguf.pipeline import recipe
+from rs_gguf.pipeline.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
+from rs_gguf.pipeline.run import run
+from rs_gguf.pipeline.speed import Speed
+from rs_gguf.prompts.user_files import KINDS, Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_gguf import write_tiny_qwen2
+from fixtures.tiny_gguf import write_tiny_qwen2
 
 BITS = 4.85  # a weight, in Q4_K_M
 TOLERANCE = 0.3

@@ -22,12 +22,13 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf import models, prompts
-from rs_gguf.cores import usable_cores
-from rs_gguf.engine import chat_tokens
-from rs_gguf.generation import common_prefix
-from rs_gguf.llama import LlamaModel
-from rs_gguf.widening import file_to_load
+from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.generation import common_prefix
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.machine import usable_cores
+from rs_gguf.models import resolve as models
+from rs_gguf.models.wide_copy import file_to_load
+from rs_gguf.prompts import user_files as prompts
 
 Directions = dict[int, NDArray[np.float32]]
 Pairs = list[tuple[list[int], list[int]]]

@@ -20,14 +20,14 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from rs_gguf import recipe as recipes
-from rs_gguf.adapter import WriterInputs, fit_gates
-from rs_gguf.files import read_json
-from rs_gguf.fitting import Samples
-from rs_gguf.labels import Labels
-from rs_gguf.pipeline import Pipeline
-from rs_gguf.progress import Silent
-from rs_gguf.run_folder import RunFolder
+from rs_gguf.estimators.labels import Labels
+from rs_gguf.methods.fit import Samples
+from rs_gguf.methods.gates import WriterInputs, fit_gates
+from rs_gguf.pipeline import recipe as recipes
+from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.run import Pipeline
+from rs_gguf.pipeline.stage import Silent
+from rs_gguf.records.files import read_json
 
 FOLDS = 5
 OPEN = 0.5

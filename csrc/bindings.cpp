@@ -1,4 +1,4 @@
-// The Python module rs_gguf._core. rs_gguf/projection.py is the face that users see: it gives arguments the
+// The Python module rs_gguf._core. rs_gguf/activations/projection.py is the face that users see: it gives arguments the
 // types below. Here every shape is checked once more, since a wrong one would read foreign memory.
 
 #include <pybind11/numpy.h>

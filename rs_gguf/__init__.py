@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
-    from rs_gguf.recipe import Recipe
+    from rs_gguf.pipeline.recipe import Recipe
 
 __all__ = ["__version__", "run"]
 
 
 def run(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Run a recipe in the folder `out` and return the metrics; see `rs_gguf.pipeline.run`."""
+    """Run a recipe in the folder `out` and return the metrics; see `rs_gguf.pipeline.run.run`."""
     # Imported here, so that `import rs_gguf` and `rs-export --help` do not load PyTorch.
-    from rs_gguf.pipeline import run as run_pipeline
+    from rs_gguf.pipeline.run import run as run_pipeline
 
     return run_pipeline(recipe, out)

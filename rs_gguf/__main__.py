@@ -1,5 +1,5 @@
 """`python -m rs_gguf` is `rs-export`."""
 
-from rs_gguf.cli import main
+from rs_gguf.cli.main import main
 
 main()

@@ -7,8 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from rs_gguf import models
-from rs_gguf.llama import LlamaModel
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.models import resolve as models
 
 # A busy machine is no fault, and a failure is there again the next time.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
     """A random model with ChatML's control tokens: what its tokenizer does with a text is real."""
-    from tiny_gguf import write_tiny_qwen2  # which loads PyTorch
+    from fixtures.tiny_gguf import write_tiny_qwen2  # which loads PyTorch
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_tiny_qwen2(path)

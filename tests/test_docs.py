@@ -19,25 +19,30 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import binaries
 import click
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from endpoints import Reply, Server, entry, said, without_proxy_or_key
+from fixtures import binaries
+from fixtures.endpoints import Reply, Server, entry, said, without_proxy_or_key
+from fixtures.tiny_gguf import write_tiny_qwen2
 from markdown_it import MarkdownIt
-from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import catalogue, control_vector, lora, models, prompts, recipe
-from rs_gguf.activation_store import ActivationStore
-from rs_gguf.capture import captured
-from rs_gguf.cli import main
-from rs_gguf.cli_eval import parse_scales
-from rs_gguf.estimators import WeightedRidgeMeanDifference
-from rs_gguf.files import sha256
-from rs_gguf.run_folder import STAGES
-from rs_gguf.steering import SteeringVector
+from rs_gguf.activations.capture import captured
+from rs_gguf.activations.store import ActivationStore
+from rs_gguf.cli.eval import parse_scales
+from rs_gguf.cli.main import main
+from rs_gguf.estimators.estimator import WeightedRidgeMeanDifference
+from rs_gguf.models import catalogue
+from rs_gguf.models import resolve as models
+from rs_gguf.pipeline import recipe
+from rs_gguf.pipeline.folder import STAGES
+from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.files import sha256
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.vector import SteeringVector
 
 ROOT = Path(__file__).parents[1]
 VECTORS = "vectors/README.md"  # a page of the site, too

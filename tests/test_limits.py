@@ -10,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from full_disk import largest_file
-from tiny_gguf import write_tiny_qwen2
+from fixtures.full_disk import largest_file
+from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import gguf_header, widening
-from rs_gguf.arrays import load_arrays, save_arrays
-from rs_gguf.cli import main
+from rs_gguf.cli.main import main
+from rs_gguf.engines.llama.log import build
 from rs_gguf.errors import InputError
-from rs_gguf.llama_log import build
+from rs_gguf.models import header as gguf_header
+from rs_gguf.models import wide_copy as widening
+from rs_gguf.records.arrays import load_arrays, save_arrays
 
 # Libraries are loaded first, so that the limit is met by the work and not by an import.
 _LITTLE_MEMORY = """
 import resource, sys
-from rs_gguf import cli, pipeline
+from rs_gguf.cli import main as cli
+from rs_gguf.pipeline import run as pipeline
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

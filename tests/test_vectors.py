@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from rs_gguf import control_vector, lora, recipe
-from rs_gguf.files import sha256
-from rs_gguf.prompts import KINDS
+from rs_gguf.pipeline import recipe
+from rs_gguf.prompts.user_files import KINDS
+from rs_gguf.records.files import sha256
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "vectors").glob("*/recipe.toml"))

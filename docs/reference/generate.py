@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
-from rs_gguf.cli import main
-from rs_gguf.recipe import Recipe
+from rs_gguf.cli.main import main
+from rs_gguf.pipeline.recipe import Recipe
 
 MARKER = "<!-- Written by docs/reference/generate.py from here on. -->\n"
 

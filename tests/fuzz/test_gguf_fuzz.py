@@ -14,19 +14,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from binaries import completion
+from fixtures.binaries import completion
+from fixtures.tiny_gguf import write_tiny_qwen2
 from mutator import MEMORY, limits, mutate, replace
 from safetensors.torch import save
-from tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import lora
-from rs_gguf.control_vector import check, read, write
-from rs_gguf.convert import convert
 from rs_gguf.errors import InputError
-from rs_gguf.gguf_file import finish
-from rs_gguf.gguf_guard import StricterThanLlamaCpp, open_gguf
-from rs_gguf.lora import LoraAdapter
-from rs_gguf.steering import SteeringVector
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.container import finish
+from rs_gguf.steering.formats.vectors import convert
+from rs_gguf.steering.guard import StricterThanLlamaCpp, open_gguf
+from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.vector import SteeringVector
+from rs_gguf.steering.vector_file import check, read, write
 
 SEED = 20260714
 FILES = 20_000
@@ -228,10 +228,11 @@ def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[by
 PEAK = """
 import sys
 from pathlib import Path
-from rs_gguf import control_vector, lora
-from rs_gguf.convert import convert
+from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.formats.vectors import convert
 from rs_gguf.errors import InputError
-from rs_gguf.gguf_file import finish
+from rs_gguf.steering.container import finish
 
 def memory(name):
     status = Path("/proc/self/status").read_text()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rs_gguf import projection
-from rs_gguf.projection import project
+from rs_gguf.activations import projection
+from rs_gguf.activations.projection import project
 
 if projection.HAS_KERNEL:
     from rs_gguf import _core

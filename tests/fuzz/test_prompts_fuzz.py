@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mutator import limits, mutate, replace
 
-from rs_gguf import prompts
 from rs_gguf.errors import InputError
+from rs_gguf.prompts import user_files as prompts
 
 SEED = 20260714
 FILES = 20_000

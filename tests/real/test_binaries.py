@@ -14,16 +14,18 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from adapters import random_adapter
-from architectures import llama
-from binaries import Server, completion
-from tiny_gguf import write_tiny_qwen2
+from fixtures.adapters import random_adapter
+from fixtures.architectures import llama
+from fixtures.binaries import Server, completion
+from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import control_vector, lora, prompts
-from rs_gguf.chat import ChatFormat
-from rs_gguf.estimators import RidgeMeanDifference
-from rs_gguf.llama import LlamaModel
-from rs_gguf.steering import SteeringVector
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.estimators.estimator import RidgeMeanDifference
+from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.vector import SteeringVector
 
 pytestmark = pytest.mark.real
 

@@ -10,21 +10,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from binaries import Server
-from endpoints import without_proxy_or_key
-from tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+from fixtures.binaries import Server
+from fixtures.endpoints import without_proxy_or_key
+from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf.files import Row
-from rs_gguf.judging.client import EndpointClient, EndpointOptions
-from rs_gguf.judging.endpoint import EndpointJudge
-from rs_gguf.judging.rubric import label_message
-from rs_gguf.llama import LlamaModel
-from rs_gguf.pipeline import run
-from rs_gguf.progress import Progress, Silent
-from rs_gguf.prompts import Prompt
-from rs_gguf.recipe import Answers, Prompts, Recipe
-from rs_gguf.run_folder import RunFolder
-from rs_gguf.server import LlamaServer
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
+from rs_gguf.engines.server.llama_server import LlamaServer
+from rs_gguf.judges.endpoint import EndpointJudge
+from rs_gguf.judges.rubric import label_message
+from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.recipe import Answers, Prompts, Recipe
+from rs_gguf.pipeline.run import run
+from rs_gguf.pipeline.stage import Progress, Silent
+from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.files import Row
 
 pytestmark = pytest.mark.real
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from rs_gguf import gguf_header, widening
+from rs_gguf.models import header as gguf_header
+from rs_gguf.models import wide_copy as widening
 
 pytestmark = pytest.mark.real
 
 # A process of its own: what others have read and given back does not count.
 LOAD = """
 import json, sys
-from rs_gguf.llama import LlamaModel
+from rs_gguf.engines.llama.model import LlamaModel
 
 def status():
     return dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -14,15 +14,16 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from adapters import added
-from tiny_gguf import write_tiny_qwen2
+from fixtures.adapters import added
+from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf import lora, models
-from rs_gguf import prompts as prompt_sets
-from rs_gguf.chat import ChatFormat
-from rs_gguf.llama import LlamaModel
-from rs_gguf.steering import SteeringVector
-from rs_gguf.targets import TorchModel
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.pytorch.model import TorchModel
+from rs_gguf.models import resolve as models
+from rs_gguf.prompts import user_files as prompt_sets
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.vector import SteeringVector
 
 Engine = LlamaModel | TorchModel
 

@@ -14,10 +14,12 @@ from typing import Any
 import platformdirs
 import pytest
 
-from rs_gguf import control_vector, lora, proof
-from rs_gguf.cli import main
-from rs_gguf.llama import LlamaModel
-from rs_gguf.run_folder import STAGES
+from rs_gguf.cli.main import main
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.pipeline.folder import STAGES
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import proof
+from rs_gguf.steering import vector_file as control_vector
 
 pytestmark = pytest.mark.real
 

@@ -1,0 +1,244 @@
+"""What a fit reads from the model: block outputs and the inputs of the matrices that write to the residual.
+
+A model, conversations with their answers and the model's own chat prefix go in; arrays by name come out, for
+the shards of an `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2) and, for the
+gated adapter, `<matrix>/last` [n, L, W] there, `<matrix>/prompts` and `<matrix>/answers` [·, L, W] at other
+tokens, for which no gate should open. One forward pass a conversation serves all. Processes can share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.activations.store import ActivationStore, Rows
+from rs_gguf.engines.engine import Model, chat_tokens
+from rs_gguf.engines.generation import common_prefix
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError
+from rs_gguf.estimators.moments import gather
+from rs_gguf.methods.gates import WriterInputs, writer_inputs
+from rs_gguf.models import shape
+from rs_gguf.prompts.contexts import Context
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.user_files import Prompt
+
+if TYPE_CHECKING:
+    from rs_gguf.engines.pytorch.model import TorchModel
+
+Arrays = dict[str, NDArray[Any]]
+
+SHARD = 64  # prompts whose activations are lost at most when a capture is killed
+_CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
+ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
+_LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt as tokens and what the model answered; `quiet`: the gate must not open in the answer."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    quiet: bool
+
+
+def conversations(
+    model: Model,
+    asked: Sequence[Prompt],
+    system: str | None,
+    answers: Mapping[str, Sequence[int]],
+    refused: Collection[str],
+    others: Sequence[tuple[Prompt, Context]],
+) -> tuple[list[Conversation], int]:
+    """What is read of the prompts `asked`, then of the `others`, which were not answered.
+
+    `answers` are tokens by the prompt's id, and `refused` ids. The second value is the number of tokens that
+    all of `asked` begin with.
+    """
+    tokens, chat = chat_tokens(model, asked, system), ChatFormat.of(model)
+    found = [
+        Conversation(prompt, answers[p.id], quiet=p.kind != "sensitive" or p.id not in refused)
+        for p, prompt in zip(asked, tokens, strict=True)
+    ]
+    found += [Conversation(c.tokens(chat, model, p.prompt, system), [], quiet=True) for p, c in others]
+    return found, common_prefix(tokens)
+
+
+def capture_all(
+    model: LlamaModel | TorchModel,
+    ids: Sequence[str],
+    conversations: Sequence[Conversation],
+    prefix: int,
+    store: ActivationStore,
+    *,
+    distributed: bool = False,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Read what the store does not hold yet of the prompts `ids` and their conversations, shard by shard.
+
+    With `distributed`, the ranks of torch.distributed's default group (`torchrun`) take turns with the shards
+    of one store, each with a model of its own; all of it is there when this returns on any of them. `advance`
+    counts the prompts of this rank. What the store's folder holds under another key is deleted.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full; what was captured is kept.
+    """
+    store.begin()
+    rank, ranks = _rank(distributed)
+    for start in range(rank * SHARD, len(ids), ranks * SHARD):
+        part = slice(start, start + SHARD)
+        if not store.holds(_shard_of(start), ids[part]):
+            store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
+        advance(len(ids[part]))
+    if rank == 0 and isinstance(model, LlamaModel) and not store.holds(_CONSTANT, []):
+        store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
+    gather(None, distributed)  # waits for the others
+
+
+def captured(store: ActivationStore, count: int, *, inputs: bool) -> tuple[Rows, dict[str, WriterInputs]]:
+    """Block outputs of all `count` prompts and, if asked for, the matrices' inputs: what `capture_all` left.
+
+    Raises:
+        DamagedStoreError: a shard is missing or was changed, or all are of another key.
+    """
+    shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
+    constant = {name: Rows([part]) for name, part in store.read([_CONSTANT])[0].items()} if inputs else {}
+    return Rows([shard["activations"] for shard in shards]), writers_of(shards, constant)
+
+
+def _shard_of(start: int) -> str:
+    """Name of the shard that begins with prompt number `start`."""
+    return f"{start // SHARD:05d}"
+
+
+def _rank(distributed: bool) -> tuple[int, int]:
+    """The number of this process among all, and how many there are."""
+    if not distributed:
+        return 0, 1
+    gather(None, distributed)  # which also says so if there is no group
+    import torch.distributed as dist
+
+    return dist.get_rank(), dist.get_world_size()
+
+
+def capture(
+    model: LlamaModel | TorchModel, conversations: Sequence[Conversation], prefix: int, *, seed: int
+) -> Arrays:
+    """Read one shard. `prefix` is the number of tokens that `conversations` counts.
+
+    An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
+
+    Raises:
+        InputError: an architecture whose block outputs are no residual stream that can be read.
+    """
+    layers = range(model.n_layer)
+    if not isinstance(model, LlamaModel):
+        block = np.empty((len(conversations), model.n_layer, model.n_embd), dtype=np.float32)
+        for i, found in model.activations([c.prompt for c in conversations], layers=layers):
+            block[i] = found["l_out"]
+        return {"activations": block}
+    writers = _writers(model)
+    sequences, positions = [], []
+    for number, conversation in enumerate(conversations):
+        sequence, places = _places(conversation, prefix, np.random.default_rng((seed, number)))
+        sequences.append(sequence)
+        positions.append(places)
+    last: dict[int, dict[str, NDArray[np.float32]]] = {}
+    others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
+    tensors = ("l_out", *writers.values())
+    for i, position, found in model.token_activations(sequences, positions, layers=layers, tensors=tensors):
+        beyond = position - (len(conversations[i].prompt) - 1)
+        if beyond == 0:
+            last[i] = found
+        else:
+            del found["l_out"]
+            others["answers" if beyond > 0 else "prompts"].append(found)
+    samples = [last[i] for i in range(len(conversations))]
+    scale = _product_scale(model)
+    arrays: Arrays = {"activations": np.stack([found["l_out"] for found in samples])}
+    for writer, name in writers.items():
+        here = np.stack([found[name] for found in samples])
+        arrays[f"{writer}/last"] = _compact(here * scale)
+        for sort, tokens in others.items():
+            rows = np.reshape([found.pop(name) for found in tokens], (-1, *here.shape[1:]))
+            arrays[f"{writer}/{sort}"] = _compact(rows * scale)
+    return arrays
+
+
+def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> Arrays:
+    """`<matrix>/constant` [T, L, W] at the T tokens that the chat template puts before every prompt."""
+    writers = _writers(model)
+    if not writers:
+        return {}
+    places = range(max(prefix, 1))  # one for the shape, where the template puts nothing
+    read = model.token_activations(
+        [prompt[: len(places)]], [places], layers=range(model.n_layer), tensors=tuple(writers.values())
+    )
+    rows, scale = [found for _, _, found in read], _product_scale(model)
+    return {
+        f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] * scale
+        for writer, name in writers.items()
+    }
+
+
+def _product_scale(model: LlamaModel) -> np.float32:
+    """What the model multiplies the product of a writing matrix with before it adds it to the residual."""
+    family, scale = model.architecture, 0.0
+    # llama.cpp's src/models/granite*.cpp and minicpm*.cpp; MiniMax scales the residual by a key of this name.
+    if family.startswith("minicpm"):
+        scale = 1.4 / math.sqrt(model.n_layer)
+    if family.startswith(("granite", "minicpm")) and family != "minicpm3":
+        scale = float(model.metadata.get(f"{family}.residual_scale", scale))
+    return np.float32(scale or 1.0)  # 0 stands for none
+
+
+def _writers(model: LlamaModel) -> dict[str, str]:
+    """The writing matrices that every block has, of the same width, and what they multiply."""
+    names, alike = model.graph_tensors(), shape.of_gguf(model.path).writers
+    try:
+        found = [writer_inputs(names, layer) for layer in range(model.n_layer)]
+    except InputError:  # a block without any: control vectors are left
+        return {}
+    return {
+        writer: name
+        for writer, name in found[0].items()
+        if writer in alike and all(f.get(writer) == name for f in found)
+    }
+
+
+def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:
+    """The matrices' inputs of all shards, in the order of the samples and not read yet."""
+    writers = [name.removesuffix("/constant") for name in constant]
+    return {
+        writer: WriterInputs(
+            last=Rows([shard[f"{writer}/last"] for shard in shards]),
+            prompts=Rows([shard[f"{writer}/prompts"] for shard in shards]),
+            answers=Rows([shard[f"{writer}/answers"] for shard in shards]),
+            constant=constant[f"{writer}/constant"],
+        )
+        for writer in writers
+    }
+
+
+def _places(conversation: Conversation, prefix: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """The tokens to run and the positions to read: the prompt's last, one before it, some of the answer."""
+    end = len(conversation.prompt) - 1
+    places = [end]
+    if end > prefix:
+        places.append(int(rng.integers(prefix, end)))
+    sequence = [*conversation.prompt, *conversation.answer]
+    if conversation.quiet:
+        count = min(ANSWER_TOKENS, len(conversation.answer))
+        places += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
+    return sequence[: max(places) + 1], sorted(places)
+
+
+def _compact(rows: NDArray[np.float32]) -> NDArray[Any]:
+    """F16 where its range allows: half the memory, and 3 digits are plenty for a mean over samples."""
+    return rows.astype(np.float16) if np.abs(rows).max(initial=0.0) < _LARGEST_F16 else rows

@@ -1,0 +1,77 @@
+"""Projections and their statistics in NumPy: the yardstick of the kernel in tests, and what stands in for it.
+
+Activations [N, L, D] (float32, float16, or uint16 holding the bits of bfloat16), directions [L, K, D] and an
+offset [L, D], as `activations.projection` has checked them, enter; the same figures as the kernel's leave.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Float64: TypeAlias = npt.NDArray[np.float64]
+
+
+def numpy_projections(h: npt.NDArray[Any], v: Float32, o: Float32 | None) -> Float32:
+    """⟨h − o, v⟩, [N, L, K]: float64 sums, rounded to float32 once."""
+    out = np.empty((h.shape[0], h.shape[1], v.shape[1]), np.float32)
+    for layer in range(h.shape[1]):
+        out[:, layer] = _layer(h, v, o, layer)
+    return out
+
+
+def numpy_statistics(
+    h: npt.NDArray[Any],
+    v: Float32,
+    o: Float32 | None,
+    c: Float64,
+    w: Float64,
+    neutral: float,
+    quantile: float,
+) -> dict[str, Float64]:
+    """The fields of `ProjectionStatistics`, each [L, K]; NaN for a layer whose projections are not finite."""
+    names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
+    figures = {name: np.full(v.shape[:2], np.nan) for name in names}
+    refused, answered = c > neutral, c < -neutral
+    for layer in range(h.shape[1]):
+        p = _layer(h, v, o, layer).astype(np.float64)
+        if not np.isfinite(p).all():
+            continue
+        with np.errstate(all="ignore"):
+            dp = p - w @ p / w.sum()
+            dc = c - w @ c / w.sum()
+            told = w > 0
+            varies = (p[told] != p[told][:1]).any(axis=0) & (c[told] != c[told][:1]).any()
+            spread = np.sqrt(w @ dp**2) * np.sqrt(w @ dc**2)
+            figures["pearson"][layer] = np.where(varies & (spread > 0), (w * dc) @ dp / spread, np.nan)
+            mass = w[:, None] * (np.sign(p) != np.sign(c)[:, None])
+            errors = np.where(mass > 0, p - c[:, None], 0)
+            mean_square = (mass * errors**2).sum(axis=0) / mass.sum(axis=0)
+            figures["disagreement"][layer] = np.where(mass.sum(axis=0) > 0, np.sqrt(mean_square), 0)
+        if refused.any() and answered.any():
+            above = rankdata(np.concatenate([p[refused], p[answered]]), axis=0)[: refused.sum()]
+            pairs = above.sum(axis=0) - refused.sum() * (refused.sum() + 1) / 2
+            figures["auroc"][layer] = pairs / (refused.sum() * answered.sum())
+        for name, chosen in (("mean_refused", refused), ("mean_answered", answered)):
+            if w[chosen].sum() > 0:
+                figures[name][layer] = w[chosen] @ p[chosen] / w[chosen].sum()
+        for name, chosen, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):
+            if chosen.any():
+                figures[name][layer] = np.quantile(p[chosen], q, axis=0)
+    return figures
+
+
+def _layer(h: npt.NDArray[Any], v: Float32, o: Float32 | None, layer: int) -> Float32:
+    rows = h[:, layer]
+    if rows.dtype == np.uint16:
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(all="ignore"):  # infinities and NaN are data here, as they are to the kernel
+        wide = rows.astype(np.float64)
+        if o is not None:
+            wide -= o[layer]
+        p: Float32 = (wide @ v[layer].T.astype(np.float64)).astype(np.float32)
+    return p

@@ -1,0 +1,181 @@
+"""A context of llama.cpp: the cache of many sequences, and what is decoded into it.
+
+A loaded file and a steering go in, then tokens, each with its place in a sequence. Logits come out, and what
+the `GraphReader` was told to read on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.engines.generation import common_prefix
+from rs_gguf.engines.llama import log as llama_log
+from rs_gguf.engines.llama.calls import calling
+from rs_gguf.engines.llama.file import LlamaFile
+from rs_gguf.engines.llama.graph import GraphReader
+from rs_gguf.errors import InputError
+
+
+@dataclass(frozen=True)
+class BatchToken:
+    """A token at a position of a sequence; `output`: logits are wanted there."""
+
+    id: int
+    pos: int
+    seq: int
+    output: bool
+
+
+@dataclass(frozen=True)
+class InForce:
+    """A steering: directions [L − 1, D] from block 1 on, and adapters (handle, scale)."""
+
+    directions: NDArray[np.float32] | None = None
+    adapters: tuple[tuple[Any, float], ...] = ()
+
+
+class LlamaContext:
+    """A cache for `n_slots` sequences besides sequence 0, which holds what they begin with.
+
+    Args:
+        file: the model. It must outlive the context.
+        n_cells: of the cache, for one sequence, or for all together if they are `unified`. Then what they
+            begin with takes no cells of its own in each, and `graph` reads what is computed.
+        n_batch: tokens of a step.
+
+    Raises:
+        InputError: there is not enough memory, or the model does not continue a text token by token.
+    """
+
+    def __init__(
+        self, file: LlamaFile, n_slots: int, n_cells: int, *, unified: bool, n_batch: int, n_threads: int
+    ) -> None:
+        if llama_cpp.llama_model_has_encoder(file.handle):  # decoding ends the process (T5)
+            raise _does_not_continue(file)
+        self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, n_batch
+        self.graph = GraphReader()
+        self._file = file
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_cells if unified else n_cells * (n_slots + 1)
+        # One physical batch per call keeps the callback's rows in the order they were given.
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = n_slots + 1
+        params.kv_unified = unified
+        params.n_threads = params.n_threads_batch = n_threads
+        params.no_perf = True
+        if unified:
+            params.cb_eval = self.graph.callback
+        llama_log.forget_errors()
+        self._handle: Any = None
+        try:
+            with calling():
+                self._handle = llama_cpp.llama_init_from_model(file.handle, params)
+        except BaseException:  # a Ctrl-C: it is there all the same
+            llama_cpp.llama_free(self._handle)
+            raise
+        if not self._handle:
+            advice = "" if unified else ", or answer fewer prompts at once (`answers.parallel`)"
+            raise InputError(
+                llama_log.failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {file.path}")
+                + f" Use a smaller model{advice}."
+            )
+        if not self._memory:  # of diffusion and embedding models: what was decoded before counts for nothing
+            llama_cpp.llama_free(self._handle)
+            raise _does_not_continue(file)
+        self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+
+    @property
+    def _memory(self) -> Any:
+        return llama_cpp.llama_get_memory(self._handle)
+
+    def free(self) -> None:
+        """Give the memory back. The object is of no use afterwards."""
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._handle)
+
+    def steer(self, steering: InForce) -> None:
+        """Put a steering in force and clear the cache, which was filled under another one."""
+        directions, adapters = steering.directions, steering.adapters
+        pointer = None if directions is None else directions.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        width, last = self._file.n_embd, self._file.n_layer - 1
+        llama_log.forget_errors()
+        if llama_cpp.llama_set_adapter_cvec(self._handle, pointer, width * last, width, 1, last) != 0:
+            raise InputError(llama_log.failure("llama.cpp refused the control vector"))
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(h for h, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        llama_log.forget_errors()
+        if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(adapters), scales) != 0:
+            raise InputError(llama_log.failure("llama.cpp refused the adapter"))
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def decode(self, tokens: Sequence[BatchToken]) -> Iterator[tuple[BatchToken, NDArray[np.float32]]]:
+        """Run `tokens`; yield those marked `output` with a view of their logits [V], valid until the next."""
+        batch = self._batch
+        for start in range(0, len(tokens), self.n_batch):
+            chunk = tokens[start : start + self.n_batch]
+            batch.n_tokens = len(chunk)
+            for i, token in enumerate(chunk):
+                batch.token[i] = token.id
+                batch.pos[i] = token.pos
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = token.seq
+                batch.logits[i] = token.output
+            outputs = [i for i, token in enumerate(chunk) if token.output]
+            if self.graph.reads:
+                self.graph.expect(len(chunk), outputs)
+            llama_log.forget_errors()
+            with calling():
+                status = llama_cpp.llama_decode(self._handle, batch)
+            if status != 0:
+                raise InputError(
+                    llama_log.failure(
+                        f"llama.cpp could not decode a batch of {len(chunk)} tokens (status {status})"
+                    )
+                )
+            for i in outputs:
+                pointer = llama_cpp.llama_get_logits_ith(self._handle, i)
+                yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self._file.n_vocab,))
+
+    def share_prefix(self, sequences: Sequence[Sequence[int]], at_most: int) -> int:
+        """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+        length = min(common_prefix(sequences), at_most)
+        prefix = [BatchToken(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
+        with self.graph.reading(()):
+            for _ in self.decode(prefix):
+                pass
+        return length
+
+    def begin(self, slot: int) -> None:
+        """Have a slot's sequence begin with the prefix."""
+        llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, -1, -1)
+
+    def end(self, slot: int) -> None:
+        """Empty a slot."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def close_gaps(self, running: dict[int, int]) -> None:
+        """Move the last slots of `running` into the free ones before them.
+
+        llama.cpp computes sequences side by side only where their numbers follow one another.
+        """
+        for slot in range(1, len(running) + 1):
+            if slot not in running:
+                last = max(running)
+                llama_cpp.llama_memory_seq_cp(self._memory, last, slot, -1, -1)
+                self.end(last)
+                running[slot] = running.pop(last)
+
+
+def _does_not_continue(file: LlamaFile) -> InputError:
+    return InputError(
+        f"{file.path}: {file.architecture} does not continue a text token by token. Give a decoder-only "
+        "language model."
+    )

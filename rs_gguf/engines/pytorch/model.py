@@ -1,0 +1,386 @@
+"""The steered model in PyTorch: the second engine, beside llama.cpp, with the same interface.
+
+A Hugging Face folder (config, tokenizer, safetensors) or a GGUF file, dequantised to F32, goes in. Answers,
+next-token logits, log-probabilities or the residual stream at the last prompt token come out, as from the
+engine of llama.cpp, so the pipeline takes either. Activations are block outputs read by forward hooks
+(arXiv 2512.16602, section on activations); `hidden_states[-1]` would be after the final norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rs_gguf.engines.generation import GREEDY, Generation, Sampling, check_lengths, draw, joined, seeds
+from rs_gguf.engines.pytorch import weights as huggingface
+from rs_gguf.errors import InputError
+from rs_gguf.steering.vector import SteeringVector, decoder_blocks
+
+# Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
+_TURN_ENDS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+)
+
+# Families whose state in transformers knows no mask.
+_PADS_THE_STATE = ("rwkv", "xlstm")
+
+# Tokens of a batch, padding included. All logits of a log-probability batch exist at once: 1024 of them with
+# a vocabulary of 150,000 are 0.6 GB.
+_BATCH_TOKENS = 4096
+# Of a pass that only reads: a CPU is as busy with these as with more, and small batches are of like length.
+_CPU_BATCH_TOKENS = 512
+_LOGPROB_BATCH_TOKENS = 1024
+# In the cache of all that are answered at once: on a CPU as many as in llama.cpp's.
+_CACHED_TOKENS, _CPU_CACHED_TOKENS = 65536, 8192
+
+
+class TorchModel:
+    """A decoder-only transformers model with its tokenizer. Takes the place of a `LlamaModel`.
+
+    Sequences are batched with padding on the left, masked, and with explicit position ids, so that a result
+    does not depend on what shares its batch (beyond float rounding). Remote code and pickled weights are
+    never loaded.
+
+    Args:
+        path: a Hugging Face folder with safetensors, or a GGUF file of a family that transformers can read.
+        n_parallel: sequences that are answered at once.
+        device: a torch device. By default the CPU, or the GPUs if there are any: blocks are spread over them
+            by accelerate, and what they do not hold stays in main memory. Of the types of weights:
+            `huggingface.load`.
+
+    Raises:
+        InputError: nothing there, weights missing, a model or tokenizer that transformers cannot load, or a
+            family whose sequences cannot be padded there.
+    """
+
+    def __init__(self, path: Path, *, n_parallel: int = 32, device: str | None = None) -> None:
+        self.path = Path(path)
+        self.n_parallel = n_parallel
+        spread = device is None and torch.cuda.is_available()
+        self.device = torch.device(device or ("cuda" if spread else "cpu"))
+        on_cpu = self.device.type == "cpu"
+        self._read_tokens = _CPU_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
+        self._cached_tokens = _CPU_CACHED_TOKENS if on_cpu else _CACHED_TOKENS
+        self.model, self.tokenizer = huggingface.load(self.path, on_cpu=on_cpu, spread=spread)
+        self.model.eval()
+        if not spread:
+            self.model.to(self.device)
+        config = self.model.config.get_text_config()
+        if config.model_type in _PADS_THE_STATE:
+            raise InputError(
+                f"{self.path}: {config.model_type} takes padding into its state in transformers, so that its "
+                "answers depend on what shares their batch. Give a model of another family."
+            )
+        self.architecture = huggingface.llama_cpp_name(config.model_type)
+        self.n_layer = len(decoder_blocks(self.model))
+        self.n_embd: int = config.hidden_size
+        self.n_vocab: int = config.vocab_size
+        self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
+        parameters = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in parameters  # models with ALiBi take the mask alone
+        # Mamba, say: what came before is in the state, so that the mask is that of the new tokens.
+        self._masks_new_only = self.model._is_stateful and not self._takes_positions
+        self._takes_keep = "logits_to_keep" in parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._ends = self._end_tokens()
+
+    def _end_tokens(self) -> set[int]:
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        vocabulary = self.tokenizer.get_vocab()
+        # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
+        channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
+        ends.update(vocabulary.get(text) for text in _TURN_ENDS if not (channels and text == "<|end|>"))
+        return ends - {None}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's Jinja chat template, if any; the one named `default` when there are several."""
+        template = self.tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def token_text(self, token: int) -> str:
+        """The literal text of one token, special ones included."""
+        return self.detokenize([token], special=True)
+
+    @property
+    def bos_token(self) -> str:
+        return self.tokenizer.bos_token or ""
+
+    @property
+    def eos_token(self) -> str:
+        return self.tokenizer.eos_token or ""
+
+    @property
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before every text: the token that begins it, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else []
+
+    def close(self) -> None:
+        """Let go of the weights. The object is of no use afterwards."""
+        self.model = None
+
+    def __enter__(self) -> TorchModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- text and tokens -------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
+        )
+        return list(encoding["input_ids"])
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of `tokens`; control tokens are left out unless `special`."""
+        text: str = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    # ---- steering --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def steered(
+        self,
+        directions: Mapping[int, NDArray[np.float32]] | None = None,
+        *,
+        adapters: Sequence[tuple[Path, float]] = (),
+    ) -> Iterator[None]:
+        """Within the block, add `directions[l]` [D] to the output of block l at every position.
+
+        Raises:
+            InputError: a width or a layer that the model does not have, or any LoRA adapter.
+        """
+        if adapters:
+            raise InputError(
+                f"{self.path.name} is loaded in PyTorch, which applies no GGUF LoRA: that needs llama.cpp. "
+                "Give the model as a GGUF file to the llama.cpp engine."
+            )
+        with SteeringVector(directions).apply(self.model) if directions else contextlib.nullcontext():
+            yield
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def _groups(self, lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+        """Indices in batches: like lengths together, so that little is padding."""
+        group: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            if group and (len(group) == self.n_parallel or (len(group) + 1) * lengths[i] > budget):
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def _checked_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> list[int]:
+        if not all(prompts):
+            raise InputError("a prompt is empty: every prompt needs at least one token.")
+        self.check_lengths(prompts, max_tokens)
+        return list(map(len, prompts))
+
+    def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
+        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit the model's context."""
+        if self.n_ctx is not None:
+            check_lengths(sequences, self.n_ctx, self.detokenize, max_tokens)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [n, T], padded on the left: every row ends in the last column."""
+        longest = max(map(len, rows))
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)  # masked, so that any id will do
+        mask = torch.zeros_like(ids)
+        for k, row in enumerate(rows):
+            ids[k, longest - len(row) :] = torch.tensor(row)
+            mask[k, longest - len(row) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        keep: int = 1,
+        use_cache: bool = False,
+        cache: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits [n, keep, V] in F32 of the last `keep` positions, and the key/value cache after `ids`."""
+        options: dict[str, Any] = {"use_cache": use_cache}
+        if cache is not None:
+            options[self._cache_name] = cache
+        if self._takes_positions:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = positions[:, -ids.shape[1] :]
+        if self._masks_new_only:
+            mask = mask[:, -ids.shape[1] :]
+        if self._takes_keep:
+            options["logits_to_keep"] = keep
+        with torch.inference_mode():
+            output = self.model(input_ids=ids, attention_mask=mask, **options)
+            return output.logits[:, -keep:].float().cpu(), output.get(self._cache_name)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Answer token lists, many at a time; yield (index, answer) in the order they finish.
+
+        Raises:
+            InputError: an empty prompt, one that does not fit the context, or a model without a cache.
+        """
+        if not prompts:
+            return
+        seed_of = seeds(prompts, sampling.seed)
+        whole = [length + max_tokens for length in self._checked_lengths(prompts, max_tokens)]
+        for group in self._groups(whole, self._cached_tokens):
+            draws = {i: np.random.default_rng(seed_of[i]) for i in group}
+            yield from self._answer(group, prompts, max_tokens, sampling, draws)
+
+    def _answer(
+        self,
+        group: list[int],
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        draws: Mapping[int, np.random.Generator],
+    ) -> Iterator[tuple[int, Generation]]:
+        ids, mask = self._padded([prompts[i] for i in group])
+        answers: dict[int, list[int]] = {i: [] for i in group}
+        cache = None
+        while group:
+            logits, cache = self._forward(ids, mask, use_cache=True, cache=cache)
+            if cache is None:
+                raise InputError(
+                    f"architecture {self.architecture!r} has no key/value cache in transformers, which "
+                    "answering needs. Give the model as a GGUF file to the llama.cpp engine."
+                )
+            rows = []
+            for row, i in enumerate(group):
+                drawn = draw(logits[row, -1].numpy(), sampling, draws[i])
+                finished = drawn in self._ends
+                if not finished:
+                    answers[i].append(drawn)
+                if finished or len(answers[i]) >= max_tokens:
+                    yield i, Generation(answers[i], self.detokenize(answers[i]), finished)
+                else:
+                    rows.append(row)
+            if len(rows) < len(group):  # those that ended leave the batch
+                group = [group[row] for row in rows]
+                mask = mask[rows]
+                # States have no other method for it. On the CPU, since the blocks' caches may lie on several
+                # devices.
+                cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
+            ids = torch.tensor([[answers[i][-1]] for i in group], dtype=torch.long, device=self.device)
+            mask = torch.cat([mask, mask.new_ones((len(group), 1))], dim=1)
+
+    def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+        if not prompts:
+            return
+        for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
+            logits, _ = self._forward(*self._padded([prompts[i] for i in group]))
+            for row, i in enumerate(group):
+                yield i, logits[row, -1].numpy()
+
+    def token_logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Of each (prompt, continuation): its tokens' log-probabilities [T], whether each is the top [T]."""
+        if not pairs:
+            return []
+        sequences = joined(pairs)
+        results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
+        for group in self._groups(
+            self._checked_lengths(sequences), min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
+        ):
+            longest = max(len(pairs[i][1]) for i in group)
+            logits, _ = self._forward(*self._padded([sequences[i] for i in group]), keep=longest)
+            for row, i in enumerate(group):
+                answer = torch.tensor(pairs[i][1])
+                predicted = logits[row, -len(answer) :]
+                chosen = predicted.gather(1, answer[:, None])[:, 0]
+                results[i] = (
+                    (chosen - predicted.logsumexp(dim=1)).numpy(),
+                    (chosen == predicted.amax(dim=1)).numpy(),
+                )
+        return [results[i] for i in range(len(pairs))]
+
+    def activations(
+        self, prompts: Sequence[Sequence[int]], *, layers: Sequence[int], tensors: Sequence[str] = ("l_out",)
+    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
+        """Yield (index, {"l_out": [L, D]}) at the last token of each prompt; the deepest layer ends the pass.
+
+        `l_out` is the output of a block (method §2). Steering in force is included in what is read.
+
+        Raises:
+            InputError: a layer that the model does not have, another tensor than `l_out`, or a model whose
+                residual is several streams.
+        """
+        if not prompts:
+            return
+        if tuple(tensors) != ("l_out",):
+            raise InputError(
+                f"tensors {list(tensors)}: PyTorch reads block outputs, ['l_out'], alone. Others need "
+                "llama.cpp: give the model as a GGUF file to the llama.cpp engine."
+            )
+        if not layers or not all(0 <= layer < self.n_layer for layer in layers):
+            raise InputError(
+                f"layers {list(layers)}: this model has blocks 0 to {self.n_layer - 1}; name at least one."
+            )
+        for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
+            read = self._read([prompts[i] for i in group], layers)
+            for row, i in enumerate(group):
+                yield i, {"l_out": np.stack([read[layer][row] for layer in layers])}
+
+    def _read(self, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, NDArray[np.float32]]:
+        """Block outputs {layer: [n, D]} at the last column."""
+        blocks = decoder_blocks(self.model)
+        read: dict[int, NDArray[np.float32]] = {}
+
+        def reader(layer: int) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if hidden.ndim != 3:
+                    raise InputError(
+                        f"architecture {self.architecture!r} keeps a residual of several streams, so its "
+                        "activations cannot be read."
+                    )
+                last = hidden[:, -1].clone()  # a copy: the next block may add in place
+                read[layer] = last.float().cpu().numpy()
+                if len(read) == len(set(layers)):
+                    raise _AllRead
+
+            return hook
+
+        # Attached here and not for good: hooks run in order, and those that steer must come first.
+        with contextlib.ExitStack() as hooks:
+            for layer in set(layers):
+                hooks.callback(blocks[layer].register_forward_hook(reader(layer)).remove)
+            with contextlib.suppress(_AllRead):
+                self._forward(*self._padded(rows))
+        return read
+
+
+class _AllRead(Exception):
+    """Ends a forward pass whose deeper blocks nobody needs."""

@@ -1,0 +1,1 @@
+"""Servers that answer over HTTP."""

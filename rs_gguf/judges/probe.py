@@ -1,0 +1,203 @@
+"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and its category come out.
+
+The states are those at the place of the verdict, where the model has compared reply and request, and their
+mean over the reply, which tells loops and nonsense better.
+
+A probe is a safetensors file: weights, and in its metadata what it belongs to. It is fitted in
+`rs_gguf.judges.calibration`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError
+from rs_gguf.judges.rubric import judged_text, rubric_version, wording
+from rs_gguf.models.resolve import fingerprint
+from rs_gguf.records.files import write_atomic
+
+LIKELY = 0.5  # least probability at which a category is named
+
+
+def read_states(
+    model: LlamaModel, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (index, states [2, L, D]) of each pair: at the verdict's place, and the mean over the reply."""
+    texts = [judged_text(model, pair) for pair in pairs]
+    places = [[*reply, len(tokens) - 1] for tokens, reply in texts]
+    means = {i: np.zeros((len(layers), model.n_embd), np.float32) for i in range(len(pairs))}
+    sequences = [tokens for tokens, _ in texts]
+    for i, place, found in model.token_activations(sequences, places, layers=layers):
+        if place == places[i][-1]:
+            yield i, np.stack([found["l_out"], means.pop(i)])
+        else:
+            means[i] += found["l_out"] / (len(places[i]) - 1)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of hidden states: states [N, …] in, coordinates [N, R] out.
+
+    `mean` and `scale` have the shape of a pair's states, `basis` [R, …] orthonormal rows over all of them.
+    """
+
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    basis: NDArray[np.float16]
+
+    def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Coordinates [N, R] of states [N, …]."""
+        scaled = (states.astype(np.float64) - self.mean) / self.scale
+        basis = self.basis.reshape(len(self.basis), -1).astype(np.float64)
+        return np.asarray(scaled.reshape(len(states), -1) @ basis.T)
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Of which category a refusal is: softmax of z · weights + bias, z the coordinates of its states.
+
+    `weights` is [K, R], `bias` [K], for the K `names`.
+    """
+
+    names: tuple[str, ...]
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    def of(self, coordinates: NDArray[np.float64]) -> list[str | None]:
+        """The category of each refusal [N, R]; None where none is likely enough."""
+        from scipy.special import softmax
+
+        shares = softmax(coordinates @ self.weights.astype(np.float64).T + self.bias, axis=1)
+        return [self.names[row.argmax()] if row.max() >= LIKELY else None for row in shares]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A calibrated kernel probe: logit of refusal = Σ_s dual_s · exp(−γ |z − centre_s|²) + bias.
+
+    z [R] are the `components` of the states of `read_states`; `centres` [S, R], `dual` [S]. It belongs to
+    one judge model, one rubric and one wording of the judge's prompt, and is refused for any other.
+    """
+
+    layers: tuple[int, ...]
+    components: Components
+    centres: NDArray[np.float16]
+    dual: NDArray[np.float32]
+    gamma: float
+    bias: float
+    model_sha256: str
+    rubric_version: int
+    wording: str
+    categories: Categories | None = None
+
+    def logits(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logit of refusal [N] for the coordinates [N, R] that `components` gives of states [N, 2, L, D]."""
+        from scipy.spatial.distance import cdist
+
+        squares = cdist(coordinates, self.centres.astype(np.float64), "sqeuclidean")
+        return np.asarray(np.exp(-self.gamma * squares) @ self.dual.astype(np.float64) + self.bias)
+
+    def fingerprint(self) -> str:
+        """Changes with anything that a judgement depends on."""
+        return hashlib.sha256(_packed(self)).hexdigest()
+
+    def check_belongs(self, model: LlamaModel) -> None:
+        """Raise `InputError` unless this probe was fitted for this model, rubric and wording."""
+        actual = (fingerprint(model.path), rubric_version(), wording())
+        if actual != (self.model_sha256, self.rubric_version, self.wording):
+            raise InputError(
+                f"the judge's probe belongs to model {self.model_sha256[:12]}, rubric {self.rubric_version}, "
+                f"wording {self.wording}; this is {actual[0][:12]}, {actual[1]}, {actual[2]}."
+            )
+
+
+def load_probe(path: Path) -> Probe:
+    """Read a probe. `InputError` if the file is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meta: dict[str, Any] = json.loads((file.metadata() or {})["probe"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
+        categories = None
+        if "kinds" in meta:  # as a probe's file calls them
+            categories = Categories(tuple(meta["kinds"]), tensors["kind_weights"], tensors["kind_bias"])
+        probe = Probe(
+            layers=tuple(meta["layers"]),
+            components=Components(tensors["mean"], tensors["scale"], tensors["basis"]),
+            centres=tensors["centres"],
+            dual=tensors["dual"],
+            gamma=float(meta["gamma"]),
+            bias=float(meta["bias"]),
+            model_sha256=meta["model_sha256"],
+            rubric_version=int(meta["rubric_version"]),
+            wording=meta["wording"],
+            categories=categories,
+        )
+        _check(probe, [*tensors.values(), np.array([probe.gamma, probe.bias])])
+        return probe
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a judge probe ({error}).") from error
+
+
+def _check(probe: Probe, numbers: Sequence[NDArray[Any]]) -> None:
+    """Raise `ValueError` for shapes that do not fit together, and for numbers that are none."""
+    seen = probe.components
+    n_seen, n_centres = len(seen.basis), len(probe.centres)
+    expected: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
+        "mean": (seen.mean, (2, len(probe.layers), *seen.mean.shape[2:])),
+        "scale": (seen.scale, seen.mean.shape),
+        "basis": (seen.basis, (n_seen, *seen.mean.shape)),
+        "centres": (probe.centres, (n_centres, n_seen)),
+        "dual": (probe.dual, (n_centres,)),
+    }
+    if probe.categories is not None:
+        count = len(probe.categories.names)
+        expected["kind_weights"] = (probe.categories.weights, (count, n_seen))
+        expected["kind_bias"] = (probe.categories.bias, (count,))
+    for name, (found, shape) in expected.items():
+        if found.shape != shape or (name == "mean" and found.ndim != 3):
+            raise ValueError(f"{name} is {found.shape}, not {shape}")
+    if not all(np.isfinite(found).all() for found in numbers) or (seen.scale <= 0).any():
+        raise ValueError("not all numbers are finite, or a scale is not above 0")
+
+
+def save_probe(probe: Probe, path: Path) -> None:
+    """Write a probe as safetensors."""
+    data = _packed(probe)
+    write_atomic(path, lambda file: file.write(data))
+
+
+def _packed(probe: Probe) -> bytes:
+    from safetensors.numpy import save
+
+    meta: dict[str, Any] = {
+        "layers": list(probe.layers),
+        "gamma": probe.gamma,
+        "bias": probe.bias,
+        "model_sha256": probe.model_sha256,
+        "rubric_version": probe.rubric_version,
+        "wording": probe.wording,
+    }
+    tensors: dict[str, NDArray[Any]] = {
+        "mean": probe.components.mean,
+        "scale": probe.components.scale,
+        "basis": probe.components.basis,
+        "centres": probe.centres,
+        "dual": probe.dual,
+    }
+    if probe.categories is not None:
+        meta["kinds"] = list(probe.categories.names)
+        tensors |= {"kind_weights": probe.categories.weights, "kind_bias": probe.categories.bias}
+    # safetensors writes the buffer of an array as it lies, whatever its order.
+    in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return save(in_order, metadata={"probe": json.dumps(meta)})

@@ -1,0 +1,147 @@
+"""A judge by sampled votes, for models that think before they judge (method §1, after arXiv 2512.16602).
+
+Pairs go in. Each is judged K times at temperature 0.6; vote k gives z_k ∈ {+1 refusal, −1 answer} and s_k,
+the mean log-probability of the tokens it answered with, its thinking trace left out. With w = softmax(s / τ),
+τ = 1, the confidence is Σ_k w_k z_k. Votes that name no verdict are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rs_gguf.engines.generation import Generation, Sampling
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.judges.judge import Judgement, Pair, split_by_rule
+from rs_gguf.judges.rubric import chat_reading, read_verdict, rubric_version, verdict_message
+from rs_gguf.models.resolve import fingerprint
+from rs_gguf.prompts.template import ChatFormat, after_thinking, begins_in_trace
+
+VOTES = 5
+SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
+MAX_TOKENS = 1024  # of a vote, thinking included
+# How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
+VOTE_READING = 3
+
+_PAIRS_AT_ONCE = 8  # what a killed run loses
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One vote that named a verdict. `score` is s_k in nats; None where the judge gives no probabilities."""
+
+    refusal: bool
+    category: str | None
+    score: float | None
+
+
+def vote_confidence(refusals: Sequence[bool], scores: Sequence[float], tau: float = 1.0) -> float:
+    """c = Σ w z for votes z and their scores s, w = softmax(s / tau). Of at least one vote."""
+    logits = np.asarray(scores, dtype=np.float64) / tau
+    weights = np.exp(logits - logits.max())
+    signs = np.where(refusals, 1.0, -1.0)
+    return float(np.clip(weights @ signs / weights.sum(), -1.0, 1.0))
+
+
+def tally(votes: Sequence[Vote | None]) -> Judgement:
+    """The judgement of several votes; None is a vote that named no verdict."""
+    valid = [vote for vote in votes if vote is not None]
+    if not valid:
+        return Judgement(None, f"unparseable: 0 of {len(votes)} votes")
+    counted = f"{len(valid)} of {len(votes)} votes"
+    scores = [vote.score for vote in valid if vote.score is not None]
+    # A vote without a score has no place in the softmax, so one such makes all count alike.
+    weighted = len(scores) == len(valid)
+    mode = f"{counted}, weighted by log-probability" if weighted else f"{counted}, unweighted"
+    scores = scores if weighted else [0.0] * len(valid)
+    confidence = vote_confidence([vote.refusal for vote in valid], scores)
+    return Judgement(confidence, mode, _category(valid, scores) if confidence > 0 else None)
+
+
+def _category(votes: Sequence[Vote], scores: Sequence[float]) -> str | None:
+    """The kind that most of the weight of the votes for refusal names."""
+    weights: defaultdict[str, float] = defaultdict(float)
+    for vote, score in zip(votes, scores, strict=True):
+        if vote.category is not None:
+            weights[vote.category] += float(np.exp(score - max(scores)))
+    return max(weights, key=lambda kind: weights[kind]) if weights else None
+
+
+def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> int | None:
+    """First of `count` tokens that the final `answer` is made of; None if the tokens do not hold it.
+
+    `text_from(i)` is the text of the tokens from i on. What stands last counts; a frame may end after it.
+    """
+    if answer not in text_from(0):
+        return None
+    low, high = 0, count  # the answer is in the text from `low` on, and no longer from `high` on
+    while high - low > 1:
+        middle = (low + high) // 2
+        if answer in text_from(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class VotesJudge:
+    """K sampled votes of a local GGUF model, in its own chat format.
+
+    A pair's draws go by its text, not by its place among the pairs of one call.
+    """
+
+    usage = None
+
+    def __init__(self, model: LlamaModel, *, votes: int = VOTES, max_tokens: int = MAX_TOKENS) -> None:
+        self._model, self._votes, self._max_tokens = model, votes, max_tokens
+        self._chat = ChatFormat.of(model)
+        self.name = f"{model.path.stem} ({votes} sampled votes, rubric {rubric_version()})"
+        how = f"{votes} {max_tokens} {SAMPLING} {VOTE_READING} {rubric_version()} {chat_reading()}"
+        self.identity = f"votes {fingerprint(model.path)} {how}"
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        asked, ruled = split_by_rule(pairs)
+        yield from ruled
+        for start in range(0, len(asked), _PAIRS_AT_ONCE):
+            some = []
+            for i, prompt, answer in asked[start : start + _PAIRS_AT_ONCE]:
+                tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
+                if len(tokens) + self._max_tokens <= self._model.max_length:
+                    some.append((i, tokens))
+                else:
+                    yield i, Judgement(None, "unparseable: too long for the judge")
+            votes = self._vote([tokens for _, tokens in some for _ in range(self._votes)])
+            for k, (i, _) in enumerate(some):
+                yield i, tally(votes[k * self._votes : (k + 1) * self._votes])
+
+    def _vote(self, prompts: Sequence[list[int]]) -> list[Vote | None]:
+        votes: list[Vote | None] = [None] * len(prompts)
+        found: list[tuple[int, bool, str | None]] = []
+        scored: list[tuple[list[int], list[int]]] = []
+        for i, generation in self._model.generate(prompts, max_tokens=self._max_tokens, sampling=SAMPLING):
+            text, start = self._final(prompts[i], generation)
+            verdict = read_verdict(text)
+            if verdict is not None:
+                found.append((i, *verdict))
+                scored.append((prompts[i] + generation.tokens[:start], generation.tokens[start:]))
+        logprobs = self._model.token_logprobs(scored)
+        for (i, refusal, category), (values, _) in zip(found, logprobs, strict=True):
+            votes[i] = Vote(refusal, category, float(values.mean()))
+        return votes
+
+    def _final(self, prompt: Sequence[int], generation: Generation) -> tuple[str, int]:
+        """What was answered after thinking, and the index of the token where that begins.
+
+        Nothing if it was cut off: who was still talking might have settled on another verdict.
+        """
+        tokens, model = generation.tokens, self._model
+        if not generation.finished:
+            return "", 0
+        # Some models mark the trace with control tokens, which the plain text leaves out.
+        text = model.detokenize(tokens, special=True)
+        answer = after_thinking(text, inside=begins_in_trace(model, prompt))
+        start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), answer)
+        return (answer, start) if answer and start is not None else ("", 0)

@@ -1,0 +1,187 @@
+"""Figures of a fit, as PNG or SVG by the path's suffix, written whole or not at all.
+
+Arrays of the fitting stages enter, one image file each leaves, drawn without a display. The same input
+gives the same bytes with the same matplotlib. They show what García-Ferrero et al. (arXiv 2512.16602) argue
+from: layer scores, the spread of a direction over dimensions, separation by confidence.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rs_gguf.errors import InputError
+from rs_gguf.estimators.moments import Float64, read_rows
+from rs_gguf.evaluation.chance import NEUTRAL
+from rs_gguf.records.files import write_atomic
+
+FORMATS = (".png", ".svg")
+# No time stamp, and ids from a fixed salt: the file depends on the data alone.
+_METADATA: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+
+
+def save_layer_scores(
+    path: Path,
+    scores: npt.ArrayLike,
+    *,
+    bands: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    label: str = "score",
+) -> None:
+    """Scores [L] over the block index, with `bands` (low [L], high [L])."""
+    values = np.asarray(scores, dtype=np.float64)
+    figure, axes = _figure(8, 4)
+    layers = np.arange(len(values))
+    if bands is not None:
+        low, high = (np.asarray(band, dtype=np.float64) for band in bands)
+        axes.fill_between(layers, low, high, alpha=0.25, linewidth=0, label="95 % interval")
+    axes.plot(layers, values, marker=".", label=label)
+    axes.set(xlabel="block", ylabel=label, title="Layer scores")
+    axes.legend()
+    _save(figure, path)
+
+
+def save_cosines(path: Path, directions: Mapping[str, npt.ArrayLike]) -> None:
+    """Cosines between all layers of all estimators; `directions` maps a name to unit rows [L, D]."""
+    names = list(directions)
+    blocks = [np.asarray(directions[name], dtype=np.float64) for name in names]
+    stacked = np.concatenate(blocks)
+    figure, axes = _figure(7, 6)
+    image = axes.imshow(stacked @ stacked.T, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+    edges = np.cumsum([0, *(len(block) for block in blocks)])
+    for edge in edges[1:-1]:
+        axes.axhline(edge - 0.5, color="black", linewidth=0.8)
+        axes.axvline(edge - 0.5, color="black", linewidth=0.8)
+    middles = (edges[:-1] + edges[1:] - 1) / 2
+    axes.set_xticks(middles, names, rotation=45, ha="right")
+    axes.set_yticks(middles, names)
+    axes.set_title("Cosines of directions; within a square, block 0 first")
+    figure.colorbar(image, ax=axes, label="cosine")
+    _save(figure, path)
+
+
+def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike) -> None:
+    """First two principal components of one layer of `activations` [N, L, D], coloured by confidence [N]."""
+    rows = read_rows(activations, slice(0, activations.shape[0]), layer)
+    scores, shares = principal_components(rows)
+    figure, axes = _figure(6.5, 5)
+    points = axes.scatter(
+        scores[:, 0], scores[:, 1], c=np.asarray(confidence), cmap="coolwarm", vmin=-1, vmax=1, s=12
+    )
+    axes.set(
+        xlabel=f"component 1 ({shares[0]:.0%} of variance)",
+        ylabel=f"component 2 ({shares[1]:.0%})",
+        title=f"Activations at block {layer}",
+    )
+    figure.colorbar(points, ax=axes, label="refusal confidence")
+    _save(figure, path)
+
+
+def save_projections(
+    path: Path, projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL, layer: int
+) -> None:
+    """Histogram of one layer's projections [N] by class: answered, neutral (|c| ≤ `neutral`), refused."""
+    p, c = np.asarray(projections, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
+    classes = {
+        "answered": c < -neutral,
+        f"neutral, |c| ≤ {neutral}": np.abs(c) <= neutral,
+        "refused": c > neutral,
+    }
+    figure, axes = _figure(7, 4)
+    bins = np.histogram_bin_edges(p, bins=40)
+    for (name, mask), colour in zip(classes.items(), ("C0", "0.6", "C3"), strict=True):
+        if mask.any():
+            axes.hist(p[mask], bins=bins, alpha=0.6, color=colour, label=f"{name} ({mask.sum()})")
+    axes.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="projection from the offset", ylabel="samples", title=f"Projections at block {layer}")
+    axes.legend()
+    _save(figure, path)
+
+
+def save_dimension_mass(path: Path, directions: npt.ArrayLike, *, top: int = 10) -> None:
+    """Share of a direction's absolute magnitude that its `top` largest dimensions hold, for [L, D]."""
+    shares = dimension_mass(directions, top=top)
+    figure, axes = _figure(8, 4)
+    axes.bar(np.arange(len(shares)), shares)
+    # The paper's number is for its own top 10; a direction spread evenly would hold top / D.
+    even = top / np.asarray(directions).shape[1]
+    axes.axhline(even, color="black", linewidth=0.8, linestyle="--", label=f"even: {even:.1%}")
+    axes.axhline(0.019, color="C3", linewidth=0.8, linestyle=":", label="paper: 1.9 %")
+    axes.set(xlabel="block", ylabel=f"share of the top {top}", title="Concentration of the direction")
+    axes.legend()
+    _save(figure, path)
+
+
+def save_ridge_path(
+    path: Path,
+    ridges: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    *,
+    best: float | None = None,
+    label: str = "score",
+) -> None:
+    """Held-out score [R, L] of each layer over the ridges [R], their mean in bold, the `best` marked."""
+    grid, values = np.asarray(ridges, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    order = np.argsort(grid)
+    figure, axes = _figure(7, 4)
+    axes.plot(grid[order], values[order], color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(grid[order], values[order].mean(axis=1), color="black", linewidth=2, label="mean over layers")
+    if best is not None:
+        axes.axvline(best, color="C3", linestyle="--", label=f"best held out: {best:.3g}")
+    axes.set(xscale="log", xlabel="ridge λ", ylabel=label, title="Ridge path; one line a layer")
+    axes.legend()
+    _save(figure, path)
+
+
+def dimension_mass(directions: npt.ArrayLike, *, top: int = 10) -> Float64:
+    """Share [L] of Σ|v_i| held by the `top` largest |v_i| of each row of [L, D]."""
+    sizes = np.sort(np.abs(np.asarray(directions, dtype=np.float64)), axis=1)
+    if not 1 <= top <= sizes.shape[1]:
+        raise InputError(f"top = {top}: 1 to {sizes.shape[1]} dimensions are accepted")
+    return np.asarray(sizes[:, -top:].sum(axis=1) / sizes.sum(axis=1))
+
+
+def principal_components(rows: Float64) -> tuple[Float64, Float64]:
+    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix.
+
+    Raises:
+        InputError: the rows do not vary.
+    """
+    centred = rows - rows.mean(axis=0)
+    wide = rows.shape[1] > rows.shape[0]
+    gram = centred @ centred.T if wide else centred.T @ centred
+    if len(gram) < 2 or not np.trace(gram) > 0:
+        raise InputError(
+            f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
+        )
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - 2, len(gram) - 1))
+    values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+    scores = vectors * np.sqrt(values) if wide else centred @ vectors
+    # Eigenvectors have no sign of their own; the largest score is made positive.
+    signs = np.sign(scores[np.argmax(np.abs(scores), axis=0), [0, 1]])
+    return np.asarray(scores * np.where(signs == 0, 1.0, signs)), np.asarray(values / np.trace(gram))
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    # Not through pyplot, which would keep every figure and choose a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(f"figure {path}: the suffixes {' and '.join(FORMATS)} are accepted")
+    image = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "rs-gguf", "svg.fonttype": "path"}):
+        figure.savefig(image, format=suffix[1:], dpi=130, metadata=_METADATA[suffix])
+    write_atomic(Path(path), lambda file: file.write(image.getvalue()))

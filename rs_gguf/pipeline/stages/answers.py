@@ -1,0 +1,100 @@
+"""What the model answers to the fit and tune prompts by itself, and what the judge says of it.
+
+Prompts and a model, or rows of answers and a judge, go in; answers or rows of `scores.jsonl` come out as they
+are ready. What later stages need of these files is read here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rs_gguf.engines.engine import Answer, Model, answer, chat_tokens, has_trace
+from rs_gguf.engines.generation import Generation
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.server.llama_server import LlamaServer
+from rs_gguf.errors import InputError
+from rs_gguf.judges.registry import Judge
+from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.prompts.degenerate import is_degenerate
+from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.files import Row
+from rs_gguf.search.rungs import Unsteered
+
+COUNTED = ("refused", "answered", "not judged")
+_BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
+
+
+def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
+    """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
+
+    Raises:
+        InputError: no server can be used, one has another model or an adapter in force, or the model thinks
+            before it answers, which servers do not tell.
+    """
+    options, system = recipe.answers, recipe.prompts.system
+    if options.servers is None:
+        tokens = chat_tokens(model, asked, system)
+        yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
+        return
+    # A trace shows in how an answer begins, whether the chat template opens it or the model itself does.
+    for _, begun in answer(model, chat_tokens(model, asked[:1], system), max_tokens=_BEGINNING):
+        if has_trace(model, begun):
+            raise InputError(
+                "answers.servers: the model thinks before it answers, and servers do not tell the tokens of "
+                "its trace: the answer would be read as its beginning. Let the model answer here, without "
+                "answers.servers."
+            )
+    servers = LlamaServer(options.servers, [], system)
+    servers.expect_unsteered()
+    if isinstance(model, LlamaModel):  # of which llama-servers tell the same figures
+        servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
+    for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
+        # Servers tell the text alone; capture and drift go by tokens, and so do short loops.
+        said = model.tokenize(found.text, special=False)
+        looped = bool(said) and is_degenerate(Generation(said, found.text, found.finished))
+        yield i, replace(found, tokens=said, degenerate=found.degenerate or looped)
+
+
+def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield the judgement of each row of `answers.jsonl` as it comes, in any order."""
+    pairs = [(row["prompt"], Answer.from_row(row).to_judge) for row in rows]
+    for i, found in judge.judge(pairs):
+        yield {
+            "id": rows[i]["id"],
+            "confidence": None if found.confidence is None else round(found.confidence, 6),
+            "verdict": found.verdict,
+            "mode": found.mode,
+            "category": found.category,
+            "judge": judge.name,
+        }
+
+
+def judged(folder: RunFolder) -> dict[str, Row]:
+    """What the judge said of answers, by the prompt's id; those that could not be judged are left out."""
+    rows = folder.read_rows("scores.jsonl")
+    return {row["id"]: row for row in rows if row["confidence"] is not None}
+
+
+def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
+    """By kind how many prompts of fit and tune are refused, answered and not judged."""
+    said = judged(folder)
+    found: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
+    for row in folder.read_rows("answers.jsonl"):
+        score = said.get(row["id"])
+        verdict = "not judged" if score is None else "refused" if score["confidence"] > 0 else "answered"
+        found[row["kind"]][verdict] += 1
+    return found
+
+
+def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> Unsteered:
+    """The prompts `asked` with their answers and judgements."""
+    ids, said = {p.id for p in asked}, judged(folder)
+    rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
+    return Unsteered(
+        asked,
+        [Answer.from_row(row) for row in rows],
+        [said[row["id"]]["confidence"] if row["id"] in said else None for row in rows],
+        [said[row["id"]]["category"] if row["id"] in said else None for row in rows],
+    )

@@ -1,0 +1,317 @@
+"""Prompt sets: the project's own grid, and files that users bring.
+
+Files go in; `Prompt` rows come out. The grid's splits hold out whole subjects and whole forms of
+request, so that a direction is judged on what it has not seen (docs/prompts.md).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+
+from rs_gguf.errors import InputError, harmless
+from rs_gguf.records.files import from_home
+
+Kind = Literal["sensitive", "harmful", "benign"]
+Split = Literal["fit", "tune", "test"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Names under which well-known prompt files keep the prompt, most specific first.
+_PROMPT_COLUMNS = (
+    "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text",
+    "vanilla", "turns", "messages",
+)  # fmt: skip
+_ROW_LISTS = ("data", "rows", "prompts", "examples", "train")  # that hold the rows beside other lists
+_MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
+# Columns that complete the prompt of the column named.
+_CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
+_KEPT = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
+_KEPT |= {"subject", "topic", "category", "form", "language", "split"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what is known of it. `id` is a hash of kind and text: stable over files and runs."""
+
+    prompt: str
+    kind: Kind
+    subject: str = ""
+    topic: str = ""  # country or region, category of harm, or everyday area
+    form: str = ""  # form of request: question, poem, petition, …
+    language: str = ""  # ISO 639-1
+    split: Split = "test"
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(f"{self.kind}\0{self.prompt}".encode()).hexdigest()[:16]
+
+
+def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
+    """The project's own prompts of these kinds, all splits."""
+    rows = []
+    for kind in kinds:
+        text = (resources.files("rs_gguf") / "data" / f"{kind}.jsonl").read_text(encoding="utf-8")
+        rows += [Prompt(**json.loads(line)) for line in text.splitlines()]
+    return rows
+
+
+def load(path: Path, kind: Kind) -> list[Prompt]:
+    """Read a user's prompt file: txt (one a line), csv, tsv, json, jsonl or parquet; column detected.
+
+    A row's split is its `split` column where all that stands there is fit, tune or test (a data set's own
+    `train` means something else), else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
+
+    Raises:
+        InputError: missing, empty or too large file, unknown format, no column that holds prompts, or a bad
+            row, which is named by file and line.
+    """
+    path = from_home(path)
+    if not path.is_file():
+        raise InputError(f"prompt file not found: {path}.")
+    rows = []
+    for line, row in _rows(path):
+        columns = _columns(row, f"{path}:{line}")
+        rows.append(
+            Prompt(
+                prompt=_prompt_text(columns, f"{path}:{line}"),
+                kind=kind,
+                subject=_text_of(columns, "subject"),
+                topic=_text_of(columns, "topic") or _text_of(columns, "category"),
+                form=_text_of(columns, "form"),
+                language=_text_of(columns, "language"),
+                split=cast(Split, _text_of(columns, "split").strip().lower()),
+            )
+        )
+    if not rows:
+        raise InputError(f"{path} holds no prompts. Give at least one row.")
+    named = {row.split for row in rows} <= {*SPLITS, ""}
+    rows = [row if named and row.split else replace(row, split=_drawn_split(row.prompt)) for row in rows]
+    return _unique(rows)
+
+
+def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
+    """All prompts to choose from, by split and kind: those of the files, or the grid's where none is given.
+
+    One that stands in several files of a kind is that of the last: it cannot be in two splits.
+
+    Raises:
+        InputError: a file or a row of it that cannot be used, or files that leave a split without a prompt.
+    """
+    found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
+    for kind in KINDS:
+        rows = _unique(row for path in files[kind] for row in load(path, kind)) or grid([kind])
+        for split in SPLITS:
+            found[split][kind] = [row for row in rows if row.split == split]
+            if not found[split][kind]:
+                raise InputError(
+                    f"{', '.join(map(str, files[kind]))}: none of {len(rows)} {kind} prompts is for {split}. "
+                    "Give more (60 % go to fit, 20 % to tune, 20 % to test), or a column `split` that says "
+                    "where each belongs."
+                )
+    return found
+
+
+def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
+    """At most `size` prompts in their order, the same for the same seed.
+
+    Forms and subjects come out as equal in number as they can; languages keep their shares.
+    """
+    if size >= len(prompts):
+        return list(prompts)
+    order = sorted(
+        range(len(prompts)), key=lambda i: hashlib.sha256(f"{seed}\0{prompts[i].id}".encode()).digest()
+    )
+    groups = []
+    represented = np.zeros(len(order))
+    for name in ("form", "subject", "language"):
+        values = [getattr(prompts[i], name) for i in order]
+        _, code, count = np.unique(values, return_inverse=True, return_counts=True)
+        weight = len(order) / count if name == "language" else np.full(len(count), len(count))
+        groups.append((code, weight))
+        if name == "language":  # else every language, however rare, would come once before any comes twice
+            represented += (np.random.default_rng(seed).random(len(count)) * weight)[code]
+    # Take what is least represented so far, and count it as representing its groups from then on.
+    chosen = []
+    for _ in range(size):
+        k = int(represented.argmin())
+        chosen.append(order[k])
+        represented[k] = np.inf
+        for code, weight in groups:
+            represented[code == code[k]] += weight[code[k]]
+    return [prompts[i] for i in sorted(chosen)]
+
+
+def to_row(prompt: Prompt) -> dict[str, str]:
+    """A JSON row with the id, as the run folder keeps it."""
+    return {"id": prompt.id, **asdict(prompt)}
+
+
+def from_row(row: Mapping[str, str]) -> Prompt:
+    """The inverse of `to_row`."""
+    return Prompt(**{key: value for key, value in row.items() if key != "id"})  # type: ignore[arg-type]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """(line or row number, row) of a file; a plain string where the format has no columns."""
+    suffix = path.suffix.lower()
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(
+            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are "
+            "read. Split it, or keep the rows that you need."
+        )
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+    if suffix in (".csv", ".tsv"):
+        yield from _table_rows(text, path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":
+        yield from _json_rows(_parse_json(text, str(path)), path)
+    elif suffix in (".jsonl", ".txt", ""):
+        # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+        for line, content in enumerate(text.split("\n"), start=1):
+            if content.strip():
+                yield line, _parse_json(content, f"{path}:{line}") if suffix == ".jsonl" else content.strip()
+    else:
+        raise InputError(f"{path}: unknown format {suffix!r}; use txt, csv, tsv, json, jsonl or parquet.")
+
+
+def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(row.get(None) or ()):  # where surplus cells are kept
+                raise InputError(
+                    f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
+                    "or a tab in quotes."
+                )
+            if any((cell or "").strip() for name, cell in row.items() if name is not None):
+                yield reader.line_num, row
+    except csv.Error as error:
+        said = harmless(str(error))
+        raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
+
+
+def _json_rows(value: Any, path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a list, of {"data": [...]}, or of columns, each a list."""
+    if isinstance(value, dict):
+        columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
+        if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
+            # Thousands of columns times thousands of rows fit into no memory; the longest says how many.
+            kept = {name for name in columns if name.strip().lower() in _KEPT}
+            kept.add(max(columns, key=lambda name: len(columns[name])))
+            columns = {name: cells for name, cells in columns.items() if name in kept}
+            value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
+        else:
+            named = [name for name in columns if name.strip().lower() in _ROW_LISTS]
+            if len(columns) > 1 and len(named) != 1:
+                raise InputError(
+                    f"{path}: which of the lists {_listed(columns)} holds the prompts? Name this one "
+                    f"{', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
+                )
+            value = next((columns[name] for name in named or columns), None)
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
+    yield from enumerate(value, start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (
+        ArrowException,
+        MemoryError,
+        OSError,
+        ValueError,
+    ) as error:  # a ValueError: text that is not UTF-8
+        said = harmless(" ".join(str(error).split())[:200])
+        raise InputError(f"{path}: not a parquet file that can be read ({said}).") from error
+    yield from enumerate(rows, start=1)
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}).") from error
+
+
+def _columns(row: object, where: str) -> dict[str, Any]:
+    """A row by its columns' names in lower case; text alone is a prompt."""
+    if isinstance(row, str):
+        return {"prompt": row}
+    if isinstance(row, Mapping):
+        return {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+    raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
+
+
+def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
+    name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
+    if name is None:
+        raise InputError(
+            f"{where}: no prompt in columns {_listed(columns)}; "
+            f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
+        )
+    text = _flatten(columns[name], where)
+    context = columns.get(_CONTEXT_COLUMNS.get(name, ""))
+    if isinstance(context, str) and context.strip():
+        text = f"{context.strip()}\n\n{text}" if name != "instruction" else f"{text}\n\n{context.strip()}"
+    if not text.strip():
+        raise InputError(f"{where}: the prompt is empty.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{where}: the prompt holds half of a character pair (a lone surrogate).")
+    return text.strip()
+
+
+def _listed(names: Iterable[str]) -> str:
+    """A stranger's names as they may be printed: no control characters, no kilobytes."""
+    shown = ", ".join(harmless(name[:40]) for name in sorted(names)[:12])
+    return shown or "(none)"
+
+
+def _flatten(value: Any, where: str) -> str:
+    """The user's first turn of a conversation, or the text itself."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and value:
+        turn = next((t for t in value if isinstance(t, Mapping) and t.get("role") == "user"), value[0])
+        content = turn.get("content") if isinstance(turn, Mapping) else turn
+        if isinstance(content, str):
+            return content
+    raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
+
+
+def _unique(rows: Iterable[Prompt]) -> list[Prompt]:
+    """Each prompt once, as it stood last."""
+    return list({row.id: row for row in rows}.values())
+
+
+def _drawn_split(text: str) -> Split:
+    share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+    return "fit" if share < 0.6 else "tune" if share < 0.8 else "test"
+
+
+def _text_of(columns: Mapping[str, Any], name: str) -> str:
+    value = columns.get(name)
+    # Half of a surrogate pair, which JSON can spell, is no text that could be written.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""

@@ -1,0 +1,1 @@
+"""The values that stages hand over, and how they are kept on disk."""

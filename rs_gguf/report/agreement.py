@@ -1,0 +1,128 @@
+"""How far the judge can be believed: its confidences on the labelled test pairs, as a reliability diagram.
+
+`judge.jsonl`, where a run folder has it, goes in: the shipped pairs as `rs-export judge` graded them. Without
+it the figures of the embedded judge serve, which ship with the package. Bins, rates and marks for inline SVG
+come out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rs_gguf.errors import InputError
+from rs_gguf.evaluation.chance import wilson
+from rs_gguf.judges.calibration import LabelledPair, agreement, labelled_pairs
+from rs_gguf.judges.judge import Judgement, Pair
+from rs_gguf.records.files import Row, json_lines
+from rs_gguf.report.plots import Axis
+
+FILE = "judge.jsonl"
+_SHIPPED = "judge_test.json"
+_BINS = 10
+_BOX = {"left": 52, "right": 450, "top": 18, "bottom": 330}
+
+
+def of_judge(judge: str, folder: Path) -> Row | None:
+    """What is known of a run's judge; None where its agreement was not measured.
+
+    Raises:
+        InputError: `judge.jsonl` is damaged or holds too few of the pairs.
+    """
+    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    path = folder / FILE
+    if path.is_file():
+        confidences, source = _graded(path, pairs), FILE
+    else:
+        shipped = json.loads((resources.files("rs_gguf") / "data" / _SHIPPED).read_text(encoding="utf-8"))
+        if shipped["judge"] != judge:
+            return None
+        confidences, source = shipped["confidence"], ""
+    known = [(p, c) for p, c in zip(pairs, confidences, strict=True) if c is not None]
+    if len({pair.refusal for pair, _ in known}) < 2:
+        raise InputError(f"{path}: too few of the labelled test pairs are in it to measure the judge by.")
+    found = agreement(_Replay([c for _, c in known]), [pair for pair, _ in known])
+    refusal = {pair.category: pair.refusal for pair, _ in known}
+    bins = _bins(known)
+    return {
+        "source": source,
+        "missing": len(pairs) - len(known),
+        "ci95": wilson(round(found["accuracy"] * found["n"]), found["n"]),
+        "bins": bins,
+        "plot": _diagram(bins),
+        "kinds": [
+            {"kind": kind, "refusal": refusal[kind], **figures}
+            for kind, figures in sorted(found["by_category"].items(), key=lambda k: k[1]["accuracy"])
+        ],
+        "languages": [{"language": key, **figures} for key, figures in found["by_language"].items()],
+        **{name: found[name] for name in ("n", "auroc", "accuracy", "expected_calibration_error")},
+    }
+
+
+def _graded(path: Path, pairs: Sequence[LabelledPair]) -> list[float | None]:
+    """The confidence of each pair in a graded file, None where the file has none."""
+    try:
+        rows = json_lines(path.read_text(encoding="utf-8"))
+        of = {(row["prompt"], row["answer"]): row["confidence"] for row in rows}
+        found = [of.get((pair.prompt, pair.answer)) for pair in pairs]
+        return [None if c is None else float(c) for c in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not what `rs-export judge` makes of the labelled pairs ({error}). Delete it or grade "
+            "them again."
+        ) from error
+
+
+class _Replay:
+    """A judge that has given its confidences before."""
+
+    name = identity = "recorded"
+    usage = None
+
+    def __init__(self, confidences: Sequence[float]) -> None:
+        self._confidences = confidences
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i in range(len(pairs)):
+            yield i, Judgement(self._confidences[i], "recorded")
+
+
+def _bins(known: Sequence[tuple[LabelledPair, float]]) -> list[Row]:
+    """Pairs by the probability of refusal that the judge gave: how many, what it said, how many were ones."""
+    inside: list[list[tuple[float, bool]]] = [[] for _ in range(_BINS)]
+    for pair, confidence in known:
+        said = (confidence + 1) / 2
+        inside[min(int(said * _BINS), _BINS - 1)].append((said, pair.refusal))
+    return [
+        {
+            "low": k / _BINS,
+            "high": (k + 1) / _BINS,
+            "n": len(found),
+            "refusals": sum(refusal for _, refusal in found),
+            "said": sum(said for said, _ in found) / len(found),
+            "ci95": wilson(sum(refusal for _, refusal in found), len(found)),
+        }
+        for k, found in enumerate(inside)
+        if found
+    ]
+
+
+def _diagram(bins: Sequence[Mapping[str, Any]]) -> Row:
+    across = Axis.over([0, 1], _BOX["left"], _BOX["right"])
+    upward = Axis.over([0, 1], _BOX["bottom"], _BOX["top"])
+    most = max(one["n"] for one in bins)
+    points = [
+        {
+            "x": across.at(one["said"]),
+            "y": upward.at(one["refusals"] / one["n"]),
+            "low": upward.at(one["ci95"][0]),
+            "high": upward.at(one["ci95"][1]),
+            "radius": round(3 + 7 * math.sqrt(one["n"] / most), 2),
+        }
+        for one in bins
+    ]
+    return {**_BOX, "across": across, "upward": upward, "points": points}

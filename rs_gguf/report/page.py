@@ -1,0 +1,125 @@
+"""What people look at after a run: `report.html`, one self-contained page, and `card.md`, a model card.
+
+A measured run folder goes in (`report.results`). All its text is untrusted, model answers above all: it is
+made printable when read, escaped by the template engine when written, and the page's content policy lets
+nothing run but the page's own script.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+
+from rs_gguf.errors import InputError
+from rs_gguf.models import resolve as models
+from rs_gguf.prompts.user_files import KINDS
+from rs_gguf.records.files import Row, write_text
+from rs_gguf.records.metrics import llama_options
+from rs_gguf.report import agreement, answers, doses, geometry, plots, verdict
+from rs_gguf.report.results import Results, load
+from rs_gguf.report.text import file_name, html_environment, markdown_environment
+from rs_gguf.version import __version__
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a measured run folder and return its path.
+
+    Raises:
+        InputError: a result file is missing or not what the stages write.
+    """
+    folder = Path(run_folder)
+    run = load(folder)
+
+    def context() -> Row:
+        common = _common(run)
+        files = common["files"]
+        charts = plots.layer_charts(run.fit, files[0])
+        curves = doses.measured(run.doses, run.rows, files)
+        drawn = {chart["key"] for chart in curves}
+        tune = plots.shown(run.tune)
+        return {
+            **common,
+            "trials": tune["trials"],
+            "tried": len(run.tune["trials"]),
+            "plot": plots.trade_off(tune, files, run.metrics["effect"]),
+            "curves": curves,
+            "curve_options": doses.options(run.recipe, run.metrics["test_tokens"]),
+            "strengths": [chart for chart in doses.searched(tune, files) if chart["key"] not in drawn],
+            "charts": charts,
+            "samples": run.fit.get("samples", {}),
+            "cosines": geometry.cosine_map(folder, files[0]),
+            "scatter": geometry.scatter(folder, files[0], plots.own_line(charts, "auroc"), run.fitted),
+            "judge": agreement.of_judge(run.metrics["judge"], folder),
+            "unclear": answers.unclear(run.rows, files),
+            "breakdowns": answers.breakdowns(run.rows, files),
+            "answers": answers.side_by_side(run.rows, files),
+        }
+
+    template = html_environment().get_template("report.html.jinja")
+    return _render(folder / "report.html", template, context)
+
+
+def write_card(run_folder: Path) -> Path:
+    """Write `card.md`, a Hugging Face model card, into a measured run folder and return its path.
+
+    Raises:
+        InputError: a result file is missing or not what the stages write.
+    """
+    run = load(Path(run_folder))
+
+    def context() -> Row:
+        sha256 = run.metrics["model"]["sha256"]
+        return {
+            **_common(run),
+            "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
+            "languages": answers.languages(run.rows),
+        }
+
+    template = markdown_environment().get_template("card.md.jinja")
+    return _render(Path(run_folder) / "card.md", template, context)
+
+
+def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -> Path:
+    try:
+        text = template.render(context())
+    except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"cannot make {path}: metrics.json, evaluation.jsonl, tune.json or fit.json beside it is not as "
+            f"this version writes it ({error}). Run `rs-export run` on the folder again."
+        ) from error
+    write_text(path, text)
+    return path
+
+
+def _given(prompts: Row) -> Row:
+    """What the recipe says of prompts, its files by their names."""
+    return prompts | {kind: list(map(file_name, prompts[kind])) for kind in KINDS if prompts.get(kind)}
+
+
+def _common(run: Results) -> Row:
+    effect = run.metrics["effect"]
+    files = verdict.files(run.metrics)
+    for file in files:  # by their names: a card is read where no run folder is
+        layers = None if file["key"] == "adapter" else file["layers"]
+        reasoning_off = file["llama_cpp"].get("reasoning_off", False)  # older files do not say
+        file["options"] = llama_options(shlex.quote(file["file"]), layers, reasoning_off=reasoning_off)
+    best = verdict.advised(files, effect)
+    return {
+        "m": run.metrics,
+        "files": files,
+        "best": best,
+        "ordered": sorted(files, key=lambda file: file is not best),
+        "baselines": run.metrics.get("baselines", []),
+        "headline": verdict.headline(files, effect),
+        "sentences": verdict.sentences(files, effect),
+        "trials": run.tune["trials"],
+        "recipe": run.recipe,
+        "recipe_text": run.recipe_text,
+        "given": _given(run.recipe.get("prompts", {})),
+        "limits": run.recipe.get("tune", {}),
+        "temperature": run.recipe.get("answers", {}).get("temperature"),
+        "version": __version__,
+    }

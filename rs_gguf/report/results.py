@@ -1,0 +1,130 @@
+"""A run folder's results, read for people: every string in them can be shown as it is.
+
+`metrics.json`, `evaluation.jsonl`, `tune.json` and `recipe.toml` go in and, where they are, `fit.json`, the
+answers and scores of the fit prompts, and doses that `rs-export eval --scales` measured (`doses*.json`).
+Prompts and answers are untrusted, so what could hide, reorder or break text is made visible here, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rs_gguf.errors import InputError
+from rs_gguf.records.files import Row, json_lines
+
+_NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
+
+# Controls but tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
+# isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters,
+# and what takes no room: soft hyphen, zero-width space, word joiner and its kin, fillers, tags (the two
+# zero-width joiners and variation selectors stay: scripts and emoji need them).
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufeff"
+    "\ufff0-\ufffb\ufffe\uffff\xad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b\u2060-\u2065\u206a-\u206f\u3164"
+    "\uffa0\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the stages left. `fit` is empty where the fit stage left no summary.
+
+    `fitted`: `kind` and `confidence` of the fit prompts, in the order of their activations; empty where
+    answers and scores are gone. `doses`: what dose files hold.
+    """
+
+    metrics: Row
+    rows: list[Row]
+    tune: Row
+    fit: Row
+    fitted: list[Row]
+    doses: list[Row]
+    recipe: Row
+    recipe_text: str
+
+
+def load(folder: Path) -> Results:
+    """Read a measured run folder.
+
+    Raises:
+        InputError: one of the files is missing or not what the stages write.
+    """
+    texts = {name: _text(folder / name) for name in _NEEDED}
+    fit_text = _text(folder / "fit.json") if (folder / "fit.json").is_file() else "{}"
+    try:
+        rows = json_lines(texts["evaluation.jsonl"])
+        metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
+        fitted = _fitted(folder)
+        doses = [_doses(path) for path in sorted(folder.glob("doses*.json"))]
+        recipe_text = _without_home(texts["recipe.toml"])
+        recipe = tomllib.loads(recipe_text)
+    except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
+        raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
+    found = (metrics, rows, tune, fit, fitted, doses, recipe, recipe_text)
+    return Results(*map(printable, found))
+
+
+def _doses(path: Path) -> Row:
+    """What `rs-export eval --scales` wrote. `InputError` names a file of anything else."""
+    try:
+        found: Row = json.loads(_text(path))
+        whole = {"doses", "control_vectors", "adapters", "tokens", "judge"} <= found.keys()
+        whole = whole and len(found["doses"]) > 0
+        whole = whole and all({"scale", "rows", "benign_text"} <= dose.keys() for dose in found["doses"])
+    except (ValueError, AttributeError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} holds no doses: was it written by `rs-export eval --scales`? Move it away.")
+    return found
+
+
+def _fitted(folder: Path) -> list[Row]:
+    answers, scores = folder / "answers.jsonl", folder / "scores.jsonl"
+    if not (answers.is_file() and scores.is_file()):
+        return []
+    confidence = {row["id"]: row["confidence"] for row in json_lines(_text(scores))}
+    asked = (row for row in json_lines(_text(answers)) if row["split"] == "fit")
+    return [{"kind": row["kind"], "confidence": confidence.get(row["id"])} for row in asked]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot read {path}: {reason}. A report needs a measured run: `rs-export run`."
+        ) from error
+
+
+def _without_home(toml: str) -> str:
+    """A recipe whose paths below the home folder begin with `~`: whose they are is nobody's business."""
+    with contextlib.suppress(RuntimeError):  # there is no home
+        return toml.replace(f'"{Path.home().as_posix()}/', '"~/')
+    return toml
+
+
+def printable(value: Any) -> Any:
+    """The JSON value with every character that could hide, reorder or break text made visible."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub(_visible, value.replace("\r\n", "\n"))
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return value
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's control pictures
+    if code in (0x2028, 0x2029):
+        return "\n"
+    return "\ufffd" if 0xD800 <= code < 0xE000 else f"⟨U+{code:04X}⟩"

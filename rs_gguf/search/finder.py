@@ -1,0 +1,311 @@
+"""The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
+
+A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
+kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
+much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
+strength is moved until a limit binds. The chosen one answers *in full*, with less strength until that holds
+the limits, and once more. Control vectors and gated adapters are searched alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rs_gguf.methods.method import Candidate, Space, Trial
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.search.choice import choose, nearest, settled
+from rs_gguf.search.rungs import Rungs
+from rs_gguf.steering.vector import FIRST_STEERABLE
+
+_LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
+_NEAR = 1.3  # times that level, or less: near enough
+_STEPS = 3  # probes at most that bring one proposal to the level
+_FARTHEST = 6.0  # that one of them may multiply or divide a strength by
+_IDLE = 20  # proposals in a row that bring nothing new: the space is exhausted
+_STEP = 1.5  # by which a strength grows while every limit holds
+_CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
+_PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
+_FULL = 3  # strengths at most that answer in full, each less by _STEP
+_COST = {"probe": 1, "answers": 10, "full": 10}  # about, in probes
+
+
+class Finder:
+    """Searches spaces with one loaded model.
+
+    Every measured trial is handed to `record` at once and taken from `known` when the search is resumed: the
+    sampler is seeded, so it proposes the same again. `advance` counts seconds where the recipe has a budget,
+    else `effort`.
+    """
+
+    def __init__(
+        self,
+        rungs: Rungs,
+        recipe: Recipe,
+        *,
+        known: Sequence[Trial] = (),
+        record: Callable[[Trial], None] = lambda trial: None,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        self._rungs, self._recipe = rungs, recipe
+        self._known = {
+            (trial.rung, trial.candidate): trial
+            for trial in known
+            if trial.rung != "full" or trial.answered == rungs.size_in_full
+        }
+        self._record, self._advance = record, advance
+        self._counted: set[tuple[str, Candidate]] = set()
+        self._spent = 0.0  # seconds of the trials that this search is made of, earlier runs included
+
+    @staticmethod
+    def effort(recipe: Recipe, spaces: int) -> int:
+        """What `advance` counts up to."""
+        tune = recipe.tune
+        if tune.budget is not None:
+            return math.ceil(tune.budget)
+        effort = tune.trials * _COST["probe"] + tune.finalists * (_COST["probe"] + _COST["answers"])
+        return spaces * (effort + (_FULL * _COST["full"] if tune.full else 0))
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All that were measured, those of earlier runs included, in their order."""
+        return list(self._known.values())
+
+    def search(self, space: Space, seconds: float | None = None) -> Trial:
+        """Probe proposals, answer with the best, move the strength until a limit binds, answer in full.
+
+        Returns the chosen trial.
+
+        seconds: as much time for it, in place of the recipe's numbers of trials; at least one answers.
+        """
+        start = self._spent
+        shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
+        until = [None if seconds is None else start + share * seconds for share in shares]
+        proposals = self._proposals(space, until[0])
+        ranked = self._ranked([*proposals, *self._probed_before(space, proposals)], space)
+        known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
+        answered = [self._answered(candidate) for candidate in known]
+        # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
+        newest = max(trial.number for trial in proposals)
+        due = self._recipe.tune.finalists + sum(trial.number < newest for trial in answered)
+        while self._goes_on(answered, due, until[1]):
+            candidate = self._next(answered, ranked, space.most)
+            if candidate is None:
+                break
+            answered.append(self._answered(candidate))
+        chosen = choose(answered)
+        if self._recipe.tune.full and chosen.feasible and self._changes(chosen):
+            self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
+        mine = [trial for trial in self.trials if space.holds(trial.candidate)]
+        return settled(mine)
+
+    def _changes(self, chosen: Trial) -> bool:
+        """Whether it changes more than a single prompt, so that full answers are worth their time."""
+        return (1 - chosen.sensitive) * chosen.n_sensitive > 1.5
+
+    def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
+        """Answer in full with the chosen candidate, with less strength until all limits hold, and once more.
+
+        What is too strong breaks long answers down. Within the limits it goes no lower than `space.least`.
+        """
+        tried: list[Trial] = []
+        for k in range(_FULL):
+            strength = round(chosen.candidate.strength / _STEP**k, 4)
+            held = [trial.feasible for trial in tried]
+            enough = any(held[:-1]) or (any(held) and strength < space.least)
+            if tried and (enough or not self._goes_on(tried, _FULL, until)):
+                break
+            tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
+        if self._recipe.tune.budget is None:
+            self._advance((_FULL - len(tried)) * _COST["full"])
+
+    def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
+        """Whether one more is due: up to a number, or while one of the mean cost so far is in time."""
+        if until is None or not done:
+            return len(done) < number
+        return self._spent + float(np.mean([trial.seconds for trial in done])) <= until
+
+    def _answered(self, candidate: Candidate) -> Trial:
+        self._measured("probe", candidate)  # for the correlation of the rungs; it costs little
+        return self._measured("answers", candidate)
+
+    def _measured(self, rung: str, candidate: Candidate) -> Trial:
+        trial = self._known.get((rung, candidate))
+        if trial is None:
+            number = 1 + max((trial.number for trial in self._known.values()), default=-1)
+            trial = self._rungs.measure(rung, number, candidate)
+            # A resumed search asks the unsteered side again, which counts once.
+            if any((known.rung == "full") == (rung == "full") for known in self._known.values()):
+                trial = replace(trial, unsteered_seconds=0.0)
+            self._known[rung, candidate] = trial
+            self._record(trial)
+        if (rung, candidate) not in self._counted:
+            self._counted.add((rung, candidate))
+            before, self._spent = self._spent, self._spent + trial.seconds + trial.unsteered_seconds
+            in_seconds = self._recipe.tune.budget is not None
+            self._advance(int(self._spent) - int(before) if in_seconds else _COST[rung])
+        return trial
+
+    # ---- candidates ------------------------------------------------------------------------------
+
+    def _proposals(self, space: Space, until: float | None) -> list[Trial]:
+        """TPE over estimator, ridge and blocks, with retention and drift as its constraints.
+
+        Of each proposal the probe that is nearest to the level.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        last_block = max(FIRST_STEERABLE, self._rungs.model.n_layer - 2)
+        names = list(space.directions)
+        sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=len(space.start))
+        study = optuna.create_study(sampler=sampler, direction="minimize")
+        for point in space.start:
+            study.enqueue_trial(
+                {
+                    "directions": names.index((point.estimator, point.ridge)),
+                    "first": point.first,
+                    "length": point.last - point.first + 1,
+                }
+            )
+        strengths = {(point.estimator, point.ridge): point.strength for point in space.start}
+        probed: list[Trial] = []
+        levelled: dict[Candidate, Trial] = {}
+        idle = 0
+        while idle < _IDLE and self._goes_on(probed, self._recipe.tune.trials, until):
+            trial, before = study.ask(), len(self._counted)
+            name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
+            first = trial.suggest_int("first", *space.first)
+            length = trial.suggest_int("length", *space.length)
+            last = max(first, min(first + length - 1, last_block))
+            # What brought this direction to the level in other blocks is the best guess in these.
+            strength = strengths.get(name, next(iter(strengths.values())))
+            candidate = Candidate(estimator, ridge, first, last, strength, space.margin)
+            if candidate.shape in levelled:
+                candidate = levelled[candidate.shape].candidate
+            steps = self._level(candidate, space)
+            idle = 0 if len(self._counted) > before else idle + 1
+            probed += steps if idle == 0 else []
+            best = min(steps, key=self._distance)
+            strengths[name] = best.candidate.strength
+            levelled[best.candidate.shape] = best
+            trial.set_constraint("harm and drift above the level", self._loss(best) - _NEAR)
+            study.tell(trial, best.sensitive)
+        return list(levelled.values())
+
+    def _level(self, candidate: Candidate, space: Space) -> list[Trial]:
+        """Probes of one proposal, whose strength closes in on the level; a strength of the space's range."""
+        steps: list[Trial] = []
+        while len(steps) < _STEPS:
+            low, high = space.strength
+            candidate = replace(candidate, strength=round(min(max(candidate.strength, low), high), 4))
+            if any(step.candidate == candidate for step in steps):
+                break
+            steps.append(self._measured("probe", candidate))
+            loss = self._loss(steps[-1])
+            if 1 / _NEAR <= loss <= _NEAR:
+                break
+            power = 1.0  # to first order a loss grows with the strength
+            if len(steps) > 1:
+                (s0, l0), (s1, l1) = ((t.candidate.strength, self._loss(t)) for t in steps[-2:])
+                power = min(4.0, max(0.5, math.log(l1 / l0) / math.log(s1 / s0)))
+            factor = min(_FARTHEST, max(1 / _FARTHEST, loss ** (-1 / power)))
+            candidate = replace(candidate, strength=candidate.strength * factor)
+        return steps
+
+    def _distance(self, probe: Trial) -> float:
+        """From the level, as the logarithm of a factor."""
+        return abs(math.log(self._loss(probe)))
+
+    def _loss(self, probe: Trial) -> float:
+        """What harm loses, or benign answers drift, as a multiple of what is compared at; above 0."""
+        harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
+        return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
+
+    def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
+        """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
+        closest: dict[Candidate, Trial] = {}
+        for (rung, candidate), trial in self._known.items():
+            if rung == "probe" and space.holds(candidate):
+                known = closest.setdefault(candidate.shape, trial)
+                closest[candidate.shape] = min(known, trial, key=self._distance)
+        for trial in proposals:
+            closest.pop(trial.candidate.shape, None)
+        return list(closest.values())
+
+    def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
+        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
+
+        Each at the strength of its probe, or the least that the space answers with.
+        """
+
+        def strong_enough(candidate: Candidate) -> Candidate:
+            return replace(candidate, strength=max(candidate.strength, space.least))
+
+        def merit(trial: Trial) -> float:
+            # No merit in losing less than the level: early blocks do, and change little at any strength.
+            return -math.log(max(trial.sensitive, 1e-6)) / max(1.0, self._loss(trial))
+
+        return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
+
+    def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate], most: float) -> Candidate | None:
+        """What to answer with next: more strength while all limits hold, less where harm is not kept.
+
+        Where more strength changed no more than chance does, it is not raised again: short answers do not
+        show how a model that is pushed too far breaks down later. Nor is it beyond `most`. Where harm is kept
+        and another limit is not, other blocks come first: less strength would cost removal. Where that did
+        not help, the strength it is.
+        """
+        tried = {t.candidate.shape for t in answered}
+        untried = next((c for c in ranked if c.shape not in tried), None)
+        if not answered:
+            return untried
+        feasible = [trial for trial in answered if trial.feasible]
+        kept = [self._keeps_harm(trial) for trial in answered[-2:]]
+        if not feasible and untried and kept[-1] and kept != [True, True]:
+            return untried
+        if feasible:
+            best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
+            factor = _STEP
+            same = [trial for trial in feasible if trial.candidate.shape == best.shape]
+            same.sort(key=lambda t: t.candidate.strength)
+            if min(trial.sensitive for trial in same) == 0.0:
+                return None
+            if choose(same) is not same[-1]:
+                return untried
+        else:
+            best = nearest(answered).candidate
+            # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
+            weakest = min(
+                (t for t in answered if t.candidate.shape == best.shape), key=lambda t: t.candidate.strength
+            )
+            best, factor = weakest.candidate, self._weaker(weakest)
+        failed = [
+            t.candidate.strength
+            for t in answered
+            if t.candidate.shape == best.shape and t.candidate.strength > best.strength
+        ]
+        strength = min(best.strength * factor, most)
+        if feasible and failed:
+            strength = math.sqrt(best.strength * min(failed))
+        if best.strength / _CLOSE < strength < best.strength * _CLOSE:
+            return untried
+        candidate = replace(best, strength=round(strength, 4))
+        # Where not even next to nothing is within the limits, less will not be.
+        ended = candidate.strength == 0 or any(candidate == trial.candidate for trial in answered)
+        return untried if ended else candidate
+
+    def _keeps_harm(self, trial: Trial) -> bool:
+        """Whether short answers hold the limit on harm, which one prompt less does not break."""
+        n = self._rungs.n_harmful
+        return self._recipe.tune.keeps_enough(trial.harmful_retention * n + 1, n)
+
+    def _weaker(self, trial: Trial) -> float:
+        """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
+        if self._keeps_harm(trial):
+            return 1 / _STEP  # another limit is not held
+        kept, wanted = max(trial.harmful_retention, 0.01), self._recipe.tune.min_retention
+        return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))

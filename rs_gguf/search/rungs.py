@@ -1,0 +1,331 @@
+"""What one candidate does on the tune split, by the three rungs of the search (method §7).
+
+A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
+forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
+*answers* rung it answers briefly, and a judge grades; in the *full* rung it answers at the length that is
+reported, where answers that break down do so. Vectors and adapters are swapped on the one model, which is not
+loaded again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from rs_gguf.engines.engine import NO_STEERING, Answer, LogProbs, Model, Steering, after_trace, chat_tokens
+from rs_gguf.errors import InputError
+from rs_gguf.estimators.contrast import meant
+from rs_gguf.estimators.labels import MIN_SAMPLES
+from rs_gguf.evaluation.chance import by_chance, few_lost
+from rs_gguf.evaluation.paired import answer_and_judge, mean_change
+from rs_gguf.judges.judge import FAILURES
+from rs_gguf.judges.registry import Judge
+from rs_gguf.methods.gates import Gates
+from rs_gguf.methods.method import GATE, Candidate, Directions, Trial
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.prompts.user_files import KINDS, Kind, Prompt, stratified
+from rs_gguf.steering import lora_file as lora
+
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
+
+_FAR = 1e9  # nats a token; an infinity is no JSON
+OPENING = 6  # tokens of an unsteered answer that the probe looks for
+BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
+PROBED_PAIRS = 8  # of these, in a probe
+
+
+@dataclass(frozen=True)
+class Unsteered:
+    """The tune split as the model answers it by itself."""
+
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    confidences: Sequence[float | None]
+    categories: Sequence[str | None] = ()  # kinds of refusal, where the judge told them
+
+    def meant(self) -> list[int]:
+        """Places of the sensitive refusals to take away: no failures, where enough others are left."""
+        refused = np.isin(np.arange(len(self.prompts)), self.refused("sensitive"))
+        return [int(i) for i in np.flatnonzero(meant(refused, self.categories))]
+
+    def refused(self, kind: str) -> list[int]:
+        return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
+
+    def answered(self, kind: str) -> list[int]:
+        return [i for i in self.of(kind) if (self.confidences[i] or 0) < 0]
+
+    def of(self, kind: str) -> list[int]:
+        return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """Prompts by their places in the tune split, and whether each was refused.
+
+    None where an answer could not be judged: it counts on neither side. `failed`: those of the refused whose
+    answers fell apart. `degenerate`: whose answers broke.
+    """
+
+    refused: dict[int, bool | None]
+    failed: set[int]
+    degenerate: set[int]
+
+
+class Rungs:
+    """Measures candidates on one loaded model. Adapters that are tried are written to `folder`.
+
+    Raises:
+        InputError: no sensitive prompt to change, no harmful one that is refused, or no benign one answered.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        judge: Judge,
+        unsteered: Unsteered,
+        directions: Mapping[tuple[str, float], Directions],
+        gates: Gates | None,
+        recipe: Recipe,
+        folder: Path,
+    ) -> None:
+        self.model = model
+        self._judge, self._unsteered = judge, unsteered
+        self.directions, self.gates, self._recipe, self._folder = directions, gates, recipe, folder
+        self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
+        remove = recipe.effect == "remove"
+        self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
+        refused = set(unsteered.refused("benign"))
+        benign = [i for i in unsteered.of("benign") if i not in refused]
+        self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], OPENING)
+        self._quiet = self._pairs(self._sample(benign, BENIGN))
+        for kind, verdict, found in (
+            ("sensitive", "refuses" if remove else "answers", self._openings.keys() & self.wanted),
+            ("harmful", "refuses", self._openings.keys() & unsteered.refused("harmful")),
+            ("benign", "answers", self._quiet),
+        ):
+            if not found:
+                raise InputError(
+                    f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
+                    "split in words, so there is nothing to search by. Use other prompts or another model."
+                )
+
+    def _sample(self, picked: Sequence[int], size: int) -> list[int]:
+        """At most so many of these places, forms and subjects alike: prompts lie sorted by subject."""
+        place = {self._unsteered.prompts[i].id: i for i in picked}
+        chosen = stratified([self._unsteered.prompts[i] for i in picked], size, seed=self._recipe.seed)
+        return [place[prompt.id] for prompt in chosen]
+
+    def _pairs(self, picked: Sequence[int], length: int | None = None) -> dict[int, Pair]:
+        """Conversations with traces, and the beginnings of their unsteered answers, but for empty ones."""
+        pairs = {i: after_trace(self.model, self._tokens[i], self._unsteered.answers[i]) for i in picked}
+        return {i: (context, tokens[:length]) for i, (context, tokens) in pairs.items() if tokens}
+
+    @cached_property
+    def _before(self) -> tuple[LogProbs, LogProbs]:
+        """Of openings and of quiet answers, unsteered."""
+        return self._logprobs(self._openings), self._logprobs(self._quiet)
+
+    @cached_property
+    def _few(self) -> dict[int, Pair]:
+        """The quiet answers whose drift a probe takes."""
+        return {i: self._quiet[i] for i in self._sample(list(self._quiet), PROBED_PAIRS)}
+
+    @cached_property
+    def _briefly(self) -> _Verdicts:
+        """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
+        unsteered = self._unsteered
+        benign = self._sample(unsteered.of("benign"), BENIGN)
+        picked = [*self.wanted, *unsteered.of("harmful"), *benign]
+        refused = {i: _refused(unsteered.confidences[i]) for i in picked}
+        degenerate = {i for i in picked if unsteered.answers[i].degenerate}
+        return _Verdicts(refused, set(), degenerate)  # what is to change counts as no failure
+
+    @cached_property
+    def _in_full(self) -> _Verdicts:
+        """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
+        return self._verdicts(self._some, NO_STEERING, self._recipe.answers.test_tokens)
+
+    @cached_property
+    def _some(self) -> list[int]:
+        """Places of the prompts that are answered in full."""
+        # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
+        # no change would bring as many such verdicts as there are refusals left: they hid what did change.
+        of_kind = (self.wanted if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
+        return [i for picked in of_kind for i in self._sample(picked, self._recipe.tune.full)]
+
+    @property
+    def size_in_full(self) -> tuple[int, int]:
+        """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
+        return len(self._some), self._recipe.answers.test_tokens
+
+    @property
+    def n_harmful(self) -> int:
+        """Harmful prompts that are refused unsteered, at least one."""
+        return len(self._unsteered.refused("harmful"))
+
+    def _verdicts(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Verdicts:
+        answers, judgements, _ = answer_and_judge(
+            self.model,
+            self._judge,
+            [self._unsteered.prompts[i] for i in picked],
+            steering=steering,
+            max_tokens=max_tokens,
+            system=self._recipe.prompts.system,
+            sampling=self._recipe.sampling,
+        )
+        return _Verdicts(
+            {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},
+            {i for i, found in zip(picked, judgements, strict=True) if found.category in FAILURES},
+            {i for i, answer in zip(picked, answers, strict=True) if answer.degenerate},
+        )
+
+    def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
+        return self.model.token_logprobs(list(pairs.values()))
+
+    def steering(self, candidate: Candidate) -> Steering:
+        """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
+        if candidate.estimator != GATE:
+            directions = self.directions[candidate.estimator, candidate.ridge]
+            return Steering(candidate.steering(directions))
+        assert self.gates is not None  # the space of gates is searched only where there are some
+        unit = replace(candidate, strength=1.0)
+        path = (
+            self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
+        )
+        if not path.exists():
+            lora.write(lora.LoraAdapter(unit.factors(self.gates), self.model.architecture), path)
+        return Steering({}, [(path, candidate.strength)])
+
+    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+        """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
+        measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
+        start = time.perf_counter()
+        _ = self._before
+        if rung == "full":
+            _ = self._in_full
+        asked = time.perf_counter()
+        trial = measured(number, candidate)
+        return replace(
+            trial,
+            seconds=round(time.perf_counter() - asked, 2),
+            unsteered_seconds=round(asked - start, 2),
+        )
+
+    def _probe(self, number: int, candidate: Candidate) -> Trial:
+        openings, quiet = self._before
+        unmoved = [found for i, found in zip(self._quiet, quiet, strict=True) if i in self._few]
+        with self.steering(candidate).on(self.model):
+            after = self.model.token_logprobs([*self._openings.values(), *self._few.values()])
+
+        def kept_of(change: float) -> float:
+            """Of an opening, from its Δ log-probability; none where the model gives no numbers any more."""
+            return math.exp(min(0.0, change)) if math.isfinite(change) else 0.0
+
+        kept = {
+            i: kept_of(float(now.sum()) - float(before.sum()))
+            for i, (before, _), (now, _) in zip(self._openings, openings, after, strict=False)
+        }
+
+        def of(picked: Sequence[int]) -> list[float]:
+            return [kept[i] for i in picked if i in kept]
+
+        sensitive = of(self.wanted)
+        return Trial(
+            number,
+            candidate,
+            "probe",
+            float(np.mean(sensitive)),
+            float(np.mean(of(self._unsteered.refused("harmful")))),
+            n_sensitive=len(sensitive),
+            benign_drift=_moved(unmoved, after[len(openings) :]),
+        )
+
+    def _answer(self, number: int, candidate: Candidate) -> Trial:
+        return self._compared("answers", number, candidate, self._briefly, self._recipe.answers.tokens)
+
+    def _answer_in_full(self, number: int, candidate: Candidate) -> Trial:
+        return self._compared("full", number, candidate, self._in_full, self._recipe.answers.test_tokens)
+
+    def _compared(
+        self, rung: str, number: int, candidate: Candidate, before: _Verdicts, max_tokens: int
+    ) -> Trial:
+        """What the candidate makes of answers `before` it, with as many tokens."""
+        steering = self.steering(candidate)
+        picked = list(before.refused)
+        after = self._verdicts(picked, steering, max_tokens)
+        moved = self._drift(steering)
+        unknown, unknown_now = ({i for i in picked if side.refused[i] is None} for side in (before, after))
+        judged = set(picked) - unknown - unknown_now
+        of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
+
+        def counts(kind: Kind) -> tuple[int, int]:
+            """Prompts of a kind that are refused, unsteered and steered."""
+            was, now = (sum(side.refused[i] is True for i in of_kind[kind]) for side in (before, after))
+            return was, now
+
+        def unchanged(side: _Verdicts, place: int) -> bool:
+            """Whether the prompt is still refused; to induce, whether no refusal that was meant is there."""
+            refused = side.refused[place] is True
+            return refused if self._recipe.effect == "remove" else not refused or place in side.failed
+
+        # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
+        words = of_kind["sensitive"] - before.failed
+        changeable = words if len(words) >= MIN_SAMPLES else of_kind["sensitive"]
+        to_change, left = (sum(unchanged(side, i) for i in changeable) for side in (before, after))
+        harmful, kept = counts("harmful")
+        benign, benign_now = counts("benign")
+        # A part of the prompts may hold none that is refused: nothing is lost there.
+        retention = kept / harmful if harmful else 1.0
+        limits = self._recipe.tune
+
+        def chance(kind: Kind) -> float:
+            return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
+
+        def turned(was: set[int], now: set[int]) -> list[tuple[int, int]]:
+            """By kind, how many prompts came into the set and how many left it."""
+            kinds = [set(self._unsteered.of(kind)) for kind in KINDS]
+            return [(len((now - was) & places), len((was - now) & places)) for places in kinds]
+
+        # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
+        # the answers, the more verdicts are near ties.
+        in_full = rung == "full"
+        harm_by_chance = chance("harmful") if in_full else 1.0
+
+        return Trial(
+            number,
+            candidate,
+            rung,
+            sensitive=left / to_change if to_change else 1.0,  # nothing seen to change
+            n_sensitive=to_change,
+            harmful_retention=retention,
+            benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
+            benign_drift=moved,
+            degenerate=len(after.degenerate) / len(picked),
+            answered=(len(picked), max_tokens),
+            feasible=limits.keeps_enough(kept + harm_by_chance, harmful)
+            and benign_now <= benign + chance("benign")
+            and moved <= limits.max_benign_drift
+            and few_lost(turned(before.degenerate, after.degenerate), len(picked), by_themselves=in_full)
+            and few_lost(turned(unknown, unknown_now), len(picked)),
+        )
+
+    def _drift(self, steering: Steering) -> float:
+        _, before = self._before
+        with steering.on(self.model):
+            return _moved(before, self._logprobs(self._quiet))
+
+
+def _moved(before: LogProbs, after: LogProbs) -> float:
+    """The drift, in nats a token; of a model that gives no numbers any more farther than any bound."""
+    found = mean_change(before, after)
+    return found if math.isfinite(found) else _FAR
+
+
+def _refused(confidence: float | None) -> bool | None:
+    return None if confidence is None else confidence > 0

@@ -1,0 +1,1 @@
+"""Other tools' files: seven formats in, PEFT out."""

@@ -1,0 +1,109 @@
+"""A GGUF LoRA adapter as the folder that Hugging Face's PEFT loads, with the same effect.
+
+An adapter and the model that it is for go in; `adapter_model.safetensors` and `adapter_config.json` come out.
+PEFT adds lora_alpha / r · B A to the weight of each module (its documentation of LoRA), so lora_alpha is r
+and the factors are those of the GGUF file. The modules' names and shapes are those of the model, built
+without its weights, found by the tables with which the `gguf` package converts models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
+from torch import nn
+
+from rs_gguf.engines.pytorch import weights as huggingface
+from rs_gguf.errors import GateError, InputError
+from rs_gguf.methods.gates import WRITERS
+from rs_gguf.models import resolve as models
+from rs_gguf.records.files import from_home
+from rs_gguf.steering.container import write_compared
+from rs_gguf.steering.lora_file import LoraAdapter, refuse_invoked
+
+
+def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
+    """Write `folder` for `PeftModel.from_pretrained(model, folder)`; the same adapter gives the same bytes,
+    which are read back and compared.
+
+    `model` is a Hugging Face folder, hub id, GGUF file or catalogue name, of which the configuration is read.
+
+    Raises:
+        InputError: a model of another family or shape, a family that has no such module or that is unknown,
+            a matrix that llama.cpp may keep in another order than PyTorch, an aLoRA, or a place that cannot
+            be written.
+        GateError: what was read back differs.
+    """
+    refuse_invoked(adapter)
+    modules = _modules(adapter, model)
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    for name, (a, b) in adapter.factors.items():
+        missing = adapter.rank - len(a)  # PEFT's one r is the largest; rows and columns of zeros add nothing
+        module = modules[name]
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.pad(a, ((0, missing), (0, 0)))
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.pad(b, ((0, 0), (0, missing)))
+    local = from_home(model).exists() or model in models.CATALOGUE
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None if local or model.endswith(".gguf") else model,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(modules.values()),
+    }
+    # One entry, since the order of several differs from run to run.
+    data = save(tensors, metadata={"rs_gguf": json.dumps(dict(adapter.provenance), ensure_ascii=False)})
+    read_back = load(data)
+    if read_back.keys() != tensors.keys() or any(
+        not np.array_equal(row, read_back[name]) for name, row in tensors.items()
+    ):
+        raise GateError(f"{folder}: the content did not survive a round trip; nothing was written.")
+    with contextlib.suppress(OSError):  # of which writing tells more
+        (Path(folder) / "adapter_config.json").unlink()  # an older one is not of these weights
+    write_compared(Path(folder) / "adapter_model.safetensors", data)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_compared(Path(folder) / "adapter_config.json", text.encode())
+
+
+def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
+    """The module of the PyTorch model that each matrix of the adapter belongs to."""
+    network = huggingface.network(huggingface.read_config(models.resolve(model, config_only=True)))
+    config = network.config.get_text_config()
+    family = huggingface.llama_cpp_name(config.model_type)
+    known = huggingface.llama_cpp_family(adapter.architecture)
+    if known is None or huggingface.llama_cpp_family(family) not in (None, known):
+        raise InputError(
+            f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
+        )
+    table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+    linear = {  # those of a model with several towers have a part more in their names than the table knows
+        f"{table.get_name(path.replace('language_model.', ''))}.weight": (path, module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    found = {}
+    for name, (a, b) in adapter.factors.items():
+        if name.split(".")[2] not in WRITERS:
+            raise InputError(
+                f"{name}: only {' and '.join(WRITERS)} are exported. llama.cpp keeps the rows of some other "
+                "matrices in another order."
+            )
+        if name not in linear:
+            raise InputError(f"{name}: {model} has no linear layer for it, so PEFT could not change it.")
+        path, module = linear[name]
+        if (module.out_features, module.in_features) != (len(b), a.shape[1]):
+            raise InputError(
+                f"{name} is {len(b)} × {a.shape[1]} in the adapter, but {path} of {model} is "
+                f"{module.out_features} × {module.in_features}: the adapter belongs to another model."
+            )
+        found[name] = path
+    return found

@@ -1,0 +1,506 @@
+"""Answers do not depend on who shares the batch, and the batch is one that llama.cpp computes in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from fixtures.architectures import llama
+from fixtures.tiny_gguf import SPECIALS, write_tiny_qwen2
+
+from rs_gguf.engines.generation import Sampling
+from rs_gguf.engines.llama import file as llama_file
+from rs_gguf.engines.llama import graph
+from rs_gguf.engines.llama.calls import called_back, calling
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.pytorch.model import TorchModel
+from rs_gguf.errors import InputError
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.lora_file import LoraAdapter
+
+TOKENS = 24
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Where the sequence of each token will be noted, a list for each step."""
+    steps: list[list[int]] = []
+
+    def decode(context: Any, batch: Any, decode: Any = llama_cpp.llama_decode) -> int:
+        steps.append([batch.seq_id[i][0] for i in range(batch.n_tokens)])
+        return int(decode(context, batch))
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", decode)
+    return steps
+
+
+def test_answers_that_end_at_any_step_leave_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(3)
+    prompts = [[7, 7, *rng.integers(5, 250, length).tolist()] for length in rng.integers(1, 30, 40)]
+    with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
+        alone = [dict(model.generate([prompt], max_tokens=TOKENS))[0] for prompt in prompts]
+        steps = watched(monkeypatch)
+        together = dict(model.generate(prompts, max_tokens=TOKENS))
+    assert len({len(answer.tokens) for answer in alone}) > 5, "they should end at different steps"
+    assert [together[i] for i in range(len(prompts))] == alone
+    # Sequences whose numbers do not follow one another are computed one after another: twice the time.
+    shared, *answering = steps
+    assert set(shared) == {0}
+    assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in answering)
+
+
+def test_one_long_prompt_does_not_make_all_others_wait_in_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(4)
+    lengths = [9, 1200, 9, 9, 1300, 9, 9, 9]
+    prompts = [rng.integers(5, 250, length).tolist() for length in lengths]
+    with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
+        alone = [dict(model.generate([prompt], max_tokens=TOKENS))[0] for prompt in prompts]
+        steps = watched(monkeypatch)
+        together = dict(model.generate(prompts, max_tokens=TOKENS))
+    assert [together[i].tokens for i in range(len(prompts))] == [answer.tokens for answer in alone]
+    assert set(steps[0]) == set(range(1, 7)), "the six short ones begin together"
+
+
+def trained_on(path: Path, n_tokens: int) -> None:
+    """Has a file say so of its model."""
+    field = gguf.GGUFReader(path, "r+").fields["qwen2.context_length"]
+    field.parts[field.data[0]][0] = n_tokens
+
+
+def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A batch in which nothing is read has no rows in the last block."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    prompt = np.random.default_rng(1).integers(5, 250, 1100).tolist()
+    with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
+        layers = list(range(model.n_layer))
+        found = {
+            p: rows["l_out"] for _, p, rows in model.token_activations([prompt], [[4, 1099]], layers=layers)
+        }
+        for position in (4, 1099):
+            ((_, rows),) = model.activations([prompt[: position + 1]], layers=layers)
+            np.testing.assert_allclose(found[position], rows["l_out"], atol=2e-3)
+    assert "Exception" not in capfd.readouterr().err
+
+
+def test_nothing_to_read_is_told(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    with llama(tmp_path / "tiny.gguf") as model:
+        for prompts, layers in (([[]], [1]), ([[5, 6], []], [1]), ([[5, 6]], [])):
+            with pytest.raises(InputError, match="nothing to read"):
+                list(model.activations(prompts, layers=layers))
+        assert list(model.activations([], layers=[1])) == []
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    prompts = [[5, 6, 7]]
+    with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
+        plain = next(logits.copy() for _, logits in model.next_logits(prompts))
+        directions = {1: np.ones(model.n_embd, np.float32)}
+        refusals = iter([1])
+        with monkeypatch.context() as patched:
+            real = llama_cpp.llama_set_adapters_lora
+            patched.setattr(
+                llama_cpp, "llama_set_adapters_lora", lambda *arguments: next(refusals, 0) or real(*arguments)
+            )
+            with pytest.raises(InputError, match="refused the adapter"), model.steered(directions):
+                pass
+        np.testing.assert_array_equal(next(logits for _, logits in model.next_logits(prompts)), plain)
+
+
+def test_a_long_prompt_does_not_slow_those_that_come_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    steps = watched(monkeypatch)
+    with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
+        for prompt, at_once in (([5] * 400, 4), ([5] * 7, 8)):
+            steps.clear()
+            list(model.generate([[*prompt, 6 + i] for i in range(10)], max_tokens=2))
+            assert max(max(step) for step in steps) == at_once
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, IndexError])
+@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_nrows"], ids=["asked", "reading"])
+def test_what_is_raised_while_tensors_are_read_comes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, raised: type[BaseException]
+) -> None:
+    """Ctrl-C arrives in the callback, since that is the first Python that runs after the signal."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+
+    def fail(tensor: int) -> None:
+        raise raised("on purpose")
+
+    with llama(tmp_path / "tiny.gguf") as model:
+        before = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        with monkeypatch.context() as patched:
+            patched.setattr(graph._ggml, function, fail)
+            with pytest.raises(raised, match="on purpose"):
+                list(model.activations([[5, 6, 7]], layers=[1]))
+            if function == "ggml_get_name":  # which is asked of tensors that nobody reads, too
+                with pytest.raises(raised, match="on purpose"):
+                    list(model.next_logits([[5, 6, 7]]))
+        after = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        np.testing.assert_array_equal(before, after)
+
+
+def test_an_interrupt_while_a_model_is_loaded_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives in the log: loading says much."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=2)
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise KeyboardInterrupt
+
+    log, hook = logging.getLogger("rs_gguf.llama"), sys.unraisablehook
+    handler = Log()
+    log.addHandler(handler)
+    monkeypatch.setattr(log, "level", logging.DEBUG)
+    log.manager._clear_cache()  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LlamaModel(tmp_path / "tiny.gguf", n_parallel=2, n_ctx=256)
+    finally:
+        log.removeHandler(handler)
+        log.manager._clear_cache()  # type: ignore[attr-defined]
+    assert sys.unraisablehook is hook
+
+
+def test_an_interrupt_while_a_context_is_made_frees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=2)
+    made, freed = [], []
+
+    def init(model: Any, params: Any, init: Any = llama_cpp.llama_init_from_model) -> Any:
+        made.append(init(model, params))
+        raise_within(KeyboardInterrupt())
+        return made[0]
+
+    def free(handle: Any, free: Any = llama_cpp.llama_free) -> None:
+        freed.append(handle)
+        free(handle)
+
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", init)
+    monkeypatch.setattr(llama_cpp, "llama_free", free)
+    with pytest.raises(KeyboardInterrupt):
+        LlamaModel(tmp_path / "tiny.gguf", n_parallel=2, n_ctx=256)
+    assert freed == made
+
+
+def raise_within(error: BaseException) -> None:
+    """As llama.cpp calls its log."""
+
+    @called_back
+    def log() -> None:
+        raise error
+
+    ctypes.CFUNCTYPE(None)(log)()
+
+
+@pytest.mark.parametrize("spoil", ["vocabulary", "metadata"])
+def test_what_llama_cpp_does_not_mind_when_it_loads_is_told(
+    tmp_path: Path, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    if spoil == "vocabulary":  # the first text would end the process
+        monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda self, _: self.add_string(
+            "tokenizer.ggml.model", "none"))  # fmt: skip
+    else:
+        monkeypatch.setattr(llama_file.gguf_header, "values_of_whole", lambda _: {})
+    write_tiny_qwen2(path)
+    with pytest.raises(InputError, match=f"tiny.gguf holds (no )?{spoil}"):
+        LlamaModel(path, n_parallel=1, n_ctx=256)
+
+
+def test_a_text_may_have_more_tokens_than_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that spells its space in bytes: there is no room at first, and llama.cpp says how much."""
+    rooms: list[int] = []
+
+    def tokenize(*arguments: Any, tokenize: Any = llama_cpp.llama_tokenize) -> int:
+        vocab, text, length, buffer, room, *rest = arguments
+        rooms.append(room)
+        return int(tokenize(vocab, text, length, buffer, room if len(rooms) > 1 else 3, *rest))
+
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
+        expected = model.tokenize("the mountain")
+        monkeypatch.setattr(llama_cpp, "llama_tokenize", tokenize)
+        assert model.tokenize("the mountain") == expected
+    assert rooms[1:] == [len(expected)]
+
+
+def test_each_thread_gets_what_its_own_calls_raise() -> None:
+    """Two calls of llama.cpp at once, the one that began first ended first."""
+    hook = sys.unraisablehook
+    call = ctypes.CFUNCTYPE(None)
+
+    def caller(error: BaseException) -> Any:
+        @called_back
+        def fail() -> None:
+            raise error
+
+        return call(fail)
+
+    begun, ended = threading.Event(), threading.Event()
+    found: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with calling():
+                begun.set()
+                ended.wait(30)
+                caller(KeyError("mine"))()
+        except KeyError as error:
+            found.append(error)
+
+    def mine() -> None:
+        with calling():
+            thread.start()
+            assert begun.wait(30)
+            caller(IndexError("yours"))()
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(IndexError, match="yours"):
+        mine()
+    ended.set()
+    thread.join()
+    assert [str(error) for error in found] == ["'mine'"]
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a signal that comes at a set time")
+def test_a_signal_while_llama_cpp_computes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does it: the handler runs before the first statement of the callback."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=4, n_embd=256)
+    hook = sys.unraisablehook
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def decode(*arguments: Any, decode: Any = llama_cpp.llama_decode) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        return decode(*arguments)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with llama(tmp_path / "tiny.gguf", n_ctx=512) as model, monkeypatch.context() as patched:
+            patched.setattr(llama_cpp, "llama_decode", decode)
+            for _ in range(5):
+                with pytest.raises(KeyboardInterrupt):
+                    list(model.activations([[5, 6, 7] * 150], layers=[1, 2, 3]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sys.unraisablehook is hook
+
+
+def adds_bos(path: Path) -> None:
+    """Has a file's vocabulary ask for a token before every text."""
+    field = gguf.GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"]
+    field.parts[field.data[0]][0] = True
+
+
+def test_prompts_begin_as_the_vocabulary_asks(tmp_path: Path) -> None:
+    """The tiny model's template writes no token before the conversation: that is left to the tokeniser."""
+    path = tmp_path / "tiny.gguf"
+    write_tiny_qwen2(path)
+    with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
+        assert (model.opening, twin.opening) == ([], [])
+        plain = ChatFormat.of(model).tokenize(model, "the rain")
+        assert ChatFormat.of(twin).tokenize(twin, "the rain") == plain
+    adds_bos(path)
+    with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
+        bos = model.tokenize(SPECIALS[0])
+        assert model.opening == twin.opening == bos
+        chat = ChatFormat.of(model)
+        asked = chat.tokenize(model, "the rain")
+        assert asked == bos + plain
+        # As llama.cpp's server reads the rendered conversation.
+        text = chat.render([{"role": "user", "content": "the rain"}]).encode()
+        buffer = (llama_cpp.llama_token * 100)()
+        count = llama_cpp.llama_tokenize(model._vocab, text, len(text), buffer, 100, True, True)
+        assert asked == buffer[:count]
+        assert ChatFormat("{{ bos_token }}{{ messages[0].content }}", bos_token=SPECIALS[0]).tokenize(
+            model, "the rain"
+        ) == bos + model.tokenize("the rain")  # and not twice
+
+
+def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(5)
+    shared = rng.integers(5, 250, 450).tolist()
+    prompts = [[*shared, *rng.integers(5, 250, 50).tolist()] for _ in range(5)]  # 700 cells at once
+    with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
+        found = {i: logits.copy() for i, logits in model.next_logits(prompts)}
+        for i, prompt in enumerate(prompts):
+            ((_, alone),) = model.next_logits([prompt])
+            np.testing.assert_allclose(found[i], alone, atol=2e-3)
+
+
+def test_sampled_answers_are_those_of_a_run_that_was_not_stopped(tmp_path: Path) -> None:
+    """Their draws go by the prompt and not by its place among those that are missing."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    warm = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=4)
+    prompts = np.random.default_rng(6).integers(5, 250, (6, 8)).tolist()
+    with llama(tmp_path / "tiny.gguf") as model, TorchModel(tmp_path / "tiny.gguf") as twin:
+        for engine in (model, twin):
+            whole = dict(engine.generate(prompts, max_tokens=8, sampling=warm))
+            rest = dict(engine.generate(prompts[4:], max_tokens=8, sampling=warm))
+            assert rest == {0: whole[4], 1: whole[5]}
+            greedy = dict(engine.generate(prompts, max_tokens=8))
+            assert any(whole[i].tokens != greedy[i].tokens for i in whole)
+
+
+@pytest.mark.parametrize("use", ["answer", "read"])
+def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    prompts = [[5], [5] * 300, [5] * 9]
+    with llama(tmp_path / "tiny.gguf", n_ctx=256) as model:
+        if use == "answer":
+            told = r"a prompt has 300 tokens.*answer.* 20.*256.*[Ss]horten it.*tokens of an answer"
+            with pytest.raises(InputError, match=told):
+                list(model.generate(prompts, max_tokens=20))
+        else:
+            with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\. It ends in"):
+                list(model.next_logits(prompts))
+
+
+def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path: Path) -> None:
+    """GPT-2 has no positions beyond them, and llama.cpp ends the process."""
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    trained_on(tmp_path / "tiny.gguf", 100)
+    long = [5] * 101
+    with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
+        assert len(list(model.generate([[5] * 92], max_tokens=8))) == 1
+        uses = [
+            lambda: model.generate([[5] * 93], max_tokens=8),
+            lambda: model.next_logits([long]),
+            lambda: model.token_logprobs([([5], long)]),
+            lambda: model.activations([long], layers=[1]),
+        ]
+        for use in uses:
+            with pytest.raises(InputError, match="only 100 fit the model's context"):
+                list(use())
+
+
+def write_adapter(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((1, 64)), rng.standard_normal((32, 1))
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": (a, b)}, "qwen2"), path)
+
+
+def test_adapters_of_long_ago_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    files = [tmp_path / f"{seed}.gguf" for seed in range(20)]
+    for seed, file in enumerate(files):
+        write_adapter(file, seed)
+    held: set[int] = set()
+    load, free = llama_cpp.llama_adapter_lora_init, llama_cpp.llama_adapter_lora_free
+
+    def address(handle: Any) -> int:
+        return int(ctypes.cast(handle, ctypes.c_void_p).value or 0)
+
+    def loading(*arguments: Any) -> Any:
+        handle = load(*arguments)
+        held.add(address(handle))
+        return handle
+
+    def freeing(handle: Any) -> None:
+        held.remove(address(handle))
+        free(handle)
+
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_init", loading)
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_free", freeing)
+    with llama(tmp_path / "tiny.gguf") as model:
+
+        def under(*adapters: Path) -> np.ndarray:
+            with model.steered(adapters=[(path, 0.1) for path in adapters]):
+                return next(logits.copy() for _, logits in model.next_logits([[5, 6, 7]]))
+
+        alone = [under(file) for file in files]
+        assert 1 < len(held) <= 8
+        together = under(*files)  # all are in force at once, more than are kept otherwise
+        assert len(held) <= 8
+        # Summed in another order: llama.cpp sorts adapters by where they lie.
+        np.testing.assert_allclose(under(*files), together, atol=1e-5)
+        for file, expected in zip(files, alone, strict=True):
+            np.testing.assert_array_equal(under(file), expected)
+    assert len({logits.tobytes() for logits in [*alone, together]}) == 21
+
+
+@pytest.mark.parametrize(
+    ("function", "returned", "said"),
+    [
+        ("llama_decode", 1, "could not decode"),
+        ("llama_set_adapter_cvec", 1, "refused the control vector"),
+        ("llama_init_from_model", None, "cannot make a context"),
+    ],
+)
+def test_a_failure_is_not_told_in_the_words_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, returned: int | None, said: str
+) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with llama(tmp_path / "tiny.gguf") as model:
+        with (
+            pytest.raises(InputError, match="cannot load the adapter"),
+            model.steered(adapters=[(tmp_path / "broken.gguf", 1.0)]),
+        ):
+            pass
+        with monkeypatch.context() as patched:
+            patched.setattr(llama_cpp, function, lambda *arguments: returned)
+            with (
+                pytest.raises(InputError, match=rf"{said}.*llama\.cpp says: nothing more\."),
+                model.steered({1: np.ones(model.n_embd, np.float32)}),
+            ):
+                list(model.generate([[5, 6]], max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "expected"),
+    [
+        ("0::/\n", {}, 8 << 20),
+        ("0::/\n", {"memory.max": "max"}, 8 << 20),
+        ("0::/\n", {"memory.max": f"{2 << 20}"}, 2 << 20),
+        ("0::/user.slice/one.scope\n", {"user.slice/one.scope/memory.max": f"{3 << 20}"}, 3 << 20),
+        ("0::/user.slice/one.scope\n", {"user.slice/memory.max": f"{4 << 20}"}, 4 << 20),
+        ("4:memory:/a\n0::/\n", {"memory/memory.limit_in_bytes": f"{1 << 20}"}, 1 << 20),
+        ("0::/\n", {"memory.max": f"{9 << 20}"}, 8 << 20),
+    ],
+)
+def test_free_memory_is_what_a_control_group_may_have(
+    tmp_path: Path, group: str, limits: dict[str, str], expected: int
+) -> None:
+    files = {"proc/meminfo": "MemTotal:  99999 kB\nMemAvailable:    8192 kB\n", "proc/self/cgroup": group}
+    for name, text in {**files, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert llama_file._free_memory(tmp_path) == expected
+
+
+def test_where_memory_is_not_told_a_model_is_mapped(tmp_path: Path) -> None:
+    assert llama_file._free_memory(tmp_path) == 0

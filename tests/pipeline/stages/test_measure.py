@@ -1,0 +1,197 @@
+"""The measure stage on a tiny model: rows and figures of two written files, and going on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fixtures.tiny_gguf import write_tiny_qwen2
+
+from rs_gguf.engines.engine import NO_STEERING, chat_tokens
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.evaluation.paired import mean_change
+from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.judges.registry import Judge, Judgement, Pair
+from rs_gguf.methods.baselines import Side
+from rs_gguf.methods.method import GATE, Candidate, Trial
+from rs_gguf.pipeline.folder import RowLog, RunFolder
+from rs_gguf.pipeline.recipe import load
+from rs_gguf.pipeline.stages import measure as measuring
+from rs_gguf.pipeline.stages.measure import Arm, measure
+from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.vector import SteeringVector
+
+ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
+PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> dict[str, Arm]:
+    rng = np.random.default_rng(0)
+    vector = {2: rng.standard_normal(32).astype(np.float32)}
+    factors = {
+        "blk.1.ffn_down.weight": (
+            rng.standard_normal((2, 64)).astype(np.float32),
+            rng.standard_normal((32, 2)).astype(np.float32),
+        )
+    }
+    control_vector.write(SteeringVector(vector, {"measured": False}, "qwen2"), tmp_path / "remove.gguf")
+    lora.write(lora.LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
+    return {
+        "vector": Arm(
+            tmp_path / "remove.gguf",
+            Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
+            PROOF,
+        ),
+        "adapter": Arm(
+            tmp_path / "remove-adapter.gguf",
+            Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
+            PROOF,
+        ),
+    }
+
+
+PROMPTED = Side("system prompt", NO_STEERING, "Answer in verse, and at length.")
+
+
+class Refused:
+    """A judge to whom every answer is a refusal."""
+
+    name = identity = "refused"
+    usage = None
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        for i in range(len(pairs)):
+            yield i, Judgement(1.0, "refused")
+
+
+def run(
+    folder: Path, arms: dict[str, Arm], baselines: tuple[Side, ...] = (), judge: Judge | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
+    """Rows, metrics, and how many answers were made."""
+    recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
+    log = RowLog(RunFolder(folder / "run"), "measured.jsonl", "key")
+    made = len(log.rows)
+    path = folder / "tiny.gguf"
+    if not path.is_file():
+        write_tiny_qwen2(path)
+    with LlamaModel(path, n_threads=1) as model:
+        rows, value = measure(
+            model, judge or KeywordJudge(), ASKED, arms, baselines, recipe, log,
+            model_sha256="0" * 64, subset=False, advance=lambda n: None,
+        )  # fmt: skip
+    return rows, value, len(log.rows) - made
+
+
+def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    rows, value, made = run(tmp_path, arms)
+    assert made == 3 * len(ASKED)
+    expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
+    expected |= {
+        f"{name}_{side}"
+        for name in ("answer", "confidence", "category", "degenerate")
+        for side in ("baseline", "steered", "adapter")
+    }
+    assert all(row.keys() == expected for row in rows)
+    assert [row["prompt"] for row in rows] == [prompt.prompt for prompt in ASKED]
+    for side in ("steered", "adapter"):
+        assert [row[f"answer_{side}"] for row in rows] != [row["answer_baseline"] for row in rows]
+    for figures in (value, value["adapter"]):
+        assert {kind: found["n"] for kind, found in figures["sets"].items()} == dict.fromkeys(KINDS, 2)
+        assert figures["benign_drift"] > 0
+        assert 0 <= figures["top1_agreement_benign"] < 1
+        assert not figures["gate"]["passed"]
+    # The figures travel with the files.
+    for arm, figures in (("vector", value), ("adapter", value["adapter"])):
+        path = arms[arm].path
+        read = control_vector.read(path) if arm == "vector" else lora.read(path)
+        assert read.provenance["measured"] is True
+        assert read.provenance["gate.passed"] is figures["gate"]["passed"]
+        assert read.provenance["metrics.benign_drift"] == pytest.approx(figures["benign_drift"])
+
+
+@pytest.mark.parametrize("name", ["vector", "adapter"])
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
+    arms: dict[str, Arm], name: str, passed: bool
+) -> None:
+    sets = {kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS}
+    measuring._record_figures(arms[name], sets, 0.125, passed=passed)
+    found = (control_vector.read if name == "vector" else lora.read)(arms[name].path).provenance
+    assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)
+    assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
+
+
+def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    _, value, _ = run(tmp_path, {"vector": arms["vector"]}, judge=Refused())
+    assert value["sets"]["benign"]["refused_baseline"] == 2
+    assert value["benign_drift"] is None
+
+
+def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
+    tmp_path: Path, arms: dict[str, Arm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_measuring.ASKED", [p for p in ASKED if p.kind != "benign"])
+    _, value, _ = run(tmp_path, arms)
+    assert not value["gate"]["passed"]
+    for path, read in ((arms["vector"].path, control_vector.read), (arms["adapter"].path, lora.read)):
+        found = read(path).provenance
+        assert found["measured"] is True
+        assert "metrics.benign_drift" not in found
+
+
+def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
+    tmp_path: Path, arms: dict[str, Arm]
+) -> None:
+    alone = {"vector": arms["vector"]}
+    rows, value, made = run(tmp_path, alone)
+    assert made == 2 * len(ASKED)
+    assert "adapter" not in value
+    assert "answer_adapter" not in rows[0]
+    again, more, made = run(tmp_path, arms)
+    assert made == len(ASKED)  # the adapter's only
+    assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
+    assert more["sets"] == value["sets"]
+
+
+def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    alone = {"vector": arms["vector"]}
+    _, value, made = run(tmp_path, alone, (PROMPTED,))
+    assert made == 3 * len(ASKED)
+    (found,) = value["baselines"]
+    assert found["name"] == "system prompt"
+    assert {kind: one["n"] for kind, one in found["sets"].items()} == dict.fromkeys(KINDS, 2)
+    rows = RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key").rows
+    prompted, plain = (
+        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "baseline")
+    )
+    assert prompted != plain  # behind its own system prompt
+    # Nobody is refused here, so nothing is beaten.
+    (note,) = value["notes"]
+    assert "system prompt" in note
+    assert value["spread95"]["retention_harmful"] is None
+    low, high = value["spread95"]["benign_drift"]
+    assert low <= value["benign_drift"] <= high
+    # The drift is that of the unsteered answers, now behind the other system prompt.
+    benign = [p for p in ASKED if p.kind == "benign" and rows[f"baseline:{p.id}"]["tokens"]]
+    answers = [rows[f"baseline:{p.id}"]["tokens"] for p in benign]
+    with LlamaModel(tmp_path / "tiny.gguf", n_threads=1) as model:
+        before, after = (
+            model.token_logprobs(list(zip(chat_tokens(model, benign, system), answers, strict=True)))
+            for system in (None, PROMPTED.system)
+        )
+    assert found["benign_drift"] == pytest.approx(mean_change(before, after), rel=1e-3)
+
+
+def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, Arm]) -> None:
+    vector = arms["vector"]
+    nearest = replace(vector, trial=replace(vector.trial, feasible=False))
+    _, value, _ = run(tmp_path, {"vector": nearest})
+    assert value["gate"]["passed"] is False
+    assert "no configuration held every limit" in value["gate"]["reasons"][0]

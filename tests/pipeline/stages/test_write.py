@@ -1,0 +1,70 @@
+"""Fresh files: what they do is what was chosen, and what they say of themselves is that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rs_gguf.methods.fit import load_directions, load_gates
+from rs_gguf.methods.method import GATE, Candidate, Trial
+from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.pipeline.stages import write as writing
+from rs_gguf.records.arrays import save_arrays
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
+
+RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
+VECTOR, ADAPTER = Candidate("wrmd", 0.5, 1, 2, 1.75), Candidate(GATE, 0.5, 1, 2, 1.75, margin=0.25)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a fit leaves, of a model of 4 blocks; and both files, written from it."""
+    rng = np.random.default_rng(0)
+    directions = {"wrmd@0.5/unit": rng.standard_normal((4, 8)), "wrmd@0.5/scales": np.arange(1.0, 5.0)}
+    save_arrays(tmp_path / "directions.safetensors", directions)
+    reads = {f"{way}/ffn_down": rng.standard_normal((1, 4, 16)) for way in ("opens", "guards")}
+    gates = {"ridges": np.array([0.5]), "contrast": rng.standard_normal((4, 8)), **reads}
+    save_arrays(tmp_path / "gates.safetensors", gates)
+    for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
+        trial = Trial(0, candidate, "answers", 0.0, 1.0)
+        writing.write(tmp_path / name, trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
+    return tmp_path
+
+
+def test_both_files_say_what_they_are(folder: Path) -> None:
+    found = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
+    for file, candidate in zip(found, (VECTOR, ADAPTER), strict=True):
+        expected = {
+            "model.name": "tiny",
+            "estimator": candidate.estimator,
+            "ridge.relative": 0.5,
+            "layers": [1, 2],
+            "strength": 1.75,
+            "margin": candidate.margin,
+            "measured": False,
+        }
+        assert {name: file.provenance[name] for name in expected} == expected
+        assert file.architecture == "qwen2"
+
+
+def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
+    vector = VECTOR.steering(load_directions(folder, RECIPE)["wrmd", 0.5])
+    np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
+    gates = load_gates(folder)
+    assert gates is not None
+    expected = gates.factors(0.5, 1, 2, 1.75, 0.25)
+    np.testing.assert_equal(dict(lora.read(folder / "a.gguf").factors), expected)
+
+
+def test_a_direction_without_a_ridge_claims_none(tmp_path: Path) -> None:
+    directions = {"md@0/unit": np.eye(4, 8), "md@0/scales": np.ones(4)}
+    save_arrays(tmp_path / "directions.safetensors", directions)
+    recipe = Recipe(fit=Fit(estimators=["md"]))
+    trial = Trial(0, Candidate("md", 0.0, 1, 2, 1.0), "answers", 0.0, 1.0)
+    writing.write(tmp_path / "v.gguf", trial, recipe, tmp_path, "qwen2", {})
+    provenance = control_vector.read(tmp_path / "v.gguf").provenance
+    assert provenance["estimator"] == "md"
+    assert "ridge.relative" not in provenance

@@ -1,0 +1,572 @@
+"""A plan counts what the stages do: shapes against PyTorch and published sizes, prompts and bytes against
+a run, seconds against machines of known speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from fixtures.tiny_gguf import write_tiny_qwen2
+from gguf import GGUFReader, GGUFWriter
+from torch.utils.flop_counter import FlopCounterMode
+
+from rs_gguf.cli.main import main
+from rs_gguf.engines.llama import model as llama
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError
+from rs_gguf.judges import rubric
+from rs_gguf.models import catalogue
+from rs_gguf.models import resolve as models
+from rs_gguf.models import shape as shapes
+from rs_gguf.models.shape import Shape
+from rs_gguf.pipeline import costs, recipe
+from rs_gguf.pipeline import speed as speeds
+from rs_gguf.pipeline.costs import Grader
+from rs_gguf.pipeline.plan import PLANNED, Plan, judge_of, plan
+from rs_gguf.pipeline.run import run
+from rs_gguf.pipeline.speed import Speed
+from rs_gguf.pipeline.stages import measure as measuring
+from rs_gguf.prompts import user_files as prompts
+from rs_gguf.steering.container import finish
+
+N_LAYER, WIDTH = 3, 32
+IDEAL = Speed(prompt=1e9, answer=1e9, bandwidth=math.inf, algebra=math.inf, source="")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=N_LAYER, n_embd=WIDTH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedModel:
+    return write_tiny_qwen2(tmp_path_factory.mktemp("plan") / "same.gguf", n_layer=N_LAYER, n_embd=WIDTH)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------
+
+
+def test_the_shape_of_a_file_is_that_of_its_network(tiny: Path, network: Any) -> None:
+    found = shapes.of_gguf(tiny)
+    blocks = sum(p.numel() for n, p in network.named_parameters() if ".layers." in n)
+    assert (found.n_layer, found.width, found.n_vocab) == (N_LAYER, WIDTH, network.config.vocab_size)
+    assert (found.dense, found.experts, found.head) == (blocks, 0, network.lm_head.weight.numel())
+    assert found.writers == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+    assert found.weights == tiny.stat().st_size
+    with torch.inference_mode():
+        output = network(torch.zeros((1, 5), dtype=torch.long), use_cache=True)
+    kept = output.get("cache") or output.get("past_key_values")  # as versions of transformers name it
+    assert found.cache * 5 == sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
+
+
+def test_the_same_model_has_one_shape(tiny: Path, network: Any) -> None:
+    assert shapes.of_config(network.config, 32) == replace(
+        shapes.of_gguf(tiny), weights=4 * sum(p.numel() for p in network.parameters())
+    )
+
+
+def parameters(model: LlamaModel) -> int:
+    """All of a loaded model's, as llama.cpp counts them."""
+    return int(llama_cpp.llama_model_n_params(model.handle))
+
+
+def total(found: Shape) -> int:
+    """The same from a shape: with an embedding, and the norm before an output matrix of its own."""
+    return found.dense + found.experts + found.head + found.n_vocab * found.width + found.width
+
+
+def test_llama_cpp_counts_the_same(tiny: Path) -> None:
+    with LlamaModel(tiny, n_parallel=1, n_ctx=256) as model:
+        assert parameters(model) == total(shapes.of_gguf(tiny))
+
+
+def test_operations_are_those_that_pytorch_counts(network: Any) -> None:
+    tokens = 7
+    network = transformers.AutoModelForCausalLM.from_config(network.config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros((1, tokens), dtype=torch.long))
+    found = shapes.of_config(network.config, 32)
+    vectors = sum(p.numel() for p in network.model.layers.parameters() if p.ndim == 1)  # no products
+    planned = tokens * (found.flops(tokens) + 2 * found.head - 2 * vectors)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+_QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "active", "cache"),
+    [  # billions of parameters without embeddings, and with those in use, as their makers tell them
+        (
+            transformers.Qwen3Config(
+                **_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                num_attention_heads=32, num_key_value_heads=8,
+            ),
+            6.95, 8.2, 36 * 2 * 8 * 128,
+        ),
+        (
+            transformers.Qwen3MoeConfig(
+                **_QWEN3, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+                num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+            ),
+            29.9, 3.3, 48 * 2 * 4 * 128,
+        ),
+        (
+            transformers.Qwen3NextConfig(
+                **_QWEN3 | {"head_dim": 256}, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
+                num_key_value_heads=2, num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512,
+                shared_expert_intermediate_size=512, linear_num_key_heads=16, linear_num_value_heads=32,
+                linear_key_head_dim=128, linear_value_head_dim=128,
+            ),
+            79, 3.9, 12 * 2 * 2 * 256,  # keys and values in one block of four
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_published_sizes_of_large_models(
+    config: transformers.PretrainedConfig, stored: float, active: float, cache: int
+) -> None:
+    found = shapes.of_config(config, 4.85)
+    assert (found.dense + found.experts) / 1e9 == pytest.approx(stored, rel=0.01)
+    assert (found.active + 2 * found.head) / 1e9 == pytest.approx(active, rel=0.03)
+    assert found.cache == cache
+    assert found.weights == pytest.approx((found.dense + found.experts + 2 * found.head) * 4.85 / 8, rel=1e-3)
+    # Experts get no gate, and blocks of two kinds no adapter.
+    assert set(found.writers) == {
+        "qwen3": {"attn_output", "ffn_down"}, "qwen3_moe": {"attn_output"}, "qwen3_next": set(),
+    }[config.model_type]  # fmt: skip
+
+
+def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
+    shape = Shape(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
+    rng = np.random.default_rng(0)
+    for tokens in (1, 4, 32):
+        used = [
+            len({expert for _ in range(tokens) for expert in rng.choice(64, 8, replace=False)})
+            for _ in range(400)
+        ]
+        assert shape.bytes_read(tokens) == pytest.approx(2 * (100 + 100 * np.mean(used)), rel=0.02)
+
+
+def _file(path: Path, family: str, tensors: dict[str, tuple[int, ...]], **values: float) -> Path:
+    """A header with tensors of these shapes (outputs first) and nothing behind it."""
+    writer = GGUFWriter(path, family)
+    for key, value in values.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{family}.{key}", value)
+    for name, shape in tensors.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
+    block = {
+        "attn_output.weight": (16, 24), "ffn_gate_inp.weight": (4, 16), "ffn_up_exps.weight": (4, 8, 16),
+        "ffn_down_exps.weight": (4, 16, 8), "ffn_down_shexp.weight": (16, 8),
+    }  # fmt: skip
+    one = {f"blk.0.{name}": shape for name, shape in block.items()} | {"blk.0.attn_qkv.weight": (40, 16)}
+    two = {f"blk.1.{name}": shape for name, shape in block.items()} | {"blk.1.attn_kv_a_mqa.weight": (5, 16)}
+    sizes = {"block_count": 2, "embedding_length": 16, "expert_count": 4, "expert_used_count": 1}
+    found = shapes.of_gguf(
+        _file(tmp_path / "m.gguf", "moe", {"token_embd.weight": (99, 16), **one, **two}, **sizes)
+    )
+    assert found.experts == 2 * 2 * 4 * 8 * 16
+    assert found.dense == 2 * (16 * 24 + 4 * 16 + 16 * 8) + 40 * 16 + 5 * 16
+    assert found.active == found.dense + found.experts / 4
+    assert found.cache == (40 - 24) + 5
+    assert (found.attention, found.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
+    assert found.writers == {"attn_output": 24}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "writers"),
+    [
+        (  # DeepSeek: experts from the second block on
+            {"attn_output": (16, 24), "ffn_down": (16, 48)},
+            {"attn_output": (16, 24), "ffn_down_exps": (4, 16, 8)},
+            {"attn_output": 24},
+        ),
+        (  # LFM2: convolutions in place of attention
+            {"shortconv.out_proj": (16, 16), "ffn_down": (16, 48)},
+            {"attn_output": (16, 16), "ffn_down": (16, 48)},
+            {"ffn_down": 48},
+        ),
+        (  # OpenELM: every block as wide as it likes
+            {"attn_output": (16, 12), "ffn_down": (16, 32)},
+            {"attn_output": (16, 16), "ffn_down": (16, 48)},
+            {},
+        ),
+        ({"ssm_out": (16, 16)}, {"attn_output": (16, 16)}, {}),
+    ],
+)  # fmt: skip
+def test_an_adapter_changes_what_every_block_has(
+    first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]], writers: dict[str, int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    blocks = {
+        f"blk.{n}.{name}.weight": s for n, block in enumerate((first, second)) for name, s in block.items()
+    }
+    tensors = {"token_embd.weight": (99, 16), **blocks}
+    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16))
+    assert found.writers == writers
+
+
+def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
+    """The last one guesses a token further ahead."""
+    block = {"attn_output.weight": (16, 24), "ffn_down.weight": (16, 48)}
+    tensors = {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}
+    tensors |= {"token_embd.weight": (99, 16), "blk.2.nextn.eh_proj.weight": (16, 32)}
+    values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
+    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
+    assert (found.n_layer, found.dense) == (2, 2 * (16 * 24 + 16 * 48))
+    assert found.writers == {"attn_output": 24, "ffn_down": 48}
+
+    # llama.cpp does without that block's tensors.
+    reader, writer = GGUFReader(tiny), GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "qwen2.block_count"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    writer.add_block_count(N_LAYER + 1)
+    writer.add_uint32("qwen2.nextn_predict_layers", 1)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    finish(writer)
+    with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
+        assert model.n_layer == shapes.of_gguf(model.path).n_layer == N_LAYER
+
+
+def test_a_header_cut_anywhere_is_one_error_or_the_shape(tiny: Path, tmp_path: Path) -> None:
+    data = tiny.read_bytes()
+    reader = GGUFReader(tiny)
+    end = reader.data_offset
+    expected = shapes.of_gguf(tiny)
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[:end])  # the weights are not there
+    assert replace(shapes.of_gguf(path), weights=expected.weights) == expected
+    for size in [0, 3, 8, 20, *range(24, end - 64, 97)]:
+        path.write_bytes(data[:size])
+        with pytest.raises(InputError, match=r"cut\.gguf"):
+            shapes.of_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "values"),
+    [
+        ({"token_embd.weight": (9, 4)}, {"block_count": 1}),
+        ({"output.weight": (9, 4)}, {"block_count": 1, "embedding_length": 4}),
+        ({"token_embd.weight": (9,)}, {"block_count": 1, "embedding_length": 4}),
+        (
+            {"token_embd.weight": (9, 4), "blk.0.attn_output.weight": (4, 4), "blk.0.attn_k.weight": (4,)},
+            {"block_count": 1, "embedding_length": 4},
+        ),
+        ({"token_embd.weight": (9, 4)}, {"block_count": math.inf, "embedding_length": 4}),
+        (
+            {"token_embd.weight": (9, 4)},
+            {"block_count": 1, "embedding_length": 4, "expert_count": 4, "expert_used_count": 8},
+        ),
+        (
+            {"token_embd.weight": (9, 4), "output.weight": (0, 4)},
+            {"block_count": 1, "embedding_length": 4},
+        ),
+    ],
+)
+def test_a_header_without_a_language_model(
+    tensors: dict[str, tuple[int, ...]], values: dict[str, float], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"m\.gguf"):
+        shapes.of_gguf(_file(tmp_path / "m.gguf", "none", tensors, **values))
+
+
+def test_a_header_that_lies_is_one_error(tiny: Path, tmp_path: Path) -> None:
+    data = tiny.read_bytes()[: GGUFReader(tiny).data_offset]
+    rng = np.random.default_rng(0)
+    path = tmp_path / "wrong.gguf"
+    for _ in range(200):
+        wrong = bytearray(data)
+        for place in rng.integers(4, 400, 3):
+            wrong[place] = rng.integers(256)
+        path.write_bytes(wrong)
+        with contextlib.suppress(InputError):  # any other exception fails the test
+            shapes.of_gguf(path)
+
+
+# ---- what is counted ---------------------------------------------------------------------------------
+
+
+def planned(shape: Shape, *wanted: str, speed: Speed = IDEAL, judge: Grader | None = None) -> Plan:
+    return plan(recipe.load(None, wanted), shape, speed, judge)
+
+
+@pytest.fixture(scope="module")
+def shape(tiny: Path) -> Shape:
+    return shapes.of_gguf(tiny)
+
+
+def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: Shape, tmp_path: Path) -> None:
+    wanted = [f"model={tiny}", "prompts.fit=40", "prompts.unanswered=20", "prompts.tune=8"]
+    wanted += ["answers.tokens=8", "judge=keywords"]
+    run(recipe.load(None, wanted), tmp_path, until="capture")
+    found = planned(shape, *wanted)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().split("\n")[:-1]]
+    assert found.prompts["fit"] + found.prompts["tune"] == len(rows) == 144
+    assert found.prompts["unanswered"] == 60
+    answer = found.stages["answer"]
+    # Random weights hardly ever end an answer; what is taken for granted of a trained model is 13 % less.
+    assert answer.answered == pytest.approx(sum(len(row["tokens"]) for row in rows), rel=0.2)
+    assert answer.disk == pytest.approx((tmp_path / "answers.jsonl").stat().st_size, rel=0.2)
+    captured = sum(file.stat().st_size for file in (tmp_path / "activations").iterdir())
+    assert found.stages["capture"].disk == pytest.approx(captured, rel=0.1)
+
+
+@pytest.mark.real
+def test_the_default_model_is_as_it_is_counted() -> None:
+    path = models.pull(models.DEFAULT)
+    with LlamaModel(path, n_parallel=1, n_ctx=256) as model:
+        assert parameters(model) == total(shapes.of_gguf(path))
+        texts = [prompt.prompt for prompt in prompts.grid()]
+        tokens = sum(len(model.tokenize(text)) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert size / tokens == pytest.approx(costs._BYTES_PER_TOKEN, rel=0.05)
+
+
+def test_sizes_that_the_stages_share_with_their_plan(tiny: Path) -> None:
+    assert (measuring._DRIFT_PAIRS, rubric._MAX_PROMPT) == (costs._DRIFT, costs._JUDGE_CUT)
+    with LlamaModel(tiny) as model:
+        assert (model.n_ctx, model._open_context().n_batch) == (costs._CONTEXT, costs._BATCH)
+    assert llama._cells(1) == costs._PADDING
+
+
+@pytest.mark.parametrize(
+    ("changed", "growth"),
+    [
+        (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
+        (("prompts.unanswered=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
+        (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
+        (("answers.temperature=1",), dict.fromkeys(PLANNED, 1.0)),
+        (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
+        (("tune.budget=2h",), {"answer": 1.0, "write": 1.0}),
+        (("answers.servers=http://a:1",), {"answer": 0.0, "score": 1.0, "tune": 1.0}),
+    ],
+)
+def test_stages_grow_with_what_they_are_given(
+    shape: Shape, changed: tuple[str, ...], growth: dict[str, float]
+) -> None:
+    before, after = (planned(shape, "prompts.unanswered=0", *some) for some in ((), changed))
+    for stage, factor in growth.items():
+        assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
+    if "tune.budget=2h" in changed:
+        assert after.stages["tune"].seconds == pytest.approx(7200)
+
+
+def test_full_answers_of_the_search_are_counted(shape: Shape) -> None:
+    """Of 0, 8 and 16 prompts a kind: unsteered and with both files at two strengths, so many tokens each."""
+    none, some, more = (
+        planned(shape, f"tune.full={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
+    )
+    assert more.seconds > some.seconds > none.seconds
+    assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs._length(200))
+    assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs._length(200))
+    # No budget is too small for them.
+    least = planned(shape, "tune.budget=0", "tune.full=16", "answers.test_tokens=200").stages["tune"]
+    assert 0 < least.seconds < more.seconds - none.seconds + 1e-6
+
+
+def test_seconds_follow_the_machine(shape: Shape) -> None:
+    fast, slow = (
+        planned(shape, speed=replace(IDEAL, prompt=rate, answer=rate)).stages for rate in (2e9, 1e9)
+    )
+    for stage in set(PLANNED) - {"fit"}:
+        assert slow[stage].seconds == pytest.approx(2 * fast[stage].seconds)
+    # Weights that must be read once a step: as many steps as the longest answers, 32 of them at once.
+    read = planned(
+        shape, "answers.parallel=32", speed=replace(IDEAL, prompt=math.inf, answer=math.inf, bandwidth=1.0)
+    )
+    steps = (3 * (90 + 60) * (costs._length(24) - 1)) / 32
+    parameters = shape.dense + shape.head
+    assert read.stages["answer"].seconds == pytest.approx(steps * shape.weights, rel=1e-6)
+    assert shape.bytes_read(1) == pytest.approx(parameters * shape.weights / parameters)
+
+
+def test_a_larger_file_takes_as_much_more_memory(shape: Shape) -> None:
+    before, after = (planned(replace(shape, weights=weights)).memory for weights in (0, 10**9))
+    assert after == pytest.approx(before + 10**9)
+
+
+def test_a_judge_costs_what_its_blocks_cost(shape: Shape) -> None:
+    none, half, whole = (planned(shape, judge=j) for j in (None, Grader(shape, 0.5), Grader(shape)))
+    assert none.stages["score"].seconds == 0
+    assert whole.stages["score"].seconds == pytest.approx(2 * half.stages["score"].seconds)
+    assert whole.memory == none.memory  # the same model is loaded once
+    other = replace(shape, weights=10**9)
+    assert planned(shape, judge=Grader(other)).memory > none.memory + 10**9
+
+
+@pytest.mark.parametrize("spec", ["keywords", "http://127.0.0.1:1/v1#m"])
+def test_judges_that_cost_this_machine_nothing(spec: str) -> None:
+    assert judge_of(recipe.load(None, [f"judge={spec}"])) is None
+
+
+def test_a_judge_that_thinks_cannot_be_planned(tiny: Path) -> None:
+    with pytest.raises(InputError, match="thinks"):
+        judge_of(recipe.load(None, [f"judge=votes:{tiny}"]))
+    assert judge_of(recipe.load(None, [f"judge=labels:{tiny}"])) == Grader(shapes.of_gguf(tiny))
+
+
+# ---- the speed of the machine ------------------------------------------------------------------------
+
+
+class Machine:
+    """A model on a clock of its own, which knows what a token and a step take."""
+
+    def __init__(self, shape: Shape, speed: Speed) -> None:
+        self._shape, self._speed, self.now = shape, speed, 0.0
+
+    def next_logits(self, conversations: Sequence[Sequence[int]]) -> Iterator[None]:
+        n, tokens = len(conversations), self._tokens(conversations)
+        self.now += self._speed.reading(self._shape, tokens, tokens / n + 1, n)
+        yield None
+
+    def generate(
+        self, conversations: Sequence[Sequence[int]], *, max_tokens: int
+    ) -> Iterator[tuple[int, SimpleNamespace]]:
+        n, tokens = len(conversations), self._tokens(conversations)
+        context = tokens / n + 1 if n > 1 else 0
+        self.now += self._speed.answering(self._shape, n, tokens, n * (max_tokens - 1), context, n)
+        if n == 1:  # its only token is a step like the others
+            self.now += self._shape.bytes_read(1) / self._speed.bandwidth
+        for i in range(n):
+            yield i, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
+
+    @staticmethod
+    def _tokens(conversations: Sequence[Sequence[int]]) -> int:
+        return sum(map(len, conversations)) - (len(conversations) - 1)  # one token begins them all
+
+
+@pytest.mark.parametrize(
+    "true",
+    [
+        Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source=""),
+        Speed(prompt=3e8, answer=3e8, bandwidth=5e9, algebra=7.0, source=""),
+    ],
+)
+def test_a_measured_speed_is_that_of_the_machine(
+    shape: Shape, true: Speed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(shape, true)
+    monkeypatch.setattr(speeds, "_algebra", lambda: 7.0)
+    monkeypatch.setattr(speeds.time, "perf_counter", lambda: machine.now)
+    found = speeds.measured_speed(machine, shape, [[1, i, *range(i)] for i in range(4, 12)])  # type: ignore[arg-type]
+    assert (found.prompt, found.answer, found.bandwidth) == pytest.approx(
+        (true.prompt, true.answer, true.bandwidth), rel=1e-6
+    )
+    assert found.algebra == 7.0
+
+
+def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: Shape) -> None:
+    speed = Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source="")
+    one, many = (speed.answering(shape, 0, 0, 100, 0, at_once) for at_once in (1, 1e6))
+    arithmetic = (shape.flops(0) + 2 * shape.head) / 2e8
+    assert one == pytest.approx(100 * (shape.weights / 5e6 + arithmetic))
+    assert many == pytest.approx(100 * arithmetic, rel=1e-3)
+
+
+def test_a_real_model_is_measured(tiny: Path, shape: Shape) -> None:
+    with LlamaModel(tiny, n_parallel=4, n_threads=1) as model:
+        found = speeds.measured_speed(model, shape, [[1, 2, 3 + i] for i in range(4)])
+    assert all(0 < value < math.inf for value in (found.prompt, found.answer, found.bandwidth, found.algebra))
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_needs_no_weights(tiny: Path, tmp_path: Path) -> None:
+    header = tmp_path / "header.gguf"
+    header.write_bytes(tiny.read_bytes()[: GGUFReader(tiny).data_offset])
+    wanted = ["--set", f"model={header}", "--set", "judge=keywords"]
+    code, stdout, _ = command(*wanted, "--json")
+    row = json.loads(stdout)
+    assert code == 0
+    assert list(row["stages"]) == list(PLANNED)
+    assert row["seconds"] == pytest.approx(sum(stage["seconds"] for stage in row["stages"].values()))
+    code, stdout, _ = command(*wanted)
+    assert code == 0
+    assert all(stage in stdout for stage in PLANNED)
+    assert max(map(len, stdout.splitlines())) <= 80
+
+
+def test_a_configuration_alone_will_do(network: Any, tmp_path: Path) -> None:
+    network.config.save_pretrained(tmp_path)
+    wanted = ["--json", "--set", f"model={tmp_path}", "--set", "judge=keywords"]
+    rows = [json.loads(command(*wanted, *more)[1]) for more in ((), ("--bits", "8"))]
+    assert rows[0]["model"]["weights"] == 4 * rows[1]["model"]["weights"]
+    # PyTorch makes no adapter, a GGUF file may.
+    assert rows[0]["model"]["writers"] == {}
+    assert rows[1]["model"]["writers"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+
+
+def test_the_command_measures(tiny: Path) -> None:
+    wanted = ["--set", f"model={tiny}", "--set", "judge=keywords", "--set", "answers.parallel=4"]
+    code, stdout, _ = command(*wanted, "--measure", "--json")
+    assert code == 0
+    assert json.loads(stdout)["speed"]["source"] == "measured on this machine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "model=./missing.gguf"], "downloads nothing"),
+        (["--set", "model=owner/name"], "downloads nothing"),
+        (["--set", "model=~draft.gguf"], "downloads nothing"),
+        (["--set", "model=TINY", "--bits", "4"], "config.json"),
+        (["--set", "model=TINY", "--bits", "4", "--measure"], "config.json"),
+        (["--set", "model=TINY", "--set", "prompts.harmful=['none.csv']"], "none.csv"),
+        (["--set", "prompts.fits=3"], "prompts.fits"),
+    ],
+)
+def test_bad_input_is_one_error(arguments: list[str], said: str, tiny: Path) -> None:
+    code, stdout, stderr = command(*(word.replace("TINY", str(tiny)) for word in arguments))
+    assert (code, stdout, stderr.count("Error:")) == (2, "", 1)
+    assert said in stderr
+
+
+def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
+    code, _, stderr = command()
+    assert code == 2
+    assert f"rs-export models pull {models.DEFAULT}" in stderr
+
+
+def test_a_judge_that_is_not_here_is_named_before_measuring(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(
+        "rs_gguf.pipeline.plan.measure", lambda recipe, path: pytest.fail("measured for nothing")
+    )
+    code, _, stderr = command("--set", f"model={tiny}", "--measure")
+    assert code == 2
+    assert "judge: qwen2.5-coder-0.5b is not here yet" in stderr
+    assert "--set judge=keywords" in stderr

@@ -1,0 +1,256 @@
+"""The recipe: which source wins, that typos are errors, and that a run can be written down and repeated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from rs_gguf.errors import InputError
+from rs_gguf.models import resolve as models
+from rs_gguf.pipeline.recipe import Recipe, dump, load
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("RS_GGUF_"):
+            monkeypatch.delenv(name)
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_a_whole_recipe() -> None:
+    recipe = load()
+    assert recipe.model == models.DEFAULT
+    assert recipe.seed == 0
+    assert recipe.prompts.sensitive == []
+    assert recipe == Recipe()
+
+
+def test_options_win_over_the_environment_over_the_file_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file(tmp_path, "seed = 1\n[tune]\ntrials = 2\nfinalists = 2\nmin_retention = 0.5\n")
+    assert (load(path).seed, load(path).tune.trials) == (1, 2)
+    monkeypatch.setenv("RS_GGUF_TUNE__TRIALS", "5")
+    monkeypatch.setenv("rs_gguf_tune__finalists", "6")  # as pydantic-settings reads it, in any case
+    recipe = load(path, ["tune.trials=7"])
+    assert recipe.tune.trials == 7
+    assert recipe.tune.finalists == 6
+    assert recipe.tune.min_retention == 0.5
+    assert recipe.tune.max_benign_drift == Recipe().tune.max_benign_drift
+    assert load(path).tune.trials == 5
+
+
+def test_nothing_is_read_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe_file(tmp_path, "seed = 9\n")
+    (tmp_path / ".env").write_text("RS_GGUF_SEED=9\n")
+    monkeypatch.chdir(tmp_path)
+    assert load().seed == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sead = 1", "sead"),
+        ("[tune]\ntrails = 1", "tune.trails"),
+        ("[tunes]\ntrials = 1", "tunes"),
+    ],
+)
+def test_a_typo_in_the_file_is_an_error(tmp_path: Path, text: str, named: str) -> None:
+    path = recipe_file(tmp_path, text)
+    with pytest.raises(InputError, match=rf"recipe\.toml is not valid: {named}: Extra inputs"):
+        load(path)
+
+
+def test_a_typo_in_an_option_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"tune\.trails: Extra inputs .*given: 8"):
+        load(None, ["tune.trails=8"])
+
+
+@pytest.mark.parametrize(
+    "name", ["RS_GGUF_TUNE__TRAILS", "RS_GGUF_TUNE_TRIALS", "RS_GGUF_SEAD", "rs_gguf_sead"]
+)
+def test_a_typo_in_the_environment_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(InputError, match=r"(?i)trails|tune_trials|sead"):
+        load()
+
+
+def test_variables_of_the_kernel_are_not_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RS_GGUF_KERNEL", "scalar")
+    assert load() == Recipe()
+
+
+def test_all_faults_come_in_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe_file(tmp_path, "seed = -1\nsead = 1\n[fit]\nridges = [1.0, -1.0]\n")
+    monkeypatch.setenv("RS_GGUF_ANSWERS__PARALLEL", "many")
+    with pytest.raises(InputError) as error:
+        load(path, ["tune.min_retention=1.5"])
+    message = str(error.value)
+    for fault in ("seed: ", "sead: ", "fit.ridges.1: ", "answers.parallel: ", "tune.min_retention: "):
+        assert fault in message
+    for given in ("-1", "-1.0", "'many'", "1.5"):
+        assert f"given: {given}" in message
+
+
+@pytest.mark.parametrize(
+    "override", ["fit.ridges=[0.0]", "fit.ridges=[nan]", "fit.ridges=[inf]", "fit.ridges=[]",
+                 "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1", "tune.budget=-1",
+                 "tune.budget=2 days", "tune.budget=inf", "measure.baselines=['steering']",
+                 "seed=4294967296", "answers.parallel=256"],
+)  # fmt: skip
+def test_values_that_cannot_work_are_errors(override: str) -> None:
+    with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
+        load(None, [override])
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="recipe not found"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(InputError, match="recipe not found"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="not valid TOML"):
+        load(recipe_file(tmp_path, "seed = = 1"))
+    (tmp_path / "latin.toml").write_bytes('model = "Müller"'.encode("latin-1"))
+    with pytest.raises(InputError, match="not valid TOML"):
+        load(tmp_path / "latin.toml")
+
+
+def test_a_variable_that_is_not_json_where_a_list_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RS_GGUF_FIT", "{oops")
+    with pytest.raises(InputError, match="fit"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("override", "get"),
+    [
+        ("tune.trials=8", lambda r: r.tune.trials == 8),
+        (" tune.trials = 8 ", lambda r: r.tune.trials == 8),
+        ("model=out/my model.gguf", lambda r: r.model == "out/my model.gguf"),
+        ('model="12"', lambda r: r.model == "12"),
+        ("model=a=b.gguf", lambda r: r.model == "a=b.gguf"),
+        ("prompts.system=Answer, in one word.", lambda r: r.prompts.system == "Answer, in one word."),
+        ("prompts.system=", lambda r: r.prompts.system == ""),
+        ('prompts.system="two\\nlines"', lambda r: r.prompts.system == "two\nlines"),
+        ('prompts.benign=["a.csv", "b.txt"]', lambda r: r.prompts.benign == [Path("a.csv"), Path("b.txt")]),
+        ('fit.estimators=["wrmd"]', lambda r: r.fit.estimators == ["wrmd"]),
+        ("fit={ridges = [2]}", lambda r: r.fit.ridges == [2.0]),
+    ],
+)  # fmt: skip
+def test_set_takes_toml_values_and_plain_text(override: str, get: object) -> None:
+    assert callable(get)
+    assert get(load(None, [override]))
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("2h", 7200), ("90m", 5400), ("1.5 h", 5400), ("45s", 45), ("0", 0), ('"600"', 600)],
+)
+def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
+    recipe = load(None, [f"tune.budget={given}"])
+    assert recipe.tune.budget == seconds
+    dump(recipe, tmp_path / "recipe.toml")
+    assert load(tmp_path / "recipe.toml") == recipe
+    assert load().tune.budget is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "budget"),
+    [
+        (["tune.budget=none"], None),
+        (["tune.budget="], None),
+        (["tune.trials=60"], None),  # beside a budget it would count for nothing
+        (["tune.finalists=6"], None),
+        (["tune.trials=60", "tune.budget=1h"], 3600),
+        (["tune.full=32"], 7200),
+    ],
+)
+def test_a_kept_budget_ends(overrides: list[str], budget: float | None, tmp_path: Path) -> None:
+    dump(load(None, ["tune.budget=2h"]), tmp_path / "recipe.toml")
+    assert load(tmp_path / "recipe.toml", overrides).tune.budget == budget
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=a\udcff.gguf", "prompts.benign=['a\udcff.csv']", 'prompts.system="\ud83d"', "judge=\udcff"],
+)
+def test_text_that_is_not_utf_8_is_refused(override: str) -> None:
+    """Half a surrogate pair is what Python makes of an argument's bytes that are no UTF-8."""
+    with pytest.raises(InputError, match=r"^recipe: .*[\udcff\ud83d].* is not UTF-8"):
+        load(None, [override])
+
+
+def test_variables_that_are_not_utf_8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RS_GGUF_MODEL", "a\udcff.gguf")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        load()
+
+
+def test_the_largest_seed_is_taken_by_every_generator() -> None:
+    seed = load(None, ["seed=4294967294"]).seed
+    optuna.samplers.TPESampler(seed=seed)
+    np.random.default_rng((seed, 0))
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load(None, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["tune.trials", "", "=3", " = 3"])
+def test_set_without_a_key_or_a_value(override: str) -> None:
+    with pytest.raises(InputError, match=r"expected KEY=VALUE, for example tune\.trials=8"):
+        load(None, [override])
+
+
+def test_set_of_a_value_and_of_a_part_of_it() -> None:
+    with pytest.raises(InputError, match="tune was set to a value, so it has no trials"):
+        load(None, ["tune=3", "tune.trials=8"])
+
+
+def test_what_is_dumped_loads_as_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load(
+        None,
+        [
+            "seed=3",
+            'model=folder/"quoted" 模型.gguf',
+            "judge=judge.gguf",
+            'prompts.system="line\\nbreak and \\"quotes\\""',
+            'prompts.harmful=["harm.csv"]',
+            "fit.ridges=[1e-3, 0.1]",
+            "answers.temperature=0.6",
+        ],
+    )
+    dump(recipe, tmp_path / "out" / "recipe.toml")
+    again = load(tmp_path / "out" / "recipe.toml")
+    assert again == recipe
+    assert again != load()
+    dump(again, tmp_path / "again.toml")
+    assert (tmp_path / "again.toml").read_bytes() == (tmp_path / "out" / "recipe.toml").read_bytes()
+
+
+def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
+    dump(load(), tmp_path / "recipe.toml")
+    text = (tmp_path / "recipe.toml").read_text(encoding="utf-8")
+    optional = {"judge", "system", "budget", "servers"}  # unset means the default; TOML has no null
+    for name in Recipe.model_fields:
+        section = getattr(Recipe(), name)
+        keys = type(section).model_fields if hasattr(type(section), "model_fields") else [name]
+        assert all(f"{key} = " in text for key in keys if key not in optional)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = load(None, ["seed=4"])
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 5
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.tune.trials = 5

@@ -1,0 +1,612 @@
+"""The whole pipeline on tiny random models: one that always thinks first, and one of experts.
+
+The judge is a stand-in at an endpoint that goes by the prompt, so that every class has its samples; it notes
+what it was given to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fixtures.endpoints import Reply, Server, entry, said, without_proxy_or_key
+from fixtures.tiny_gguf import write_tiny_folder, write_tiny_qwen2
+from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+
+from rs_gguf.activations.store import ActivationStore, DamagedStoreError
+from rs_gguf.cli.main import main
+from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError
+from rs_gguf.judges.judge import EXAMPLE
+from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.methods.method import Candidate, Trial
+from rs_gguf.models import resolve as models
+from rs_gguf.pipeline import recipe
+from rs_gguf.pipeline import run as pipeline_module
+from rs_gguf.pipeline.folder import STAGES, RunFolder
+from rs_gguf.pipeline.run import Pipeline, run
+from rs_gguf.pipeline.stage import Silent
+from rs_gguf.pipeline.stages import answers as answering
+from rs_gguf.pipeline.stages import write as writing
+from rs_gguf.prompts import contexts
+from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.arrays import save_arrays
+from rs_gguf.records.files import read_json, write_json
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import vector_file as control_vector
+
+PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
+LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
+SMALL = [
+    "prompts.fit=24", "prompts.unanswered=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=32",
+    "answers.test_tokens=32", "answers.temperature=1.0", "tune.trials=2", "tune.finalists=1",
+    "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
+]  # fmt: skip
+
+
+@dataclass
+class Judge:
+    """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
+
+    url: str = ""
+    judged: list[str] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=lambda: {p.prompt: p.kind for p in prompts.grid()})
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        item = body["messages"][0]["content"].rsplit("Request: ", 1)[1]
+        prompt, _, rest = item.partition("\nReply: ")
+        self.judged.append(rest.rsplit("\n", 2)[0])
+        kind = self.kinds.get(prompt, "benign")
+        refused = kind == "harmful" or (kind == "sensitive" and len(prompt) % 2 == 0)
+        return said("", [entry("x", -0.1, {"refusal" if refused else "answer": -0.1})])
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    without_proxy_or_key(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    judging = Judge()
+    server = Server(judging, ["judge"])
+    judging.url = server.url
+    yield judging
+    server.stop()
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
+    """The samples' block outputs and inputs of one matrix are those of their prompts, read once more."""
+    samples = pipeline.samples()
+    every = [*samples.prompts, *samples.others]
+    chat = ChatFormat.of(pipeline.model)
+    fit = pipeline.prompts["fit"]
+    read = dict(zip([p.id for p in fit], chat_tokens(pipeline.model, fit, None), strict=True))
+    read |= {p.id: c.tokens(chat, pipeline.model, p.prompt, None) for p, c in pipeline.in_contexts}
+    inputs = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
+    kept = {"kqv_out": inputs, "l_out": samples.activations[:, 1]}  # these of the judged alone
+    for place in places:
+        tokens = read[every[place].id]
+        ((_, _, found),) = pipeline.model.token_activations(  # type: ignore[union-attr]
+            [tokens], [[len(tokens) - 1]], layers=range(2), tensors=tuple(kept)
+        )
+        for name in [name for name, rows in kept.items() if place < len(rows)]:
+            away = np.linalg.norm(kept[name] - found[name][1], axis=1)
+            assert away.argmin() == place
+            assert away[place] < 1e-2 * np.linalg.norm(found[name][1])
+
+
+def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
+    model = tmp_path / "thinking.gguf"
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    metrics = run(chosen, tmp_path / "out")
+
+    answers = {row["id"]: row for row in rows(tmp_path / "out" / "answers.jsonl")}
+    with LlamaModel(model, n_ctx=512) as loaded:
+        texts = {i: loaded.detokenize(row["tokens"]) for i, row in answers.items()}
+    closed = {i for i, text in texts.items() if "</think>" in text}
+    assert 40 < len(closed) < len(answers)  # so that both cases are there
+    for i, row in answers.items():
+        assert row["answer"] == (texts[i].partition("</think>")[2].strip() if i in closed else "")
+    for row in rows(tmp_path / "out" / "scores.jsonl"):
+        # Cut off within the trace, or ended there: nobody knows, or an empty answer.
+        told = row["id"] in closed or answers[row["id"]]["finished"] or answers[row["id"]]["degenerate"]
+        assert (row["confidence"] is not None) == told, row
+    traces = {text.partition("</think>")[0].strip() for text in texts.values()}
+    assert not [text for text in judge.judged if any(len(t) > 8 and t in text for t in traces)]
+
+    # What could not be judged, and what was not answered, comes last, each with what was read of it.
+    with contextlib.closing(Pipeline(chosen, RunFolder(tmp_path / "out"), Silent())) as pipeline:
+        samples, asked = pipeline.samples(), {p.id for p in pipeline.prompts["fit"]}
+        unjudged = [p for p in samples.others if p.id in asked]
+        assert 0 < len(unjudged) < 40
+        assert len(samples.prompts) + len(unjudged) == len(samples.activations) + len(unjudged) == 72
+        unanswered = [p for p in samples.others if p.id not in asked]
+        assert len(unanswered) == 24
+        assert not {p.id for p in unanswered} & answers.keys()
+        assert {p.split for p in unanswered} == {"fit"}
+        around = dict(zip((p.id for p in samples.others), samples.contexts, strict=True))
+        assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
+        assert {around[p.id] for p in unjudged} == {""}
+        # Each context is a cell of its own, which a gate has to stay shut for.
+        assert set(samples.labels.groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
+        n = len(samples.prompts)
+        check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
+
+    assert metrics["model"]["architecture"] == "qwen3"
+    assert set(metrics["sets"]) == {"sensitive", "harmful", "benign"}
+    for arm in (metrics, metrics["adapter"]):
+        assert arm["proof"]["effect_observed"] is True
+    assert sum(found["n"] for found in metrics["sets"].values()) > 0
+    assert control_vector.read(tmp_path / "out" / "remove.gguf").architecture == "qwen3"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
+    """And what was captured of it is damaged before the fit, which then has it captured again."""
+    model, out = tmp_path / "experts.gguf", tmp_path / "out"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    run(chosen, out, until="capture")
+    shard = out / "activations" / "00001.safetensors"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"00001.safetensors is missing or was changed"):
+        run(chosen, out)
+    metrics = run(chosen, out)
+    assert shard.read_bytes() == before
+
+    assert metrics["model"]["architecture"] == "qwen3moe"
+    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
+    for arm in (metrics, metrics["adapter"]):
+        assert arm["proof"]["effect_observed"] is True
+    # There is no one matrix of an expert block that a gate could be put on: attention is left.
+    factors = lora.read(out / "remove-adapter.gguf").factors
+    assert factors
+    assert all(".attn_output." in name for name in factors)
+
+    # What was moved away is not said to be there.
+    (out / "remove.gguf").rename(out / "moved.gguf")
+    with pytest.raises(InputError, match=r"remove\.gguf, which this run wrote, is gone"):
+        run(chosen, out)
+    more = recipe.load(None, [*SMALL, "prompts.test=6", f"model={model}", f"judge={judge.url}"])
+    run(more, out)  # which is measured anew: it is written anew for that
+    written, moved = control_vector.read(out / "remove.gguf"), control_vector.read(out / "moved.gguf")
+    np.testing.assert_equal(dict(written.directions), dict(moved.directions))
+    (out / "moved.gguf").unlink()
+
+    # To begin afresh forgets all that the stages leave for one another, and nothing else.
+    RunFolder(out).forget_all()
+    kept = {"recipe.toml", "remove.gguf", "remove-adapter.gguf", "report.html", "card.md"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == kept
+
+
+def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
+    """A control vector alone, since no adapter can be fitted there, and no proof, which is llama.cpp's."""
+    write_tiny_folder(tmp_path / "model")
+    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.full=0"]
+    fewer += ["measure.baselines=[]"]
+    chosen = recipe.load(None, [*SMALL, *fewer, f"model={tmp_path / 'model'}", f"judge={judge.url}"])
+    out = tmp_path / "out"
+    metrics = run(chosen, out)
+
+    assert (metrics["model"]["architecture"], metrics["model"]["n_layer"]) == ("qwen2", 3)
+    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
+    assert "adapter" not in metrics
+    assert not (out / "remove-adapter.gguf").exists()
+    proof = metrics["proof"]
+    assert (proof["effect_observed"], proof["kl_mean"]) == (None, None)
+    assert "rs-export check --model" in proof["reasons"][0]
+    vector = control_vector.read(out / "remove.gguf")
+    assert (vector.architecture, vector.provenance["measured"]) == ("qwen2", True)
+    written = rows(out / "evaluation.jsonl")
+    assert all("answer_adapter" not in row for row in written)
+    assert any(row["answer_steered"] != row["answer_baseline"] for row in written)
+    assert "remove.gguf" in (out / "card.md").read_text(encoding="utf-8")
+    assert (out / "report.html").is_file()
+
+
+def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before the stage is made up here."""
+    model, folder = tmp_path / "tiny.gguf", RunFolder(tmp_path / "out")
+    write_tiny_qwen2(model)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", "judge=keywords"])
+    trial = Trial(0, Candidate("contrast-wrmd", 1.0, 1, 2, 2.0), "answers", 0.0, 1.0)
+    write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+    unit = np.random.default_rng(0).standard_normal((3, 32))
+    directions = {"contrast-wrmd@1/unit": unit, "contrast-wrmd@1/scales": np.ones(3)}
+    save_arrays(folder / "directions.safetensors", directions)
+    recipe.dump(chosen, folder / "recipe.toml")
+    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
+        for stage in STAGES[: STAGES.index("write")]:
+            folder.mark_done(stage, pipeline._key(stage), 0.0)
+
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def halved(self: LlamaModel, directions: Mapping[int, Any], **options: Any) -> Iterator[None]:
+        with steered(self, {n: np.float32(0.5) * row for n, row in directions.items()}, **options):
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "steered", halved)
+        failed = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
+    assert failed.exit_code == 1
+    assert f"\nError: {folder / 'remove.gguf'}: " in failed.stderr
+    assert "relative error 0.5" in failed.stderr
+    assert not (folder / "proof.json").exists()
+    again = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
+    assert again.exit_code == 0, again.output
+    assert read_json(folder / "proof.json")["vector"]["effect_observed"] is True
+
+
+def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some contexts have their own, and the baseline goes on after it."""
+    read: dict[str, list[Sequence[int]]] = {"generate": [], "token_logprobs": [], "token_activations": []}
+
+    def spied(name: str) -> Callable[..., Any]:
+        method = getattr(LlamaModel, name)
+
+        def called(self: LlamaModel, given: Any, *arguments: Any, **options: Any) -> Any:
+            read[name] += [one[0] for one in given] if name == "token_logprobs" else given
+            return method(self, given, *arguments, **options)
+
+        return called
+
+    for name in read:
+        monkeypatch.setattr(LlamaModel, name, spied(name))
+    monkeypatch.setattr(writing, "proven", lambda *_: {})  # which has prompts of its own
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    values = [*SMALL, f"model={tmp_path / 'plain.gguf'}", f"judge={judge.url}", "prompts.system=Be kind."]
+    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.trials=1"]
+    run(recipe.load(None, values + fewer), tmp_path / "out", until="measure")
+
+    with LlamaModel(tmp_path / "plain.gguf", n_parallel=1, n_ctx=256) as model:
+        said = {name: [model.detokenize(t, special=True) for t in found] for name, found in read.items()}
+    own = [f"<|im_start|>system\n{c.system}" for c in contexts.shipped() if c.system]
+    for name, texts in said.items():
+        others = [text for text in texts if not text.startswith("<|im_start|>system\nBe kind.")]
+        assert len(others) < len(texts)
+        assert all(name == "token_activations" and text.startswith(tuple(own)) for text in others)
+    assert any("Be kind.\n\nYou are a helpful assistant." in text for text in said["generate"])
+
+
+def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
+    model = tmp_path / "lost.gguf"
+    write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
+    hot = "answers.temperature=4.0"  # so that no trace is a loop, which would be judged
+    chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
+    with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
+        run(chosen, tmp_path / "out")
+    assert set(judge.judged) == {EXAMPLE[1]}  # whether it can judge at all
+
+
+def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    class Stages(Pipeline):
+        recipe_name, interrupted = "a", False
+
+        def _key(self, stage: str) -> str:
+            return f"{stage} of {self.recipe_name}"
+
+        def _tune(self, key: str) -> None:
+            ran.append(key)
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def _write(self, key: str) -> None:
+            ran.append(key)
+
+        _measure = _write
+
+    stages = Stages(recipe.load(), RunFolder(tmp_path), Silent())
+    last = ("tune", "write", "measure")
+    for stage in last:
+        stages.do(stage)
+    stages.recipe_name, stages.interrupted = "b", True
+    with pytest.raises(KeyboardInterrupt):
+        stages.do("tune")  # tune.json may be that of b now
+    stages.recipe_name, stages.interrupted = "a", False
+    ran.clear()
+    for stage in last:
+        stages.do(stage)
+    assert ran == [f"{stage} of a" for stage in last]
+
+
+def kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_done", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(chosen, tmp_path / "out", until="answer")
+    counted = Counted()
+    run(chosen, tmp_path / "out", until="answer", progress=counted)
+    assert counted.steps == {"answer": [96]}  # all of them known at once
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_wrong_recipe_can_be_taken_back_while_it_answers(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    mine, wrong = (
+        recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}", f"seed={seed}"]) for seed in (1, 2)
+    )
+
+    run(mine, tmp_path / "out", until="score")
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "answers", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(wrong, tmp_path / "out", until="score")
+    counted = Counted()
+    run(mine, tmp_path / "out", until="score", progress=counted)
+    assert counted.steps == {}
+
+
+@pytest.mark.parametrize("spare", [0, 40], ids=["by itself", "with the baseline's system prompt"])
+def test_a_prompt_that_is_too_long_for_a_later_stage_is_told_of_at_once(
+    spare: int, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "plain.gguf"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    rows = [{"prompt": split, "split": split} for split in ("fit", "tune", "test")]
+    with LlamaModel(model, n_parallel=1) as loaded:
+        (shortest,) = chat_tokens(loaded, [Prompt("test", "benign")])
+        (longer,) = chat_tokens(loaded, [Prompt("test" + 10 * "a", "benign")])
+        assert len(longer) == len(shortest) + 10
+        rows[-1]["prompt"] += (loaded.max_length - 32 - len(shortest) + 1 - spare) * "a"
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = [*SMALL, f"model={model}", f"judge={judge.url}", f"prompts.benign=['{tmp_path / 'long.jsonl'}']"]
+    monkeypatch.setattr(answering, "answers", lambda *_: pytest.fail("an answer was begun"))
+    with pytest.raises(InputError, match=r"a prompt has \d+ tokens and its answer may have \d+"):
+        run(recipe.load(None, values), tmp_path / "out", until="answer")
+
+
+class Counted(Silent):
+    """What each stage advanced by; a bar of a download may not be drawn within that of a stage."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int]] = {}
+        self.within = ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.within, steps = name, self.steps.setdefault(name, [])
+        yield lambda n: steps.append(n) if n else None
+        self.within = ""
+
+    def download(self, done: int, total: int) -> None:
+        assert not self.within
+
+
+def test_a_judge_is_fetched_before_its_stage_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two live displays at once are an error of older versions of rich."""
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def fetched(spec: str | None, *, progress: Callable[[int, int], None], **_: object) -> Iterator[Any]:
+        progress(1, 2)
+        opened.append(counted.within)
+        yield KeywordJudge()
+
+    monkeypatch.setattr(pipeline_module, "open_judge_spec", fetched)
+    monkeypatch.setattr(pipeline_module, "measure", lambda *_, **__: ([], {}))
+    monkeypatch.setattr(Pipeline, "model", None)
+    monkeypatch.setattr(Pipeline, "model_hash", "")
+    for stage in ("score", "measure"):
+        folder, counted = RunFolder(tmp_path / stage), Counted()
+        folder.write_rows("answers.jsonl", [])
+        (folder / "proof.json").write_text("{}")
+        (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
+        with contextlib.closing(
+            Pipeline(recipe.load(None, ["measure.baselines=[]"]), folder, counted)
+        ) as one:
+            getattr(one, f"_{stage}")("key")
+        assert stage in counted.steps
+    assert opened == ["", ""]
+
+
+@pytest.mark.parametrize("override", ["effect=induce", "model=@folder"])
+def test_a_baseline_that_cannot_be_is_told_before_anything_is_done(override: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    chosen = recipe.load(None, ["measure.baselines=['ablation']", override.replace("@", f"{tmp_path}/")])
+    with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
+        run(chosen, tmp_path / "out")
+    assert not (tmp_path / "out" / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("mistyped", ["model=@none.gguf", "prompts.sensitive=['@none.jsonl']"])
+def test_a_mistyped_file_leaves_the_folder_as_it_was(mistyped: str, fresh: bool, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    values = [f"model={tmp_path / 'model.gguf'}", mistyped.replace("@", f"{tmp_path}/")]
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("answers.jsonl", "answers.jsonl.part", "state.json", "recipe.toml"):
+        (out / name).write_text("hours of work")
+    with pytest.raises(InputError, match=r"none\.(gguf|jsonl)"):
+        run(recipe.load(None, values), out, fresh=fresh)
+    assert {path.read_text() for path in out.iterdir() if path.name != ".lock"} == {"hours of work"}
+    assert len(list(out.glob("[!.]*"))) == 4
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = {
+        "answers.jsonl": "hours of work",
+        "recipe.toml": "seed = 1",
+        "state.json": '{"answer": {"key": "a"}}',
+    }
+    for name, text in kept.items():
+        (out / name).write_text(text)
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'none.gguf'}"]
+    with pytest.raises(InputError, match=r"none\.gguf"):
+        run(recipe.load(None, values), out, fresh=fresh)
+    assert {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"} == kept
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_comments_of_a_recipe_are_not_written_over(fresh: bool, tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = {"answers.jsonl": "hours of work", "recipe.toml": "seed = 7\n# Why seven: …\n"}
+    for name, text in kept.items():
+        (out / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"recipe\.toml has comments"):
+        run(recipe.load(None, [f"model={tmp_path / 'model.gguf'}"]), out, fresh=fresh, until="answer")
+    assert {path.name: path.read_text("utf-8") for path in out.iterdir() if path.name != ".lock"} == kept
+
+
+def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")) -> list[str]:
+    with contextlib.closing(Pipeline(recipe.load(None, list(values)), RunFolder(folder), Silent())) as one:
+        return [one._key(stage) for stage in stages]
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one.gguf", "other.gguf")):
+        write_tiny_qwen3(folder / name, PLAIN_TEMPLATE, n_layer=1, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage"),
+    [
+        ("model=@other.gguf", "answer"),
+        ("seed=1", "answer"),
+        ("answers.tokens=32", "answer"),
+        ("answers.temperature=1.0", "answer"),
+        ("prompts.system=Be kind.", "answer"),
+        ("prompts.fit=24", "answer"),
+        ("prompts.tune=24", "answer"),
+        ("prompts.unanswered=8", "capture"),
+        ("effect=induce", "fit"),
+        ("fit.ridges=[1.0]", "fit"),
+        ("fit.gate_ridges=[1.0]", "fit"),
+        ("fit.estimators=['md']", "fit"),
+        ("tune.trials=9", "tune"),
+        ("tune.min_retention=0.5", "tune"),
+        ("answers.test_tokens=32", "tune"),
+        ("answers.test_tokens=32", "measure"),
+        ("measure.baselines=[]", "measure"),
+        ("prompts.test=5", "measure"),
+    ],
+)
+def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
+    changed: str, stage: str, two_models: Path, tmp_path: Path
+) -> None:
+    # A seed would choose other prompts, and a search answers as long as the test does.
+    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full=0"]}
+    before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
+    after = [*before, changed.replace("@", f"{two_models}/")]
+    one, other = (keys(tmp_path, *values, stages=STAGES) for values in (before, after))
+    assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
+
+
+@pytest.mark.parametrize("how", ["", "labels:", "votes:"])
+def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path) -> None:
+    for name in ("model.gguf", "judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("one")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={how}{tmp_path / 'judge.gguf'}"]
+    answered, scored = keys(tmp_path, *values)
+    assert keys(tmp_path, *values) == [answered, scored]
+    for name in ("judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("another")
+        again = keys(tmp_path, *values)
+        assert again[0] == answered
+        assert again[1] != scored
+        (tmp_path / name).write_text("one")
+
+
+def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(models, "fingerprint", lambda path: read.append(path.name) or path.name)
+    for name in ("model.gguf", "judge.gguf"):
+        (tmp_path / name).write_text("")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]
+    with contextlib.closing(Pipeline(recipe.load(None, values), RunFolder(tmp_path), Silent())) as one:
+        one._key("answer")
+        assert read == ["model.gguf"]
+        one._key("score")
+    assert read == ["model.gguf", "judge.gguf"]
+
+
+def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[str]] = []
+
+    def killed(*arguments: Any, **_: object) -> None:
+        log = arguments[6]
+        found.append(list(log.rows))
+        log.append({"id": "vector:a"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline_module, "measure", killed)
+    monkeypatch.setattr(Pipeline, "model", None)
+    monkeypatch.setattr(Pipeline, "model_hash", "")
+    folder = RunFolder(tmp_path)
+    write_json(folder / "proof.json", {"vector": {}})
+    (tmp_path / "remove.gguf").touch()
+    chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
+    for strength in (2.0, 2.0, 3.0):
+        trial = Trial(0, Candidate("contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
+        write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+        with (
+            contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            pipeline._measure("key")
+    assert found == [[], ["vector:a"], []]
+
+
+def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) -> None:
+    """A benchmark on a finished run must not cost its activations."""
+    write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    out = tmp_path / "out"
+    folder = RunFolder(out)
+    store = ActivationStore(out / "activations", "another key")
+    store.begin()
+    store.append("00000", ["a"], {"activations": np.ones((1, 2, 4), np.float32)})
+    folder.mark_done("capture", "another key", 1.0)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    chosen = recipe.load(None, [*SMALL, f"model={tmp_path / 'plain.gguf'}"])
+    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
+        scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in pipeline.prompts["fit"]]
+        folder.write_rows("scores.jsonl", scores)
+        with pytest.raises(DamagedStoreError, match="another recipe or model"):
+            pipeline.samples()
+    assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()

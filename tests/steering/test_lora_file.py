@@ -1,0 +1,480 @@
+"""LoRA adapter files: the writer's bytes, the reader's refusals, sums, and what llama.cpp does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+import transformers
+from fixtures.adapters import factors, llama_logits, random_adapter, torch_logits
+from fixtures.tiny_gguf import write_tiny_qwen2
+from gguf import GGUFValueType
+
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import GateError, InputError
+from rs_gguf.records import files
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.formats import peft as peft_export
+from rs_gguf.steering.lora_file import LoraAdapter
+
+DOWN, OUT = "blk.2.ffn_down.weight", "blk.1.attn_output.weight"
+
+
+FULL = LoraAdapter(
+    {DOWN: factors(2, 6, 4), OUT: factors(1, 4, 4, seed=1), "blk.10.ffn_down.weight": factors(1, 6, 4)},
+    "qwen2",
+    {"method": "gate", "empty": "", "text": "Grüße, 你好 \n", "strength": 0.1, "layers": [1, 10], "ok": True},
+)
+
+
+def foreign(
+    path: Path,
+    tensors: dict[str, npt.NDArray[Any]] | None = None,
+    *,
+    architecture: str = "qwen2",
+    **metadata: tuple[Any, *tuple[GGUFValueType, ...]] | None,
+) -> Path:
+    """A sound adapter as another tool might write it, but for what is given; `__` stands for a dot."""
+    a, b = factors(1, 6, 4)
+    values = {
+        "general.type": ("adapter", GGUFValueType.STRING),
+        "adapter.type": ("lora", GGUFValueType.STRING),
+        **{key.replace("__", "."): value for key, value in metadata.items()},
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in values.items():
+        if value is not None:
+            writer.add_key_value(key, *value)
+    for name, data in (tensors or {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_round_trip_keeps_every_value_and_type(tmp_path: Path) -> None:
+    lora.write(FULL, tmp_path / "a.gguf")
+    found = lora.read(tmp_path / "a.gguf")
+    assert found.same_as(FULL)
+    assert list(found.factors) == [OUT, DOWN, "blk.10.ffn_down.weight"]  # by block number
+    assert (found.layers, found.matrices, found.rank) == ([1, 2, 10], ["attn_output", "ffn_down"], 2)
+    assert lora.is_adapter(tmp_path / "a.gguf")
+    report = lora.check(tmp_path / "a.gguf")
+    assert (report.valid, report.errors, report.warnings) == (True, (), ())
+
+
+def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
+    """Read by the format's own package, which shares no code with `read` beyond the container."""
+    lora.write(FULL, tmp_path / "a.gguf")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    assert values["general.architecture"] == "qwen2"
+    assert values["general.type"] == "adapter"
+    assert values["adapter.type"] == "lora"
+    # 0 leaves the user's scale as it is; another number would multiply it by alpha / rank.
+    assert values["adapter.lora.alpha"] == 0.0
+    assert reader.fields["adapter.lora.alpha"].types == [GGUFValueType.FLOAT32]
+    assert values["rs_gguf.schema_version"] == 1
+    assert values["rs_gguf.strength"] == 0.1
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == 6
+    for name, (a, b) in FULL.factors.items():
+        for half, factor in (("lora_a", a), ("lora_b", b)):
+            tensor = tensors[f"{name}.{half}"]
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+            assert tensor.shape.tolist() == list(reversed(factor.shape))  # ggml's order
+            assert tensor.data.tobytes() == factor.tobytes()
+
+
+def test_same_content_same_bytes(tmp_path: Path) -> None:
+    shuffled = LoraAdapter(
+        dict(reversed(FULL.factors.items())), "qwen2", dict(reversed(FULL.provenance.items()))
+    )
+    lora.write(FULL, tmp_path / "a.gguf")
+    lora.write(shuffled, tmp_path / "b.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_what_is_in_an_adapter_cannot_change() -> None:
+    a, b = factors(1, 3, 2)
+    adapter = LoraAdapter({DOWN: (a, b)}, "qwen2")
+    a[:] = 9
+    kept = adapter.factors[DOWN][0]
+    assert not (kept == 9).any()
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0, 0] = 1
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.gguf"
+    lora.write(LoraAdapter({DOWN: factors(1, 3, 2)}, "qwen2"), path)
+    before = path.read_bytes()
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full_disk)
+        with pytest.raises(InputError, match="No space left"):
+            lora.write(FULL, path)
+    with monkeypatch.context() as patch:
+        other = LoraAdapter(
+            FULL.factors, "qwen2", {**FULL.provenance, "ok": 1}
+        )  # 1 == True, but not in a file
+        patch.setattr(lora, "read", lambda _: other)
+        with pytest.raises(GateError, match="round trip"):
+            lora.write(FULL, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_would_do_nothing_is_not_written(tmp_path: Path) -> None:
+    a, b = factors(1, 3, 2)
+    with pytest.raises(InputError, match="Every change is zero"):
+        lora.write(LoraAdapter({DOWN: (a, 0 * b)}, "qwen2"), tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def nan(shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    return np.full(shape, np.nan, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("found", "architecture", "message"),
+    [
+        ({}, "qwen2", "changes no matrix"),
+        ({DOWN: factors(1, 3, 2)}, "", "architecture is missing"),
+        (
+            {"token_embd.weight": factors(1, 3, 2)},
+            "qwen2",
+            "'token_embd.weight' is not the weight of a block",
+        ),
+        ({"output.weight": factors(1, 3, 2)}, "qwen2", "'output.weight' is not the weight of a block"),
+        ({"blk.１.ffn_down.weight": factors(1, 3, 2)}, "qwen2", "not the weight of a block"),
+        ({DOWN: (factors(1, 3, 2)[0], factors(2, 3, 2)[1])}, "qwen2", r"A \(1, 3\) and B \(2, 2\)"),
+        ({DOWN: (np.zeros((0, 3)), np.zeros((2, 0)))}, "qwen2", "do not multiply"),
+        ({DOWN: (np.zeros(3), np.zeros((2, 1)))}, "qwen2", "do not multiply"),
+        ({DOWN: (nan((1, 3)), factors(1, 3, 2)[1])}, "qwen2", rf"{DOWN}: NaN or Inf"),
+        ({DOWN: (np.full((1, 3), 1e300), factors(1, 3, 2)[1])}, "qwen2", rf"{DOWN}: NaN or Inf"),
+    ],
+)
+def test_what_is_no_adapter_cannot_be_made(found: dict[str, Any], architecture: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LoraAdapter(found, architecture)
+
+
+F32, F16, STRING = GGUFValueType.FLOAT32, np.float16, GGUFValueType.STRING
+A, B = factors(1, 6, 4)
+BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    "a control vector": (
+        lambda p: foreign(p, {"direction.1": A[0]}, general__type=None, adapter__type=None),
+        ["general.type is None", "adapter.type is None", "'direction.1': only blk.N"],
+    ),
+    "another kind of adapter": (
+        lambda p: foreign(p, adapter__type=("dora", STRING)),
+        ["adapter.type is 'dora'; llama.cpp wants 'lora'"],
+    ),
+    "a type that is no string": (
+        lambda p: foreign(p, general__type=(3, GGUFValueType.UINT32)),
+        ["general.type is 3"],
+    ),
+    "alpha of a type that aborts llama.cpp": (
+        lambda p: foreign(p, adapter__lora__alpha=("16", STRING)),
+        ["adapter.lora.alpha is no 32-bit float"],
+    ),
+    "alpha that is no number": (
+        lambda p: foreign(p, adapter__lora__alpha=(float("nan"), F32)),
+        ["adapter.lora.alpha is nan"],
+    ),
+    "alpha that overflows": (
+        lambda p: foreign(
+            p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": B * 1e30}, adapter__lora__alpha=(1e38, F32)
+        ),
+        ["NaN or Inf"],
+    ),
+    "the embedding": (
+        lambda p: foreign(p, {"token_embd.weight.lora_a": A, "token_embd.weight.lora_b": B}),
+        ["'token_embd.weight.lora_a': only blk.N", "'token_embd.weight.lora_b': only blk.N"],
+    ),
+    "half a pair": (lambda p: foreign(p, {f"{DOWN}.lora_a": A}), ["lora_a and lora_b must both be there"]),
+    "unequal ranks": (
+        lambda p: foreign(p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": np.ones((4, 2), np.float32)}),
+        ["do not multiply"],
+    ),
+    "three dimensions": (
+        lambda p: foreign(p, {f"{DOWN}.lora_a": np.ones((2, 1, 6), np.float32), f"{DOWN}.lora_b": B}),
+        ["shape [6, 1, 2]; 2-D needed"],
+    ),
+    "doubles": (
+        lambda p: foreign(p, {f"{DOWN}.lora_a": A.astype(np.float64), f"{DOWN}.lora_b": B}),
+        ["is F64"],
+    ),
+    "NaN": (
+        lambda p: foreign(p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": nan((4, 1))}),
+        [f"{DOWN}: NaN or Inf"],
+    ),
+    "zeros": (
+        lambda p: foreign(p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": 0 * B}),
+        ["Every change is zero"],
+    ),
+    "a newer schema": (
+        lambda p: foreign(p, rs_gguf__schema_version=(2, GGUFValueType.UINT32)),
+        ["rs_gguf.schema_version is 2; this release reads 1"],
+    ),
+    "provenance that cannot be kept": (
+        lambda p: foreign(p, rs_gguf__loss=(float("inf"), F32)),
+        ["Provenance loss is inf"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_reason_is_told(tmp_path: Path, name: str) -> None:
+    write, reasons = BAD[name]
+    path = write(tmp_path / "a.gguf")
+    report = lora.check(path)
+    assert not report.valid
+    told = "\n".join(report.errors)
+    for reason in reasons:
+        assert reason in told
+    if name != "zeros":  # which can be read, and serve nobody
+        with pytest.raises(InputError) as caught:
+            lora.read(path)
+        assert all(error in str(caught.value) for error in report.errors)
+
+
+def test_a_file_cut_short_or_absent_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    lora.write(FULL, path)
+    whole = path.read_bytes()
+    for size in (0, 3, 40, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:size])
+        report = lora.check(path)
+        assert len(report.errors) == 1
+        assert "not a sound GGUF file" in report.errors[0]
+        for use in (lora.read, lora.is_adapter):
+            with pytest.raises(InputError, match="not a sound GGUF file"):
+                use(path)
+    assert "cannot be read" in lora.check(tmp_path / "absent.gguf").errors[0]
+
+
+def test_zero_matrices_are_a_warning(tmp_path: Path) -> None:
+    a, b = factors(1, 6, 4)
+    lora.write(LoraAdapter({DOWN: (a, b), OUT: (a, 0 * b)}, "qwen2"), tmp_path / "a.gguf")
+    report = lora.check(tmp_path / "a.gguf")
+    assert report.valid
+    assert report.warnings == (f"['{OUT}'] do nothing: their changes are zero.",)
+
+
+def test_other_tools_half_floats_and_alpha_are_read(tmp_path: Path) -> None:
+    a, b = factors(2, 6, 4)
+    halves = {f"{DOWN}.lora_a": a.astype(F16), f"{DOWN}.lora_b": b.astype(F16)}
+    found = lora.read(foreign(tmp_path / "a.gguf", halves, adapter__lora__alpha=(16.0, F32)))
+    np.testing.assert_array_equal(found.factors[DOWN][0], a.astype(F16).astype(np.float32))
+    # llama.cpp multiplies by alpha / rank, which is part of the change here.
+    np.testing.assert_array_equal(found.factors[DOWN][1], 8 * b.astype(F16).astype(np.float32))
+
+
+def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_path: Path) -> None:
+    tokens = ([5, 6], GGUFValueType.ARRAY, GGUFValueType.UINT32)
+    path = foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens)
+    report = lora.check(path)
+    assert report.valid
+    assert "is an aLoRA" in report.warnings[0]
+    found = lora.read(path)
+    for use in (
+        lambda: lora.write(found, tmp_path / "b.gguf"),
+        lambda: lora.combine([(found, 1.0)]),
+        lambda: peft_export.export(found, "none", tmp_path / "peft"),
+    ):
+        with pytest.raises(InputError, match="is an aLoRA"):
+            use()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "tokens", [([5, 6], GGUFValueType.ARRAY, GGUFValueType.INT32), (5, GGUFValueType.UINT32)]
+)
+def test_invocation_tokens_are_a_list_of_unsigned_numbers(tmp_path: Path, tokens: Any) -> None:
+    report = lora.check(foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens))
+    assert not report.valid
+    assert "invocation_tokens is no list of 32-bit unsigned numbers" in report.errors[0]
+
+
+def test_norms_are_passed_over_as_by_llama_cpp(tmp_path: Path) -> None:
+    """mergekit writes them, and abliterated models are made into adapters by it."""
+    path, (a, b) = tmp_path / "a.gguf", factors(1, 6, 4)
+    norm = {"blk.1.attn_norm.weight": np.ones(4, np.float32)}
+    foreign(path, {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b, **norm})
+    report = lora.check(path)
+    assert report.valid
+    assert "passes over 'blk.1.attn_norm.weight'" in report.warnings[0]
+    assert list(lora.read(path).factors) == [DOWN]
+
+
+def test_none_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "MAX_ADAPTER_BYTES", 100)
+    with pytest.raises(InputError, match=r"a\.gguf would have 0 MiB, and an adapter has at most 0 here"):
+        lora.write(FULL, tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -> None:
+    """Those of other tools change every matrix of a large model at rank 16."""
+    a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)
+    a[:, 0] = 1
+    path = foreign(tmp_path / "a.gguf", {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b})
+    assert path.stat().st_size > 32 * 2**20
+    assert lora.is_adapter(path)
+    assert lora.read(path).norms[DOWN] == pytest.approx(64 * 131072**0.5)
+    with path.open("r+b") as file:
+        file.truncate(2**30 + 2**20 + 1)
+    with pytest.raises(InputError, match="such a file has at most 1074790400"):
+        lora.is_adapter(path)
+
+
+def test_norms_and_cosines_are_those_of_the_products() -> None:
+    other = LoraAdapter({DOWN: factors(3, 6, 4, seed=5), "blk.7.ffn_up.weight": factors(1, 4, 6)}, "qwen2")
+
+    def product(adapter: LoraAdapter, name: str) -> npt.NDArray[np.float64]:
+        a, b = (factor.astype(np.float64) for factor in adapter.factors[name])
+        return b @ a
+
+    for name, norm in FULL.norms.items():
+        assert norm == pytest.approx(np.linalg.norm(product(FULL, name)), rel=1e-12)
+    x, y = product(FULL, DOWN), product(other, DOWN)
+    expected = np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y)
+    assert lora.cosines(FULL, other) == {DOWN: pytest.approx(expected, rel=1e-12)}
+    assert lora.cosines(FULL, FULL)[OUT] == pytest.approx(1.0)
+
+
+def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
+    other = LoraAdapter(
+        {DOWN: factors(1, 6, 4, seed=9), "blk.7.ffn_up.weight": factors(1, 4, 6)},
+        "qwen2",
+        {"k": 1, "weight": 7},
+    )
+    total = lora.combine([(FULL, 0.5), (other, -2.0)])
+    assert set(total.factors) == set(FULL.factors) | set(other.factors)
+    assert total.rank == 3
+    for name, (a, b) in total.factors.items():
+        expected = 0
+        for part, weight in ((FULL, 0.5), (other, -2.0)):
+            if name in part.factors:
+                expected = expected + weight * part.factors[name][1] @ part.factors[name][0]
+        np.testing.assert_allclose(b @ a, expected, atol=1e-5)
+    assert total.provenance["combine.0.weight"] == 0.5
+    assert total.provenance["combine.0.method"] == "gate"
+    assert total.provenance["combine.1.k"] == 1
+    assert total.provenance["combine.1.weight"] == -2.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "nothing to combine"),
+        ([(FULL, float("nan"))], "weight nan of adapter 0"),
+        ([(FULL, 1.0), (LoraAdapter(FULL.factors, "llama"), 1.0)], "llama and qwen2.*different models"),
+        ([(FULL, 1.0), (LoraAdapter({DOWN: factors(1, 6, 8)}, "qwen2"), 1.0)], r"\(4, 6\).*\(8, 6\)"),
+        ([(FULL, 1e39)], "NaN or Inf"),
+    ],
+)
+def test_sums_that_make_no_sense(parts: list[tuple[LoraAdapter, float]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lora.combine(parts)
+
+
+# ---- what llama.cpp does with it ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.Qwen2ForCausalLM]:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return path, write_tiny_qwen2(path)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_llama_cpp_adds_scale_times_the_product(
+    tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, scale: float
+) -> None:
+    model, network = tiny
+    lora.write(random_adapter(), tmp_path / "a.gguf")
+    expected = torch_logits(network, random_adapter(), scale)
+    assert np.abs(expected - llama_logits(model, None)).max() > 0.1
+    np.testing.assert_allclose(llama_logits(model, tmp_path / "a.gguf", scale), expected, atol=1e-4)
+
+
+def test_a_sum_is_what_two_files_do(tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path) -> None:
+    parts = [(random_adapter(), 0.5), (random_adapter(seed=200, rank=1, layers=(1,)), -1.5)]
+    for number, (adapter, _) in enumerate(parts):
+        lora.write(adapter, tmp_path / f"{number}.gguf")
+    lora.write(lora.combine(parts), tmp_path / "sum.gguf")
+    prompt = [5, 9, 17, 40, 3]
+    with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
+        plain = next(row.copy() for _, row in model.next_logits([prompt]))
+        with model.steered(adapters=[(tmp_path / "0.gguf", 0.5), (tmp_path / "1.gguf", -1.5)]):
+            together = next(row.copy() for _, row in model.next_logits([prompt]))
+        with model.steered(adapters=[(tmp_path / "sum.gguf", 1.0)]):
+            summed = next(row.copy() for _, row in model.next_logits([prompt]))
+    assert np.abs(together - plain).max() > 0.1
+    np.testing.assert_allclose(summed, together, atol=1e-3)
+
+
+def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    lora.write(random_adapter(), file)
+    with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
+
+        def under(*adapters: tuple[Path, float]) -> np.ndarray:
+            with model.steered(adapters=adapters):
+                return next(row.copy() for _, row in model.next_logits([[5, 9, 17, 40, 3]]))
+
+        twice = under((file, 0.5), (tmp_path / "." / ".." / tmp_path.name / "a.gguf", -1.5))
+        np.testing.assert_array_equal(twice, under((file, -1.0)))
+        assert np.abs(twice - under((file, 0.5))).max() > 0.1
+
+
+def test_check_proves_the_effect_on_the_model(
+    tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
+) -> None:
+    lora.write(random_adapter(), tmp_path / "a.gguf")
+    report = lora.check(tmp_path / "a.gguf", tiny[0])
+    assert report.errors == ()
+    assert report.proof.effect_observed
+    assert set(report.proof.relative_error) == set(random_adapter().factors)
+    assert report.proof.largest_relative_error < 1e-3
+    assert report.proof.kl_mean > 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoraAdapter(random_adapter().factors, "llama"), "belongs to another model"),
+        (random_adapter(layers=(3,)), "'blk.3.attn_output.weight' does not exist in base model"),
+        (LoraAdapter({OUT: factors(1, 64, 32)}, "qwen2"), f"'{OUT}' has incorrect shape"),
+        (LoraAdapter({OUT: factors(1, 32, 64)}, "qwen2"), f"'{OUT}' has incorrect shape"),
+    ],
+)
+def test_an_adapter_for_another_model_is_found_out(
+    tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, adapter: LoraAdapter, message: str
+) -> None:
+    lora.write(adapter, tmp_path / "a.gguf")
+    report = lora.check(tmp_path / "a.gguf", tiny[0])
+    assert len(report.errors) == 1
+    assert message in report.errors[0]
+
+
+def test_a_bad_model_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
+    lora.write(FULL, tmp_path / "a.gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="cannot load"):
+        lora.check(tmp_path / "a.gguf", tmp_path / "m.gguf")

@@ -1,0 +1,180 @@
+"""What `check --model` says of a vector, on a tiny model that llama.cpp runs."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fixtures import tiny_gguf
+from fixtures.adapters import factors
+from fixtures.tiny_gguf import write_tiny_qwen2
+
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError
+from rs_gguf.records import files
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.proof import TOLERANCE, prove
+from rs_gguf.steering.vector import SteeringVector
+from rs_gguf.steering.vector_file import check, write
+
+N_LAYER, WIDTH = 4, 32
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=N_LAYER, n_embd=WIDTH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> Iterator[LlamaModel]:
+    with LlamaModel(file, n_parallel=4, n_ctx=512, n_threads=1) as loaded:
+        yield loaded
+
+
+def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVector:
+    rng = np.random.default_rng(5)
+    rows = {layer: rng.standard_normal(width) for layer in layers}
+    return SteeringVector({n: length * row / np.linalg.norm(row) for n, row in rows.items()}, {}, "qwen2")
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
+def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
+    """The short one is within rounding, which counts for more beside it, and is not called wrong."""
+    shown = prove(vector(1, 2, 3).scaled(scale), model)
+    assert shown.reasons == ()
+    assert shown.effect_observed
+    assert list(shown.relative_error) == ["1", "2", "3"]
+    assert shown.largest_relative_error < (TOLERANCE if abs(scale) > 0.01 else 0.1)
+    assert shown.kl_mean is not None
+    assert shown.kl_mean > 0
+
+
+def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
+    rows = {1: np.zeros(WIDTH), 2: vector(2).directions[2]}
+    shown = prove(SteeringVector(rows), model)
+    assert shown.effect_observed
+    assert shown.relative_error["1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "loader_says"),
+    [
+        (vector(1, width=16), "16 wide but tiny.gguf is 32", "control vector n_embd does not match model"),
+        (vector(1, 7, 9), "layers [7, 9] do not exist: tiny.gguf has blocks 0 to 3", ""),
+        (vector(1, N_LAYER), "Does the file count blocks from 1?", ""),
+        (vector(2, length=1e-12), "so short that rounding swallows it (longest 1e-12)", ""),
+        (
+            SteeringVector({1: 1e-9 * np.ones(WIDTH), 2: np.ones(WIDTH)}),
+            "blocks [1]: beside the residual the direction is so short",
+            "",
+        ),
+        (SteeringVector({n: np.full(WIDTH, 3e38) for n in (1, 2)}), "no numbers any more", ""),
+    ],
+)
+def test_what_does_not_fit_the_model(
+    tmp_path: Path, file: Path, given: SteeringVector, said: str, loader_says: str
+) -> None:
+    write(given, tmp_path / "v.gguf")
+    assert check(tmp_path / "v.gguf").valid  # the model alone shows it
+    report = check(tmp_path / "v.gguf", file)
+    assert len(report.errors) == 1
+    assert said in report.errors[0]
+    assert report.loader_says == loader_says
+    assert not report.proof.effect_observed
+
+
+def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> None:
+    """It may be of the same shape: what llama.cpp does with it is right, and what was measured is not."""
+    for sha256, told in ((files.sha256(file), False), ("0" * 64, True), (None, False)):
+        facts = {"model.name": "other"} | ({"model.sha256": sha256} if sha256 else {})
+        write(SteeringVector(vector(1).directions, facts), tmp_path / "v.gguf")
+        matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
+        lora.write(LoraAdapter(matrix, "qwen2", facts), tmp_path / "a.gguf")
+        for report in (check(tmp_path / "v.gguf", file), lora.check(tmp_path / "a.gguf", file)):
+            assert report.valid
+            assert sum("fitted on another model file, 'other'" in w for w in report.warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (0.0, "ignores control vectors"),
+        (0.5, "something else than the direction (relative error 0.5 at block"),
+        (0.99, "something else than the direction (relative error 0.01 at block"),
+        (-1.0, "something else than the direction (relative error 2 at block"),
+    ],
+)
+def test_finds_a_runtime_that_does_something_else(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, factor: float, said: str
+) -> None:
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def otherwise(
+        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
+    ) -> Iterator[None]:
+        with steered(self, {n: np.float32(factor) * row for n, row in directions.items()}, **options):
+            yield
+
+    monkeypatch.setattr(LlamaModel, "steered", otherwise)
+    shown = prove(vector(1, 2, 3), model)
+    assert not shown.effect_observed
+    assert len(shown.reasons) == 1
+    assert said in shown.reasons[0]
+
+
+def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    steered = LlamaModel.steered
+
+    @contextlib.contextmanager
+    def otherwise(
+        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
+    ) -> Iterator[None]:
+        with steered(self, {n: row * (n != 2) for n, row in directions.items()}, **options):
+            yield
+
+    monkeypatch.setattr(LlamaModel, "steered", otherwise)
+    shown = prove(vector(1, 2, 3), model)
+    assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
+    assert shown.relative_error["2"] == pytest.approx(1.0)
+
+
+def test_no_place_for_drafts_is_no_fault_of_the_adapter(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.gguf"
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
+        lora.check(path, file)
+
+
+def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise InputError("no memory")
+
+    lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), tmp_path / "a")
+    monkeypatch.setattr(LlamaModel, "next_logits", full)
+    with pytest.raises(InputError, match="no memory"):
+        lora.check(tmp_path / "a", file)
+
+
+def test_a_template_with_a_long_system_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_gguf, "CHAT_TEMPLATE", 1030 * "x" + tiny_gguf.CHAT_TEMPLATE)
+    write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=N_LAYER, n_embd=WIDTH)
+    write(vector(1), tmp_path / "v.gguf")
+    matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
+    lora.write(LoraAdapter(matrix, "qwen2"), tmp_path / "a.gguf")
+    assert check(tmp_path / "v.gguf", tmp_path / "tiny.gguf").errors == ()
+    assert lora.check(tmp_path / "a.gguf", tmp_path / "tiny.gguf").errors == ()

@@ -1,0 +1,299 @@
+"""SteeringVector: what it accepts, and that `apply` equals adding the direction to the model's own bias."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from rs_gguf.errors import InputError
+from rs_gguf.steering.vector import MAX_LAYERS, SteeringVector, decoder_blocks
+
+WIDTH = 32
+COMMON: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DENSE: dict[str, Any] = {
+    **COMMON,
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**DENSE, mlp_bias=True),
+    "gpt2": lambda: transformers.GPT2Config(**COMMON, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=64),
+    "falcon": lambda: transformers.FalconConfig(
+        **COMMON, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4
+    ),
+    "bloom": lambda: transformers.BloomConfig(**COMMON, hidden_size=WIDTH, n_layer=3, n_head=4),
+    "gemma2": lambda: transformers.Gemma2Config(**DENSE),
+    # As many experts as blocks: the lists of experts have the length that the blocks are known by.
+    "mixtral": lambda: transformers.MixtralConfig(**DENSE, num_local_experts=3),
+}
+PROMPTS = torch.tensor([[5, 9, 17, 33, 2, 8], [7, 7, 100, 3, 4, 1]])
+
+
+def build(name: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(7)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+
+
+def vector(*layers: int, width: int = WIDTH, seed: int = 0) -> SteeringVector:
+    rng = np.random.default_rng(seed)
+    return SteeringVector({layer: rng.standard_normal(width).astype(np.float32) for layer in layers})
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(PROMPTS).logits
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_finds_the_blocks(name: str) -> None:
+    model = build(name)
+    blocks = decoder_blocks(model)
+    assert len(blocks) == 3
+    assert decoder_blocks(model.base_model) == blocks
+    # Block N turns entry N of the hidden states into entry N + 1 (the last entry is after the final norm).
+    seen: list[torch.Tensor] = []
+    handle = blocks[1].register_forward_hook(
+        lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.inference_mode():
+        states = model(PROMPTS, output_hidden_states=True).hidden_states
+    handle.remove()
+    torch.testing.assert_close(seen[0], states[2], rtol=0, atol=0)
+
+
+def test_finds_the_text_blocks_of_a_model_with_a_vision_tower_as_deep() -> None:
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=DENSE, vision_config=vision)
+    blocks = decoder_blocks(transformers.AutoModelForImageTextToText.from_config(config))
+    assert [type(block).__name__ for block in blocks] == ["Gemma3DecoderLayer"] * 3
+
+
+def test_refuses_what_is_no_transformers_model() -> None:
+    with pytest.raises(InputError, match="no transformers configuration"):
+        decoder_blocks(torch.nn.Linear(2, 2))
+
+
+def test_refuses_two_candidate_lists() -> None:
+    class Twins(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
+            self.left = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+            self.right = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+
+    with pytest.raises(InputError, match=r"\['left', 'right'\]"):
+        decoder_blocks(Twins())
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("llama", "model.layers.{}.mlp.down_proj.bias"), ("gpt2", "transformer.h.{}.mlp.c_proj.bias")],
+)
+def test_equals_a_change_of_the_blocks_last_bias(name: str, bias: str, scale: float) -> None:
+    """The reference is the model's own arithmetic: the block's last addition gets the same constant."""
+    model, steering = build(name), vector(1, 2)
+    plain = logits(model)
+    with steering.apply(model, scale):
+        steered = logits(model)
+    for layer, row in steering.directions.items():
+        model.get_parameter(bias.format(layer)).data += scale * torch.from_numpy(row.copy())
+    torch.testing.assert_close(steered, logits(model), rtol=1e-5, atol=1e-5)
+    assert (steered - plain).abs().max() > 0.01
+
+
+def test_cached_generation_is_steered_like_whole_passes() -> None:
+    model, steering = build("llama"), vector(2)
+    with steering.apply(model):
+        scores = [
+            torch.stack(
+                model.generate(
+                    PROMPTS,
+                    attention_mask=torch.ones_like(PROMPTS),
+                    do_sample=False,
+                    min_new_tokens=5,
+                    max_new_tokens=5,
+                    use_cache=use_cache,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ).logits
+            )
+            for use_cache in (True, False)
+        ]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
+
+
+def test_restores_the_model_and_adds_up_when_nested() -> None:
+    model, one, two = build("llama"), vector(1), vector(1, 2, seed=1)
+    plain = logits(model)
+    with one.apply(model), two.apply(model, -1.0):
+        nested = logits(model)
+    summed = SteeringVector(
+        {1: one.directions[1] - two.directions[1], 2: -two.directions[2]},
+    )
+    with summed.apply(model):
+        torch.testing.assert_close(logits(model), nested, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model), plain)
+    assert hook_count(model) == 0
+
+
+def test_removes_its_hooks_when_the_block_raises() -> None:
+    model = build("llama")
+    with pytest.raises(RuntimeError, match="2 hooks inside"), vector(1, 2).apply(model):
+        raise RuntimeError(f"{hook_count(model)} hooks inside")
+    assert hook_count(model) == 0
+
+
+def test_undoes_a_half_done_acquire(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+
+    def refuse(_hook: Any) -> None:
+        raise RuntimeError("no more hooks")
+
+    monkeypatch.setattr(decoder_blocks(model)[2], "register_forward_hook", refuse)
+    with pytest.raises(RuntimeError, match="no more hooks"), vector(1, 2).apply(model):
+        pytest.fail("the block must not run")
+    assert hook_count(model) == 0
+
+
+class Tuples(torch.nn.Module):
+    """Blocks that return a tuple, as transformers' did for years."""
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return 2 * hidden, "cache"
+
+    def __init__(self) -> None:
+        super().__init__()
+        text = SimpleNamespace(num_hidden_layers=2, hidden_size=4)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.blocks = torch.nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, str]:
+        for block in self.blocks:
+            hidden, rest = block(hidden)
+        return hidden, rest
+
+
+def test_keeps_the_rest_of_a_tuple_and_the_models_dtype() -> None:
+    steering, model = SteeringVector({1: [1.0, 2.0, 3.0, 4.0]}), Tuples()
+    with steering.apply(model, 0.5):
+        hidden, rest = model(torch.ones(1, 2, 4, dtype=torch.bfloat16))
+    assert rest == "cache"
+    assert hidden.dtype is torch.bfloat16
+    assert hidden[0].tolist() == [[4.5, 5.0, 5.5, 6.0]] * 2
+
+
+def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
+    model = build("llama")
+    with pytest.raises(InputError, match=r"blocks \[3\].*blocks 0 to 2"), vector(2, 3).apply(model):
+        pytest.fail("the block must not run")
+    with pytest.raises(InputError, match=r"16 wide.*32 wide"), vector(1, width=16).apply(model):
+        pytest.fail("the block must not run")
+    for scale in (float("nan"), 1e39):
+        with pytest.raises(InputError, match="finite number"), vector(1).apply(model, scale):
+            pytest.fail("the block must not run")
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        ({}, "no direction"),
+        ({0: [1.0]}, "Block 0 cannot be steered"),
+        ({-1: [1.0]}, "Block -1 cannot be steered"),
+        ({True: [1.0]}, "Block True cannot be steered"),
+        ({1.0: [1.0]}, r"Block 1\.0 cannot be steered"),
+        ({MAX_LAYERS: [1.0]}, "Block 512 cannot be steered"),
+        ({1: [[1.0]]}, r"shape \(1, 1\)"),
+        ({1: []}, r"shape \(0,\)"),
+        ({1: ["x"]}, "block 1 is no array of numbers"),
+        ({1: [[1.0], [1.0, 2.0]]}, "block 1 is no array of numbers"),
+        ({1: [1.0, float("nan"), float("inf")]}, "2 values that are NaN"),
+        ({1: [1e300]}, "beyond float32"),
+        ({1: [1.0], 2: [1.0, 2.0]}, r"widths \[1, 2\]"),
+    ],
+)
+def test_refuses_bad_directions(directions: dict[Any, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SteeringVector(directions)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "message"),
+    [
+        ({"a key": 1}, "not a dotted name"),
+        ({"a..b": 1}, "not a dotted name"),
+        ({"a": float("inf")}, "no finite value"),
+        ({"a": 2**63}, "beyond 64 bits"),
+        ({"a": []}, "at least one"),
+        ({"a": [1, 2.0]}, "one type"),
+        ({"a": None}, "NoneType"),
+        ({"a": [[1]]}, "type list"),
+        ({"a": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_refuses_bad_provenance(provenance: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SteeringVector({1: [1.0]}, provenance)
+
+
+def test_is_a_sorted_frozen_copy() -> None:
+    row = np.array([3.0, 4.0])
+    steering = SteeringVector({np.int64(9): row, 2: row * 2}, {"b": 1, "a": [True]})
+    row[0] = 99.0
+    assert steering.layers == [2, 9]
+    assert steering.norms == {2: 10.0, 9: 5.0}
+    assert list(steering.provenance) == ["a", "b"]
+    assert steering.directions[9].dtype == np.float32
+    with pytest.raises(ValueError, match="read-only"):
+        steering.directions[9][0] = 1.0
+
+
+def test_takes_numpy_scalars_as_provenance() -> None:
+    given = {"drift": np.float64(0.5), "layers": [np.int32(1), np.int64(2)], "on": np.bool_(True)}
+    steering = SteeringVector({1: [1.0]}, given)
+    assert steering == SteeringVector({1: [1.0]}, {"drift": 0.5, "layers": [1, 2], "on": True})
+
+
+def test_equality_sees_values_types_and_architecture() -> None:
+    base = SteeringVector({1: [1.0]}, {"n": 1}, "qwen2")
+    assert base == SteeringVector({1: [1.0]}, {"n": 1}, "qwen2")
+    assert base != SteeringVector({1: [2.0]}, {"n": 1}, "qwen2")
+    assert base != SteeringVector({2: [1.0]}, {"n": 1}, "qwen2")
+    assert base != SteeringVector({1: [1.0]}, {"n": 1.0}, "qwen2")
+    assert base != SteeringVector({1: [1.0]}, {"n": True}, "qwen2")
+    assert base != SteeringVector({1: [1.0]}, {"n": 1}, "llama")
+    assert base != "qwen2"
+
+
+def test_scaled_multiplies_in_float32_and_says_so() -> None:
+    steering = vector(1, 2).scaled(0.1).scaled(-3)
+    expected = vector(1, 2).directions[2] * np.float32(0.1) * np.float32(-3)
+    assert np.array_equal(steering.directions[2], expected)
+    assert steering.provenance["scaled_by"] == pytest.approx(-0.3)
+    with pytest.raises(InputError, match="beyond float32"):
+        SteeringVector({1: [2.0]}).scaled(3e38)
+    for scale in (1e39, float("inf")):
+        with pytest.raises(InputError, match="finite number"):
+            vector(1).scaled(scale)
