@@ -7,6 +7,8 @@ from rs_gguf.activations.scores import (
     flat_profile,
     layer_auroc,
     layer_scores,
+    scales_of,
+    scores_of,
 )
 
 __all__ = [
@@ -16,4 +18,6 @@ __all__ = [
     "flat_profile",
     "layer_auroc",
     "layer_scores",
+    "scales_of",
+    "scores_of",
 ]
