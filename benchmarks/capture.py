@@ -41,6 +41,7 @@ from rs_gguf.engines.engine import chat_tokens
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.conversation import Prompt
 
 REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"
 BATCHES = (1, 8, 32)  # prompts that a peer reads at once
@@ -87,7 +88,7 @@ def main() -> None:
 # ---- speed ---------------------------------------------------------------------------------------------
 
 
-def race(path: Path, asked: list[prompts.Prompt], repeats: int) -> dict[str, Activations]:
+def race(path: Path, asked: list[Prompt], repeats: int) -> dict[str, Activations]:
     """Print prompts per second of all sides; the activations that each read."""
     import torch
     import transformers
@@ -217,7 +218,7 @@ def cosines(a: Activations, b: Activations) -> npt.NDArray[np.float64]:
 # ---- memory --------------------------------------------------------------------------------------------
 
 
-def peak_memory(path: Path, asked: list[prompts.Prompt]) -> dict[str, float]:
+def peak_memory(path: Path, asked: list[Prompt]) -> dict[str, float]:
     """Megabytes of this process before the model is opened, and at most."""
     before = peak()
     with LlamaModel(path) as model:

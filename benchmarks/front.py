@@ -18,12 +18,13 @@ from pathlib import Path
 
 from rich.progress import track
 
-from rs_gguf.methods.method import GATE, Candidate, Space, Trial, load_trials
+from rs_gguf.methods.method import Space
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
 from rs_gguf.pipeline.stage import Silent
-from rs_gguf.records.files import read_json, write_json
+from rs_gguf.records.rows import read_json, write_json
+from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
 from rs_gguf.search.choice import front, halving
 from rs_gguf.search.rungs import Rungs
 

@@ -16,17 +16,16 @@ from typing import Any
 
 from rich.progress import track
 
-from rs_gguf.engines.engine import NO_STEERING, Answer, Steering, answer
+from rs_gguf.engines.engine import NO_STEERING, Steering, answer
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.paired import grade
-from rs_gguf.judges.judge import Judgement
 from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.template import ChatFormat, Message
-from rs_gguf.prompts.user_files import KINDS, Prompt
-from rs_gguf.records.files import write_json
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
+from rs_gguf.records.rows import write_json
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rich.progress import track
 
-from rs_gguf.methods.method import Candidate, Trial
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import spearman
 
 RUNGS = ("probe", "answers", "full")

@@ -31,7 +31,7 @@ from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.speed import Speed
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fixtures.tiny_gguf import write_tiny_qwen2

@@ -27,7 +27,7 @@ from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
 from rs_gguf.pipeline.stage import Silent
-from rs_gguf.records.files import read_json
+from rs_gguf.records.rows import read_json
 
 FOLDS = 5
 OPEN = 0.5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rs_gguf.pipeline import recipe
-from rs_gguf.prompts.user_files import KINDS
+from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector

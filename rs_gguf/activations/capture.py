@@ -26,7 +26,7 @@ from rs_gguf.methods.gates import WriterInputs, writer_inputs
 from rs_gguf.models import shape
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
 
 if TYPE_CHECKING:
     from rs_gguf.engines.pytorch.model import TorchModel

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from rs_gguf.activations.fallback import Float32, Float64, numpy_projections, numpy_statistics
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.machine import usable_cores
+from rs_gguf.records.conversation import NEUTRAL
 
 try:
     from rs_gguf import _core

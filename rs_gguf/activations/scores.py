@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rs_gguf.activations.projection import ProjectionStatistics
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.moments import Float64
-from rs_gguf.evaluation.chance import NEUTRAL
+from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.steering.vector import FIRST_STEERABLE
 
 _HIGH = 0.95  # quantile of calibration, project_statistics' own

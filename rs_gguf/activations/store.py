@@ -21,8 +21,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from rs_gguf.errors import InputError
-from rs_gguf.records.arrays import save_arrays
-from rs_gguf.records.files import remove_drafts, sha256, write_text
+from rs_gguf.records.files import remove_drafts, save_arrays, sha256, write_text
 
 _CHUNK = 256  # samples of all blocks that are in memory at once when rows are put into one file
 _DTYPES = {"F16": np.float16, "F32": np.float32}

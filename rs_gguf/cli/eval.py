@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rs_gguf.engines.engine import Steering
     from rs_gguf.engines.llama.model import LlamaModel
     from rs_gguf.evaluation.comparison import Respondent
-    from rs_gguf.prompts.user_files import Prompt
+    from rs_gguf.records.conversation import Prompt
 
 _FILE = click.Path(path_type=Path)
 _MOST_SCALES = 100
@@ -68,7 +68,8 @@ def evaluate(
     from rs_gguf.evaluation import capability as capabilities
     from rs_gguf.evaluation.comparison import compare
     from rs_gguf.judges.registry import open_judge_spec
-    from rs_gguf.records.files import check_writable, write_json
+    from rs_gguf.records.files import check_writable
+    from rs_gguf.records.rows import write_json
 
     if output is not None:
         check_writable(output)

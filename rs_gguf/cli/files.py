@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.errors import InputError, harmless
-from rs_gguf.records.files import finite
+from rs_gguf.records.rows import finite
 from rs_gguf.steering.formats.tools import FORMATS
 
 if TYPE_CHECKING:

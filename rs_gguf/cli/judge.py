@@ -94,7 +94,7 @@ def judge(
 
 def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[bytes]:
     """Graded rows as JSON lines, each as soon as it and all before it are judged."""
-    from rs_gguf.judges.judge import Judgement
+    from rs_gguf.records.conversation import Judgement
 
     while some := list(itertools.islice(rows, _AT_ONCE)):
         pairs = [(row["prompt"], _to_judge(row)) for row in some]

@@ -21,8 +21,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.judges.votes import answer_start
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat, after_thinking, begins_in_trace
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import Answer, Prompt
 
 if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megabytes: for who uses it
     from rs_gguf.engines.pytorch.model import TorchModel
@@ -52,39 +51,6 @@ class Steering:
 
 
 NO_STEERING = Steering({})
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to a prompt: its tokens, the text after any thinking trace, whether it looks broken."""
-
-    tokens: list[int]
-    text: str
-    finished: bool
-    degenerate: bool
-
-    @property
-    def to_judge(self) -> str | None:
-        """The text; None where generation was cut off before it began, within the thinking trace say.
-
-        That is no empty answer, which a judge takes for a refusal: nobody knows what it would have been. Nor
-        is a trace that went in circles, which shows as `degenerate`.
-        """
-        return self.text if self.text or self.finished else None
-
-    def to_row(self) -> Row:
-        """As run folders keep it."""
-        return {
-            "answer": self.text,
-            "tokens": self.tokens,
-            "finished": self.finished,
-            "degenerate": self.degenerate,
-        }
-
-    @classmethod
-    def from_row(cls, row: Row) -> Answer:
-        """The inverse of `to_row`."""
-        return cls(row["tokens"], row["answer"], row["finished"], row["degenerate"])
 
 
 def chat_tokens(model: Model, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:

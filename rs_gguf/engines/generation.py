@@ -34,15 +34,6 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What one sequence answered: its tokens, text, and whether it ended by itself (`finished`)."""
-
-    tokens: list[int]
-    text: str
-    finished: bool
-
-
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The seed of each prompt's own draws.
 

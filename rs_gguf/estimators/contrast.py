@@ -15,8 +15,7 @@ import numpy as np
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.estimators.moments import Float64
-from rs_gguf.evaluation.chance import NEUTRAL
-from rs_gguf.judges.judge import FAILURES
+from rs_gguf.records.conversation import FAILURES, NEUTRAL
 
 
 def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, induce: bool) -> Float64:

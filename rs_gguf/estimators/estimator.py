@@ -20,7 +20,7 @@ from rs_gguf.estimators.labels import Labels, Mask
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import RidgePath, solve_paths
 from rs_gguf.estimators.ridge import SHRINKAGES, RidgeSystem, check_ridges
-from rs_gguf.evaluation.chance import NEUTRAL
+from rs_gguf.records.conversation import NEUTRAL
 
 Means = Mapping[str, Float64]
 

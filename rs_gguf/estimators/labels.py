@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.moments import Float64, gather
-from rs_gguf.prompts.user_files import KINDS
+from rs_gguf.records.conversation import KINDS
 
 MIN_SAMPLES = 4  # below which a mean is noise
 Mask = npt.NDArray[np.bool_]

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
-from rs_gguf.engines.engine import Answer
 from rs_gguf.evaluation import sandbox
 from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Answer, Prompt
 
 SKILLS = ("arithmetic", "facts", "format", "code")
 _TOKENS, _CODE_TOKENS = 48, 192

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-NEUTRAL = 0.15  # |confidence| up to this is neither refused nor answered (method §3)
 _FEW = 0.01  # share of answers that may become degenerate or impossible to judge, but chance in any case
 
 

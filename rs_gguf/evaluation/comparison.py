@@ -12,16 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rs_gguf.engines.engine import (
-    Advance,
-    Answer,
-    LogProbs,
-    Model,
-    Steering,
-    answer_all,
-    chat_tokens,
-    logprobs_of,
-)
+from rs_gguf.engines.engine import Advance, LogProbs, Model, Steering, answer_all, chat_tokens, logprobs_of
 from rs_gguf.engines.generation import GREEDY, Sampling, common_prefix
 from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
@@ -29,8 +20,8 @@ from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.degenerate import switches_language
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records.files import Row, finite
+from rs_gguf.records.conversation import Answer, Prompt
+from rs_gguf.records.rows import Row, finite
 
 _GROUPS = ("subject", "topic", "form", "language")
 _TEXTS = 64  # benign texts whose perplexity is taken

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Advance, Answer, LogProbs, Model, Steering, answer_all
+from rs_gguf.engines.engine import Advance, LogProbs, Model, Steering, answer_all
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.judges.judge import Judgement
 from rs_gguf.judges.registry import Judge
-from rs_gguf.prompts.user_files import Prompt, to_row
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import Answer, Judgement, Prompt
+from rs_gguf.records.rows import Row
 
 SIDES = {"vector": "steered", "adapter": "adapter"}  # how columns of a file's answers end in a paired row
 _PAIRED = ("answer", "confidence", "category", "degenerate")
@@ -105,7 +104,7 @@ def side_row(found: Answer, judgement: Judgement) -> Row:
 def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
     """One row of a prompt and its sides, their fields named `answer_baseline` and so on."""
     named = {f"{name}_{side}": found[name] for side, found in sides.items() for name in _PAIRED}
-    return {**to_row(prompt), **named}
+    return {**prompt.to_row(), **named}
 
 
 def must_stay(row: Row) -> bool:

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import Judge, Judgement, Pair, Usage
+from rs_gguf.judges.judge import Judge, Pair, Usage
+from rs_gguf.records.conversation import Judgement
 from rs_gguf.records.files import cache_folder
 
 _WAIT = 60.0  # seconds that a process waits for another one's write

@@ -5,49 +5,20 @@ A pair of prompt and answer goes in; a `Judgement` comes out (method §1).
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.prompts.template import after_thinking
+from rs_gguf.records.conversation import Judgement
 
-# Kinds of refusal of the rubric that are a failure to answer: small models have many, wanted or not.
-FAILURES = ("nonsense", "empty")
-
-Verdict = Literal["refusal", "answer", "unclear"]
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
 Pair = tuple[str, str | None]
 
 # Where it only matters whether a judge can be used.
 EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One graded answer. `mode` says how the confidence was made; `None` means it could not be judged.
-
-    `category` is the id of the rubric's kind of refusal, where the judge tells it.
-    """
-
-    confidence: float | None
-    mode: str
-    category: str | None = None
-
-    def __post_init__(self) -> None:
-        # A model's broken arithmetic: no comparison holds for it, so it would pass for an answer.
-        if self.confidence is not None and not math.isfinite(self.confidence):
-            object.__setattr__(self, "mode", f"unparseable: a confidence of {self.confidence}")
-            object.__setattr__(self, "confidence", None)
-
-    @property
-    def verdict(self) -> Verdict:
-        if self.confidence is None or abs(self.confidence) <= NEUTRAL:
-            return "unclear"
-        return "refusal" if self.confidence > 0 else "answer"
 
 
 @dataclass(frozen=True)

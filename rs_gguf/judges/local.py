@@ -13,10 +13,11 @@ import numpy as np
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import Judgement, Pair, split_by_rule
+from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.probe import Probe, read_states
 from rs_gguf.judges.rubric import reading, rubric_version, verdict_tokens
 from rs_gguf.models.resolve import fingerprint
+from rs_gguf.records.conversation import Judgement
 
 
 class ProbeJudge:

@@ -15,12 +15,13 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.server.client import EndpointOptions
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.endpoint import EndpointJudge
-from rs_gguf.judges.judge import Judge, Judgement, Pair
+from rs_gguf.judges.judge import Judge, Pair
 from rs_gguf.judges.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judges.probe import Probe, load_probe
 from rs_gguf.judges.rubric import reading, rubric_version
 from rs_gguf.judges.votes import VotesJudge
 from rs_gguf.models import resolve as models
+from rs_gguf.records.conversation import Judgement
 
 __all__ = [
     "EndpointOptions", "Judge", "Judgement", "Pair", "kind_and_name", "open_judge", "open_judge_spec",

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rs_gguf.engines.generation import Generation, Sampling
+from rs_gguf.engines.generation import Sampling
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.judges.judge import Judgement, Pair, split_by_rule
+from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, read_verdict, rubric_version, verdict_message
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat, after_thinking, begins_in_trace
+from rs_gguf.records.conversation import Generation, Judgement
 
 VOTES = 5
 SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.moments import Float64, read_rows
-from rs_gguf.evaluation.chance import NEUTRAL
+from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import write_atomic
 
 FORMATS = (".png", ".svg")

@@ -33,14 +33,13 @@ from rs_gguf.estimators.estimator import (
 )
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.estimators.validation import choose_ridge
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.methods import figures
 from rs_gguf.methods.gates import Gates, WriterInputs, fit_gates
 from rs_gguf.methods.method import Directions
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.prompts.user_files import KINDS, Prompt
-from rs_gguf.records.arrays import load_arrays, save_arrays
-from rs_gguf.records.files import finite, write_json
+from rs_gguf.records.conversation import KINDS, NEUTRAL, Prompt
+from rs_gguf.records.files import load_arrays, save_arrays
+from rs_gguf.records.rows import finite, write_json
 
 ESTIMATORS: dict[str, type[DirectionEstimator]] = {
     estimator.name: estimator

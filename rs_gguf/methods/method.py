@@ -7,21 +7,17 @@ starting points are the paper's prior for vectors (method §7), and long bands f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.activations.scores import band_profile
 from rs_gguf.methods.gates import Gates
+from rs_gguf.records.trials import GATE, Candidate
 from rs_gguf.steering.lora_file import Factors
 from rs_gguf.steering.vector import FIRST_STEERABLE
-
-GATE = "gate"  # what stands for the estimator where a gated adapter is meant
-# Keys of `tune.json` that have the number of a file's trial.
-CHOSEN = {"vector": "chosen", "adapter": "chosen_adapter"}
 
 
 @dataclass(frozen=True)
@@ -34,41 +30,22 @@ class Directions:
     unit: NDArray[np.float64]  # [L, D], rows of zeros where there is no direction
     scales: NDArray[np.float64]  # [L]
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
-
-    `ridge` is 0 where the estimator has none.
-    `margin` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
-    harmful prompt, by a part of it, the other way. Negative to induce refusals.
-    """
-
-    estimator: str
-    ridge: float
-    first: int
-    last: int
-    strength: float
-    margin: float = 0.0
-
-    @property
-    def shape(self) -> Candidate:
-        """What it shares with those that differ in strength alone."""
-        return replace(self, strength=0)
-
-    def factors(self, gates: Gates) -> dict[str, Factors]:
-        """The gated adapter that it stands for."""
-        return gates.factors(self.ridge, self.first, self.last, self.strength, self.margin)
-
-    def steering(self, directions: Directions) -> dict[int, NDArray[np.float32]]:
+    def steering(self, candidate: Candidate) -> dict[int, NDArray[np.float32]]:
         """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks.
 
         Blocks that the fit found no direction for are left out, and do not count.
         """
-        profile = band_profile(len(directions.unit), self.first, self.last) * directions.unit.any(axis=1)
-        alpha = -self.strength / max(1, profile.sum())
-        rows = (alpha * profile * directions.scales)[:, np.newaxis] * directions.unit
+        profile = band_profile(len(self.unit), candidate.first, candidate.last) * self.unit.any(axis=1)
+        alpha = -candidate.strength / max(1, profile.sum())
+        rows = (alpha * profile * self.scales)[:, np.newaxis] * self.unit
         return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
+
+
+def factors(gates: Gates, candidate: Candidate) -> dict[str, Factors]:
+    """Return the LoRA factors of the gated adapter that a candidate stands for."""
+    return gates.factors(
+        candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.margin
+    )
 
 
 @dataclass(frozen=True)
@@ -135,48 +112,3 @@ class Space:
             least=least,
             most=most,
         )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A measured candidate. Rates are fractions; `None` where a rung does not measure it."""
-
-    number: int
-    candidate: Candidate
-    rung: str  # "probe" | "answers" | "full"
-    # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the rung
-    # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Those
-    # whose unsteered answer fell apart are not among them, where enough others are left.
-    sensitive: float
-    harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
-    benign: float | None = None  # refusals of benign prompts, less those unsteered
-    benign_drift: float | None = None
-    degenerate: float | None = None
-    feasible: bool | None = None
-    n_sensitive: int = 0  # prompts that `sensitive` is a share of
-    answered: tuple[int, int] | None = None  # prompts, and tokens an answer
-    seconds: float = field(default=0.0, compare=False)  # that it took
-    # Before, that the unsteered side took, which is asked once for all candidates.
-    unsteered_seconds: float = field(default=0.0, compare=False)
-
-    def to_row(self) -> dict[str, Any]:
-        row = asdict(self)
-        candidate = row.pop("candidate")
-        layers = [candidate.pop("first"), candidate.pop("last")]
-        return {"number": self.number, **candidate, "layers": layers, **row}
-
-
-def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """Trials from rows written by `Trial.to_row`."""
-    trials = []
-    for row in rows:
-        values = dict(row)
-        first, last = values.pop("layers")
-        estimator, ridge, strength, margin = (
-            values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
-        )
-        candidate = Candidate(estimator, ridge, first, last, strength, margin)
-        values.pop("id", None)
-        values["answered"] = tuple(values["answered"]) if values.get("answered") else None
-        trials.append(Trial(candidate=candidate, **values))
-    return trials

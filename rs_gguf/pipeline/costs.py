@@ -16,7 +16,7 @@ from rs_gguf.activations.capture import ANSWER_TOKENS, SHARD
 from rs_gguf.models.shape import Shape
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.speed import Speed, cholesky, factorisation
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.search.rungs import BENIGN, OPENING, PROBED_PAIRS
 
 Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]

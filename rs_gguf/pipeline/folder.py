@@ -10,22 +10,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
-from rs_gguf.records.files import Row, json_lines, json_text, read_json, write_json, write_text
-
-STAGES = ("answer", "score", "capture", "fit", "tune", "write", "measure", "report")
-# What the stages leave for one another.
-_FILES = (
-    "state.json", "answers.jsonl", "scores.jsonl", "directions.safetensors", "gates.safetensors", "fit.json",
-    "trials.jsonl", "tune.json", "proof.json", "measured.jsonl", "evaluation.jsonl", "metrics.json",
-)  # fmt: skip
-_FOLDERS = ("activations", "adapters", "baselines", "figures")
+from rs_gguf.records.artefacts import FILES, FOLDERS
+from rs_gguf.records.rows import Row, RowLog, read_json, read_rows, write_json
 
 
 def key_of(*parts: Any) -> str:
@@ -69,10 +62,10 @@ class RunFolder:
 
     def forget_all(self) -> None:
         """Forget what the stages of an earlier run left. Vectors and report stay until replaced."""
-        for name in _FILES:
+        for name in FILES:
             (self / name).unlink(missing_ok=True)
             (self / f"{name}.part").unlink(missing_ok=True)
-        for name in _FOLDERS:
+        for name in FOLDERS:
             folder = self / name
             if folder.is_symlink():
                 folder.unlink()
@@ -106,58 +99,8 @@ class RunFolder:
 
     def read_rows(self, name: str) -> list[Row]:
         """Rows of a finished file."""
-        path = self / name
-        try:
-            return json_lines(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
+        return read_rows(self / name)
 
-    def finished(self, log: Path) -> None:
-        """This log of rows may go once its stage is done."""
-        self._finished.append(log)
-
-    def write_rows(self, name: str, rows: Sequence[Row]) -> None:
-        write_text(self / name, "".join(map(_line, rows)))
-
-
-class RowLog:
-    """Rows that are appended one by one under a key, then put in order under their final name."""
-
-    def __init__(self, folder: RunFolder, name: str, key: str) -> None:
-        self._folder, self._name = folder, name
-        self._path = folder / f"{name}.part"
-        self.rows: dict[str, Row] = {}
-        # The last line may be torn, within a character even.
-        data = self._path.read_bytes() if self._path.is_file() else b""
-        lines = data.decode("utf-8", "replace").split("\n")
-        header = json.dumps({"key": key})
-        if lines[0] == header:
-            for line in lines[1:]:
-                with contextlib.suppress(json.JSONDecodeError):
-                    row = json.loads(line)
-                    self.rows[row["id"]] = row
-        # Rewritten whole, so that a torn line cannot swallow the next one.
-        write_text(self._path, header + "\n" + "".join(map(_line, self.rows.values())))
-
-    def append(self, row: Row) -> None:
-        """Keep a row. It is with the system when this returns: a kill of this process does not lose it."""
-        self.rows[row["id"]] = row
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
-            ) from error
-
-    def finish(self, ids: Sequence[str]) -> None:
-        """Write the rows in the order of `ids` under the final name.
-
-        The log itself stays until the stage is marked as done: a kill in between would lose all of it.
-        """
-        self._folder.write_rows(self._name, [self.rows[i] for i in ids])
-        self._folder.finished(self._path)
-
-
-def _line(row: Row) -> str:
-    return json_text(row) + "\n"
+    def log(self, name: str, key: str) -> RowLog:
+        """Return the log of a file's rows. It is removed when its stage is marked as done."""
+        return RowLog(self / name, key, self._finished.append)

@@ -17,10 +17,10 @@ from rs_gguf.models import resolve as models
 from rs_gguf.models import shape as shapes
 from rs_gguf.models.shape import Shape
 from rs_gguf.pipeline.costs import Costs, Grader, Stage
-from rs_gguf.pipeline.folder import STAGES
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.speed import Speed, measured_speed
 from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import from_home
 
 if TYPE_CHECKING:

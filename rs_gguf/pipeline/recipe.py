@@ -27,7 +27,7 @@ from pydantic_settings import (
 from rs_gguf.engines.generation import Sampling
 from rs_gguf.errors import InputError
 from rs_gguf.models import resolve as models
-from rs_gguf.prompts.user_files import Kind
+from rs_gguf.records.conversation import Kind
 from rs_gguf.records.files import write_text
 
 # Estimators that suit an effect.

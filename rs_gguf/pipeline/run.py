@@ -26,10 +26,9 @@ from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge, kind_and_name, open_judge_spec, shipped_version
 from rs_gguf.methods import baselines
 from rs_gguf.methods import fit as fitting
-from rs_gguf.methods.method import Trial
 from rs_gguf.models import resolve as models
 from rs_gguf.models import shape
-from rs_gguf.pipeline.folder import STAGES, RowLog, RunFolder, key_of
+from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe, dump
 from rs_gguf.pipeline.stage import Progress, Silent
 from rs_gguf.pipeline.stages import answers as answering
@@ -40,8 +39,11 @@ from rs_gguf.prompts import contexts
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records.files import from_home, read_json, sha256, write_json
+from rs_gguf.records.artefacts import STAGES
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.files import from_home, sha256
+from rs_gguf.records.rows import read_json, write_json, write_rows
+from rs_gguf.records.trials import Trial
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.search.rungs import Rungs
 from rs_gguf.version import __version__
@@ -126,13 +128,13 @@ class Pipeline:
             "fit": lambda: [
                 # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
                 recipe.effect, recipe.fit.model_dump(),
-                list(map(prompts.to_row, self.prompts["fit"] + self.unanswered + self.prompts["tune"])),
+                [p.to_row() for p in self.prompts["fit"] + self.unanswered + self.prompts["tune"]],
             ],
             "tune": lambda: [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
             "write": list,
             "measure": lambda: [
                 recipe.answers.test_tokens, recipe.measure.model_dump(),
-                list(map(prompts.to_row, self.prompts["test"])),
+                [p.to_row() for p in self.prompts["test"]],
             ],
             "report": list,
         }  # fmt: skip
@@ -221,13 +223,13 @@ class Pipeline:
 
     def _answer(self, key: str) -> None:
         asked = self.prompts["fit"] + self.prompts["tune"]
-        log = RowLog(self.folder, "answers.jsonl", key)
+        log = self.folder.log("answers.jsonl", key)
         missing = [p for p in asked if p.id not in log.rows]
         self._check_lengths()
         with self.progress.stage("answer", len(asked)) as advance:
             advance(len(asked) - len(missing))
             for i, found in answering.answers(self.model, missing, self.recipe):
-                log.append({**prompts.to_row(missing[i]), **found.to_row()})
+                log.append({**missing[i].to_row(), **found.to_row()})
                 advance(1)
         self.folder.forget(*STAGES)
         log.finish([p.id for p in asked])
@@ -249,7 +251,7 @@ class Pipeline:
 
     def _score(self, key: str) -> None:
         rows = self.folder.read_rows("answers.jsonl")
-        log = RowLog(self.folder, "scores.jsonl", key)
+        log = self.folder.log("scores.jsonl", key)
         missing = [row for row in rows if row["id"] not in log.rows]
         judge = self.judge  # before the stage is drawn: its download has a bar of its own
         with self.progress.stage("score", len(rows)) as advance:
@@ -359,14 +361,14 @@ class Pipeline:
         others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
         # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in chosen.items()})
-        log, judge = RowLog(self.folder, "measured.jsonl", key), self.judge
+        log, judge = self.folder.log("measured.jsonl", key), self.judge
         with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
             rows, value = measure(
                 self.model, judge, asked, arms, others, self.recipe, log,
                 model_sha256=self.model_hash, advance=advance,
                 subset=len(asked) < sum(map(len, self._pool["test"].values())),
             )  # fmt: skip
-        self.folder.write_rows("evaluation.jsonl", rows)
+        write_rows(self.folder / "evaluation.jsonl", rows)
         tuned = read_json(self.folder / "tune.json")
         write_json(self.folder / "metrics.json", {**value, "rank_correlation": tuned["rank_correlation"]})
         log.finish(list(log.rows))

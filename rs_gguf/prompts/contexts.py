@@ -16,7 +16,7 @@ from importlib import resources
 import numpy as np
 
 from rs_gguf.prompts.template import ChatFormat, ChatModel, Message
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ import zlib
 from collections import Counter
 from functools import lru_cache
 
-from rs_gguf.engines.generation import Generation
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Generation, Prompt
 
 _LOOP_BYTES, _LOOP_RATIO = 160, 0.25  # language compresses to 0.4 or more at such lengths
 _LOOP_NEWS = 1 / 16  # bytes that a byte of a loop's second half adds: at most 0.055 was seen, of lists 0.07

@@ -11,21 +11,17 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 
 from rs_gguf.errors import InputError, harmless
+from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt, Split
 from rs_gguf.records.files import from_home
-
-Kind = Literal["sensitive", "harmful", "benign"]
-Split = Literal["fit", "tune", "test"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Names under which well-known prompt files keep the prompt, most specific first.
 _PROMPT_COLUMNS = (
@@ -38,23 +34,6 @@ _MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _KEPT = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
 _KEPT |= {"subject", "topic", "category", "form", "language", "split"}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt and what is known of it. `id` is a hash of kind and text: stable over files and runs."""
-
-    prompt: str
-    kind: Kind
-    subject: str = ""
-    topic: str = ""  # country or region, category of harm, or everyday area
-    form: str = ""  # form of request: question, poem, petition, …
-    language: str = ""  # ISO 639-1
-    split: Split = "test"
-
-    @property
-    def id(self) -> str:
-        return hashlib.sha256(f"{self.kind}\0{self.prompt}".encode()).hexdigest()[:16]
 
 
 def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
@@ -150,16 +129,6 @@ def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Promp
         for code, weight in groups:
             represented[code == code[k]] += weight[code[k]]
     return [prompts[i] for i in sorted(chosen)]
-
-
-def to_row(prompt: Prompt) -> dict[str, str]:
-    """A JSON row with the id, as the run folder keeps it."""
-    return {"id": prompt.id, **asdict(prompt)}
-
-
-def from_row(row: Mapping[str, str]) -> Prompt:
-    """The inverse of `to_row`."""
-    return Prompt(**{key: value for key, value in row.items() if key != "id"})  # type: ignore[arg-type]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:

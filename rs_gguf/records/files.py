@@ -1,12 +1,13 @@
-"""Files that are either whole or absent: written beside their place and renamed into it."""
+"""Files that are either whole or absent: written beside their place and renamed into it.
+
+Arrays are kept in safetensors files, which are read without pickle.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-import json
-import math
 import os
 import secrets
 import tempfile
@@ -15,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import platformdirs
 
 from rs_gguf.errors import InputError
-
-Row = dict[str, Any]  # of a JSON Lines file
 
 _NAMED = 50  # characters of a file's name in that of its draft
 _ABANDONED = 24 * 3600  # seconds since a draft was last written to
@@ -109,39 +109,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given."""
-    write_text(path, json_text(value, indent=2) + "\n")
-
-
-def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: half of a surrogate pair, as in a name that is no UTF-8, is spelt out."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def json_lines(text: str) -> list[Row]:
-    """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut.
-
-    Raises:
-        ValueError: a line is no JSON.
-    """
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def finite(value: float | None) -> float | None:
-    """A number as JSON can hold it: None, its null, stands for NaN and infinities."""
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file that this package wrote. `InputError` if it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
-
-
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes. `InputError` if it cannot be read."""
     digest = hashlib.sha256()
@@ -152,3 +119,20 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     return digest.hexdigest()
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+    write_atomic(path, lambda file: file.write(data))
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error

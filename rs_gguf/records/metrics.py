@@ -21,11 +21,12 @@ from rs_gguf.engines.engine import Model
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.evaluation.chance import by_chance, few_lost
 from rs_gguf.evaluation.paired import is_judged, summarise
-from rs_gguf.methods.method import GATE, Trial
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.prompts.user_files import KINDS, Prompt
-from rs_gguf.records.files import finite, sha256
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.files import sha256
+from rs_gguf.records.rows import finite
+from rs_gguf.records.trials import GATE, Trial
 from rs_gguf.version import __version__
 
 _MORE_BENIGN = 0.01  # share of benign prompts by which refusals may rise, whatever chance does

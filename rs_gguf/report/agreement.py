@@ -17,8 +17,9 @@ from typing import Any
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.chance import wilson
 from rs_gguf.judges.calibration import LabelledPair, agreement, labelled_pairs
-from rs_gguf.judges.judge import Judgement, Pair
-from rs_gguf.records.files import Row, json_lines
+from rs_gguf.judges.judge import Pair
+from rs_gguf.records.conversation import Judgement
+from rs_gguf.records.rows import Row, json_lines
 from rs_gguf.report.plots import Axis
 
 FILE = "judge.jsonl"

@@ -14,10 +14,10 @@ from typing import Any
 
 from markupsafe import escape
 
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.evaluation.paired import categories, is_judged
 from rs_gguf.judges.rubric import rubric
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import NEUTRAL
+from rs_gguf.records.rows import Row
 from rs_gguf.report.verdict import kind_order
 
 BEFORE = "baseline"

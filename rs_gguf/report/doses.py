@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rs_gguf.evaluation.paired import summarise
-from rs_gguf.methods.method import CHOSEN, GATE
-from rs_gguf.prompts.user_files import KINDS
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.rows import Row
+from rs_gguf.records.trials import CHOSEN, GATE
 from rs_gguf.report.plots import Axis
 from rs_gguf.report.text import file_name
 from rs_gguf.report.verdict import kind_order

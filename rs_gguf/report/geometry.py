@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.methods.figures import principal_components
-from rs_gguf.prompts.user_files import KINDS
-from rs_gguf.records.files import Row, finite
+from rs_gguf.records.conversation import KINDS, NEUTRAL
+from rs_gguf.records.rows import Row, finite
 from rs_gguf.report.plots import Axis, thinned
 
 _SIDE = 400  # of the map, in its own coordinates

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rs_gguf.methods.method import CHOSEN, GATE
-from rs_gguf.records.files import Row, finite
+from rs_gguf.records.rows import Row, finite
+from rs_gguf.records.trials import CHOSEN, GATE
 
 _T = TypeVar("_T")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
-from rs_gguf.records.files import Row, json_lines
+from rs_gguf.records.rows import Row, json_lines
 
 _NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rs_gguf.evaluation.paired import SIDES
-from rs_gguf.prompts.user_files import KINDS
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.rows import Row
 
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 _FIGURES = (

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from rs_gguf.evaluation.chance import standard_error
-from rs_gguf.methods.method import CHOSEN, Space, Trial
+from rs_gguf.methods.method import Space
+from rs_gguf.records.trials import CHOSEN, Trial
 
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 

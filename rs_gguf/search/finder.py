@@ -15,8 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from rs_gguf.methods.method import Candidate, Space, Trial
+from rs_gguf.methods.method import Space
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import choose, nearest, settled
 from rs_gguf.search.rungs import Rungs
 from rs_gguf.steering.vector import FIRST_STEERABLE

@@ -18,18 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
-from rs_gguf.engines.engine import NO_STEERING, Answer, LogProbs, Model, Steering, after_trace, chat_tokens
+from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, after_trace, chat_tokens
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import meant
 from rs_gguf.estimators.labels import MIN_SAMPLES
 from rs_gguf.evaluation.chance import by_chance, few_lost
 from rs_gguf.evaluation.paired import answer_and_judge, mean_change
-from rs_gguf.judges.judge import FAILURES
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.gates import Gates
-from rs_gguf.methods.method import GATE, Candidate, Directions, Trial
+from rs_gguf.methods.method import Directions, factors
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.prompts.user_files import KINDS, Kind, Prompt, stratified
+from rs_gguf.prompts.user_files import stratified
+from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Kind, Prompt
+from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
@@ -192,14 +193,14 @@ class Rungs:
         """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
         if candidate.estimator != GATE:
             directions = self.directions[candidate.estimator, candidate.ridge]
-            return Steering(candidate.steering(directions))
+            return Steering(directions.steering(candidate))
         assert self.gates is not None  # the space of gates is searched only where there are some
         unit = replace(candidate, strength=1.0)
         path = (
             self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
         )
         if not path.exists():
-            lora.write(lora.LoraAdapter(unit.factors(self.gates), self.model.architecture), path)
+            lora.write(lora.LoraAdapter(factors(self.gates, unit), self.model.architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:

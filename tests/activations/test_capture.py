@@ -38,7 +38,7 @@ from rs_gguf.estimators.estimator import MeanDifference, WeightedRidgeMeanDiffer
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.methods.gates import fit_gates, writer_inputs
 from rs_gguf.prompts.contexts import Context
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file as lora
 
 LAYERS = 3

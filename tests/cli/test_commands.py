@@ -17,14 +17,14 @@ from fixtures.tiny_qwen3 import write_tiny_qwen3
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.methods.method import GATE, Candidate, Trial
 from rs_gguf.models import wide_copy as widening
-from rs_gguf.pipeline.folder import RowLog, RunFolder
+from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages.measure import Arm, measure
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import cache_folder
+from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -72,7 +72,7 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
         _, value = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
             {"vector": Arm(tmp_path / "v.gguf", trial, {})}, (), load(None, ["answers.test_tokens=8"]),
-            RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key"),
+            RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             model_sha256="", subset=False, advance=lambda n: None,
         )  # fmt: skip
     assert value["llama_cpp"]["command"].endswith(" --reasoning off") == thinks

@@ -17,7 +17,7 @@ from fixtures.tiny_qwen3 import write_tiny_qwen3
 
 from rs_gguf.cli.eval import parse_scales
 from rs_gguf.cli.main import main
-from rs_gguf.engines.engine import Answer, chat_tokens
+from rs_gguf.engines.engine import chat_tokens
 from rs_gguf.engines.generation import Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
@@ -26,8 +26,8 @@ from rs_gguf.evaluation.paired import drift_of
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.prompts import user_files as prompts
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records import files
+from rs_gguf.records import rows
+from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -391,7 +391,7 @@ def test_tables_are_told_before_a_file_that_cannot_be_written(
     def full(path: Path, value: Any) -> None:
         raise InputError("cannot write: No space left")
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(rows, "write_json", full)
     code, stdout, stderr = invoke(
         *(
             "--model",

@@ -8,8 +8,8 @@ import pytest
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.judges.judge import FAILURES
 from rs_gguf.judges.rubric import rubric
+from rs_gguf.records.conversation import FAILURES
 
 COUNT = 12  # of each kind: the first half is refused
 

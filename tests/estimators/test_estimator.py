@@ -40,9 +40,9 @@ from rs_gguf.estimators.estimator import (
 )
 from rs_gguf.methods.fit import Samples, fit, load_directions, load_gates
 from rs_gguf.methods.gates import WriterInputs
-from rs_gguf.methods.method import Candidate
 from rs_gguf.pipeline.recipe import Fit, Recipe
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.trials import Candidate
 
 FOUR = [MeanDifference, WeightedMeanDifference, RidgeMeanDifference, WeightedRidgeMeanDifference]
 FIVE = [*FOUR, UncentredWeightedRidgeMeanDifference]
@@ -666,12 +666,12 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
             assert cosines[:2] == [None, None]
             assert np.isfinite(cosines[2:]).all()
     for directions in load_directions(tmp_path, recipe).values():
-        whole = Candidate("md", 0.0, 1, 3, 6.0).steering(directions)
-        alive = Candidate("md", 0.0, 2, 3, 6.0).steering(directions)
+        whole = directions.steering(Candidate("md", 0.0, 1, 3, 6.0))
+        alive = directions.steering(Candidate("md", 0.0, 2, 3, 6.0))
         assert list(whole) == list(alive) == [2, 3]
         for layer in whole:
             np.testing.assert_array_equal(whole[layer], alive[layer])
-        assert Candidate("md", 0.0, 1, 1, 6.0).steering(directions) == {}
+        assert directions.steering(Candidate("md", 0.0, 1, 1, 6.0)) == {}
     assert list(load_gates(tmp_path).factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
 
 

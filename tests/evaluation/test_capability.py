@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rs_gguf.engines.engine import NO_STEERING, Answer, answer_all
+from rs_gguf.engines.engine import NO_STEERING, answer_all
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import capability, sandbox
 from rs_gguf.evaluation.capability import SKILLS, Solution, Task, passes, solve, tasks
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Answer, Prompt
 
 REFUSAL = "I'm sorry, but I can't assist with that."
 needs_sandbox = pytest.mark.skipif(bool(sandbox.unavailable()), reason="no system call filter here")

@@ -14,14 +14,13 @@ import pytest
 from rich.console import Console
 
 from rs_gguf.cli import tables as comparison_tables
-from rs_gguf.engines.engine import Answer, Steering, after_trace, answer
-from rs_gguf.engines.generation import Generation
+from rs_gguf.engines.engine import Steering, after_trace, answer
 from rs_gguf.evaluation.chance import mcnemar, wilson
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.judges.registry import Judgement
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.degenerate import is_degenerate, switches_language
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Answer, Generation, Prompt
 
 
 @pytest.mark.parametrize(

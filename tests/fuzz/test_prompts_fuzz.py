@@ -12,6 +12,7 @@ from mutator import limits, mutate, replace
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.conversation import SPLITS, Prompt
 
 SEED = 20260714
 FILES = 20_000
@@ -96,9 +97,9 @@ def judge(path: Path) -> str:
     for row in found:
         assert row.prompt == row.prompt.strip() != ""
         row.prompt.encode()
-        assert row.split in prompts.SPLITS
+        assert row.split in SPLITS
         # Read correctly: it can be kept and read back, as the run folder does.
-        assert prompts.from_row(json.loads(json.dumps(prompts.to_row(row)))) == row
+        assert Prompt.from_row(json.loads(json.dumps(row.to_row()))) == row
     return "read"
 
 

@@ -16,7 +16,8 @@ import pytest
 from rs_gguf.errors import InputError
 from rs_gguf.judges import cache
 from rs_gguf.judges.cache import CachedJudge
-from rs_gguf.judges.judge import Judgement, Pair
+from rs_gguf.judges.judge import Pair
+from rs_gguf.records.conversation import Judgement
 
 
 class Counting:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fixtures.endpoints import Behaviour, Reply, Server, entry, said, without_proxy_or_key
 
+from rs_gguf.engines.server import client as client_module
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
 from rs_gguf.engines.server.exchange import (
     KEY_VARIABLE,
@@ -24,7 +25,6 @@ from rs_gguf.engines.server.exchange import (
     exchange,
 )
 from rs_gguf.errors import InputError
-from rs_gguf.judges import client as client_module
 from rs_gguf.judges.endpoint import EndpointJudge, label_confidence
 from rs_gguf.judges.votes import vote_confidence
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.chance import NEUTRAL
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
@@ -29,6 +28,7 @@ from rs_gguf.judges.registry import Judgement, Pair, open_judge, open_judge_spec
 from rs_gguf.judges.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judges.votes import VotesJudge
 from rs_gguf.models import resolve as models
+from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import sha256
 
 TWELVE = {

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.judges.judge import Judgement
 from rs_gguf.judges.rubric import judged_text, read_verdict, rubric, verdict_message
 from rs_gguf.judges.votes import SAMPLING, Vote, VotesJudge, answer_start, tally, vote_confidence
 from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.records.conversation import Judgement
 
 
 def naive(signs: list[int], scores: list[float], tau: float) -> float:

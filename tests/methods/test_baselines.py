@@ -18,7 +18,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.methods import baselines
 from rs_gguf.methods.fit import Samples
 from rs_gguf.pipeline.recipe import Recipe, load
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 
 LAYERS, WIDTH, N = 10, 32, 240
 

@@ -15,7 +15,7 @@ from rs_gguf.methods import figures
 from rs_gguf.methods import fit as fitting
 from rs_gguf.methods.fit import ESTIMATORS
 from rs_gguf.pipeline.recipe import Fit, Recipe
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.pipeline.folder import RowLog, RunFolder, key_of
+from rs_gguf.pipeline.folder import RunFolder, key_of
 
 
 def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "whole")
-    log = RowLog(folder, "answers.jsonl", "k")
+    log = folder.log("answers.jsonl", "k")
     rows = [{"id": str(i), "answer": f"line\u2028{i} “ü” 答"} for i in range(4)]
     for row in rows:
         log.append(row)
@@ -19,7 +19,7 @@ def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
     for size in range(len(data) + 1):
         torn = RunFolder(tmp_path / str(size))
         (torn / "answers.jsonl.part").write_bytes(data[:size])
-        resumed = RowLog(torn, "answers.jsonl", "k")
+        resumed = torn.log("answers.jsonl", "k")
         kept = list(resumed.rows.values())
         assert kept == rows[: len(kept)]
         assert len(kept) >= max(0, data[:size].count(b"\n") - 1)
@@ -32,10 +32,10 @@ def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
 def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
     """A kill between the final file and the mark does not have the stage done once more."""
     folder = RunFolder(tmp_path)
-    log = RowLog(folder, "answers.jsonl", "k")
+    log = folder.log("answers.jsonl", "k")
     log.append({"id": "1", "answer": "yes"})
     log.finish(["1"])
-    assert RowLog(RunFolder(tmp_path), "answers.jsonl", "k").rows == log.rows
+    assert RunFolder(tmp_path).log("answers.jsonl", "k").rows == log.rows
     folder.mark_done("answer", "k", 1.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "state.json"]
 
@@ -43,17 +43,17 @@ def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_kept_as_it_came(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     row = {"id": "1", "answer": "half \ud83d, whole 😀"}
-    log = RowLog(folder, "answers.jsonl", "k")
+    log = folder.log("answers.jsonl", "k")
     log.append(row)
-    assert RowLog(folder, "answers.jsonl", "k").rows == {"1": row}
+    assert folder.log("answers.jsonl", "k").rows == {"1": row}
     log.finish(["1"])
     assert folder.read_rows("answers.jsonl") == [row]
 
 
 def test_rows_of_other_inputs_are_not_taken(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    RowLog(folder, "scores.jsonl", "old").append({"id": "1"})
-    assert RowLog(folder, "scores.jsonl", "new").rows == {}
+    folder.log("scores.jsonl", "old").append({"id": "1"})
+    assert folder.log("scores.jsonl", "new").rows == {}
 
 
 def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
 def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_done("answer", "key", 1.5)
-    RowLog(folder, "scores.jsonl", "key").append({"id": "1"})
+    folder.log("scores.jsonl", "key").append({"id": "1"})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder.path.joinpath("activations").symlink_to(elsewhere)

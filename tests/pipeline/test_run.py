@@ -27,11 +27,10 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.methods.method import Candidate, Trial
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline import run as pipeline_module
-from rs_gguf.pipeline.folder import STAGES, RunFolder
+from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline, run
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import answers as answering
@@ -39,9 +38,11 @@ from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records.arrays import save_arrays
-from rs_gguf.records.files import read_json, write_json
+from rs_gguf.records.artefacts import STAGES
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.files import save_arrays
+from rs_gguf.records.rows import read_json, write_json, write_rows
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
@@ -422,7 +423,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
     monkeypatch.setattr(Pipeline, "model_hash", "")
     for stage in ("score", "measure"):
         folder, counted = RunFolder(tmp_path / stage), Counted()
-        folder.write_rows("answers.jsonl", [])
+        write_rows(folder / "answers.jsonl", [])
         (folder / "proof.json").write_text("{}")
         (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
         with contextlib.closing(
@@ -606,7 +607,7 @@ def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) ->
     chosen = recipe.load(None, [*SMALL, f"model={tmp_path / 'plain.gguf'}"])
     with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
         scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in pipeline.prompts["fit"]]
-        folder.write_rows("scores.jsonl", scores)
+        write_rows(folder / "scores.jsonl", scores)
         with pytest.raises(DamagedStoreError, match="another recipe or model"):
             pipeline.samples()
     assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()

@@ -13,7 +13,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
 
 # Like Gemma's: no system prompt, and turns that take turns.
 STRICT = """\

@@ -7,8 +7,8 @@ import zlib
 
 import pytest
 
-from rs_gguf.engines.generation import Generation
 from rs_gguf.prompts.degenerate import is_degenerate
+from rs_gguf.records.conversation import Generation
 
 CITIES = "मुंबई दिल्ली जयपुर आगरा वाराणसी कोलकाता चेन्नई बेंगलुरु हैदराबाद अमृतसर उदयपुर गोवा शिमला मैसूर"
 SIGHTS = (

@@ -17,18 +17,8 @@ from typing import Any
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.prompts.user_files import (
-    KINDS,
-    SPLITS,
-    Kind,
-    Prompt,
-    from_row,
-    grid,
-    load,
-    pool,
-    stratified,
-    to_row,
-)
+from rs_gguf.prompts.user_files import grid, load, pool, stratified
+from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
 
 # ---- files that users bring ----------------------------------------------------------------------
 
@@ -134,7 +124,7 @@ def test_what_is_known_of_a_row_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "p", "subject": "s", "category": "c", "form": "poem", "language": "de", "split": "tune"}
     [prompt] = load(write(tmp_path / "file.jsonl", json.dumps(row)), "harmful")
     assert prompt == Prompt("p", "harmful", "s", "c", "poem", "de", "tune")
-    assert from_row(json.loads(json.dumps(to_row(prompt)))) == prompt
+    assert Prompt.from_row(json.loads(json.dumps(prompt.to_row()))) == prompt
 
 
 def test_half_a_character_in_what_is_known_of_a_row_is_replaced(tmp_path: Path) -> None:
@@ -374,7 +364,7 @@ def test_every_row_is_complete_and_of_its_file() -> None:
         for prompt in of(kind):
             assert prompt.kind == kind
             assert prompt.split in SPLITS
-            assert all(to_row(prompt).values()), prompt
+            assert all(prompt.to_row().values()), prompt
             assert prompt.prompt == prompt.prompt.strip()
             assert len(prompt.language) == 2
 

@@ -23,6 +23,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.estimators.estimator import RidgeMeanDifference
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.records.conversation import Kind
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -163,7 +164,7 @@ def vector(real_model: Path) -> SteeringVector:
     return SteeringVector(dict(zip(BAND, -gap[:, None] * directions, strict=True)), architecture="qwen2")
 
 
-def few(kind: prompts.Kind) -> list[str]:
+def few(kind: Kind) -> list[str]:
     rows = [p.prompt for p in prompts.grid([kind]) if (p.split, p.language) == ("fit", "en")]
     return rows[:: len(rows) // N_FIT][:N_FIT]
 

@@ -23,8 +23,8 @@ from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Answers, Prompts, Recipe
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.stage import Progress, Silent
-from rs_gguf.prompts.user_files import Prompt
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.rows import Row
 
 pytestmark = pytest.mark.real
 

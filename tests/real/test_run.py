@@ -16,7 +16,7 @@ import pytest
 
 from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.pipeline.folder import STAGES
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import proof
 from rs_gguf.steering import vector_file as control_vector

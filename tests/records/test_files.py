@@ -16,17 +16,8 @@ import pytest
 
 from rs_gguf.errors import InputError
 from rs_gguf.records import files
-from rs_gguf.records.files import (
-    check_writable,
-    from_home,
-    json_lines,
-    read_json,
-    remove_drafts,
-    sha256,
-    write_atomic,
-    write_json,
-    write_text,
-)
+from rs_gguf.records.files import check_writable, from_home, remove_drafts, sha256, write_atomic, write_text
+from rs_gguf.records.rows import json_lines, read_json, write_json
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fixtures.invented_run import figures_of_file
 
-from rs_gguf.methods.method import GATE
 from rs_gguf.pipeline.recipe import Recipe, Tune
-from rs_gguf.prompts.user_files import KINDS, Prompt
 from rs_gguf.records import metrics
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.trials import GATE
 
 
 def figures(before: int, after: int, *, n: int = 40, both: int | None = None) -> dict[str, Any]:

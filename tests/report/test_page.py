@@ -40,7 +40,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.calibration import labelled_pairs
 from rs_gguf.pipeline import recipe
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.records.conversation import KINDS
 from rs_gguf.report import plots
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.report.results import printable
@@ -140,7 +140,7 @@ def test_report_states_the_verdict_the_numbers_and_the_exact_commands(judged_fol
         assert page.all("code", id=f"command-{key}") == [found["llama_cpp"]["command"]]
     numbers = [one_line(text) for text in page.all("div", class_="number")]
     assert len(numbers) == 3
-    for text, kind in zip(numbers, prompts.KINDS, strict=True):
+    for text, kind in zip(numbers, KINDS, strict=True):
         before = metrics["sets"][kind]
         assert f"{before['n']} " in text
         intervals = [before["ci95_baseline"]]
@@ -765,7 +765,7 @@ def test_other_means_stand_beside_the_files(run_folder: Path) -> None:
     results = section(Page(write_report(run_folder)), "results")
     (row,) = re.findall(r"<bdi>system prompt: open</bdi>.*?</tr>", results)
     said = [float(rate) for rate in re.findall(r"<td>([\d.]+)\u202f%<small>", row)]
-    rates = [100 * metrics["baselines"][0]["sets"][kind]["refusal"] for kind in prompts.KINDS]
+    rates = [100 * metrics["baselines"][0]["sets"][kind]["refusal"] for kind in KINDS]
     assert said == pytest.approx(rates, abs=0.5)
     assert "0.210" in row
     without = make_run(
@@ -951,7 +951,7 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     # there are.
     more = hostile - plain
     assert not plain - hostile
-    assert more[("tr_open", "")] == 2 + len(prompts.KINDS) * (len(HOSTILE) - 1)
+    assert more[("tr_open", "")] == 2 + len(KINDS) * (len(HOSTILE) - 1)
     assert more[("list_item_open", "")] == 3 * (len(HOSTILE) - 1)
     allowed = {"tr", "td", "strong", "list_item", "paragraph"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
@@ -1005,7 +1005,7 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert {"gguf", "control-vector"} <= set(front["tags"])
     assert "zh" in front["language"]
     metrics = json.loads((run_folder / "metrics.json").read_text())
-    for kind in prompts.KINDS:
+    for kind in KINDS:
         after = metrics["sets"][kind]["refusal_steered"]
         row = next(line for line in card.splitlines() if line.startswith(f"| {kind} |"))
         assert re.search(rf"\*\*{100 * after:.0f}|\*\*{100 * after:.1f}", row)
@@ -1102,7 +1102,7 @@ def test_terminal_shows_both_files_and_their_commands_whole(judged_folder: Path)
     lines = printed(metrics).splitlines()
     table = [line for line in lines if line.startswith("│")]
     assert all(len(line) <= 80 for line in table)
-    for kind in prompts.KINDS:
+    for kind in KINDS:
         (row,) = (line for line in table if line.split()[1] == kind)
         sets = metrics["sets"][kind], metrics["adapter"]["sets"][kind]
         rates = [sets[0]["refusal_baseline"], *(found["refusal_steered"] for found in sets)]

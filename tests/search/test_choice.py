@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rs_gguf.methods.method import GATE, Candidate, Space, Trial
+from rs_gguf.methods.method import Space
+from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.search.choice import choose, front, nearest, settled, spearman, summary
 
 VECTORS = Space.of_vectors([("wrmd", 1.0)], 24)

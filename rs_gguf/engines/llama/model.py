@@ -17,11 +17,12 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.generation import GREEDY, Generation, Sampling, check_lengths, draw, joined, seeds
+from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.engines.llama.context import BatchToken, InForce, LlamaContext
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
+from rs_gguf.records.conversation import Generation
 from rs_gguf.steering.vector import FIRST_STEERABLE
 
 

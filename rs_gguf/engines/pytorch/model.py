@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rs_gguf.engines.generation import GREEDY, Generation, Sampling, check_lengths, draw, joined, seeds
+from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.engines.pytorch import weights as huggingface
 from rs_gguf.errors import InputError
+from rs_gguf.records.conversation import Generation
 from rs_gguf.steering.vector import SteeringVector, decoder_blocks
 
 # Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.

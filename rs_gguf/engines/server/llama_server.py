@@ -17,8 +17,8 @@ from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rs_gguf.engines.engine import Advance, Answer
-from rs_gguf.engines.generation import GREEDY, Generation, Sampling
+from rs_gguf.engines.engine import Advance
+from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
 from rs_gguf.engines.server.exchange import (
     LOOKUP_TIMEOUT,
@@ -32,7 +32,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import final_answer
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Answer, Generation, Prompt
 
 _REQUESTS = 8  # under way at once, for each server
 # What is raised where a server tells nothing of its adapters, or what nobody understands.

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rs_gguf.engines.engine import Answer, Model, answer, chat_tokens, has_trace
-from rs_gguf.engines.generation import Generation
+from rs_gguf.engines.engine import Model, answer, chat_tokens, has_trace
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
@@ -18,8 +17,8 @@ from rs_gguf.judges.registry import Judge
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.prompts.degenerate import is_degenerate
-from rs_gguf.prompts.user_files import KINDS, Prompt
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
+from rs_gguf.records.rows import Row
 from rs_gguf.search.rungs import Unsteered
 
 COUNTED = ("refused", "answered", "not judged")

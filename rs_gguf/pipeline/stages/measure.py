@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rs_gguf.engines.engine import NO_STEERING, Answer, LogProbs, Model, Steering, logprobs_of
+from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, logprobs_of
 from rs_gguf.evaluation.paired import (
     SIDES,
     Drift,
@@ -28,13 +28,13 @@ from rs_gguf.evaluation.paired import (
 )
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.baselines import Side
-from rs_gguf.methods.method import GATE, Trial
-from rs_gguf.pipeline.folder import RowLog
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import Prompt, stratified
+from rs_gguf.prompts.user_files import stratified
 from rs_gguf.records import metrics
-from rs_gguf.records.files import Row
+from rs_gguf.records.conversation import Answer, Prompt
+from rs_gguf.records.rows import Row, RowLog
+from rs_gguf.records.trials import GATE, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 

@@ -6,11 +6,12 @@ The search itself is in `rs_gguf.search.finder`.
 
 from __future__ import annotations
 
-from rs_gguf.methods.method import CHOSEN, Space, Trial, load_trials
-from rs_gguf.pipeline.folder import RowLog, RunFolder, key_of
+from rs_gguf.methods.method import Space
+from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Progress
-from rs_gguf.records.files import read_json, write_json
+from rs_gguf.records.rows import read_json, write_json
+from rs_gguf.records.trials import CHOSEN, Trial, load_trials
 from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
 from rs_gguf.search.rungs import Rungs
@@ -25,7 +26,7 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
     # tells for how many prompts and tokens that was.
     limits = recipe.tune.model_dump(exclude={"trials", "finalists", "budget", "full"})
     key, path = key_of(fit_key, limits), folder / "tune.json"
-    log = RowLog(folder, "trials.jsonl", key)
+    log = folder.log("trials.jsonl", key)
     if path.is_file() and (ended := read_json(path)).get("key") == key:
         for row in ended["trials"]:
             if str(row["number"]) not in log.rows:  # the log may have been cut short right here

@@ -14,9 +14,10 @@ from rs_gguf.engines.engine import Model
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import GateError
 from rs_gguf.methods import fit as fitting
-from rs_gguf.methods.method import GATE, Trial
+from rs_gguf.methods.method import factors
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.records.files import finite
+from rs_gguf.records.rows import finite
+from rs_gguf.records.trials import GATE, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import proof
 from rs_gguf.steering import vector_file as control_vector
@@ -35,10 +36,10 @@ def write(
     if candidate.estimator == GATE:
         gates = fitting.load_gates(folder)
         assert gates is not None  # a chosen adapter was made of them
-        lora.write(lora.LoraAdapter(candidate.factors(gates), architecture, provenance), path)
+        lora.write(lora.LoraAdapter(factors(gates, candidate), architecture, provenance), path)
     else:
         directions = fitting.load_directions(folder, recipe)[candidate.estimator, candidate.ridge]
-        steering = candidate.steering(directions)
+        steering = directions.steering(candidate)
         control_vector.write(SteeringVector(steering, provenance, architecture), path)
 
 

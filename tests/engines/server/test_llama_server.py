@@ -18,7 +18,7 @@ from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
 from rs_gguf.pipeline.recipe import Answers, Recipe
 from rs_gguf.pipeline.stages import answers as answering
-from rs_gguf.prompts.user_files import Prompt
+from rs_gguf.records.conversation import Prompt
 
 PROMPTS = [Prompt(str(k), "benign") for k in range(40)]
 ADAPTERS = [{"id": 0, "path": "/m/style.gguf", "scale": 0.75}, {"id": 1, "path": "/m/a.gguf", "scale": 0.0}]

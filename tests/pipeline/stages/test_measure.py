@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,12 @@ from rs_gguf.evaluation.paired import mean_change
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.methods.baselines import Side
-from rs_gguf.methods.method import GATE, Candidate, Trial
-from rs_gguf.pipeline.folder import RowLog, RunFolder
+from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
 from rs_gguf.pipeline.stages.measure import Arm, measure
-from rs_gguf.prompts.user_files import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -76,7 +77,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     """Rows, metrics, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
-    log = RowLog(RunFolder(folder / "run"), "measured.jsonl", "key")
+    log = RunFolder(folder / "run").log("measured.jsonl", "key")
     made = len(log.rows)
     path = folder / "tiny.gguf"
     if not path.is_file():
@@ -137,7 +138,7 @@ def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, Arm])
 def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
     tmp_path: Path, arms: dict[str, Arm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_measuring.ASKED", [p for p in ASKED if p.kind != "benign"])
+    monkeypatch.setattr(sys.modules[__name__], "ASKED", [p for p in ASKED if p.kind != "benign"])
     _, value, _ = run(tmp_path, arms)
     assert not value["gate"]["passed"]
     for path, read in ((arms["vector"].path, control_vector.read), (arms["adapter"].path, lora.read)):
@@ -167,7 +168,7 @@ def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: 
     (found,) = value["baselines"]
     assert found["name"] == "system prompt"
     assert {kind: one["n"] for kind, one in found["sets"].items()} == dict.fromkeys(KINDS, 2)
-    rows = RowLog(RunFolder(tmp_path / "run"), "measured.jsonl", "key").rows
+    rows = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
     prompted, plain = (
         [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "baseline")
     )

@@ -29,12 +29,14 @@ from rs_gguf.evaluation.chance import few_lost
 from rs_gguf.evaluation.paired import answer_and_judge
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods.gates import Gates, fit_gates
-from rs_gguf.methods.method import GATE, Candidate, Directions, Space, Trial, load_trials
+from rs_gguf.methods.method import Directions, Space
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
-from rs_gguf.prompts.user_files import KINDS, Prompt, stratified
+from rs_gguf.prompts.user_files import stratified
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
 from rs_gguf.search import rungs as rungs_module
 from rs_gguf.search.choice import choose, summary
 from rs_gguf.search.finder import Finder

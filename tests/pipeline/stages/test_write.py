@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rs_gguf.methods.fit import load_directions, load_gates
-from rs_gguf.methods.method import GATE, Candidate, Trial
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages import write as writing
-from rs_gguf.records.arrays import save_arrays
+from rs_gguf.records.files import save_arrays
+from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
@@ -51,7 +51,7 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
 
 
 def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
-    vector = VECTOR.steering(load_directions(folder, RECIPE)["wrmd", 0.5])
+    vector = load_directions(folder, RECIPE)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
     gates = load_gates(folder)
     assert gates is not None
