@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from rs_gguf.engines.engine import chat_tokens
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.models import resolve as models
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.conversation import Prompt
 
 REPENG, STEERING_VECTORS = "repeng==0.4.0", "steering-vectors==0.12.2"

@@ -22,7 +22,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.paired import grade
 from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat, Message
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.rows import write_json

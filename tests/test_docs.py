@@ -37,7 +37,7 @@ from rs_gguf.estimators.estimator import WeightedRidgeMeanDifference
 from rs_gguf.models import catalogue
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline import recipe
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import sha256
 from rs_gguf.steering import lora_file as lora

@@ -122,7 +122,7 @@ def _to_judge(row: Mapping[str, Any]) -> str | None:
 
     Rows may tell so themselves, as `finished`; of others one that is a trace alone was.
     """
-    from rs_gguf.judges.judge import final_answer
+    from rs_gguf.prompts.trace import final_answer
 
     if not row["answer"] and row.get("finished") is False:
         return None

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.judges.votes import answer_start
 from rs_gguf.prompts.degenerate import is_degenerate
-from rs_gguf.prompts.template import ChatFormat, after_thinking, begins_in_trace
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.trace import after_thinking, answer_start, begins_in_trace
 from rs_gguf.records.conversation import Answer, Prompt
 
 if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megabytes: for who uses it

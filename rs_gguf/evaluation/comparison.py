@@ -18,7 +18,7 @@ from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.degenerate import switches_language
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.rows import Row, finite

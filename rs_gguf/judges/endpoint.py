@@ -27,8 +27,8 @@ from rs_gguf.engines.server.exchange import (
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE, Pair, Usage, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
-from rs_gguf.judges.votes import MAX_TOKENS, SAMPLING, VOTE_READING, VOTES, Vote, answer_start, tally
-from rs_gguf.prompts.template import after_thinking
+from rs_gguf.judges.votes import MAX_TOKENS, SAMPLING, VOTE_READING, VOTES, Vote, tally
+from rs_gguf.prompts.trace import after_thinking, answer_start
 from rs_gguf.records.conversation import Judgement
 
 _LEAST_MASS = 0.1  # of both labels together; less, and the judge was about to say something else

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rs_gguf.prompts.template import after_thinking
 from rs_gguf.records.conversation import Judgement
 
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
@@ -56,16 +55,6 @@ def try_out(judge: Judge) -> None:
     """Have an example judged. Raises as `judge.judge` does where the judge cannot be used."""
     for _ in judge.judge([EXAMPLE]):
         pass
-
-
-def final_answer(text: str, *, finished: bool) -> str | None:
-    """The part of an answer that is judged: what follows its thinking trace.
-
-    None if generation was cut off (not `finished`) before anything followed the trace: nobody knows what
-    the answer would have been. A model that ended by itself within its trace did give an empty answer.
-    """
-    answer = after_thinking(text)
-    return None if text.strip() and not answer and not finished else answer
 
 
 _FENCE = re.compile(r"```[\w+#-]*[^\S\n]*(?:\n|\Z)")  # an end of a code block, with the language's name

@@ -8,7 +8,7 @@ the mean log-probability of the tokens it answered with, its thinking trace left
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, read_verdict, rubric_version, verdict_message
 from rs_gguf.models.resolve import fingerprint
-from rs_gguf.prompts.template import ChatFormat, after_thinking, begins_in_trace
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.trace import after_thinking, answer_start, begins_in_trace
 from rs_gguf.records.conversation import Generation, Judgement
 
 VOTES = 5
@@ -69,23 +70,6 @@ def _category(votes: Sequence[Vote], scores: Sequence[float]) -> str | None:
         if vote.category is not None:
             weights[vote.category] += float(np.exp(score - max(scores)))
     return max(weights, key=lambda kind: weights[kind]) if weights else None
-
-
-def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> int | None:
-    """First of `count` tokens that the final `answer` is made of; None if the tokens do not hold it.
-
-    `text_from(i)` is the text of the tokens from i on. What stands last counts; a frame may end after it.
-    """
-    if answer not in text_from(0):
-        return None
-    low, high = 0, count  # the answer is in the text from `low` on, and no longer from `high` on
-    while high - low > 1:
-        middle = (low + high) // 2
-        if answer in text_from(middle):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class VotesJudge:

@@ -31,8 +31,8 @@ from rs_gguf.estimators.estimator import (
 from rs_gguf.methods.fit import Samples
 from rs_gguf.models import header as gguf_header
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import stratified
 from rs_gguf.records.conversation import NEUTRAL, Prompt
 from rs_gguf.steering import lora_file as lora
 

@@ -19,7 +19,7 @@ from rs_gguf.models.shape import Shape
 from rs_gguf.pipeline.costs import Costs, Grader, Stage
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.speed import Speed, measured_speed
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import from_home
 

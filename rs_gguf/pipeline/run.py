@@ -36,7 +36,7 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.pipeline.stages.measure import Arm, measure
 from rs_gguf.prompts import contexts
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES

@@ -1,4 +1,4 @@
-"""Conversations to token lists, with the model's own chat template, and thinking traces off answers.
+"""Conversations to token lists, with the model's own chat template.
 
 The template comes with the model and is untrusted: it runs in jinja2's immutable sandbox. Loops within loops
 can still keep it busy for as long as they like.
@@ -21,6 +21,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rs_gguf.errors import InputError
+from rs_gguf.prompts.markers import THINKING_MARKERS
 
 _log = logging.getLogger("rs_gguf.chat")
 
@@ -38,30 +39,6 @@ _CHATML = (
 
 _MARK = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # stands for a text in a rendering
 _HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see what a template puts around it
-# What a trace stands between; the second may also begin an answer without one.
-_THINKING_MARKERS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),  # EXAONE Deep
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<mm:think>", "</mm:think>"),  # MiniMax-M3
-    ("<think:opensource>", "</think:opensource>"),  # Hy3
-    ("[THINK]", "[/THINK]"),  # Mistral
-    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
-    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-    ("<|open|>think<|sep|>", "<|open|>response<|sep|>"),  # Kimi K3
-    ("to=self<|message|>", "to=user<|message|>"),  # Muse
-    ("<|think|>", "<|content|>"),  # Solar Open
-)
-# What some of them write around the answer; Gemma 4 may begin another trace after it.
-_ANSWER_STARTS = ("<|START_TEXT|>", "<|START_RESPONSE|>")
-_ANSWER_ENDS = (
-    "<|END_TEXT|>", "<|END_RESPONSE|>", "[END FINAL RESPONSE]", "<|channel>", "<|close|>response<|sep|>",
-    "<|end|>",
-)  # fmt: skip
 _LARGEST_PRODUCT = 1_000_000  # characters or parts
 _THINKS = re.compile(r"think|reasoning_content")
 _warned: set[str] = set()  # chat templates
@@ -141,7 +118,7 @@ class ChatFormat:
         # Some templates put their markers together from parts: those show in what is rendered alone.
         with contextlib.suppress(InputError):
             template += self.render(_HELLO)
-        if not any(marker in template for pair in _THINKING_MARKERS for marker in pair):
+        if not any(marker in template for pair in THINKING_MARKERS for marker in pair):
             _log.warning(
                 "the model's chat template speaks of thinking, but holds no marker of a trace that is known: "
                 "what the model thinks would count as its answer. See docs/howto/thinking-model.md."
@@ -223,39 +200,6 @@ class ChatFormat:
             tokens = model.tokenize(before) + plain + model.tokenize(after)
         opening = model.opening
         return tokens if tokens[: len(opening)] == opening else opening + tokens
-
-
-def after_thinking(text: str, *, inside: bool | None = None) -> str:
-    """The final answer, without the thinking trace before it; nothing where the trace has no end.
-
-    `inside`: whether the prompt had opened the trace, so that the text starts within it. None: nobody knows.
-    Then it had if the text holds the end of a trace and does not begin with the start of one.
-    """
-    text = text.strip()
-    begun = [pair for pair in _THINKING_MARKERS if text.startswith(pair)]
-    if inside is None:
-        inside = not begun and any(closing in text for _, closing in _THINKING_MARKERS)
-    answer = "" if inside or begun else text
-    for _, closing in [*begun, *(_THINKING_MARKERS if inside else ())]:
-        if closing in text:
-            answer = text.partition(closing)[2].strip()
-            break
-    for start in _ANSWER_STARTS:
-        answer = answer.removeprefix(start)
-    for end in _ANSWER_ENDS:
-        answer = answer.partition(end)[0]
-    return answer.strip()
-
-
-def opens_thinking(rendered: str) -> bool:
-    """Whether a rendered prompt ends inside a thinking trace (its template opens one)."""
-    tail = rendered.rstrip()
-    return any(tail.endswith(opening) for opening, _ in _THINKING_MARKERS)
-
-
-def begins_in_trace(model: ChatModel, prompt: Sequence[int]) -> bool:
-    """Whether the answer to a prompt, given as tokens, begins within a thinking trace."""
-    return opens_thinking(model.detokenize(prompt[-8:], special=True))
 
 
 def _raise_exception(message: str) -> None:

@@ -1,8 +1,4 @@
-"""Prompt sets: the project's own grid, and files that users bring.
-
-Files go in; `Prompt` rows come out. The grid's splits hold out whole subjects and whole forms of
-request, so that a direction is judged on what it has not seen (docs/prompts.md).
-"""
+"""Files of prompts that users bring: their formats and columns. Files go in; `Prompt` rows come out."""
 
 from __future__ import annotations
 
@@ -12,15 +8,12 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from rs_gguf.errors import InputError, harmless
-from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt, Split
+from rs_gguf.records.conversation import SPLITS, Kind, Prompt, Split
 from rs_gguf.records.files import from_home
 
 # Names under which well-known prompt files keep the prompt, most specific first.
@@ -34,15 +27,6 @@ _MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _KEPT = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
 _KEPT |= {"subject", "topic", "category", "form", "language", "split"}
-
-
-def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
-    """The project's own prompts of these kinds, all splits."""
-    rows = []
-    for kind in kinds:
-        text = (resources.files("rs_gguf") / "data" / f"{kind}.jsonl").read_text(encoding="utf-8")
-        rows += [Prompt(**json.loads(line)) for line in text.splitlines()]
-    return rows
 
 
 def load(path: Path, kind: Kind) -> list[Prompt]:
@@ -76,59 +60,7 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         raise InputError(f"{path} holds no prompts. Give at least one row.")
     named = {row.split for row in rows} <= {*SPLITS, ""}
     rows = [row if named and row.split else replace(row, split=_drawn_split(row.prompt)) for row in rows]
-    return _unique(rows)
-
-
-def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
-    """All prompts to choose from, by split and kind: those of the files, or the grid's where none is given.
-
-    One that stands in several files of a kind is that of the last: it cannot be in two splits.
-
-    Raises:
-        InputError: a file or a row of it that cannot be used, or files that leave a split without a prompt.
-    """
-    found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
-    for kind in KINDS:
-        rows = _unique(row for path in files[kind] for row in load(path, kind)) or grid([kind])
-        for split in SPLITS:
-            found[split][kind] = [row for row in rows if row.split == split]
-            if not found[split][kind]:
-                raise InputError(
-                    f"{', '.join(map(str, files[kind]))}: none of {len(rows)} {kind} prompts is for {split}. "
-                    "Give more (60 % go to fit, 20 % to tune, 20 % to test), or a column `split` that says "
-                    "where each belongs."
-                )
-    return found
-
-
-def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
-    """At most `size` prompts in their order, the same for the same seed.
-
-    Forms and subjects come out as equal in number as they can; languages keep their shares.
-    """
-    if size >= len(prompts):
-        return list(prompts)
-    order = sorted(
-        range(len(prompts)), key=lambda i: hashlib.sha256(f"{seed}\0{prompts[i].id}".encode()).digest()
-    )
-    groups = []
-    represented = np.zeros(len(order))
-    for name in ("form", "subject", "language"):
-        values = [getattr(prompts[i], name) for i in order]
-        _, code, count = np.unique(values, return_inverse=True, return_counts=True)
-        weight = len(order) / count if name == "language" else np.full(len(count), len(count))
-        groups.append((code, weight))
-        if name == "language":  # else every language, however rare, would come once before any comes twice
-            represented += (np.random.default_rng(seed).random(len(count)) * weight)[code]
-    # Take what is least represented so far, and count it as representing its groups from then on.
-    chosen = []
-    for _ in range(size):
-        k = int(represented.argmin())
-        chosen.append(order[k])
-        represented[k] = np.inf
-        for code, weight in groups:
-            represented[code == code[k]] += weight[code[k]]
-    return [prompts[i] for i in sorted(chosen)]
+    return unique(rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
@@ -270,7 +202,7 @@ def _flatten(value: Any, where: str) -> str:
     raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
 
 
-def _unique(rows: Iterable[Prompt]) -> list[Prompt]:
+def unique(rows: Iterable[Prompt]) -> list[Prompt]:
     """Each prompt once, as it stood last."""
     return list({row.id: row for row in rows}.values())
 

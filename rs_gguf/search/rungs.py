@@ -28,7 +28,7 @@ from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.gates import Gates
 from rs_gguf.methods.method import Directions, factors
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.prompts.user_files import stratified
+from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Kind, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora

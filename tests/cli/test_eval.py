@@ -25,7 +25,7 @@ from rs_gguf.evaluation import capability, comparison, sandbox
 from rs_gguf.evaluation.paired import drift_of
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.records import rows
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.steering import lora_file as lora

@@ -18,7 +18,7 @@ from rs_gguf.engines.engine import Steering, after_trace, answer
 from rs_gguf.evaluation.chance import mcnemar, wilson
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.judges.registry import Judgement
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.degenerate import is_degenerate, switches_language
 from rs_gguf.records.conversation import Answer, Generation, Prompt
 

@@ -21,13 +21,14 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
-from rs_gguf.judges.judge import by_rule, final_answer
+from rs_gguf.judges.judge import by_rule
 from rs_gguf.judges.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judges.probe import Categories, Components, Probe, load_probe, read_states, save_probe
 from rs_gguf.judges.registry import Judgement, Pair, open_judge, open_judge_spec, shipped_probe
 from rs_gguf.judges.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judges.votes import VotesJudge
 from rs_gguf.models import resolve as models
+from rs_gguf.prompts.trace import final_answer
 from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import sha256
 

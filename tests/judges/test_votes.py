@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.judges.rubric import judged_text, read_verdict, rubric, verdict_message
-from rs_gguf.judges.votes import SAMPLING, Vote, VotesJudge, answer_start, tally, vote_confidence
+from rs_gguf.judges.votes import SAMPLING, Vote, VotesJudge, tally, vote_confidence
 from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.trace import answer_start
 from rs_gguf.records.conversation import Judgement
 
 

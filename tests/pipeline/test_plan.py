@@ -39,7 +39,7 @@ from rs_gguf.pipeline.plan import PLANNED, Plan, judge_of, plan
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.speed import Speed
 from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32

@@ -36,7 +36,7 @@ from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import answers as answering
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.prompts import contexts
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt

@@ -11,7 +11,8 @@ import pytest
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import template as chat
-from rs_gguf.prompts.template import ChatFormat, after_thinking, opens_thinking
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.trace import after_thinking, opens_thinking
 
 QWEN_LIKE = """\
 {%- if messages[0]['role'] == 'system' %}

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.prompts.user_files import grid, load, pool, stratified
+from rs_gguf.prompts.grid import grid, pool, stratified
+from rs_gguf.prompts.user_files import load
 from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
 
 # ---- files that users bring ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.estimators.estimator import RidgeMeanDifference
-from rs_gguf.prompts import user_files as prompts
+from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Kind
 from rs_gguf.steering import lora_file as lora

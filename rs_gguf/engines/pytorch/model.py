@@ -21,20 +21,9 @@ from numpy.typing import NDArray
 from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.engines.pytorch import weights as huggingface
 from rs_gguf.errors import InputError
+from rs_gguf.prompts.markers import TURN_ENDS
 from rs_gguf.records.conversation import Generation
 from rs_gguf.steering.vector import SteeringVector, decoder_blocks
-
-# Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
-_TURN_ENDS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-)
 
 # Families whose state in transformers knows no mask.
 _PADS_THE_STATE = ("rwkv", "xlstm")
@@ -105,7 +94,7 @@ class TorchModel:
         vocabulary = self.tokenizer.get_vocab()
         # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
         channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
-        ends.update(vocabulary.get(text) for text in _TURN_ENDS if not (channels and text == "<|end|>"))
+        ends.update(vocabulary.get(text) for text in TURN_ENDS if not (channels and text == "<|end|>"))
         return ends - {None}
 
     @property

@@ -29,9 +29,9 @@ from rs_gguf.engines.server.exchange import (
     served_models,
 )
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import final_answer
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.prompts.trace import final_answer
 from rs_gguf.records.conversation import Answer, Generation, Prompt
 
 _REQUESTS = 8  # under way at once, for each server

@@ -29,8 +29,8 @@ from rs_gguf.evaluation.paired import (
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.baselines import Side
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.user_files import stratified
 from rs_gguf.records import metrics
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.rows import Row, RowLog

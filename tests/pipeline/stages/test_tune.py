@@ -34,7 +34,7 @@ from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
-from rs_gguf.prompts.user_files import stratified
+from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
 from rs_gguf.search import rungs as rungs_module

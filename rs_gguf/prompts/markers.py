@@ -1,0 +1,39 @@
+"""Every fact about marks in text: around thinking traces and answers, at ends of turns."""
+
+from __future__ import annotations
+
+# What a trace stands between; the second may also begin an answer without one.
+THINKING_MARKERS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<mm:think>", "</mm:think>"),  # MiniMax-M3
+    ("<think:opensource>", "</think:opensource>"),  # Hy3
+    ("[THINK]", "[/THINK]"),  # Mistral
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|open|>think<|sep|>", "<|open|>response<|sep|>"),  # Kimi K3
+    ("to=self<|message|>", "to=user<|message|>"),  # Muse
+    ("<|think|>", "<|content|>"),  # Solar Open
+)
+# What some of them write around the answer; Gemma 4 may begin another trace after it.
+ANSWER_STARTS = ("<|START_TEXT|>", "<|START_RESPONSE|>")
+ANSWER_ENDS = (
+    "<|END_TEXT|>", "<|END_RESPONSE|>", "[END FINAL RESPONSE]", "<|channel>", "<|close|>response<|sep|>",
+    "<|end|>",
+)  # fmt: skip
+# Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+)
