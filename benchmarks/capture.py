@@ -94,7 +94,7 @@ def race(path: Path, asked: list[Prompt], repeats: int) -> dict[str, Activations
     import transformers
 
     from rs_gguf.engines.pytorch.model import TorchModel
-    from rs_gguf.engines.pytorch.weights import keeps_bf16
+    from rs_gguf.models.configuration import keeps_bf16
 
     ours, network = LlamaModel(path), TorchModel(path)
     tokens = chat_tokens(ours, asked)

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from rs_gguf.activations.projection import ProjectionStatistics
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.moments import Float64
+from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.conversation import NEUTRAL
-from rs_gguf.steering.vector import FIRST_STEERABLE
+
+Float64 = npt.NDArray[np.float64]
 
 _HIGH = 0.95  # quantile of calibration, project_statistics' own
 
@@ -208,3 +209,26 @@ def _finite_scores(scores: npt.ArrayLike) -> Float64:
     if values.ndim != 1 or not np.isfinite(values).all():
         raise InputError(f"scores of shape {values.shape}: one finite number a layer is accepted")
     return values
+
+
+def principal_components(rows: Float64) -> tuple[Float64, Float64]:
+    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix.
+
+    Raises:
+        InputError: the rows do not vary.
+    """
+    centred = rows - rows.mean(axis=0)
+    wide = rows.shape[1] > rows.shape[0]
+    gram = centred @ centred.T if wide else centred.T @ centred
+    if len(gram) < 2 or not np.trace(gram) > 0:
+        raise InputError(
+            f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
+        )
+    import scipy.linalg
+
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - 2, len(gram) - 1))
+    values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+    scores = vectors * np.sqrt(values) if wide else centred @ vectors
+    # Eigenvectors have no sign of their own; the largest score is made positive.
+    signs = np.sign(scores[np.argmax(np.abs(scores), axis=0), [0, 1]])
+    return np.asarray(scores * np.where(signs == 0, 1.0, signs)), np.asarray(values / np.trace(gram))

@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rs_gguf.engines.server.exchange import Usage
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import Judge, Pair, Usage
+from rs_gguf.judges.judge import Judge, Pair
 from rs_gguf.records.conversation import Judgement
 from rs_gguf.records.files import cache_folder
 

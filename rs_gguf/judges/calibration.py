@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.moments import Float64
 from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.probe import Categories, Components, Probe, read_states
 from rs_gguf.judges.rubric import rubric_version, wording
 from rs_gguf.records.files import sha256
+
+Float64 = NDArray[np.float64]
 
 _COMPONENTS = 128  # principal components of the states that a probe sees
 # What cross-validation chooses from: inverse penalties, and γ over one by the variance of what is seen.

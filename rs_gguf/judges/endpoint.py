@@ -22,10 +22,11 @@ from rs_gguf.engines.server.exchange import (
     ServedModel,
     Token,
     TryFailedError,
+    Usage,
     served_models,
 )
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import EXAMPLE, Pair, Usage, split_by_rule
+from rs_gguf.judges.judge import EXAMPLE, Pair, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message
 from rs_gguf.judges.votes import MAX_TOKENS, SAMPLING, VOTE_READING, VOTES, Vote, tally
 from rs_gguf.prompts.trace import after_thinking, answer_start

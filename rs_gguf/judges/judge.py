@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from rs_gguf.engines.server.exchange import Usage
 from rs_gguf.records.conversation import Judgement
 
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
@@ -18,17 +18,6 @@ Pair = tuple[str, str | None]
 
 # Where it only matters whether a judge can be used.
 EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What an endpoint has counted so far. `cost` is in the money that the prices were given in."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
 
 
 class Judge(Protocol):

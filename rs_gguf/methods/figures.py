@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rs_gguf.activations.scores import principal_components
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.moments import Float64, read_rows
 from rs_gguf.records.conversation import NEUTRAL
@@ -147,27 +147,6 @@ def dimension_mass(directions: npt.ArrayLike, *, top: int = 10) -> Float64:
     if not 1 <= top <= sizes.shape[1]:
         raise InputError(f"top = {top}: 1 to {sizes.shape[1]} dimensions are accepted")
     return np.asarray(sizes[:, -top:].sum(axis=1) / sizes.sum(axis=1))
-
-
-def principal_components(rows: Float64) -> tuple[Float64, Float64]:
-    """Scores [N, 2] and shares of variance [2] of `rows` [N, D], from the smaller Gram matrix.
-
-    Raises:
-        InputError: the rows do not vary.
-    """
-    centred = rows - rows.mean(axis=0)
-    wide = rows.shape[1] > rows.shape[0]
-    gram = centred @ centred.T if wide else centred.T @ centred
-    if len(gram) < 2 or not np.trace(gram) > 0:
-        raise InputError(
-            f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
-        )
-    values, vectors = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - 2, len(gram) - 1))
-    values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
-    scores = vectors * np.sqrt(values) if wide else centred @ vectors
-    # Eigenvectors have no sign of their own; the largest score is made positive.
-    signs = np.sign(scores[np.argmax(np.abs(scores), axis=0), [0, 1]])
-    return np.asarray(scores * np.where(signs == 0, 1.0, signs)), np.asarray(values / np.trace(gram))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

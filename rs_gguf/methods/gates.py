@@ -27,26 +27,9 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
+from rs_gguf.models.architecture import WRITERS
 from rs_gguf.steering.lora_file import Factors
 
-# Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
-# last step first, since llama.cpp's build_ffn names them one after another. BitNet has norms before both.
-WRITERS: Mapping[str, Sequence[str]] = {
-    "attn_output": ("attn_sub_norm", "kqv_out"),
-    "ffn_down": (
-        "ffn_sub_norm",
-        "ffn_gate_par",
-        "ffn_swiglu_limited",
-        "ffn_swiglu",
-        "ffn_geglu",
-        "ffn_reglu",
-        "ffn_act",
-        "ffn_gelu",
-        "ffn_silu",
-        "ffn_sqr(relu)",
-        "ffn_relu",
-    ),
-}
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
 HARM = -0.25

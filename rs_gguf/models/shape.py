@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rs_gguf.errors import InputError
-from rs_gguf.methods.gates import WRITERS
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models import wide_copy as widening
+from rs_gguf.models.architecture import WRITERS
 
 if TYPE_CHECKING:
     import transformers
@@ -96,12 +96,12 @@ def of_folder(path: Path, bits: float | None = None) -> Shape:
     Raises:
         InputError: no configuration, or none that transformers knows.
     """
-    from rs_gguf.engines.pytorch import weights as huggingface
+    from rs_gguf.models import configuration
 
-    config = huggingface.read_config(path)
+    config = configuration.read_config(path)
     if bits is not None:
         return of_config(config, bits)
-    shape = of_config(config, 16.0 if huggingface.keeps_bf16(config) else 32.0)
+    shape = of_config(config, 16.0 if configuration.keeps_bf16(config) else 32.0)
     return replace(shape, writers={})  # PyTorch reads block outputs alone
 
 
@@ -113,11 +113,11 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
     """
     import gguf
 
-    from rs_gguf.engines.pytorch import weights as huggingface
+    from rs_gguf.models import configuration
 
     text = config.get_text_config()  # without eyes and ears
-    network = huggingface.network(text)
-    family = huggingface.llama_cpp_family(huggingface.llama_cpp_name(text.model_type))
+    network = configuration.network(text)
+    family = configuration.llama_cpp_family(configuration.llama_cpp_name(text.model_type))
     table = gguf.get_tensor_name_map(family or gguf.MODEL_ARCH.LLAMA, text.num_hidden_layers)
     experts = next((n for n in (getattr(text, k, None) for k in _EXPERT_COUNTS) if n), 1)
     tensors = [

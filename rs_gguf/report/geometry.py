@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from threadpoolctl import threadpool_limits
 
+from rs_gguf.activations.scores import principal_components
 from rs_gguf.errors import InputError
-from rs_gguf.methods.figures import principal_components
 from rs_gguf.records.conversation import KINDS, NEUTRAL
 from rs_gguf.records.rows import Row, finite
 from rs_gguf.report.plots import Axis, thinned

@@ -16,11 +16,11 @@ from dataclasses import replace
 import numpy as np
 
 from rs_gguf.methods.method import Space
+from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import choose, nearest, settled
 from rs_gguf.search.rungs import Rungs
-from rs_gguf.steering.vector import FIRST_STEERABLE
 
 _LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
 _NEAR = 1.3  # times that level, or less: near enough

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import checked_directions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 Scalar = str | int | float | bool
 ProvenanceValue = Scalar | list[str] | list[int] | list[float] | list[bool]
 
-MAX_LAYERS = 512
-"""llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): no model it loads has a block number this high."""
-
-FIRST_STEERABLE = 1
-"""llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads."""
 
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 INT64 = range(-(2**63), 2**63)
@@ -55,7 +51,7 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; its own constructor is the one place that completes it.
-        object.__setattr__(self, "directions", _checked_directions(self.directions))
+        object.__setattr__(self, "directions", checked_directions(self.directions))
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
         _checked_text("The architecture", self.architecture)
 
@@ -110,75 +106,11 @@ class SteeringVector:
         when attaching one fails. Nested uses add up. Raises `InputError` before any change when a direction's
         block or width does not exist in the model, or `scale` is not finite.
         """
-        import torch
+        # PyTorch takes seconds to import: for those who use it.
+        from rs_gguf.engines.pytorch.weights import adding
 
-        blocks = decoder_blocks(model)
-        beyond = [layer for layer in self.layers if layer >= len(blocks)]
-        if beyond:
-            raise InputError(
-                f"The vector steers blocks {beyond}, but the model has blocks 0 to {len(blocks) - 1}. "
-                "Use a vector that was fitted on this model."
-            )
-        width = _text_config(model).hidden_size
-        if width != self.width:
-            raise InputError(
-                f"The vector is {self.width} wide, but the model's residual stream is {width} wide. "
-                "Use a vector that was fitted on this model."
-            )
-        deltas = _times(self.directions, _finite(scale))
-        with ExitStack() as hooks:
-            for layer, delta in deltas.items():
-                handle = blocks[layer].register_forward_hook(_adder(torch.from_numpy(delta)))
-                hooks.callback(handle.remove)
+        with adding(model, _times(self.directions, _finite(scale))):
             yield
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model, in order: element N is block N.
-
-    They are the one module list whose length is the configuration's number of hidden layers; lists nested
-    inside a block (experts) do not count, and for models with several towers the text decoder is searched
-    alone. Raises `InputError` when there is not exactly one such list.
-    """
-    from torch import nn
-
-    count = getattr(_text_config(model), "num_hidden_layers", None)
-    decoder = getattr(model, "get_decoder", None)
-    root = decoder() if callable(decoder) else model
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in root.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            found[name] = module
-    if len(found) != 1:
-        raise InputError(
-            f"Cannot tell the decoder blocks of {type(model).__name__}: the configuration says {count} "
-            f"layers, and the module lists of that length are {sorted(found) or 'none'}. Exactly one is "
-            "needed; give a decoder-only transformers model."
-        )
-    return list(next(iter(found.values())))
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise InputError(
-            f"{type(model).__name__} has no transformers configuration. Give a transformers model, as "
-            "AutoModelForCausalLM.from_pretrained returns it."
-        )
-    return config.get_text_config()
-
-
-def _adder(delta: Any) -> Any:
-    """A forward hook that adds `delta` [D] to a block's hidden states [..., D]."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        # Blocks of older transformers releases return (hidden, …), newer ones the hidden states alone.
-        if isinstance(output, tuple):
-            return (output[0] + delta.to(output[0]), *output[1:])
-        return output + delta.to(output)
-
-    return hook
 
 
 def _times(
@@ -196,44 +128,6 @@ def _finite(scale: float) -> float:
     ):
         raise InputError(f"The scale is {scale!r}; a finite number of float32 is needed.")
     return float(scale)
-
-
-def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[np.float32]]:
-    if not directions:
-        raise InputError(
-            "The vector has no direction; give at least one block, as {layer: array of width D}."
-        )
-    checked: dict[int, npt.NDArray[np.float32]] = {}
-    for layer, given in directions.items():
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int | np.integer)
-            or not FIRST_STEERABLE <= layer < MAX_LAYERS
-        ):
-            raise InputError(
-                f"Block {layer!r} cannot be steered: block numbers are integers from 1 to {MAX_LAYERS - 1} "
-                "(block 0 is out of llama.cpp's reach). Leave it out."
-            )
-        try:
-            with np.errstate(over="ignore"):
-                row = np.array(given, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The direction of block {layer} is no array of numbers ({error}).") from None
-        if row.ndim != 1 or row.size == 0:
-            raise InputError(
-                f"The direction of block {layer} has shape {row.shape}; one of shape [D] is needed."
-            )
-        if not np.isfinite(row).all():
-            raise InputError(
-                f"The direction of block {layer} has {int((~np.isfinite(row)).sum())} values that are NaN, "
-                "Inf or beyond float32; they would reach every logit. Fit it again or leave the block out."
-            )
-        row.flags.writeable = False
-        checked[int(layer)] = row
-    widths = {len(row) for row in checked.values()}
-    if len(widths) != 1:
-        raise InputError(f"The directions have widths {sorted(widths)}; all must have the model's width.")
-    return dict(sorted(checked.items()))
 
 
 def checked_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:

@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.steering.container import (
     SCHEMA_KEY,
     add_provenance,
@@ -29,7 +30,7 @@ from rs_gguf.steering.container import (
     write_verified,
 )
 from rs_gguf.steering.guard import StricterThanLlamaCpp, open_gguf
-from rs_gguf.steering.vector import MAX_LAYERS, SteeringVector
+from rs_gguf.steering.vector import SteeringVector
 
 ARCHITECTURE = "controlvector"
 NORM_RATIO = 100.0

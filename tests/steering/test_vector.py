@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
+from rs_gguf.engines.pytorch.weights import decoder_blocks
 from rs_gguf.errors import InputError
-from rs_gguf.steering.vector import MAX_LAYERS, SteeringVector, decoder_blocks
+from rs_gguf.models.architecture import MAX_LAYERS
+from rs_gguf.steering.vector import SteeringVector
 
 WIDTH = 32
 COMMON: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

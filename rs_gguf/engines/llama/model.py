@@ -22,8 +22,8 @@ from rs_gguf.engines.llama.context import BatchToken, InForce, LlamaContext
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
+from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.conversation import Generation
-from rs_gguf.steering.vector import FIRST_STEERABLE
 
 
 class LlamaModel(LlamaFile):

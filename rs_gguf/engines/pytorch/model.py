@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, joined, seeds
 from rs_gguf.engines.pytorch import weights as huggingface
+from rs_gguf.engines.pytorch.weights import adding, decoder_blocks
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import checked_directions
+from rs_gguf.models.configuration import llama_cpp_name
 from rs_gguf.prompts.markers import TURN_ENDS
 from rs_gguf.records.conversation import Generation
-from rs_gguf.steering.vector import SteeringVector, decoder_blocks
 
 # Families whose state in transformers knows no mask.
 _PADS_THE_STATE = ("rwkv", "xlstm")
@@ -75,7 +77,7 @@ class TorchModel:
                 f"{self.path}: {config.model_type} takes padding into its state in transformers, so that its "
                 "answers depend on what shares their batch. Give a model of another family."
             )
-        self.architecture = huggingface.llama_cpp_name(config.model_type)
+        self.architecture = llama_cpp_name(config.model_type)
         self.n_layer = len(decoder_blocks(self.model))
         self.n_embd: int = config.hidden_size
         self.n_vocab: int = config.vocab_size
@@ -166,7 +168,7 @@ class TorchModel:
                 f"{self.path.name} is loaded in PyTorch, which applies no GGUF LoRA: that needs llama.cpp. "
                 "Give the model as a GGUF file to the llama.cpp engine."
             )
-        with SteeringVector(directions).apply(self.model) if directions else contextlib.nullcontext():
+        with adding(self.model, checked_directions(directions)) if directions else contextlib.nullcontext():
             yield
 
     # ---- batches ---------------------------------------------------------------------------------

@@ -8,60 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
+from torch import nn
 
 from rs_gguf.errors import InputError
-
-# Families that llama.cpp files under another's name. Most others differ in hyphens and underscores at most.
-_LLAMA_CPP_NAMES = {
-    "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "gpt_bigcode": "starcoder",
-    "granitemoehybrid": "granitehybrid",
-    "hunyuan_v1_dense": "hunyuan-dense",
-    "hunyuan_v1_moe": "hunyuan-moe",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "phi": "phi2",
-}
-_FAMILIES = {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
-
-
-def read_config(path: Path) -> transformers.PretrainedConfig:
-    """The configuration in a folder, of which config.json alone is read, or of a GGUF file.
-
-    Raises:
-        InputError: there is none, or none that transformers knows.
-    """
-    try:
-        return transformers.AutoConfig.from_pretrained(**_source(path))
-    except Exception as error:  # its error family depends on its version and on the file
-        raise InputError(
-            f"{path}: transformers cannot read its configuration ({_first_line(error)}). Give the "
-            "Hugging Face folder or hub id of a family that transformers knows without remote code."
-        ) from error
-
-
-def network(config: transformers.PretrainedConfig) -> Any:
-    """The PyTorch model of a configuration, its modules without numbers.
-
-    Raises:
-        InputError: transformers cannot make it.
-    """
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # as above
-        raise InputError(
-            f"transformers cannot make a {config.model_type} model ({_first_line(error)})."
-        ) from error
+from rs_gguf.models.configuration import first_line, is_gguf, keeps_bf16, read_config, source_of
 
 
 def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
@@ -73,13 +31,13 @@ def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
     Raises:
         InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
     """
-    if not (_is_gguf(path) or (path.is_dir() and (path / "config.json").is_file())):
+    if not (is_gguf(path) or (path.is_dir() and (path / "config.json").is_file())):
         raise InputError(
             f"{path}: PyTorch takes a Hugging Face folder (with config.json and safetensors) or a .gguf file."
         )
     as_published = path.is_dir() and (not on_cpu or keeps_bf16(read_config(path)))
     name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    source = _source(path)
+    source = source_of(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars; a library draws none
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
@@ -92,7 +50,7 @@ def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
             )
     except Exception as error:  # as above
         raise InputError(
-            f"transformers cannot load {path}: {_first_line(error)} Needed are safetensors or GGUF weights "
+            f"transformers cannot load {path}: {first_line(error)} Needed are safetensors or GGUF weights "
             "of a decoder-only family that transformers knows without remote code; other GGUF files run in "
             "llama.cpp alone."
         ) from error
@@ -105,50 +63,76 @@ def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
-    """Whether a model of this configuration runs on the CPU in bf16, as it is published, and not in F32.
+@contextlib.contextmanager
+def adding(model: nn.Module, directions: Mapping[int, npt.NDArray[np.float32]]) -> Iterator[None]:
+    """Add `directions[l]` [D] to the output of block l at every position within the `with` block.
 
-    Where the processor multiplies bf16 (AVX512-BF16, and with it AMX) that is twice as fast or more and takes
-    half of the memory; elsewhere PyTorch emulates it.
+    Hooks are removed however it ends, and none stays when attaching one fails. Nested uses add up.
+
+    Raises:
+        InputError: a block or a width that the model does not have. Nothing was changed.
     """
-    published = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    # Older versions of PyTorch do not tell what the processor can do.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return published == torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
+    blocks = decoder_blocks(model)
+    beyond = [layer for layer in directions if layer >= len(blocks)]
+    if beyond:
+        raise InputError(
+            f"The vector steers blocks {beyond}, but the model has blocks 0 to {len(blocks) - 1}. "
+            "Use a vector that was fitted on this model."
+        )
+    width, wanted = text_config(model).hidden_size, len(next(iter(directions.values())))
+    if width != wanted:
+        raise InputError(
+            f"The vector is {wanted} wide, but the model's residual stream is {width} wide. "
+            "Use a vector that was fitted on this model."
+        )
+    with contextlib.ExitStack() as hooks:
+        for layer, delta in directions.items():
+            handle = blocks[layer].register_forward_hook(_adder(torch.from_numpy(delta)))
+            hooks.callback(handle.remove)
+        yield
 
 
-def llama_cpp_name(model_type: str) -> str:
-    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
-    base = model_type.removesuffix("_text")
-    if base in _LLAMA_CPP_NAMES:
-        return _LLAMA_CPP_NAMES[base]
-    known: dict[str, str] = {_squashed(name): name for name in _FAMILIES}
-    return known.get(_squashed(base), model_type)
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a transformers model, in order: element N is block N.
+
+    They are the one module list whose length is the configuration's number of hidden layers; lists nested
+    inside a block (experts) do not count, and for models with several towers the text decoder is searched
+    alone. Raises `InputError` when there is not exactly one such list.
+    """
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    decoder = getattr(model, "get_decoder", None)
+    root = decoder() if callable(decoder) else model
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            found[name] = module
+    if len(found) != 1:
+        raise InputError(
+            f"Cannot tell the decoder blocks of {type(model).__name__}: the configuration says {count} "
+            f"layers, and the module lists of that length are {sorted(found) or 'none'}. Exactly one is "
+            "needed; give a decoder-only transformers model."
+        )
+    return list(next(iter(found.values())))
 
 
-def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
-    """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
-    return _FAMILIES.get(name)
+def text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise InputError(
+            f"{type(model).__name__} has no transformers configuration. Give a transformers model, as "
+            "AutoModelForCausalLM.from_pretrained returns it."
+        )
+    return config.get_text_config()
 
 
-def _is_gguf(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".gguf"
+def _adder(delta: Any) -> Any:
+    """A forward hook that adds `delta` [D] to a block's hidden states [..., D]."""
 
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        # Blocks of older transformers releases return (hidden, …), newer ones the hidden states alone.
+        if isinstance(output, tuple):
+            return (output[0] + delta.to(output[0]), *output[1:])
+        return output + delta.to(output)
 
-def _source(path: Path) -> dict[str, Any]:
-    """How `from_pretrained` is told of a folder, or of a file in one. Nothing is fetched or run."""
-    folder, file = (path.parent, path.name) if _is_gguf(path) else (path, None)
-    return {
-        "pretrained_model_name_or_path": folder,
-        "gguf_file": file,
-        "trust_remote_code": False,
-        "local_files_only": True,
-    }
-
-
-def _squashed(name: str) -> str:
-    return name.replace("_", "").replace("-", "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return hook

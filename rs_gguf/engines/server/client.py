@@ -25,13 +25,13 @@ from rs_gguf.engines.server.exchange import (
     ForbiddenError,
     RequestRefusedError,
     TryFailedError,
+    Usage,
     checked_url,
     exchange,
     parse_completion,
     served_models,
 )
 from rs_gguf.errors import InputError
-from rs_gguf.judges.judge import Usage
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 

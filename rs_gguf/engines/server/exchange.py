@@ -265,3 +265,14 @@ def _logprob(value: Any) -> float:
     if math.isnan(number):
         raise ValueError("a log-probability of nan")
     return min(max(number, _LEAST_LOGPROB), 0.0)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an endpoint has counted so far. `cost` is in the money that the prices were given in."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0

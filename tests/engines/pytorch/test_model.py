@@ -20,8 +20,8 @@ from fixtures.tiny_gguf import CHAT_TEMPLATE, SPECIALS, byte_level, write_tiny_q
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
-from rs_gguf.engines.pytorch.weights import llama_cpp_name
 from rs_gguf.errors import InputError
+from rs_gguf.models.configuration import llama_cpp_name
 from rs_gguf.models.shape import of_folder
 from rs_gguf.prompts.template import ChatFormat
 
