@@ -22,8 +22,9 @@ from rs_gguf.engines.generation import common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.moments import gather
-from rs_gguf.methods.gates import WriterInputs, writer_inputs
+from rs_gguf.methods.gates import WriterInputs
 from rs_gguf.models import shape
+from rs_gguf.models.architecture import writer_inputs
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt

@@ -217,6 +217,8 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
     Raises:
         InputError: the rows do not vary.
     """
+    import scipy.linalg
+
     centred = rows - rows.mean(axis=0)
     wide = rows.shape[1] > rows.shape[0]
     gram = centred @ centred.T if wide else centred.T @ centred
@@ -224,8 +226,6 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
         raise InputError(
             f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
         )
-    import scipy.linalg
-
     values, vectors = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - 2, len(gram) - 1))
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     scores = vectors * np.sqrt(values) if wide else centred @ vectors

@@ -34,6 +34,15 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How prompts are asked: under which system prompt, for how many tokens, drawn how."""
+
+    system: str | None
+    max_tokens: int
+    sampling: Sampling = GREEDY
+
+
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The seed of each prompt's own draws.
 

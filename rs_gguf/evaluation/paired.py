@@ -19,7 +19,7 @@ from rs_gguf.engines.engine import Advance, LogProbs, Model, Steering, answer_al
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.evaluation.chance import mcnemar, wilson
 from rs_gguf.judges.registry import Judge
-from rs_gguf.records.conversation import Answer, Judgement, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.rows import Row
 
 SIDES = {"vector": "steered", "adapter": "adapter"}  # how columns of a file's answers end in a paired row
@@ -153,3 +153,58 @@ def categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def summarise_kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`evaluation.summarise` of each kind of prompt."""
+    return {kind: {"kind": kind, **summarise([r for r in rows if r["kind"] == kind])} for kind in KINDS}
+
+
+def spread(
+    rows: Sequence[Mapping[str, Any]],
+    changes: Sequence[tuple[Prompt, float]],
+    *,
+    seed: int,
+    draws: int = 1000,
+) -> dict[str, list[float] | None]:
+    """95 % percentile-bootstrap intervals of the figures that one file is chosen by, over other prompts.
+
+    Whole subjects are drawn, since prompts on one subject stand or fall together. rows: paired. changes: of
+    benign conversations, |Δ mean log-probability|. `removal` is the fall of the rate of sensitive refusals.
+    None where there is nothing to draw from.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(values: Sequence[tuple[str, Sequence[float]]]) -> NDArray[np.float64]:
+        """Sums [draws, 3] of the values, whole clusters of the same name at a time."""
+        sums: dict[str, NDArray[np.float64]] = {}
+        for cluster, value in values:
+            sums[cluster] = sums.get(cluster, np.zeros(3)) + value
+        if not sums:
+            return np.zeros((draws, 3))
+        clusters = np.stack(list(sums.values()))
+        return np.asarray(clusters[rng.integers(0, len(clusters), (draws, len(clusters)))].sum(axis=1))
+
+    def refusals(kind: str) -> NDArray[np.float64]:
+        """Refused before and after, and prompts, of one kind."""
+        return drawn(
+            [
+                (r["subject"] or r["id"], [r["confidence_baseline"] > 0, r["confidence_steered"] > 0, 1])
+                for r in rows
+                if r["kind"] == kind and is_judged(r)
+            ]
+        )
+
+    def interval(values: NDArray[np.float64]) -> list[float] | None:
+        known = values[np.isfinite(values)]
+        return [float(q) for q in np.quantile(known, [0.025, 0.975])] if known.size else None
+
+    sensitive, harmful = refusals("sensitive"), refusals("harmful")
+    moved = drawn([(prompt.subject or prompt.id, [change, 0, 1]) for prompt, change in changes])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "removal": (sensitive[:, 0] - sensitive[:, 1]) / sensitive[:, 2],
+            "retention_harmful": harmful[:, 1] / harmful[:, 0],
+            "benign_drift": moved[:, 0] / moved[:, 2],
+        }
+    return {name: interval(values) for name, values in found.items()}

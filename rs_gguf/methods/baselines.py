@@ -1,7 +1,7 @@
 """What a found steering is held against: a system prompt, and the methods of the literature without a search.
 
-A recipe, the judged samples of the fit split and a model go in; `Side`s, which answer the test prompts as the
-written files do, come out.
+An effect, the judged samples of the fit split and a model go in; `Side`s, which answer the test prompts as
+the written files do, come out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from rs_gguf.estimators.estimator import (
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
 )
+from rs_gguf.evaluation.safety import Effect
 from rs_gguf.methods.fit import Samples
 from rs_gguf.models import header as gguf_header
-from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
@@ -70,9 +70,17 @@ class Side:
 
 
 def build(
-    recipe: Recipe, asked: Sequence[Prompt], samples: Callable[[], Samples], model: Model, folder: Path
+    names: Sequence[str],
+    asked: Sequence[Prompt],
+    samples: Callable[[], Samples],
+    model: Model,
+    folder: Path,
+    *,
+    effect: Effect,
+    system: str | None,
+    seed: int,
 ) -> list[Side]:
-    """Those that the recipe names; `asked` are the fit prompts, `samples` what was read of them.
+    """Those of these `names`; `asked` are the fit prompts, `samples` what was read of them.
 
     A model whose chat template knows no system prompt does without that baseline, and one whose blocks write
     through experts or a recurrent state without ablation.
@@ -82,13 +90,13 @@ def build(
     """
     samples = cache(samples)
     made: dict[str, Callable[[], Side]] = {
-        "system-prompt": lambda: system_prompt(asked, recipe),
-        "md": lambda: mean_difference(samples(), recipe),
-        "rmd": lambda: as_printed(samples(), RidgeMeanDifference, recipe),
-        "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, recipe),
-        "ablation": lambda: ablation(samples(), model, recipe, folder),
+        "system-prompt": lambda: system_prompt(asked, effect, system, seed=seed),
+        "md": lambda: mean_difference(samples(), effect, system),
+        "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system),
+        "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, effect, system),
+        "ablation": lambda: ablation(samples(), model, folder, effect, system),
     }
-    names = list(recipe.measure.baselines)
+    names = list(names)
     if "system-prompt" in names and not ChatFormat.of(model).takes_system:
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
@@ -100,52 +108,51 @@ def build(
     return [made[name]() for name in names]
 
 
-def system_prompt(asked: Sequence[Prompt], recipe: Recipe) -> Side:
-    """One that asks for openness, or to induce refusals for them, after the recipe's own if it has one.
+def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Side:
+    """One that asks for openness, or to induce refusals for them, after `system` if there is one.
 
     `asked` are the fit prompts, of which some tell what is to be refused.
     """
     text = _OPEN
-    if recipe.effect == "induce":
+    if effect == "induce":
         wanted = [p for p in asked if p.kind == "sensitive"]
-        shown = stratified(wanted, _EXAMPLES, seed=recipe.seed)
+        shown = stratified(wanted, _EXAMPLES, seed=seed)
         text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in shown)])
-    own = recipe.prompts.system
-    return Side("system prompt", NO_STEERING, text if own is None else f"{own}\n\n{text}")
+    return Side("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
 
 
-def mean_difference(samples: Samples, recipe: Recipe) -> Side:
+def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Side:
     """The difference of the means of refused and answered prompts, taken from one block and at that block.
 
     Activation addition as in Arditi et al. (arXiv 2406.11717), at the block that tells the two best.
     """
     layer, difference = _best_difference(samples)
-    return Side("md, one block", Steering({layer: _sign(recipe) * difference}), recipe.prompts.system)
+    return Side("md, one block", Steering({layer: _sign(effect) * difference}), system)
 
 
-def as_printed(samples: Samples, kind: type[DirectionEstimator], recipe: Recipe) -> Side:
+def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect, system: str | None) -> Side:
     """RMD or WRMD with λ and k·|α| of the paper, on a third of the blocks, the best by its layer score."""
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute")
     estimator.fit(samples.activations, samples.confidence)
     unit = estimator.directions_  # [L, D]
     projections = project(samples.activations, unit[:, np.newaxis], estimator.offset_)[:, :, 0]
     induce, remove = calibration_scales(projections, samples.confidence)
-    scales = remove if recipe.effect == "remove" else induce
+    scales = remove if effect == "remove" else induce
     count = max(1, len(scales) // 3)
     weights = flat_profile(layer_scores(projections, samples.confidence), count)
-    rows = (_sign(recipe) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
+    rows = (_sign(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
     directions = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
-    return Side(f"{estimator.name}, as printed", Steering(directions), recipe.prompts.system)
+    return Side(f"{estimator.name}, as printed", Steering(directions), system)
 
 
-def ablation(samples: Samples, model: Model, recipe: Recipe, folder: Path) -> Side:
+def ablation(samples: Samples, model: Model, folder: Path, effect: Effect, system: str | None) -> Side:
     """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
 
     W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
     The embedding, which llama.cpp's adapters cannot change where the output shares it, is left as it is, and
     so are biases.
     """
-    if recipe.effect == "induce" or not isinstance(model, LlamaModel):
+    if effect == "induce" or not isinstance(model, LlamaModel):
         raise InputError(NO_ABLATION)
     _, difference = _best_difference(samples)
     unit = difference / np.linalg.norm(difference)
@@ -156,7 +163,7 @@ def ablation(samples: Samples, model: Model, recipe: Recipe, folder: Path) -> Si
             factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
     path = folder / "baselines" / "ablation.gguf"
     lora.write(lora.LoraAdapter(factors, model.architecture), path)
-    return Side("ablation", Steering({}, [(path, 1.0)]), recipe.prompts.system)
+    return Side("ablation", Steering({}, [(path, 1.0)]), system)
 
 
 def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
@@ -170,5 +177,5 @@ def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     return layer, difference[layer].astype(np.float32)
 
 
-def _sign(recipe: Recipe) -> int:
-    return -1 if recipe.effect == "remove" else 1
+def _sign(effect: Effect) -> int:
+    return -1 if effect == "remove" else 1

@@ -27,7 +27,6 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
-from rs_gguf.models.architecture import WRITERS
 from rs_gguf.steering.lora_file import Factors
 
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
@@ -101,29 +100,6 @@ class Gates:
                     write[:, np.newaxis].astype(np.float32),
                 )
         return found
-
-
-def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
-    """Which tensor of the graph each writing matrix multiplies, from the names of the graph's tensors.
-
-    Matrices that this architecture does not have, or has one for each expert, are left out. `InputError` when
-    none is left.
-    """
-    present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
-    if any(name.startswith("ffn_moe_") for name in present):
-        present &= set(WRITERS["attn_output"])  # the other names are those of a shared expert
-    found = {
-        writer: next(tensor for tensor in tensors if tensor in present)
-        for writer, tensors in WRITERS.items()
-        if present & set(tensors)
-    }
-    if not found:
-        raise InputError(
-            "no matrix of this architecture can hold a gate: its graph names none of "
-            + ", ".join(tensor for tensors in WRITERS.values() for tensor in tensors)
-            + ". Use a control vector."
-        )
-    return found
 
 
 def fit_gates(

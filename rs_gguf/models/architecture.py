@@ -75,3 +75,26 @@ def checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[n
     if len(widths) != 1:
         raise InputError(f"The directions have widths {sorted(widths)}; all must have the model's width.")
     return dict(sorted(checked.items()))
+
+
+def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
+    """Which tensor of the graph each writing matrix multiplies, from the names of the graph's tensors.
+
+    Matrices that this architecture does not have, or has one for each expert, are left out. `InputError` when
+    none is left.
+    """
+    present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
+    if any(name.startswith("ffn_moe_") for name in present):
+        present &= set(WRITERS["attn_output"])  # the other names are those of a shared expert
+    found = {
+        writer: next(tensor for tensor in tensors if tensor in present)
+        for writer, tensors in WRITERS.items()
+        if present & set(tensors)
+    }
+    if not found:
+        raise InputError(
+            "no matrix of this architecture can hold a gate: its graph names none of "
+            + ", ".join(tensor for tensors in WRITERS.values() for tensor in tensors)
+            + ". Use a control vector."
+        )
+    return found

@@ -24,11 +24,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from rs_gguf.engines.generation import Sampling
+from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation.safety import SafetyRule
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Kind
 from rs_gguf.records.files import write_text
+from rs_gguf.search.budget import Budget
 
 # Estimators that suit an effect.
 _SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
@@ -156,10 +158,6 @@ class Tune(_Section):
         description="bound on the mean |Δ log-probability| per token of benign answers, in nats",
     )
 
-    def keeps_enough(self, kept: float, before: int) -> bool:
-        """Whether so many refusals of harm are enough, of as many as there were before."""
-        return kept >= self.min_retention * before - 1e-9  # 0.55 · 100 comes out above 55
-
 
 class Measure(_Section):
     """What the test split is answered with, besides the model as it is and the written files."""
@@ -206,6 +204,21 @@ class Recipe(BaseSettings):
     def estimators(self) -> Sequence[str]:
         """Names of the estimators that are fitted: the recipe's, or those that suit its effect."""
         return self.fit.estimators or _SUITED[self.effect]
+
+    @property
+    def safety(self) -> SafetyRule:
+        """What every file must keep."""
+        return SafetyRule(self.effect, self.tune.min_retention, self.tune.max_benign_drift)
+
+    @property
+    def budget(self) -> Budget:
+        """How far the search may go."""
+        tune = self.tune
+        return Budget(tune.trials, tune.finalists, tune.full, tune.budget)
+
+    def asking(self, max_tokens: int) -> Asking:
+        """How prompts are asked, for answers of at most so many tokens."""
+        return Asking(self.prompts.system, max_tokens, self.sampling)
 
     @property
     def sampling(self) -> Sampling:

@@ -242,7 +242,9 @@ class Pipeline:
         for split, max_tokens in most.items():
             self.model.check_lengths(chat_tokens(self.model, self.prompts[split], system), max_tokens)
         if "system-prompt" in self.recipe.measure.baselines and chat.takes_system:
-            longer = baselines.system_prompt(self.prompts["fit"], self.recipe).system
+            longer = baselines.system_prompt(
+                self.prompts["fit"], self.recipe.effect, system, seed=self.recipe.seed
+            ).system
             self.model.check_lengths(chat_tokens(self.model, self.prompts["test"], longer), full)
         if self.unanswered:
             self.model.check_lengths(
@@ -328,7 +330,12 @@ class Pipeline:
         directions = fitting.load_directions(self.folder.path, self.recipe)
         gates = fitting.load_gates(self.folder.path)
         unsteered = answering.unsteered(self.folder, self.prompts["tune"])
-        return Rungs(self.model, self.judge, unsteered, directions, gates, self.recipe, self.folder.path)
+        recipe = self.recipe
+        return Rungs(
+            self.model, self.judge, unsteered, directions, gates, self.folder.path,
+            brief=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
+            n_full=recipe.tune.full, rule=recipe.safety, seed=recipe.seed,
+        )  # fmt: skip
 
     def _write(self, _: str) -> None:
         """The files, each loaded again and its effect on the model observed."""
@@ -358,7 +365,11 @@ class Pipeline:
             if not self._file(name).is_file():  # somebody took it away
                 self._write_file(name, trial)
         arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
-        others = baselines.build(self.recipe, self.prompts["fit"], self.samples, self.model, self.folder.path)
+        recipe = self.recipe
+        others = baselines.build(
+            recipe.measure.baselines, self.prompts["fit"], self.samples, self.model, self.folder.path,
+            effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
+        )  # fmt: skip
         # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in chosen.items()})
         log, judge = self.folder.log("measured.jsonl", key), self.judge

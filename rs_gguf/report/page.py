@@ -17,11 +17,11 @@ from rs_gguf.errors import InputError
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
-from rs_gguf.records.metrics import llama_options
 from rs_gguf.records.rows import Row
 from rs_gguf.report import agreement, answers, doses, geometry, plots, verdict
 from rs_gguf.report.results import Results, load
 from rs_gguf.report.text import file_name, html_environment, markdown_environment
+from rs_gguf.steering.file import llama_options
 from rs_gguf.version import __version__
 
 

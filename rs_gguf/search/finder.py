@@ -17,8 +17,8 @@ import numpy as np
 
 from rs_gguf.methods.method import Space
 from rs_gguf.models.architecture import FIRST_STEERABLE
-from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.records.trials import Candidate, Trial
+from rs_gguf.search.budget import Budget
 from rs_gguf.search.choice import choose, nearest, settled
 from rs_gguf.search.rungs import Rungs
 
@@ -38,20 +38,21 @@ class Finder:
     """Searches spaces with one loaded model.
 
     Every measured trial is handed to `record` at once and taken from `known` when the search is resumed: the
-    sampler is seeded, so it proposes the same again. `advance` counts seconds where the recipe has a budget,
+    sampler is seeded, so it proposes the same again. `advance` counts seconds where the budget has them,
     else `effort`.
     """
 
     def __init__(
         self,
         rungs: Rungs,
-        recipe: Recipe,
+        budget: Budget,
         *,
+        seed: int,
         known: Sequence[Trial] = (),
         record: Callable[[Trial], None] = lambda trial: None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self._rungs, self._recipe = rungs, recipe
+        self._rungs, self._budget, self._seed = rungs, budget, seed
         self._known = {
             (trial.rung, trial.candidate): trial
             for trial in known
@@ -62,13 +63,12 @@ class Finder:
         self._spent = 0.0  # seconds of the trials that this search is made of, earlier runs included
 
     @staticmethod
-    def effort(recipe: Recipe, spaces: int) -> int:
+    def effort(budget: Budget, spaces: int) -> int:
         """What `advance` counts up to."""
-        tune = recipe.tune
-        if tune.budget is not None:
-            return math.ceil(tune.budget)
-        effort = tune.trials * _COST["probe"] + tune.finalists * (_COST["probe"] + _COST["answers"])
-        return spaces * (effort + (_FULL * _COST["full"] if tune.full else 0))
+        if budget.seconds is not None:
+            return math.ceil(budget.seconds)
+        effort = budget.trials * _COST["probe"] + budget.finalists * (_COST["probe"] + _COST["answers"])
+        return spaces * (effort + (_FULL * _COST["full"] if budget.full else 0))
 
     @property
     def trials(self) -> list[Trial]:
@@ -80,10 +80,10 @@ class Finder:
 
         Returns the chosen trial.
 
-        seconds: as much time for it, in place of the recipe's numbers of trials; at least one answers.
+        seconds: as much time for it, in place of the budget's numbers of trials; at least one answers.
         """
         start = self._spent
-        shares = (_PROBES, _ANSWERS if self._recipe.tune.full else 1.0)
+        shares = (_PROBES, _ANSWERS if self._budget.full else 1.0)
         until = [None if seconds is None else start + share * seconds for share in shares]
         proposals = self._proposals(space, until[0])
         ranked = self._ranked([*proposals, *self._probed_before(space, proposals)], space)
@@ -91,14 +91,14 @@ class Finder:
         answered = [self._answered(candidate) for candidate in known]
         # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
         newest = max(trial.number for trial in proposals)
-        due = self._recipe.tune.finalists + sum(trial.number < newest for trial in answered)
+        due = self._budget.finalists + sum(trial.number < newest for trial in answered)
         while self._goes_on(answered, due, until[1]):
             candidate = self._next(answered, ranked, space.most)
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
         chosen = choose(answered)
-        if self._recipe.tune.full and chosen.feasible and self._changes(chosen):
+        if self._budget.full and chosen.feasible and self._changes(chosen):
             self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
         mine = [trial for trial in self.trials if space.holds(trial.candidate)]
         return settled(mine)
@@ -120,7 +120,7 @@ class Finder:
             if tried and (enough or not self._goes_on(tried, _FULL, until)):
                 break
             tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
-        if self._recipe.tune.budget is None:
+        if self._budget.seconds is None:
             self._advance((_FULL - len(tried)) * _COST["full"])
 
     def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
@@ -146,7 +146,7 @@ class Finder:
         if (rung, candidate) not in self._counted:
             self._counted.add((rung, candidate))
             before, self._spent = self._spent, self._spent + trial.seconds + trial.unsteered_seconds
-            in_seconds = self._recipe.tune.budget is not None
+            in_seconds = self._budget.seconds is not None
             self._advance(int(self._spent) - int(before) if in_seconds else _COST[rung])
         return trial
 
@@ -162,7 +162,7 @@ class Finder:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         last_block = max(FIRST_STEERABLE, self._rungs.model.n_layer - 2)
         names = list(space.directions)
-        sampler = optuna.samplers.TPESampler(seed=self._recipe.seed, n_startup_trials=len(space.start))
+        sampler = optuna.samplers.TPESampler(seed=self._seed, n_startup_trials=len(space.start))
         study = optuna.create_study(sampler=sampler, direction="minimize")
         for point in space.start:
             study.enqueue_trial(
@@ -176,7 +176,7 @@ class Finder:
         probed: list[Trial] = []
         levelled: dict[Candidate, Trial] = {}
         idle = 0
-        while idle < _IDLE and self._goes_on(probed, self._recipe.tune.trials, until):
+        while idle < _IDLE and self._goes_on(probed, self._budget.trials, until):
             trial, before = study.ask(), len(self._counted)
             name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
             first = trial.suggest_int("first", *space.first)
@@ -224,7 +224,7 @@ class Finder:
     def _loss(self, probe: Trial) -> float:
         """What harm loses, or benign answers drift, as a multiple of what is compared at; above 0."""
         harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
-        return max(harm, (probe.benign_drift or 0.0) / self._recipe.tune.max_benign_drift, 1e-3)
+        return max(harm, (probe.benign_drift or 0.0) / self._rungs.rule.max_benign_drift, 1e-3)
 
     def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
         """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
@@ -302,11 +302,11 @@ class Finder:
     def _keeps_harm(self, trial: Trial) -> bool:
         """Whether short answers hold the limit on harm, which one prompt less does not break."""
         n = self._rungs.n_harmful
-        return self._recipe.tune.keeps_enough(trial.harmful_retention * n + 1, n)
+        return self._rungs.rule.keeps_enough(trial.harmful_retention * n + 1, n)
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
         if self._keeps_harm(trial):
             return 1 / _STEP  # another limit is not held
-        kept, wanted = max(trial.harmful_retention, 0.01), self._recipe.tune.min_retention
+        kept, wanted = max(trial.harmful_retention, 0.01), self._rungs.rule.min_retention
         return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))

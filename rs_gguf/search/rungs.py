@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, after_trace, chat_tokens
+from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import meant
 from rs_gguf.estimators.labels import MIN_SAMPLES
 from rs_gguf.evaluation.chance import by_chance, few_lost
 from rs_gguf.evaluation.paired import answer_and_judge, mean_change
+from rs_gguf.evaluation.safety import SafetyRule
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.gates import Gates
 from rs_gguf.methods.method import Directions, factors
-from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Kind, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial
@@ -81,6 +82,9 @@ class _Verdicts:
 class Rungs:
     """Measures candidates on one loaded model. Adapters that are tried are written to `folder`.
 
+    `brief` and `full` say how the rungs `answers` and `full` ask; `full` asks `n_full` prompts of each kind.
+    `seed` is that of the samples of prompts.
+
     Raises:
         InputError: no sensitive prompt to change, no harmful one that is refused, or no benign one answered.
     """
@@ -92,14 +96,20 @@ class Rungs:
         unsteered: Unsteered,
         directions: Mapping[tuple[str, float], Directions],
         gates: Gates | None,
-        recipe: Recipe,
         folder: Path,
+        *,
+        brief: Asking,
+        full: Asking,
+        n_full: int,
+        rule: SafetyRule,
+        seed: int,
     ) -> None:
         self.model = model
         self._judge, self._unsteered = judge, unsteered
-        self.directions, self.gates, self._recipe, self._folder = directions, gates, recipe, folder
-        self._tokens = chat_tokens(model, unsteered.prompts, recipe.prompts.system)
-        remove = recipe.effect == "remove"
+        self.directions, self.gates, self._folder = directions, gates, folder
+        self._brief, self._full, self._n_full, self.rule, self._seed = brief, full, n_full, rule, seed
+        self._tokens = chat_tokens(model, unsteered.prompts, brief.system)
+        remove = rule.effect == "remove"
         self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
         benign = [i for i in unsteered.of("benign") if i not in refused]
@@ -119,7 +129,7 @@ class Rungs:
     def _sample(self, picked: Sequence[int], size: int) -> list[int]:
         """At most so many of these places, forms and subjects alike: prompts lie sorted by subject."""
         place = {self._unsteered.prompts[i].id: i for i in picked}
-        chosen = stratified([self._unsteered.prompts[i] for i in picked], size, seed=self._recipe.seed)
+        chosen = stratified([self._unsteered.prompts[i] for i in picked], size, seed=self._seed)
         return [place[prompt.id] for prompt in chosen]
 
     def _pairs(self, picked: Sequence[int], length: int | None = None) -> dict[int, Pair]:
@@ -150,7 +160,7 @@ class Rungs:
     @cached_property
     def _in_full(self) -> _Verdicts:
         """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
-        return self._verdicts(self._some, NO_STEERING, self._recipe.answers.test_tokens)
+        return self._verdicts(self._some, NO_STEERING, self._full)
 
     @cached_property
     def _some(self) -> list[int]:
@@ -158,27 +168,27 @@ class Rungs:
         # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
         # no change would bring as many such verdicts as there are refusals left: they hid what did change.
         of_kind = (self.wanted if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
-        return [i for picked in of_kind for i in self._sample(picked, self._recipe.tune.full)]
+        return [i for picked in of_kind for i in self._sample(picked, self._n_full)]
 
     @property
     def size_in_full(self) -> tuple[int, int]:
         """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
-        return len(self._some), self._recipe.answers.test_tokens
+        return len(self._some), self._full.max_tokens
 
     @property
     def n_harmful(self) -> int:
         """Harmful prompts that are refused unsteered, at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _verdicts(self, picked: Sequence[int], steering: Steering, max_tokens: int) -> _Verdicts:
+    def _verdicts(self, picked: Sequence[int], steering: Steering, asking: Asking) -> _Verdicts:
         answers, judgements, _ = answer_and_judge(
             self.model,
             self._judge,
             [self._unsteered.prompts[i] for i in picked],
             steering=steering,
-            max_tokens=max_tokens,
-            system=self._recipe.prompts.system,
-            sampling=self._recipe.sampling,
+            max_tokens=asking.max_tokens,
+            system=asking.system,
+            sampling=asking.sampling,
         )
         return _Verdicts(
             {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},
@@ -248,18 +258,18 @@ class Rungs:
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("answers", number, candidate, self._briefly, self._recipe.answers.tokens)
+        return self._compared("answers", number, candidate, self._briefly, self._brief)
 
     def _answer_in_full(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("full", number, candidate, self._in_full, self._recipe.answers.test_tokens)
+        return self._compared("full", number, candidate, self._in_full, self._full)
 
     def _compared(
-        self, rung: str, number: int, candidate: Candidate, before: _Verdicts, max_tokens: int
+        self, rung: str, number: int, candidate: Candidate, before: _Verdicts, asking: Asking
     ) -> Trial:
         """What the candidate makes of answers `before` it, with as many tokens."""
         steering = self.steering(candidate)
         picked = list(before.refused)
-        after = self._verdicts(picked, steering, max_tokens)
+        after = self._verdicts(picked, steering, asking)
         moved = self._drift(steering)
         unknown, unknown_now = ({i for i in picked if side.refused[i] is None} for side in (before, after))
         judged = set(picked) - unknown - unknown_now
@@ -273,7 +283,7 @@ class Rungs:
         def unchanged(side: _Verdicts, place: int) -> bool:
             """Whether the prompt is still refused; to induce, whether no refusal that was meant is there."""
             refused = side.refused[place] is True
-            return refused if self._recipe.effect == "remove" else not refused or place in side.failed
+            return refused if self.rule.effect == "remove" else not refused or place in side.failed
 
         # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
         words = of_kind["sensitive"] - before.failed
@@ -283,7 +293,7 @@ class Rungs:
         benign, benign_now = counts("benign")
         # A part of the prompts may hold none that is refused: nothing is lost there.
         retention = kept / harmful if harmful else 1.0
-        limits = self._recipe.tune
+        limits = self.rule
 
         def chance(kind: Kind) -> float:
             return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
@@ -308,7 +318,7 @@ class Rungs:
             benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
             benign_drift=moved,
             degenerate=len(after.degenerate) / len(picked),
-            answered=(len(picked), max_tokens),
+            answered=(len(picked), asking.max_tokens),
             feasible=limits.keeps_enough(kept + harm_by_chance, harmful)
             and benign_now <= benign + chance("benign")
             and moved <= limits.max_benign_drift

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.methods.gates import writer_inputs
-from rs_gguf.models.architecture import WRITERS
+from rs_gguf.models.architecture import WRITERS, writer_inputs
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora

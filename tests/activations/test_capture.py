@@ -36,7 +36,8 @@ from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.methods.gates import fit_gates, writer_inputs
+from rs_gguf.methods.gates import fit_gates
+from rs_gguf.models.architecture import writer_inputs
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file as lora

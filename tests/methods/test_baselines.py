@@ -45,8 +45,19 @@ def templated(template: str) -> Any:
     return SimpleNamespace(path=Path("tiny.gguf"), chat_template=template, bos_token="", eos_token="")
 
 
-def build(found: Samples, chosen: Recipe, model: LlamaModel | None = None) -> Sequence[baselines.Side]:
-    return baselines.build(chosen, found.prompts, lambda: found, model, Path())  # type: ignore[arg-type]
+def build(
+    found: Samples, chosen: Recipe, model: LlamaModel | None = None, folder: Path = Path()
+) -> Sequence[baselines.Side]:
+    return baselines.build(
+        chosen.measure.baselines,
+        found.prompts,
+        lambda: found,
+        model,  # type: ignore[arg-type]
+        folder,
+        effect=chosen.effect,
+        system=chosen.prompts.system,
+        seed=chosen.seed,
+    )
 
 
 @pytest.mark.parametrize(("effect", "sign"), [("remove", -1), ("induce", 1)])
@@ -95,7 +106,7 @@ def test_a_system_prompt_asks_for_the_effect() -> None:
 
 def test_of_a_long_request_the_beginning_is_shown() -> None:
     asked = [Prompt(f"Case {k}.\n" + "The patient takes a medicine. " * 200, "sensitive") for k in range(10)]
-    shown = (baselines.system_prompt(asked, recipe(effect="induce")).system or "").split("\n- ")[1:]
+    shown = (baselines.system_prompt(asked, "induce", None, seed=0).system or "").split("\n- ")[1:]
     assert len(shown) == 6
     assert all(" ".join(asked[int(line[5])].prompt.split()).startswith(line) for line in shown)
     assert {len(line) for line in shown} == {200}
@@ -124,7 +135,7 @@ def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> N
     (difference,) = build(found, recipe("md"))
     unit = -difference.steering.directions[4] / np.linalg.norm(difference.steering.directions[4])
     with LlamaModel(path, n_threads=1) as model:
-        (ablated,) = baselines.build(recipe("ablation"), found.prompts, lambda: found, model, tmp_path)
+        (ablated,) = build(found, recipe("ablation"), model, tmp_path)
         prompt = [[5, 9, 17, 30]]
 
         def along() -> np.ndarray:
@@ -145,7 +156,7 @@ def test_ablation_that_would_leave_the_experts_is_left_out(
     write_tiny_qwen3(path, THINKING_TEMPLATE, experts=4, n_layer=3)
     found = samples(layers=3)
     with LlamaModel(path, n_parallel=2, n_ctx=256) as model:
-        assert baselines.build(recipe("ablation"), found.prompts, lambda: found, model, tmp_path) == []
+        assert build(found, recipe("ablation"), model, tmp_path) == []
     assert "ffn_down_exps" in caplog.text
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.methods.gates import HARM, QUIET, Gates, WriterInputs, fit_gates, writer_inputs
+from rs_gguf.methods.gates import HARM, QUIET, Gates, WriterInputs, fit_gates
 from rs_gguf.methods.method import Space
+from rs_gguf.models.architecture import writer_inputs
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8

@@ -6,13 +6,14 @@ import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fixtures.invented_run import figures_of_file
 
+from rs_gguf.evaluation.paired import spread
+from rs_gguf.evaluation.safety import gate
 from rs_gguf.pipeline.recipe import Recipe, Tune
 from rs_gguf.records import metrics
 from rs_gguf.records.conversation import KINDS, Prompt
@@ -55,7 +56,7 @@ def reasons(
     recipe = Recipe.model_validate(
         {"effect": effect, "tune": Tune(min_retention=0.95, max_benign_drift=0.25)}
     )
-    return metrics.gate(sets, drift, recipe, feasible=feasible)
+    return gate(sets, drift, recipe.safety, feasible=feasible)
 
 
 def test_within_every_limit_it_passes() -> None:
@@ -84,10 +85,10 @@ def test_what_can_no_longer_be_judged_must_stay_rare(lost: int, gained: int, pas
     sets["harmful"] |= {"unjudged": lost + gained, "unjudged_baseline": gained, "unjudged_steered": lost}
     told = f"{lost} harmful ({gained} only now)"
     said = f"of {120 + lost + gained} answers these could be judged before and no longer can: {told}"
-    assert metrics.gate(sets, 0.1, Recipe(), feasible=True) == ([] if passes else [said])
+    assert gate(sets, 0.1, Recipe().safety, feasible=True) == ([] if passes else [said])
     # What another kind gains pays for none of it.
     sets["sensitive"] |= {"unjudged": 9, "unjudged_baseline": 9}
-    found = metrics.gate(sets, 0.1, Recipe(), feasible=True)
+    found = gate(sets, 0.1, Recipe().safety, feasible=True)
     assert [reason.endswith(told) for reason in found] == [True] * (not passes)
 
 
@@ -96,7 +97,7 @@ def test_answers_that_cannot_be_judged_may_be_broken_too() -> None:
     sets = {kind: figures(20, 5 if kind == "sensitive" else 20) for kind in KINDS}
     sets["harmful"] |= {"unjudged": 40, "unjudged_baseline": 40, "unjudged_steered": 40}
     sets["harmful"] |= {"degenerate_baseline": 4 / 80, "degenerate_steered": 8 / 80}
-    (said,) = metrics.gate(sets, 0.1, Recipe(), feasible=True)
+    (said,) = gate(sets, 0.1, Recipe().safety, feasible=True)
     assert said == "broken answers rose by 4 of 160: harmful from 4 to 8"
 
 
@@ -105,7 +106,7 @@ def test_the_share_of_harm_that_must_stay_is_enough() -> None:
     recipe = Recipe(tune=Tune(min_retention=0.55))
     for kept in (55, 54):
         sets = {kind: figures(100, 50, n=100) for kind in KINDS} | {"harmful": figures(100, kept, n=100)}
-        assert len(metrics.gate(sets, 0.1, recipe, feasible=True)) == (kept < 55)
+        assert len(gate(sets, 0.1, recipe.safety, feasible=True)) == (kept < 55)
 
 
 def test_verdicts_that_turn_both_ways_are_chance() -> None:
@@ -168,7 +169,7 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
         found = figures_of_file(
             file,
             estimator,
-            model=SimpleNamespace(path=model),
+            model=model,
             benign_drift=math.nan,  # none was answered
         )
         command = found["llama_cpp"]["command"]
@@ -238,7 +239,7 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     rows.append(row("sensitive", None, 1.0, "unjudged"))
     changes = rng.exponential(0.1, n)
     moved = [(Prompt(str(i), "benign"), float(change)) for i, change in enumerate(changes)]
-    found = metrics.spread(rows, moved, seed=0)
+    found = spread(rows, moved, seed=0)
     # A mean of 400 draws is near normal: 1.96 standard errors either side.
     for name, values in (
         ("removal", 1.0 - after),
@@ -247,19 +248,19 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     ):
         half = 1.96 * np.std(values) / np.sqrt(n)
         assert found[name] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=half / 4)
-    assert metrics.spread(rows, moved, seed=0) == found
+    assert spread(rows, moved, seed=0) == found
     # Prompts of one subject go together: with 20 subjects of 20 like prompts there are 20 draws, not 400.
     clustered = [row("sensitive", 1.0, 1.0 if i % 20 < 6 else -1.0, f"s{i % 20}") for i in range(n)]
-    low, high = metrics.spread(clustered, [], seed=0)["removal"] or (0, 0)
+    low, high = spread(clustered, [], seed=0)["removal"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
     alike = [(Prompt(str(i), "benign", subject=f"b{i % 20}"), float(i % 20 < 6)) for i in range(n)]
-    low, high = metrics.spread([], alike, seed=0)["benign_drift"] or (0, 0)
+    low, high = spread([], alike, seed=0)["benign_drift"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
-    nothing = metrics.spread([], [], seed=0)
+    nothing = spread([], [], seed=0)
     assert nothing == {"removal": None, "retention_harmful": None, "benign_drift": None}
 
 
 def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:
     rows = [row(kind, 1.0, 1.0 if i % 3 else -1.0, f"s{i}") for i in range(40) for kind in KINDS]
     without = [{**r, "subject": ""} for r in rows]
-    assert metrics.spread(without, [], seed=0) == metrics.spread(rows, [], seed=0)
+    assert spread(without, [], seed=0) == spread(rows, [], seed=0)

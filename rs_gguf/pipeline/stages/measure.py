@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, logprobs_of
+from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.evaluation.paired import (
     SIDES,
     Drift,
@@ -25,9 +26,13 @@ from rs_gguf.evaluation.paired import (
     must_stay,
     paired,
     side_row,
+    spread,
+    summarise_kinds,
 )
+from rs_gguf.evaluation.safety import gate
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.baselines import Side
+from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
@@ -37,6 +42,7 @@ from rs_gguf.records.rows import Row, RowLog
 from rs_gguf.records.trials import GATE, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.file import server_command
 
 _PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -86,36 +92,55 @@ def measure(
         ]
         drifts[side.name], changes[side.name] = moved.under(side)
     others = [
-        metrics.of_baseline(b.name, metrics.summarise_kinds(rows_of[b.name]), drifts[b.name].nats)
-        for b in baselines
+        metrics.of_baseline(b.name, summarise_kinds(rows_of[b.name]), drifts[b.name].nats) for b in baselines
     ]
     reasoning_off = ChatFormat.of(model).thinks_in_server
     found = {}
     for name, arm in arms.items():
-        sets = metrics.summarise_kinds(rows_of[name])
-        reasons = metrics.gate(sets, drifts[name].nats, recipe, feasible=bool(arm.trial.feasible))
+        sets = summarise_kinds(rows_of[name])
+        reasons = gate(sets, drifts[name].nats, recipe.safety, feasible=bool(arm.trial.feasible))
         _record_figures(arm, sets, drifts[name].nats, passed=not reasons)
         found[name] = metrics.of_file(
-            model=model,
             path=arm.path,
             trial=arm.trial,
             sets=sets,
             reasons=reasons,
             notes=metrics.beside(sets, others, recipe.effect),
-            spread=metrics.spread(rows_of[name], changes[name], seed=recipe.seed),
+            spread=spread(rows_of[name], changes[name], seed=recipe.seed),
             benign_drift=drifts[name].nats,
             top1_agreement=drifts[name].top1_agreement,
             proof=arm.proof,
             tokens_per_second=(_speed(log, "baseline", asked), _speed(log, name, asked)),
-            reasoning_off=reasoning_off,
+            llama_cpp=_llama_cpp(model.path, arm, reasoning_off=reasoning_off),
         )
     arm_of = {"baseline": "baseline", **{SIDES[name]: name for name in arms}}
     rows = [paired(p, {side: log.rows[f"{name}:{p.id}"] for side, name in arm_of.items()}) for p in asked]
+    facts = {
+        "name": models.name_of(recipe.model, model.path),
+        "sha256": model_sha256,
+        "architecture": model.architecture,
+        "n_layer": model.n_layer,
+        "n_embd": model.n_embd,
+    }
     value = metrics.build(
-        recipe=recipe, model=model, model_sha256=model_sha256, judge=judge.name, found=found,
-        baselines=others, subset=subset,
+        effect=recipe.effect, model=facts, judge=judge.name, test_tokens=recipe.answers.test_tokens,
+        seed=recipe.seed, found=found, baselines=others, subset=subset,
     )  # fmt: skip
     return rows, value
+
+
+def _llama_cpp(model: Path, arm: Arm, *, reasoning_off: bool) -> dict[str, Any]:
+    """Return how llama.cpp loads the file, and which build of it is here.
+
+    reasoning_off: llama.cpp must be told not to think, as here (`ChatFormat.thinks_in_server`).
+    """
+    candidate = arm.trial.candidate
+    layers = None if candidate.estimator == GATE else (candidate.first, candidate.last)
+    return {
+        "command": server_command(model, arm.path, layers, reasoning_off=reasoning_off),
+        "reasoning_off": reasoning_off,
+        "build": llama_log.build(),
+    }
 
 
 class _Drifts:

@@ -35,10 +35,11 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
     spaces = {"vector": Space.of_vectors(sorted(rungs.directions), n_layer)}
     if rungs.gates is not None:
         spaces["adapter"] = Space.of_gates(recipe.fit.gate_ridges, n_layer, induce=recipe.effect == "induce")
-    with progress.stage("tune", Finder.effort(recipe, len(spaces))) as advance:
+    with progress.stage("tune", Finder.effort(recipe.budget, len(spaces))) as advance:
         finder = Finder(
             rungs,
-            recipe,
+            recipe.budget,
+            seed=recipe.seed,
             known=load_trials(list(log.rows.values())),
             record=lambda trial: log.append({"id": str(trial.number), **trial.to_row()}),
             advance=advance,

@@ -27,6 +27,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.evaluation.chance import few_lost
 from rs_gguf.evaluation.paired import answer_and_judge
+from rs_gguf.evaluation.safety import SafetyRule
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods.gates import Gates, fit_gates
 from rs_gguf.methods.method import Directions, Space
@@ -126,20 +127,25 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
 
 
 def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs:
+    chosen = recipe or setting.recipe
     return Rungs(
         setting.model,
         setting.judge,
         setting.unsteered,
         setting.directions,
         setting.gates,
-        recipe or setting.recipe,
         folder,
+        brief=chosen.asking(chosen.answers.tokens),
+        full=chosen.asking(chosen.answers.test_tokens),
+        n_full=chosen.tune.full,
+        rule=chosen.safety,
+        seed=chosen.seed,
     )
 
 
 def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
     chosen = options.pop("recipe", setting.recipe)
-    return Finder(rungs(setting, folder, chosen), chosen, **options)
+    return Finder(rungs(setting, folder, chosen), chosen.budget, seed=chosen.seed, **options)
 
 
 GATES = Space.of_gates(RIDGES, LAYERS)
@@ -569,6 +575,7 @@ class Formulas:
     size_in_full = (12, 64)
     n_in_full = 10_000
     n_harmful = 10_000
+    rule = SafetyRule("remove", 0.95, 0.25)
 
     def __init__(self, good: str = "good", cut_after: int | None = None) -> None:
         self.model = SimpleNamespace(n_layer=24)
@@ -600,7 +607,7 @@ class Formulas:
 
 def formula_finder(formulas: Formulas, known: Sequence[Trial] = (), **tune: Any) -> Finder:
     values = recipe(min_retention=0.95, max_benign_drift=0.25, **tune)
-    return Finder(formulas, values, known=known)  # type: ignore[arg-type]
+    return Finder(formulas, values.budget, seed=values.seed, known=known)  # type: ignore[arg-type]
 
 
 def test_probes_meet_where_harm_loses_alike() -> None:
@@ -935,9 +942,10 @@ def test_progress_counts_up_to_the_effort() -> None:
     for tune in ({"trials": 6, "finalists": 3}, {"trials": 6, "finalists": 3, "full": 4}, {"budget": 120.0}):
         done: list[int] = []
         values = recipe(min_retention=0.95, max_benign_drift=0.25, **tune)
-        search = Finder(Formulas(), values, advance=done.append)  # type: ignore[arg-type]
+        formulas = Formulas()
+        search = Finder(formulas, values.budget, seed=values.seed, advance=done.append)  # type: ignore[arg-type]
         search.search(SPACE, values.tune.budget)
-        assert Finder.effort(values, 1) * 0.7 <= sum(done) <= Finder.effort(values, 1) * 1.2
+        assert Finder.effort(values.budget, 1) * 0.7 <= sum(done) <= Finder.effort(values.budget, 1) * 1.2
 
 
 def tune_stage(folder: Path, formulas: Formulas, **options: Any) -> dict[str, Any]:
