@@ -20,6 +20,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.probe import Categories, Components, Probe, read_states
 from rs_gguf.judges.rubric import rubric_version, wording
+from rs_gguf.machine import one_thread
 from rs_gguf.records.files import sha256
 
 Float64 = NDArray[np.float64]
@@ -87,8 +88,6 @@ def fit_probe(
     is calibrated on answers whose labels the fit has not seen. A regression over refusals alone tells the
     category.
     """
-    from threadpoolctl import threadpool_limits
-
     pairs = [pair for pair in pairs if pair.split == "calibration"]
     pairs = [pair for pair in pairs if by_rule(pair.prompt, pair.answer) is None]
     # Verdict-relevant content is most linear around the middle of the network.
@@ -102,7 +101,7 @@ def fit_probe(
     prompts = np.array([pair.prompt for pair in pairs])
     refusal = np.array([pair.refusal for pair in pairs])
     categories = np.array([pair.category for pair in pairs])[refusal]
-    with threadpool_limits(1):  # the solves are small: threads would only wait for one another
+    with one_thread():  # the solves are small: threads would only wait for one another
         kernel, values = cross_validated(features, refusal, prompts)
         verdict, scaling = kernel.fit(features, refusal), platt(values, refusal)
         category = _fit_categories(features[refusal], categories, prompts[refusal])

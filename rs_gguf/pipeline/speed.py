@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from scipy.linalg import blas
-from threadpoolctl import threadpool_limits
 
 from rs_gguf.estimators.ridge import RidgeSystem
+from rs_gguf.machine import one_thread
 from rs_gguf.models.shape import Shape
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _algebra() -> float:
     def factorise() -> None:
         RidgeSystem(blas.dsyrk(1.0, rows.T, trans=1, lower=1), np.zeros(_WIDTH), rows)
 
-    with threadpool_limits(1):  # as the fit does
+    with one_thread():  # as the fit does
         factorise()
         return factorisation(_SAMPLES, _WIDTH) / min(_timed(factorise)[0] for _ in range(3))
 

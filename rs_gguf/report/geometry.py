@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from threadpoolctl import threadpool_limits
 
 from rs_gguf.activations.scores import principal_components
 from rs_gguf.errors import InputError
+from rs_gguf.machine import one_thread
 from rs_gguf.records.conversation import KINDS, NEUTRAL
 from rs_gguf.records.rows import Row, finite
 from rs_gguf.report.plots import Axis, thinned
@@ -41,7 +41,7 @@ def cosine_map(folder: Path, vector: Row) -> Row | None:
     sizes = np.linalg.norm(rows, axis=1)
     known = np.isfinite(sizes) & (sizes > 0)
     unit = np.where(known[:, np.newaxis], rows / np.where(known, sizes, 1)[:, np.newaxis], np.nan)
-    with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
+    with one_thread():
         cosines = unit @ unit.T
     blocks, (first, last) = len(rows), vector["layers"]
     inside = cosines[first : last + 1, first : last + 1]
@@ -99,7 +99,7 @@ def scatter(folder: Path, vector: Row, auroc: Sequence[float | None], asked: Seq
         return None
     rows = np.concatenate(parts)[kept].astype(np.float64)
     try:
-        with threadpool_limits(1):
+        with one_thread():
             scores, shares = principal_components(rows)
     except InputError:  # they do not vary
         return None

@@ -5,10 +5,8 @@ A path goes in. Metadata, tokens of a text, text of tokens, and handles for a co
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +16,7 @@ import llama_cpp
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.engines.llama.calls import calling
 from rs_gguf.errors import InputError
+from rs_gguf.machine import free_memory
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models import wide_copy as widening
 
@@ -185,22 +184,4 @@ def _load_mode(file: Path) -> int:
     choose: int = llama_cpp.LLAMA_LOAD_MODE_AUTO
     if llama_cpp.llama_supports_gpu_offload() or not file.is_file():
         return choose
-    return read if file.stat().st_size <= _MOST_READ * _free_memory() else choose
-
-
-def _free_memory(root: Path = Path("/")) -> int:
-    """Bytes that Linux can give this process now, at most what its control groups may have; elsewhere 0."""
-    try:
-        told = (root / "proc/meminfo").read_text()
-        group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-    except OSError:
-        return 0
-    free = re.search(r"MemAvailable: +(\d+) kB", told)
-    rooms = [int(free[1]) * 1024] if free else [0]
-    groups = root / "sys/fs/cgroup"
-    own = groups / group
-    limits = [folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(groups)]
-    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            rooms.append(int(limit.read_text()))
-    return min(rooms)
+    return read if file.stat().st_size <= _MOST_READ * free_memory() else choose

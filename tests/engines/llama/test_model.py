@@ -17,6 +17,7 @@ import pytest
 from fixtures.architectures import llama
 from fixtures.tiny_gguf import SPECIALS, write_tiny_qwen2
 
+from rs_gguf import machine
 from rs_gguf.engines.generation import Sampling
 from rs_gguf.engines.llama import file as llama_file
 from rs_gguf.engines.llama import graph
@@ -499,8 +500,8 @@ def test_free_memory_is_what_a_control_group_may_have(
     for name, text in {**files, **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()}}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert llama_file._free_memory(tmp_path) == expected
+    assert machine.free_memory(tmp_path) == expected
 
 
 def test_where_memory_is_not_told_a_model_is_mapped(tmp_path: Path) -> None:
-    assert llama_file._free_memory(tmp_path) == 0
+    assert machine.free_memory(tmp_path) == 0
