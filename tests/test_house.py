@@ -1,0 +1,62 @@
+"""The architecture: which way imports run, how long modules are, and that tests mirror modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, TESTS = ROOT / "rs_gguf", ROOT / "tests"
+LONGEST = 300  # lines of a module
+
+# Modules that are still longer. A module leaves this list once it is short enough.
+LONG = {
+    "engines/llama/model.py",
+    "engines/pytorch/model.py",
+    "engines/server/client.py",
+    "models/resolve.py",
+    "pipeline/recipe.py",
+    "pipeline/run.py",
+    "search/finder.py",
+    "search/rungs.py",
+    "steering/lora_file.py",
+    "steering/proof.py",
+}
+# Tests of more than one module, or of a module with the files of another kind.
+NO_MIRROR = {
+    "cli/test_adapter_files.py",
+    "cli/test_commands.py",
+    "judges/test_real.py",
+    "report/test_browser.py",
+}
+WITHOUT_MIRROR = {"fixtures", "fuzz", "real"}  # folders
+
+
+def modules() -> dict[str, Path]:
+    return {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+
+def test_imports_run_downwards(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert code == 0, capsys.readouterr().out
+
+
+def test_modules_are_short() -> None:
+    long = {
+        name for name, path in modules().items() if path.read_text(encoding="utf-8").count("\n") > LONGEST
+    }
+    assert long - LONG == set(), f"longer than {LONGEST} lines"
+    assert long >= LONG, "short enough now: strike them from LONG"
+
+
+def test_tests_mirror_modules() -> None:
+    names = {
+        path.relative_to(TESTS).as_posix()
+        for path in TESTS.rglob("test_*.py")
+        if path.parent != TESTS and path.relative_to(TESTS).parts[0] not in WITHOUT_MIRROR
+    }
+    without = {name for name in names if name.replace("test_", "") not in modules()}
+    assert without == NO_MIRROR
