@@ -2,8 +2,7 @@
 
 Bodies of `/chat/completions` go in, numbered completions come out, each once. Several servers of one model
 share the work: each failure of a server keeps it out for a while that doubles, after which it must pass a
-health check, and the request goes on at another one. The key is read from the environment for each request
-and is kept nowhere; should a server say it back, it is blotted out.
+health check, and the request goes on at another one.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import queue
 import threading
 import time
@@ -79,7 +79,8 @@ class EndpointClient:
         clock, sleep: time in seconds, and waiting for it; tests give their own.
 
     Raises:
-        InputError: no usable address, or no model was named and the server has not just one.
+        InputError: no usable address, a key that may not be sent to one, or no model was named and the server
+            has not just one.
     """
 
     def __init__(
@@ -91,12 +92,13 @@ class EndpointClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._servers = [_Server(checked_url(url, options.key_variable)) for url in dict.fromkeys(urls)]
+        self.urls = [checked_url(url, options.key_variable) for url in dict.fromkeys(urls)]
+        self._servers = [_Server(url) for url in self.urls]
         self._options, self._clock, self._sleep = options, clock, sleep
         self._lock = threading.Lock()
         self._next_start = float("-inf")
-        self._usage = Usage()
         self._answered: bytes | None = None  # the last request that was
+        self.usage = Usage()
         self.model = model or self._only_model()
 
     @classmethod
@@ -105,17 +107,8 @@ class EndpointClient:
         addresses, _, model = spec.partition("#")
         return cls(addresses.split(","), model or None, options)
 
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self._servers]
-
-    @property
-    def usage(self) -> Usage:
-        with self._lock:
-            return self._usage
-
-    def complete(self, body: Body, stop: threading.Event | None = None) -> Completion:
-        """One completion; `model` is added to the body. Gives up between tries once `stop` is set.
+    def complete(self, body: Body) -> Completion:
+        """Return one completion; `model` is added to the body.
 
         Raises:
             RequestRefusedError: a server took offence at this request, or failed on it twice, but answers the
@@ -123,7 +116,43 @@ class EndpointClient:
             InputError: no server can be used, all tries failed, or the one that was last answered is refused
                 as well.
         """
-        stop = stop or threading.Event()
+        [(_, found)] = self.complete_all([body])
+        if isinstance(found, RequestRefusedError):
+            raise found
+        return found
+
+    def complete_all(self, bodies: Iterable[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
+        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such.
+
+        Bodies are taken as they are needed, so that a million of them need no more memory than a hundred.
+        """
+        stop = threading.Event()
+        done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
+
+        def work(i: int, body: Body) -> None:
+            try:
+                done.put((i, self._complete(body, stop)))
+            except Exception as error:
+                done.put((i, error))
+
+        waiting, under_way = enumerate(bodies), 0
+        try:
+            while True:
+                for item in itertools.islice(waiting, self._options.concurrency - under_way):
+                    # Threads of a pool would keep the process until all that is under way was answered.
+                    threading.Thread(target=work, args=item, daemon=True).start()
+                    under_way += 1
+                if not under_way:
+                    return
+                i, found = done.get()
+                under_way -= 1
+                if isinstance(found, Exception) and not isinstance(found, RequestRefusedError):
+                    raise found
+                yield i, found
+        finally:
+            stop.set()  # whoever stops early, by an error, Ctrl-C or leaving the loop, waits for nothing
+
+    def _complete(self, body: Body, stop: threading.Event) -> Completion:
         data = json.dumps({"model": self.model, **body}).encode()
         timeout = self._options.timeout + body.get("max_tokens", 0)
         said: list[str] = []
@@ -165,7 +194,6 @@ class EndpointClient:
                     with contextlib.suppress(InputError):
                         exchange(server.url, "/models", None, LOOKUP_TIMEOUT, key_variable)
                 self._wait_for_turn(stop)
-                _check_wanted(stop)
                 started, asking = self._clock(), True
                 answer = exchange(server.url, "/chat/completions", data, timeout, key_variable)
                 completion, counted = parse_completion(answer)
@@ -183,7 +211,7 @@ class EndpointClient:
                 said.append(f"{server.url}: {error.said}")
                 raise RequestRefusedError(f"{server.url} refuses the request: {error.said}.") from None
             else:
-                self._succeeded(server, counted)
+                self._succeeded(server, *counted)
                 return completion
             finally:
                 with self._lock:
@@ -193,53 +221,9 @@ class EndpointClient:
             "and has room, then run the same command again."
         )
 
-    def complete_all(self, bodies: Iterable[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
-        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such.
-
-        Bodies are taken as they are needed, so that a million of them need no more memory than a hundred.
-        """
-        stop = threading.Event()
-        asked: queue.SimpleQueue[tuple[int, Body] | None] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
-
-        def work() -> None:
-            while (item := asked.get()) is not None:
-                i, body = item
-                try:
-                    done.put((i, self.complete(body, stop)))
-                except Exception as error:
-                    done.put((i, error))
-                    if not isinstance(error, RequestRefusedError):
-                        stop.set()  # it is raised below
-
-        # Those of a ThreadPoolExecutor would keep the process until all that is under way was answered.
-        for _ in range(self._options.concurrency):
-            threading.Thread(target=work, daemon=True).start()
-        waiting, under_way = enumerate(bodies), 0
-        try:
-            while True:
-                for item in itertools.islice(waiting, 2 * self._options.concurrency - under_way):
-                    asked.put(item)
-                    under_way += 1
-                if not under_way:
-                    return
-                i, found = done.get()
-                under_way -= 1
-                if isinstance(found, Exception) and not isinstance(found, RequestRefusedError):
-                    raise found
-                yield i, found
-        finally:
-            # Whoever stops early, by an error, Ctrl-C or leaving the loop, waits for nothing.
-            stop.set()
-            for _ in range(self._options.concurrency):
-                asked.put(None)
-
-    # ---- which server, and when ------------------------------------------------------------------
-
     def _take(self, stop: threading.Event, *, avoid: _Server | None) -> _Server:
-        """The least busy server that is not kept out, another than `avoid` if there is one; waits for it."""
+        """Wait for a server that is not kept out. Take the least busy one, `avoid` only if it is the last."""
         while True:
-            _check_wanted(stop)
             with self._lock:
                 now = self._clock()
                 ready = [server for server in self._servers if server.out_until <= now]
@@ -248,21 +232,24 @@ class EndpointClient:
                     best.in_flight += 1
                     return best
                 pause = min(server.out_until for server in self._servers) - now
-            (self._sleep or stop.wait)(pause)
+            self._pause(pause, stop)
 
     def _wait_for_turn(self, stop: threading.Event) -> None:
-        if self._options.per_minute is None:
-            return
         with self._lock:
             now = self._clock()
             turn = max(now, self._next_start)
-            self._next_start = turn + 60.0 / self._options.per_minute
-        if turn > now:
-            (self._sleep or stop.wait)(turn - now)
+            self._next_start = turn + 60.0 / (self._options.per_minute or math.inf)
+        self._pause(turn - now, stop)
+
+    def _pause(self, seconds: float, stop: threading.Event) -> None:
+        if seconds > 0:
+            (self._sleep or stop.wait)(seconds)
+        if stop.is_set():
+            raise InputError("the requests were called off.")
 
     def _failed(self, server: _Server, started: float, pause: float | None) -> None:
         with self._lock:
-            self._usage = _plus(self._usage, retries=1)
+            self.usage = replace(self.usage, retries=self.usage.retries + 1)
             # Requests that were under way together fail together: that is one failure.
             if started >= server.failed_at:
                 server.failures += 1
@@ -270,26 +257,24 @@ class EndpointClient:
             server.failed_at = self._clock()
             server.out_until = max(server.out_until, server.failed_at + max(own, pause or 0.0))
 
-    def _succeeded(self, server: _Server, counted: tuple[int, int]) -> None:
-        prompt, completion = counted
-        price = self._options.price
+    def _succeeded(self, server: _Server, prompt: int, completion: int) -> None:
         with self._lock:
             server.failures = 0
             server.answers += 1
-            self._usage = _plus(
-                self._usage,
-                requests=1,
-                prompt_tokens=prompt,
-                completion_tokens=completion,
-                cost=(prompt * price[0] + completion * price[1]) / 1e6,
+            price, past = self._options.price, self.usage
+            self.usage = replace(
+                past,
+                requests=past.requests + 1,
+                prompt_tokens=past.prompt_tokens + prompt,
+                completion_tokens=past.completion_tokens + completion,
+                cost=past.cost + (prompt * price[0] + completion * price[1]) / 1e6,
             )
 
     def _only_model(self) -> str:
         """The model of the first server that is there."""
         for server in self._servers:
             try:
-                models = served_models(server.url, self._options.key_variable)
-                names = [model.name for model in models]
+                names = [model.name for model in served_models(server.url, self._options.key_variable)]
             except TryFailedError as error:
                 said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
                 continue
@@ -300,12 +285,3 @@ class EndpointClient:
                 )
             return names[0]
         raise InputError(said)
-
-
-def _check_wanted(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise InputError("the requests were called off.")
-
-
-def _plus(usage: Usage, **more: float) -> Usage:
-    return replace(usage, **{name: getattr(usage, name) + value for name, value in more.items()})

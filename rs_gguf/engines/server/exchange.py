@@ -1,24 +1,26 @@
 """One exchange with one OpenAI-compatible server, and what can come of it.
 
 An address and a JSON body go in; the server's JSON comes out, or an error that says whether another try may
-help. The key is read from the environment for each exchange and kept nowhere; should a server say it back, it
-is blotted out. Judges and models that answer each have a variable of their own: the key of one is not sent to
-the other.
+help. The key is read from the environment for each exchange and kept nowhere; if a server repeats it, it is
+blotted out. It is never sent over plain HTTP to another network, and redirects are not followed: one would
+carry the key to an address that nobody named. Judges and models that answer each have a variable of their
+own: the key of one is not sent to the other.
 """
 
 from __future__ import annotations
 
-import http.client
+import contextlib
+import functools
+import ipaddress
 import json
 import math
 import os
 import ssl
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+import httpx
 
 from rs_gguf.errors import InputError
 from rs_gguf.version import __version__
@@ -29,9 +31,16 @@ SERVER_KEY_VARIABLE = "RS_GGUF_SERVER_KEY"  # of servers whose model is measured
 LOOKUP_TIMEOUT = 30.0  # seconds, of a question that a server answers at once
 
 _MAX_BODY = 64 << 20  # bytes of a response; more is no completion
-_MAX_ERROR = 64 << 10  # bytes of a response that says what went wrong; more is not looked at
 # Statuses that another try may cure: these, and each 5xx (proxies have their own) but for the lasting ones.
 _PASSING, _LASTING = frozenset({408, 409, 425, 429}), frozenset({501, 505})
+# Networks that a key may cross unencrypted: loopback, private and link-local (RFC 1918, 3927, 4193, 4291).
+_NEAR = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"),
+        *("::1", "fc00::/7", "fe80::/10"),
+    )
+]
 _LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of its own might overflow
 
 
@@ -87,47 +96,56 @@ class TryFailedError(Exception):
         self.pause, self.suspect, self.busy = pause, suspect, busy
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to an address that nobody named."""
-
-    def redirect_request(self, *_: object, **__: object) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(_NoRedirect)
+@functools.cache
+def _http() -> httpx.Client:
+    """Return the connections of all threads; they live as long as the process."""
+    try:
+        return httpx.Client(
+            verify=ssl.create_default_context(),  # the system's certificates, not httpx's own
+            # The caller limits how many requests are under way. Many servers close what was idle for 5
+            # seconds, so a connection as old might be gone once it is used.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
+        )
+    except (ValueError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"cannot use the proxy that the environment names: {error}. Set HTTP_PROXY, HTTPS_PROXY and "
+            "ALL_PROXY to addresses like http://proxy:3128, or unset them."
+        ) from None
 
 
 def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
-    """The JSON that a server answers with at base `url` plus `path`: POST with `data`, else GET.
+    """Return the JSON that a server answers with at base `url` plus `path`: POST with `data`, else GET.
 
     The key in the environment's `key_variable`, if any, goes with it.
 
     Raises:
-        TryFailedError: no connection, a busy or broken server, an answer that is no JSON.
+        TryFailedError: no connection, a busy or broken server, an answer that is not JSON.
         RequestRefusedError: this request, and not the address or key, is what the server does not take.
         InputError: the key is wrong, or the address, or one that it leads to, or the account is empty; a
             `ForbiddenError` where it may also be the request.
     """
-    key = _key(key_variable)
+    key = _key(url, key_variable)
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
+    method, raw = "POST" if data else "GET", bytearray()
     try:
-        request = urllib.request.Request(url + path, data, headers)
-        with _opener.open(request, timeout=timeout) as response:
-            raw = response.read(_MAX_BODY + 1)
-    except urllib.error.HTTPError as error:
-        with error:
-            _raise_for(url, error, key, key_variable)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        with _http().stream(method, url + path, content=data, headers=headers, timeout=timeout) as response:
+            for chunk in response.iter_bytes():
+                raw += chunk
+                if len(raw) > _MAX_BODY:
+                    raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
+    except httpx.RequestError as error:
         said = _without(key, str(error) or type(error).__name__)
-        unproven = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
-        # Of the address, or of the one that a redirect names.
-        if unproven or isinstance(error, ValueError | http.client.InvalidURL):
+        # No other try cures these two: the first is of the address, the second of one that it leads to.
+        if any(sign in said for sign in ("CERTIFICATE_VERIFY_FAILED", "Invalid URL in location header")):
             raise InputError(f"{url} cannot be asked ({said}).") from None
         raise TryFailedError(said) from None
-    if len(raw) > _MAX_BODY:
-        raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
+    if not response.is_success:
+        # Blotted out before it is cut: half a key would not be known.
+        said = _shortened(_without(key, raw.decode("utf-8", "replace")))
+        what = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
+        raise _failure(url, response, f"{what} ({said})" if said else what, key, key_variable)
     try:
         return json.loads(_without(key, raw.decode("utf-8")))
     except (ValueError, RecursionError):
@@ -135,7 +153,7 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
 
 
 def served_models(url: str, key_variable: str) -> list[ServedModel]:
-    """The models that the server at base `url` lists.
+    """Return the models that the server at base `url` lists.
 
     Raises:
         TryFailedError, InputError: as of `exchange`; the former also where the answer is no such list.
@@ -147,65 +165,77 @@ def served_models(url: str, key_variable: str) -> list[ServedModel]:
         raise TryFailedError(f"the answer is no list of models ({type(error).__name__}: {error})") from None
 
 
-def _raise_for(url: str, error: urllib.error.HTTPError, key: str, key_variable: str) -> NoReturn:
-    try:
-        raw = error.read(_MAX_ERROR + 1)
-    except (OSError, http.client.HTTPException):
-        raw = b""
-    # Blotted out before it is cut, and not looked at where the read cut it: half a key would not be known.
-    said = _shortened(_without(key, raw.decode("utf-8", "replace"))) if len(raw) <= _MAX_ERROR else ""
-    what = _without(key, f"HTTP {error.code} {error.reason}") + (f" ({said})" if said else "")
-    if error.code in _PASSING or (error.code // 100 == 5 and error.code not in _LASTING):
-        pause = _seconds(error.headers["Retry-After"])
-        busy = error.code in (429, 503, 529)
-        raise TryFailedError(what, pause=pause, suspect=error.code == 500, busy=busy) from None
-    if error.code in (401, 403):
+def _failure(
+    url: str, response: httpx.Response, what: str, key: str, key_variable: str
+) -> InputError | TryFailedError:
+    """Return the error for a status other than success."""
+    status = response.status_code
+    if status in _PASSING or (status // 100 == 5 and status not in _LASTING):
+        pause = _seconds(response.headers.get("Retry-After"))
+        return TryFailedError(what, pause=pause, suspect=status == 500, busy=status in (429, 503, 529))
+    if status in (401, 403):
         held = "does not accept the key in" if key else "wants a key; put it into"
         message = f"{url} {held} {key_variable}: {what}."
-        raise (ForbiddenError(message, what) if error.code == 403 else InputError(message)) from None
-    if error.code == 402:
-        raise InputError(
-            f"{url} wants to be paid: {what}. Add credit and run the same command again."
-        ) from None
-    if error.code == 404 or error.code < 400:
-        raise InputError(
+        return ForbiddenError(message, what) if status == 403 else InputError(message)
+    if status == 402:
+        return InputError(f"{url} wants to be paid: {what}. Add credit and run the same command again.")
+    if status == 404 or status < 400:
+        return InputError(
             f"{url}: {what}. Give the address that ends before /chat/completions, usually in /v1, "
             "and the model's name after #."
-        ) from None
-    raise RequestRefusedError(f"{url} refuses the request: {what}.") from None
+        )
+    return RequestRefusedError(f"{url} refuses the request: {what}.")
 
 
 def checked_url(url: str, key_variable: str) -> str:
-    """A base address without its last slash. `InputError` if it is none, or holds what may be a key."""
+    """Return a base address without its last slash.
+
+    Raises:
+        InputError: it is not an address, holds what may be a key, or the key may not be sent there.
+    """
     url = url.strip().rstrip("/")
     try:
-        parts = urllib.parse.urlsplit(url)
-        _ = parts.port  # a ValueError where it is no number of a port
-        if parts.scheme not in ("http", "https") or not (parts.hostname or "").encode("idna"):
-            raise ValueError
-    except ValueError:  # brackets that do not close, labels of a name that are empty or too long
-        raise InputError(
-            f"{_without_secrets(url)!r} is no address of a server. Give one like http://localhost:8080/v1."
-        ) from None
-    if parts.username or parts.password or parts.query:
+        parts = httpx.URL(url)
+        parts.raw_host.decode().encode("idna")  # a ValueError if a label of the name is empty or too long
+        valid = parts.scheme in ("http", "https") and parts.host and (parts.port or 0) < 1 << 16
+    except (httpx.InvalidURL, ValueError):
+        valid = False
+    if not valid or any(letter.isspace() for letter in url):
+        shown = url.rpartition("@")[2].partition("?")[0]  # without user name, password and query
+        raise InputError(f"{shown!r} is no address of a server. Give one like http://localhost:8080/v1.")
+    if parts.userinfo or parts.query:
         # Not repeated here: it may hold a key.
         raise InputError(
-            f"the address of {parts.hostname} holds a user name, password or query. Keys go into "
+            f"the address of {parts.host} holds a user name, password or query. Keys go into "
             f"{key_variable} only."
         )
+    _key(url, key_variable)
     return url
 
 
-def _without_secrets(url: str) -> str:
-    """What of an address may be repeated: no user name, password or query."""
-    return url.rpartition("@")[2].partition("?")[0]
-
-
-def _key(variable: str) -> str:
+def _key(url: str, variable: str) -> str:
+    """Return the key to send to `url`, empty for none. `InputError` if it may not be sent there."""
     key = os.environ.get(variable, "").strip()
     if not all("!" <= c <= "~" for c in key):
         raise InputError(f"{variable} holds characters that no key has (spaces, line breaks, other letters).")
+    if key and not _is_private(httpx.URL(url)):
+        raise InputError(
+            f"the key in {variable} would travel unencrypted to {url}. Keys are sent over https, or over "
+            "http to a host on this machine (localhost) or with a private or link-local IP address. Give an "
+            f"address with https://, one of a tunnel that begins at localhost, or unset {variable}."
+        )
     return key
+
+
+def _is_private(url: httpx.URL) -> bool:
+    """Whether nobody outside reads along. A name may lead anywhere, so only `localhost` counts."""
+    if url.scheme == "https" or url.host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
+        return False
+    return any(address in network for network in _NEAR)
 
 
 def _without(key: str, text: str) -> str:
@@ -220,10 +250,9 @@ def _shortened(text: str) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    try:
-        return min(max(0.0, float(header)), 600.0) if header else None
-    except ValueError:
-        return None  # a date; our own pause will do
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, float(header or "")), 600.0)
+    return None  # there is none, or it is a date; our own pause will do
 
 
 def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
