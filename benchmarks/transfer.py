@@ -20,9 +20,10 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
+from rs_gguf.activations.activations import WriterInputs
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.methods.fit import Samples
-from rs_gguf.methods.gates import WriterInputs, fit_gates
+from rs_gguf.methods.gates import fit_gates
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
@@ -45,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = read_json(options.run / "metrics.json")["adapter"]
     samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
-    every, labels = [*samples.prompts, *samples.others], samples.labels
+    every, labels = [*samples.prompts, *samples.others], samples.labels()
     kinds = np.array([prompt.kind for prompt in every])
     first, last = chosen["layers"]
     inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}

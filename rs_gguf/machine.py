@@ -1,17 +1,36 @@
-"""What the machine gives this process: cores, free memory, and one thread where sums must not vary."""
+"""What the machine gives this process: cores, memory, and the other processes that share its run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from rs_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+# A process waits for rank 0 while that answers, judges or searches alone. torch's default is 30 minutes.
+_PATIENCE = timedelta(days=30)
 
 
 def usable_cores() -> int:
-    """Those that its affinity allows, where the system knows one; else all of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity's, shared with the ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -34,8 +53,124 @@ def free_memory(root: Path = Path("/")) -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let BLAS use one thread: the order of its sums, and so their last digits, follow the thread count."""
-    from threadpoolctl import threadpool_limits
-
+    """Keep linear algebra on one thread: the order of its sums, and so their last bits, follow the number."""
+    torch = sys.modules.get("torch")  # it takes seconds to import, and who does not use it need not wait
     with threadpool_limits(1):
-        yield
+        threads = torch.get_num_threads() if torch else 1
+        if torch:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(threads)
+
+
+def on_all_cores(work: Callable[[Item], T], items: Iterable[Item], *, workers: int) -> Iterator[T]:
+    """Yield `work(item)` in the order of `items`, each on one thread, `workers` of them at a time.
+
+    An error of the first item that fails is raised; items that were not begun are dropped.
+    """
+    with one_thread():
+        if workers == 1:
+            yield from map(work, items)
+            return
+        import torch
+
+        # torch keeps the number of OpenMP threads for each thread.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield from pool.map(work, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a run: the rank of this one, and how many there are.
+
+    Several are started by torchrun. Every method is a collective call: all ranks make it, in the same order.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def joined(cls) -> Processes:
+        """Return the processes of torch.distributed's default group.
+
+        Raises:
+            InputError: there is no such group.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise InputError(
+                "torch.distributed has no process group. Start the program with torchrun and call "
+                "torch.distributed.init_process_group first."
+            )
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_torchrun(cls) -> Iterator[Processes]:
+        """Join the group that torchrun's environment describes; one process on its own without torchrun."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls()
+            return
+        import torch
+        import torch.distributed as dist
+
+        # Values travel by gloo; NCCL takes the tensors of GPUs.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend, timeout=_PATIENCE)
+        try:
+            yield cls.joined()
+        finally:
+            dist.destroy_process_group()
+
+    def share(self, count: int) -> slice:
+        """Return this rank's share of `count` items; the shares follow one another in the order of ranks."""
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks, in place."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, in the order of ranks."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, D] of all ranks, those of rank 0 first."""
+        if self.count == 1:
+            return rows
+        import torch
+
+        return torch.cat([part.to(rows.device) for part in self.gather(rows.cpu())])
+
+    def from_first(self, value: T) -> T:
+        """Return the value that rank 0 gives; those of the other ranks are ignored."""
+        if self.count == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+ALONE = Processes()
+"""This process on its own."""

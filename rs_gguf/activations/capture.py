@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.activations.store import ActivationStore, Rows
+from rs_gguf.activations.activations import Activations, WriterInputs
+from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.engine import Model, chat_tokens
 from rs_gguf.engines.generation import common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.moments import gather
-from rs_gguf.methods.gates import WriterInputs
+from rs_gguf.machine import ALONE, Processes
 from rs_gguf.models import shape
 from rs_gguf.models.architecture import writer_inputs
 from rs_gguf.prompts.contexts import Context
@@ -78,54 +78,47 @@ def capture_all(
     prefix: int,
     store: ActivationStore,
     *,
-    distributed: bool = False,
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Read what the store does not hold yet of the prompts `ids` and their conversations, shard by shard.
 
-    With `distributed`, the ranks of torch.distributed's default group (`torchrun`) take turns with the shards
-    of one store, each with a model of its own; all of it is there when this returns on any of them. `advance`
-    counts the prompts of this rank. What the store's folder holds under another key is deleted.
+    `processes` (torchrun) take turns with the shards of one store, each with a model of its own; all of it is
+    there when this returns on any of them. `advance` counts the prompts of this one. What the store's folder
+    holds under another key is deleted.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full; what was captured is kept.
     """
     store.begin()
-    rank, ranks = _rank(distributed)
-    for start in range(rank * SHARD, len(ids), ranks * SHARD):
+    for start in range(processes.rank * SHARD, len(ids), processes.count * SHARD):
         part = slice(start, start + SHARD)
         if not store.holds(_shard_of(start), ids[part]):
             store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
         advance(len(ids[part]))
-    if rank == 0 and isinstance(model, LlamaModel) and not store.holds(_CONSTANT, []):
+    if processes.rank == 0 and isinstance(model, LlamaModel) and not store.holds(_CONSTANT, []):
         store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
-    gather(None, distributed)  # waits for the others
+    processes.gather(None)  # waits for the others
 
 
-def captured(store: ActivationStore, count: int, *, inputs: bool) -> tuple[Rows, dict[str, WriterInputs]]:
-    """Block outputs of all `count` prompts and, if asked for, the matrices' inputs: what `capture_all` left.
+def captured(
+    store: ActivationStore, count: int, *, inputs: bool
+) -> tuple[Activations, dict[str, WriterInputs]]:
+    """Return block outputs of `count` prompts and, if asked for, the matrices' inputs, from the store.
 
     Raises:
         DamagedStoreError: a shard is missing or was changed, or all are of another key.
     """
     shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
-    constant = {name: Rows([part]) for name, part in store.read([_CONSTANT])[0].items()} if inputs else {}
-    return Rows([shard["activations"] for shard in shards]), writers_of(shards, constant)
+    constant: dict[str, Activations] = {}
+    if inputs:
+        constant = {name: Activations([part]) for name, part in store.read([_CONSTANT])[0].items()}
+    return Activations([shard["activations"] for shard in shards]), writers_of(shards, constant)
 
 
 def _shard_of(start: int) -> str:
     """Name of the shard that begins with prompt number `start`."""
     return f"{start // SHARD:05d}"
-
-
-def _rank(distributed: bool) -> tuple[int, int]:
-    """The number of this process among all, and how many there are."""
-    if not distributed:
-        return 0, 1
-    gather(None, distributed)  # which also says so if there is no group
-    import torch.distributed as dist
-
-    return dist.get_rank(), dist.get_world_size()
 
 
 def capture(
@@ -218,9 +211,9 @@ def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any])
     writers = [name.removesuffix("/constant") for name in constant]
     return {
         writer: WriterInputs(
-            last=Rows([shard[f"{writer}/last"] for shard in shards]),
-            prompts=Rows([shard[f"{writer}/prompts"] for shard in shards]),
-            answers=Rows([shard[f"{writer}/answers"] for shard in shards]),
+            last=Activations([shard[f"{writer}/last"] for shard in shards]),
+            prompts=Activations([shard[f"{writer}/prompts"] for shard in shards]),
+            answers=Activations([shard[f"{writer}/answers"] for shard in shards]),
             constant=constant[f"{writer}/constant"],
         )
         for writer in writers

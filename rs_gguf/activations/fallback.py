@@ -1,4 +1,7 @@
-"""Projections and their statistics in NumPy: the yardstick of the kernel in tests, and what stands in for it.
+"""Projections and their statistics in NumPy and PyTorch, where the compiled kernel does not compute them.
+
+In NumPy they are the yardstick of the kernel in tests, and stand in for it; in PyTorch they are computed on
+the device of the activations.
 
 Activations [N, L, D] (float32, float16, or uint16 holding the bits of bfloat16), directions [L, K, D] and an
 offset [L, D], as `activations.projection` has checked them, enter; the same figures as the kernel's leave.
@@ -6,39 +9,56 @@ offset [L, D], as `activations.projection` has checked them, enter; the same fig
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+if TYPE_CHECKING:
+    import torch
+
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
+Layers: TypeAlias = Callable[[int], Float32]
+"""Projections [N, K] of one layer, by its number."""
 
 
 def numpy_projections(h: npt.NDArray[Any], v: Float32, o: Float32 | None) -> Float32:
-    """⟨h − o, v⟩, [N, L, K]: float64 sums, rounded to float32 once."""
-    out = np.empty((h.shape[0], h.shape[1], v.shape[1]), np.float32)
-    for layer in range(h.shape[1]):
-        out[:, layer] = _layer(h, v, o, layer)
+    """Return ⟨h − o, v⟩ [N, L, K]: float64 sums, rounded to float32 once."""
+    return _all_layers(numpy_layers(h, v, o), h.shape, v)
+
+
+def torch_projections(h: torch.Tensor, v: Float32, o: Float32 | None) -> Float32:
+    """Return ⟨h − o, v⟩ [N, L, K] as `numpy_projections` does, computed where `h` lies."""
+    return _all_layers(torch_layers(h, v, o), h.shape, v)
+
+
+def _all_layers(project: Layers, shape: Sequence[int], v: Float32) -> Float32:
+    out = np.empty((shape[0], shape[1], v.shape[1]), np.float32)
+    for layer in range(shape[1]):
+        out[:, layer] = project(layer)
     return out
 
 
-def numpy_statistics(
-    h: npt.NDArray[Any],
-    v: Float32,
-    o: Float32 | None,
+def statistics(
+    project: Layers,
+    shape: tuple[int, int],
     c: Float64,
     w: Float64,
     neutral: float,
     quantile: float,
 ) -> dict[str, Float64]:
-    """The fields of `ProjectionStatistics`, each [L, K]; NaN for a layer whose projections are not finite."""
+    """Return the fields of `ProjectionStatistics`, each [L, K]; NaN for a layer that is not finite.
+
+    `project` gives the projections [N, K] of one layer; `shape` is (L, K).
+    """
     names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
-    figures = {name: np.full(v.shape[:2], np.nan) for name in names}
+    figures = {name: np.full(shape, np.nan) for name in names}
     refused, answered = c > neutral, c < -neutral
-    for layer in range(h.shape[1]):
-        p = _layer(h, v, o, layer).astype(np.float64)
+    for layer in range(shape[0]):
+        p = project(layer).astype(np.float64)
         if not np.isfinite(p).all():
             continue
         with np.errstate(all="ignore"):
@@ -65,13 +85,31 @@ def numpy_statistics(
     return figures
 
 
-def _layer(h: npt.NDArray[Any], v: Float32, o: Float32 | None, layer: int) -> Float32:
-    rows = h[:, layer]
-    if rows.dtype == np.uint16:
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(all="ignore"):  # infinities and NaN are data here, as they are to the kernel
-        wide = rows.astype(np.float64)
+def numpy_layers(h: npt.NDArray[Any], v: Float32, o: Float32 | None) -> Layers:
+    """Return a function that projects one layer of `h` in NumPy."""
+
+    def project(layer: int) -> Float32:
+        rows = h[:, layer]
+        if rows.dtype == np.uint16:
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(all="ignore"):  # infinities and NaN are data here, as they are to the kernel
+            wide = rows.astype(np.float64)
+            if o is not None:
+                wide -= o[layer]
+            p: Float32 = (wide @ v[layer].T.astype(np.float64)).astype(np.float32)
+        return p
+
+    return project
+
+
+def torch_layers(h: torch.Tensor, v: Float32, o: Float32 | None) -> Layers:
+    """Return a function that projects one layer of `h` in PyTorch, on its device."""
+
+    def project(layer: int) -> Float32:
+        wide = h.detach()[:, layer].double()
         if o is not None:
-            wide -= o[layer]
-        p: Float32 = (wide @ v[layer].T.astype(np.float64)).astype(np.float32)
-    return p
+            wide = wide - wide.new_tensor(o[layer])
+        p: Float32 = (wide @ wide.new_tensor(v[layer]).T).float().cpu().numpy()
+        return p
+
+    return project

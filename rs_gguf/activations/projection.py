@@ -3,8 +3,8 @@
 Activations [N, L, D] enter as they are: float32, float16 or bfloat16; a NumPy array, a memory map or a
 tensor; any stride in N and L; they are read in place, once. Projections [N, L, K] leave, or only the figures
 by which layers are scored and strengths calibrated (paper, arXiv 2512.16602: layer selection, calibration).
-The work is done by the compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md). Where that could not be
-built, NumPy does it, and says so once.
+The work is done by the compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md), and by PyTorch for tensors on
+a GPU. Where the kernel could not be built, NumPy does it, and says so once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from rs_gguf.activations.fallback import Float32, Float64, numpy_projections, numpy_statistics
+from rs_gguf.activations.fallback import (
+    Float32,
+    Float64,
+    numpy_layers,
+    numpy_projections,
+    statistics,
+    torch_layers,
+    torch_projections,
+)
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
 from rs_gguf.records.conversation import NEUTRAL
@@ -80,9 +88,11 @@ def project(
     RS_GGUF_KERNEL=scalar|avx2|avx512|neon in the environment chooses the instruction set.
     Raises InputError, which names the argument or RS_GGUF_KERNEL.
     """
+    workers = _as_threads(threads)
+    if _is_on_gpu(activations):
+        return torch_projections(activations, *_as_directions(directions, offset, activations.shape))
     h = _as_array(activations)
     v, o = _as_directions(directions, offset, h.shape)
-    workers = _as_threads(threads)
     if not HAS_KERNEL:
         _warn_once()
         return numpy_projections(h, v, o)
@@ -90,12 +100,6 @@ def project(
         return _core.project(h, v, o, threads=workers)
     except ValueError as error:  # RS_GGUF_KERNEL names a target that this machine lacks
         raise InputError(str(error)) from None
-
-
-def project_reference(activations: Activations, directions: Values, offset: Values | None = None) -> Float32:
-    """`project` in NumPy: float64 sums, rounded to float32 once. The yardstick in tests, and the fallback."""
-    h = _as_array(activations)
-    return numpy_projections(h, *_as_directions(directions, offset, h.shape))
 
 
 def project_statistics(
@@ -117,37 +121,26 @@ def project_statistics(
     Raises InputError, which names the argument, RS_GGUF_KERNEL, or the layer of a projection that is NaN or
     infinite.
     """
-    h = _as_array(activations)
-    v, o = _as_directions(directions, offset, h.shape)
-    c, w = _as_samples(confidence, weights, h.shape[0])
     _expect_range("neutral", neutral, 0, 1)
     _expect_range("quantile", quantile, 0, 1)
     workers = _as_threads(threads)
+    if _is_on_gpu(activations):
+        v, o = _as_directions(directions, offset, activations.shape)
+        c, w = _as_samples(confidence, weights, activations.shape[0])
+        figures = statistics(torch_layers(activations, v, o), v.shape[:2], c, w, neutral, quantile)
+        return _finite(ProjectionStatistics(**figures))
+    h = _as_array(activations)
+    v, o = _as_directions(directions, offset, h.shape)
+    c, w = _as_samples(confidence, weights, h.shape[0])
     if not HAS_KERNEL:
         _warn_once()
-        return _finite(ProjectionStatistics(**numpy_statistics(h, v, o, c, w, neutral, quantile)))
+        figures = statistics(numpy_layers(h, v, o), v.shape[:2], c, w, neutral, quantile)
+        return _finite(ProjectionStatistics(**figures))
     try:
         figures = _core.statistics(h, v, c, w, o, neutral=neutral, quantile=quantile, threads=workers)
     except ValueError as error:
         raise InputError(str(error)) from None
     return _finite(ProjectionStatistics(**figures))
-
-
-def project_statistics_reference(
-    activations: Activations,
-    directions: Values,
-    confidence: Values,
-    offset: Values | None = None,
-    *,
-    weights: Values | None = None,
-    neutral: float = NEUTRAL,
-    quantile: float = 0.95,
-) -> ProjectionStatistics:
-    """`project_statistics` in NumPy. The yardstick in tests, and the fallback."""
-    h = _as_array(activations)
-    v, o = _as_directions(directions, offset, h.shape)
-    c, w = _as_samples(confidence, weights, h.shape[0])
-    return _finite(ProjectionStatistics(**numpy_statistics(h, v, o, c, w, neutral, quantile)))
 
 
 def _finite(figures: ProjectionStatistics) -> ProjectionStatistics:
@@ -165,6 +158,10 @@ def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     return any(kind.__module__ == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)
 
 
+def _is_on_gpu(activations: Activations) -> TypeGuard[torch.Tensor]:
+    return _is_tensor(activations) and activations.device.type == "cuda"
+
+
 def _as_array(activations: Activations) -> npt.NDArray[Any]:
     """The activations as [N, L, D] float32, float16, or uint16 holding the bits of bfloat16. Never a copy."""
     if _is_tensor(activations):
@@ -172,7 +169,8 @@ def _as_array(activations: Activations) -> npt.NDArray[Any]:
 
         if activations.device.type != "cpu":
             raise InputError(
-                f"activations: expected a tensor on the CPU, got one on {activations.device}: use .cpu()"
+                "activations: expected a tensor on the CPU or a CUDA device, got one on "
+                f"{activations.device}: use .cpu()"
             )
         tensor = activations.detach()
         if tensor.layout != torch.strided:
@@ -218,6 +216,8 @@ def _as_float(name: str, values: Values, dtype: type[np.floating[Any]]) -> npt.N
 def _as_directions(
     directions: Values, offset: Values | None, shape: tuple[int, ...]
 ) -> tuple[Float32, Float32 | None]:
+    if len(shape) != 3:
+        raise InputError(f"activations: expected shape [N, L, D], got {list(shape)}")
     _, layers, width = shape
     v = _as_float("directions", directions, np.float32)
     if v.ndim != 3 or (v.shape[0], v.shape[2]) != (layers, width):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rs_gguf.activations.fallback import Float64
 from rs_gguf.activations.projection import ProjectionStatistics
 from rs_gguf.errors import InputError
+from rs_gguf.machine import one_thread
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.conversation import NEUTRAL
-
-Float64 = npt.NDArray[np.float64]
 
 _HIGH = 0.95  # quantile of calibration, project_statistics' own
 
@@ -58,25 +58,6 @@ def layer_auroc(
     ranks = rankdata(p[used], axis=0)[refused[used]].sum(axis=0)
     positive, negative = int(refused.sum()), int(answered.sum())
     return np.asarray((ranks - positive * (positive + 1) / 2) / (positive * negative))
-
-
-def layer_margin(
-    projections: npt.ArrayLike, confidence: npt.ArrayLike, *, neutral: float = NEUTRAL
-) -> Float64:
-    """Gap between the class means of p in units of their pooled standard deviation: [L].
-
-    Held out when the projections are of samples that the direction was not fitted on. 0 where p is constant
-    in each class.
-    """
-    p, c = _checked(projections, confidence)
-    refused, answered = _both_classes(c, neutral)
-    gap: Float64 = p[refused].mean(axis=0) - p[answered].mean(axis=0)
-    squares = p[refused].var(axis=0) * refused.sum() + p[answered].var(axis=0) * answered.sum()
-    spread = np.sqrt(squares / (refused.sum() + answered.sum()))
-    # Rounding leaves a constant column with a spread near, but not at, zero.
-    constant = (np.ptp(p[refused], axis=0) == 0) & (np.ptp(p[answered], axis=0) == 0)
-    margin: Float64 = np.divide(gap, spread, out=np.zeros_like(gap), where=~constant & (spread > 0))
-    return margin
 
 
 def score_bands(
@@ -130,22 +111,6 @@ def band_profile(n_layers: int, first: int, last: int) -> Float64:
         )
     weights = np.zeros(n_layers)
     weights[first : last + 1] = 1.0
-    return weights
-
-
-def triangular_profile(n_layers: int, peak: float, half_width: float, edge: float = 0.0) -> Float64:
-    """Weight 1 at `peak`, falling linearly to `edge` at a distance of `half_width` blocks, 0 beyond: [L].
-
-    peak and half_width are in blocks and may be fractions, which makes the profile smooth to search over.
-    """
-    if not 0 <= peak <= n_layers - 1 or not half_width > 0 or not 0 <= edge <= 1:
-        raise InputError(
-            f"peak {peak}, half_width {half_width}, edge {edge}: a peak from 0 to {n_layers - 1}, a width "
-            "above 0 and an edge from 0 to 1 are accepted"
-        )
-    distance = np.abs(np.arange(n_layers) - peak) / half_width
-    weights = np.where(distance <= 1, 1 - (1 - edge) * distance, 0.0)
-    weights[:FIRST_STEERABLE] = 0.0
     return weights
 
 
@@ -217,7 +182,7 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
     Raises:
         InputError: the rows do not vary.
     """
-    import scipy.linalg
+    import torch  # of a fit, which has it loaded; scores alone need none
 
     centred = rows - rows.mean(axis=0)
     wide = rows.shape[1] > rows.shape[0]
@@ -226,8 +191,10 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
         raise InputError(
             f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
         )
-    values, vectors = scipy.linalg.eigh(gram, subset_by_index=(len(gram) - 2, len(gram) - 1))
-    values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+    with one_thread():
+        found = torch.linalg.eigh(torch.from_numpy(gram))
+    values = np.maximum(found.eigenvalues.numpy()[:-3:-1], 0)
+    vectors = found.eigenvectors.numpy()[:, :-3:-1]
     scores = vectors * np.sqrt(values) if wide else centred @ vectors
     # Eigenvectors have no sign of their own; the largest score is made positive.
     signs = np.sign(scores[np.argmax(np.abs(scores), axis=0), [0, 1]])

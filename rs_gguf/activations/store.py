@@ -1,16 +1,16 @@
 """The activation store: shards of captured arrays in a folder, and a manifest of what is in each.
 
 Named arrays of some prompts enter as a safetensors file, whole or not at all, and then a line of
-`manifest.jsonl`: its hash, types, layers and prompts' ids. They leave as `Rows`, read from the files a block
-at a time, after the bytes were found to be those that were written. Whatever ends a writer, a kill or a full
-disk, the shards before it count and the next writer goes on. Several processes may write to one store.
+`manifest.jsonl`: its hash, types, layers and prompts' ids. They leave as parts of `Activations`, read from
+the files a block at a time, after the bytes were found to be those that were written. Whatever ends a writer,
+a kill or a full disk, the shards before it count and the next writer goes on. Several processes may write to
+one store.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,65 +23,11 @@ from safetensors import SafetensorError, safe_open
 from rs_gguf.errors import InputError
 from rs_gguf.records.files import remove_drafts, save_arrays, sha256, write_text
 
-_CHUNK = 256  # samples of all blocks that are in memory at once when rows are put into one file
 _DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
 class DamagedStoreError(InputError):
     """A shard is missing or holds other bytes than were written, or the store is of another key."""
-
-
-class Rows:
-    """Arrays [n, L, W], one after another, as one [N, L, W] that is not in memory.
-
-    `rows[samples, layer]` reads those rows as [n, W]; `rows[samples]` chooses samples and reads nothing. Both
-    take a slice, a mask or an array of indices. `numpy.asarray(rows)` reads everything.
-    """
-
-    def __init__(self, parts: Sequence[Any], chosen: npt.NDArray[np.intp] | None = None) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([part.shape[0] for part in parts])
-        self._chosen = np.arange(self._ends[-1]) if chosen is None else chosen
-        self.dtype = np.result_type(*(part.dtype for part in parts))
-        self.shape: tuple[int, ...] = (len(self._chosen), *parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, tuple):
-            return Rows(self._parts, self._chosen[key])
-        samples, layer = key
-        wanted = self._chosen[samples]
-        rows = np.empty((len(wanted), self.shape[2]), self.dtype)
-        holders = np.searchsorted(self._ends, wanted, side="right")
-        for holder in np.unique(holders):
-            part, here = self._parts[holder], holders == holder
-            rows[here] = part[:, layer][wanted[here] - (self._ends[holder] - part.shape[0])]
-        return rows
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return np.asarray(np.stack([self[:, layer] for layer in range(self.shape[1])], axis=1), dtype)
-
-    def mapped(self, folder: Path) -> npt.NDArray[Any]:
-        """One array for those that take nothing else: a memory map of a nameless file in `folder`.
-
-        Raises:
-            InputError: the disk is full, or `folder` cannot be written.
-        """
-        if not len(self):
-            return np.asarray(self)  # there are no maps of nothing
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                for start in range(0, len(self), _CHUNK):
-                    # Not through the map: a full disk would end the process instead of raising an error.
-                    file.write(np.asarray(self[start : start + _CHUNK]).tobytes())
-                file.flush()
-                return np.memmap(file, self.dtype, "r", shape=self.shape)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {folder}: {error.strerror or error}. Free space and start again."
-            ) from error
 
 
 class _Part:
@@ -215,7 +161,7 @@ class ActivationStore:
         return path.is_file() and sha256(path) == entry["sha256"]
 
     def read(self, shards: Sequence[str]) -> list[dict[str, _Part]]:
-        """The arrays of each shard by name, to be read when they are indexed (`Rows`).
+        """Return the arrays of each shard by name, read when they are indexed (`Activations`).
 
         Raises:
             DamagedStoreError: a shard is missing, or its bytes are not those that were written; or what the

@@ -160,6 +160,8 @@ def run_command(
     Exit code 1 when no file passes the safety gate; the files are there all the same.
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
+    if not metrics:  # one of several processes, which rank 0 speaks for
+        return
     if as_json:
         click.echo(json.dumps(metrics, indent=2))
     else:

@@ -1,7 +1,8 @@
-"""The directions of refusal: one unit vector a layer (docs/estimators.md)."""
+"""The directions of refusal: one unit vector a layer, fitted in PyTorch (docs/estimators.md)."""
 
 from rs_gguf.estimators.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
 from rs_gguf.estimators.estimator import (
+    DirectionEstimator,
     MeanDifference,
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
@@ -10,8 +11,26 @@ from rs_gguf.estimators.estimator import (
     fit_paths,
 )
 
+ESTIMATORS: dict[str, type[DirectionEstimator]] = {
+    estimator.name: estimator
+    for estimator in (
+        MeanDifference,
+        WeightedMeanDifference,
+        RidgeMeanDifference,
+        WeightedRidgeMeanDifference,
+        UncentredWeightedRidgeMeanDifference,
+        SensitiveRidge,
+        ContrastRidge,
+        SafeRidge,
+        ResidualRidge,
+    )
+}
+"""Every estimator by the name that recipes give it."""
+
 __all__ = [
+    "ESTIMATORS",
     "ContrastRidge",
+    "DirectionEstimator",
     "MeanDifference",
     "ResidualRidge",
     "RidgeMeanDifference",

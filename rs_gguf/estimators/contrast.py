@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels, Mask
@@ -41,7 +42,8 @@ def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, i
     design = np.stack(columns, axis=1)
     weighted = design * weights[:, np.newaxis]
     gram = weighted.T @ design + np.diag([0.0] + [1.0] * (len(columns) - 1))
-    residual = weights * side - weighted @ np.linalg.solve(gram, weighted.T @ side)
+    shared = torch.linalg.solve(torch.from_numpy(gram), torch.from_numpy(weighted.T @ side)).numpy()
+    residual = weights * side - weighted @ shared
     found: Float64 = 2 * residual / (residual @ side)
     return found
 

@@ -3,7 +3,7 @@
 Activations [N, L, D] and refusal confidence [N] enter; directions [L, D] and offsets [L, D] leave. Method §3,
 after García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each
 estimator names its classes as weight vectors and turns their means, and a `RidgeSystem` where it uses a
-covariance, into a direction; `rs_gguf.estimators.path` does the rest.
+covariance, into a direction; `rs_gguf.estimators.path` does the rest, in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from rs_gguf.errors import InputError
+from rs_gguf.estimators.device import Device, check_device
 from rs_gguf.estimators.labels import Labels, Mask
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import RidgePath, solve_paths
-from rs_gguf.estimators.ridge import SHRINKAGES, RidgeSystem, check_ridges
+from rs_gguf.estimators.ridge import RidgeSystem, check_ridges
+from rs_gguf.machine import ALONE, Processes
 from rs_gguf.records.conversation import NEUTRAL
 
-Means = Mapping[str, Float64]
+Means = Mapping[str, Tensor]
 
 # A neutral band of less total weight gives an offset that is mostly noise; the midpoint is used instead.
 MIN_NEUTRAL = 8
@@ -32,23 +35,25 @@ MIN_NEUTRAL = 8
 class DirectionEstimator:
     """Base of all estimators; parameters and fitted attributes are the same for each.
 
-    ridge: λ > 0, or "ledoit-wolf" or "oas" for analytic shrinkage; MD and WMD have none and ignore it.
+    ridge: λ > 0; MD and WMD have none and ignore it.
     ridge_scale: "relative" multiplies λ by tr(Σ)/D, so that it means the same in every model and layer;
         "absolute" takes it as it is (the paper: 0.01).
     neutral: |c| up to this is neither refused nor answered.
     offset: what projections are measured from: the mean of the "neutral" band, of "benign" answered samples
         (needs kinds), or the "midpoint" of the two class means; "auto" is neutral if it holds 8 samples of
         weight 1 or more, else midpoint. It changes no direction but WMD's.
+    device: where the fit computes, "cpu" or "cuda"; "auto" is CUDA if present.
 
     After `fit`: `directions_` [L, D] fp64 unit rows on which refused samples project higher than answered
     ones, zeros where there is no direction; `offset_` [L, D], `ridges_` [L] absolute, `harm_cosine_` and
     `contrast_cosine_` [L] (`RidgePath`).
     """
 
-    ridge: float | Literal["ledoit-wolf", "oas"] = 1.0
+    ridge: float = 1.0
     ridge_scale: Literal["relative", "absolute"] = "relative"
     neutral: float = NEUTRAL
     offset: Literal["auto", "neutral", "benign", "midpoint"] = "auto"
+    device: Device = "auto"
     directions_: Float64 = field(init=False, repr=False, compare=False)
     offset_: Float64 = field(init=False, repr=False, compare=False)
     ridges_: Float64 = field(init=False, repr=False, compare=False)
@@ -60,10 +65,8 @@ class DirectionEstimator:
     uses_covariance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.ridge, str) and self.ridge not in SHRINKAGES:
-            raise InputError(f"ridge {self.ridge!r}: a positive number, 'ledoit-wolf' or 'oas' is accepted")
-        if not isinstance(self.ridge, str):
-            check_ridges(self.ridge)
+        check_ridges(self.ridge)
+        check_device(self.device)
         if self.ridge_scale not in ("relative", "absolute"):
             raise InputError(f"ridge_scale {self.ridge_scale!r}: 'relative' or 'absolute' is accepted")
         if self.offset not in ("auto", "neutral", "benign", "midpoint"):
@@ -81,9 +84,8 @@ class DirectionEstimator:
         confidence: npt.ArrayLike,
         *,
         kinds: npt.ArrayLike | None = None,
-        groups: npt.ArrayLike | None = None,
         sample_weight: npt.ArrayLike | None = None,
-        distributed: bool = False,
+        processes: Processes = ALONE,
     ) -> Self:
         """Fit every layer; arguments and errors as in `fit_paths`."""
         path = fit_paths(
@@ -91,9 +93,9 @@ class DirectionEstimator:
             confidence,
             [self],
             kinds=kinds,
-            groups=groups,
             sample_weight=sample_weight,
-            distributed=distributed,
+            device=self.device,
+            processes=processes,
         )[0]
         self.directions_, self.offset_, self.ridges_ = path.directions[0], path.offset, path.ridges[0]
         self.harm_cosine_, self.contrast_cosine_ = path.harm_cosine[0], path.contrast_cosine
@@ -124,8 +126,8 @@ class DirectionEstimator:
                 )
         return weights
 
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
-        """Directions [R, D] of one layer, of any length, from its class means and covariance.
+    def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
+        """Return directions [R, D] of one layer, of any length, from its class means and covariance.
 
         (Σ + λI)⁻¹ (μ_P − μ_N), the classes being the estimator's own; those without a covariance override it.
         """
@@ -144,8 +146,8 @@ class MeanDifference(DirectionEstimator):
     name = "md"
     uses_covariance = False
 
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
-        return np.tile(means["refused"] - means["answered"], (len(ridges), 1))
+    def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
+        return (means["refused"] - means["answered"]).expand(len(ridges), -1)
 
 
 @dataclass(kw_only=True)
@@ -156,12 +158,12 @@ class WeightedMeanDifference(DirectionEstimator):
     by_confidence = True
     uses_covariance = False
 
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
+    def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
         sides = [means[name] - means["offset"] for name in ("refused", "answered")]
-        lengths = [float(np.linalg.norm(side)) for side in sides]
+        lengths = [float(side.norm()) for side in sides]
         # A class whose mean is the offset itself has no side to point to, so it adds nothing.
         plus, minus = (s / n if n > 0 else s for s, n in zip(sides, lengths, strict=True))
-        return np.tile(plus - minus, (len(ridges), 1))
+        return (plus - minus).expand(len(ridges), -1)
 
 
 @dataclass(kw_only=True)
@@ -190,10 +192,10 @@ class UncentredWeightedRidgeMeanDifference(RidgeMeanDifference):
     name = "wrmd-uncentred"
     by_confidence = True
 
-    def direct(self, means: Means, system: RidgeSystem | None, ridges: Float64) -> Float64:
+    def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
         assert system is not None  # uses_covariance
         mean = system.mean
-        both = system.solve(np.stack([means["refused"] - means["answered"], mean], axis=1), ridges)
+        both = system.solve(torch.stack([means["refused"] - means["answered"], mean], dim=1), ridges)
         difference, centre = both[:, :, 0], both[:, :, 1]
         return difference - centre * ((difference @ mean) / (1 + centre @ mean))[:, None]
 
@@ -208,33 +210,29 @@ def fit_paths(
     *,
     ridges: npt.ArrayLike | None = None,
     kinds: npt.ArrayLike | None = None,
-    groups: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
-    distributed: bool = False,
+    device: Device = "auto",
+    processes: Processes = ALONE,
 ) -> list[RidgePath]:
-    """The `RidgePath` of each estimator over `ridges` [R], or over its own ridge alone when they are None.
+    """Return the `RidgePath` of each estimator over `ridges` [R], or over its own ridge where they are None.
 
-    activations: [N, L, D] array, memory map or tensor of any float type; read a layer and a chunk at a time.
-    confidence: [N] in [-1, 1]. kinds: [N] of "sensitive", "harmful", "benign". groups: [N] or [N, G] names
-    that `SafeRidge` may constrain one by one. sample_weight: [N] ≥ 0.
-    distributed: the arguments are this process's share of the samples, in the default group of
-    torch.distributed; every process must call alike and gets the same result, that of one process.
+    Layers are fitted in parallel, each on one thread, so that the same input gives the same bytes on one
+    machine whatever the number of threads.
 
-    BLAS runs on one thread, so that the same input gives the same bytes whatever the machine's thread count.
-    `InputError`: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction at any
-    layer.
+    Args:
+        activations: [N, L, D] array, memory map or tensor of any float type, or `Activations`; read a layer
+            and some samples at a time.
+        confidence: [N] in [-1, 1].
+        kinds: [N] of "sensitive", "harmful", "benign".
+        sample_weight: [N] ≥ 0.
+        device: where the fit computes; moments and solutions are float64 there.
+        processes: those that share the samples (torchrun). The other arguments are this process's share;
+            every process must call alike and gets the same result, that of one process.
+
+    Raises:
+        InputError: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction at any
+            layer.
     """
-    labels = Labels.of(confidence, kinds, groups, sample_weight, distributed=distributed)
-    return solve_paths(activations, [(e, labels) for e in estimators], ridges=ridges, distributed=distributed)
-
-
-def ridge_path(
-    activations: Any,
-    confidence: npt.ArrayLike,
-    ridges: npt.ArrayLike,
-    estimator: DirectionEstimator | None = None,
-    **options: Any,
-) -> Float64:
-    """Directions [R, L, D] of one estimator (WRMD by default) for each of `ridges`; options: `fit_paths`."""
-    chosen = WeightedRidgeMeanDifference() if estimator is None else estimator
-    return fit_paths(activations, confidence, [chosen], ridges=ridges, **options)[0].directions
+    labels = Labels.of(confidence, kinds, sample_weight=sample_weight, processes=processes)
+    jobs = [(estimator, labels) for estimator in estimators]
+    return solve_paths(activations, jobs, ridges=ridges, device=device, processes=processes)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.moments import Float64, gather
+from rs_gguf.estimators.moments import Float64
+from rs_gguf.machine import ALONE, Processes
 from rs_gguf.records.conversation import KINDS
 
 MIN_SAMPLES = 4  # below which a mean is noise
@@ -38,9 +39,9 @@ class Labels:
         groups: npt.ArrayLike | None = None,
         sample_weight: npt.ArrayLike | None = None,
         *,
-        distributed: bool = False,
+        processes: Processes = ALONE,
     ) -> Labels:
-        """Check and, with `distributed`, gather. `InputError` names the array."""
+        """Check what this process has and gather that of all. `InputError` names the array."""
         score = np.asarray(confidence, dtype=np.float64)
         if score.ndim != 1 or not (np.abs(score) <= 1).all():
             raise InputError(
@@ -64,14 +65,10 @@ class Labels:
                 f"groups have the shape {group.shape}: [{count}] or [{count}, groupings] of names is "
                 "accepted, with '' for a sample outside a grouping"
             )
-        parts = gather((score, kind, group, weights), distributed)
+        parts = processes.gather((score, kind, group, weights))
         if len({part[1] is None for part in parts}) > 1:
             raise InputError("kinds were given by some processes and not by others: all or none must")
-        start = 0
-        if distributed:
-            import torch.distributed as dist
-
-            start = sum(len(part[0]) for part in parts[: dist.get_rank()])
+        start = sum(len(part[0]) for part in parts[: processes.rank])
         return cls(
             np.concatenate([part[0] for part in parts]),
             None if kind is None else np.concatenate([part[1] for part in parts]),

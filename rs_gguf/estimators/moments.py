@@ -1,167 +1,106 @@
-"""Streaming, mergeable, weighted moments in fp64.
+"""Weighted means and covariances of one layer, in float64 on the device of the fit.
 
-Activations [N, L, D] enter (NumPy array, memory map or torch tensor; f16, bf16, f32 or f64), one layer and
-one chunk of samples at a time; a weighted mean [D] and, where asked for, a weighted covariance [D, D] leave.
-Chunks, files larger than memory and several processes are one code path: update, then merge. The merge is
-the pairwise one of Chan, Golub and LeVeque (1979) with West's (1979) weights. The directions
-of García-Ferrero et al. (arXiv 2512.16602) are functions of these moments alone.
+Two passes over the samples, 256 at a time: means first, then products of what is left about them. Processes
+that share the samples add their sums, so that each has the moments of all (arXiv 2512.16602 needs no more).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import blas
+import torch
+from torch import Tensor
 
-from rs_gguf.errors import InputError
+from rs_gguf.activations.activations import Activations
+from rs_gguf.machine import ALONE, Processes
 
 Float64 = npt.NDArray[np.float64]
-T = TypeVar("T")
 
-# Samples converted to fp64 at once: small beside a layer, large enough for BLAS 3 to run near full speed.
-CHUNK_SAMPLES = 128
+# Columns of a product that are computed at once. A matrix is symmetric, so only its blocks on and below the
+# diagonal are; torch has no function for that.
+_BLOCK = 512
 
 
-class Moments:
-    """Weighted count, mean [D] and (with `scatter`) sum of weighted outer products about the mean.
+def add_product(total: Tensor, rows: Tensor) -> None:
+    """Add RᵀR of `rows` R [n, D] to the lower triangle of `total` [D, D]."""
+    for start in range(0, total.shape[0], _BLOCK):
+        stop = min(start + _BLOCK, total.shape[0])
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
-    `update` adds samples, `merge` adds another `Moments`; both are exact up to fp64 rounding, in any order.
+
+def lower_product(rows: Tensor) -> Tensor:
+    """Return RᵀR [D, D] of `rows` R [n, D], correct on and below the diagonal."""
+    total = rows.new_zeros((rows.shape[1], rows.shape[1]))
+    add_product(total, rows)
+    return total
+
+
+def weighted_means(
+    activations: Activations,
+    layer: int,
+    weights: Tensor,
+    *,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Return the weighted means [M, D] of M classes at `layer`; a class without weight has the mean 0.
+
+    Args:
+        activations: the samples of this process.
+        weights: [M, n] ≥ 0 of these samples, on the device of the fit.
     """
-
-    def __init__(self, width: int, *, scatter: bool = False) -> None:
-        self.weight = 0.0
-        self.mean: Float64 = np.zeros(width)
-        # Only the lower triangle is kept current: BLAS needs no more, and it halves the work.
-        self.lower: Float64 | None = np.zeros((width, width), order="F") if scatter else None
-
-    def update(self, rows: Float64, weights: Float64) -> None:
-        """Add samples `rows` [n, D] with non-negative `weights` [n]; weight 0 leaves a sample out."""
-        used = weights > 0
-        if not used.all():
-            rows, weights = rows[used], weights[used]
-        weight = float(weights.sum())
-        if weight == 0.0:
-            return
-        mean = weights @ rows / weight
-        shift = mean - self.mean
-        between = self.weight * weight / (self.weight + weight)
-        if self.lower is not None:
-            # One rank-(n + 1) update: the chunk's own scatter and, as its last row, the shift of the mean.
-            factor = np.empty((len(rows) + 1, rows.shape[1]))
-            np.subtract(rows, mean, out=factor[:-1])
-            factor[:-1] *= np.sqrt(weights)[:, None]
-            factor[-1] = np.sqrt(between) * shift
-            self._add_outer(factor)
-        self.weight += weight
-        self.mean = self.mean + shift * (weight / self.weight)
-
-    def merge(self, other: Moments) -> None:
-        """Add the samples behind `other`, which must have been made with the same width and `scatter`."""
-        if other.mean.shape != self.mean.shape or (other.lower is None) != (self.lower is None):
-            raise InputError(
-                f"moments of width {other.mean.shape[0]} (scatter: {other.lower is not None}) cannot be "
-                f"merged into width {self.mean.shape[0]} (scatter: {self.lower is not None}); make both alike"
-            )
-        if other.weight == 0.0:
-            return
-        shift = other.mean - self.mean
-        between = self.weight * other.weight / (self.weight + other.weight)
-        if self.lower is not None and other.lower is not None:
-            self.lower += other.lower
-            self._add_outer(np.sqrt(between) * shift[None, :])
-        self.weight += other.weight
-        self.mean = self.mean + shift * (other.weight / self.weight)
-
-    def _add_outer(self, factor: Float64) -> None:
-        self.lower = blas.dsyrk(1.0, factor.T, beta=1.0, c=self.lower, lower=1, overwrite_c=1)
+    totals = processes.sum(weights.sum(dim=1))
+    # Shares of the total, so that the mean of a single sample is that sample to the last bit.
+    shares = weights / torch.where(totals > 0, totals, 1.0)[:, None]
+    members = np.flatnonzero((weights > 0).any(dim=0).cpu().numpy())
+    means = weights.new_zeros((len(weights), activations.shape[2]))
+    for part, rows in activations.chunks(layer, members, weights.device):
+        means += shares[:, torch.from_numpy(part).to(weights.device)] @ rows
+    return processes.sum(means)
 
 
-def check_activations(activations: Any) -> tuple[int, int, int]:
-    """The shape (N, L, D) of `activations`; `InputError` when it is not a non-empty array of three axes."""
-    shape = tuple(int(size) for size in getattr(activations, "shape", ()))
-    if len(shape) != 3 or 0 in shape:
-        raise InputError(
-            f"activations have the shape {shape}; a non-empty array or tensor [samples, layers, width] is "
-            "needed"
-        )
-    return shape[0], shape[1], shape[2]
+def covariance(
+    activations: Activations,
+    layer: int,
+    shares: Tensor,
+    mean: Tensor,
+    *,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Return Σ s (h − μ)(h − μ)ᵀ [D, D] at `layer`, correct on and below the diagonal.
 
-
-def read_rows(activations: Any, samples: slice | npt.NDArray[np.intp], layer: int) -> Float64:
-    """Activations of `samples` at `layer` as fp64 [n, D]; `InputError` names the layer of a NaN or Inf."""
-    picked = activations[samples, layer]
-    if hasattr(picked, "detach"):  # a torch tensor; asked this way so that NumPy users need no torch
-        picked = picked.detach().cpu().double().numpy()
-    rows = np.array(picked, dtype=np.float64, order="C")
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
-        first = bad[0] + (samples.start or 0) if isinstance(samples, slice) else samples[bad[0]]
-        raise InputError(
-            f"activations of layer {layer} hold NaN or Inf in {len(bad)} of the samples read, first in "
-            f"sample {first}; leave such samples out, or capture again with a wider dtype"
-        )
-    return rows
-
-
-def chunks(activations: Any, layer: int) -> Iterator[tuple[slice, Float64]]:
-    """All samples of one layer as (slice, rows [n, D] in fp64), at most `CHUNK_SAMPLES` at a time."""
-    for start in range(0, activations.shape[0], CHUNK_SAMPLES):
-        part = slice(start, min(start + CHUNK_SAMPLES, activations.shape[0]))
-        yield part, read_rows(activations, part, layer)
-
-
-def member_chunks(
-    activations: Any, layer: int, weights: Float64
-) -> Iterator[tuple[npt.NDArray[np.intp], Float64]]:
-    """As `chunks`, but only the samples with a weight, as (indices [n], rows [n, D]); others are not read."""
-    members = np.flatnonzero(weights)
-    for start in range(0, len(members), CHUNK_SAMPLES):
-        part = members[start : start + CHUNK_SAMPLES]
-        yield part, read_rows(activations, part, layer)
-
-
-def gather(value: T, distributed: bool) -> list[T]:
-    """`value` of every rank of torch.distributed's default group, in rank order; `[value]` when not asked."""
-    if not distributed:
-        return [value]
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        raise InputError("distributed=True needs torch.distributed.init_process_group to have been called")
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def layer_means(
-    activations: Any, layer: int, weights: Float64, *, distributed: bool = False
-) -> tuple[Float64, Float64]:
-    """Weighted means [M, D] and total weights [M] of M classes at `layer`, for `weights` [M, N].
-
-    One pass over the layer whatever M. With `distributed`, `weights` are those of this rank's samples and
-    the result, the same on every rank, is over all of them. A class without weight has the mean 0.
+    Args:
+        activations: the samples of this process.
+        shares: s [n] ≥ 0 of these samples. Over all processes they add up to 1.
+        mean: μ [D], of all processes.
     """
-    classes = [Moments(activations.shape[2]) for _ in weights]
-    for part, rows in chunks(activations, layer):
-        for moments, weight in zip(classes, weights[:, part], strict=True):
-            moments.update(rows, weight)
-    first, *others = gather(classes, distributed)
-    for other in others:
-        for mine, theirs in zip(first, other, strict=True):
-            mine.merge(theirs)
-    return np.stack([m.mean for m in first]), np.array([m.weight for m in first])
+    total = mean.new_zeros((len(mean), len(mean)))
+    for rows in _centred(activations, layer, shares, mean):
+        add_product(total, rows)
+    return processes.sum(total)
 
 
-def layer_covariance(activations: Any, layer: int, weights: Float64, *, distributed: bool = False) -> Moments:
-    """`Moments` with scatter of one class at `layer`, for `weights` [N]; `distributed` as above."""
-    moments = Moments(activations.shape[2], scatter=True)
-    for part, rows in member_chunks(activations, layer, weights):
-        moments.update(rows, weights[part])
-    first, *others = gather(moments, distributed)
-    for other in others:
-        first.merge(other)
-    return first
+def centred_rows(
+    activations: Activations,
+    layer: int,
+    shares: Tensor,
+    mean: Tensor,
+    *,
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Return √s (h − μ) [n, D] of the samples with a share, of all processes; arguments of `covariance`."""
+    found = mean.new_empty((int((shares > 0).sum()), len(mean)))
+    filled = 0
+    for rows in _centred(activations, layer, shares, mean):
+        found[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    return processes.concatenate(found)
+
+
+def _centred(activations: Activations, layer: int, shares: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    members = np.flatnonzero((shares > 0).cpu().numpy())
+    for part, rows in activations.chunks(layer, members, shares.device):
+        rows -= mean
+        rows *= shares[torch.from_numpy(part).to(shares.device)].sqrt()[:, None]
+        yield rows

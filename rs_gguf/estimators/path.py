@@ -1,37 +1,56 @@
-"""The walk over layers that every fit is: class means, one factorisation, all estimators and all λ.
+"""The walk over layers that every fit is: class means, one factorisation, all estimators and all ridges.
 
-Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` each leaves. A layer is read
-once for the means of all classes and once for each distinct covariance (once more for Ledoit and Wolf's
-shrinkage), and is never held whole in fp64 unless its answered samples are fewer than D. Estimators with the
-same negative class share its factorisation. Method §3.
+Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` for each leaves. A layer is
+read once for the means of all classes and once for each distinct covariance, and is never held whole in
+float64 unless its answered samples are fewer than D. Estimators with the same negative class share its
+factorisation. Layers are fitted in parallel, each on one thread. Method §3.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
+import torch
+from torch import Tensor
 
+from rs_gguf.activations.activations import Activations
 from rs_gguf.errors import InputError
+from rs_gguf.estimators.device import Device, resolve_device, workers
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.estimators.moments import Float64, check_activations, layer_means
-from rs_gguf.estimators.ridge import RidgeSystem, check_ridges, layer_system, shrinkage_ridge
+from rs_gguf.estimators.moments import Float64, weighted_means
+from rs_gguf.estimators.ridge import RidgeSystem, check_ridges, layer_system
+from rs_gguf.machine import ALONE, Processes, on_all_cores
 
-if TYPE_CHECKING:
-    from rs_gguf.estimators.estimator import DirectionEstimator
-
-# Of means: what differs by less is one and the same, but for the rounding of a model that computes in F32.
 ROUNDING = 1e-6
+"""Means that differ by less, relative to their length, are the same: a model computes in float32."""
+
+
+class Estimator(Protocol):
+    """What the walk asks of an estimator (`rs_gguf.estimators.estimator.DirectionEstimator`)."""
+
+    ridge: float
+    ridge_scale: Literal["relative", "absolute"]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def uses_covariance(self) -> bool: ...
+
+    def classes(self, labels: Labels) -> dict[str, Float64]: ...
+
+    def direct(self, means: Mapping[str, Tensor], system: RidgeSystem | None, ridges: Tensor) -> Tensor: ...
+
+    def ridge_unit(self, system: RidgeSystem) -> float: ...
 
 
 @dataclass(frozen=True)
 class RidgePath:
-    """Directions of one estimator for R ridges: `directions` [R, L, D] fp64 unit rows, `offset` [L, D].
+    """Directions of one estimator for R ridges: `directions` [R, L, D] float64 unit rows, `offset` [L, D].
 
     A layer whose two class means are the same has rows of zeros: before the first attention, say, a
     convolution may have seen nothing but the end of the chat template. So has one whose means differ, for any
@@ -49,15 +68,44 @@ class RidgePath:
     contrast_cosine: Float64
 
 
+@dataclass(frozen=True)
+class _Classes:
+    """The classes of every job, each distinct weight vector once."""
+
+    weights: Tensor
+    """[M, N], on the device of the fit."""
+    names: Sequence[dict[str, int]]
+    """For each job its classes by name, as rows of `weights`; classes without weight are left out."""
+
+    @classmethod
+    def of(cls, jobs: Sequence[tuple[Estimator, Labels]], device: torch.device) -> _Classes:
+        rows: dict[bytes, int] = {}
+        distinct: list[Float64] = []
+        names = []
+        for estimator, labels in jobs:
+            of_job = {}
+            for name, weights in estimator.classes(labels).items():
+                if not weights.any():
+                    continue
+                row = rows.setdefault(weights.tobytes(), len(distinct))
+                if row == len(distinct):
+                    distinct.append(weights)
+                of_job[name] = row
+            names.append(of_job)
+        return cls(torch.from_numpy(np.stack(distinct)).to(device), names)
+
+
 def solve_paths(
     activations: Any,
-    jobs: Sequence[tuple[DirectionEstimator, Labels]],
+    jobs: Sequence[tuple[Estimator, Labels]],
     *,
     ridges: npt.ArrayLike | None = None,
-    distributed: bool = False,
+    device: Device = "auto",
+    processes: Processes = ALONE,
 ) -> list[RidgePath]:
-    """The path of each estimator under its own `Labels` of the same samples; see `estimators.fit_paths`."""
-    count, n_layers, width = check_activations(activations)
+    """Return the path of each estimator under its own `Labels` of the same samples; see `fit_paths`."""
+    samples = Activations.of(activations)
+    count, n_layers, width = samples.shape
     local = jobs[0][1].local
     if local.stop - local.start != count:
         raise InputError(
@@ -65,42 +113,36 @@ def solve_paths(
             "for each sample is needed"
         )
     grid = None if ridges is None else check_ridges(ridges)
-    classes = [estimator.classes(labels) for estimator, labels in jobs]
-    # Equal weight vectors are one class: its mean and its factorisation are computed once.
-    keys = [{name: weights.tobytes() for name, weights in named.items()} for named in classes]
-    distinct = {key: named[name] for named, k in zip(classes, keys, strict=True) for name, key in k.items()}
-    stacked = np.stack([weights[local] for weights in distinct.values()])
-    # Estimators in the order of their covariance, so that one factorisation is held at a time.
-    systems: dict[bytes | None, list[int]] = {}
+    where = resolve_device(device)
+    classes = _Classes.of(jobs, where)
+    # Jobs by their covariance, so that one factorisation is held at a time.
+    systems: dict[int | None, list[int]] = {}
     for index, (estimator, _) in enumerate(jobs):
-        systems.setdefault(keys[index]["answered"] if estimator.uses_covariance else None, []).append(index)
-
+        answered = classes.names[index]["answered"] if estimator.uses_covariance else None
+        systems.setdefault(answered, []).append(index)
     paths = [_empty_path(1 if grid is None else len(grid), n_layers, width) for _ in jobs]
-    # One BLAS thread: the order of its sums, and with it the last bits, would follow the thread count.
-    with threadpool_limits(1):
-        for layer in range(n_layers):
-            rows, _ = layer_means(activations, layer, stacked, distributed=distributed)
-            mean_of = dict(zip(distinct, rows, strict=True))
-            for key, members in systems.items():
-                system: RidgeSystem | None = None
-                if key is not None:
-                    system = layer_system(activations, layer, distinct[key], local, distributed=distributed)
-                for index in members:
-                    estimator = jobs[index][0]
-                    # A class without weight has no mean.
-                    means = {
-                        name: mean_of[k] for name, k in keys[index].items() if classes[index][name].any()
-                    }
-                    means.setdefault("offset", (means["refused"] + means["answered"]) / 2)
-                    absolute = np.zeros(len(paths[index].ridges))
-                    if system is not None and key is not None:
-                        absolute = _absolute(estimator, grid, system, functools.partial(
-                            shrinkage_ridge, system=system, activations=activations, layer=layer,
-                            weights=distinct[key], local=local, distributed=distributed,
-                        ))  # fmt: skip
-                    _fill(paths[index], layer, estimator, means, system, absolute)
-                # Freed before the next one, or the next layer, is read: it is as large as a layer.
-                system = None
+
+    def fit_layer(layer: int) -> None:
+        means = weighted_means(samples, layer, classes.weights[:, local], processes=processes)
+        for answered, members in systems.items():
+            system: RidgeSystem | None = None
+            if answered is not None:
+                system = layer_system(
+                    samples,
+                    layer,
+                    classes.weights[answered],
+                    means[answered],
+                    local,
+                    processes=processes,
+                )
+            for index in members:
+                of_job = {name: means[row] for name, row in classes.names[index].items()}
+                of_job.setdefault("offset", (of_job["refused"] + of_job["answered"]) / 2)
+                _fill(paths[index], layer, jobs[index][0], of_job, system, grid)
+            system = None  # freed before the next is made: it is as large as a layer
+
+    for _ in on_all_cores(fit_layer, range(n_layers), workers=workers(where, processes)):
+        pass
     for (estimator, _), path in zip(jobs, paths, strict=True):
         if not path.directions.any():
             raise InputError(
@@ -120,43 +162,34 @@ def _empty_path(count: int, n_layers: int, width: int) -> RidgePath:
     )
 
 
-def _absolute(
-    estimator: DirectionEstimator,
-    grid: Float64 | None,
-    system: RidgeSystem,
-    shrinkage: Callable[[str], float],
-) -> Float64:
-    """Absolute ridges: of the grid, or the estimator's own, which `shrinkage` finds where it is a name."""
-    wanted = estimator.ridge if grid is None else grid
-    if isinstance(wanted, str):
-        return np.atleast_1d(shrinkage(wanted) * estimator.ridge_unit(system))
-    unit = estimator.ridge_unit(system) if estimator.ridge_scale == "relative" else 1.0
-    return np.atleast_1d(np.asarray(wanted)) * unit
-
-
 def _fill(
     path: RidgePath,
     layer: int,
-    estimator: DirectionEstimator,
-    means: dict[str, Float64],
+    estimator: Estimator,
+    means: dict[str, Tensor],
     system: RidgeSystem | None,
-    ridges: Float64,
+    grid: Float64 | None,
 ) -> None:
-    """One layer of a path: directions to unit length, offset, cosines with the harmful contrast."""
-    path.offset[layer] = means["offset"]
+    """Write one layer of a path: directions of unit length, offset, cosines with the harmful contrast."""
+    path.offset[layer] = means["offset"].cpu().numpy()
     difference = means["refused"] - means["answered"]
-    size = np.linalg.norm(difference)
-    if size <= ROUNDING * np.linalg.norm(means["answered"]):
+    size = difference.norm()
+    if size <= ROUNDING * means["answered"].norm():
         return
+    ridges = difference.new_zeros(len(path.ridges))
+    if system is not None:
+        unit = estimator.ridge_unit(system) if estimator.ridge_scale == "relative" else 1.0
+        ridges += difference.new_tensor(estimator.ridge if grid is None else grid) * unit
     directions = estimator.direct(means, system, ridges)
-    lengths = np.linalg.norm(directions, axis=1)
-    if not (np.isfinite(lengths) & (lengths > 0)).all():
+    lengths = directions.norm(dim=1)
+    if not bool((lengths.isfinite() & (lengths > 0)).all()):
         return
-    path.ridges[:, layer] = ridges
-    path.directions[:, layer] = directions / lengths[:, None]
+    directions = directions / lengths[:, None]
+    path.ridges[:, layer] = ridges.cpu().numpy()
+    path.directions[:, layer] = directions.cpu().numpy()
     if "harmful" in means and "benign" in means:
         harm = means["harmful"] - means["benign"]
-        harm_size = np.linalg.norm(harm)
+        harm_size = harm.norm()
         if harm_size > 0:
-            path.harm_cosine[:, layer] = path.directions[:, layer] @ harm / harm_size
-            path.contrast_cosine[layer] = difference @ harm / (harm_size * size)
+            path.harm_cosine[:, layer] = (directions @ harm / harm_size).cpu().numpy()
+            path.contrast_cosine[layer] = float(difference @ harm / (harm_size * size))

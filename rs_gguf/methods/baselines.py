@@ -135,7 +135,7 @@ def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect,
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute")
     estimator.fit(samples.activations, samples.confidence)
     unit = estimator.directions_  # [L, D]
-    projections = project(samples.activations, unit[:, np.newaxis], estimator.offset_)[:, :, 0]
+    projections = project(samples.rows, unit[:, np.newaxis], estimator.offset_)[:, :, 0]
     induce, remove = calibration_scales(projections, samples.confidence)
     scales = remove if effect == "remove" else induce
     count = max(1, len(scales) // 3)
@@ -169,10 +169,10 @@ def ablation(samples: Samples, model: Model, folder: Path, effect: Effect, syste
 def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     """The block whose difference of means tells refused from answered best, and that difference [D]."""
     refused, answered = samples.confidence > NEUTRAL, samples.confidence < -NEUTRAL
-    means = [samples.activations[side].mean(axis=0, dtype=np.float64) for side in (refused, answered)]
+    means = [samples.rows[side].mean(axis=0, dtype=np.float64) for side in (refused, answered)]
     difference = means[0] - means[1]
     unit = difference / np.maximum(np.linalg.norm(difference, axis=1, keepdims=True), 1e-30)
-    found = layer_auroc(project(samples.activations, unit[:, np.newaxis])[:, :, 0], samples.confidence)
+    found = layer_auroc(project(samples.rows, unit[:, np.newaxis])[:, :, 0], samples.confidence)
     layer = 1 + int(found[1 : max(2, int(_DEEPEST * len(found)))].argmax())
     return layer, difference[layer].astype(np.float32)
 

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rs_gguf.activations.activations import Activations
 from rs_gguf.activations.scores import principal_components
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.moments import Float64, read_rows
+from rs_gguf.estimators.moments import Float64
 from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import write_atomic
 
@@ -70,7 +71,7 @@ def save_cosines(path: Path, directions: Mapping[str, npt.ArrayLike]) -> None:
 
 def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike) -> None:
     """First two principal components of one layer of `activations` [N, L, D], coloured by confidence [N]."""
-    rows = read_rows(activations, slice(0, activations.shape[0]), layer)
+    rows = Activations.of(activations).block(layer).numpy()
     scores, shares = principal_components(rows)
     figure, axes = _figure(6.5, 5)
     points = axes.scatter(

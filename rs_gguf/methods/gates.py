@@ -12,46 +12,31 @@ sensitive prompts at equal topic, form and language. This goes beyond García-Fe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, blas, cho_factor, cho_solve
-from threadpoolctl import threadpool_limits
+import torch
+from torch import Tensor
 
+from rs_gguf.activations.activations import Activations, WriterInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
+from rs_gguf.estimators.device import Device, resolve_device, workers
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.estimators.moments import Float64
+from rs_gguf.estimators.moments import Float64, add_product, lower_product, weighted_means
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
+from rs_gguf.machine import ALONE, Processes, on_all_cores
 from rs_gguf.steering.lora_file import Factors
 
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
 HARM = -0.25
 QUIET = 2.0  # weight of the energy on each sort of other tokens, beside that within the classes
-
-
-@dataclass(frozen=True)
-class WriterInputs:
-    """What one kind of matrix multiplies, in every block: rows [·, L, W] of any float type.
-
-    Times the factor, if any, that the model multiplies the product with before it adds it to the residual.
-    `last`: at the last prompt token of each sample; `prompts`, `answers`: at other tokens of prompts and of
-    answers where a gate must stay shut; `constant`: at those that the chat template puts before every prompt.
-    """
-
-    last: Any  # [N, L, W]
-    prompts: Any  # [P, L, W]
-    answers: Any  # [A, L, W]
-    constant: Any  # [T, L, W]
-
-    def of(self, samples: npt.NDArray[np.intp]) -> WriterInputs:
-        """The same with some of the samples; other tokens stay."""
-        return replace(self, last=self.last[samples])
 
 
 @dataclass(frozen=True)
@@ -104,54 +89,92 @@ class Gates:
 
 def fit_gates(
     inputs: Mapping[str, WriterInputs],
-    residuals: npt.NDArray[np.float32],
+    residuals: Any,
     labels: Labels,
     *,
     ridges: npt.ArrayLike,
     induce: bool = False,
     categories: Sequence[str | None] = (),
     quiet: float = QUIET,
+    device: Device = "auto",
+    processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Gates:
-    """Closed-form gates for every block of `residuals` [N, L, D] and every ridge.
+    """Fit closed-form gates for every block of `residuals` [N, L, D] and every ridge.
 
-    inputs, labels: of these N samples, and of others after them that are neither refused nor answered
-    (confidence 0).
-    labels: kinds, which the reads tell apart, and judged confidence, which weights the samples of the
-    contrast; `groups` are cells (topics, forms, languages) whose harmful and benign means must stay quiet
-    too, as far as the metric allows, and whose own part in block outputs is not in the contrast.
-    ridges: relative to the mean diagonal of the metric. `advance` is called once a block.
-    induce: the writes lead to refusal, whichever kind is refused, instead of away from that of sensitive
-    prompts.
-    categories: kinds of refusal of the N samples, where a judge told them (`contrast.contrast_weights`).
+    Args:
+        inputs: of these N samples, and of others after them that are neither refused nor answered
+            (confidence 0).
+        residuals: block outputs, an array, tensor or `Activations`.
+        labels: of the samples of `inputs`. Kinds, which the reads tell apart, and judged confidence, which
+            weights the samples of the contrast; `groups` are cells (topics, forms, languages) whose harmful
+            and benign means must stay quiet too, as far as the metric allows, and whose own part in block
+            outputs is not in the contrast.
+        ridges: relative to the mean diagonal of the metric.
+        induce: the writes lead to refusal, whichever kind is refused, instead of away from that of sensitive
+            prompts.
+        categories: kinds of refusal of the samples that `labels` has of all processes, where a judge told
+            them (`contrast_weights`).
+        device: where the fit computes.
+        processes: those that share the samples; the arrays are this process's part of them, and `labels` and
+            the gates those of all.
+        advance: called once a block.
 
     Raises:
         InputError: a class without samples, a bad ridge, NaN or Inf, or inputs that tell the classes apart in
             no block.
     """
     grid = check_ridges(ridges)
+    where = resolve_device(device)
+    outputs = Activations.of(residuals, name="block outputs")
     kinds = _kinds(labels)
-    n_layers = residuals.shape[1]
-    mean = {kind: weights / weights.sum() for kind, weights in kinds.items()}
+    mean = torch.from_numpy(np.stack([weights / weights.sum() for weights in kinds.values()])).to(where)
     cells = _cells(labels, kinds)
-    opens = {writer: np.zeros((len(grid), n_layers, rows.last.shape[2])) for writer, rows in inputs.items()}
-    guards = {writer: np.zeros_like(found) for writer, found in opens.items()}
-    with threadpool_limits(1):  # the order of BLAS's sums would follow the thread count
-        difference = contrast_weights(labels, categories, induce=induce)[: len(residuals)]
-        contrast = np.stack(
-            [difference @ _block(residuals, layer, "the output") for layer in range(n_layers)]
-        )
-        for layer in range(n_layers):
-            for writer, rows in inputs.items():
-                found = _reads(rows, layer, writer, mean, cells, grid, quiet)
-                opens[writer][:, layer], guards[writer][:, layer] = found
-            advance(1)
-    if not any(rows.any() for rows in opens.values()):
+    quiet_means = torch.from_numpy(np.stack(cells)).to(where) if cells else mean[:0]
+    rows = {name: _Inputs.of(name, of_matrix, processes) for name, of_matrix in inputs.items()}
+    n_layers = outputs.shape[1]
+    opens = {name: np.zeros((len(grid), n_layers, found.width)) for name, found in rows.items()}
+    guards = {name: np.zeros_like(found) for name, found in opens.items()}
+    contrast = np.empty((n_layers, outputs.shape[2]))
+    difference = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
+    sides = torch.from_numpy(difference).to(where)
+
+    def fit_block(layer: int) -> None:
+        contrast[layer] = processes.sum(sides @ outputs.block(layer, device=where)).cpu().numpy()
+        for name, found in rows.items():
+            reads = _reads(found, layer, mean, quiet_means, labels.local, grid, quiet, processes)
+            opens[name][:, layer], guards[name][:, layer] = reads.cpu().numpy()
+
+    for _ in on_all_cores(fit_block, range(n_layers), workers=workers(where, processes)):
+        advance(1)
+    if not any(found.any() for found in opens.values()):
         raise InputError(
             "gated adapter: the inputs of no block tell sensitive from harmful and benign prompts; use "
             "other prompts."
         )
     return Gates(grid, opens, guards, contrast)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """`WriterInputs` to read from, and how many rows all processes have of each sort of other tokens."""
+
+    last: Activations
+    tokens: Sequence[tuple[Activations, int]]
+
+    @classmethod
+    def of(cls, matrix: str, found: WriterInputs, processes: Processes) -> _Inputs:
+        name = f"gated adapter: the inputs of {matrix}"
+        parts = [
+            Activations.of(rows, name=name)
+            for rows in (found.last, found.prompts, found.answers, found.constant)
+        ]
+        counts = [sum(shares) for shares in zip(*processes.gather([len(p) for p in parts]), strict=True)]
+        return cls(parts[0], list(zip(parts[1:], counts[1:], strict=True)))
+
+    @property
+    def width(self) -> int:
+        return self.last.shape[2]
 
 
 def _kinds(labels: Labels) -> dict[str, Float64]:
@@ -180,76 +203,82 @@ def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
 
 
 def _reads(
-    rows: WriterInputs,
+    rows: _Inputs,
     layer: int,
-    writer: str,
-    mean: Mapping[str, Float64],
-    cells: Sequence[Float64],
+    mean: Tensor,
+    cells: Tensor,
+    local: slice,
     ridges: Float64,
     quiet: float,
-) -> Float64:
-    """argmin aᵀ(S + ρI)a subject to what `Gates` says of aᵀμ, for each ridge.
+    processes: Processes,
+) -> Tensor:
+    """Return argmin aᵀ(S + ρI)a subject to what `Gates` says of aᵀμ, for each ridge: [2, R, W].
 
-    [2, R, W]: of `opens`, then of `guards`; zeros where the kinds have the same means. S is AᵀA of the rows
-    that should not answer: samples about the mean of their kind, other tokens and cell means as they are.
+    Of `opens`, then of `guards`; zeros where the kinds have the same means. S is AᵀA of the rows that should
+    not answer: samples about the mean of their kind, other tokens and cell means as they are. `mean` [3, N]
+    and `cells` [C, N] are normalised weights of all samples, of which this process holds `local`.
     """
-    name = f"what {writer} multiplies"
-    last = _block(rows.last, layer, name)
-    means = np.stack([weights @ last for weights in mean.values()], axis=1)  # [W, 3]
-    parts = []
-    for column, weights in zip(means.T, mean.values(), strict=True):
-        used = weights > 0
-        parts.append((last[used] - column) * np.sqrt(weights[used] / len(mean))[:, np.newaxis])
-    for tokens in (rows.prompts, rows.answers, rows.constant):
-        if len(tokens):
-            parts.append(_block(tokens, layer, name) * np.sqrt(quiet / len(tokens)))
-    if cells:
-        parts.append(np.stack(cells) @ last / np.sqrt(len(cells)))
-    factor = np.concatenate(parts)
-    opens, guards = {"sensitive": 1.0}, {"benign": 1.0, "harmful": HARM}
-    wanted = np.array([[read.get(kind, 0.0) for read in (opens, guards)] for kind in mean])
-    found = np.zeros((2, len(ridges), len(means)))
-    if np.linalg.norm(np.ptp(means, axis=1)) <= ROUNDING * np.linalg.norm(means):
+    found = mean.new_zeros((2, len(ridges), rows.width))
+    weights = torch.cat([mean, cells])
+    means = weighted_means(rows.last, layer, weights[:, local], processes=processes)
+    kinds, quiet_means = means[:3].T, means[3:]  # [W, 3], [C, W]
+    spread = kinds.amax(dim=1) - kinds.amin(dim=1)
+    if spread.norm() <= ROUNDING * kinds.norm():
         return found
-    for k, pulls in enumerate(_solve(factor, means, ridges)):  # [W, 3]
-        gram = means.T @ pulls
-        if np.linalg.cond(gram) <= 1e12:
-            found[:, k] = (pulls @ np.linalg.solve(gram, wanted)).T
+    answers = mean.new_tensor([[1.0, 0.0], [0.0, 1.0], [0.0, HARM]])  # sensitive, benign, harmful
+    parts = _quiet_rows(rows, layer, mean[:, local], kinds, quiet)
+    if processes.rank == 0 and len(quiet_means):
+        parts = itertools.chain(parts, [quiet_means / len(quiet_means) ** 0.5])
+    used = int((mean > 0).sum()) + len(cells) + sum(count for _, count in rows.tokens)
+    for k, pulls in enumerate(_solve(parts, used, kinds, ridges, processes)):  # [W, 3]
+        gram = kinds.T @ pulls
+        if torch.linalg.cond(gram) <= 1e12:
+            found[:, k] = (pulls @ torch.linalg.solve(gram, answers)).T
     return found
 
 
-def _block(rows: Any, layer: int, name: str) -> Float64:
-    """Rows [n, W] of one block in fp64."""
-    block = np.asarray(rows[:, layer], dtype=np.float64)
-    if not np.isfinite(block).all():
-        raise InputError(
-            f"gated adapter: block {layer}: {name} holds NaN or Inf: the model overflows on some prompt. Use "
-            "another build of it, or a control vector."
-        )
-    return block
+def _quiet_rows(rows: _Inputs, layer: int, mean: Tensor, kinds: Tensor, quiet: float) -> Iterator[Tensor]:
+    """Yield the weighted rows [n, W] of A that this process has, but for the means of cells."""
+    for centre, weights in zip(kinds.T, mean, strict=True):
+        members = np.flatnonzero((weights > 0).cpu().numpy())
+        for part, block in rows.last.chunks(layer, members, mean.device):
+            block -= centre
+            block *= (weights[torch.from_numpy(part).to(mean.device)] / len(mean)).sqrt()[:, None]
+            yield block
+    for tokens, count in rows.tokens:
+        for _, block in tokens.chunks(layer, np.arange(len(tokens)), mean.device):
+            yield block * (quiet / count) ** 0.5
 
 
-def _solve(factor: Float64, right: Float64, ridges: Float64) -> Sequence[Float64]:
-    """(AᵀA + ρI)⁻¹B [W, r] for A = `factor` [n, W], B = `right` [W, r], and each ρ = λ tr(AᵀA)/W.
+def _solve(
+    parts: Iterable[Tensor], count: int, right: Tensor, ridges: Float64, processes: Processes
+) -> Iterator[Tensor]:
+    """Yield (AᵀA + ρI)⁻¹B [W, r] for B = `right` [W, r] and each ρ = λ tr(AᵀA)/W.
 
-    By Cholesky of the smaller of AᵀA and AAᵀ, the latter through Woodbury's identity. Nothing where A is 0.
+    `parts` are the rows of A that this process has, and `count` how many all have. By Cholesky of the smaller
+    of AᵀA and AAᵀ, the latter through Woodbury's identity. Nothing where A is 0.
     """
-    wide = len(factor) < factor.shape[1]
-    gram = blas.dsyrk(1.0, factor.T, trans=int(wide), lower=1)
-    trace = float(np.trace(gram))
+    width, factor = len(right), None
+    if count < width:
+        factor = processes.concatenate(torch.cat([right.new_zeros((0, width)), *parts]))
+        gram = lower_product(factor.T)
+    else:
+        gram = right.new_zeros((width, width))
+        for rows in parts:
+            add_product(gram, rows)
+        processes.sum(gram)
+    diagonal = gram.diagonal().clone()
+    trace = float(diagonal.sum())
     if trace == 0.0:
-        return []
-    inner = factor @ right if wide else right
-    solved = []
-    for ridge in ridges * (trace / factor.shape[1]):
-        shifted = gram.copy(order="F")
-        shifted.flat[:: len(gram) + 1] += ridge
-        try:
-            found = cho_solve(cho_factor(shifted, lower=True, overwrite_a=True), inner)
-        except LinAlgError as error:
+        return
+    inner = right if factor is None else factor @ right
+    for ridge in ridges * (trace / width):
+        gram.diagonal().copy_(diagonal + ridge)
+        cholesky, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
             raise InputError(
                 f"gated adapter: ridge {ridge:.3g} (absolute) is lost in the rounding of a metric with trace "
                 f"{trace:.3g}; choose a larger ridge."
-            ) from error
-        solved.append((right - factor.T @ found) / ridge if wide else found)
-    return solved
+            )
+        solved = torch.cholesky_solve(inner, cholesky)
+        yield solved if factor is None else (right - factor.T @ solved) / ridge

@@ -27,6 +27,7 @@ from pydantic_settings import (
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.safety import SafetyRule
+from rs_gguf.methods.options import FitOptions
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Kind
 from rs_gguf.records.files import write_text
@@ -117,10 +118,14 @@ class Fit(_Section):
     """Which directions are fitted; the search chooses among all of them."""
 
     estimators: list[str] = Field(
-        default=[], description="names in rs_gguf.fitting.ESTIMATORS; empty: those that suit the effect"
+        default=[], description="names in rs_gguf.estimators.ESTIMATORS; empty: those that suit the effect"
     )
     ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.3, 3.0], min_length=1, description="λ, relative to the mean variance"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="where the fit computes: CUDA if present, else the CPU (`auto`), `cpu` or `cuda`",
     )
     gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.2],
@@ -215,6 +220,12 @@ class Recipe(BaseSettings):
         """How far the search may go."""
         tune = self.tune
         return Budget(tune.trials, tune.finalists, tune.full, tune.budget)
+
+    @property
+    def fit_options(self) -> FitOptions:
+        """What is fitted, and where."""
+        fit = self.fit
+        return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device)
 
     def asking(self, max_tokens: int) -> Asking:
         """How prompts are asked, for answers of at most so many tokens."""

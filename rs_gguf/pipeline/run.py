@@ -22,8 +22,11 @@ from rs_gguf.activations.store import ActivationStore, DamagedStoreError
 from rs_gguf.engines.engine import Model, chat_tokens
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
+from rs_gguf.estimators import ESTIMATORS
+from rs_gguf.estimators.device import resolve_device
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge, kind_and_name, open_judge_spec, shipped_version
+from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import baselines
 from rs_gguf.methods import fit as fitting
 from rs_gguf.models import resolve as models
@@ -48,6 +51,8 @@ from rs_gguf.report.page import write_card, write_report
 from rs_gguf.search.rungs import Rungs
 from rs_gguf.version import __version__
 
+_SHARED = ("capture", "fit")  # that all processes do together
+
 
 def run(
     recipe: Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None, until: str = "report"
@@ -57,12 +62,31 @@ def run(
     Resumes by itself: what an earlier call with the same recipe finished is not done again. Where the model,
     a prompt file or the judge cannot be had, the folder stays as it was.
 
+    Several processes (torchrun) share the stages `capture` and `fit`. Rank 0 runs the others; the other ranks
+    return nothing once the fit is done.
+
     Raises:
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
         GateError: a written file's effect could not be observed on the model, or it was read back otherwise.
     """
     folder = RunFolder(out)
-    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress or Silent())) as pipeline:
+    with Processes.of_torchrun() as processes:
+        if processes.rank > 0:
+            with contextlib.closing(Pipeline(recipe, folder, Silent(), processes)) as pipeline:
+                pipeline.follow()
+            return {}
+        return _run(recipe, folder, fresh, progress or Silent(), until, processes)
+
+
+def _run(
+    recipe: Recipe,
+    folder: RunFolder,
+    fresh: bool,
+    progress: Progress,
+    until: str,
+    processes: Processes,
+) -> dict[str, Any]:
+    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, progress, processes)) as pipeline:
         # What is mistyped or out of reach must cost nothing. The key needs the model and the prompts.
         key = pipeline._key("score")
         if until != "answer" and (fresh or not folder.is_done("score", key)):
@@ -70,7 +94,12 @@ def run(
         dump(recipe, folder / "recipe.toml")
         if fresh:
             folder.forget_all()
-        for stage in STAGES[: STAGES.index(until) + 1]:
+        stages = STAGES[: STAGES.index(until) + 1]
+        together = stages[: STAGES.index(_SHARED[-1]) + 1]
+        for stage in together:
+            pipeline.do(stage)
+        pipeline.release()
+        for stage in stages[len(together) :]:
             pipeline.do(stage)
         return pipeline.metrics() if until in ("measure", "report") else {}
 
@@ -78,14 +107,16 @@ def run(
 class Pipeline:
     """The stages of one run. Models are loaded when a stage first needs them."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
-        unknown = sorted(set(recipe.estimators) - fitting.ESTIMATORS.keys())
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, progress: Progress, processes: Processes = ALONE
+    ) -> None:
+        unknown = sorted(set(recipe.estimators) - ESTIMATORS.keys())
         if unknown:
             raise InputError(
                 f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
-                f"there are {', '.join(fitting.ESTIMATORS)}."
+                f"there are {', '.join(ESTIMATORS)}."
             )
-        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.recipe, self.folder, self.progress, self.processes = recipe, folder, progress, processes
         self._open = contextlib.ExitStack()
         if "ablation" in recipe.measure.baselines and (recipe.effect == "induce" or self.model_path.is_dir()):
             raise InputError(baselines.NO_ABLATION)
@@ -107,8 +138,23 @@ class Pipeline:
         if stage not in ("answer", "score"):
             self.folder.forget(*STAGES[STAGES.index(stage) :])
         start = time.monotonic()
+        if stage in _SHARED:
+            self.processes.from_first((stage, key))
         getattr(self, f"_{stage}")(key)
         self.folder.mark_done(stage, key, time.monotonic() - start)
+
+    def follow(self) -> None:
+        """Do this rank's part of the stages that rank 0 begins, until it releases the others.
+
+        Where rank 0 fails it ends without a word, and torchrun ends the others.
+        """
+        while (work := self.processes.from_first(None)) is not None:
+            stage, key = work
+            getattr(self, f"_{stage}")(key)
+
+    def release(self) -> None:
+        """Let the other ranks go."""
+        self.processes.from_first(None)
 
     def metrics(self) -> dict[str, Any]:
         value: dict[str, Any] = read_json(self.folder / "metrics.json")
@@ -127,7 +173,7 @@ class Pipeline:
             "capture": lambda: [[p.id for p in self.unanswered], [asdict(c) for c in contexts.shipped()]],
             "fit": lambda: [
                 # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
-                recipe.effect, recipe.fit.model_dump(),
+                recipe.effect, {**recipe.fit.model_dump(), "device": resolve_device(recipe.fit.device).type},
                 [p.to_row() for p in self.prompts["fit"] + self.unanswered + self.prompts["tune"]],
             ],
             "tune": lambda: [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens],
@@ -272,7 +318,9 @@ class Pipeline:
         with self.progress.stage("capture", len(asked) + len(self.unanswered)) as advance:
             read, prefix = conversations(self.model, asked, system, answers, refused, self.in_contexts)
             ids = [p.id for p in asked] + [p.id for p, _ in self.in_contexts]
-            capture_all(self.model, ids, read, prefix, self._store(key), advance=advance)
+            capture_all(
+                self.model, ids, read, prefix, self._store(key), processes=self.processes, advance=advance
+            )
 
     def _file(self, name: str) -> Path:
         """Where the control vector (`vector`) or the `adapter` is written."""
@@ -285,7 +333,13 @@ class Pipeline:
         total = len(self.recipe.estimators)
         total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
         with self.progress.stage("fit", total) as advance:
-            fitting.fit(self.samples(), self.recipe, self.folder.path, advance=advance)
+            fitting.fit(
+                self.samples(),
+                self.recipe.fit_options,
+                self.folder.path,
+                processes=self.processes,
+                advance=advance,
+            )
 
     def samples(self) -> fitting.Samples:
         """The fit prompts with what was captured of them, those first whose answers could be judged.
@@ -314,9 +368,10 @@ class Pipeline:
             raise
         return fitting.Samples(
             [asked[i][0] for i in judged],
-            activations[judged].mapped(self.folder.path),
+            activations.take(judged),
             np.array([scores[asked[i][0].id]["confidence"] for i in judged]),
             {name: rows.of(np.concatenate([judged, others])) for name, rows in inputs.items()},
+            self.folder.path,
             [asked[i][0] for i in others],
             [scores[asked[i][0].id]["category"] for i in judged],
             [asked[i][1] for i in others],
@@ -327,7 +382,7 @@ class Pipeline:
 
     def rungs(self) -> Rungs:
         """What measures candidates of this run, once it is fitted."""
-        directions = fitting.load_directions(self.folder.path, self.recipe)
+        directions = fitting.load_directions(self.folder.path, self.recipe.fit_options)
         gates = fitting.load_gates(self.folder.path)
         unsteered = answering.unsteered(self.folder, self.prompts["tune"])
         recipe = self.recipe

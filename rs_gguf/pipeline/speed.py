@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from scipy.linalg import blas
 
 from rs_gguf.estimators.ridge import RidgeSystem
 from rs_gguf.machine import one_thread
@@ -103,9 +102,9 @@ def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[
 
 
 def factorisation(rows: float, width: float) -> float:
-    """Operations for a covariance, or Gram matrix where that is smaller, and its tridiagonal form."""
+    """Return the operations for a covariance, or Gram matrix where that is smaller, and its eigenvectors."""
     small, large = sorted((rows, width))
-    return small * small * large + 4 / 3 * small**3
+    return small * small * large + 9 * small**3
 
 
 def cholesky(rows: float, width: float) -> float:
@@ -118,7 +117,7 @@ def _algebra() -> float:
     rows = np.random.default_rng(0).standard_normal((_SAMPLES, _WIDTH))
 
     def factorise() -> None:
-        RidgeSystem(blas.dsyrk(1.0, rows.T, trans=1, lower=1), np.zeros(_WIDTH), rows)
+        RidgeSystem.of_rows(rows)
 
     with one_thread():  # as the fit does
         factorise()

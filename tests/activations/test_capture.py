@@ -333,8 +333,10 @@ from rs_gguf.activations.store import ActivationStore
 from rs_gguf.activations.capture import Conversation, capture_all, captured
 from rs_gguf.estimators.estimator import WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.machine import Processes
 model, folder = map(Path, sys.argv[1:])
 dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+processes = Processes.joined()
 module.SHARD = 4
 data = np.load(folder / "in.npz")
 talks = [Conversation(row[row >= 0].tolist(), row[row >= 0][-3:].tolist(), True) for row in data["prompts"]]
@@ -342,11 +344,12 @@ ids = [str(k) for k in range(len(talks))]
 store = ActivationStore(folder / "two", "k")
 with LlamaModel(model, n_parallel=3, n_ctx=512, n_threads=1) as loaded:
     done = []
-    capture_all(loaded, ids, talks, int(data["prefix"]), store, distributed=True, advance=done.append)
+    capture_all(loaded, ids, talks, int(data["prefix"]), store, processes=processes, advance=done.append)
 rows, _ = captured(store, len(ids), inputs=True)
-mine = np.array_split(np.arange(len(ids)), 2)[dist.get_rank()]  # moments by samples, whoever captured them
+mine = processes.share(len(ids))  # moments by samples, whoever captured them
 confidence = data["confidence"][mine]
-path, = fit_paths(rows[mine], confidence, [WeightedRidgeMeanDifference()], ridges=[1.0], distributed=True)
+estimators = [WeightedRidgeMeanDifference()]
+path, = fit_paths(rows.take(mine), confidence, estimators, ridges=[1.0], processes=processes)
 np.savez(folder / f"{dist.get_rank()}.npz", done=done, directions=path.directions)
 dist.destroy_process_group()
 """

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from rs_gguf.activations import projection
+from rs_gguf.activations.fallback import statistics, torch_layers, torch_projections
 from rs_gguf.activations.projection import (
     ProjectionStatistics,
     SlowProjectionWarning,
     project,
-    project_reference,
     project_statistics,
-    project_statistics_reference,
 )
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
@@ -39,6 +39,22 @@ if projection.HAS_KERNEL:
     KERNELS = _core.kernels()
 else:
     KERNELS = []
+
+
+def by_numpy(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` without the compiled kernel: the yardstick, with sums in float64."""
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowProjectionWarning)
+            patch.setattr(projection, "HAS_KERNEL", False)
+            return call(*arguments, **options)
+
+    return called
+
+
+project_reference = by_numpy(project)
+project_statistics_reference = by_numpy(project_statistics)
 
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 TOLERANCE = 1e-6
@@ -352,7 +368,9 @@ def test_errors_name_the_argument() -> None:
     refuse(r"activations: expected shape \[N, L, D\], got \[4, 8\]", h[:, 0], v)
     refuse(r"activations: the last axis must be contiguous", h[:, :, ::2], v[:, :, ::2])
     refuse(
-        r"activations: expected a tensor on the CPU, got one on meta", torch.zeros(4, 3, 8, device="meta"), v
+        r"activations: expected a tensor on the CPU or a CUDA device, got one on meta",
+        torch.zeros(4, 3, 8, device="meta"),
+        v,
     )
     refuse(r"directions: expected shape \[L, K, D\] = \[3, K, 8\].* got \[3, 2, 7\]", h, v[:, :, :7])
     refuse(r"directions: .* got \[2, 2, 8\]", h, v[:2])
@@ -424,6 +442,22 @@ def statistics_case(
     c = rng.uniform(-1, 1, n)
     c[: n // 10] = 0
     return h, v, c, o, rng.uniform(0, 2, n)
+
+
+def test_pytorch_projects_as_the_kernel_does(kernel: str) -> None:
+    """What computes on a GPU, here on the CPU: to 1e−6 of the sum of what is added up."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        h, v, o = case(33, 3, 4, 97, np.float32)
+        tensor = torch.from_numpy(h).to(dtype)
+        for offset in (None, o):
+            found = torch_projections(tensor, v, offset)
+            assert found.dtype == np.float32
+            centred = tensor.double().numpy() - (0 if offset is None else offset)
+            scale = np.einsum("nld,lkd->nlk", np.abs(centred), np.abs(v))
+            assert (np.abs(found - project(tensor, v, offset)) <= 1e-6 * scale).all()
+    h, v, c, o, w = statistics_case()
+    figures = statistics(torch_layers(torch.from_numpy(h), v, o), v.shape[:2], c, w, 0.15, 0.95)
+    assert_same_figures(ProjectionStatistics(**figures), project_statistics(h, v, c, o, weights=w))
 
 
 def assert_same_figures(a: ProjectionStatistics, b: ProjectionStatistics) -> None:

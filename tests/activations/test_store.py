@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pytest
 from fixtures.full_disk import largest_file
 
-from rs_gguf.activations.store import ActivationStore, DamagedStoreError, Rows
+from rs_gguf.activations.activations import Activations
+from rs_gguf.activations.store import ActivationStore, DamagedStoreError
 from rs_gguf.errors import InputError
 
 COUNTS = {"00000": 5, "00001": 5, "00002": 3}
@@ -42,8 +43,12 @@ def fill(store: ActivationStore, shards: list[str] | None = None) -> None:
             store.append(shard, ids(shard), arrays(shard))
 
 
-def rows(store: ActivationStore, name: str) -> Rows:
-    return Rows([shard[name] for shard in store.read(list(COUNTS))])
+def rows(store: ActivationStore, name: str = "activations") -> Activations:
+    return Activations([shard[name] for shard in store.read(list(COUNTS))])
+
+
+def assert_whole(store: ActivationStore) -> None:
+    np.testing.assert_array_equal(rows(store).array(store.folder), joined("activations"))
 
 
 def joined(name: str) -> npt.NDArray[Any]:
@@ -56,24 +61,23 @@ def test_what_was_put_in_comes_back_in_order(tmp_path: Path) -> None:
     for name in arrays("00000"):
         found, expected = rows(store, name), joined(name)
         assert (found.shape, found.dtype, len(found)) == (expected.shape, expected.dtype, len(expected))
-        np.testing.assert_array_equal(np.asarray(found), expected)
+        np.testing.assert_array_equal(found.array(tmp_path), expected)
 
 
-def test_rows_are_indexed_like_numpys(tmp_path: Path) -> None:
+def test_samples_and_layers_are_chosen_over_shards(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, "k")
     fill(store)
-    found, expected = rows(store, "activations"), joined("activations")
+    found, expected = rows(store), joined("activations")
     picks: list[Any] = [
         slice(None), slice(3, 11), slice(12, 99), slice(0, 0), np.array([11, 0, 0, 5]), np.array([], np.intp),
         np.arange(13) % 3 == 1,
     ]  # fmt: skip
     for samples in picks:
         for layer in (0, 3):
-            np.testing.assert_array_equal(found[samples, layer], expected[samples, layer])
-        np.testing.assert_array_equal(np.asarray(found[samples]), expected[samples])
-        np.testing.assert_array_equal(found[samples].mapped(tmp_path), expected[samples])
-    twice = found[np.array([12, 4, 4, 9])][1:]
-    np.testing.assert_array_equal(twice[np.array([2, 0]), 1], expected[[9, 4], 1])
+            np.testing.assert_array_equal(found.block(layer, samples).numpy(), expected[samples, layer])
+        np.testing.assert_array_equal(found.take(samples).array(tmp_path), expected[samples])
+    twice = found.take(np.array([12, 4, 4, 9])).take(slice(1, None))
+    np.testing.assert_array_equal(twice.block(1, np.array([2, 0])).numpy(), expected[[9, 4], 1])
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith("tmp")]
 
 
@@ -99,7 +103,7 @@ def test_a_manifest_torn_at_any_byte_loses_one_shard_at_most(tmp_path: Path) -> 
         kept = [shard for shard in COUNTS if store.holds(shard, ids(shard))]
         assert len(kept) >= whole[start:size].count(b"\n")
         fill(store)
-        np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+        assert_whole(store)
 
 
 WRITER = """
@@ -132,7 +136,7 @@ def test_a_killed_writer_is_taken_over(tmp_path: Path, moment: str) -> None:
     assert store.holds("00000", ids("00000"))
     assert not store.holds("00001", ["a", "b"])
     fill(store)
-    np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+    assert_whole(store)
     assert not list(tmp_path.glob(".0*"))
 
 
@@ -150,11 +154,11 @@ def test_a_full_disk_is_one_error_and_the_store_goes_on(tmp_path: Path) -> None:
     ):
         store.append("00001", many, {"activations": np.zeros((1, 4, 6), np.float32)})
     assert not store.holds("00001", many)
-    first = Rows([store.read(["00000"])[0]["activations"]])
+    first = Activations([store.read(["00000"])[0]["activations"]])
     with largest_file(100), pytest.raises(InputError, match="Free space"):
-        first.mapped(tmp_path)
+        first.array(tmp_path)
     fill(store)
-    np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+    assert_whole(store)
 
 
 def test_a_shards_line_is_on_disk_once_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +186,7 @@ def test_damage_is_found_on_reading_and_mended_by_writing(tmp_path: Path, damage
     with pytest.raises(DamagedStoreError, match=r"00001.safetensors is missing or was changed"):
         store.read(list(COUNTS))
     fill(store)
-    np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+    assert_whole(store)
 
 
 def test_a_store_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_only_a_writer_clears_away_what_belongs_to_another_key(tmp_path: Path) -
         new.read(["00000"])
     assert not new.holds("00000", ids("00000"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    np.testing.assert_array_equal(np.asarray(rows(old, "activations")), joined("activations"))
+    assert_whole(old)
     new.begin()
     assert not list(tmp_path.glob("*.safetensors"))
     with pytest.raises(DamagedStoreError, match="is missing"):
@@ -230,7 +234,7 @@ def test_several_writers_share_a_store(tmp_path: Path) -> None:
     fill(one, ["00000"])
     fill(two, ["00002", "00001"])
     for store in (one, two):
-        np.testing.assert_array_equal(np.asarray(rows(store, "activations")), joined("activations"))
+        assert_whole(store)
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def samples(layers: int = LAYERS) -> Samples:
         gap = {4: 3.0, 9: 9.0}.get(layer, 0.5)
         activations[refused, layer, layer] += gap
     prompts = [Prompt(f"about {k}", KINDS[k % 3], subject=f"s{k % 7}", split="fit") for k in range(N)]
-    return Samples(prompts, activations, np.where(refused, 0.9, -0.9), {})
+    return Samples(prompts, activations, np.where(refused, 0.9, -0.9), {}, Path())
 
 
 def templated(template: str) -> Any:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from rs_gguf.activations.projection import project_reference
+from rs_gguf.activations.fallback import numpy_projections
 from rs_gguf.activations.scores import calibration_scales
 from rs_gguf.errors import InputError
+from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.methods import figures
 from rs_gguf.methods import fit as fitting
-from rs_gguf.methods.fit import ESTIMATORS
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.records.conversation import KINDS, Prompt
 
@@ -82,12 +83,12 @@ def samples(n: int) -> fitting.Samples:
     activations = rng.normal(size=(n, 3, 24)).astype(np.float32)
     activations[:, :, 0] += confidence[:, None]
     prompts = [Prompt(str(i), KINDS[i % 3], topic="AB"[i % 2]) for i in range(n)]
-    return fitting.Samples(prompts, activations, confidence, {})
+    return fitting.Samples(prompts, activations, confidence, {}, Path())
 
 
 def fit(given: fitting.Samples, folder, estimators):
     folder.mkdir(exist_ok=True)
-    fitting.fit(given, Recipe(fit=Fit(estimators=estimators)), folder, advance=lambda _: None)
+    fitting.fit(given, Recipe(fit=Fit(estimators=estimators)).fit_options, folder, advance=lambda _: None)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -138,11 +139,12 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
     for effect, side, sign in (("remove", 1, 1), ("induce", 0, -1)):
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
-        fitting.fit(given, recipe, tmp_path / effect, advance=lambda _: None)
-        found = fitting.load_directions(tmp_path / effect, recipe)["wrmd", 0.5]
+        fitting.fit(given, recipe.fit_options, tmp_path / effect, advance=lambda _: None)
+        found = fitting.load_directions(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
         unit = sign * found.unit
         offset = ESTIMATORS["wrmd"](ridge=0.5).fit(given.activations, given.confidence).offset_
-        projections = project_reference(given.activations, unit[:, np.newaxis], offset)[:, :, 0]
+        v, o = unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
+        projections = numpy_projections(given.activations, v, o)[:, :, 0]
         expected = calibration_scales(projections, given.confidence)
         np.testing.assert_allclose(found.scales, expected[side], rtol=1e-4)
         assert not np.allclose(expected[0], expected[1], rtol=0.1)
@@ -150,6 +152,6 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
 
 def test_without_a_covariance_one_ridge_is_enough(tmp_path):
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
-    fitting.fit(samples(60), recipe, tmp_path, advance=lambda _: None)
-    found = fitting.load_directions(tmp_path, recipe)
+    fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
+    found = fitting.load_directions(tmp_path, recipe.fit_options)
     assert set(found) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import pytest
+from safetensors.numpy import load_file
 
 from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
@@ -131,6 +133,27 @@ def test_a_killed_run_makes_the_files_of_one_that_was_not(finished: Killed) -> N
         for trial in found["trials"]:
             del trial["seconds"], trial["unsteered_seconds"]
     assert tuned[0] == tuned[1]
+
+
+def test_two_processes_find_what_one_does(finished: Killed) -> None:
+    """From the same answers, under torchrun: the directions to rounding, and the same candidate."""
+    one, two = finished.answered, finished.out.with_name("two")
+    shutil.copytree(one, two, ignore=lambda *_: {"activations", "trials.jsonl", "tune.json"})
+    (two / "state.json").write_text(json.dumps({"answer": state_of(one)["answer"]}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, *command(two, stage="tune")[1:]],
+        env=environment(two), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("directions.safetensors", "gates.safetensors"):
+        arrays = [load_file(out / name) for out in (one, two)]
+        assert arrays[0].keys() == arrays[1].keys()
+        for key, expected in arrays[0].items():
+            tolerance = 1e-10 if expected.dtype == np.float64 else 1e-6 * np.abs(expected).max()
+            np.testing.assert_allclose(arrays[1][key], expected, rtol=1e-9, atol=tolerance, err_msg=key)
+    chosen = [json.loads((out / "tune.json").read_text())["chosen"]["candidate"] for out in (one, two)]
+    assert chosen[0] == chosen[1]
 
 
 def test_metrics_follow_the_contract(finished: Killed) -> None:

@@ -38,7 +38,7 @@ def write(
         assert gates is not None  # a chosen adapter was made of them
         lora.write(lora.LoraAdapter(factors(gates, candidate), architecture, provenance), path)
     else:
-        directions = fitting.load_directions(folder, recipe)[candidate.estimator, candidate.ridge]
+        directions = fitting.load_directions(folder, recipe.fit_options)[candidate.estimator, candidate.ridge]
         steering = directions.steering(candidate)
         control_vector.write(SteeringVector(steering, provenance, architecture), path)
 

@@ -51,7 +51,7 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
 
 
 def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
-    vector = load_directions(folder, RECIPE)["wrmd", 0.5].steering(VECTOR)
+    vector = load_directions(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
     gates = load_gates(folder)
     assert gates is not None
