@@ -260,7 +260,11 @@ def _solve(
     """
     width, factor = len(right), None
     if count < width:
-        factor = processes.concatenate(torch.cat([right.new_zeros((0, width)), *parts]))
+        own, filled = right.new_empty((count, width)), 0
+        for rows in parts:
+            own[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        factor = processes.concatenate(own[:filled])
         gram = lower_product(factor.T)
     else:
         gram = right.new_zeros((width, width))

@@ -208,15 +208,15 @@ def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None
             assert distance(constant[f"{matrix}/constant"], reference[name][: len(PREFIX)]) < TOLERANCE
 
 
-def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Arrays) -> None:
+def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Arrays, tmp_path: Path) -> None:
     parts = conversations()
     shards = [capture(model, part, len(PREFIX), seed=k) for k, part in enumerate((parts[:4], parts[4:]))]
     joined = writers_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
     assert set(joined) == {"attn_output", "ffn_down"}
     for matrix, rows in joined.items():
-        assert distance(np.asarray(rows.last), captured[f"{matrix}/last"]) < TOLERANCE
+        assert distance(rows.last.array(tmp_path), captured[f"{matrix}/last"]) < TOLERANCE
         few = rows.of(np.array([7, 2]))
-        assert distance(np.asarray(few.last), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
+        assert distance(few.last.array(tmp_path), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
         assert len(rows.prompts) == sum(len(shard[f"{matrix}/prompts"]) for shard in shards)
         assert len(rows.answers) == sum(len(shard[f"{matrix}/answers"]) for shard in shards)
         assert rows.constant.shape == (len(PREFIX), LAYERS, rows.last.shape[2])
