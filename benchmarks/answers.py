@@ -13,7 +13,7 @@ import time
 
 import llama_cpp
 
-from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models

@@ -37,7 +37,8 @@ import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import grid as prompts
@@ -104,9 +105,7 @@ def race(path: Path, asked: list[Prompt], repeats: int) -> dict[str, Activations
     assert [network.tokenize(text) for text in texts] == tokens  # so that all sides read the same
 
     def read(model: Any, chosen: list[int]) -> Activations:
-        sequences = [tokens[i] for i in chosen]
-        rows = {k: found["l_out"] for k, found in model.activations(sequences, layers=range(model.n_layer))}
-        return np.stack([rows[k] for k in range(len(chosen))])
+        return read_last(model, [tokens[i] for i in chosen], range(model.n_layer))["l_out"]
 
     def read_by(peer: Peer, model: Any, batch: int, chosen: list[int]) -> Activations:
         return peer(model, [texts[i] for i in chosen], batch)
@@ -222,7 +221,8 @@ def peak_memory(path: Path, asked: list[Prompt]) -> dict[str, float]:
     """Megabytes of this process before the model is opened, and at most."""
     before = peak()
     with LlamaModel(path) as model:
-        for _ in model.activations(chat_tokens(model, asked), layers=range(model.n_layer)):
+        sequences = chat_tokens(model, asked)
+        for _ in model.read(sequences, [(len(s) - 1,) for s in sequences], range(model.n_layer)):
             pass
     return {"before": before, "peak": peak()}
 

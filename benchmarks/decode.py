@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
@@ -94,15 +95,15 @@ def row(path: Path, bench: Path, batch: int, options: argparse.Namespace) -> str
 
 def steered_row(model: LlamaModel, batch: int, options: argparse.Namespace) -> str:
     """Answers of the same length with the published adapter and without it, in turn."""
-    sides: list[list[tuple[Path, float]]] = [[], [(ADAPTER, 1.0)]]
+    sides = [NO_STEERING, Steering(adapters=[(ADAPTER, 1.0)])]
     speeds: list[list[float]] = [[], []]
     prompts = []
-    for adapters in sides:
-        with model.steered(adapters=adapters):
+    for steering in sides:
+        with model.steered(steering):
             prompts.append(endless(model, batch, options))
     for repeat in range(options.repeats):
         for side in (0, 1) if repeat % 2 == 0 else (1, 0):
-            with model.steered(adapters=sides[side]):
+            with model.steered(sides[side]):
                 speeds[side].append(ours(model, prompts[side], options)[1])
     plain, gated = map(statistics.median, speeds)
     return f"| {batch} | {plain:.1f} | {gated:.1f} | {gated / plain:.2f} |"

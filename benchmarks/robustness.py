@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.progress import track
 
-from rs_gguf.engines.engine import NO_STEERING, Steering, answer
+from rs_gguf.engines.answers import answer
+from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.paired import grade
@@ -121,7 +122,7 @@ def main() -> None:
             tokens = [chat.tokenize(model, last["content"], turns=turns) for *turns, last in talks]
             sides = {}
             for side, put in (("before", NO_STEERING), ("after", steering)):
-                with put.on(model):
+                with model.steered(put):
                     drawn = answer(model, tokens, max_tokens=condition.tokens, sampling=condition.sampling)
                     answers = [a for _, a in sorted(drawn)]
                 sides[side] = (answers, grade(judge, asked, answers))

@@ -22,7 +22,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.generation import common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import usable_cores
@@ -86,7 +87,7 @@ def main() -> None:
 
 def probe(model: LlamaModel, directions: Directions, pairs: Pairs) -> NDArray[np.float64]:
     """Log-probability of each opening."""
-    with model.steered(directions):
+    with model.steered(Steering(directions)):
         found = model.token_logprobs(pairs)
     return np.array([float(logprobs.sum()) for logprobs, _ in found])
 
@@ -145,7 +146,7 @@ def changes(model: LlamaModel, directions: Directions, times: int = 50) -> float
     """Seconds of putting a vector on the loaded model and taking it off."""
     start = time.perf_counter()
     for _ in range(times):
-        with model.steered(directions):
+        with model.steered(Steering(directions)):
             pass
     return (time.perf_counter() - start) / times
 

@@ -8,29 +8,25 @@ tokens, for which no gate should open. One forward pass a conversation serves al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, WriterInputs
 from rs_gguf.activations.store import ActivationStore
-from rs_gguf.engines.engine import Model, chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Can, Engine, read_last
 from rs_gguf.engines.generation import common_prefix
-from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.models import shape
-from rs_gguf.models.architecture import writer_inputs
+from rs_gguf.models.architecture import product_scale, writer_inputs
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
-
-if TYPE_CHECKING:
-    from rs_gguf.engines.pytorch.model import TorchModel
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -50,7 +46,7 @@ class Conversation:
 
 
 def conversations(
-    model: Model,
+    model: Engine,
     asked: Sequence[Prompt],
     system: str | None,
     answers: Mapping[str, Sequence[int]],
@@ -72,7 +68,7 @@ def conversations(
 
 
 def capture_all(
-    model: LlamaModel | TorchModel,
+    model: Engine,
     ids: Sequence[str],
     conversations: Sequence[Conversation],
     prefix: int,
@@ -96,7 +92,7 @@ def capture_all(
         if not store.holds(_shard_of(start), ids[part]):
             store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
         advance(len(ids[part]))
-    if processes.rank == 0 and isinstance(model, LlamaModel) and not store.holds(_CONSTANT, []):
+    if processes.rank == 0 and Can.WRITERS in model.can and not store.holds(_CONSTANT, []):
         store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
     processes.gather(None)  # waits for the others
 
@@ -121,9 +117,7 @@ def _shard_of(start: int) -> str:
     return f"{start // SHARD:05d}"
 
 
-def capture(
-    model: LlamaModel | TorchModel, conversations: Sequence[Conversation], prefix: int, *, seed: int
-) -> Arrays:
+def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *, seed: int) -> Arrays:
     """Read one shard. `prefix` is the number of tokens that `conversations` counts.
 
     An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
@@ -132,11 +126,8 @@ def capture(
         InputError: an architecture whose block outputs are no residual stream that can be read.
     """
     layers = range(model.n_layer)
-    if not isinstance(model, LlamaModel):
-        block = np.empty((len(conversations), model.n_layer, model.n_embd), dtype=np.float32)
-        for i, found in model.activations([c.prompt for c in conversations], layers=layers):
-            block[i] = found["l_out"]
-        return {"activations": block}
+    if Can.WRITERS not in model.can:
+        return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
     writers = _writers(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
@@ -146,7 +137,7 @@ def capture(
     last: dict[int, dict[str, NDArray[np.float32]]] = {}
     others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
     tensors = ("l_out", *writers.values())
-    for i, position, found in model.token_activations(sequences, positions, layers=layers, tensors=tensors):
+    for i, position, found in model.read(sequences, positions, layers, tensors):
         beyond = position - (len(conversations[i].prompt) - 1)
         if beyond == 0:
             last[i] = found
@@ -165,15 +156,13 @@ def capture(
     return arrays
 
 
-def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> Arrays:
+def capture_constant(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
     """`<matrix>/constant` [T, L, W] at the T tokens that the chat template puts before every prompt."""
     writers = _writers(model)
     if not writers:
         return {}
     places = range(max(prefix, 1))  # one for the shape, where the template puts nothing
-    read = model.token_activations(
-        [prompt[: len(places)]], [places], layers=range(model.n_layer), tensors=tuple(writers.values())
-    )
+    read = model.read([prompt[: len(places)]], [places], range(model.n_layer), tuple(writers.values()))
     rows, scale = [found for _, _, found in read], _product_scale(model)
     return {
         f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] * scale
@@ -181,18 +170,11 @@ def capture_constant(model: LlamaModel, prompt: Sequence[int], prefix: int) -> A
     }
 
 
-def _product_scale(model: LlamaModel) -> np.float32:
-    """What the model multiplies the product of a writing matrix with before it adds it to the residual."""
-    family, scale = model.architecture, 0.0
-    # llama.cpp's src/models/granite*.cpp and minicpm*.cpp; MiniMax scales the residual by a key of this name.
-    if family.startswith("minicpm"):
-        scale = 1.4 / math.sqrt(model.n_layer)
-    if family.startswith(("granite", "minicpm")) and family != "minicpm3":
-        scale = float(model.metadata.get(f"{family}.residual_scale", scale))
-    return np.float32(scale or 1.0)  # 0 stands for none
+def _product_scale(model: Engine) -> np.float32:
+    return np.float32(product_scale(model.architecture, model.n_layer, model.metadata))
 
 
-def _writers(model: LlamaModel) -> dict[str, str]:
+def _writers(model: Engine) -> dict[str, str]:
     """The writing matrices that every block has, of the same width, and what they multiply."""
     names, alike = model.graph_tensors(), shape.of_gguf(model.path).writers
     try:

@@ -16,8 +16,7 @@ from rs_gguf.errors import InputError, harmless
 
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
-    from rs_gguf.engines.engine import Steering
-    from rs_gguf.engines.llama.model import LlamaModel
+    from rs_gguf.engines.engine import Engine, Steering
     from rs_gguf.evaluation.comparison import Respondent
     from rs_gguf.records.conversation import Prompt
 
@@ -176,7 +175,7 @@ def _respondent(
     adapters: Parts,
     system: str | None,
     progress: TerminalProgress,
-) -> Iterator[tuple[Respondent, str, LlamaModel | None]]:
+) -> Iterator[tuple[Respondent, str, Engine | None]]:
     """What answers, its name, and the model where it is loaded here."""
     if model.startswith(("http://", "https://")):
         if parts or layer_range:
@@ -188,13 +187,13 @@ def _respondent(
 
         yield LlamaServer(model, adapters, system), model, None
         return
-    from rs_gguf.engines.llama.model import LlamaModel
+    from rs_gguf.engines import open_engine
     from rs_gguf.evaluation.comparison import SteeredModel
     from rs_gguf.models import resolve as models
 
     steering = _steering(parts, layer_range, adapters)
     path = models.resolve_gguf(model, progress=progress.download)
-    with LlamaModel(path) as loaded:
+    with open_engine(path) as loaded:
         yield SteeredModel(loaded, steering, system), str(path), loaded
 
 

@@ -1,46 +1,48 @@
-"""What every stage asks of a model under a steering, in llama.cpp or PyTorch: answers and log-probabilities.
+"""What runs a model: the one interface of all engines, what each of them can do, and what is put on a model.
 
-Prompts or tokens and a `Steering` go in. Answers come out without their thinking traces, as the judge reads
-them, and log-probabilities of continuations.
+Token lists go in; answers, next-token logits, log-probabilities or what is computed on the way come out.
+`rs_gguf.engines.open_engine` chooses the engine.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Flag, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.generation import GREEDY, Sampling
-from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.prompts.degenerate import is_degenerate
-from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.trace import after_thinking, answer_start, begins_in_trace
-from rs_gguf.records.conversation import Answer, Prompt
+from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import FIRST_STEERABLE
+from rs_gguf.prompts.template import ChatModel
+from rs_gguf.records.conversation import Generation
 
-if TYPE_CHECKING:  # imports PyTorch, which takes seconds and hundreds of megabytes: for who uses it
-    from rs_gguf.engines.pytorch.model import TorchModel
-
-Model: TypeAlias = "LlamaModel | TorchModel"
-Advance = Callable[[int], None]
 # Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
 LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
+
+
+class Can(Flag):
+    """What not every engine does."""
+
+    LORA = auto()
+    """It applies LoRA adapters in GGUF files."""
+    WRITERS = auto()
+    """It reads what the matrices multiply that write to the residual stream, and names them."""
+    LLAMA_CPP = auto()
+    """It loads model and files as the users' llama.cpp does, so that what it shows holds there too."""
 
 
 @dataclass(frozen=True)
 class Steering:
     """What is put on the model: directions added to blocks, and LoRA adapters with their scales."""
 
-    directions: Mapping[int, Any]
+    directions: Mapping[int, Any] = field(default_factory=dict)
     adapters: Sequence[tuple[Path, float]] = ()
-
-    def on(self, model: Model) -> contextlib.AbstractContextManager[None]:
-        return model.steered(self.directions, adapters=self.adapters)
 
     def scaled(self, dose: float) -> Steering:
         """The same steering, every scale times `dose`."""
@@ -49,77 +51,114 @@ class Steering:
             [(path, dose * scale) for path, scale in self.adapters],
         )
 
-
-NO_STEERING = Steering({})
-
-
-def chat_tokens(model: Model, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
-    """Token lists of one-turn conversations in the model's own chat format."""
-    chat = ChatFormat.of(model)
-    return [chat.tokenize(model, prompt.prompt, system=system) for prompt in prompts]
-
-
-def answer(
-    model: Model, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
-) -> Iterator[tuple[int, Answer]]:
-    """Yield (index, answer) for conversations given as tokens, as they finish."""
-    opened = [begins_in_trace(model, prompt) for prompt in tokens]
-    for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
-        # Some models mark the trace with control tokens, which the plain text leaves out.
-        marked = model.detokenize(generation.tokens, special=True)
-        text = after_thinking(marked, inside=opened[i])
-        if text == marked.strip():
-            text = generation.text.strip()
-        yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
+    def check(self, n_layer: int, width: int, model: str) -> None:
+        """Raise `InputError` for a direction of a layer or a width that the model of this name lacks."""
+        for layer, direction in self.directions.items():
+            if not FIRST_STEERABLE <= layer < n_layer:
+                raise InputError(
+                    f"layer {layer} cannot be steered: this model has blocks 1 to {n_layer - 1} "
+                    "(llama.cpp never steers block 0)."
+                )
+            if np.shape(direction) != (width,):
+                raise InputError(
+                    f"layer {layer}: direction of shape {np.shape(direction)}, but {model} has "
+                    f"width {width}. The vector belongs to another model."
+                )
 
 
-def has_trace(model: Model, found: Answer) -> bool:
-    """Whether a thinking trace came before the final answer, or all of it is one so far."""
-    return model.detokenize(found.tokens).strip() != found.text
+NO_STEERING = Steering()
 
 
-def after_trace(model: Model, prompt: Sequence[int], found: Answer) -> tuple[list[int], list[int]]:
-    """Tokens of what came before the final answer, and its own, for log-probabilities under a steering.
+class Engine(ChatModel, Protocol):
+    """A loaded model. Sequences are lists of tokens; many are worked on at once, in any order.
 
-    A thinking trace counts as part of the prompt: what a steering does is measured on the answer. Traces
-    begin alike, and what they say is not what anybody asked for.
+    `max_length`: tokens of a sequence at most, its answer included. `metadata`: those of a GGUF file that
+    llama.cpp loaded; another engine has none.
     """
-    tokens = found.tokens
-    if not found.text:
-        return [*prompt, *tokens], []
-    start = 0
-    if has_trace(model, found):
-        # As `answer` read it: after a trace with the control tokens that are in it.
-        start = (
-            answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), found.text) or 0
-        )
-    return [*prompt, *tokens[:start]], tokens[start:]
+
+    can: ClassVar[Can]
+    n_parallel: int
+
+    def __init__(self, path: Path, *, n_parallel: int = 32) -> None: ...
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_params(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def close(self) -> None:
+        """Let go of the weights. The object is of no use afterwards."""
+
+    def token_text(self, token: int) -> str:
+        """The literal text of one token, special ones included."""
+
+    def steered(self, steering: Steering) -> AbstractContextManager[None]:
+        """Within the block, the steering is on the model; after it, none is.
+
+        Raises:
+            InputError: a direction that the model has no place for, or an adapter that cannot be applied.
+        """
+
+    def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
+        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[tuple[int, Generation]]:
+        """Answer `prompts`; yield (index, answer) in the order they finish.
+
+        Raises:
+            InputError: an empty prompt, or one that is too long.
+        """
+
+    def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+
+    def token_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LogProbs:
+        """For each (prompt, continuation): log-probabilities [T] of its tokens, and which are top-1 [T]."""
+
+    def read(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        tensors: Sequence[str] = ("l_out",),
+    ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
+        """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
+
+        `l_out` is the output of a block (method §2); others take `Can.WRITERS`. Steering is included in what
+        is read. Blocks after the deepest of `layers` are not computed.
+
+        Raises:
+            InputError: an empty sequence, no position, a layer that the model does not have, or a tensor that
+                cannot be read.
+        """
+
+    def graph_tensors(self) -> Sequence[str]:
+        """Names of all tensors that can be read, such as `l_out-3`, in the order of evaluation."""
 
 
-def logprobs_of(
-    model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer], system: str | None
-) -> LogProbs:
-    """Log-probabilities of given answers, without their traces, under what is on the model now."""
-    pairs = zip(chat_tokens(model, prompts, system), answers, strict=True)
-    return model.token_logprobs([after_trace(model, tokens, found) for tokens, found in pairs])
-
-
-def answer_all(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    steering: Steering,
-    max_tokens: int,
-    system: str | None = None,
-    sampling: Sampling = GREEDY,
-    advance: Advance = lambda n: None,
-) -> tuple[list[Answer], float]:
-    """The answers to `prompts` under `steering`, in order, and the seconds that they took."""
-    tokens = chat_tokens(model, prompts, system)
-    answers: dict[int, Answer] = {}
-    start = time.perf_counter()
-    with steering.on(model):
-        for i, found in answer(model, tokens, max_tokens=max_tokens, sampling=sampling):
-            answers[i] = found
-            advance(1)
-    return [answers[i] for i in range(len(prompts))], time.perf_counter() - start
+def read_last(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    tensors: Sequence[str] = ("l_out",),
+) -> dict[str, NDArray[np.float32]]:
+    """Return {tensor: [N, L, width]} at the last token of each prompt. What is raised is that of `read`."""
+    last = [(len(tokens) - 1,) for tokens in prompts]
+    found = {i: rows for i, _, rows in engine.read(prompts, last, layers, tensors)}
+    return {name: np.stack([found[i][name] for i in range(len(prompts))]) for name in tensors}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,3 +112,21 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     while length < min(len(first), len(last)) and first[length] == last[length]:
         length += 1
     return length
+
+
+def groups(
+    lengths: Sequence[int], at_once: int, fits: Callable[[Sequence[int]], bool]
+) -> Iterator[list[int]]:
+    """Yield indices by length, in groups of `at_once` at most that fit together: a batch wastes little then.
+
+    `fits` is asked of two indices or more, the longest last. One alone always fits.
+    """
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group.append(i)
+        if len(group) > 1 and (len(group) > at_once or not fits(group)):
+            group.pop()
+            yield group
+            group = [i]
+    if group:
+        yield group

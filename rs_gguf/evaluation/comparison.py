@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rs_gguf.engines.engine import Advance, LogProbs, Model, Steering, answer_all, chat_tokens, logprobs_of
+from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
+from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import GREEDY, Sampling, common_prefix
 from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
@@ -62,12 +63,12 @@ class Respondent(Protocol):
 class SteeredModel:
     """A model in this process."""
 
-    model: Model
+    model: Engine
     steering: Steering
     system: str | None = None
 
     def check(self) -> None:
-        with self.steering.on(self.model):
+        with self.model.steered(self.steering):
             pass
 
     def answers(
@@ -86,14 +87,14 @@ class SteeredModel:
         return answers, sum(len(a.tokens) for a in answers), seconds
 
     def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> LogProbs:
-        with self.steering.scaled(dose).on(self.model):
+        with self.model.steered(self.steering.scaled(dose)):
             return logprobs_of(self.model, asked, answers, self.system)
 
     def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
         opening = conversations[0][: common_prefix(conversations)]
         pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
-        with self.steering.scaled(dose).on(self.model):
+        with self.model.steered(self.steering.scaled(dose)):
             # Without an opening the first token has nothing before it.
             return self.model.token_logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs])
 

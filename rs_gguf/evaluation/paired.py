@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Advance, LogProbs, Model, Steering, answer_all
+from rs_gguf.engines.answers import Advance, answer_all
+from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.evaluation.chance import mcnemar, wilson
 from rs_gguf.judges.registry import Judge
@@ -76,7 +77,7 @@ def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) ->
 
 
 def answer_and_judge(
-    model: Model,
+    model: Engine,
     judge: Judge,
     prompts: Sequence[Prompt],
     *,

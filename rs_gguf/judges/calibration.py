@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.probe import Categories, Components, Probe, read_states
@@ -80,7 +80,7 @@ def label_agreement() -> dict[str, Any]:
 
 
 def fit_probe(
-    model: LlamaModel, pairs: Sequence[LabelledPair], *, advance: Callable[[int], None] = lambda n: None
+    model: Engine, pairs: Sequence[LabelledPair], *, advance: Callable[[int], None] = lambda n: None
 ) -> Probe:
     """Fit on pairs of the calibration split: four middle blocks, a Gaussian kernel, then Platt scaling.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.probe import Probe, read_states
@@ -25,7 +25,7 @@ class ProbeJudge:
 
     usage = None
 
-    def __init__(self, model: LlamaModel, probe: Probe) -> None:
+    def __init__(self, model: Engine, probe: Probe) -> None:
         probe.check_belongs(model)
         self._model, self._probe = model, probe
         self.name = f"{model.path.stem} (hidden-state probe, rubric {probe.rubric_version})"
@@ -48,7 +48,7 @@ class LabelJudge:
 
     usage = None
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: Engine) -> None:
         self._model = model
         self.name = f"{model.path.stem} (label log-probabilities, rubric {rubric_version()})"
         self.identity = f"labels {fingerprint(model.path)} {rubric_version()} {reading()}"
@@ -102,5 +102,5 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
-def _label_tokens(model: LlamaModel, label: str) -> set[int]:
+def _label_tokens(model: Engine, label: str) -> set[int]:
     return {model.tokenize(v, special=False)[0] for v in (f" {label}", label, f" {label.capitalize()}")}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.rubric import judged_text, rubric_version, wording
 from rs_gguf.models.resolve import fingerprint
@@ -29,14 +29,14 @@ LIKELY = 0.5  # least probability at which a category is named
 
 
 def read_states(
-    model: LlamaModel, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
+    model: Engine, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield (index, states [2, L, D]) of each pair: at the verdict's place, and the mean over the reply."""
     texts = [judged_text(model, pair) for pair in pairs]
     places = [[*reply, len(tokens) - 1] for tokens, reply in texts]
     means = {i: np.zeros((len(layers), model.n_embd), np.float32) for i in range(len(pairs))}
     sequences = [tokens for tokens, _ in texts]
-    for i, place, found in model.token_activations(sequences, places, layers=layers):
+    for i, place, found in model.read(sequences, places, layers):
         if place == places[i][-1]:
             yield i, np.stack([found["l_out"], means.pop(i)])
         else:
@@ -110,7 +110,7 @@ class Probe:
         """Changes with anything that a judgement depends on."""
         return hashlib.sha256(_packed(self)).hexdigest()
 
-    def check_belongs(self, model: LlamaModel) -> None:
+    def check_belongs(self, model: Engine) -> None:
         """Raise `InputError` unless this probe was fitted for this model, rubric and wording."""
         actual = (fingerprint(model.path), rubric_version(), wording())
         if actual != (self.model_sha256, self.rubric_version, self.wording):

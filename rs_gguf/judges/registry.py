@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines import open_engine
+from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.server.client import EndpointOptions
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.endpoint import EndpointJudge
@@ -29,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def open_judge(model: LlamaModel) -> Judge:
+def open_judge(model: Engine) -> Judge:
     """The best judge there is for a model: the shipped probe if it belongs to it, else its label words."""
     probe = shipped_probe()
     if probe is not None and probe.model_sha256 == models.fingerprint(model.path):
@@ -38,7 +39,7 @@ def open_judge(model: LlamaModel) -> Judge:
 
 
 # What may stand before a model's name: how it is asked.
-_KINDS: dict[str, Callable[[LlamaModel], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
+_KINDS: dict[str, Callable[[Engine], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
 
 
 def kind_and_name(spec: str) -> tuple[str, str]:
@@ -58,7 +59,7 @@ def kind_and_name(spec: str) -> tuple[str, str]:
 def open_judge_spec(
     spec: str | None,
     *,
-    loaded: LlamaModel | None = None,
+    loaded: Engine | None = None,
     cached: bool = True,
     options: EndpointOptions | None = None,
     progress: models.OnBytes | None = None,
@@ -93,7 +94,7 @@ def open_judge_spec(
         else:
             path = models.resolve_gguf(name, progress=progress)
             same = loaded is not None and loaded.path.resolve() == path.resolve()
-            model = loaded if loaded is not None and same else stack.enter_context(LlamaModel(path))
+            model = loaded if loaded is not None and same else stack.enter_context(open_engine(path))
             judge = _KINDS.get(kind, open_judge)(model)
         yield CachedJudge(judge) if cached else judge
 

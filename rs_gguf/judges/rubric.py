@@ -13,8 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import common_prefix
-from rs_gguf.engines.llama.model import LlamaModel
 
 _MAX_PROMPT, _MAX_ANSWER = 400, 600  # characters; what is cut does not change a verdict, but costs time
 _MAX_CHAT_PROMPT, _MAX_CHAT_ANSWER = 2000, 4000  # for judges that make use of it
@@ -88,7 +88,7 @@ def reading() -> str:
     return f"{wording()} {_hash(_NEXT_TURN.pattern + _PLAYED_VERDICT.pattern)} {_CODE}"
 
 
-def verdict_tokens(model: LlamaModel, pair: tuple[str, str]) -> list[int]:
+def verdict_tokens(model: Engine, pair: tuple[str, str]) -> list[int]:
     """Tokens that end where the verdict would come next, from the model's `opening` on.
 
     An answer is data: the pair is tokenised as plain text, so that control tokens that it spells are not
@@ -97,7 +97,7 @@ def verdict_tokens(model: LlamaModel, pair: tuple[str, str]) -> list[int]:
     return judged_text(model, pair)[0]
 
 
-def judged_text(model: LlamaModel, pair: tuple[str, str]) -> tuple[list[int], range]:
+def judged_text(model: Engine, pair: tuple[str, str]) -> tuple[list[int], range]:
     """`verdict_tokens`, and the places of the reply among them: one at least."""
     prompt, answer = pair
     prompt, answer = _folded(prompt, _MAX_PROMPT), _folded(_own_words(answer), _MAX_ANSWER)

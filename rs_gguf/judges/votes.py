@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import Sampling
-from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, read_verdict, rubric_version, verdict_message
 from rs_gguf.models.resolve import fingerprint
@@ -80,7 +80,7 @@ class VotesJudge:
 
     usage = None
 
-    def __init__(self, model: LlamaModel, *, votes: int = VOTES, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, model: Engine, *, votes: int = VOTES, max_tokens: int = MAX_TOKENS) -> None:
         self._model, self._votes, self._max_tokens = model, votes, max_tokens
         self._chat = ChatFormat.of(model)
         self.name = f"{model.path.stem} ({votes} sampled votes, rubric {rubric_version()})"

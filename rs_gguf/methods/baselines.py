@@ -7,7 +7,6 @@ the written files do, come out.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project
 from rs_gguf.activations.scores import calibration_scales, flat_profile, layer_auroc, layer_scores
-from rs_gguf.engines.engine import NO_STEERING, Model, Steering
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import (
     DirectionEstimator,
@@ -31,6 +29,7 @@ from rs_gguf.estimators.estimator import (
 from rs_gguf.evaluation.safety import Effect
 from rs_gguf.methods.fit import Samples
 from rs_gguf.models import header as gguf_header
+from rs_gguf.models.architecture import is_other_writer, is_writer
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
@@ -56,8 +55,6 @@ _SHOWN = 200  # characters of each at most: whole ones may be longer than the mo
 _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602
 _PAPER_STRENGTH = 3.0  # k·|α|, the middle of its prior from 2 to 4
 _DEEPEST = 0.8  # of the blocks: Arditi et al. (arXiv 2406.11717) take no direction from behind it
-_WRITER = re.compile(r"blk\.\d+\.(?:attn_output|ffn_down)\.weight")
-_OTHER_WRITER = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def build(
     names: Sequence[str],
     asked: Sequence[Prompt],
     samples: Callable[[], Samples],
-    model: Model,
+    model: Engine,
     folder: Path,
     *,
     effect: Effect,
@@ -100,8 +97,8 @@ def build(
     if "system-prompt" in names and not ChatFormat.of(model).takes_system:
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
-    if "ablation" in names and isinstance(model, LlamaModel):
-        others = [t.name for t in gguf_header.read(model.path).tensors if _OTHER_WRITER.fullmatch(t.name)]
+    if "ablation" in names and Can.LORA in model.can:
+        others = [t.name for t in gguf_header.read(model.path).tensors if is_other_writer(t.name)]
         if others:
             _log.warning("%s also writes through %s, so ablation is left out.", model.path.stem, others[0])
             names.remove("ablation")
@@ -145,20 +142,20 @@ def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect,
     return Side(f"{estimator.name}, as printed", Steering(directions), system)
 
 
-def ablation(samples: Samples, model: Model, folder: Path, effect: Effect, system: str | None) -> Side:
+def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Side:
     """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
 
     W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
     The embedding, which llama.cpp's adapters cannot change where the output shares it, is left as it is, and
     so are biases.
     """
-    if effect == "induce" or not isinstance(model, LlamaModel):
+    if effect == "induce" or Can.LORA not in model.can:
         raise InputError(NO_ABLATION)
     _, difference = _best_difference(samples)
     unit = difference / np.linalg.norm(difference)
     factors = {}
     for tensor in GGUFReader(model.path).tensors:
-        if _WRITER.fullmatch(tensor.name):
+        if is_writer(tensor.name):
             weight = dequantize(tensor.data, tensor.tensor_type)  # [D, in]
             factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
     path = folder / "baselines" / "ablation.gguf"

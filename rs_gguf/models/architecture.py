@@ -1,19 +1,34 @@
-"""Facts about families of networks: which blocks can be steered, what writes to the residual stream."""
+"""Every fact about a family of networks: what llama.cpp calls it, its matrices, what it adds and where.
+
+Names of a family, of the tensors of a GGUF file or of llama.cpp's graph go in. What holds for them comes out.
+To support a new family, add its facts here and a row in `tests/fixtures/families.py`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from rs_gguf.errors import InputError
 
+if TYPE_CHECKING:
+    import gguf
+
+# ---- blocks --------------------------------------------------------------------------------------
+
 MAX_LAYERS = 512
 """llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): no model it loads has a block number this high."""
+
 FIRST_STEERABLE = 1
 """llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads."""
+
+# Families whose state in transformers takes no account of a mask.
+PADS_THE_STATE = ("rwkv", "xlstm")
+
+# ---- matrices that write to the residual stream --------------------------------------------------
+
 # Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
 # last step first, since llama.cpp's build_ffn names them one after another. BitNet has norms before both.
 WRITERS: Mapping[str, Sequence[str]] = {
@@ -32,49 +47,23 @@ WRITERS: Mapping[str, Sequence[str]] = {
         "ffn_relu",
     ),
 }
+# Where the graph shows the product of such a matrix: alone, or in the sum that it goes into.
+SEEN_AT: Mapping[str, frozenset[str]] = {
+    "attn_output": frozenset({"attn_out", "ffn_inp"}),
+    "ffn_down": frozenset({"ffn_down", "ffn_out", "l_out"}),
+}
+_WRITER = re.compile(rf"blk\.\d+\.(?:{'|'.join(WRITERS)})\.weight")
+_OTHER_WRITER = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
 
 
-def checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[np.float32]]:
-    """Return directions as read-only float32 rows [D], by ascending block.
+def is_writer(tensor: str) -> bool:
+    """Whether a tensor of a GGUF file is one of the matrices `WRITERS`."""
+    return _WRITER.fullmatch(tensor) is not None
 
-    Raises:
-        InputError: none, a block that cannot be steered, or rows that are not finite and of one width.
-    """
-    if not directions:
-        raise InputError(
-            "The vector has no direction; give at least one block, as {layer: array of width D}."
-        )
-    checked: dict[int, npt.NDArray[np.float32]] = {}
-    for layer, given in directions.items():
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int | np.integer)
-            or not FIRST_STEERABLE <= layer < MAX_LAYERS
-        ):
-            raise InputError(
-                f"Block {layer!r} cannot be steered: block numbers are integers from 1 to {MAX_LAYERS - 1} "
-                "(block 0 is out of llama.cpp's reach). Leave it out."
-            )
-        try:
-            with np.errstate(over="ignore"):
-                row = np.array(given, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The direction of block {layer} is no array of numbers ({error}).") from None
-        if row.ndim != 1 or row.size == 0:
-            raise InputError(
-                f"The direction of block {layer} has shape {row.shape}; one of shape [D] is needed."
-            )
-        if not np.isfinite(row).all():
-            raise InputError(
-                f"The direction of block {layer} has {int((~np.isfinite(row)).sum())} values that are NaN, "
-                "Inf or beyond float32; they would reach every logit. Fit it again or leave the block out."
-            )
-        row.flags.writeable = False
-        checked[int(layer)] = row
-    widths = {len(row) for row in checked.values()}
-    if len(widths) != 1:
-        raise InputError(f"The directions have widths {sorted(widths)}; all must have the model's width.")
-    return dict(sorted(checked.items()))
+
+def is_other_writer(tensor: str) -> bool:
+    """Whether a tensor of a GGUF file writes to the residual stream in another way: experts, a state."""
+    return _OTHER_WRITER.fullmatch(tensor) is not None
 
 
 def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
@@ -98,3 +87,73 @@ def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
             + ". Use a control vector."
         )
     return found
+
+
+def product_scale(family: str, n_layer: int, metadata: Mapping[str, Any]) -> float:
+    """What a model multiplies the product of a writing matrix with before it adds it to the residual."""
+    scale = 0.0
+    # llama.cpp's src/models/granite*.cpp and minicpm*.cpp; MiniMax scales the residual by a key of this name.
+    if family.startswith("minicpm"):
+        scale = 1.4 / math.sqrt(n_layer)
+    if family.startswith(("granite", "minicpm")) and family != "minicpm3":
+        scale = float(metadata.get(f"{family}.residual_scale", scale))
+    return scale or 1.0  # 0 stands for none
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention(block: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Return (numbers kept of a token, heads times their width) of one block; (0, 0) without attention.
+
+    `block`: dimensions of its tensors by their names without `blk.N.` and `.weight`, inputs first.
+    """
+    if "attn_output" not in block or any(name.startswith("ssm") for name in block):
+        return 0, 0
+    queries = block["attn_output"][0]
+    if "attn_kv_a_mqa" in block:  # one latent stands for keys and values
+        return block["attn_kv_a_mqa"][1], queries
+    if "attn_qkv" in block:
+        return block["attn_qkv"][1] - queries, queries
+    return sum(block[name][1] for name in ("attn_k", "attn_v") if name in block), queries
+
+
+# ---- names of families ---------------------------------------------------------------------------
+
+# Families that llama.cpp files under another's name. Most others differ in hyphens and underscores at most.
+_LLAMA_CPP_NAMES = {
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "phi": "phi2",
+}
+
+
+def llama_cpp_name(model_type: str) -> str:
+    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
+    base = model_type.removesuffix("_text")
+    if base in _LLAMA_CPP_NAMES:
+        return _LLAMA_CPP_NAMES[base]
+    known = {_squashed(name): name for name in _families()}
+    return known.get(_squashed(base), model_type)
+
+
+def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
+    """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
+    return _families().get(name)
+
+
+def _families() -> dict[str, gguf.MODEL_ARCH]:
+    import gguf  # which takes a quarter of a second
+
+    return {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def _squashed(name: str) -> str:
+    return name.replace("_", "").replace("-", "")

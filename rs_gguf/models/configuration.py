@@ -1,6 +1,6 @@
-"""Configurations of transformers models, and what llama.cpp calls their families. Never with remote code.
+"""A model's configuration as transformers has it, and the network that it describes. Never with remote code.
 
-A folder or a GGUF file goes in; a configuration or a network without numbers comes out.
+A folder with a config.json or a GGUF file goes in; a configuration comes out, or a network without numbers.
 """
 
 from __future__ import annotations
@@ -9,26 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 import transformers
 
 from rs_gguf.errors import InputError
 
-# Families that llama.cpp files under another's name. Most others differ in hyphens and underscores at most.
-_LLAMA_CPP_NAMES = {
-    "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "gpt_bigcode": "starcoder",
-    "granitemoehybrid": "granitehybrid",
-    "hunyuan_v1_dense": "hunyuan-dense",
-    "hunyuan_v1_moe": "hunyuan-moe",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "phi": "phi2",
-}
-_FAMILIES = {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_config(path: Path) -> transformers.PretrainedConfig:
@@ -38,7 +24,7 @@ def read_config(path: Path) -> transformers.PretrainedConfig:
         InputError: there is none, or none that transformers knows.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(**source_of(path))
+        return transformers.AutoConfig.from_pretrained(**source(path))
     except Exception as error:  # its error family depends on its version and on the file
         raise InputError(
             f"{path}: transformers cannot read its configuration ({first_line(error)}). Give the "
@@ -61,6 +47,13 @@ def network(config: transformers.PretrainedConfig) -> Any:
         ) from error
 
 
+def share_of_experts(text: transformers.PretrainedConfig) -> float:
+    """The share of its experts that a model of this configuration uses for a token; 0 without experts."""
+    counts = (getattr(text, key, None) for key in _EXPERT_COUNTS)
+    used: int = getattr(text, "num_experts_per_tok", None) or 0
+    return used / next((n for n in counts if n), 1)
+
+
 def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
     """Whether a model of this configuration runs on the CPU in bf16, as it is published, and not in F32.
 
@@ -73,26 +66,13 @@ def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
     return published == torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
 
 
-def llama_cpp_name(model_type: str) -> str:
-    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
-    base = model_type.removesuffix("_text")
-    if base in _LLAMA_CPP_NAMES:
-        return _LLAMA_CPP_NAMES[base]
-    known: dict[str, str] = {_squashed(name): name for name in _FAMILIES}
-    return known.get(_squashed(base), model_type)
-
-
-def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
-    """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
-    return _FAMILIES.get(name)
-
-
 def is_gguf(path: Path) -> bool:
+    """Whether transformers takes `path` for a GGUF file."""
     return path.is_file() and path.suffix == ".gguf"
 
 
-def source_of(path: Path) -> dict[str, Any]:
-    """How `from_pretrained` is told of a folder, or of a file in one. Nothing is fetched or run."""
+def source(path: Path) -> dict[str, Any]:
+    """Return the arguments that name a folder, or a file in one, to `from_pretrained`. Nothing is fetched."""
     folder, file = (path.parent, path.name) if is_gguf(path) else (path, None)
     return {
         "pretrained_model_name_or_path": folder,
@@ -102,9 +82,6 @@ def source_of(path: Path) -> dict[str, Any]:
     }
 
 
-def _squashed(name: str) -> str:
-    return name.replace("_", "").replace("-", "")
-
-
 def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rs_gguf.errors import InputError
+from rs_gguf.models import architecture
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models import wide_copy as widening
-from rs_gguf.models.architecture import WRITERS
 
 if TYPE_CHECKING:
     import transformers
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 TensorInfo = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of transformers' configurations
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,14 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
 
     text = config.get_text_config()  # without eyes and ears
     network = configuration.network(text)
-    family = configuration.llama_cpp_family(configuration.llama_cpp_name(text.model_type))
+    family = architecture.llama_cpp_family(architecture.llama_cpp_name(text.model_type))
     table = gguf.get_tensor_name_map(family or gguf.MODEL_ARCH.LLAMA, text.num_hidden_layers)
-    experts = next((n for n in (getattr(text, k, None) for k in _EXPERT_COUNTS) if n), 1)
     tensors = [
         (_gguf_name(name, table), tuple(reversed(parameter.shape)))
         for name, parameter in network.named_parameters()
     ]
     count = sum(math.prod(shape) for _, shape in tensors)
-    used = (getattr(text, "num_experts_per_tok", None) or 0) / experts
+    used = configuration.share_of_experts(text)
     return _shape(
         tensors, text.num_hidden_layers, text.hidden_size, used, int(count * bits / 8), text.model_type
     )
@@ -163,8 +161,8 @@ def _shape(
     output = outside.get("output.weight", embedding)
     if min(n_layer, width, *embedding, *output) < 1:
         raise InputError(f"{source}: its embedding or its output is missing or empty. Give a language model.")
-    kept = [_attention(block) for block in blocks.values()]
-    every = [{(w, block[w][0]) for w in WRITERS if w in block} for block in blocks.values()]
+    kept = [architecture.attention(block) for block in blocks.values()]
+    every = [{(w, block[w][0]) for w in architecture.WRITERS if w in block} for block in blocks.values()]
     return Shape(
         n_layer=n_layer,
         width=width,
@@ -178,15 +176,3 @@ def _shape(
         cache=sum(numbers for numbers, _ in kept),
         writers=dict(sorted(set.intersection(*every))) if every else {},
     )
-
-
-def _attention(block: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """(numbers kept of a token, heads times their width) of one block; (0, 0) without attention."""
-    if "attn_output" not in block or any(name.startswith("ssm") for name in block):
-        return 0, 0
-    queries = block["attn_output"][0]
-    if "attn_kv_a_mqa" in block:  # one latent stands for keys and values
-        return block["attn_kv_a_mqa"][1], queries
-    if "attn_qkv" in block:
-        return block["attn_qkv"][1] - queries, queries
-    return sum(block[name][1] for name in ("attn_k", "attn_v") if name in block), queries

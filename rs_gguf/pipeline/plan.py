@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import kind_and_name, shipped_probe
@@ -22,9 +22,6 @@ from rs_gguf.pipeline.speed import Speed, measured_speed
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import from_home
-
-if TYPE_CHECKING:
-    from rs_gguf.engines.engine import Model
 
 PLANNED = STAGES[:-1]  # the report takes seconds
 
@@ -120,15 +117,13 @@ def measure(recipe: Recipe, path: Path) -> Speed:
     Raises:
         InputError: it cannot be loaded.
     """
-    from rs_gguf.engines.engine import chat_tokens
-    from rs_gguf.engines.llama.model import LlamaModel
-    from rs_gguf.engines.pytorch.model import TorchModel
+    from rs_gguf.engines import open_engine
+    from rs_gguf.engines.answers import chat_tokens
 
     count = min(recipe.answers.parallel, 32)  # at once, where they are not too long
     rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
     some = rows[:: max(1, len(rows) // count)][:count]
-    model: Model = (TorchModel if path.is_dir() else LlamaModel)(path, n_parallel=len(some))
-    with model:
+    with open_engine(path, n_parallel=len(some)) as model:
         return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
 
 

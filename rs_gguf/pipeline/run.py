@@ -19,8 +19,9 @@ import numpy as np
 
 from rs_gguf.activations.capture import capture_all, captured, conversations
 from rs_gguf.activations.store import ActivationStore, DamagedStoreError
-from rs_gguf.engines.engine import Model, chat_tokens
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines import engine_for, open_engine
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.estimators.device import resolve_device
@@ -118,7 +119,9 @@ class Pipeline:
             )
         self.recipe, self.folder, self.progress, self.processes = recipe, folder, progress, processes
         self._open = contextlib.ExitStack()
-        if "ablation" in recipe.measure.baselines and (recipe.effect == "induce" or self.model_path.is_dir()):
+        if "ablation" in recipe.measure.baselines and (
+            recipe.effect == "induce" or Can.LORA not in engine_for(self.model_path).can
+        ):
             raise InputError(baselines.NO_ABLATION)
 
     def close(self) -> None:
@@ -217,7 +220,8 @@ class Pipeline:
 
         They are read `in_contexts`.
         """
-        if self.model_path.is_dir() or not shape.of_gguf(self.model_path).writers:
+        can = engine_for(self.model_path).can
+        if Can.WRITERS not in can or not shape.of_gguf(self.model_path).writers:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.unanswered, self.recipe.seed
@@ -238,17 +242,8 @@ class Pipeline:
         return models.fingerprint(self.model_path)
 
     @cached_property
-    def model(self) -> Model:
-        path = self.model_path
-        model: Model
-        if path.is_dir():
-            from rs_gguf.engines.pytorch.model import (
-                TorchModel,  # and with it PyTorch, which GGUF files do without
-            )
-
-            model = TorchModel(path, n_parallel=self.recipe.answers.parallel)
-        else:
-            model = LlamaModel(path, n_parallel=self.recipe.answers.parallel)
+    def model(self) -> Engine:
+        model = open_engine(self.model_path, n_parallel=self.recipe.answers.parallel)
         self._open.callback(model.close)
         return model
 
@@ -261,8 +256,7 @@ class Pipeline:
 
     @cached_property
     def judge(self) -> Judge:
-        loaded = self.model if isinstance(self.model, LlamaModel) else None
-        opened = open_judge_spec(self.recipe.judge, loaded=loaded, progress=self.progress.download)
+        opened = open_judge_spec(self.recipe.judge, loaded=self.model, progress=self.progress.download)
         return self._open.enter_context(opened)
 
     # ---- stages ----------------------------------------------------------------------------------
@@ -331,7 +325,7 @@ class Pipeline:
 
     def _fit(self, _: str) -> None:
         total = len(self.recipe.estimators)
-        total += self.model.n_layer if isinstance(self.model, LlamaModel) else 0
+        total += self.model.n_layer if Can.WRITERS in self.model.can else 0
         with self.progress.stage("fit", total) as advance:
             fitting.fit(
                 self.samples(),
@@ -359,7 +353,7 @@ class Pipeline:
             )
         try:
             activations, inputs = captured(
-                self._store(self._key("capture")), len(asked), inputs=isinstance(self.model, LlamaModel)
+                self._store(self._key("capture")), len(asked), inputs=Can.WRITERS in self.model.can
             )
         except DamagedStoreError:
             # Not that of another recipe or version: what is there is whole for it.

@@ -18,7 +18,7 @@ from rs_gguf.machine import one_thread
 from rs_gguf.models.shape import Shape
 
 if TYPE_CHECKING:
-    from rs_gguf.engines.engine import Model
+    from rs_gguf.engines.engine import Engine
 
 _T = TypeVar("_T")
 
@@ -69,7 +69,7 @@ def stored_speed(cores: int) -> Speed:
     )
 
 
-def measured_speed(model: Model, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
+def measured_speed(model: Engine, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
     """The speed of this machine on a loaded model, which reads and answers `conversations`, and one alone."""
     from rs_gguf.engines.generation import common_prefix
 

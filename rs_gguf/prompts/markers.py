@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # What a trace stands between; the second may also begin an answer without one.
 THINKING_MARKERS = (
     ("<think>", "</think>"),
@@ -37,3 +39,12 @@ TURN_ENDS = (
     "<end_of_turn>",
     "<end_of_utterance>",
 )
+
+
+def turn_ends(vocabulary: Mapping[str, int]) -> set[int]:
+    """The tokens of a vocabulary that end a turn by their text."""
+    # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
+    channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
+    return {
+        vocabulary[text] for text in TURN_ENDS if text in vocabulary and not (channels and text == "<|end|>")
+    }

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, after_trace, chat_tokens
+from rs_gguf.engines.answers import after_trace, chat_tokens
+from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import meant
@@ -91,7 +92,7 @@ class Rungs:
 
     def __init__(
         self,
-        model: Model,
+        model: Engine,
         judge: Judge,
         unsteered: Unsteered,
         directions: Mapping[tuple[str, float], Directions],
@@ -231,7 +232,7 @@ class Rungs:
     def _probe(self, number: int, candidate: Candidate) -> Trial:
         openings, quiet = self._before
         unmoved = [found for i, found in zip(self._quiet, quiet, strict=True) if i in self._few]
-        with self.steering(candidate).on(self.model):
+        with self.model.steered(self.steering(candidate)):
             after = self.model.token_logprobs([*self._openings.values(), *self._few.values()])
 
         def kept_of(change: float) -> float:
@@ -328,7 +329,7 @@ class Rungs:
 
     def _drift(self, steering: Steering) -> float:
         _, before = self._before
-        with steering.on(self.model):
+        with self.model.steered(steering):
             return _moved(before, self._logprobs(self._quiet))
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import WRITERS, writer_inputs
+from rs_gguf.models.architecture import SEEN_AT, WRITERS, writer_inputs
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
@@ -34,8 +35,6 @@ ROUNDING = 2.0**-23
 # An adapter's product is computed from F32 inputs too, but its two factors round apart.
 ADAPTER_TOLERANCE = 1e-2
 _SHORT = "beside the residual the direction is so short that rounding swallows it"
-# Where a matrix's product shows: by itself, or in the sum that it goes into.
-_SEEN_AT = {"attn_output": {"attn_out", "ffn_inp"}, "ffn_down": {"ffn_down", "ffn_out", "l_out"}}
 
 _PROMPTS = (
     "Name three rivers in Europe.",
@@ -60,14 +59,14 @@ class Proof:
         return max(self.relative_error.values(), default=float("nan"))
 
 
-def prove(given: SteeringVector | str | Path, model: str | Path | LlamaModel) -> Proof:
+def prove(given: SteeringVector | str | Path, model: str | Path | Engine) -> Proof:
     """Run a vector, or what is in a file, on `model`, a GGUF file or one already loaded.
 
     Raises:
         InputError: the file holds no sound vector or adapter, the model cannot be loaded or run on the
             prompts, its block outputs cannot be read, or there is no room for one matrix of an adapter.
     """
-    if not isinstance(model, LlamaModel):
+    if isinstance(model, str | Path):
         with LlamaModel(Path(model), n_parallel=4) as loaded:
             return prove(given, loaded)
     if isinstance(given, SteeringVector):
@@ -88,14 +87,14 @@ def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) ->
     ]
 
 
-def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
+def _prove_vector(vector: SteeringVector, model: Engine) -> Proof:
     foreign = _foreign(vector, model)
     if foreign is not None:
         return foreign
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     plain = _distributions(model, prompts)
-    with model.steered(dict(vector.directions)):
+    with model.steered(Steering(vector.directions)):
         steered = _distributions(model, prompts)
     kl = _mean_kl(plain, steered)
     if kl is None:
@@ -107,7 +106,7 @@ def _prove_vector(vector: SteeringVector, model: LlamaModel) -> Proof:
     return Proof(not reasons, tuple(reasons), errors, kl)
 
 
-def _foreign(vector: SteeringVector, model: LlamaModel) -> Proof | None:
+def _foreign(vector: SteeringVector, model: Engine) -> Proof | None:
     """The proof of a vector that cannot be of this model, or None."""
     reasons = []
     says = ""
@@ -132,7 +131,7 @@ def _foreign(vector: SteeringVector, model: LlamaModel) -> Proof | None:
 
 
 def _blocks_alone(
-    vector: SteeringVector, model: LlamaModel, prompts: list[list[int]]
+    vector: SteeringVector, model: Engine, prompts: list[list[int]]
 ) -> tuple[dict[str, float], list[str]]:
     """Relative errors by block, each steered alone so that what is upstream stays the same, and reasons.
 
@@ -151,7 +150,7 @@ def _blocks_alone(
     errors: dict[int, float] = {}
     ignored, wrong = [], []
     for k, (layer, direction) in enumerate(vector.directions.items()):
-        with model.steered({layer: direction}):
+        with model.steered(Steering({layer: direction})):
             moved = _residuals(model, prompts, [layer])[:, 0] - before[:, k]
         size = norms[layer]
         missed = float(np.linalg.norm(moved - direction, axis=1).max())
@@ -176,12 +175,12 @@ def _blocks_alone(
 
 
 def _why_nothing_moves(
-    vector: SteeringVector, model: LlamaModel, prompts: list[list[int]], plain: NDArray[np.float64]
+    vector: SteeringVector, model: Engine, prompts: list[list[int]], plain: NDArray[np.float64]
 ) -> str:
     """Directions lost in rounding do move the logits once they are made long."""
     longest = max(vector.norms.values())
     rows = {n: row.astype(np.float64) / (longest or 1.0) * 1e3 for n, row in vector.directions.items()}
-    with model.steered({n: row.astype(np.float32) for n, row in rows.items()}):
+    with model.steered(Steering({n: row.astype(np.float32) for n, row in rows.items()})):
         if not np.array_equal(plain, _distributions(model, prompts)):
             return f"no logit moves: {_SHORT} (longest {longest:.2g})."
     return (
@@ -190,7 +189,7 @@ def _why_nothing_moves(
     )
 
 
-def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
+def _prove_adapter(path: Path, model: Engine) -> Proof:
     adapter = lora.read(path)
     if adapter.architecture != model.architecture:
         reason = (
@@ -202,7 +201,7 @@ def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     with contextlib.ExitStack() as steering:
         try:
-            steering.enter_context(model.steered(adapters=[(path, 1.0)]))
+            steering.enter_context(model.steered(Steering(adapters=[(path, 1.0)])))
         except InputError as error:  # by llama.cpp's loader; whatever fails later is no fault of the adapter
             return Proof(False, (str(error),), {}, None)
         steered = _distributions(model, prompts)
@@ -225,7 +224,7 @@ def _prove_adapter(path: Path, model: LlamaModel) -> Proof:
     return Proof(not reasons, tuple(reasons), errors, kl)
 
 
-def _matrices_alone(adapter: LoraAdapter, model: LlamaModel, prompts: list[list[int]]) -> dict[str, float]:
+def _matrices_alone(adapter: LoraAdapter, model: Engine, prompts: list[list[int]]) -> dict[str, float]:
     """Relative errors of the matrices of its first, middle and last block, each run alone.
 
     Alone, so that what is upstream stays the same and the sum that the product goes into must move by B A x.
@@ -243,7 +242,7 @@ def _matrices_alone(adapter: LoraAdapter, model: LlamaModel, prompts: list[list[
             # A change of zero says nothing, and cannot be written as a file of its own.
             if norms.get(name) and writer in inputs:
                 seen_at = _next(graph, inputs[writer], layer)
-                if seen_at in _SEEN_AT[writer]:
+                if seen_at in SEEN_AT[writer]:
                     errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
     return errors
 
@@ -258,23 +257,21 @@ def _next(graph: Sequence[str], read: str, layer: int) -> str:
 
 
 def _product_error(
-    adapter: LoraAdapter, name: str, read: str, seen_at: str, model: LlamaModel, prompts: list[list[int]]
+    adapter: LoraAdapter, name: str, read: str, seen_at: str, model: Engine, prompts: list[list[int]]
 ) -> float:
     """Largest ‖moved − B A x‖ over prompts, as a share of the largest ‖B A x‖; the one matrix is changed."""
     layer = int(name.split(".")[1])
     a, b = (factor.astype(np.float64) for factor in adapter.factors[name])
 
     def sums() -> dict[str, NDArray[np.float64]]:
-        found = dict(model.activations(prompts, layers=[layer], tensors=(read, seen_at)))
-        names = (read, seen_at)
-        return {n: np.stack([found[i][n][0] for i in range(len(prompts))]).astype(np.float64) for n in names}
+        return {n: rows[:, 0] for n, rows in _read(model, prompts, [layer], (read, seen_at)).items()}
 
     before = sums()
     try:
         with tempfile.TemporaryDirectory() as folder:
             single = Path(folder) / "single.gguf"
             lora.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
-            with model.steered(adapters=[(single, 1.0)]):
+            with model.steered(Steering(adapters=[(single, 1.0)])):
                 moved = sums()[seen_at] - before[seen_at]
     except OSError as error:
         raise InputError(
@@ -285,10 +282,17 @@ def _product_error(
     return float(np.linalg.norm(moved - promised, axis=1).max() / size) if size else 0.0
 
 
-def _residuals(model: LlamaModel, prompts: list[list[int]], layers: list[int]) -> NDArray[np.float64]:
-    """Block outputs [N, L, D] at the last token, in the same batch every time: only steering differs."""
-    found = dict(model.activations(prompts, layers=layers))
-    return np.stack([found[i]["l_out"] for i in range(len(prompts))]).astype(np.float64)
+def _residuals(model: Engine, prompts: list[list[int]], layers: list[int]) -> NDArray[np.float64]:
+    """Block outputs [N, L, D] at the last token."""
+    return _read(model, prompts, layers, ("l_out",))["l_out"]
+
+
+def _read(
+    model: Engine, prompts: list[list[int]], layers: list[int], tensors: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """Tensors [N, L, width] at the last token, in the same batch every time: only steering differs."""
+    found = read_last(model, prompts, layers, tensors)
+    return {name: rows.astype(np.float64) for name, rows in found.items()}
 
 
 def _mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:
@@ -298,7 +302,7 @@ def _mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float 
     return float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
 
 
-def _distributions(model: LlamaModel, prompts: list[list[int]]) -> NDArray[np.float64]:
+def _distributions(model: Engine, prompts: list[list[int]]) -> NDArray[np.float64]:
     """Log-probabilities [N, V] of the next token."""
     rows = {i: logits.astype(np.float64) for i, logits in model.next_logits(prompts)}
     logits = np.stack([rows[i] for i in range(len(prompts))])

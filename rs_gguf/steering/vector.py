@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import checked_directions
+from rs_gguf.models.architecture import FIRST_STEERABLE, MAX_LAYERS
 
 if TYPE_CHECKING:
     from torch import nn
 
 Scalar = str | int | float | bool
 ProvenanceValue = Scalar | list[str] | list[int] | list[float] | list[bool]
-
 
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 INT64 = range(-(2**63), 2**63)
@@ -51,7 +50,7 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         # The dataclass is frozen for its users; its own constructor is the one place that completes it.
-        object.__setattr__(self, "directions", checked_directions(self.directions))
+        object.__setattr__(self, "directions", _checked_directions(self.directions))
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
         _checked_text("The architecture", self.architecture)
 
@@ -106,7 +105,6 @@ class SteeringVector:
         when attaching one fails. Nested uses add up. Raises `InputError` before any change when a direction's
         block or width does not exist in the model, or `scale` is not finite.
         """
-        # PyTorch takes seconds to import: for those who use it.
         from rs_gguf.engines.pytorch.weights import adding
 
         with adding(model, _times(self.directions, _finite(scale))):
@@ -128,6 +126,44 @@ def _finite(scale: float) -> float:
     ):
         raise InputError(f"The scale is {scale!r}; a finite number of float32 is needed.")
     return float(scale)
+
+
+def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[np.float32]]:
+    if not directions:
+        raise InputError(
+            "The vector has no direction; give at least one block, as {layer: array of width D}."
+        )
+    checked: dict[int, npt.NDArray[np.float32]] = {}
+    for layer, given in directions.items():
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int | np.integer)
+            or not FIRST_STEERABLE <= layer < MAX_LAYERS
+        ):
+            raise InputError(
+                f"Block {layer!r} cannot be steered: block numbers are integers from 1 to {MAX_LAYERS - 1} "
+                "(block 0 is out of llama.cpp's reach). Leave it out."
+            )
+        try:
+            with np.errstate(over="ignore"):
+                row = np.array(given, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The direction of block {layer} is no array of numbers ({error}).") from None
+        if row.ndim != 1 or row.size == 0:
+            raise InputError(
+                f"The direction of block {layer} has shape {row.shape}; one of shape [D] is needed."
+            )
+        if not np.isfinite(row).all():
+            raise InputError(
+                f"The direction of block {layer} has {int((~np.isfinite(row)).sum())} values that are NaN, "
+                "Inf or beyond float32; they would reach every logit. Fit it again or leave the block out."
+            )
+        row.flags.writeable = False
+        checked[int(layer)] = row
+    widths = {len(row) for row in checked.values()}
+    if len(widths) != 1:
+        raise InputError(f"The directions have widths {sorted(widths)}; all must have the model's width.")
+    return dict(sorted(checked.items()))
 
 
 def checked_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:

@@ -31,6 +31,7 @@ from rs_gguf.activations.capture import (
 )
 from rs_gguf.activations.capture import captured as captured_of
 from rs_gguf.activations.store import ActivationStore
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
@@ -82,9 +83,7 @@ def alone(model: LlamaModel, tokens: list[int]) -> dict[str, npt.NDArray[np.floa
     names = ("l_out", *INPUTS.values())
     read = {
         position: found
-        for _, position, found in model.token_activations(
-            [tokens], [range(len(tokens))], layers=range(LAYERS), tensors=names
-        )
+        for _, position, found in model.read([tokens], [range(len(tokens))], range(LAYERS), names)
     }
     return {name: np.stack([read[position][name] for position in range(len(tokens))]) for name in names}
 
@@ -226,13 +225,13 @@ def test_inputs_are_half_floats_only_where_their_range_allows(
     model: LlamaModel, captured: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert captured["ffn_down/last"].dtype == captured["ffn_down/answers"].dtype == np.float16
-    read = LlamaModel.token_activations
+    read = LlamaModel.read
 
     def large(*args: Any, **options: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
         for i, position, found in read(*args, **options):
             yield i, position, {name: rows * 1e5 for name, rows in found.items()}
 
-    monkeypatch.setattr(LlamaModel, "token_activations", large)
+    monkeypatch.setattr(LlamaModel, "read", large)
     arrays = capture(model, conversations(), len(PREFIX), seed=7)
     assert arrays["ffn_down/last"].dtype == np.float32
     assert distance(arrays["ffn_down/last"], 1e5 * captured["ffn_down/last"].astype(np.float64)) < TOLERANCE
@@ -284,7 +283,7 @@ def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
         gates = fit_gates(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
         factors = gates.factors(1.0, layer, layer, strength)
         lora.write(lora.LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
-        with model.steered(adapters=[(tmp_path / "gate.gguf", 1.0)]):
+        with model.steered(Steering(adapters=[(tmp_path / "gate.gguf", 1.0)])):
             steered = capture(model, talks, len(PREFIX), seed=7)
     moved = (steered["activations"] - read["activations"])[::3, layer].mean(axis=0)
     promised = -strength * gates.contrast[layer]
@@ -332,6 +331,7 @@ from rs_gguf.activations import capture as module
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.activations.capture import Conversation, capture_all, captured
 from rs_gguf.estimators.estimator import WeightedRidgeMeanDifference, fit_paths
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import Processes
 model, folder = map(Path, sys.argv[1:])

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from fixtures.adapters import factors, random_adapter
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.cli.main import main
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
@@ -78,9 +78,8 @@ def test_check_finds_a_runtime_that_does_something_else(
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(self: LlamaModel, *args: Any, adapters: Any = (), **options: Any) -> Iterator[None]:
-        changed = [(path, scale * factor) for path, scale in adapters]
-        with steered(self, *args, adapters=changed, **options):
+    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+        with steered(self, steering.scaled(factor)):
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)

@@ -17,7 +17,8 @@ from fixtures.tiny_qwen3 import write_tiny_qwen3
 
 from rs_gguf.cli.eval import parse_scales
 from rs_gguf.cli.main import main
-from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.generation import Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
@@ -128,12 +129,12 @@ def test_rows_are_what_the_model_says(folder: Path, steered: dict[str, Any]) -> 
     with LlamaModel(folder / "tiny.gguf") as model:
         tokens = chat_tokens(model, asked)
         plain = dict(model.generate(tokens, max_tokens=TOKENS))
-        with model.steered(dict(vector.directions)):
+        with model.steered(Steering(vector.directions)):
             moved = dict(model.generate(tokens, max_tokens=TOKENS))
         quiet = [i for i in plain if plain[i].tokens]
         pairs = [(tokens[i], plain[i].tokens) for i in sorted(quiet)]
         before = model.token_logprobs(pairs)
-        with model.steered(dict(vector.directions)):
+        with model.steered(Steering(vector.directions)):
             expected = drift_of(before, model.token_logprobs(pairs))
     assert answers(steered, "baseline") == [plain[i].text.strip() for i in range(3)]
     assert answers(steered, "steered") == [moved[i].text.strip() for i in range(3)]
@@ -195,7 +196,7 @@ def test_answers_are_drawn_as_asked_on_both_sides(folder: Path) -> None:
     with LlamaModel(folder / "tiny.gguf") as model:
         tokens = chat_tokens(model, [Prompt(row["prompt"], "sensitive") for row in first["rows"]])
         plain = dict(model.generate(tokens, **drawn))
-        with model.steered(dict(control_vector.read(folder / "v.gguf").directions)):
+        with model.steered(Steering(control_vector.read(folder / "v.gguf").directions)):
             moved = dict(model.generate(tokens, **drawn))
     for side, expected in (("baseline", plain), ("steered", moved)):
         assert answers(first, side) == answers(again, side) == [expected[i].text.strip() for i in range(3)]
@@ -280,7 +281,7 @@ def test_an_adapter_is_applied_at_its_scale(folder: Path) -> None:
     texts = found["rows"]
     with LlamaModel(folder / "tiny.gguf") as model:
         tokens = chat_tokens(model, [Prompt(row["prompt"], "benign") for row in texts])
-        with model.steered(adapters=[(folder / "a.gguf", 0.5)]):
+        with model.steered(Steering(adapters=[(folder / "a.gguf", 0.5)])):
             expected = dict(model.generate(tokens, max_tokens=TOKENS))
     assert answers(found, "steered") == [expected[i].text.strip() for i in range(3)]
     assert found["sets"]["plain"]["drift"] > 0
@@ -542,8 +543,7 @@ def test_a_harm_direction_makes_the_real_model_refuse(real_model: Path, tmp_path
         for kind in ("harmful", "benign"):
             pool = [p for p in grid if (p.kind, p.split, p.language) == (kind, "fit", "en")]
             fit = prompts.stratified(pool, 40, seed=0)
-            found = model.activations(chat_tokens(model, fit), layers=layers)
-            means[kind] = np.mean([states["l_out"] for _, states in found], axis=0)
+            means[kind] = read_last(model, chat_tokens(model, fit), layers)["l_out"].mean(axis=0)
         moves = dict(zip(layers, means["harmful"] - means["benign"], strict=True))
         control_vector.write(SteeringVector(moves, {}, model.architecture), tmp_path / "induce.gguf")
     asked = [

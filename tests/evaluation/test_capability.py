@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rs_gguf.engines.engine import NO_STEERING, answer_all
+from rs_gguf.engines.answers import answer_all
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import capability, sandbox
 from rs_gguf.evaluation.capability import SKILLS, Solution, Task, passes, solve, tasks

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from rs_gguf.cli import tables as comparison_tables
-from rs_gguf.engines.engine import Steering, after_trace, answer
+from rs_gguf.engines.answers import after_trace, answer
+from rs_gguf.engines.engine import Steering
 from rs_gguf.evaluation.chance import mcnemar, wilson
 from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
 from rs_gguf.judges.registry import Judgement

@@ -56,8 +56,8 @@ class FakeModel:
         self.asked.append(text)
         return text.rsplit("Reply: ", 1)[1].removesuffix("\nVerdict:")
 
-    def token_activations(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, layers: Sequence[int]
+    def read(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """At the last token the answer's length; at every other place the character that stands there."""
         for k in reversed(range(len(sequences))):  # in any order
@@ -451,8 +451,8 @@ class PlantedModel(FakeModel):
         self.truth, *self.kinds = rng.normal(size=(13, 4, 16))
         self.noise = rng
 
-    def token_activations(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, layers: Sequence[int]
+    def read(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """The label is in the reply's states, the kind in those of the verdict."""
         kinds = sorted(TWELVE)

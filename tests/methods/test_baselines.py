@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from fixtures.tiny_gguf import write_tiny_qwen2
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf.engines.engine import NO_STEERING
+from rs_gguf.engines.engine import NO_STEERING, Can, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.methods import baselines
@@ -139,11 +139,10 @@ def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> N
         prompt = [[5, 9, 17, 30]]
 
         def along() -> np.ndarray:
-            ((_, read),) = model.activations(prompt, layers=range(LAYERS))
-            return np.asarray(read["l_out"] @ unit)
+            return np.asarray(read_last(model, prompt, range(LAYERS))["l_out"][0] @ unit)
 
         before = along()
-        with ablated.steering.on(model):
+        with model.steered(ablated.steering):
             after = along()
     # What the embedding put there stays, and nothing is added to it.
     assert np.ptp(after) < 1e-3 * np.ptp(before)
@@ -162,7 +161,9 @@ def test_ablation_that_would_leave_the_experts_is_left_out(
 
 def test_ablation_is_for_removal_from_a_gguf_file(tmp_path: Path) -> None:
     found = samples()
+    gguf, folder = (cast("LlamaModel", SimpleNamespace(can=can)) for can in (Can.LORA, Can(0)))
     with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
-        build(found, recipe("ablation", effect="induce"))
-    with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
-        build(found, recipe("ablation"))
+        baselines.ablation(found, gguf, tmp_path, "induce", None)
+    for effect in ("remove", "induce"):
+        with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
+            build(found, recipe("ablation", effect=effect), folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.methods.gates import HARM, QUIET, Gates, fit_gates
 from rs_gguf.methods.method import Space
-from rs_gguf.models.architecture import writer_inputs
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -435,48 +434,6 @@ def test_strength_scales_what_is_written_alone() -> None:
     for name, (a, b) in once.items():
         np.testing.assert_array_equal(twice[name][0], a)
         np.testing.assert_allclose(twice[name][1], 2 * b, rtol=1e-6)
-
-
-GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
-    "a SwiGLU block": (
-        ["attn_norm-1", "kqv_out-1", "ffn_swiglu-1", "l_out-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"},
-    ),
-    "experts": (["kqv_out-1", "ffn_moe_swiglu-1", "l_out-1"], {"attn_output": "kqv_out"}),
-    "a shared expert": (
-        ["kqv_out-1", "ffn_moe_topk-1", "ffn_swiglu-1", "l_out-1"],
-        {"attn_output": "kqv_out"},
-    ),
-    "a GELU block": (["kqv_out-1", "ffn_gelu-1"], {"attn_output": "kqv_out", "ffn_down": "ffn_gelu"}),
-    # The steps are named one after another; the matrix multiplies the last.
-    "a gated GELU": (
-        ["kqv_out-1", "ffn_gelu-1", "ffn_act-1", "ffn_gate_par-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_gate_par"},
-    ),
-    "a squared ReLU": (
-        ["kqv_out-1", "ffn_relu-1", "ffn_sqr(relu)-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_sqr(relu)"},
-    ),
-    "norms before the matrices": (
-        [
-            *("kqv_out-1", "norm-1", "attn_sub_norm-1", "attn_out-1", "ffn_inp-1"),
-            *("ffn_gate-1", "ffn_up-1", "ffn_sub_out-1", "norm-1", "ffn_sub_norm-1", "ffn_down-1", "l_out-1"),
-        ],
-        {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"},
-    ),
-    "another block's tensors": (["kqv_out-1", "ffn_swiglu-11", "ffn_swiglu-0"], {"attn_output": "kqv_out"}),
-}
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_what_a_writing_matrix_multiplies(name: str) -> None:
-    names, expected = GRAPHS[name]
-    assert writer_inputs(names, 1) == expected
-
-
-def test_an_architecture_without_writers_is_told() -> None:
-    with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
-        writer_inputs(["l_out-1", "ssm_out-1"], 1)
 
 
 def test_to_induce_the_writes_lead_from_what_is_answered_to_what_is_refused() -> None:

@@ -1,6 +1,8 @@
-"""Steering in llama.cpp is steering in PyTorch, in every family, and docs/architectures.md says so."""
+"""Facts about families. Steering in llama.cpp is steering in PyTorch, and docs/architectures.md says so."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import pytest
 from fixtures.architectures import (
@@ -15,6 +17,9 @@ from fixtures.architectures import (
     page,
 )
 from fixtures.families import CASES
+
+from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import llama_cpp_name, writer_inputs
 
 IGNORING = ["Hy4"]
 
@@ -67,3 +72,67 @@ def test_the_page_says_what_was_measured(measured: dict[str, Measured]) -> None:
     assert facts(PAGE.read_text(encoding="utf-8")) == facts(page(measured)), (
         f"{PAGE.name} is out of date: run `PYTHONPATH=tests python -m fixtures.architectures`"
     )
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
+    "a SwiGLU block": (
+        ["attn_norm-1", "kqv_out-1", "ffn_swiglu-1", "l_out-1"],
+        {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"},
+    ),
+    "experts": (["kqv_out-1", "ffn_moe_swiglu-1", "l_out-1"], {"attn_output": "kqv_out"}),
+    "a shared expert": (
+        ["kqv_out-1", "ffn_moe_topk-1", "ffn_swiglu-1", "l_out-1"],
+        {"attn_output": "kqv_out"},
+    ),
+    "a GELU block": (["kqv_out-1", "ffn_gelu-1"], {"attn_output": "kqv_out", "ffn_down": "ffn_gelu"}),
+    # The steps are named one after another; the matrix multiplies the last.
+    "a gated GELU": (
+        ["kqv_out-1", "ffn_gelu-1", "ffn_act-1", "ffn_gate_par-1"],
+        {"attn_output": "kqv_out", "ffn_down": "ffn_gate_par"},
+    ),
+    "a squared ReLU": (
+        ["kqv_out-1", "ffn_relu-1", "ffn_sqr(relu)-1"],
+        {"attn_output": "kqv_out", "ffn_down": "ffn_sqr(relu)"},
+    ),
+    "norms before the matrices": (
+        [
+            *("kqv_out-1", "norm-1", "attn_sub_norm-1", "attn_out-1", "ffn_inp-1"),
+            *("ffn_gate-1", "ffn_up-1", "ffn_sub_out-1", "norm-1", "ffn_sub_norm-1", "ffn_down-1", "l_out-1"),
+        ],
+        {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"},
+    ),
+    "another block's tensors": (["kqv_out-1", "ffn_swiglu-11", "ffn_swiglu-0"], {"attn_output": "kqv_out"}),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_a_writing_matrix_multiplies(name: str) -> None:
+    names, expected = GRAPHS[name]
+    assert writer_inputs(names, 1) == expected
+
+
+def test_an_architecture_without_writers_is_told() -> None:
+    with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
+        writer_inputs(["l_out-1", "ssm_out-1"], 1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen2", "qwen2"),
+        ("qwen2_moe", "qwen2moe"),
+        ("qwen3_next", "qwen3next"),
+        ("gemma3_text", "gemma3"),
+        ("gpt_oss", "gpt-oss"),
+        ("mistral", "llama"),
+        ("deepseek_v3", "deepseek2"),
+        ("hunyuan_v1_dense", "hunyuan-dense"),
+        ("ernie4_5", "ernie4_5"),
+        ("something_else", "something_else"),
+    ],
+)
+def test_names_of_families_are_those_of_llama_cpp(model_type: str, name: str) -> None:
+    assert llama_cpp_name(model_type) == name

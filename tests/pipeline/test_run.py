@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 from rs_gguf.activations.store import ActivationStore, DamagedStoreError
 from rs_gguf.cli.main import main
-from rs_gguf.engines.engine import chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE
@@ -99,13 +100,11 @@ def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
     kept = {"kqv_out": inputs, "l_out": samples.activations[:, 1]}  # these of the judged alone
     for place in places:
         tokens = read[every[place].id]
-        ((_, _, found),) = pipeline.model.token_activations(  # type: ignore[union-attr]
-            [tokens], [[len(tokens) - 1]], layers=range(2), tensors=tuple(kept)
-        )
+        found = read_last(pipeline.model, [tokens], range(2), tuple(kept))
         for name in [name for name, rows in kept.items() if place < len(rows)]:
-            away = np.linalg.norm(kept[name] - found[name][1], axis=1)
+            away = np.linalg.norm(kept[name] - found[name][0, 1], axis=1)
             assert away.argmin() == place
-            assert away[place] < 1e-2 * np.linalg.norm(found[name][1])
+            assert away[place] < 1e-2 * np.linalg.norm(found[name][0, 1])
 
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
@@ -237,8 +236,8 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def halved(self: LlamaModel, directions: Mapping[int, Any], **options: Any) -> Iterator[None]:
-        with steered(self, {n: np.float32(0.5) * row for n, row in directions.items()}, **options):
+    def halved(self: LlamaModel, steering: Steering) -> Iterator[None]:
+        with steered(self, steering.scaled(0.5)):
             yield
 
     with monkeypatch.context() as patch:
@@ -257,7 +256,7 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some contexts have their own, and the baseline goes on after it."""
-    read: dict[str, list[Sequence[int]]] = {"generate": [], "token_logprobs": [], "token_activations": []}
+    read: dict[str, list[Sequence[int]]] = {"generate": [], "token_logprobs": [], "read": []}
 
     def spied(name: str) -> Callable[..., Any]:
         method = getattr(LlamaModel, name)
@@ -282,7 +281,7 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
     for name, texts in said.items():
         others = [text for text in texts if not text.startswith("<|im_start|>system\nBe kind.")]
         assert len(others) < len(texts)
-        assert all(name == "token_activations" and text.startswith(tuple(own)) for text in others)
+        assert all(name == "read" and text.startswith(tuple(own)) for text in others)
     assert any("Be kind.\n\nYou are a helpful assistant." in text for text in said["generate"])
 
 

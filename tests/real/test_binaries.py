@@ -19,6 +19,7 @@ from fixtures.architectures import llama
 from fixtures.binaries import Server, completion
 from fixtures.tiny_gguf import write_tiny_qwen2
 
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.estimators.estimator import RidgeMeanDifference
 from rs_gguf.prompts import grid as prompts
@@ -89,7 +90,7 @@ def test_a_server_steers_like_python(
     tmp_path: Path,
 ) -> None:
     directions, options = steering
-    with tiny.steered(directions):
+    with tiny.steered(Steering(directions)):
         expected = answers(tiny)
     assert all(a != b for a, b in zip(expected, unsteered, strict=True))
     with Server(
@@ -102,7 +103,7 @@ def test_llama_completion_steers_like_python(
     tiny: LlamaModel, tiny_file: Path, steering: tuple[dict[int, np.ndarray], list[str]]
 ) -> None:
     directions, options = steering
-    with tiny.steered(directions):
+    with tiny.steered(Steering(directions)):
         expected = tiny.detokenize(answers(tiny)[0])
     options = ["--model", str(tiny_file), *EXACT, *options, "--prompt", TEXTS[0], "--predict", str(TOKENS)]
     options += ["--temp", "0", "--no-conversation", "--no-display-prompt"]
@@ -116,7 +117,7 @@ def test_parallel_requests_choose_the_strength_of_an_adapter(
     lora.write(random_adapter(), path)
     expected = {0.0: unsteered}
     for scale in (0.5, 1.0):
-        with tiny.steered(adapters=[(path, scale)]):
+        with tiny.steered(Steering(adapters=[(path, scale)])):
             expected[scale] = answers(tiny)
     assert all(len({tuple(found[i]) for found in expected.values()}) == 3 for i in range(len(TEXTS)))
     requests = [(i, scale) for i in range(len(TEXTS)) for scale in expected]
@@ -156,8 +157,7 @@ def vector(real_model: Path) -> SteeringVector:
     with LlamaModel(real_model, n_parallel=8, n_ctx=1024) as model:
         chat = ChatFormat.of(model)
         asked = [chat.tokenize(model, text) for text in few("sensitive") + few("benign")]
-        found = dict(model.activations(asked, layers=BAND))
-    activations = np.stack([found[i]["l_out"] for i in range(len(asked))])
+        activations = read_last(model, asked, BAND)["l_out"]
     confidence = np.repeat([1.0, -1.0], N_FIT)
     directions = RidgeMeanDifference().fit(activations, confidence).directions_
     gap = confidence @ np.einsum("nld,ld->nl", activations, directions) / N_FIT

@@ -17,6 +17,7 @@ import torch
 from fixtures.adapters import added
 from fixtures.tiny_gguf import write_tiny_qwen2
 
+from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.models import resolve as models
@@ -24,8 +25,6 @@ from rs_gguf.prompts import user_files as prompt_sets
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.vector import SteeringVector
-
-Engine = LlamaModel | TorchModel
 
 ADAPTER = Path(__file__).parents[2] / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
 
@@ -44,8 +43,7 @@ def logits_of(model: Engine, prompts: list[list[int]]) -> np.ndarray:
 
 
 def activations_of(model: Engine, prompts: list[list[int]]) -> np.ndarray:
-    found = dict(model.activations(prompts, layers=range(model.n_layer)))
-    return np.stack([found[i]["l_out"] for i in range(len(prompts))])
+    return read_last(model, prompts, range(model.n_layer))["l_out"]
 
 
 # ---- in F32, on a tiny random model ----------------------------------------------------------------
@@ -86,7 +84,7 @@ def test_a_hook_is_a_control_vector(tiny: tuple[Any, LlamaModel], layers: list[i
     np.testing.assert_allclose(logits_of(model, prompts), plain, atol=1e-4)
     with vector.apply(network, scale=scale):
         steered = hooked()
-    with model.steered(dict(vector.scaled(scale).directions)):
+    with model.steered(Steering(vector.scaled(scale).directions)):
         np.testing.assert_allclose(logits_of(model, prompts), steered, atol=1e-4)
         read = activations_of(model, prompts)
     assert np.abs(steered - plain).max(axis=1).min() > 0.5  # thousands of times the tolerance
@@ -188,11 +186,11 @@ def test_steering_moves_the_logits_alike(
     direction = np.random.default_rng(layer).standard_normal(quantised.n_embd)
     direction *= strength * norm(residual[:, layer], axis=1).mean() / norm(direction)
     direction = direction.astype(np.float32)
-    with quantised.steered({layer: direction}):
+    with quantised.steered(Steering({layer: direction})):
         expected = logits_of(quantised, prompts) - plain_quantised
 
     def error_at(block: int) -> float:
-        with dequantised.steered({block: direction}):
+        with dequantised.steered(Steering({block: direction})):
             return float(norm(logits_of(dequantised, prompts) - plain_dequantised - expected))
 
     error = error_at(layer)
@@ -208,7 +206,7 @@ def test_a_gate_moves_the_logits_alike(quantised: LlamaModel, dequantised: Torch
     asked = [p for p in prompt_sets.grid(["sensitive"]) if p.split == "tune" and p.language == "en"][:8]
     tokens = [chat.tokenize(quantised, prompt.prompt) for prompt in asked]
     plain = [logits_of(model, tokens) for model in (quantised, dequantised)]
-    with quantised.steered(adapters=[(ADAPTER, 1.0)]):
+    with quantised.steered(Steering(adapters=[(ADAPTER, 1.0)])):
         expected = logits_of(quantised, tokens) - plain[0]
 
     def moved(scale: float) -> np.ndarray:

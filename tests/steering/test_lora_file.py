@@ -15,6 +15,7 @@ from fixtures.adapters import factors, llama_logits, random_adapter, torch_logit
 from fixtures.tiny_gguf import write_tiny_qwen2
 from gguf import GGUFValueType
 
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.records import files
@@ -421,9 +422,9 @@ def test_a_sum_is_what_two_files_do(tiny: tuple[Path, transformers.Qwen2ForCausa
     prompt = [5, 9, 17, 40, 3]
     with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
         plain = next(row.copy() for _, row in model.next_logits([prompt]))
-        with model.steered(adapters=[(tmp_path / "0.gguf", 0.5), (tmp_path / "1.gguf", -1.5)]):
+        with model.steered(Steering(adapters=[(tmp_path / "0.gguf", 0.5), (tmp_path / "1.gguf", -1.5)])):
             together = next(row.copy() for _, row in model.next_logits([prompt]))
-        with model.steered(adapters=[(tmp_path / "sum.gguf", 1.0)]):
+        with model.steered(Steering(adapters=[(tmp_path / "sum.gguf", 1.0)])):
             summed = next(row.copy() for _, row in model.next_logits([prompt]))
     assert np.abs(together - plain).max() > 0.1
     np.testing.assert_allclose(summed, together, atol=1e-3)
@@ -435,7 +436,7 @@ def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausal
     with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
 
         def under(*adapters: tuple[Path, float]) -> np.ndarray:
-            with model.steered(adapters=adapters):
+            with model.steered(Steering(adapters=adapters)):
                 return next(row.copy() for _, row in model.next_logits([[5, 9, 17, 40, 3]]))
 
         twice = under((file, 0.5), (tmp_path / "." / ".." / tmp_path.name / "a.gguf", -1.5))

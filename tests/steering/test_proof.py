@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from fixtures import tiny_gguf
 from fixtures.adapters import factors
 from fixtures.tiny_gguf import write_tiny_qwen2
 
+from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.records import files
@@ -119,10 +118,8 @@ def test_finds_a_runtime_that_does_something_else(
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(
-        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
-    ) -> Iterator[None]:
-        with steered(self, {n: np.float32(factor) * row for n, row in directions.items()}, **options):
+    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+        with steered(self, steering.scaled(factor)):
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
@@ -136,10 +133,8 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(
-        self: LlamaModel, directions: Mapping[int, npt.NDArray[np.float32]], **options: Any
-    ) -> Iterator[None]:
-        with steered(self, {n: row * (n != 2) for n, row in directions.items()}, **options):
+    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+        with steered(self, Steering({n: row * (n != 2) for n, row in steering.directions.items()})):
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)

@@ -8,41 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
+from fixtures.networks import PROMPTS, WIDTH, build
 
 from rs_gguf.engines.pytorch.weights import decoder_blocks
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.steering.vector import SteeringVector
-
-WIDTH = 32
-COMMON: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DENSE: dict[str, Any] = {
-    **COMMON,
-    "hidden_size": WIDTH,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**DENSE, mlp_bias=True),
-    "gpt2": lambda: transformers.GPT2Config(**COMMON, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=64),
-    "falcon": lambda: transformers.FalconConfig(
-        **COMMON, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4
-    ),
-    "bloom": lambda: transformers.BloomConfig(**COMMON, hidden_size=WIDTH, n_layer=3, n_head=4),
-    "gemma2": lambda: transformers.Gemma2Config(**DENSE),
-    # As many experts as blocks: the lists of experts have the length that the blocks are known by.
-    "mixtral": lambda: transformers.MixtralConfig(**DENSE, num_local_experts=3),
-}
-PROMPTS = torch.tensor([[5, 9, 17, 33, 2, 8], [7, 7, 100, 3, 4, 1]])
-
-
-def build(name: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(7)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
 
 
 def vector(*layers: int, width: int = WIDTH, seed: int = 0) -> SteeringVector:
@@ -57,54 +28,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def hook_count(model: torch.nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_finds_the_blocks(name: str) -> None:
-    model = build(name)
-    blocks = decoder_blocks(model)
-    assert len(blocks) == 3
-    assert decoder_blocks(model.base_model) == blocks
-    # Block N turns entry N of the hidden states into entry N + 1 (the last entry is after the final norm).
-    seen: list[torch.Tensor] = []
-    handle = blocks[1].register_forward_hook(
-        lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.inference_mode():
-        states = model(PROMPTS, output_hidden_states=True).hidden_states
-    handle.remove()
-    torch.testing.assert_close(seen[0], states[2], rtol=0, atol=0)
-
-
-def test_finds_the_text_blocks_of_a_model_with_a_vision_tower_as_deep() -> None:
-    vision = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(text_config=DENSE, vision_config=vision)
-    blocks = decoder_blocks(transformers.AutoModelForImageTextToText.from_config(config))
-    assert [type(block).__name__ for block in blocks] == ["Gemma3DecoderLayer"] * 3
-
-
-def test_refuses_what_is_no_transformers_model() -> None:
-    with pytest.raises(InputError, match="no transformers configuration"):
-        decoder_blocks(torch.nn.Linear(2, 2))
-
-
-def test_refuses_two_candidate_lists() -> None:
-    class Twins(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
-            self.left = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-            self.right = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-
-    with pytest.raises(InputError, match=r"\['left', 'right'\]"):
-        decoder_blocks(Twins())
 
 
 @pytest.mark.parametrize("scale", [1.0, -2.5])

@@ -7,7 +7,7 @@ the `GraphReader` was told to read on the way.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from rs_gguf.engines.llama.calls import calling
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.engines.llama.graph import GraphReader
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import FIRST_STEERABLE
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ class InForce:
 
     directions: NDArray[np.float32] | None = None
     adapters: tuple[tuple[Any, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls, file: LlamaFile, directions: Mapping[int, Any], adapters: tuple[tuple[Any, float], ...]
+    ) -> InForce:
+        """That of directions by their blocks, which the model has."""
+        if not directions:
+            return cls(None, adapters)
+        # It starts at the first such block, and a shorter one would leave older values behind.
+        buffer = np.zeros((file.n_layer - FIRST_STEERABLE, file.n_embd), dtype=np.float32)
+        for layer, direction in directions.items():
+            buffer[layer - FIRST_STEERABLE] = direction
+        return cls(buffer, adapters)
 
 
 class LlamaContext:

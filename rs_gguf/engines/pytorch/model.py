@@ -1,34 +1,29 @@
-"""The steered model in PyTorch: the second engine, beside llama.cpp, with the same interface.
+"""A model in PyTorch: the second engine, for Hugging Face folders (config, tokenizer, safetensors).
 
-A Hugging Face folder (config, tokenizer, safetensors) or a GGUF file, dequantised to F32, goes in. Answers,
-next-token logits, log-probabilities or the residual stream at the last prompt token come out, as from the
-engine of llama.cpp, so the pipeline takes either. Activations are block outputs read by forward hooks
-(arXiv 2512.16602, section on activations); `hidden_states[-1]` would be after the final norm.
+Token lists go in; answers, next-token logits, log-probabilities or block outputs come out. The latter are
+read by forward hooks (arXiv 2512.16602, section on activations): `hidden_states[-1]` is after the final norm.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, joined, seeds
-from rs_gguf.engines.pytorch import weights as huggingface
-from rs_gguf.engines.pytorch.weights import adding, decoder_blocks
+from rs_gguf.engines.engine import Can, Steering
+from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, groups, joined, seeds
+from rs_gguf.engines.pytorch import weights
+from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import checked_directions
-from rs_gguf.models.configuration import llama_cpp_name
-from rs_gguf.prompts.markers import TURN_ENDS
+from rs_gguf.models.architecture import PADS_THE_STATE, llama_cpp_name
 from rs_gguf.records.conversation import Generation
-
-# Families whose state in transformers knows no mask.
-_PADS_THE_STATE = ("rwkv", "xlstm")
 
 # Tokens of a batch, padding included. All logits of a log-probability batch exist at once: 1024 of them with
 # a vocabulary of 150,000 are 0.6 GB.
@@ -40,24 +35,23 @@ _LOGPROB_BATCH_TOKENS = 1024
 _CACHED_TOKENS, _CPU_CACHED_TOKENS = 65536, 8192
 
 
-class TorchModel:
-    """A decoder-only transformers model with its tokenizer. Takes the place of a `LlamaModel`.
+class TorchModel(Vocabulary):
+    """A decoder-only transformers model with its tokenizer.
 
     Sequences are batched with padding on the left, masked, and with explicit position ids, so that a result
-    does not depend on what shares its batch (beyond float rounding). Remote code and pickled weights are
-    never loaded.
+    does not depend on what shares its batch (beyond float rounding).
 
     Args:
         path: a Hugging Face folder with safetensors, or a GGUF file of a family that transformers can read.
         n_parallel: sequences that are answered at once.
         device: a torch device. By default the CPU, or the GPUs if there are any: blocks are spread over them
-            by accelerate, and what they do not hold stays in main memory. Of the types of weights:
-            `huggingface.load`.
+            by accelerate, and what they do not hold stays in main memory. `weights.load` tells their types.
 
     Raises:
-        InputError: nothing there, weights missing, a model or tokenizer that transformers cannot load, or a
-            family whose sequences cannot be padded there.
+        InputError: as `weights.load`, or a family whose sequences cannot be padded there.
     """
+
+    can: ClassVar[Can] = Can(0)
 
     def __init__(self, path: Path, *, n_parallel: int = 32, device: str | None = None) -> None:
         self.path = Path(path)
@@ -67,122 +61,64 @@ class TorchModel:
         on_cpu = self.device.type == "cpu"
         self._read_tokens = _CPU_BATCH_TOKENS if on_cpu else _BATCH_TOKENS
         self._cached_tokens = _CPU_CACHED_TOKENS if on_cpu else _CACHED_TOKENS
-        self.model, self.tokenizer = huggingface.load(self.path, on_cpu=on_cpu, spread=spread)
+        self.model, tokenizer = weights.load(self.path, on_cpu=on_cpu, spread=spread)
+        super().__init__(tokenizer, self.model.generation_config)
         self.model.eval()
         if not spread:
             self.model.to(self.device)
         config = self.model.config.get_text_config()
-        if config.model_type in _PADS_THE_STATE:
+        if config.model_type in PADS_THE_STATE:
             raise InputError(
                 f"{self.path}: {config.model_type} takes padding into its state in transformers, so that its "
                 "answers depend on what shares their batch. Give a model of another family."
             )
         self.architecture = llama_cpp_name(config.model_type)
-        self.n_layer = len(decoder_blocks(self.model))
+        self.n_layer = len(weights.decoder_blocks(self.model))
         self.n_embd: int = config.hidden_size
         self.n_vocab: int = config.vocab_size
-        self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
+        self.n_params = sum(parameter.numel() for parameter in self.model.parameters())
+        self.max_length: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.metadata: Mapping[str, Any] = {}
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi take the mask alone
         # Mamba, say: what came before is in the state, so that the mask is that of the new tokens.
         self._masks_new_only = self.model._is_stateful and not self._takes_positions
         self._takes_keep = "logits_to_keep" in parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._ends = self._end_tokens()
-
-    def _end_tokens(self) -> set[int]:
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        vocabulary = self.tokenizer.get_vocab()
-        # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
-        channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
-        ends.update(vocabulary.get(text) for text in TURN_ENDS if not (channels and text == "<|end|>"))
-        return ends - {None}
-
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's Jinja chat template, if any; the one named `default` when there are several."""
-        template = self.tokenizer.chat_template
-        return template.get("default") if isinstance(template, dict) else template
-
-    def token_text(self, token: int) -> str:
-        """The literal text of one token, special ones included."""
-        return self.detokenize([token], special=True)
-
-    @property
-    def bos_token(self) -> str:
-        return self.tokenizer.bos_token or ""
-
-    @property
-    def eos_token(self) -> str:
-        return self.tokenizer.eos_token or ""
-
-    @property
-    def opening(self) -> list[int]:
-        """What the tokenizer puts before every text: the token that begins it, or nothing."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else []
 
     def close(self) -> None:
         """Let go of the weights. The object is of no use afterwards."""
         self.model = None
 
-    def __enter__(self) -> TorchModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- text and tokens -------------------------------------------------------------------------
-
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
-        )
-        return list(encoding["input_ids"])
-
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of `tokens`; control tokens are left out unless `special`."""
-        text: str = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
-        return text
-
     # ---- steering --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def steered(
-        self,
-        directions: Mapping[int, NDArray[np.float32]] | None = None,
-        *,
-        adapters: Sequence[tuple[Path, float]] = (),
-    ) -> Iterator[None]:
-        """Within the block, add `directions[l]` [D] to the output of block l at every position.
+    def steered(self, steering: Steering) -> Iterator[None]:
+        """Within the block, add directions to the outputs of blocks, at every position.
 
         Raises:
             InputError: a width or a layer that the model does not have, or any LoRA adapter.
         """
-        if adapters:
+        if steering.adapters:
             raise InputError(
                 f"{self.path.name} is loaded in PyTorch, which applies no GGUF LoRA: that needs llama.cpp. "
                 "Give the model as a GGUF file to the llama.cpp engine."
             )
-        with adding(self.model, checked_directions(directions)) if directions else contextlib.nullcontext():
+        steering.check(self.n_layer, self.n_embd, self.path.name)
+        with weights.adding(self.model, steering.directions):
             yield
 
     # ---- batches ---------------------------------------------------------------------------------
 
     def _groups(self, lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         """Indices in batches: like lengths together, so that little is padding."""
-        group: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if group and (len(group) == self.n_parallel or (len(group) + 1) * lengths[i] > budget):
-                yield group
-                group = []
-            group.append(i)
-        if group:
-            yield group
+        return groups(lengths, self.n_parallel, lambda group: len(group) * lengths[group[-1]] <= budget)
 
     def _checked_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> list[int]:
         if not all(prompts):
@@ -191,9 +127,8 @@ class TorchModel:
         return list(map(len, prompts))
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
-        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit the model's context."""
-        if self.n_ctx is not None:
-            check_lengths(sequences, self.n_ctx, self.detokenize, max_tokens)
+        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+        check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask [n, T], padded on the left: every row ends in the last column."""
@@ -230,11 +165,7 @@ class TorchModel:
             return output.logits[:, -keep:].float().cpu(), output.get(self._cache_name)
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        sampling: Sampling = GREEDY,
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[tuple[int, Generation]]:
         """Answer token lists, many at a time; yield (index, answer) in the order they finish.
 
@@ -270,7 +201,7 @@ class TorchModel:
             rows = []
             for row, i in enumerate(group):
                 drawn = draw(logits[row, -1].numpy(), sampling, draws[i])
-                finished = drawn in self._ends
+                finished = drawn in self.ends
                 if not finished:
                     answers[i].append(drawn)
                 if finished or len(answers[i]) >= max_tokens:
@@ -318,18 +249,22 @@ class TorchModel:
                 )
         return [results[i] for i in range(len(pairs))]
 
-    def activations(
-        self, prompts: Sequence[Sequence[int]], *, layers: Sequence[int], tensors: Sequence[str] = ("l_out",)
-    ) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
-        """Yield (index, {"l_out": [L, D]}) at the last token of each prompt; the deepest layer ends the pass.
+    def read(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        tensors: Sequence[str] = ("l_out",),
+    ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
+        """Yield (index, position, {"l_out": [L, D]}) for each of `positions[index]` of each sequence.
 
-        `l_out` is the output of a block (method §2). Steering in force is included in what is read.
+        See `Engine.read`.
 
         Raises:
-            InputError: a layer that the model does not have, another tensor than `l_out`, or a model whose
-                residual is several streams.
+            InputError: an empty sequence, no position, a layer that the model does not have, another tensor
+                than `l_out`, or a model whose residual is several streams.
         """
-        if not prompts:
+        if not sequences:
             return
         if tuple(tensors) != ("l_out",):
             raise InputError(
@@ -340,39 +275,18 @@ class TorchModel:
             raise InputError(
                 f"layers {list(layers)}: this model has blocks 0 to {self.n_layer - 1}; name at least one."
             )
-        for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
-            read = self._read([prompts[i] for i in group], layers)
-            for row, i in enumerate(group):
-                yield i, {"l_out": np.stack([read[layer][row] for layer in layers])}
+        lengths = self._checked_lengths(sequences)
+        if not all(positions):
+            raise InputError("nothing to read: every sequence needs at least one position.")
+        for group in self._groups(lengths, self._read_tokens):
+            places = [(i, position) for i in group for position in positions[i]]
+            rows = [row for row, i in enumerate(group) for _ in positions[i]]
+            columns = [position - lengths[i] for i, position in places]  # from the right, as padding is left
+            with weights.reading(self.model, set(layers), rows, columns) as found:
+                self._forward(*self._padded([sequences[i] for i in group]))
+            for k, (i, position) in enumerate(places):
+                yield i, position, {"l_out": np.stack([found[layer][k] for layer in layers])}
 
-    def _read(self, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, NDArray[np.float32]]:
-        """Block outputs {layer: [n, D]} at the last column."""
-        blocks = decoder_blocks(self.model)
-        read: dict[int, NDArray[np.float32]] = {}
-
-        def reader(layer: int) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                if hidden.ndim != 3:
-                    raise InputError(
-                        f"architecture {self.architecture!r} keeps a residual of several streams, so its "
-                        "activations cannot be read."
-                    )
-                last = hidden[:, -1].clone()  # a copy: the next block may add in place
-                read[layer] = last.float().cpu().numpy()
-                if len(read) == len(set(layers)):
-                    raise _AllRead
-
-            return hook
-
-        # Attached here and not for good: hooks run in order, and those that steer must come first.
-        with contextlib.ExitStack() as hooks:
-            for layer in set(layers):
-                hooks.callback(blocks[layer].register_forward_hook(reader(layer)).remove)
-            with contextlib.suppress(_AllRead):
-                self._forward(*self._padded(rows))
-        return read
-
-
-class _AllRead(Exception):
-    """Ends a forward pass whose deeper blocks nobody needs."""
+    def graph_tensors(self) -> list[str]:
+        """Names of the tensors that can be read: the outputs of blocks."""
+        return [f"l_out-{layer}" for layer in range(self.n_layer)]

@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rs_gguf.engines.engine import Advance
+from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
 from rs_gguf.engines.server.exchange import (

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from rs_gguf.engines.engine import Model, answer, chat_tokens, has_trace
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.answers import answer, chat_tokens, has_trace
+from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import Judge
@@ -25,7 +25,7 @@ COUNTED = ("refused", "answered", "not judged")
 _BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
 
 
-def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
+def answers(model: Engine, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
 
     Raises:
@@ -47,7 +47,7 @@ def answers(model: Model, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[t
             )
     servers = LlamaServer(options.servers, [], system)
     servers.expect_unsteered()
-    if isinstance(model, LlamaModel):  # of which llama-servers tell the same figures
+    if Can.LLAMA_CPP in model.can:  # of which llama-servers tell the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
     for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
         # Servers tell the text alone; capture and drift go by tokens, and so do short loops.

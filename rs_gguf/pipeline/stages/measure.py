@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rs_gguf.engines.engine import NO_STEERING, LogProbs, Model, Steering, logprobs_of
+from rs_gguf.engines.answers import logprobs_of
+from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.evaluation.paired import (
     SIDES,
@@ -64,7 +65,7 @@ class Arm:
 
 
 def measure(
-    model: Model,
+    model: Engine,
     judge: Judge,
     asked: Sequence[Prompt],
     arms: Mapping[str, Arm],
@@ -150,7 +151,7 @@ class _Drifts:
     once.
     """
 
-    def __init__(self, model: Model, asked: Sequence[Prompt], before: Sequence[Row], recipe: Recipe) -> None:
+    def __init__(self, model: Engine, asked: Sequence[Prompt], before: Sequence[Row], recipe: Recipe) -> None:
         self._model = model
         answers = {
             prompt.id: Answer.from_row(row)
@@ -164,7 +165,7 @@ class _Drifts:
 
     def under(self, side: Side) -> tuple[Drift, list[tuple[Prompt, float]]]:
         """The drift, and of each conversation its |Δ mean log-probability|."""
-        with side.steering.on(self._model):
+        with self._model.steered(side.steering):
             after = self._logprobs(side.system)
         changes = changes_of(self._before, after).tolist()
         return drift_of(self._before, after), list(zip(self._quiet, changes, strict=True))
@@ -174,7 +175,7 @@ class _Drifts:
 
 
 def _answer_side(
-    model: Model,
+    model: Engine,
     judge: Judge,
     side: Side,
     asked: Sequence[Prompt],

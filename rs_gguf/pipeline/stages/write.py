@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rs_gguf.engines.engine import Model
-from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.errors import GateError
 from rs_gguf.methods import fit as fitting
 from rs_gguf.methods.method import factors
@@ -43,13 +42,13 @@ def write(
         control_vector.write(SteeringVector(steering, provenance, architecture), path)
 
 
-def proven(path: Path, model: Model) -> dict[str, Any]:
+def proven(path: Path, model: Engine) -> dict[str, Any]:
     """What running the file on the model showed, as JSON.
 
     Raises:
         GateError: the effect was not observed.
     """
-    if not isinstance(model, LlamaModel):
+    if Can.LLAMA_CPP not in model.can:
         reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
         return {
             "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],

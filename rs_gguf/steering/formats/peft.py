@@ -21,7 +21,7 @@ from torch import nn
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.models import configuration
 from rs_gguf.models import resolve as models
-from rs_gguf.models.architecture import WRITERS
+from rs_gguf.models.architecture import WRITERS, llama_cpp_family, llama_cpp_name
 from rs_gguf.records.files import from_home
 from rs_gguf.steering.container import write_compared
 from rs_gguf.steering.lora_file import LoraAdapter, refuse_invoked
@@ -78,9 +78,9 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     """The module of the PyTorch model that each matrix of the adapter belongs to."""
     network = configuration.network(configuration.read_config(models.resolve(model, config_only=True)))
     config = network.config.get_text_config()
-    family = configuration.llama_cpp_name(config.model_type)
-    known = configuration.llama_cpp_family(adapter.architecture)
-    if known is None or configuration.llama_cpp_family(family) not in (None, known):
+    family = llama_cpp_name(config.model_type)
+    known = llama_cpp_family(adapter.architecture)
+    if known is None or llama_cpp_family(family) not in (None, known):
         raise InputError(
             f"The adapter is for {adapter.architecture!r}, {model} is {family!r}. Give its model."
         )

@@ -18,6 +18,7 @@ from fixtures.architectures import llama
 from fixtures.tiny_gguf import SPECIALS, write_tiny_qwen2
 
 from rs_gguf import machine
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.generation import Sampling
 from rs_gguf.engines.llama import file as llama_file
 from rs_gguf.engines.llama import graph
@@ -91,12 +92,10 @@ def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
     prompt = np.random.default_rng(1).integers(5, 250, 1100).tolist()
     with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
         layers = list(range(model.n_layer))
-        found = {
-            p: rows["l_out"] for _, p, rows in model.token_activations([prompt], [[4, 1099]], layers=layers)
-        }
+        found = {p: rows["l_out"] for _, p, rows in model.read([prompt], [[4, 1099]], layers)}
         for position in (4, 1099):
-            ((_, rows),) = model.activations([prompt[: position + 1]], layers=layers)
-            np.testing.assert_allclose(found[position], rows["l_out"], atol=2e-3)
+            (alone,) = read_last(model, [prompt[: position + 1]], layers)["l_out"]
+            np.testing.assert_allclose(found[position], alone, atol=2e-3)
     assert "Exception" not in capfd.readouterr().err
 
 
@@ -105,8 +104,8 @@ def test_nothing_to_read_is_told(tmp_path: Path) -> None:
     with llama(tmp_path / "tiny.gguf") as model:
         for prompts, layers in (([[]], [1]), ([[5, 6], []], [1]), ([[5, 6]], [])):
             with pytest.raises(InputError, match="nothing to read"):
-                list(model.activations(prompts, layers=layers))
-        assert list(model.activations([], layers=[1])) == []
+                list(model.read(prompts, [[0] for _ in prompts], layers))
+        assert list(model.read([], [], [1])) == []
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(
@@ -123,7 +122,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(
             patched.setattr(
                 llama_cpp, "llama_set_adapters_lora", lambda *arguments: next(refusals, 0) or real(*arguments)
             )
-            with pytest.raises(InputError, match="refused the adapter"), model.steered(directions):
+            with pytest.raises(InputError, match="refused the adapter"), model.steered(Steering(directions)):
                 pass
         np.testing.assert_array_equal(next(logits for _, logits in model.next_logits(prompts)), plain)
 
@@ -152,15 +151,15 @@ def test_what_is_raised_while_tensors_are_read_comes_out(
         raise raised("on purpose")
 
     with llama(tmp_path / "tiny.gguf") as model:
-        before = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        before = read_last(model, [[5, 6, 7]], [1])["l_out"]
         with monkeypatch.context() as patched:
             patched.setattr(graph._ggml, function, fail)
             with pytest.raises(raised, match="on purpose"):
-                list(model.activations([[5, 6, 7]], layers=[1]))
+                read_last(model, [[5, 6, 7]], [1])
             if function == "ggml_get_name":  # which is asked of tensors that nobody reads, too
                 with pytest.raises(raised, match="on purpose"):
                     list(model.next_logits([[5, 6, 7]]))
-        after = [found["l_out"] for _, found in model.activations([[5, 6, 7]], layers=[1])]
+        after = read_last(model, [[5, 6, 7]], [1])["l_out"]
         np.testing.assert_array_equal(before, after)
 
 
@@ -312,7 +311,7 @@ def test_a_signal_while_llama_cpp_computes_is_not_lost(
             patched.setattr(llama_cpp, "llama_decode", decode)
             for _ in range(5):
                 with pytest.raises(KeyboardInterrupt):
-                    list(model.activations([[5, 6, 7] * 150], layers=[1, 2, 3]))
+                    read_last(model, [[5, 6, 7] * 150], [1, 2, 3])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -401,7 +400,7 @@ def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path
             lambda: model.generate([[5] * 93], max_tokens=8),
             lambda: model.next_logits([long]),
             lambda: model.token_logprobs([([5], long)]),
-            lambda: model.activations([long], layers=[1]),
+            lambda: read_last(model, [long], [1]),
         ]
         for use in uses:
             with pytest.raises(InputError, match="only 100 fit the model's context"):
@@ -439,7 +438,7 @@ def test_adapters_of_long_ago_are_let_go(tmp_path: Path, monkeypatch: pytest.Mon
     with llama(tmp_path / "tiny.gguf") as model:
 
         def under(*adapters: Path) -> np.ndarray:
-            with model.steered(adapters=[(path, 0.1) for path in adapters]):
+            with model.steered(Steering(adapters=[(path, 0.1) for path in adapters])):
                 return next(logits.copy() for _, logits in model.next_logits([[5, 6, 7]]))
 
         alone = [under(file) for file in files]
@@ -469,14 +468,14 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
     with llama(tmp_path / "tiny.gguf") as model:
         with (
             pytest.raises(InputError, match="cannot load the adapter"),
-            model.steered(adapters=[(tmp_path / "broken.gguf", 1.0)]),
+            model.steered(Steering(adapters=[(tmp_path / "broken.gguf", 1.0)])),
         ):
             pass
         with monkeypatch.context() as patched:
             patched.setattr(llama_cpp, function, lambda *arguments: returned)
             with (
                 pytest.raises(InputError, match=rf"{said}.*llama\.cpp says: nothing more\."),
-                model.steered({1: np.ones(model.n_embd, np.float32)}),
+                model.steered(Steering({1: np.ones(model.n_embd, np.float32)})),
             ):
                 list(model.generate([[5, 6]], max_tokens=2))
 

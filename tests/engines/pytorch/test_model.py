@@ -17,11 +17,12 @@ import torch
 import transformers
 from fixtures.tiny_gguf import CHAT_TEMPLATE, SPECIALS, byte_level, write_tiny_qwen2
 
+from rs_gguf.engines.engine import NO_STEERING, Steering, read_last
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
+from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
-from rs_gguf.models.configuration import llama_cpp_name
 from rs_gguf.models.shape import of_folder
 from rs_gguf.prompts.template import ChatFormat
 
@@ -130,20 +131,15 @@ def logits_of(model: TorchModel, prompts: list[list[int]]) -> np.ndarray:
 
 
 def activations_of(model: TorchModel, prompts: list[list[int]], layers: list[int]) -> np.ndarray:
-    found = dict(model.activations(prompts, layers=layers))
-    return np.stack([found[i]["l_out"] for i in range(len(prompts))])
+    return read_last(model, prompts, layers)["l_out"]
 
 
 def hook_count(model: TorchModel) -> int:
     return sum(len(module._forward_hooks) for module in model.model.modules())
 
 
-# What a gated adapter is fitted on, and llama.cpp's names for it.
-LLAMA_CPP_ONLY = {"token_activations", "graph_tensors"}
-
-
 def test_the_interface_is_that_of_the_llama_cpp_engine() -> None:
-    for name in {name for name in dir(LlamaModel) if not name.startswith("_")} - LLAMA_CPP_ONLY:
+    for name in (name for name in dir(LlamaModel) if not name.startswith("_")):
         member, own = inspect.getattr_static(LlamaModel, name), inspect.getattr_static(TorchModel, name)
         assert type(own) is type(member), name
         if callable(member):
@@ -158,25 +154,6 @@ def test_facts_about_the_model(target: TorchModel, folder: Path) -> None:
     assert target.opening == [0]  # which write_tokenizer's puts before a text
     assert target.chat_template == CHAT_TEMPLATE
     assert {p.dtype for p in target.model.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "name"),
-    [
-        ("qwen2", "qwen2"),
-        ("qwen2_moe", "qwen2moe"),
-        ("qwen3_next", "qwen3next"),
-        ("gemma3_text", "gemma3"),
-        ("gpt_oss", "gpt-oss"),
-        ("mistral", "llama"),
-        ("deepseek_v3", "deepseek2"),
-        ("hunyuan_v1_dense", "hunyuan-dense"),
-        ("ernie4_5", "ernie4_5"),
-        ("something_else", "something_else"),
-    ],
-)
-def test_names_of_families_are_those_of_llama_cpp(model_type: str, name: str) -> None:
-    assert llama_cpp_name(model_type) == name
 
 
 def test_text_and_tokens(llama: TorchModel) -> None:
@@ -199,8 +176,7 @@ def test_text_and_tokens(llama: TorchModel) -> None:
 )
 def test_what_ends_a_turn(vocabulary: dict[str, int], ends: set[int]) -> None:
     tokenizer = SimpleNamespace(eos_token_id=0, get_vocab=lambda: vocabulary)
-    model = SimpleNamespace(model=SimpleNamespace(generation_config=None), tokenizer=tokenizer)
-    assert TorchModel._end_tokens(model) == ends  # type: ignore[arg-type]
+    assert Vocabulary(tokenizer, None).ends == ends
 
 
 def test_control_tokens_in_plain_text_are_not_recognised(tmp_path: Path) -> None:
@@ -243,7 +219,7 @@ def test_activations_are_the_hidden_states_before_the_final_norm(
 def test_blocks_that_lie_elsewhere_are_read_and_steered_alike(tmp_path: Path) -> None:
     """As accelerate spreads a model: here over the disk, from which a block's weights come when it runs."""
     prompts = [[5, 6, 7], [9] * 7]
-    direction = {1: np.ones(WIDTH, dtype=np.float32)}
+    direction = Steering({1: np.ones(WIDTH, dtype=np.float32)})
 
     def read(model: TorchModel) -> list[Any]:
         with model.steered(direction):
@@ -375,7 +351,7 @@ def test_steering_adds_exactly_at_its_block(target: TorchModel, prompts: list[li
     direction = np.random.default_rng(1).standard_normal(WIDTH).astype(np.float32)
     hooks = hook_count(target)
     before, plain = activations_of(target, prompts, [0, 1, 2]), logits_of(target, prompts)
-    with target.steered({1: direction}):
+    with target.steered(Steering({1: direction})):
         during = activations_of(target, prompts, [0, 1, 2])
         steered = logits_of(target, prompts)
         answers = dict(target.generate(prompts, max_tokens=10))
@@ -392,7 +368,7 @@ def test_steering_ends_with_an_error_inside(llama: TorchModel) -> None:
     hooks = hook_count(llama)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        llama.steered({2: np.ones(WIDTH, dtype=np.float32)}),
+        llama.steered(Steering({2: np.ones(WIDTH, dtype=np.float32)})),
     ):
         raise RuntimeError("on purpose")
     assert hook_count(llama) == hooks
@@ -400,7 +376,7 @@ def test_steering_ends_with_an_error_inside(llama: TorchModel) -> None:
 
 def test_no_direction_steers_nothing(llama: TorchModel) -> None:
     plain = logits_of(llama, [[5, 6]])
-    with llama.steered(None):
+    with llama.steered(NO_STEERING):
         np.testing.assert_array_equal(logits_of(llama, [[5, 6]]), plain)
 
 
@@ -445,7 +421,7 @@ def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
 def test_nothing_to_do_gives_nothing(llama: TorchModel) -> None:
     assert list(llama.generate([], max_tokens=3)) == []
     assert list(llama.next_logits([])) == []
-    assert list(llama.activations([], layers=[0])) == []
+    assert list(llama.read([], [], [0])) == []
     assert llama.token_logprobs([]) == []
 
 
@@ -459,13 +435,13 @@ def test_nothing_to_do_gives_nothing(llama: TorchModel) -> None:
             lambda m: list(m.generate([[1] * 60], max_tokens=5)),
             "a prompt has 60 tokens.*answer.* 5.*64 fit.*tokens of an answer",
         ),
-        (lambda m: list(m.activations([[1]], layers=[3])), "blocks 0 to 2"),
-        (lambda m: list(m.activations([[1]], layers=[])), "at least one"),
-        (lambda m: list(m.activations([[1]], layers=[0], tensors=["ffn_inp"])), "llama.cpp"),
-        (lambda m: m.steered({0: np.ones(WIDTH)}).__enter__(), "block 0"),
-        (lambda m: m.steered({3: np.ones(WIDTH)}).__enter__(), "blocks 0 to 2"),
-        (lambda m: m.steered({1: np.ones(WIDTH + 1)}).__enter__(), "33 wide"),
-        (lambda m: m.steered(adapters=[(Path("a.gguf"), 1.0)]).__enter__(), "needs llama.cpp"),
+        (lambda m: read_last(m, [[1]], [3]), "blocks 0 to 2"),
+        (lambda m: read_last(m, [[1]], []), "at least one"),
+        (lambda m: read_last(m, [[1]], [0], ["ffn_inp"]), "llama.cpp"),
+        (lambda m: m.steered(Steering({0: np.ones(WIDTH)})).__enter__(), "block 0"),
+        (lambda m: m.steered(Steering({3: np.ones(WIDTH)})).__enter__(), "layer 3 .* blocks 1 to 2"),
+        (lambda m: m.steered(Steering({1: np.ones(WIDTH + 1)})).__enter__(), r"\(33,\).* width 32"),
+        (lambda m: m.steered(Steering(adapters=[(Path("a.gguf"), 1.0)])).__enter__(), "needs llama.cpp"),
     ],
 )
 def test_wrong_use_is_explained(llama: TorchModel, use: Callable[[TorchModel], object], message: str) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.engines.engine import NO_STEERING, chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.paired import mean_change
 from rs_gguf.judges.local import KeywordJudge

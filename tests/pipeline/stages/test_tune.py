@@ -20,7 +20,8 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.activations.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.activations.scores import band_profile
-from rs_gguf.engines.engine import NO_STEERING, chat_tokens
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError

@@ -167,7 +167,7 @@ def test_llama_cvector_generator(tmp_path: Path) -> None:
         positions = [range(len(sequence)) for sequence in sequences]
         signs = [1.0, -1.0] * len(pairs)
         measured = np.zeros((N_LAYER, WIDTH))
-        for i, _, found in loaded.token_activations(sequences, positions, layers=range(N_LAYER)):
+        for i, _, found in loaded.read(sequences, positions, range(N_LAYER)):
             measured += signs[i] * found["l_out"]
     measured /= np.linalg.norm(measured, axis=1, keepdims=True)
     for layer, row in vector.directions.items():

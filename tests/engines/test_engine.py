@@ -1,0 +1,282 @@
+"""What every engine does, and that they agree: each loads the same tiny model from one GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixtures.architectures import llama
+from fixtures.tiny_gguf import CHAT_TEMPLATE, write_tiny_folder, write_tiny_qwen2
+from numpy.typing import NDArray
+
+from rs_gguf.engines import engine_for, open_engine
+from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering, read_last
+from rs_gguf.engines.generation import Sampling
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.pytorch.model import TorchModel
+from rs_gguf.errors import InputError
+from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.lora_file import LoraAdapter
+
+N_LAYER, WIDTH = 3, 32
+TOLERANCE = 1e-3  # of a logit and of an activation, between the engines, in F32
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(5, 250, length).tolist() for length in (12, 7, 1, 20, 7)]
+DIRECTION = RNG.standard_normal(WIDTH).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of PyTorch that wait for one another cost tiny models a hundredfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    path = tmp_path_factory.mktemp("engines") / "tiny.gguf"
+    write_tiny_qwen2(path)
+    with llama(path, n_ctx=512) as model, TorchModel(path) as twin:  # keys and values in F32, as PyTorch's
+        yield {"llama": model, "pytorch": twin}
+
+
+@pytest.fixture(params=["llama", "pytorch"])
+def engine(request: pytest.FixtureRequest, engines: dict[str, Engine]) -> Engine:
+    return engines[request.param]
+
+
+@pytest.fixture
+def reference(engines: dict[str, Engine]) -> Engine:
+    return engines["pytorch"]
+
+
+def logits(engine: Engine) -> NDArray[np.float32]:
+    found = {i: row.copy() for i, row in engine.next_logits(PROMPTS)}
+    return np.stack([found[i] for i in range(len(PROMPTS))])
+
+
+# ---- which engine, and what it can do ------------------------------------------------------------
+
+
+def test_a_file_is_run_in_llama_cpp_and_a_folder_in_pytorch(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    write_tiny_folder(tmp_path / "folder")
+    for path, kind in ((tmp_path / "tiny.gguf", LlamaModel), (tmp_path / "folder", TorchModel)):
+        assert engine_for(path) is kind
+        with open_engine(path, n_parallel=3) as found:
+            assert type(found) is kind
+            assert (found.path, found.n_parallel) == (path, 3)
+
+
+def test_what_is_not_there_is_told_by_llama_cpp(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="model file not found"):
+        open_engine(tmp_path / "absent.gguf")
+
+
+def test_what_each_engine_can_do() -> None:
+    assert LlamaModel.can == Can.LORA | Can.WRITERS | Can.LLAMA_CPP
+    assert TorchModel.can == Can(0)
+
+
+def test_facts_about_the_model(engine: Engine, reference: Engine) -> None:
+    assert (engine.architecture, engine.n_layer, engine.n_embd) == ("qwen2", N_LAYER, WIDTH)
+    assert (engine.n_vocab, engine.n_params) == (reference.n_vocab, reference.n_params)
+    assert engine.chat_template == CHAT_TEMPLATE
+    assert (engine.eos_token, engine.opening) == ("<|im_end|>", [])
+
+
+# ---- text and tokens -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["the rain", "Ärger, 雨 and\n\ttabs", "a<|im_end|>b", ""])
+def test_text_comes_back_from_its_tokens(engine: Engine, reference: Engine, text: str) -> None:
+    for special in (True, False):
+        tokens = engine.tokenize(text, special=special)
+        assert tokens == reference.tokenize(text, special=special)
+        assert engine.detokenize(tokens, special=True) == text
+        assert engine.detokenize(tokens) == (text.replace("<|im_end|>", "") if special else text)
+
+
+# ---- answers and log-probabilities ---------------------------------------------------------------
+
+
+def test_greedy_answers_are_the_same(engine: Engine, reference: Engine) -> None:
+    answers, expected = (dict(e.generate(PROMPTS, max_tokens=8)) for e in (engine, reference))
+    assert sorted(answers) == list(range(len(PROMPTS)))
+    assert answers == expected
+    assert {len(answer.tokens) for answer in answers.values()} != {0}
+
+
+def test_draws_follow_their_seed(engine: Engine) -> None:
+    def drawn(seed: int) -> dict[int, list[int]]:
+        sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed)
+        return {i: answer.tokens for i, answer in engine.generate(PROMPTS, max_tokens=8, sampling=sampling)}
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_logits_are_the_same(engine: Engine, reference: Engine) -> None:
+    found = logits(engine)
+    assert found.shape == (len(PROMPTS), engine.n_vocab)
+    np.testing.assert_allclose(found, logits(reference), atol=TOLERANCE)
+
+
+def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+    pairs = [(prompt, PROMPTS[0][:3]) for prompt in PROMPTS]
+    for (prompt, answer), (logprobs, top) in zip(pairs, engine.token_logprobs(pairs), strict=True):
+        beginnings = [[*prompt, *answer[:k]] for k in range(len(answer))]
+        rows = {k: row.copy() for k, row in engine.next_logits(beginnings)}
+        for k, token in enumerate(answer):
+            expected = rows[k][token] - np.logaddexp.reduce(rows[k].astype(np.float64))
+            assert logprobs[k] == pytest.approx(expected, abs=TOLERANCE)
+            assert top[k] == (rows[k].argmax() == token)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_block_outputs_are_read_at_any_position(engine: Engine, reference: Engine) -> None:
+    positions = [[0, 5, 11], [6], [0], [3, 19], [2, 6]]
+    layers = [2, 0]  # in any order
+    read = {(i, p): rows["l_out"] for i, p, rows in engine.read(PROMPTS, positions, layers)}
+    assert sorted(read) == [(i, p) for i, places in enumerate(positions) for p in places]
+    for (i, position), rows in read.items():
+        (alone,) = read_last(reference, [PROMPTS[i][: position + 1]], layers)["l_out"]
+        assert rows.shape == (2, WIDTH)
+        np.testing.assert_allclose(rows, alone, atol=TOLERANCE)
+
+
+def test_all_that_can_be_read_is_named(engine: Engine) -> None:
+    names = engine.graph_tensors()
+    assert {f"l_out-{layer}" for layer in range(N_LAYER)} <= set(names)
+    others = {name.rpartition("-")[0] for name in names if name.endswith("-1")} - {"l_out"}
+    assert ("kqv_out" in others) == (Can.WRITERS in engine.can)
+    if Can.WRITERS in engine.can:
+        read = read_last(engine, PROMPTS, [1], ["kqv_out", "ffn_swiglu"])
+        assert {name: rows.shape[2] for name, rows in read.items()} == {
+            "kqv_out": WIDTH,
+            "ffn_swiglu": 2 * WIDTH,
+        }
+    else:
+        with pytest.raises(InputError, match=r"llama\.cpp"):
+            read_last(engine, PROMPTS, [1], ["kqv_out"])
+
+
+# ---- steering ------------------------------------------------------------------------------------
+
+
+def test_a_direction_is_added_at_its_block_and_taken_off(engine: Engine, reference: Engine) -> None:
+    plain, before = logits(engine), read_last(engine, PROMPTS, [0, 1])["l_out"]
+    steering = Steering({1: DIRECTION})
+    with engine.steered(steering):
+        steered, during = logits(engine), read_last(engine, PROMPTS, [0, 1])["l_out"]
+    with reference.steered(steering):
+        expected = logits(reference)
+    np.testing.assert_array_equal(during[:, 0], before[:, 0])
+    np.testing.assert_allclose(during[:, 1], before[:, 1] + DIRECTION, atol=TOLERANCE)
+    np.testing.assert_allclose(steered, expected, atol=TOLERANCE)
+    assert np.abs(steered - plain).max() > 0.1
+    np.testing.assert_array_equal(logits(engine), plain)
+
+
+def test_steering_ends_with_an_error_inside(engine: Engine) -> None:
+    plain = logits(engine)
+    with pytest.raises(RuntimeError, match="on purpose"), engine.steered(Steering({2: DIRECTION})):
+        raise RuntimeError("on purpose")
+    np.testing.assert_array_equal(logits(engine), plain)
+
+
+def test_a_scaled_steering_is_scaled(engine: Engine) -> None:
+    with engine.steered(Steering({1: DIRECTION}).scaled(-2.0)):
+        scaled = logits(engine)
+    with engine.steered(Steering({1: -2 * DIRECTION})):
+        np.testing.assert_array_equal(logits(engine), scaled)
+    with engine.steered(NO_STEERING):
+        assert np.abs(logits(engine) - scaled).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        ({0: DIRECTION}, "layer 0 cannot be steered: this model has blocks 1 to 2"),
+        ({N_LAYER: DIRECTION}, "layer 3 cannot be steered: this model has blocks 1 to 2"),
+        ({1: np.ones(WIDTH + 1)}, r"shape \(33,\), but tiny\.gguf has width 32"),
+    ],
+)
+def test_a_direction_without_a_place_is_refused(
+    engine: Engine, directions: dict[int, Any], message: str
+) -> None:
+    plain = logits(engine)
+    with pytest.raises(InputError, match=message), engine.steered(Steering(directions)):
+        pytest.fail("the block must not run")
+    np.testing.assert_array_equal(logits(engine), plain)
+
+
+def test_an_adapter_is_applied_or_refused(engine: Engine, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    factors = {
+        "blk.1.ffn_down.weight": (rng.standard_normal((1, 2 * WIDTH)), rng.standard_normal((WIDTH, 1)))
+    }
+    lora.write(LoraAdapter(factors, "qwen2"), tmp_path / "a.gguf")
+    steering, plain = Steering(adapters=[(tmp_path / "a.gguf", 1.0)]), logits(engine)
+    if Can.LORA in engine.can:
+        with engine.steered(steering):
+            assert np.abs(logits(engine) - plain).max() > 0.1
+    else:
+        with pytest.raises(InputError, match=r"needs llama\.cpp"), engine.steered(steering):
+            pytest.fail("the block must not run")
+    np.testing.assert_array_equal(logits(engine), plain)
+
+
+# ---- wrong use -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_do_gives_nothing(engine: Engine) -> None:
+    assert list(engine.generate([], max_tokens=3)) == []
+    assert list(engine.next_logits([])) == []
+    assert engine.token_logprobs([]) == []
+    assert list(engine.read([], [], [1])) == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda e: list(e.generate([[5], []], max_tokens=3)),
+        lambda e: list(e.next_logits([[]])),
+        lambda e: e.token_logprobs([([5], [])]),
+        lambda e: e.token_logprobs([([], [5])]),
+        lambda e: list(e.read([[5], []], [[0], [0]], [1])),
+        lambda e: list(e.read([[5], [6]], [[0], []], [1])),
+        lambda e: list(e.read([[5]], [[0]], [])),
+        lambda e: list(e.read([[5]], [[0]], [N_LAYER])),
+        lambda e: list(e.read([[5]], [[0]], [1], ["no_such_tensor"])),
+    ],
+)
+def test_wrong_use_is_refused(engine: Engine, use: Callable[[Engine], object]) -> None:
+    with pytest.raises(InputError):
+        use(engine)
+
+
+def test_what_is_too_long_is_told(engine: Engine) -> None:
+    most = engine.max_length
+    engine.check_lengths([[5] * most, [5]])
+    engine.check_lengths([[5] * (most - 8)], 8)
+    for length, max_tokens in ((most + 1, 0), (most - 8, 9)):
+        with pytest.raises(InputError, match=f"has {length} tokens.* only {most} fit"):
+            engine.check_lengths([[5], [5] * length], max_tokens)
+    uses: list[Callable[[list[int]], object]] = [
+        lambda long: list(engine.generate([long], max_tokens=1)),
+        lambda long: list(engine.next_logits([[*long, 5]])),
+        lambda long: engine.token_logprobs([(long, [5, 6])]),
+        lambda long: list(engine.read([[*long, 5]], [[0]], [1])),
+    ]
+    for use in uses:
+        with pytest.raises(InputError, match=f"only {most} fit"):
+            use([5] * most)
