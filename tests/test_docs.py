@@ -241,7 +241,8 @@ def _make(folder: Path, option: str, word: str) -> None:
     if option in ("--model", "-m", "--set") and path.suffix == ".gguf":
         path.write_bytes((folder / "model.gguf").read_bytes())
     elif path.suffix == ".gguf" and "adapter" in path.name:
-        factors = (direction[np.newaxis] / 8, direction[:, np.newaxis] / 8)
+        row = direction / np.float32(8)
+        factors = (row[np.newaxis], row[:, np.newaxis])
         lora.write(lora.LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
     elif path.suffix == ".gguf":
         control_vector.write(SteeringVector({1: direction}, architecture=_ARCHITECTURE), path)

@@ -24,7 +24,7 @@ from rs_gguf.steering.vector import SteeringVector
 DOWN = "blk.1.ffn_down.weight"
 
 
-PROVENANCE = {"method": "gate", "model.sha256": "ab" * 32, "strength": 0.5}
+PROVENANCE: dict[str, Any] = {"method": "gate", "model.sha256": "ab" * 32, "strength": 0.5}
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
@@ -48,7 +48,9 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def vector(tmp_path: Path) -> Path:
-    control_vector.write(SteeringVector({1: np.ones(32)}, architecture="qwen2"), tmp_path / "v.gguf")
+    control_vector.write(
+        SteeringVector({1: np.ones(32, np.float32)}, architecture="qwen2"), tmp_path / "v.gguf"
+    )
     return tmp_path / "v.gguf"
 
 

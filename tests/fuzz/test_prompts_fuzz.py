@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from mutator import limits, mutate, replace
+from fuzz.mutator import limits, mutate, replace
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import user_files as prompts

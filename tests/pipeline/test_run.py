@@ -554,7 +554,12 @@ def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path)
 
 def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(models, "fingerprint", lambda path: read.append(path.name) or path.name)
+
+    def fingerprint(path: Path) -> str:
+        read.append(path.name)
+        return path.name
+
+    monkeypatch.setattr(models, "fingerprint", fingerprint)
     for name in ("model.gguf", "judge.gguf"):
         (tmp_path / name).write_text("")
     values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_thinking_is_switched_off_where_it_is_off_here(
             return {"chat_template": "{{ messages[0].content }}" + switch}
         return plain(root, path, *arguments)
 
-    plain = server_module.exchange
+    plain: Callable[..., Any] = vars(server_module)["exchange"]
     monkeypatch.setattr(server_module, "exchange", exchange)
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))

@@ -58,7 +58,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        return model(PROMPT).logits
+        found: torch.Tensor = model(PROMPT).logits
+    return found
 
 
 def converted(path: Path, origin: str) -> SteeringVector:
