@@ -7,7 +7,7 @@ DEMO := out/demo
 # The parts of `make lint`. Each is a hook of .pre-commit-config.yaml, too.
 LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-clang-tidy lint-prose
 
-.PHONY: install demo test lint $(LINTS) docs bench vectors screenshots sanitize neon clean
+.PHONY: install demo test test-quick lint $(LINTS) docs bench vectors screenshots sanitize neon clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test: lint docs sanitize
 	@if { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then $(MAKE) neon; \
 		else echo "the kernel's NEON target is not tested: no g++-aarch64-linux-gnu, qemu-user"; fi
 	$(BIN)/python -m pytest
+
+# At most 2 minutes on two idle cores, once all is installed.
+test-quick: install
+	$(BIN)/python -m pytest -m "not slow and not real"
 
 lint: $(LINTS)
 

@@ -1,4 +1,4 @@
-"""Check the prose of the project against the rules in CONTRIBUTING.md: banned words, long sentences.
+"""Check the prose of the project for words that CONTRIBUTING.md bans, and for long sentences.
 
 `python tests/prose.py` checks everything against docs/.prose-baseline, the number of findings that each file
 still has. A file may have fewer findings, never more. A file without a number may have none.
@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from inspect import cleandoc
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +30,6 @@ PROSE = (
 )  # fmt: skip
 MOST_WORDS = 30
 
-_FAILURE = "use “failure” for the verdict, “degenerate output” for the rule"
 BANNED = {  # a pattern, in which a blank is any white space: what to write instead
     r"(is|are|was|were|be|been|being) told( of)?": "say who reports what",
     r"reckon(s|ed|ing)?": "use “computes”, “estimates” or “treats as”",
@@ -42,11 +40,9 @@ BANNED = {  # a pattern, in which a blank is any white space: what to write inst
     r"all the same": "use “nevertheless”, or “identical”",
     r"by (itself|themselves)": "use “unsteered” for the model, else leave it out",
     r"harm's refusals": "use “refusals of harmful prompts”",
-    r"(falls?|fell|falling|fallen) apart": _FAILURE,
-    r"mere failures?": _FAILURE,
+    r"(falls?|fell|falling|fallen) apart": "use “failure” for the verdict, “degenerate output” for the rule",
     r"requests? (of|for) harm": "use “harmful prompt”",
     r"harmless (one|prompt|request|question)s?": "use “benign prompt”",
-    r"innocent look-alikes?": "use “look-alike”",
     r"ways? of asking": "use “request form”",
     r"soft refusals?": "use “evasion”",
     r"(kind|way)s? of refus(al|ing)": "use “category” of the rubric",
@@ -61,7 +57,6 @@ BANNED = {  # a pattern, in which a blank is any white space: what to write inst
     r"static vectors?": "use “control vector”",
     r"block outputs?": "use “activation”",
     r"rungs?": "use “fidelity level”",
-    r"(still )?first choice": "use “top-1 agreement”",
     r"wide(r|ned) cop(y|ies)": "use “Q8_0 copy”",
 }
 _BANNED = [
@@ -122,20 +117,14 @@ def python(text: str) -> Iterator[Passage]:
     """Yield the passages of a module's docstrings and help texts."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node) is not None:
-                yield from _docstring(node.body[0])
+            if docstring := ast.get_docstring(node):
+                # "name: what it is" on a line of its own describes one more parameter.
+                yield from markdown(_FIELD.sub("- ", docstring), node.body[0].lineno)
         elif isinstance(node, ast.Call):
             for keyword in node.keywords:
                 value = keyword.value
                 if keyword.arg in _HELP and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     yield from markdown(value.value, value.lineno)
-
-
-def _docstring(statement: ast.stmt) -> Iterator[Passage]:
-    assert isinstance(statement, ast.Expr)
-    assert isinstance(statement.value, ast.Constant)
-    # "name: what it is" on a line of its own describes one more parameter.
-    return markdown(_FIELD.sub("- ", cleandoc(str(statement.value.value))), statement.lineno)
 
 
 def template(text: str) -> str:
@@ -182,12 +171,13 @@ class _Page(HTMLParser):
         self._cut(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self._skipped:
-            if not self._text.strip():
-                self._text = data.lstrip()
-                self._line = self.getpos()[0] + data[: len(data) - len(self._text)].count("\n")
-            else:
-                self._text += data
+        if self._skipped:
+            return
+        if not self._text:
+            self._text = data.lstrip()
+            self._line = self.getpos()[0] + data[: len(data) - len(self._text)].count("\n")
+        else:
+            self._text += data
 
     def _cut(self, tag: str) -> None:
         if tag not in self.INLINE:
@@ -199,9 +189,8 @@ class _Page(HTMLParser):
 def html(text: str) -> list[Passage]:
     """Return the passages of an HTML page."""
     page = _Page()
-    page.feed(text)
+    page.feed(f"{text}</html>")
     page.close()
-    page._cut("html")
     return page.passages
 
 
@@ -259,6 +248,26 @@ def write_baseline(path: Path, counts: dict[str, int]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def lowered(allowed: dict[str, int], counts: dict[str, int]) -> dict[str, int]:
+    """Return the numbers that are accepted from now on. Their sum never rises.
+
+    The numbers of files that are gone pass to files without one, since a file may be moved or split.
+    """
+    spare = sum(number for name, number in allowed.items() if name not in counts)
+    accepted = {}
+    for name, count in counts.items():
+        accepted[name] = min(count, allowed.get(name, spare))
+        if name not in allowed:
+            spare -= accepted[name]
+    return accepted
+
+
+def _print_all(name: str, found: Sequence[Finding]) -> int:
+    for finding in found:
+        print(f"{name}:{finding.line}: {finding.problem}")
+    return 1 if found else 0
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT, baseline: Path = BASELINE) -> int:
     """Check the prose of the project; return the exit code."""
     parser = argparse.ArgumentParser(description="Check the prose of the project.")
@@ -266,31 +275,28 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, baseline: Pa
     parser.add_argument("--update", action="store_true", help="lower the numbers of the baseline")
     options = parser.parse_args(arguments)
     if options.files:
-        listed = [(path, finding) for path in options.files for finding in check(path)]
-        for path, finding in listed:
-            print(f"{path}:{finding.line}: {finding.problem}")
-        return 1 if listed else 0
+        return max([_print_all(str(path), check(path)) for path in options.files])
 
-    allowed, is_first = read_baseline(baseline), not baseline.exists()
     paths = sorted({path for pattern in PROSE for path in root.glob(pattern)})
     found = {path.relative_to(root).as_posix(): check(path) for path in paths}
+    allowed = read_baseline(baseline)
     if options.update:
-        before = {name: len(now) for name, now in found.items()} if is_first else allowed
-        allowed = {name: min(len(now), before.get(name, 0)) for name, now in found.items()}
+        counts = {name: len(now) for name, now in found.items()}
+        allowed = lowered(allowed, counts) if baseline.exists() else counts
         write_baseline(baseline, allowed)
-    failed = False
+    failed = 0
     for name, now in found.items():
         most = allowed.get(name, 0)
         if len(now) > most:
-            failed = True
-            for finding in now:
-                print(f"{name}:{finding.line}: {finding.problem}")
+            failed = _print_all(name, now)
             print(f"{name}: {len(now)} findings, at most {most} are accepted. Rewrite what you added.")
         elif len(now) < most:
             print(f"{name}: {len(now)} findings, down from {most}. Run tests/prose.py --update.")
     for name in sorted(allowed.keys() - found.keys()):
-        print(f"{name}: only in {baseline.name}. Rename the entry, or run tests/prose.py --update.")
-    return 1 if failed else 0
+        print(
+            f"{name}: gone. Run tests/prose.py --update, which also gives its number to a file that is new."
+        )
+    return failed
 
 
 if __name__ == "__main__":

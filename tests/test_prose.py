@@ -198,9 +198,18 @@ def test_the_baseline_only_shrinks(project: Path, capsys: pytest.CaptureFixture[
     assert read_baseline(baseline) == {"README.md": 1}
     assert "docs/new.md: 1 findings, at most 0" in capsys.readouterr().out
 
-    readme.unlink()
+
+def test_a_file_that_is_moved_or_split_takes_its_number_along(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(project, "--update")
+    (project / "README.md").unlink()
+    for name, text in (("a", "So many.\n"), ("b", "But for one, and so many.\n")):
+        (project / "docs" / f"{name}.md").write_text(text, encoding="utf-8")
     assert run(project) == 1
-    assert "README.md: only in baseline. Rename the entry" in capsys.readouterr().out
+    assert "README.md: gone. Run tests/prose.py --update" in capsys.readouterr().out
+    assert run(project, "--update") == 1  # three findings, where there were two
+    assert read_baseline(project / "baseline") == {"docs/a.md": 1, "docs/b.md": 1}
 
 
 def test_named_files_are_listed_whatever_the_baseline(
