@@ -3,7 +3,6 @@
 `python tests/prose.py` checks everything against docs/.prose-baseline, the number of findings that each file
 still has. A file may have fewer findings, never more. A file without a number may have none.
 `python tests/prose.py FILE...` lists all findings of these files. `--update` lowers the numbers.
-
 Prose is the Markdown of the documents and of the templates, docstrings, and help texts of the command line.
 Headings, tables, code, formulas and link targets are not prose.
 """
@@ -47,8 +46,7 @@ BANNED = {  # a pattern, in which a blank is any white space: what to write inst
     r"soft refusals?": "use “evasion”",
     r"(kind|way)s? of refus(al|ing)": "use “category” of the rubric",
     r"graders?": "use “judge”",
-    r"newly answered": "use “opened”",
-    r"newly refused": "use “closed”",
+    r"newly (answered|refused)": "use “opened” or “closed”",
     r"harm(ful)? kept": "use “retention” (of the same prompts) or “refusal ratio” (of totals)",
     r"safety gates?": "use “acceptance criteria”",
     r"proofs?|prov(e|es|ed|en|ing)": "use “effect check”, or say what was measured",
@@ -70,7 +68,7 @@ _END = re.compile(
     "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
     + rf"(?<=[.!?])(?:(?<!\betc\.)|(?=\s+[A-Z]))[\"'”’)\]]*\s+|{_ALTERNATIVE}"
 )
-_CODE = "`x`"  # stands for code, a formula or a template's value: one word
+_CODE = "`x`"  # stands for code, a formula or a template's value
 _FORMULA = re.compile(r"(```.*?```|`[^`]*`)|\$\$.*?\$\$|\$[^$\n]+\$", re.DOTALL)
 _TEMPLATE = re.compile(r"\{#.*?#\}|(\{\{.*?\}\})|\{%-?\s*(else|elif)?.*?%\}", re.DOTALL)
 _FIELD = re.compile(r"^ *(?=[\w*]+: )", re.MULTILINE)
@@ -137,8 +135,6 @@ def template(text: str) -> str:
 
 
 class _Page(HTMLParser):
-    """The passages of an HTML page."""
-
     INLINE = (
         "a",
         "abbr",

@@ -249,6 +249,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_gguf(["Gemma 4", "Granite", STREAMS], tmp_path_factory.mktemp("families"))
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[str, Path]) -> None:
     """Heads of Gemma 4 are twice as wide in every other block."""
     with LlamaModel(families["Gemma 4"], n_parallel=3, n_ctx=512, n_threads=1) as model:
@@ -355,6 +356,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_capture_and_fit_what_one_does(
     network: tuple[Path, Any], model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

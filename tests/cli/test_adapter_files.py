@@ -62,6 +62,7 @@ def test_check_of_the_file_alone(adapter: Path) -> None:
     assert (found["valid"], found["errors"], found["warnings"], found["proof"]) == (True, [], [], None)
 
 
+@pytest.mark.slow
 def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> None:
     code, stdout, _ = invoke("check", adapter, "--model", model)
     assert code == 0
@@ -73,6 +74,7 @@ def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> Non
     assert proof["kl_mean"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "said"), [(0.0, "no logit moves"), (0.95, "does not move by B A x")])
 def test_check_finds_a_runtime_that_does_something_else(
     adapter: Path, model: Path, factor: float, said: str, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,8 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH = 4, 32
 TOKENS = 10
 

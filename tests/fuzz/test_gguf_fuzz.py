@@ -28,6 +28,8 @@ from rs_gguf.steering.lora_file import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import check, read, write
 
+pytestmark = pytest.mark.slow
+
 SEED = 20260714
 FILES = 20_000
 LOADED = 300  # by llama.cpp's own program, a process each

@@ -467,6 +467,7 @@ class PlantedModel(FakeModel):
                 yield k, place, {"l_out": state.astype(np.float32)}
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
     (tmp_path / "judge.gguf").write_bytes(b"GGUF")
     pairs = labelled_pairs()

@@ -20,6 +20,8 @@ from rs_gguf.methods import fit as fitting
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.records.conversation import KINDS, Prompt
 
+pytestmark = pytest.mark.slow
+
 Draw = dict[str, Callable[[Path], None]]
 
 

@@ -16,6 +16,8 @@ from fixtures.architectures import (
 )
 from fixtures.families import CASES
 
+pytestmark = pytest.mark.slow
+
 IGNORING = ["Hy4"]
 
 

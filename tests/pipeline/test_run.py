@@ -46,6 +46,8 @@ from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
+pytestmark = pytest.mark.slow
+
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
 LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
 SMALL = [

@@ -462,6 +462,7 @@ def test_near_duplicates_are_found() -> None:
     assert sorted(near_duplicates(prompts, 0.7)) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]

@@ -402,6 +402,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.Q
     return path, write_tiny_qwen2(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, -0.5])
 def test_llama_cpp_adds_scale_times_the_product(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, scale: float
@@ -443,6 +444,7 @@ def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausal
         assert np.abs(twice - under((file, 0.5))).max() > 0.1
 
 
+@pytest.mark.slow
 def test_check_proves_the_effect_on_the_model(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
         lora.check(tmp_path / "a", file)
 
 
+@pytest.mark.slow
 def test_a_template_with_a_long_system_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_gguf, "CHAT_TEMPLATE", 1030 * "x" + tiny_gguf.CHAT_TEMPLATE)
     write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=N_LAYER, n_embd=WIDTH)

@@ -165,6 +165,7 @@ def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
     model.expect_model(figures)
 
 
+@pytest.mark.slow
 def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "plain.gguf", THINKING_TEMPLATE.replace("<think>\n", ""))
     write_tiny_qwen3(tmp_path / "thinking.gguf", THINKING_TEMPLATE)

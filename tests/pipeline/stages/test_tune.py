@@ -44,6 +44,8 @@ from rs_gguf.search.finder import Finder
 from rs_gguf.search.rungs import Rungs, Unsteered
 from rs_gguf.steering import lora_file as lora
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, EACH = 4, 32, 8
 RIDGES = [0.05, 1.0]
 
