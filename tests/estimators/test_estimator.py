@@ -371,6 +371,7 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1000, 448), (500, 896)], ids=["n>D", "n<D"])
 def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(shape, monkeypatch):
     activations, confidence = planted(shape[0], 2, shape[1])
@@ -648,6 +649,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_directions_of_one(tmp_path):
     narrow, confidence, kinds, _ = labelled()
     wide = labelled(width=150)[0]

@@ -323,6 +323,7 @@ def shape(tiny: Path) -> Shape:
     return shapes.of_gguf(tiny)
 
 
+@pytest.mark.slow
 def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: Shape, tmp_path: Path) -> None:
     wanted = [f"model={tiny}", "prompts.fit=40", "prompts.unanswered=20", "prompts.tune=8"]
     wanted += ["answers.tokens=8", "judge=keywords"]
@@ -530,6 +531,7 @@ def test_a_configuration_alone_will_do(network: Any, tmp_path: Path) -> None:
     assert rows[1]["model"]["writers"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
 
 
+@pytest.mark.slow
 def test_the_command_measures(tiny: Path) -> None:
     wanted = ["--set", f"model={tiny}", "--set", "judge=keywords", "--set", "answers.parallel=4"]
     code, stdout, _ = command(*wanted, "--measure", "--json")
