@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from rs_gguf.activations.fallback import numpy_projections
-from rs_gguf.activations.scores import calibration_scales
+from rs_gguf.activations.scores import calibration_scales, principal_components
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.methods import figures
@@ -76,7 +76,7 @@ def test_dimension_mass() -> None:
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
 def test_principal_components_equal_the_svd(shape: tuple[int, int]) -> None:
     rows = np.random.default_rng(1).normal(size=shape)
-    scores, shares = figures.principal_components(rows)
+    scores, shares = principal_components(rows)
     left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :2] * singular[:2]), atol=1e-10)
     np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)

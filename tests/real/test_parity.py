@@ -20,7 +20,7 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.models import resolve as models
-from rs_gguf.prompts import user_files as prompt_sets
+from rs_gguf.prompts import grid as prompt_sets
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.vector import SteeringVector

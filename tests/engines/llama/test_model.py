@@ -20,7 +20,6 @@ from fixtures.tiny_gguf import SPECIALS, write_tiny_qwen2
 
 from rs_gguf import machine
 from rs_gguf.engines.generation import Sampling
-from rs_gguf.engines.llama import file as llama_file
 from rs_gguf.engines.llama import graph
 from rs_gguf.engines.llama.calls import called_back, calling
 from rs_gguf.engines.llama.model import LlamaModel
