@@ -259,6 +259,7 @@ def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[st
     assert constant.keys() == {"ffn_down/constant"}
 
 
+@pytest.mark.slow
 def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> None:
     talks = [Conversation(c.prompt, [], quiet=False) for c in conversations()]
     message = "architecture 'gemma3n'.*activations cannot be read"

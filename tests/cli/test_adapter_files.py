@@ -103,6 +103,7 @@ def test_check_on_another_model_says_why_and_exits_1(tmp_path: Path, model: Path
     assert f"tensor '{DOWN}' has incorrect shape" in stdout
 
 
+@pytest.mark.slow
 def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Path) -> None:
     whole = random_adapter()
     a, b = whole.factors[DOWN]

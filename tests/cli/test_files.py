@@ -53,6 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_check_on_a_model_prints_effect_and_divergence(tmp_path: Path, model: Path) -> None:
     path = written(tmp_path / "v.gguf", SteeringVector({1: row(1), 3: row(3)}, {}, "qwen2"))
     code, stdout, _ = invoke("check", path, "--model", model)
