@@ -144,7 +144,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
         assert {around[p.id] for p in unjudged} == {""}
         # Each context is a cell of its own, which a gate has to stay shut for.
-        assert set(samples.labels.groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
+        assert set(samples.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
         n = len(samples.prompts)
         check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
