@@ -375,10 +375,10 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
         asked.append((vector, model))
         return SimpleNamespace(reasons=("the model has 6 blocks",), loader_says="refused")
 
-    stub = ModuleType("rs_gguf.proof")
+    stub = ModuleType("rs_gguf.steering.proof")
     stub.prove = prove  # type: ignore[attr-defined]
     stub.other_model = lambda provenance, model: ["of another file"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rs_gguf.proof", stub)
+    monkeypatch.setitem(sys.modules, "rs_gguf.steering.proof", stub)
     report = check(path, "model.gguf")
     assert asked == [(FULL, "model.gguf")]
     assert report.errors == ("the model has 6 blocks",)
