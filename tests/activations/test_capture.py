@@ -272,6 +272,7 @@ def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> Non
         capture(TorchModel(families[STREAMS].with_suffix("")), talks, len(PREFIX), seed=7)
 
 
+@pytest.mark.slow
 def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
     families: dict[str, Path], tmp_path: Path
 ) -> None:

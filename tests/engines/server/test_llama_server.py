@@ -186,6 +186,7 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
     assert len(servers[0].asked) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_opens_the_trace_itself_is_refused(servers: list[Server], tmp_path: Path) -> None:
     write_tiny_qwen3(
         tmp_path / "own.gguf", THINKING_TEMPLATE.replace("<think>\n", ""), liked={"<think>": 9.0, "t": 4.0}
