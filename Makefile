@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := out/demo
+# The parts of `make lint`. Each is a hook of .pre-commit-config.yaml, too.
+LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-clang-tidy lint-prose
 
-.PHONY: install demo test lint docs bench vectors screenshots sanitize neon clean
+.PHONY: install demo test test-quick lint $(LINTS) docs bench vectors screenshots sanitize neon clean
 
 install: $(STAMP)
 
@@ -29,18 +31,37 @@ test: lint docs sanitize
 		else echo "the kernel's NEON target is not tested: no g++-aarch64-linux-gnu, qemu-user"; fi
 	$(BIN)/python -m pytest
 
-lint: install
+# At most 2 minutes on two idle cores, once all is installed.
+test-quick: install
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+lint: $(LINTS)
+
+lint-ruff: install
 	$(BIN)/ruff check .
+
+lint-format: install
 	$(BIN)/ruff format --check .
+
+lint-types: install
 	$(BIN)/mypy
+
+lint-imports: install
 	$(BIN)/lint-imports
+
+lint-clang-format: install
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+lint-clang-tidy: install
 	mkdir -p build/tidy
 	$(BIN)/cmake -S . -B build/tidy -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRS_CHECK=ON \
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build/tidy.log || { cat build/tidy.log; exit 1; }
 	$(BIN)/run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(BIN)/clang-tidy >build/tidy.log 2>&1 || \
 		{ cat build/tidy.log; exit 1; }
+
+lint-prose: install
+	$(BIN)/python tests/prose.py
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

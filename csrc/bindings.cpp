@@ -1,5 +1,6 @@
-// The Python module rs_gguf._core. rs_gguf/activations/projection.py is the face that users see: it gives arguments the
-// types below. Here every shape is checked once more, since a wrong one would read foreign memory.
+// The Python module rs_gguf._core. rs_gguf/activations/projection.py is the face that users see: it gives
+// arguments the types below. Here every shape is checked once more, since a wrong one would read foreign
+// memory.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -241,7 +241,8 @@ def _make(folder: Path, option: str, word: str) -> None:
     if option in ("--model", "-m", "--set") and path.suffix == ".gguf":
         path.write_bytes((folder / "model.gguf").read_bytes())
     elif path.suffix == ".gguf" and "adapter" in path.name:
-        factors = (direction[np.newaxis] / 8, direction[:, np.newaxis] / 8)
+        row = direction / np.float32(8)
+        factors = (row[np.newaxis], row[:, np.newaxis])
         lora.write(lora.LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
     elif path.suffix == ".gguf":
         control_vector.write(SteeringVector({1: direction}, architecture=_ARCHITECTURE), path)
@@ -317,6 +318,7 @@ def runnable(arguments: Sequence[str], judge: str) -> list[str]:
 HERE = [command for command in OURS if "http://localhost:8080" not in command.arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", list({c.arguments: c for c in HERE}.values()), ids=str)
 def test_commands_run(command: Command, desk: Path, judge: str) -> None:
     arguments = runnable(command.arguments, judge)
@@ -332,6 +334,7 @@ def test_commands_run(command: Command, desk: Path, judge: str) -> None:
         assert result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in ALL if c.program in ("cat", "grep")], ids=str)
 def test_small_tools_find_what_they_are_given(command: Command, desk: Path) -> None:
     done = subprocess.run([command.program, *command.arguments], capture_output=True, check=False)
@@ -356,6 +359,7 @@ def test_llama_server_takes_the_options(command: Command, desk: Path, tmp_path: 
         assert server.post("/v1/chat/completions", body)["choices"]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("command", [c for c in OURS if c not in HERE], ids=str)
 def test_commands_of_a_running_server_run(command: Command, desk: Path, judge: str, tmp_path: Path) -> None:
@@ -393,6 +397,7 @@ def test_every_python_block_compiles(block: Block) -> None:
     ast.parse(block.text, block.where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", [b for b in PYTHON if b.where.startswith("docs/howto/use.md")], ids=lambda block: block.where
 )
@@ -404,6 +409,7 @@ def test_the_files_work_in_llama_cpp_python_as_it_is_written(
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_does(files: Path, tmp_path: Path) -> None:
     """What they capture is what one does (`test_capture`)."""
     (block,) = (b for b in PYTHON if b.where.startswith("docs/scaling.md"))

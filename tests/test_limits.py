@@ -43,6 +43,7 @@ def error_of(stderr: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_one_error_and_keeps_what_was_answered(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     arguments = answers(tmp_path / "out", tmp_path / "tiny.gguf")

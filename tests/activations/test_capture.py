@@ -248,6 +248,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_gguf(["Gemma 4", "Granite", STREAMS], tmp_path_factory.mktemp("families"))
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[str, Path]) -> None:
     """Heads of Gemma 4 are twice as wide in every other block."""
     with LlamaModel(families["Gemma 4"], n_parallel=3, n_ctx=512, n_threads=1) as model:
@@ -257,6 +258,7 @@ def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[st
     assert constant.keys() == {"ffn_down/constant"}
 
 
+@pytest.mark.slow
 def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> None:
     talks = [Conversation(c.prompt, [], quiet=False) for c in conversations()]
     message = "architecture 'gemma3n'.*activations cannot be read"
@@ -269,6 +271,7 @@ def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> Non
         capture(TorchModel(families[STREAMS].with_suffix("")), talks, len(PREFIX), seed=7)
 
 
+@pytest.mark.slow
 def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
     families: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -355,6 +358,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_capture_and_fit_what_one_does(
     network: tuple[Path, Any], model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -404,6 +404,7 @@ def test_the_binding_checks_what_it_is_given() -> None:
         _core.statistics(h, v, np.zeros(4), np.ones(3), neutral=0.1, quantile=0.9, threads=1)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_the_stub_describes_the_binary() -> None:
     checked = subprocess.run(

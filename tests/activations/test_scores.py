@@ -23,19 +23,21 @@ from rs_gguf.activations.scores import (
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.constrained import SafeRidge
 from rs_gguf.estimators.estimator import (
+    DirectionEstimator,
     MeanDifference,
     RidgeMeanDifference,
 )
+from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.validation import choose_ridge
 
 
-def sample(n=200, n_layers=5, seed=0):
+def sample(n: int = 200, n_layers: int = 5, seed: int = 0) -> tuple[Float64, Float64]:
     rng = np.random.default_rng(seed)
     confidence = rng.uniform(-1, 1, n)
     return confidence[:, None] * np.linspace(0, 2, n_layers) + rng.normal(size=(n, n_layers)), confidence
 
 
-def test_layer_scores_equal_the_formula():
+def test_layer_scores_equal_the_formula() -> None:
     p, c = sample()
     scores = layer_scores(p.astype(np.float32), c)
     for layer, column in enumerate(p.astype(np.float32).astype(np.float64).T):
@@ -45,7 +47,7 @@ def test_layer_scores_equal_the_formula():
     assert scores.dtype == np.float64
 
 
-def test_layer_scores_at_the_edges():
+def test_layer_scores_at_the_edges() -> None:
     c = np.array([-1.0, -0.5, 0.5, 1.0])
     np.testing.assert_allclose(layer_scores(np.column_stack([c, -c]), c), [1, -1 - math.sqrt(2.5)])
     np.testing.assert_allclose(layer_scores(np.full((4, 1), 0.1), c), [-math.sqrt((1.1**2 + 0.6**2) / 2)])
@@ -58,7 +60,7 @@ def test_layer_scores_at_the_edges():
         layer_scores(np.zeros((1, 2)), [np.nan])
 
 
-def test_auroc_equals_sklearn_with_ties_and_without_neutral_samples():
+def test_auroc_equals_sklearn_with_ties_and_without_neutral_samples() -> None:
     p, c = sample()
     p = np.round(p, 1)
     used = np.abs(c) > 0.3
@@ -68,7 +70,7 @@ def test_auroc_equals_sklearn_with_ties_and_without_neutral_samples():
         layer_auroc(p, -np.abs(c))
 
 
-def test_bands_hold_the_score_and_repeat_with_the_seed():
+def test_bands_hold_the_score_and_repeat_with_the_seed() -> None:
     p, c = sample(400)
     low, high = score_bands(p, c, layer_auroc, resamples=60)
     assert (low < high).all()
@@ -77,7 +79,7 @@ def test_bands_hold_the_score_and_repeat_with_the_seed():
     assert not np.array_equal(score_bands(p, c, layer_auroc, resamples=60, seed=1)[0], low)
 
 
-def test_choice_drops_the_deepest_and_block_0():
+def test_choice_drops_the_deepest_and_block_0() -> None:
     rising = np.arange(24.0)
     assert choose_layers(rising, 2) == [21, 22]
     assert choose_layers(rising, 2, drop_deepest=0) == [22, 23]
@@ -94,7 +96,7 @@ def test_choice_drops_the_deepest_and_block_0():
         choose_layers(rising, 1, drop_deepest=1)
 
 
-def test_profiles():
+def test_profiles() -> None:
     np.testing.assert_array_equal(flat_profile([9, 1, 5, 4, 9], 2), [0, 0, 1, 1, 0])
     np.testing.assert_array_equal(band_profile(6, 2, 4), [0, 0, 1, 1, 1, 0])
     for first, last in ((0, 3), (3, 2), (2, 6)):
@@ -102,7 +104,7 @@ def test_profiles():
             band_profile(6, first, last)
 
 
-def test_calibration_scales():
+def test_calibration_scales() -> None:
     p, c = sample()
     plus, minus = calibration_scales(p, c)
     for layer in range(5):
@@ -116,7 +118,7 @@ def test_calibration_scales():
 
 
 @pytest.mark.parametrize("rank", [1, 5, 20])
-def test_one_pass_gives_what_the_projections_give(rank):
+def test_one_pass_gives_what_the_projections_give(rank: int) -> None:
     rng = np.random.default_rng(rank)
     confidence = rng.uniform(-1, 1, 90)
     h = (rng.normal(size=(90, 3, 33)) + confidence[:, None, None]).astype(np.float16)
@@ -137,7 +139,7 @@ def test_one_pass_gives_what_the_projections_give(rank):
 # --- ridge selection -------------------------------------------------------------------------------------
 
 
-def activations_and_confidence(n=40, width=6):
+def activations_and_confidence(n: int = 40, width: int = 6) -> tuple[Float64, Float64]:
     rng = np.random.default_rng(3)
     confidence = rng.choice([-1, 1], n) * rng.uniform(0.2, 1, n)
     confidence[:3] = 0.05
@@ -146,7 +148,7 @@ def activations_and_confidence(n=40, width=6):
 
 
 @pytest.mark.parametrize("kind", [RidgeMeanDifference, SafeRidge])
-def test_kfold_scores_equal_refitting_each_fold(kind):
+def test_kfold_scores_equal_refitting_each_fold(kind: type[DirectionEstimator]) -> None:
     """On the classes of the estimator: of the safe ones harmful prompts are in neither."""
     activations, confidence = activations_and_confidence(90, width=30)
     from rs_gguf.estimators.validation import _folds
@@ -167,7 +169,7 @@ def test_kfold_scores_equal_refitting_each_fold(kind):
     assert choice.best == choice.ridges[np.argmax(choice.scores.mean(axis=1))]
 
 
-def test_folds_share_out_both_classes():
+def test_folds_share_out_both_classes() -> None:
     from rs_gguf.estimators.validation import _folds
 
     side = np.repeat([-1.0, 0.0, 1.0], [50, 10, 11])
@@ -177,7 +179,7 @@ def test_folds_share_out_both_classes():
     assert {int((side[part] < 0).sum()) for part in parts} == {10}
 
 
-def test_selection_prefers_a_ridge_that_generalises():
+def test_selection_prefers_a_ridge_that_generalises() -> None:
     rng = np.random.default_rng(0)
     confidence = np.tile([-1.0, 1.0], 40)
     # The signal lies in the quietest direction among many loud ones: hardly any ridge is right.
@@ -191,7 +193,7 @@ def test_selection_prefers_a_ridge_that_generalises():
     assert tied.best == 1  # equal scores: the calmer one
 
 
-def test_selection_errors():
+def test_selection_errors() -> None:
     activations, confidence = activations_and_confidence()
     rmd = RidgeMeanDifference()
     with pytest.raises(InputError, match="folds"):

@@ -24,7 +24,7 @@ from rs_gguf.steering.vector import SteeringVector
 DOWN = "blk.1.ffn_down.weight"
 
 
-PROVENANCE = {"method": "gate", "model.sha256": "ab" * 32, "strength": 0.5}
+PROVENANCE: dict[str, Any] = {"method": "gate", "model.sha256": "ab" * 32, "strength": 0.5}
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
@@ -48,7 +48,9 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def vector(tmp_path: Path) -> Path:
-    control_vector.write(SteeringVector({1: np.ones(32)}, architecture="qwen2"), tmp_path / "v.gguf")
+    control_vector.write(
+        SteeringVector({1: np.ones(32, np.float32)}, architecture="qwen2"), tmp_path / "v.gguf"
+    )
     return tmp_path / "v.gguf"
 
 
@@ -60,6 +62,7 @@ def test_check_of_the_file_alone(adapter: Path) -> None:
     assert (found["valid"], found["errors"], found["warnings"], found["proof"]) == (True, [], [], None)
 
 
+@pytest.mark.slow
 def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> None:
     code, stdout, _ = invoke("check", adapter, "--model", model)
     assert code == 0
@@ -71,6 +74,7 @@ def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> Non
     assert proof["kl_mean"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "said"), [(0.0, "no logit moves"), (0.95, "does not move by B A x")])
 def test_check_finds_a_runtime_that_does_something_else(
     adapter: Path, model: Path, factor: float, said: str, monkeypatch: pytest.MonkeyPatch
@@ -98,6 +102,7 @@ def test_check_on_another_model_says_why_and_exits_1(tmp_path: Path, model: Path
     assert f"tensor '{DOWN}' has incorrect shape" in stdout
 
 
+@pytest.mark.slow
 def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Path) -> None:
     whole = random_adapter()
     a, b = whole.factors[DOWN]

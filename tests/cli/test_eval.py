@@ -33,6 +33,8 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH = 4, 32
 TOKENS = 10
 
@@ -49,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factors = {
         "blk.1.ffn_down.weight": (
             rng.standard_normal((2, 2 * WIDTH)).astype(np.float32),
-            rng.standard_normal((WIDTH, 2)).astype(np.float32) / 4,
+            rng.standard_normal((WIDTH, 2)).astype(np.float32) / np.float32(4),
         )
     }
     lora.write(lora.LoraAdapter(factors, "qwen2"), folder / "a.gguf")
@@ -192,7 +194,7 @@ def test_answers_are_drawn_as_asked_on_both_sides(folder: Path) -> None:
     warm = ("--control-vector", "@v.gguf", "--temperature", "2")
     first, again, other = (evaluate(folder, *warm, "--seed", seed) for seed in ("7", "7", "8"))
     assert (first["temperature"], first["seed"]) == (2.0, 7)
-    drawn = {"max_tokens": TOKENS, "sampling": Sampling(temperature=2.0, seed=7)}
+    drawn: dict[str, Any] = {"max_tokens": TOKENS, "sampling": Sampling(temperature=2.0, seed=7)}
     with LlamaModel(folder / "tiny.gguf") as model:
         tokens = chat_tokens(model, [Prompt(row["prompt"], "sensitive") for row in first["rows"]])
         plain = dict(model.generate(tokens, **drawn))

@@ -1,5 +1,7 @@
 """`rs-export check`, `inspect`, `convert` and `combine` on control vectors."""
 
+# mypy: disable-error-code="dict-item"
+# Rows are given as lists and in float64, too, which the constructors convert.
 from __future__ import annotations
 
 import json
@@ -51,6 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_check_on_a_model_prints_effect_and_divergence(tmp_path: Path, model: Path) -> None:
     path = written(tmp_path / "v.gguf", SteeringVector({1: row(1), 3: row(3)}, {}, "qwen2"))
     code, stdout, _ = invoke("check", path, "--model", model)
@@ -91,7 +94,7 @@ def test_check_prints_what_the_loader_would_have_said(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_blocks_norms_provenance_and_cosines(tmp_path: Path) -> None:
-    facts = {"method": "wrmd", "strength": 0.5, "layers": [1, 3]}
+    facts: dict[str, Any] = {"method": "wrmd", "strength": 0.5, "layers": [1, 3]}
     path = written(tmp_path / "v.gguf", SteeringVector({1: [3.0, 4.0], 3: [0.0, 2.0]}, facts, "qwen2"))
     other = written(tmp_path / "w.gguf", SteeringVector({1: [-3.0, -4.0], 2: [1.0, 0.0]}))
     code, stdout, _ = invoke("inspect", path, "--against", other, "--json")

@@ -80,7 +80,7 @@ def test_ctrl_c_waits_for_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_thinking_traces_are_not_judged() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "p", "answer": "<think>Sorry, I cannot.</think>\n\nParis."},
         {"prompt": "p", "answer": "<think>Let me see."},
         {"prompt": "p", "answer": "<think>Easy.</think>Sorry, no."},

@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_the_recipe_of_its_folder(
 def test_a_run_ends_with_1_where_neither_file_passes(
     vector: bool, adapter: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = {"gate": {"passed": vector}}
+    metrics: dict[str, Any] = {"gate": {"passed": vector}}
     if adapter is not None:
         metrics["adapter"] = {"gate": {"passed": adapter}}
     monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: metrics)

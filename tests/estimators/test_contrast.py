@@ -48,7 +48,7 @@ def test_where_hardly_any_other_refusal_is_left_failures_count(failures: int) ->
 @pytest.mark.parametrize("direct", [MIN_SAMPLES, MIN_SAMPLES - 1])
 def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) -> None:
     """Of any kind of prompt; else all that did not fall apart."""
-    categories: list[str | None] = [None] * 3 * COUNT
+    categories: list[str | None] = [None] * (3 * COUNT)
     categories[:4] = ["direct", "direct", "nonsense", "deflection"]
     categories[COUNT : COUNT + 4] = [*["direct"] * (direct - 2), *["empty"] * (6 - direct)]
     weights = contrast_weights(labels(), categories, induce=True)

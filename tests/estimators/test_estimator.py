@@ -9,9 +9,11 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators import device
 from rs_gguf.estimators.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
 from rs_gguf.estimators.estimator import (
+    DirectionEstimator,
     MeanDifference,
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
@@ -33,18 +36,28 @@ from rs_gguf.estimators.estimator import (
     WeightedRidgeMeanDifference,
     fit_paths,
 )
+from rs_gguf.estimators.labels import Mask
+from rs_gguf.estimators.moments import Float64
 from rs_gguf.machine import Processes
 from rs_gguf.methods.fit import Samples, fit, load_directions, load_gates
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.trials import Candidate
 
-FOUR = [MeanDifference, WeightedMeanDifference, RidgeMeanDifference, WeightedRidgeMeanDifference]
-FIVE = [*FOUR, UncentredWeightedRidgeMeanDifference]
-SAFE = [SensitiveRidge, ContrastRidge, SafeRidge, ResidualRidge]
+Extended = npt.NDArray[np.longdouble]
+Names = npt.NDArray[np.str_]
+
+FOUR: list[type[DirectionEstimator]] = [
+    MeanDifference,
+    WeightedMeanDifference,
+    RidgeMeanDifference,
+    WeightedRidgeMeanDifference,
+]
+FIVE: list[type[DirectionEstimator]] = [*FOUR, UncentredWeightedRidgeMeanDifference]
+SAFE: list[type[DirectionEstimator]] = [SensitiveRidge, ContrastRidge, SafeRidge, ResidualRidge]
 
 
-def planted(n=120, n_layers=3, width=10, seed=0):
+def planted(n: int = 120, n_layers: int = 3, width: int = 10, seed: int = 0) -> tuple[Float64, Float64]:
     """Activations [n, L, D] that move along a fixed direction with confidence, on correlated noise."""
     rng = np.random.default_rng(seed)
     confidence = rng.choice([-1, 1], n) * rng.uniform(0.2, 1, n)
@@ -55,7 +68,7 @@ def planted(n=120, n_layers=3, width=10, seed=0):
     return activations, confidence
 
 
-def labelled(n=240, width=12, seed=0):
+def labelled(n: int = 240, width: int = 12, seed: int = 0) -> tuple[Float64, Float64, Names, Names]:
     """As `planted`, with kinds and two groupings; harm moves along a direction of its own."""
     activations, confidence = planted(n, 2, width, seed)
     rng = np.random.default_rng(seed + 100)
@@ -67,11 +80,17 @@ def labelled(n=240, width=12, seed=0):
     return activations, confidence, kinds, groups
 
 
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+def unit(vectors: Float64) -> Float64:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
 
-def reference(estimator, activations, confidence, ridge, weights=None):
+def reference(
+    estimator: DirectionEstimator,
+    activations: Float64,
+    confidence: Float64,
+    ridge: float,
+    weights: Float64 | None = None,
+) -> Float64:
     """The formulas as written: covariance by np.cov, then np.linalg.solve, for each layer on its own."""
     weights = np.ones(len(confidence)) if weights is None else weights
     if estimator.by_confidence:
@@ -99,7 +118,9 @@ def reference(estimator, activations, confidence, ridge, weights=None):
 @pytest.mark.parametrize("width", [10, 64, 200], ids=["n>D", "n~D", "n<D"])
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
 @pytest.mark.parametrize("kind", FIVE)
-def test_equals_direct_solve(kind, scale, width):
+def test_equals_direct_solve(
+    kind: type[DirectionEstimator], scale: Literal["relative", "absolute"], width: int
+) -> None:
     activations, confidence = planted(width=width)
     estimator, ridges = kind(ridge_scale=scale), [1e-4, 1e-3, 0.03, 1, 100]
     path = fit_paths(activations, confidence, [estimator], ridges=ridges)[0]
@@ -111,7 +132,7 @@ def test_equals_direct_solve(kind, scale, width):
         np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-14)
 
 
-def eliminate(matrix, right):
+def eliminate(matrix: Extended, right: Extended) -> Extended:
     """matrix⁻¹ right by Gaussian elimination; NumPy's solvers would go back to fp64."""
     matrix, right = matrix.copy(), right.copy()
     for k in range(len(matrix)):
@@ -123,10 +144,12 @@ def eliminate(matrix, right):
     return right
 
 
-@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no type wider than fp64 on this platform")
+@pytest.mark.skipif(
+    bool(np.finfo(np.longdouble).eps > 1e-18), reason="no type wider than fp64 on this platform"
+)
 @pytest.mark.parametrize("width", [10, 54, 200], ids=["n>D", "n~D", "n<D"])
 @pytest.mark.parametrize("centred", [True, False])
-def test_tiny_ridges_equal_elimination_in_extended_precision(centred, width):
+def test_tiny_ridges_equal_elimination_in_extended_precision(centred: bool, width: int) -> None:
     # Here a solve in fp64 itself is wrong in the eighth digit, so it can be no reference.
     activations, confidence = planted(n_layers=1, width=width)
     kind = WeightedRidgeMeanDifference if centred else UncentredWeightedRidgeMeanDifference
@@ -145,7 +168,7 @@ def test_tiny_ridges_equal_elimination_in_extended_precision(centred, width):
 
 
 @pytest.mark.parametrize("width", [10, 200])
-def test_path_equals_separate_fits_and_shares_systems(width):
+def test_path_equals_separate_fits_and_shares_systems(width: int) -> None:
     activations, confidence = planted(width=width)
     grid = [1e-3, 0.1, 1, 50]
     estimators = [kind() for kind in FIVE]
@@ -155,14 +178,14 @@ def test_path_equals_separate_fits_and_shares_systems(width):
         for ridge, directions in zip(grid, path.directions, strict=True):
             alone = kind(ridge=ridge).fit(activations, confidence)
             np.testing.assert_allclose(directions, alone.directions_, atol=1e-12)
-    alone = fit_paths(activations, confidence, [WeightedRidgeMeanDifference()], ridges=grid)[0]
-    np.testing.assert_array_equal(alone.directions, paths[3].directions)
+    path = fit_paths(activations, confidence, [WeightedRidgeMeanDifference()], ridges=grid)[0]
+    np.testing.assert_array_equal(path.directions, paths[3].directions)
 
 
 @pytest.mark.parametrize("kind", FIVE)
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), width=st.sampled_from([3, 9, 80]))
-def test_invariances(kind, seed, width):
+def test_invariances(kind: type[DirectionEstimator], seed: int, width: int) -> None:
     activations, confidence = planted(60, 2, width, seed)
     rng = np.random.default_rng(seed)
     fit = kind(ridge=0.2).fit(activations, confidence).directions_
@@ -190,7 +213,7 @@ def test_invariances(kind, seed, width):
 @pytest.mark.parametrize("kind", SAFE)
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10_000), width=st.sampled_from([9, 80]))
-def test_safe_invariances(kind, seed, width):
+def test_safe_invariances(kind: type[DirectionEstimator], seed: int, width: int) -> None:
     activations, confidence, kinds, _ = labelled(120, width, seed)
     rng = np.random.default_rng(seed)
     fit = kind(ridge=0.2).fit(activations, confidence, kinds=kinds).directions_
@@ -227,7 +250,7 @@ def test_safe_invariances(kind, seed, width):
     "kind", [WeightedMeanDifference, WeightedRidgeMeanDifference, UncentredWeightedRidgeMeanDifference]
 )
 @pytest.mark.parametrize("width", [4, 90])
-def test_weighted_refused_mean_projects_above_answered(kind, width):
+def test_weighted_refused_mean_projects_above_answered(kind: type[DirectionEstimator], width: int) -> None:
     activations, confidence = planted(60, 4, width, 5)
     fit = kind(ridge=0.01).fit(activations, confidence).directions_
     plus, minus = confidence > 0.15, confidence < -0.15
@@ -237,14 +260,14 @@ def test_weighted_refused_mean_projects_above_answered(kind, width):
     assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
 
 
-def test_large_ridge_gives_the_mean_difference():
+def test_large_ridge_gives_the_mean_difference() -> None:
     activations, confidence = planted(width=30)
     ridge = RidgeMeanDifference(ridge=1e9).fit(activations, confidence)
     mean = MeanDifference().fit(activations, confidence)
     np.testing.assert_allclose(ridge.directions_, mean.directions_, atol=1e-8)
 
 
-def test_small_ridge_gives_linear_discriminant_analysis():
+def test_small_ridge_gives_linear_discriminant_analysis() -> None:
     rng = np.random.default_rng(4)
     half = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
     # Both classes have one scatter, so that LDA's pooled covariance is the answered one.
@@ -255,12 +278,12 @@ def test_small_ridge_gives_linear_discriminant_analysis():
     np.testing.assert_allclose(ours, unit(lda.coef_[0]), atol=1e-8)
 
 
-def test_offsets():
+def test_offsets() -> None:
     activations, confidence = planted()
     kinds = np.where(np.arange(120) % 2, "benign", "sensitive")
     plus, minus, neutral = confidence > 0.15, confidence < -0.15, np.abs(confidence) <= 0.15
     middle = (activations[plus].mean(axis=0) + activations[minus].mean(axis=0)) / 2
-    expected = {
+    expected: dict[Literal["auto", "neutral", "midpoint", "benign"], Float64] = {
         "auto": activations[neutral].mean(axis=0),
         "neutral": activations[neutral].mean(axis=0),
         "midpoint": middle,
@@ -275,7 +298,7 @@ def test_offsets():
     )
 
 
-def test_constant_features_and_a_single_answered_sample():
+def test_constant_features_and_a_single_answered_sample() -> None:
     activations, confidence = planted(width=6)
     activations[:, :, 2] = 3.0
     direction = RidgeMeanDifference(ridge=0.1).fit(activations, confidence).directions_
@@ -293,7 +316,7 @@ def test_constant_features_and_a_single_answered_sample():
 
 
 @pytest.mark.parametrize("kind", FIVE)
-def test_one_sample_a_class(kind):
+def test_one_sample_a_class(kind: type[DirectionEstimator]) -> None:
     activations, _ = planted(n=2)
     fitted = kind().fit(activations, [0.8, -0.6])
     # Without a spread there is no metric: the line through the two points, but for the two forms that measure
@@ -304,7 +327,7 @@ def test_one_sample_a_class(kind):
 
 
 @pytest.mark.parametrize("width", [10, 150])
-def test_zero_weight_equals_absence(width):
+def test_zero_weight_equals_absence(width: int) -> None:
     activations, confidence = planted(width=width)
     weights = np.ones(120)
     weights[::3] = 0
@@ -314,7 +337,7 @@ def test_zero_weight_equals_absence(width):
         np.testing.assert_allclose(zero.directions_, out.directions_, atol=1e-12)
 
 
-def test_dtypes_tensors_and_memory_maps(tmp_path):
+def test_dtypes_tensors_and_memory_maps(tmp_path: Path) -> None:
     activations, confidence = planted()
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
         cast = activations.astype(dtype)
@@ -330,7 +353,7 @@ def test_dtypes_tensors_and_memory_maps(tmp_path):
 
 
 @pytest.mark.parametrize("width", [10, 300])
-def test_same_bytes_for_any_number_of_threads_and_cores(width, monkeypatch):
+def test_same_bytes_for_any_number_of_threads_and_cores(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     activations, confidence = planted(400, 5, width)
     before = torch.get_num_threads()
     results = set()
@@ -346,15 +369,15 @@ def test_same_bytes_for_any_number_of_threads_and_cores(width, monkeypatch):
     assert len(results) == 1
 
 
-class Held(TorchDispatchMode):
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are alive, and the most there were at a time."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self.known = set()
+        self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
@@ -366,13 +389,16 @@ class Held(TorchDispatchMode):
                     self.most = max(self.most, self.now)
         return found
 
-    def _free(self, pointer, size):
+    def _free(self, pointer: int, size: int) -> None:
         self.known.discard(pointer)
         self.now -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1000, 448), (500, 896)], ids=["n>D", "n<D"])
-def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(shape, monkeypatch):
+def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     activations, confidence = planted(shape[0], 2, shape[1])
     half = activations.astype(np.float16)
     monkeypatch.setattr(device, "usable_cores", lambda: 1)  # each core works on a layer of its own
@@ -381,14 +407,16 @@ def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(shape, monke
     assert activations[:, 0].nbytes / 4 < held.most < 1.5 * activations[:, 0].nbytes
 
 
-def test_cuda_where_there_is_none():
+def test_cuda_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=r"'cuda': PyTorch sees no CUDA device.*'cpu' or 'auto'"):
         MeanDifference(device="cuda").fit(*planted())
 
 
-def test_apple_machines_are_told_that_the_cpu_computes(monkeypatch, caplog):
+def test_apple_machines_are_told_that_the_cpu_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert device.resolve_device("auto").type == "cpu"
@@ -398,7 +426,7 @@ def test_apple_machines_are_told_that_the_cpu_computes(monkeypatch, caplog):
     assert not caplog.text
 
 
-def test_sklearn_manners():
+def test_sklearn_manners() -> None:
     estimator = RidgeMeanDifference(ridge=0.3, neutral=0.2)
     assert estimator.get_params() == {
         "ridge": 0.3,
@@ -416,14 +444,14 @@ def test_sklearn_manners():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", FIVE)
-def test_non_finite_activations_name_the_layer(kind, bad):
+def test_non_finite_activations_name_the_layer(kind: type[DirectionEstimator], bad: float) -> None:
     activations, confidence = planted()
     activations[7, 2, 3] = bad
     with pytest.raises(InputError, match="layer 2"):
         kind().fit(activations, confidence)
 
 
-def test_errors_say_what_is_wrong():
+def test_errors_say_what_is_wrong() -> None:
     activations, confidence = planted()
     md = MeanDifference()
     with pytest.raises(InputError, match="'refused'"):
@@ -466,7 +494,7 @@ def test_errors_say_what_is_wrong():
         {"device": "tpu"},
     ],
 )
-def test_bad_parameters(options):
+def test_bad_parameters(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         RidgeMeanDifference(**options)
 
@@ -474,11 +502,13 @@ def test_bad_parameters(options):
 # --- safe variants ---------------------------------------------------------------------------------------
 
 
-def contrasts(activations, confidence, kinds, layer, inside=None):
+def contrasts(
+    activations: Float64, confidence: Float64, kinds: Names, layer: int, inside: Mask | None = None
+) -> tuple[Float64, Float64]:
     """δ and h of one layer, |c|-weighted, by np.average."""
     h = activations[:, layer]
 
-    def mean(mask):
+    def mean(mask: Mask) -> Float64:
         return np.average(h[mask], axis=0, weights=np.abs(confidence[mask]))
 
     refused, answered = confidence > 0.15, confidence < -0.15
@@ -489,14 +519,14 @@ def contrasts(activations, confidence, kinds, layer, inside=None):
     )
 
 
-def metric(activations, confidence, kinds, layer, ridge):
+def metric(activations: Float64, confidence: Float64, kinds: Names, layer: int, ridge: float) -> Float64:
     members = (kinds != "harmful") & (confidence < -0.15)
     matrix = np.cov(activations[members, layer], rowvar=False, aweights=-confidence[members], ddof=0)
-    return matrix + ridge * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+    return np.asarray(matrix + ridge * np.trace(matrix) / len(matrix) * np.eye(len(matrix)))
 
 
 @pytest.mark.parametrize("width", [12, 150], ids=["n>D", "n<D"])
-def test_safe_is_the_constrained_minimum(width):
+def test_safe_is_the_constrained_minimum(width: int) -> None:
     activations, confidence, kinds, _ = labelled(width=width)
     fitted = SafeRidge(ridge=0.1).fit(activations, confidence, kinds=kinds)
     for layer in range(2):
@@ -514,7 +544,7 @@ def test_safe_is_the_constrained_minimum(width):
     assert (np.abs(fitted.contrast_cosine_) > 0.01).all()
 
 
-def test_contrast_takes_harm_as_its_negative_class():
+def test_contrast_takes_harm_as_its_negative_class() -> None:
     activations, confidence, kinds, _ = labelled()
     fitted = ContrastRidge(ridge=0.5).fit(activations, confidence, kinds=kinds)
     relabelled = np.where(
@@ -530,7 +560,7 @@ def test_contrast_takes_harm_as_its_negative_class():
     np.testing.assert_allclose(fitted.directions_, expected.directions_, atol=1e-10)
 
 
-def test_residual_directions():
+def test_residual_directions() -> None:
     activations, confidence, kinds, _ = labelled()
     delta, harm = contrasts(activations, confidence, kinds, 0)
     inverse = np.linalg.inv(metric(activations, confidence, kinds, 0, 1.0))
@@ -541,7 +571,7 @@ def test_residual_directions():
     np.testing.assert_allclose(np.abs(hard.directions_[0] @ expected), 1, atol=1e-10)
 
 
-def test_harm_cosine_is_that_of_the_mean_contrasts():
+def test_harm_cosine_is_that_of_the_mean_contrasts() -> None:
     activations, confidence, kinds, _ = labelled()
     fitted = SensitiveRidge(ridge=1e9).fit(activations, confidence, kinds=kinds)
     delta, harm = contrasts(activations, confidence, kinds, 1)
@@ -559,7 +589,9 @@ ROUNDED = 1 + 1e-7 * np.random.default_rng(3).standard_normal((240, 12))  # by w
 
 @pytest.mark.parametrize("same", [np.ones((240, 12)), ROUNDED], ids=["same", "rounded"])
 @pytest.mark.parametrize("kind", [*FIVE, *SAFE])
-def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(kind, same):
+def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(
+    kind: type[DirectionEstimator], same: Float64
+) -> None:
     activations, confidence, kinds, _ = labelled()
     fitted = kind().fit(activations, confidence, kinds=kinds)
     broken = np.insert(activations, 1, same, axis=1)
@@ -571,12 +603,13 @@ def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(kind, same):
 
 
 @pytest.mark.parametrize("kind", [SafeRidge, ResidualRidge])
-def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind):
+def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind: type[DirectionEstimator]) -> None:
     activations, confidence, kinds, _ = labelled()
     rng = np.random.default_rng(7)
     # Two values only, as where a block sees but the last token; far from zero, as outlier dimensions are.
-    two = np.where(rng.random(240)[:, None] < 0.5, *(100 + rng.normal(size=(2, 12))))
-    options = {"ridges": [1e-3, 1.0], "kinds": kinds}
+    one, other = 100 + rng.normal(size=(2, 12))
+    two = np.where(rng.random(240)[:, None] < 0.5, one, other)
+    options: dict[str, Any] = {"ridges": [1e-3, 1.0], "kinds": kinds}
     (fitted,) = fit_paths(activations, confidence, [kind()], **options)
     (found,) = fit_paths(np.insert(activations, 1, two, axis=1), confidence, [kind()], **options)
     assert not found.directions[:, 1].any()
@@ -587,7 +620,7 @@ def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind):
         kind().fit(two[:, None], confidence, kinds=kinds)
 
 
-def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
+def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Path) -> None:
     """As in LFM2, whose first convolutions see nothing but the end of the chat template."""
     activations, confidence, kinds, _ = labelled()
     activations = np.insert(activations, 0, np.ones((2, 240, 12)), axis=1).astype(np.float32)
@@ -613,10 +646,12 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path):
         for layer in whole:
             np.testing.assert_array_equal(whole[layer], alive[layer])
         assert directions.steering(Candidate("md", 0.0, 1, 1, 6.0)) == {}
-    assert list(load_gates(tmp_path).factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
+    gates = load_gates(tmp_path)
+    assert gates is not None
+    assert list(gates.factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
 
 
-def test_safe_errors():
+def test_safe_errors() -> None:
     activations, confidence, kinds, _ = labelled()
     with pytest.raises(InputError, match="'harmful'"):
         SafeRidge().fit(activations, confidence, kinds=np.where(kinds == "harmful", "benign", kinds))
@@ -633,6 +668,8 @@ import torch.distributed as dist
 from rs_gguf.estimators.constrained import SafeRidge
 from rs_gguf.estimators import RidgeMeanDifference, UncentredWeightedRidgeMeanDifference
 from rs_gguf.estimators import WeightedMeanDifference, WeightedRidgeMeanDifference, fit_paths
+from rs_gguf.estimators.labels import Mask
+from rs_gguf.estimators.moments import Float64
 from rs_gguf.machine import Processes
 folder = sys.argv[1]
 dist.init_process_group("gloo")
@@ -648,7 +685,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_directions_of_one(tmp_path):
+@pytest.mark.slow
+def test_two_processes_give_the_directions_of_one(tmp_path: Path) -> None:
     narrow, confidence, kinds, _ = labelled()
     wide = labelled(width=150)[0]
     np.savez(tmp_path / "in.npz", narrow=narrow, wide=wide, confidence=confidence, kinds=kinds)

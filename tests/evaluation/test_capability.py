@@ -28,6 +28,7 @@ def test_there_are_enough_and_each_is_there_once() -> None:
     assert {task.kind for task in found} == set(SKILLS)
 
 
+@pytest.mark.slow
 @needs_sandbox
 def test_each_reference_passes_and_no_refusal_does() -> None:
     for task in tasks():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fixtures.binaries import completion
 from fixtures.tiny_gguf import write_tiny_qwen2
-from mutator import MEMORY, limits, mutate, replace
+from fuzz.mutator import MEMORY, limits, mutate, replace
 from safetensors.torch import save
 
 from rs_gguf.errors import InputError
@@ -27,6 +27,8 @@ from rs_gguf.steering.guard import StricterThanLlamaCpp, open_gguf
 from rs_gguf.steering.lora_file import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import check, read, write
+
+pytestmark = pytest.mark.slow
 
 SEED = 20260714
 FILES = 20_000
@@ -39,10 +41,16 @@ PIECES = (b"\0" * 4, b"\xff" * 4, b"\0\0\xc0\x7f", b"\0\0\x80\x7f")
 def gguf_seeds(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("seeds")
     rng = np.random.default_rng(SEED)
-    facts = {"method": "wrmd", "layers": [1, 2], "names": ["a", "b"], "strength": 0.5, "on": True}
-    directions = {layer: rng.standard_normal(8) for layer in (1, 2)}
+    facts: dict[str, Any] = {
+        "method": "wrmd",
+        "layers": [1, 2],
+        "names": ["a", "b"],
+        "strength": 0.5,
+        "on": True,
+    }
+    directions = {layer: rng.standard_normal(8).astype(np.float32) for layer in (1, 2)}
     write(SteeringVector(directions, facts, "qwen2"), folder / "ours.gguf")
-    write(SteeringVector({1: rng.standard_normal(3)}), folder / "small.gguf")
+    write(SteeringVector({1: rng.standard_normal(3).astype(np.float32)}), folder / "small.gguf")
     writer = gguf.GGUFWriter(folder / "theirs.gguf", "controlvector")
     writer.add_custom_alignment(8)
     writer.add_string("controlvector.model_hint", "llama")
@@ -172,7 +180,11 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
     seeds = []
     for rank, names in ((1, ["blk.1.ffn_down"]), (2, ["blk.0.attn_output", "blk.1.ffn_down"])):
         factors = {
-            f"{n}.weight": (rng.standard_normal((rank, 4)), rng.standard_normal((3, rank))) for n in names
+            f"{n}.weight": (
+                rng.standard_normal((rank, 4)).astype(np.float32),
+                rng.standard_normal((3, rank)).astype(np.float32),
+            )
+            for n in names
         }
         lora.write(LoraAdapter(factors, "qwen2", {"method": "gate", "margin": 0.5}), path)
         seeds.append(path.read_bytes())
@@ -284,7 +296,7 @@ def test_the_largest_files_fit_into_the_memory(tmp_path: Path) -> None:
         gguf_file("lora.gguf", "", {"blk.1.ffn_down.weight.lora_a": a, "blk.1.ffn_down.weight.lora_b": b}),
     ]
     kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn)
-    matrices = []
+    matrices: list[Path] = []
     for kind in kinds:
         width = (32 * millions - 4096) // kind.itemsize // 511
         for part in (1, 2):  # the 16-bit ones fit in number at half of the bytes

@@ -18,7 +18,7 @@ if projection.HAS_KERNEL:
 else:
     KERNELS = []
 
-pytestmark = pytest.mark.skipif(not KERNELS, reason="rs_gguf._core is not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not KERNELS, reason="rs_gguf._core is not built")]
 
 TOLERANCE = 1e-6
 

@@ -8,11 +8,13 @@ import random
 from pathlib import Path
 
 import pytest
-from mutator import limits, mutate, replace
+from fuzz.mutator import limits, mutate, replace
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import user_files as prompts
 from rs_gguf.records.conversation import SPLITS, Prompt
+
+pytestmark = pytest.mark.slow
 
 SEED = 20260714
 FILES = 20_000

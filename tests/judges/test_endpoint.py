@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -407,7 +407,9 @@ def test_leaving_early_asks_nothing_more(serve: Callable[..., Server]) -> None:
 def test_leaving_early_asks_nothing_that_waited_for_the_rate_limit(serve: Callable[..., Server]) -> None:
     server = serve(echo)
     limited = EndpointClient([server.url], "judge", EndpointOptions(concurrency=4, per_minute=1))
-    with contextlib.closing(limited.complete_all([ask(str(i)) for i in range(20)])) as found:
+    found = limited.complete_all([ask(str(i)) for i in range(20)])
+    assert isinstance(found, Generator)
+    with contextlib.closing(found):
         next(found)
     assert len(server.asked) == 1  # the others had their turn a minute later
 

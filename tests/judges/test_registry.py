@@ -21,7 +21,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
-from rs_gguf.judges.judge import by_rule
+from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judges.probe import Categories, Components, Probe, load_probe, read_states, save_probe
 from rs_gguf.judges.registry import Judgement, Pair, open_judge, open_judge_spec, shipped_probe
@@ -415,7 +415,7 @@ def test_agreement_of_a_judge_that_judges_nothing_or_pairs_of_one_class() -> Non
 
 def test_agreement_counts_what_the_labels_say() -> None:
     class Fixed:
-        name = "fixed"
+        name, identity, usage = "fixed", "fixed", None
 
         def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
             for i, confidence in reversed(list(enumerate([0.9, -0.9, 0.2, None, -0.5]))):
@@ -467,6 +467,7 @@ class PlantedModel(FakeModel):
                 yield k, place, {"l_out": state.astype(np.float32)}
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_planted_label_and_kind(tmp_path: Path) -> None:
     (tmp_path / "judge.gguf").write_bytes(b"GGUF")
     pairs = labelled_pairs()
@@ -675,10 +676,15 @@ def test_an_opened_judge_remembers_in_the_users_cache(
 
 
 def test_the_identity_changes_with_the_model_and_the_kind_of_judge(model: LlamaModel) -> None:
-    before = [LabelJudge(model), ProbeJudge(model, probe_for(model)), VotesJudge(model), KeywordJudge()]
+    before: list[Judge] = [
+        LabelJudge(model),
+        ProbeJudge(model, probe_for(model)),
+        VotesJudge(model),
+        KeywordJudge(),
+    ]
     identities = [judge.identity for judge in before]
     model.path.write_bytes(b"GGUF and something else")
-    after = [LabelJudge(model), ProbeJudge(model, probe_for(model)), VotesJudge(model)]
+    after: list[Judge] = [LabelJudge(model), ProbeJudge(model, probe_for(model)), VotesJudge(model)]
     identities += [judge.identity for judge in after]
     assert len(set(identities)) == 7
 

@@ -155,12 +155,16 @@ def model(real_model: Path) -> LlamaModel:
 @pytest.mark.real
 def test_the_scores_are_those_of_the_answers_tokens(model: LlamaModel) -> None:
     judge = VotesJudge(model, votes=3, max_tokens=24)
-    pairs = [("What happened in Hungary in 1956?", ANSWER), ("What is it?", " "), ("And now?", None)]
+    pairs: list[tuple[str, str | None]] = [
+        ("What happened in Hungary in 1956?", ANSWER),
+        ("What is it?", " "),
+        ("And now?", None),
+    ]
     graded = dict(judge.judge(pairs))
     assert graded[1] == Judgement(1.0, "rule: empty answer", "empty")
     assert graded[2].confidence is None
     # The same votes, drawn here and scored by another way: one prediction at a time.
-    prompt = ChatFormat.of(model).tokenize(model, verdict_message(*pairs[0]))
+    prompt = ChatFormat.of(model).tokenize(model, verdict_message(pairs[0][0], ANSWER))
     drawn = dict(model.generate([prompt] * 3, max_tokens=24, sampling=SAMPLING))
     places = [(i, k) for i, vote in drawn.items() for k in range(len(vote.tokens))]
     logprobs: dict[int, list[float]] = {i: [] for i in drawn}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
 from rs_gguf.activations.fallback import numpy_projections
-from rs_gguf.activations.scores import calibration_scales
+from rs_gguf.activations.scores import calibration_scales, principal_components
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.methods import figures
@@ -18,9 +20,13 @@ from rs_gguf.methods import fit as fitting
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.records.conversation import KINDS, Prompt
 
+pytestmark = pytest.mark.slow
+
+Draw = dict[str, Callable[[Path], None]]
+
 
 @pytest.fixture
-def draw():
+def draw() -> Draw:
     rng = np.random.default_rng(0)
     activations = rng.normal(size=(30, 4, 12)).astype(np.float16)
     confidence = rng.uniform(-1, 1, 30)
@@ -39,7 +45,7 @@ def draw():
 
 
 @pytest.mark.parametrize("name", ["scores", "cosines", "pca", "projections", "mass", "ridge"])
-def test_png_and_svg_repeat(draw, name, tmp_path):
+def test_png_and_svg_repeat(draw: Draw, name: str, tmp_path: Path) -> None:
     for suffix in ("png", "svg"):
         first, second = tmp_path / f"a.{suffix}", tmp_path / "new" / f"b.{suffix}"
         draw[name](first)
@@ -50,7 +56,7 @@ def test_png_and_svg_repeat(draw, name, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "new"]  # no left-overs
 
 
-def test_a_failed_figure_leaves_the_old_file(draw, tmp_path):
+def test_a_failed_figure_leaves_the_old_file(draw: Draw, tmp_path: Path) -> None:
     target = tmp_path / "a.svg"
     target.write_text("old")
     with pytest.raises(InputError, match="do not vary"):
@@ -60,7 +66,7 @@ def test_a_failed_figure_leaves_the_old_file(draw, tmp_path):
         draw["mass"](tmp_path / "a.jpg")
 
 
-def test_dimension_mass():
+def test_dimension_mass() -> None:
     rows = np.array([[4.0, -3, 2, 1], [1, 1, 1, 1]])
     np.testing.assert_allclose(figures.dimension_mass(rows, top=2), [0.7, 0.5])
     with pytest.raises(InputError, match="1 to 4"):
@@ -68,9 +74,9 @@ def test_dimension_mass():
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
-def test_principal_components_equal_the_svd(shape):
+def test_principal_components_equal_the_svd(shape: tuple[int, int]) -> None:
     rows = np.random.default_rng(1).normal(size=shape)
-    scores, shares = figures.principal_components(rows)
+    scores, shares = principal_components(rows)
     left, singular, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :2] * singular[:2]), atol=1e-10)
     np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)
@@ -86,13 +92,13 @@ def samples(n: int) -> fitting.Samples:
     return fitting.Samples(prompts, activations, confidence, {}, Path())
 
 
-def fit(given: fitting.Samples, folder, estimators):
+def fit(given: fitting.Samples, folder: Path, estimators: list[str]) -> dict[str, bytes]:
     folder.mkdir(exist_ok=True)
     fitting.fit(given, Recipe(fit=Fit(estimators=estimators)).fit_options, folder, advance=lambda _: None)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path):
+def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path: Path) -> None:
     # Large enough that BLAS would share out a product over the samples.
     given, results = samples(3600), []
     for threads in (1, 2):
@@ -106,7 +112,7 @@ def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path):
     assert results[0] == results[1]
 
 
-def test_too_few_refusals_of_harm_to_hold_any_out_leave_the_fit_as_it_is(tmp_path):
+def test_too_few_refusals_of_harm_to_hold_any_out_leave_the_fit_as_it_is(tmp_path: Path) -> None:
     given = samples(60)
     harmful = np.flatnonzero([p.kind == "harmful" for p in given.prompts])
     given.confidence[harmful[1:]] = -0.9
@@ -116,7 +122,7 @@ def test_too_few_refusals_of_harm_to_hold_any_out_leave_the_fit_as_it_is(tmp_pat
     assert "figures/safe-wrmd-ridge.svg" not in left
 
 
-def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(tmp_path):
+def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(tmp_path: Path) -> None:
     fit(samples(60), tmp_path, ["wrmd", "md"])
     assert (tmp_path / "figures" / "wrmd-ridge.svg").is_file()
     left = fit(samples(6), tmp_path, ["wrmd"])  # three of a class: five folds are not to be had
@@ -125,18 +131,19 @@ def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(
     }
 
 
-def test_adapters_that_a_search_tried_go_with_the_fit_that_they_are_made_of(tmp_path):
+def test_adapters_that_a_search_tried_go_with_the_fit_that_they_are_made_of(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "gate-1-1-2-0.gguf").touch()
     fit(samples(6), tmp_path, ["md"])
     assert not (tmp_path / "adapters").exists()
 
 
-def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
+def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path) -> None:
     """s⁻ of the answered to remove, s⁺ of the refused to induce (method §5)."""
     given = samples(600)
     given.activations[given.confidence > 0] *= 3.0
-    for effect, side, sign in (("remove", 1, 1), ("induce", 0, -1)):
+    cases: list[tuple[Literal["remove", "induce"], int, int]] = [("remove", 1, 1), ("induce", 0, -1)]
+    for effect, side, sign in cases:
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
         fitting.fit(given, recipe.fit_options, tmp_path / effect, advance=lambda _: None)
@@ -150,7 +157,7 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path):
         assert not np.allclose(expected[0], expected[1], rtol=0.1)
 
 
-def test_without_a_covariance_one_ridge_is_enough(tmp_path):
+def test_without_a_covariance_one_ridge_is_enough(tmp_path: Path) -> None:
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
     fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
     found = fitting.load_directions(tmp_path, recipe.fit_options)

@@ -54,7 +54,8 @@ def difference(labels: Labels) -> Float64:
     """Weights of the contrast: refused minus answered sensitive, each by |confidence|."""
     refused = np.where((labels.kinds == "sensitive") & (labels.confidence > 0.15), labels.confidence, 0.0)
     answered = np.where((labels.kinds == "sensitive") & (labels.confidence < -0.15), labels.confidence, 0.0)
-    return refused / refused.sum() - answered / answered.sum()
+    found: Float64 = refused / refused.sum() - answered / answered.sum()
+    return found
 
 
 def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet: float = QUIET) -> Float64:
@@ -78,7 +79,8 @@ def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet
                     cells.append(inside @ x / inside.sum())
     for mean in cells:
         energy += np.outer(mean, mean) / len(cells)
-    return energy + ridge * np.trace(energy) / width * np.eye(width)
+    found: Float64 = energy + ridge * np.trace(energy) / width * np.eye(width)
+    return found
 
 
 def means(inputs: WriterInputs, layer: int, labels: Labels) -> Float64:
@@ -228,6 +230,7 @@ def test_a_form_that_is_refused_more_is_not_taken_for_the_refusal() -> None:
 def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
     """Their block outputs are not asked for: the contrast is of the judged ones."""
     inputs, residuals, labels = problem(per_class=12)
+    assert labels.kinds is not None
     judged = np.arange(len(labels.confidence)) % 3 > 0
     order = np.concatenate([np.flatnonzero(judged), np.flatnonzero(~judged)])
     confidence = np.where(judged, labels.confidence, 0.0)[order]
@@ -404,7 +407,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
     }
     written: dict[str, Float64] = {kind: np.zeros(OUT) for kind in KINDS}
     for name, (a, b) in factors.items():
-        assert (a.dtype, b.dtype) == (np.float32, np.float32)
+        assert a.dtype == b.dtype == np.float32
         layer, rows = int(name.split(".")[1]), inputs if "ffn_down" in name else other
         assert (a.shape, b.shape) == ((1, rows.last.shape[2]), (OUT, 1))
         for kind, mean in zip(KINDS, means(rows, layer, labels), strict=True):

@@ -21,6 +21,8 @@ from fixtures.families import CASES
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import llama_cpp_name, writer_inputs
 
+pytestmark = pytest.mark.slow
+
 IGNORING = ["Hy4"]
 
 

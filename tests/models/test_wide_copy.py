@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from io import BytesIO
 from pathlib import Path
@@ -125,9 +126,9 @@ def test_a_small_share_is_not_worth_a_copy(model: Path, monkeypatch: pytest.Monk
 
 def test_no_copy_on_a_disk_without_room(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2 * model.stat().st_size
-    monkeypatch.setattr(widening.shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
     assert widening.file_to_load(model) == model
-    monkeypatch.setattr(widening.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert widening.file_to_load(model) != model
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -232,7 +233,9 @@ def test_an_adapter_changes_what_every_block_has(
 def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
     """The last one guesses a token further ahead."""
     block = {"attn_output.weight": (16, 24), "ffn_down.weight": (16, 48)}
-    tensors = {f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()}
+    tensors: dict[str, tuple[int, ...]] = {
+        f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()
+    }
     tensors |= {"token_embd.weight": (99, 16), "blk.2.nextn.eh_proj.weight": (16, 32)}
     values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
     found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
@@ -320,6 +323,7 @@ def shape(tiny: Path) -> Shape:
     return shapes.of_gguf(tiny)
 
 
+@pytest.mark.slow
 def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: Shape, tmp_path: Path) -> None:
     wanted = [f"model={tiny}", "prompts.fit=40", "prompts.unanswered=20", "prompts.tune=8"]
     wanted += ["answers.tokens=8", "judge=keywords"]
@@ -472,7 +476,7 @@ def test_a_measured_speed_is_that_of_the_machine(
 ) -> None:
     machine = Machine(shape, true)
     monkeypatch.setattr(speeds, "_algebra", lambda: 7.0)
-    monkeypatch.setattr(speeds.time, "perf_counter", lambda: machine.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: machine.now)
     found = speeds.measured_speed(machine, shape, [[1, i, *range(i)] for i in range(4, 12)])  # type: ignore[arg-type]
     assert (found.prompt, found.answer, found.bandwidth) == pytest.approx(
         (true.prompt, true.answer, true.bandwidth), rel=1e-6
@@ -527,6 +531,7 @@ def test_a_configuration_alone_will_do(network: Any, tmp_path: Path) -> None:
     assert rows[1]["model"]["writers"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
 
 
+@pytest.mark.slow
 def test_the_command_measures(tiny: Path) -> None:
     wanted = ["--set", f"model={tiny}", "--set", "judge=keywords", "--set", "answers.parallel=4"]
     code, stdout, _ = command(*wanted, "--measure", "--json")

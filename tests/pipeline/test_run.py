@@ -47,6 +47,8 @@ from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
+pytestmark = pytest.mark.slow
+
 PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
 LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
 SMALL = [
@@ -141,7 +143,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
         assert {around[p.id] for p in unjudged} == {""}
         # Each context is a cell of its own, which a gate has to stay shut for.
-        assert set(samples.labels.groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
+        assert set(samples.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
         n = len(samples.prompts)
         check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
@@ -553,7 +555,12 @@ def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path)
 
 def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(models, "fingerprint", lambda path: read.append(path.name) or path.name)
+
+    def fingerprint(path: Path) -> str:
+        read.append(path.name)
+        return path.name
+
+    monkeypatch.setattr(models, "fingerprint", fingerprint)
     for name in ("model.gguf", "judge.gguf"):
         (tmp_path / name).write_text("")
     values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]

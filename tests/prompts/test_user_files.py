@@ -159,7 +159,8 @@ def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text(
             f"prompt,split\none,{split}\n{name},fit\ntwo,tune\n", encoding="utf-8"
         )
-    files = {kind: [] for kind in KINDS} | {"benign": [tmp_path / "a.csv", tmp_path / "b.csv"]}
+    files: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
+    files["benign"] = [tmp_path / "a.csv", tmp_path / "b.csv"]
     found = {split: [p.prompt for p in rows["benign"]] for split, rows in pool(files).items()}
     assert {split: sorted(rows) for split, rows in found.items()} == {
         "fit": ["a", "b"], "tune": ["two"], "test": ["one"],
@@ -169,7 +170,8 @@ def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
 def test_a_split_without_a_prompt_is_told_before_hours_of_work(tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_text("prompt,split\none,fit\ntwo,test\n", encoding="utf-8")
-    files = {kind: [] for kind in KINDS} | {"harmful": [path]}
+    files: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
+    files["harmful"] = [path]
     with pytest.raises(
         InputError, match=r"own\.csv: none of 2 harmful prompts is for tune.*a column `split`"
     ):
@@ -219,7 +221,7 @@ def test_parquet(tmp_path: Path) -> None:
         {"id": 2, "Behavior": "d", "ContextString": "c"},
     ]
     assert texts(parquet_file(tmp_path / "file.parquet", rows)) == ["b", "c\n\nd"]
-    conversation = [
+    conversation: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "u"}]},
         {"messages": [{"role": "user", "content": 3}]},
     ]
@@ -460,6 +462,7 @@ def test_near_duplicates_are_found() -> None:
     assert sorted(near_duplicates(prompts, 0.7)) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]

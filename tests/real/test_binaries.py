@@ -61,7 +61,9 @@ def unsteered(tiny: LlamaModel) -> list[list[int]]:
 def steering(tmp_path: Path) -> tuple[dict[int, np.ndarray], list[str]]:
     """What is added to which block, and the options that say so: of a file on more blocks, at a scale."""
     rng = np.random.default_rng(2)
-    vector = SteeringVector({layer: rng.standard_normal(WIDTH) for layer in range(1, N_LAYER)})
+    vector = SteeringVector(
+        {layer: rng.standard_normal(WIDTH).astype(np.float32) for layer in range(1, N_LAYER)}
+    )
     control_vector.write(vector, tmp_path / "vector.gguf")
     options = ["--control-vector-scaled", f"{tmp_path / 'vector.gguf'}:{SCALE}"]
     options += ["--control-vector-layer-range", str(FIRST), str(LAST)]

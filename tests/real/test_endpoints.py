@@ -74,7 +74,8 @@ def test_answers_go_on_at_the_other_server(servers: list[Server]) -> None:
     survivor, victim = servers
     expected = answers(LlamaServer(address(survivor), []), [])
     assert len(set(expected)) > 10  # so that a row in another one's place would be seen
-    both, done = LlamaServer(address(victim, survivor), []), []
+    both = LlamaServer(address(victim, survivor), [])
+    done: list[int] = []
     assert answers(both, done, kill_after=8, victim=victim) == expected
     assert done == [1] * len(PROMPTS)
     assert victim._process.poll() == -signal.SIGKILL
@@ -116,7 +117,7 @@ def test_the_answers_of_a_run_go_on_at_the_other_server(servers: list[Server], t
     found = answer_stage(tmp_path / "both", KillingProgress(victim, after=8), victim, survivor)
     assert victim._process.poll() == -signal.SIGKILL
     assert found == expected  # each row once, in its order
-    with contextlib.closing(LlamaModel(model)) as loaded:
+    with contextlib.closing(LlamaModel(Path(model))) as loaded:
         for row in found:
             assert loaded.detokenize(row["tokens"]) == row["answer"]
 

@@ -21,7 +21,7 @@ from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.models import resolve as models
-from rs_gguf.prompts import user_files as prompt_sets
+from rs_gguf.prompts import grid as prompt_sets
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.vector import SteeringVector
@@ -73,7 +73,7 @@ def _f32_cache(defaults: Any = llama_cpp.llama_context_default_params) -> Any:
 def test_a_hook_is_a_control_vector(tiny: tuple[Any, LlamaModel], layers: list[int], scale: float) -> None:
     network, model = tiny
     rng = np.random.default_rng(5)
-    vector = SteeringVector({layer: rng.standard_normal(TINY_WIDTH) for layer in layers})
+    vector = SteeringVector({layer: rng.standard_normal(TINY_WIDTH).astype(np.float32) for layer in layers})
     prompts = [model.tokenize(text) for text in ("the rain in the mountains", "é", "on and on, again")]
 
     def hooked() -> np.ndarray:
@@ -185,12 +185,12 @@ def test_steering_moves_the_logits_alike(
     (_, plain_quantised), (residual, plain_dequantised) = plain
     direction = np.random.default_rng(layer).standard_normal(quantised.n_embd)
     direction *= strength * norm(residual[:, layer], axis=1).mean() / norm(direction)
-    direction = direction.astype(np.float32)
-    with quantised.steered(Steering({layer: direction})):
+    rounded = direction.astype(np.float32)
+    with quantised.steered(Steering({layer: rounded})):
         expected = logits_of(quantised, prompts) - plain_quantised
 
     def error_at(block: int) -> float:
-        with dequantised.steered(Steering({block: direction})):
+        with dequantised.steered(Steering({block: rounded})):
             return float(norm(logits_of(dequantised, prompts) - plain_dequantised - expected))
 
     error = error_at(layer)
@@ -211,7 +211,7 @@ def test_a_gate_moves_the_logits_alike(quantised: LlamaModel, dequantised: Torch
 
     def moved(scale: float) -> np.ndarray:
         with added(dequantised.model, lora.read(ADAPTER), scale):
-            return logits_of(dequantised, tokens) - plain[1]
+            return np.asarray(logits_of(dequantised, tokens) - plain[1])
 
     norm = np.linalg.norm
     error = norm(moved(1.0) - expected)

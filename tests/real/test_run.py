@@ -224,6 +224,7 @@ def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, re
     shown = proof.prove(vector, real_model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.TOLERANCE
+    assert shown.kl_mean is not None
     assert shown.kl_mean > 0
     assert vector.provenance["measured"] is True
 
@@ -234,6 +235,7 @@ def test_the_written_adapter_moves_the_model_by_its_matrices(finished: Killed, r
         shown = proof.prove(out / "remove-adapter.gguf", model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.ADAPTER_TOLERANCE
+    assert shown.kl_mean is not None
     assert shown.kl_mean > 0
     assert lora.read(out / "remove-adapter.gguf").provenance["measured"] is True
 

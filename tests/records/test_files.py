@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.records import files
 from rs_gguf.records.files import check_writable, from_home, remove_drafts, sha256, write_atomic, write_text
 from rs_gguf.records.rows import json_lines, read_json, write_json
 
@@ -73,7 +72,7 @@ def test_a_disk_that_fills_up_only_at_the_flush_is_noticed(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"):
         write_text(tmp_path / "file.txt", "text")
     assert names(tmp_path) == []
@@ -90,7 +89,7 @@ def test_the_file_is_not_in_its_place_before_its_bytes_are_on_the_disk(
         seen.append((path.exists(), os.fstat(handle).st_size))
         fsync(handle)
 
-    monkeypatch.setattr(files.os, "fsync", watch)
+    monkeypatch.setattr(os, "fsync", watch)
     write_text(path, "text")
     assert seen == [(False, 4)]
 

@@ -15,6 +15,8 @@ from playwright.sync_api import Browser, Page
 
 from rs_gguf.report.page import write_report
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 

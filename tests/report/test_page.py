@@ -165,10 +165,10 @@ def test_files_that_count_other_prompts_have_their_own_before(tmp_path: Path) ->
     assert [int(n) for n in re.findall(r"before \d+\u202f% of (\d+)", others)] == [4, 10]
     nothing = others.split(">Nothing<")[1].split("</tr>")[0]
     assert nothing.count("%<small>") == 2, "of the other kinds"
-    row = printed(json.loads((folder / "metrics.json").read_text())).split("├")[0]
-    assert re.findall(r"before ([\d.]+%)", row.split("┡")[1]) == ["0.0%", "60.0%"]
-    assert re.findall(r"of (\d+)", row) == ["4", "10"]
-    assert "4 prompts" not in row
+    table = printed(json.loads((folder / "metrics.json").read_text())).split("├")[0]
+    assert re.findall(r"before ([\d.]+%)", table.split("┡")[1]) == ["0.0%", "60.0%"]
+    assert re.findall(r"of (\d+)", table) == ["4", "10"]
+    assert "4 prompts" not in table
 
 
 def test_rates_of_no_prompt_are_not_measured(tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def section(page: Page, name: str) -> str:
 
 
 def rate_of(rows: list[dict[str, Any]], kind: str, side: str) -> float:
-    found = [row[f"confidence_{side}"] for row in rows if row["kind"] == kind]
+    found: list[float | None] = [row[f"confidence_{side}"] for row in rows if row["kind"] == kind]
     return sum(c > 0 for c in found if c is not None) / sum(c is not None for c in found)
 
 
@@ -650,7 +650,7 @@ def test_cosine_map_shows_each_pair_of_blocks(run_folder: Path) -> None:
 def test_scatter_shows_refused_and_answered_prompts_of_each_kind(run_folder: Path) -> None:
     fit = section(Page(write_report(with_arrays(run_folder))), "fit")
     sides: dict[str, list[float]] = {"filled": [], "hollow": []}
-    counts = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for kind, fill, marks in re.findall(r'<g class="kind (\w+) (filled|hollow)">(.*?)</g>\n', fit):
         places = re.findall(r"translate\((\S+) (\S+)\)", marks)
         sides[fill] += [float(x) for x, _ in places]

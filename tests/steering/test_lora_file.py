@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from gguf import GGUFValueType
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import GateError, InputError
-from rs_gguf.records import files
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.formats import peft as peft_export
 from rs_gguf.steering.lora_file import LoraAdapter
@@ -96,7 +96,7 @@ def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
 
 def test_same_content_same_bytes(tmp_path: Path) -> None:
     shuffled = LoraAdapter(
-        dict(reversed(FULL.factors.items())), "qwen2", dict(reversed(FULL.provenance.items()))
+        dict(reversed([*FULL.factors.items()])), "qwen2", dict(reversed([*FULL.provenance.items()]))
     )
     lora.write(FULL, tmp_path / "a.gguf")
     lora.write(shuffled, tmp_path / "b.gguf")
@@ -124,7 +124,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full_disk)
+        patch.setattr(os, "fsync", full_disk)
         with pytest.raises(InputError, match="No space left"):
             lora.write(FULL, path)
     with monkeypatch.context() as patch:
@@ -368,7 +368,7 @@ def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
     assert set(total.factors) == set(FULL.factors) | set(other.factors)
     assert total.rank == 3
     for name, (a, b) in total.factors.items():
-        expected = 0
+        expected = np.zeros(())
         for part, weight in ((FULL, 0.5), (other, -2.0)):
             if name in part.factors:
                 expected = expected + weight * part.factors[name][1] @ part.factors[name][0]
@@ -403,6 +403,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.Q
     return path, write_tiny_qwen2(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, -0.5])
 def test_llama_cpp_adds_scale_times_the_product(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, scale: float
@@ -444,6 +445,7 @@ def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausal
         assert np.abs(twice - under((file, 0.5))).max() > 0.1
 
 
+@pytest.mark.slow
 def test_check_proves_the_effect_on_the_model(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:

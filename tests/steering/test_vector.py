@@ -1,5 +1,7 @@
 """SteeringVector: what it accepts, and that `apply` equals adding the direction to the model's own bias."""
 
+# mypy: disable-error-code="dict-item"
+# Rows are given as lists and in float64, too, which the constructors convert.
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -23,7 +25,8 @@ def vector(*layers: int, width: int = WIDTH, seed: int = 0) -> SteeringVector:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        return model(PROMPTS).logits
+        found: torch.Tensor = model(PROMPTS).logits
+    return found
 
 
 def hook_count(model: torch.nn.Module) -> int:
@@ -196,7 +199,11 @@ def test_is_a_sorted_frozen_copy() -> None:
 
 
 def test_takes_numpy_scalars_as_provenance() -> None:
-    given = {"drift": np.float64(0.5), "layers": [np.int32(1), np.int64(2)], "on": np.bool_(True)}
+    given: dict[str, Any] = {
+        "drift": np.float64(0.5),
+        "layers": [np.int32(1), np.int64(2)],
+        "on": np.bool_(True),
+    }
     steering = SteeringVector({1: [1.0]}, given)
     assert steering == SteeringVector({1: [1.0]}, {"drift": 0.5, "layers": [1, 2], "on": True})
 

@@ -1,5 +1,7 @@
 """Control vector files: the writer's bytes, the reader's refusals, and every reason that `check` knows."""
 
+# mypy: disable-error-code="dict-item"
+# Rows are given as lists and in float64, too, which the constructors convert.
 from __future__ import annotations
 
 import os
@@ -16,7 +18,6 @@ from fixtures.binaries import completion
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.errors import GateError, InputError
-from rs_gguf.records import files
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.guard import MAX_BYTES
@@ -103,7 +104,7 @@ def test_same_vector_same_bytes(tmp_path: Path) -> None:
     a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
     write(FULL, a)
     shuffled = SteeringVector(
-        dict(reversed(FULL.directions.items())), dict(reversed(FULL.provenance.items())), "qwen2"
+        dict(reversed([*FULL.directions.items()])), dict(reversed([*FULL.provenance.items()])), "qwen2"
     )
     write(shuffled, b)
     assert a.read_bytes() == b.read_bytes()
@@ -127,7 +128,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(InputError, match="No space left"):
         write(FULL, path)
     assert path.read_bytes() == before
@@ -374,10 +375,10 @@ def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.
         asked.append((vector, model))
         return SimpleNamespace(reasons=("the model has 6 blocks",), loader_says="refused")
 
-    stub = ModuleType("rs_gguf.proof")
+    stub = ModuleType("rs_gguf.steering.proof")
     stub.prove = prove  # type: ignore[attr-defined]
     stub.other_model = lambda provenance, model: ["of another file"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rs_gguf.proof", stub)
+    monkeypatch.setitem(sys.modules, "rs_gguf.steering.proof", stub)
     report = check(path, "model.gguf")
     assert asked == [(FULL, "model.gguf")]
     assert report.errors == ("the model has 6 blocks",)

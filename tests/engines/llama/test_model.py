@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from fixtures.tiny_gguf import SPECIALS, write_tiny_qwen2
 from rs_gguf import machine
 from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.generation import Sampling
-from rs_gguf.engines.llama import file as llama_file
 from rs_gguf.engines.llama import graph
 from rs_gguf.engines.llama.calls import called_back, calling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
+from rs_gguf.models import header as gguf_header
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.lora_file import LoraAdapter
@@ -228,7 +229,7 @@ def test_what_llama_cpp_does_not_mind_when_it_loads_is_told(
         monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda self, _: self.add_string(
             "tokenizer.ggml.model", "none"))  # fmt: skip
     else:
-        monkeypatch.setattr(llama_file.gguf_header, "values_of_whole", lambda _: {})
+        monkeypatch.setattr(gguf_header, "values_of_whole", lambda _: {})
     write_tiny_qwen2(path)
     with pytest.raises(InputError, match=f"tiny.gguf holds (no )?{spoil}"):
         LlamaModel(path, n_parallel=1, n_ctx=256)
@@ -396,7 +397,7 @@ def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path
     long = [5] * 101
     with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
         assert len(list(model.generate([[5] * 92], max_tokens=8))) == 1
-        uses = [
+        uses: list[Callable[[], Iterable[object]]] = [
             lambda: model.generate([[5] * 93], max_tokens=8),
             lambda: model.next_logits([long]),
             lambda: model.token_logprobs([([5], long)]),
@@ -409,7 +410,7 @@ def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path
 
 def write_adapter(path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((1, 64)), rng.standard_normal((32, 1))
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 64), (32, 1)))
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": (a, b)}, "qwen2"), path)
 
 

@@ -288,8 +288,13 @@ def test_answers_do_not_depend_on_the_batch(
 
 def test_answers_at_once_share_a_cache(target: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[int]] = []
+
+    def answer(group: list[int], *_: object) -> list[object]:
+        groups.append(group)
+        return []
+
     monkeypatch.setattr(target, "_cached_tokens", 100)
-    monkeypatch.setattr(target, "_answer", lambda group, *_: groups.append(group) or [])
+    monkeypatch.setattr(target, "_answer", answer)
     list(target.generate([[5] * 10] * 5, max_tokens=40))
     list(target.generate([[5] * 10] * 5, max_tokens=10))
     assert list(map(len, groups)) == [2, 2, 1, 5]
@@ -409,7 +414,7 @@ def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
     original = write_tiny_qwen2(path)
     with TorchModel(path) as model:
         assert (model.architecture, model.n_layer, model.n_embd) == ("qwen2", 3, 32)
-        tokens = ChatFormat(model.chat_template).tokenize(model, "the <|im_end|> thing")  # type: ignore[arg-type]
+        tokens = ChatFormat(model.chat_template).tokenize(model, "the <|im_end|> thing")
         with torch.inference_mode():
             expected = original(torch.tensor([tokens])).logits[0, -1].numpy()
         np.testing.assert_allclose(logits_of(model, [tokens])[0], expected, atol=1e-5)

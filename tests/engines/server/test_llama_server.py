@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_thinking_is_switched_off_where_it_is_off_here(
             return {"chat_template": "{{ messages[0].content }}" + switch}
         return plain(root, path, *arguments)
 
-    plain = server_module.exchange
+    plain: Callable[..., Any] = vars(server_module)["exchange"]
     monkeypatch.setattr(server_module, "exchange", exchange)
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
@@ -165,6 +165,7 @@ def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
     model.expect_model(figures)
 
 
+@pytest.mark.slow
 def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "plain.gguf", THINKING_TEMPLATE.replace("<think>\n", ""))
     write_tiny_qwen3(tmp_path / "thinking.gguf", THINKING_TEMPLATE)
@@ -185,6 +186,7 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
     assert len(servers[0].asked) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_opens_the_trace_itself_is_refused(servers: list[Server], tmp_path: Path) -> None:
     write_tiny_qwen3(
         tmp_path / "own.gguf", THINKING_TEMPLATE.replace("<think>\n", ""), liked={"<think>": 9.0, "t": 4.0}

@@ -123,7 +123,9 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) ->
 def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
     arms: dict[str, Arm], name: str, passed: bool
 ) -> None:
-    sets = {kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS}
+    sets: dict[str, dict[str, float]] = {
+        kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS
+    }
     measuring._record_figures(arms[name], sets, 0.125, passed=passed)
     found = (control_vector.read if name == "vector" else lora.read)(arms[name].path).provenance
     assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)

@@ -45,6 +45,8 @@ from rs_gguf.search.finder import Finder
 from rs_gguf.search.rungs import Rungs, Unsteered
 from rs_gguf.steering import lora_file as lora
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, EACH = 4, 32, 8
 RIDGES = [0.05, 1.0]
 
@@ -219,7 +221,9 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     found = []
     for steering in (NO_STEERING, search.steering(candidate)):
         answers, graded, _ = answer_and_judge(setting.model, judge, asked, steering=steering, max_tokens=16)
-        refused = [(p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, graded, strict=True)]
+        refused: list[tuple[str, bool]] = [
+            (p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, graded, strict=True)
+        ]
         found.append((refused, sum(a.degenerate for a in answers)))
     (before, _), (after, broken) = found
     verdict = ("sensitive", effect == "remove")

@@ -14,6 +14,8 @@ from rs_gguf.records.files import save_arrays
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.vector import SteeringVector
 
 RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
 VECTOR, ADAPTER = Candidate("wrmd", 0.5, 1, 2, 1.75), Candidate(GATE, 0.5, 1, 2, 1.75, margin=0.25)
@@ -35,7 +37,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_both_files_say_what_they_are(folder: Path) -> None:
-    found = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
+    found: list[SteeringVector | LoraAdapter] = []
+    found += [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
     for file, candidate in zip(found, (VECTOR, ADAPTER), strict=True):
         expected = {
             "model.name": "tiny",

@@ -46,6 +46,7 @@ def torch_logits(network: transformers.PreTrainedModel) -> npt.NDArray[np.float3
         return np.stack([network(torch.tensor([p])).logits[0, -1].numpy() for p in PROMPTS])
 
 
+@pytest.mark.slow
 def test_the_effect_is_that_of_llama_cpp(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:

@@ -27,6 +27,8 @@ from rs_gguf.cli.main import main
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
 
+pytestmark = pytest.mark.slow
+
 WIDTH, N_LAYER = 32, 4
 PROMPT = torch.tensor([[5, 9, 17, 33, 2, 8]])
 PAIRS = [(f"w{5 + k} w{9 + k} w3", f"w{50 + k} w{90 - k} w4") for k in range(8)]
@@ -58,7 +60,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        return model(PROMPT).logits
+        found: torch.Tensor = model(PROMPT).logits
+    return found
 
 
 def converted(path: Path, origin: str) -> SteeringVector:

@@ -4,6 +4,8 @@ The expectations on block numbers are stated by hand from the writers' sources; 
 them against what the tools themselves do to a model.
 """
 
+# mypy: disable-error-code="dict-item"
+# Rows are given as lists and in float64, too, which the constructors convert.
 from __future__ import annotations
 
 import pickle
