@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rs_gguf.engines.server.exchange import Usage
+from rs_gguf.engines.server.replies import Usage
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Judge, Pair
 from rs_gguf.records.conversation import Judgement

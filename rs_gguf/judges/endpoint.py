@@ -15,16 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
-from rs_gguf.engines.server.exchange import (
-    KEY_VARIABLE,
-    Completion,
-    RequestRefusedError,
-    ServedModel,
-    Token,
-    TryFailedError,
-    Usage,
-    served_models,
-)
+from rs_gguf.engines.server.exchange import KEY_VARIABLE, RequestRefusedError, TryFailedError
+from rs_gguf.engines.server.replies import Completion, ServedModel, Token, Usage, served_models
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE, Pair, split_by_rule
 from rs_gguf.judges.rubric import chat_reading, label_message, read_verdict, rubric_version, verdict_message

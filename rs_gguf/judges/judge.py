@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from rs_gguf.engines.server.exchange import Usage
+from rs_gguf.engines.server.replies import Usage
 from rs_gguf.records.conversation import Judgement
 
 # (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.

@@ -222,7 +222,10 @@ def test_a_direction_without_a_place_is_refused(
 def test_an_adapter_is_applied_or_refused(engine: Engine, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     factors = {
-        "blk.1.ffn_down.weight": (rng.standard_normal((1, 2 * WIDTH)), rng.standard_normal((WIDTH, 1)))
+        "blk.1.ffn_down.weight": (
+            rng.standard_normal((1, 2 * WIDTH), dtype=np.float32),
+            rng.standard_normal((WIDTH, 1), dtype=np.float32),
+        )
     }
     lora.write(LoraAdapter(factors, "qwen2"), tmp_path / "a.gguf")
     steering, plain = Steering(adapters=[(tmp_path / "a.gguf", 1.0)]), logits(engine)

@@ -16,14 +16,8 @@ from fixtures.endpoints import Behaviour, Reply, Server, entry, said, without_pr
 
 from rs_gguf.engines.server import client as client_module
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
-from rs_gguf.engines.server.exchange import (
-    KEY_VARIABLE,
-    SERVER_KEY_VARIABLE,
-    Completion,
-    RequestRefusedError,
-    Token,
-    exchange,
-)
+from rs_gguf.engines.server.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE, RequestRefusedError, exchange
+from rs_gguf.engines.server.replies import Completion, Token
 from rs_gguf.errors import InputError
 from rs_gguf.judges.endpoint import EndpointJudge, label_confidence
 from rs_gguf.judges.votes import vote_confidence

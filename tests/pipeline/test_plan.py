@@ -25,7 +25,7 @@ from gguf import GGUFReader, GGUFWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from rs_gguf.cli.main import main
-from rs_gguf.engines.llama import model as llama
+from rs_gguf.engines.llama import contexts
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges import rubric
@@ -355,7 +355,7 @@ def test_sizes_that_the_stages_share_with_their_plan(tiny: Path) -> None:
     assert (measuring._DRIFT_PAIRS, rubric._MAX_PROMPT) == (costs._DRIFT, costs._JUDGE_CUT)
     with LlamaModel(tiny) as model:
         assert (model.n_ctx, model._open_context().n_batch) == (costs._CONTEXT, costs._BATCH)
-    assert llama._cells(1) == costs._PADDING
+    assert contexts.cells(1) == costs._PADDING
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,13 @@ from typing import Any
 from rs_gguf.engines.server.exchange import (
     KEY_VARIABLE,
     LOOKUP_TIMEOUT,
-    Completion,
     ForbiddenError,
     RequestRefusedError,
     TryFailedError,
-    Usage,
     checked_url,
     exchange,
-    parse_completion,
-    served_models,
 )
+from rs_gguf.engines.server.replies import Completion, Usage, parse_completion, served_models
 from rs_gguf.errors import InputError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds

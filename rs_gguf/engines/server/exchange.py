@@ -13,11 +13,8 @@ import contextlib
 import functools
 import ipaddress
 import json
-import math
 import os
 import ssl
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -41,33 +38,6 @@ _NEAR = [
         *("::1", "fc00::/7", "fe80::/10"),
     )
 ]
-_LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of its own might overflow
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token that was answered, its log-probability and those of the likeliest tokens at its place."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a server answered. `tokens` is None where it gives no log-probabilities."""
-
-    text: str
-    finished: bool  # by itself, not at the token limit
-    tokens: tuple[Token, ...] | None
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model as a server lists it. `figures` (n_params, n_vocab and others) are a llama-server's own."""
-
-    name: str
-    figures: Mapping[str, Any]
 
 
 class RequestRefusedError(InputError):
@@ -143,26 +113,13 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
         raise TryFailedError(said) from None
     if not response.is_success:
         # Blotted out before it is cut: half a key would not be known.
-        said = _shortened(_without(key, raw.decode("utf-8", "replace")))
+        said = shortened(_without(key, raw.decode("utf-8", "replace")))
         what = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
         raise _failure(url, response, f"{what} ({said})" if said else what, key, key_variable)
     try:
         return json.loads(_without(key, raw.decode("utf-8")))
     except (ValueError, RecursionError):
         raise TryFailedError("the answer is no JSON", suspect=True) from None
-
-
-def served_models(url: str, key_variable: str) -> list[ServedModel]:
-    """Return the models that the server at base `url` lists.
-
-    Raises:
-        TryFailedError, InputError: as of `exchange`; the former also where the answer is no such list.
-    """
-    found = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
-    try:
-        return [ServedModel(utf8(entry["id"]), dict(entry.get("meta") or {})) for entry in found["data"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TryFailedError(f"the answer is no list of models ({type(error).__name__}: {error})") from None
 
 
 def _failure(
@@ -245,7 +202,7 @@ def _without(key: str, text: str) -> str:
     return text
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
@@ -253,55 +210,3 @@ def _seconds(header: str | None) -> float | None:
     with contextlib.suppress(ValueError):
         return min(max(0.0, float(header or "")), 600.0)
     return None  # there is none, or it is a date; our own pause will do
-
-
-def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
-    """The completion in a response, and its (prompt, completion) tokens. `TryFailedError` if it has none."""
-    try:
-        choice = answer["choices"][0]
-        text = utf8(choice["message"].get("content") or "")
-        usage = answer.get("usage") or {}
-        content = (choice.get("logprobs") or {}).get("content")
-        tokens = None if not content else tuple(_token(entry) for entry in content)
-        completion = Completion(text, choice.get("finish_reason") == "stop", tokens)
-        return completion, (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        # Some providers say what went wrong with status 200.
-        said = answer.get("error") if isinstance(answer, dict) else None
-        why = _shortened(utf8(said)) if said else f"{type(error).__name__}: {error}"
-        raise TryFailedError(f"the answer is no chat completion ({why})", suspect=True) from None
-
-
-def utf8(value: Any) -> str:
-    """A server's text with a question mark for each half of a surrogate pair, which UTF-8 does not have."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
-def _count(value: Any) -> int:
-    number = int(value or 0)
-    if abs(number) >= 2**53:  # times a price, it might leave the floats
-        raise ValueError("a number of tokens that none can be")
-    return number
-
-
-def _token(entry: Mapping[str, Any]) -> Token:
-    top = tuple((str(t["token"]), _logprob(t["logprob"])) for t in entry.get("top_logprobs") or ())
-    return Token(str(entry["token"]), _logprob(entry["logprob"]), top)
-
-
-def _logprob(value: Any) -> float:
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError("a log-probability of nan")
-    return min(max(number, _LEAST_LOGPROB), 0.0)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What an endpoint has counted so far. `cost` is in the money that the prices were given in."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0

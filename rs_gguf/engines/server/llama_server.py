@@ -26,8 +26,8 @@ from rs_gguf.engines.server.exchange import (
     RequestRefusedError,
     TryFailedError,
     exchange,
-    served_models,
 )
+from rs_gguf.engines.server.replies import served_models
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat

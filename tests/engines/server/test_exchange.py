@@ -15,9 +15,9 @@ from rs_gguf.engines.server.exchange import (
     TryFailedError,
     checked_url,
     exchange,
-    served_models,
 )
 from rs_gguf.engines.server.llama_server import LlamaServer
+from rs_gguf.engines.server.replies import served_models
 from rs_gguf.errors import InputError
 
 KEY = "sk-do-not-tell-anybody"
