@@ -193,6 +193,7 @@ LEFT_OUT = {
     "python3": "makes the virtual environment that pip installs into",
     ".": "activates it",
     "pip": "fetches and compiles packages for minutes",
+    "torchrun": "shares a whole run between processes, as a test on the real model does",
     "lm_eval": "is another project's, and takes its tasks from a hub",
 }
 SERVER = "llama-server"

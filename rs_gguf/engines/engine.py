@@ -72,7 +72,7 @@ NO_STEERING = Steering()
 class Engine(ChatModel, Protocol):
     """A loaded model. Sequences are lists of tokens; many are worked on at once, in any order.
 
-    `max_length`: tokens of a sequence at most, its answer included. `metadata`: those of a GGUF file that
+    `max_length`: the most tokens of a sequence, its answer included. `metadata`: the keys of a GGUF file that
     llama.cpp loaded; another engine has none.
     """
 
@@ -158,7 +158,7 @@ def read_last(
     layers: Sequence[int],
     tensors: Sequence[str] = ("l_out",),
 ) -> dict[str, NDArray[np.float32]]:
-    """Return {tensor: [N, L, width]} at the last token of each prompt. What is raised is that of `read`."""
+    """Return {tensor: [N, L, width]} at the last token of each prompt; errors as in `read`."""
     last = [(len(tokens) - 1,) for tokens in prompts]
     found = {i: rows for i, _, rows in engine.read(prompts, last, layers, tensors)}
     return {name: np.stack([found[i][name] for i in range(len(prompts))]) for name in tensors}

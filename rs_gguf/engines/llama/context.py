@@ -1,7 +1,7 @@
 """A context of llama.cpp: the cache of many sequences, and what is decoded into it.
 
-A loaded file and a steering go in, then tokens, each with its place in a sequence. Logits come out, and what
-the `GraphReader` was told to read on the way.
+A loaded file and a steering go in, then tokens, each with its place in a sequence. Logits come out, and
+the tensors that the `GraphReader` reads on the way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class InForce:
     def of(
         cls, file: LlamaFile, directions: Mapping[int, Any], adapters: tuple[tuple[Any, float], ...]
     ) -> InForce:
-        """That of directions by their blocks, which the model has."""
+        """Put directions, by blocks that the model has, into a buffer of llama.cpp."""
         if not directions:
             return cls(None, adapters)
         # It starts at the first such block, and a shorter one would leave older values behind.

@@ -22,8 +22,8 @@ class LlamaContexts(LlamaFile):
     """A loaded GGUF file and the contexts that it is run in.
 
     Forward passes over whole sequences share one unified cache, where a common prefix costs nothing.
-    Answers use a cache with a stream for each sequence: there a token attends to its own sequence's cells
-    only, not to those of all others with a mask over them.
+    Answers use a cache with a stream for each sequence: there a token attends to the cells of its own
+    sequence. It need not pass over the cells of all others under a mask.
 
     A sequence has at most `max_length` tokens: `n_ctx`, or those that the model was trained on if they are
     fewer. Beyond them it has no positions (GPT-2), or answers what it never learned.
@@ -118,12 +118,12 @@ class LlamaContexts(LlamaFile):
         self._free_adapters([handle for handle, _ in steering.adapters])
 
     def _open_context(self) -> LlamaContext:
-        """That of forward passes; `InputError` after `close`."""
+        """Return the context of forward passes; `InputError` after `close`."""
         if self._forward_context is None:
             raise InputError(f"{self.path.name} was closed.")
         return self._forward_context
 
 
 def cells(length: int) -> int:
-    """Of a sequence in the cache: llama.cpp pads a stream to a multiple."""
+    """Return the cache cells of a sequence of `length` tokens: llama.cpp pads a stream to a multiple."""
     return -(-length // 256) * 256

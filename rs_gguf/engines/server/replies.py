@@ -14,7 +14,7 @@ _LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of i
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was answered, its log-probability and those of the likeliest tokens at its place."""
+    """A token of an answer, with its log-probability and the likeliest tokens at its place."""
 
     text: str
     logprob: float
@@ -42,7 +42,7 @@ def served_models(url: str, key_variable: str) -> list[ServedModel]:
     """Return the models that the server at base `url` lists.
 
     Raises:
-        TryFailedError, InputError: as of `exchange`; the former also where the answer is no such list.
+        TryFailedError, InputError: as in `exchange`; the former also where the answer is not a list of models.
     """
     found = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
     try:
