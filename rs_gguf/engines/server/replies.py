@@ -42,7 +42,7 @@ def served_models(url: str, key_variable: str) -> list[ServedModel]:
     """Return the models that the server at base `url` lists.
 
     Raises:
-        TryFailedError, InputError: as in `exchange`; the former also where the answer is not a list of models.
+        TryFailedError, InputError: as in `exchange`; the former also if it is not a list of models.
     """
     found = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
     try:
