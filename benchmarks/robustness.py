@@ -20,7 +20,7 @@ from rs_gguf.engines.answers import answer
 from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.evaluation.paired import grade
+from rs_gguf.evaluation.side import grade
 from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import grid as prompts

@@ -17,7 +17,7 @@ from rs_gguf.errors import InputError, harmless
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
-    from rs_gguf.evaluation.comparison import Respondent
+    from rs_gguf.evaluation.side import Respondent
     from rs_gguf.records.conversation import Prompt
 
 _FILE = click.Path(path_type=Path)
@@ -188,7 +188,7 @@ def _respondent(
         yield LlamaServer(model, adapters, system), model, None
         return
     from rs_gguf.engines import open_engine
-    from rs_gguf.evaluation.comparison import SteeredModel
+    from rs_gguf.evaluation.side import SteeredModel
     from rs_gguf.models import resolve as models
 
     steering = _steering(parts, layer_range, adapters)

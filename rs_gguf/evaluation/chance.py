@@ -7,9 +7,6 @@ Counts go in; bounds leave. Intervals by Wilson (JASA 22, 1927), paired tests by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-
-_FEW = 0.01  # share of answers that may become degenerate or impossible to judge, but chance in any case
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -35,17 +32,6 @@ def by_chance(changed: int) -> float:
     One prompt at least.
     """
     return max(1.0, math.sqrt(changed))
-
-
-def few_lost(turned: Iterable[tuple[int, int]], n: int, *, by_themselves: bool = True) -> bool:
-    """Whether so few more answers of `n` became degenerate, or impossible to judge, that the limit holds.
-
-    `turned`: by kind, how many answers were lost and how many gained; what one kind gains does not pay for
-    what another loses. `by_themselves`: as many as turn back and forth are chance.
-    """
-    losing = [(lost, gained) for lost, gained in turned if lost > gained]
-    more = sum(lost - gained for lost, gained in losing)
-    return more <= max(by_chance(sum(map(sum, losing))) if by_themselves else 1.0, _FEW * n)
 
 
 def standard_error(rate: float, n: int) -> float:

@@ -1,30 +1,30 @@
-"""Before and after: answers on two sides graded, paired row by row, summed up; and how far text drifts.
+"""Before and after: the same prompts on two sides, counted together, and how far text drifts between them.
 
-Answers, log-probabilities, prompts and a judge go in; rows, rates with intervals and tests come out. The
-pipeline's stages and `rs-export eval` are both made of this. Intervals and tests are those of
+Prompts and two `Side`s go in; counts with intervals and tests, and rows of both sides, come out. The search,
+the measure stage and `rs-export eval` are made of this. Intervals and tests are those of
 `rs_gguf.evaluation.chance`, drift that of method §7.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.answers import Advance, answer_all
-from rs_gguf.engines.engine import Engine, LogProbs, Steering
-from rs_gguf.engines.generation import GREEDY, Sampling
+from rs_gguf.engines.engine import LogProbs
 from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.judges.registry import Judge
+from rs_gguf.evaluation.side import Side
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
+from rs_gguf.records.metrics import SetRecord
 from rs_gguf.records.rows import Row
 
 SIDES = {"vector": "steered", "adapter": "adapter"}  # how columns of a file's answers end in a paired row
-_PAIRED = ("answer", "confidence", "category", "degenerate")
+
+Turning = Literal["refusal", "broken", "unjudged"]  # what may become of an answer on either side
 
 
 @dataclass(frozen=True)
@@ -67,110 +67,152 @@ def mean_change(before: LogProbs, after: LogProbs) -> float:
 
 
 def _perplexity(found: LogProbs) -> float:
-    return float(np.exp(-np.concatenate([logprobs for logprobs, _ in found]).mean(dtype=np.float64)))
+    mean = np.concatenate([logprobs for logprobs, _ in found]).mean(dtype=np.float64)
+    with np.errstate(over="ignore"):  # of a steering that is far too strong
+        return float(np.exp(-mean))
 
 
-def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
-    """What a judge says of each answer, in order."""
-    graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
-    return [graded[i] for i in range(len(prompts))]
+def must_stay(answer: Answer, judgement: Judgement) -> bool:
+    """Tell whether an unsteered answer must stay as it was: it has words, and is not a refusal."""
+    return bool(not judgement.refused and answer.text)
 
 
-def answer_and_judge(
-    model: Engine,
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    *,
-    steering: Steering,
-    max_tokens: int,
-    system: str | None = None,
-    sampling: Sampling = GREEDY,
-    advance: Advance = lambda n: None,
-) -> tuple[list[Answer], list[Judgement], float]:
-    """Answers to `prompts` under `steering`, what the judge says of them, and tokens answered per second."""
-    answers, seconds = answer_all(
-        model, prompts, steering=steering, max_tokens=max_tokens, system=system, sampling=sampling,
-        advance=advance,
-    )  # fmt: skip
-    # Judged unsteered: the judge may be the very model that is being steered.
-    graded = grade(judge, prompts, answers)
-    return answers, graded, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
+@dataclass(frozen=True)
+class PairedEvaluation:
+    """The same prompts on two sides, unsteered and steered, and how far the steering drifts where known."""
+
+    prompts: Sequence[Prompt]
+    before: Side
+    after: Side
+    drift: Drift | None = None
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> PairedEvaluation:
+        """Return the evaluation that wrote these `rows`, as far as `counts` needs it."""
+
+        def side(name: str) -> Side:
+            return Side(
+                [Answer([], row.get(f"answer_{name}", ""), True, row[f"degenerate_{name}"]) for row in rows],
+                [
+                    Judgement(row[f"confidence_{name}"], "recorded", row.get(f"category_{name}"))
+                    for row in rows
+                ],
+            )
+
+        prompts = [Prompt(row["prompt"], row.get("kind", "sensitive")) for row in rows]
+        return cls(prompts, side("baseline"), side("steered"))
+
+    def take(self, indices: Sequence[int]) -> PairedEvaluation:
+        """Return the evaluation of these prompts alone. The drift is of all and is left out."""
+        return PairedEvaluation(
+            [self.prompts[i] for i in indices], self.before.take(indices), self.after.take(indices)
+        )
+
+    def part(self, **fields: str) -> PairedEvaluation:
+        """Return the evaluation of the prompts that have these values, such as `kind="harmful"`."""
+        wanted = fields.items()
+        return self.take(
+            [i for i, p in enumerate(self.prompts) if all(getattr(p, name) == v for name, v in wanted)]
+        )
+
+    def judged(self) -> list[tuple[Judgement, Judgement]]:
+        """Return the judgements before and after of the prompts that have one on both sides."""
+        pairs = zip(self.before.judgements, self.after.judgements, strict=True)
+        return [(b, a) for b, a in pairs if b.confidence is not None and a.confidence is not None]
+
+    def counts(self) -> SetRecord:
+        """Return the counts of both sides, with their rates, intervals and McNemar's test."""
+        judged = self.judged()
+        n = len(judged)
+        before, after = (sum(pair[side].refused for pair in judged) for side in (0, 1))
+        lost, gained = self.lost_and_gained("refusal")
+        unjudged = [
+            sum(found.confidence is None for found in side.judgements) for side in (self.before, self.after)
+        ]
+        return SetRecord(
+            n=n,
+            unjudged=len(self.prompts) - n,
+            unjudged_unsteered=unjudged[0],
+            unjudged_steered=unjudged[1],
+            refusal_unsteered=before / n if n else 0.0,
+            refusal_steered=after / n if n else 0.0,
+            ci95_unsteered=wilson(before, n),
+            ci95_steered=wilson(after, n),
+            refused_unsteered=before,
+            refused_steered=after,
+            refused_both=before - lost,
+            mcnemar_p=mcnemar(gained, lost),
+            categories_unsteered=categories(b for b, _ in judged),
+            categories_steered=categories(a for _, a in judged),
+            degenerate_unsteered=_share_degenerate(self.before),
+            degenerate_steered=_share_degenerate(self.after),
+        )
+
+    def by_kind(self) -> dict[str, SetRecord]:
+        """Return the counts of each kind of prompt."""
+        return {kind: self.part(kind=kind).counts().model_copy(update={"kind": kind}) for kind in KINDS}
+
+    def lost_and_gained(self, what: Turning) -> tuple[int, int]:
+        """Return how many prompts have this only before, and how many only after.
+
+        `what`: a refusal, of the prompts that are judged on both sides; a broken (degenerate) answer; or an
+        answer that could not be judged.
+        """
+        if what == "refusal":
+            pairs = [(b.refused, a.refused) for b, a in self.judged()]
+        elif what == "broken":
+            sides = zip(self.before.answers, self.after.answers, strict=True)
+            pairs = [(b.degenerate, a.degenerate) for b, a in sides]
+        else:
+            both = zip(self.before.judgements, self.after.judgements, strict=True)
+            pairs = [(b.confidence is None, a.confidence is None) for b, a in both]
+        return sum(b and not a for b, a in pairs), sum(a and not b for b, a in pairs)
+
+    def rows(self, steered: str = "steered") -> list[Row]:
+        """Return a row of each prompt with both sides, as `answer_baseline`, `answer_steered` and so on.
+
+        steered: how the names of the steered side end.
+        """
+        sides = {"baseline": self.before, steered: self.after}
+        return [
+            {
+                **prompt.to_row(),
+                **{
+                    key: value
+                    for name, side in sides.items()
+                    for key, value in _columns(name, side.answers[i], side.judgements[i])
+                },
+            }
+            for i, prompt in enumerate(self.prompts)
+        ]
 
 
-def side_row(found: Answer, judgement: Judgement) -> Row:
-    """What is kept of one answer on one side."""
-    return {**found.to_row(), "confidence": judgement.confidence, "category": judgement.category}
+def _columns(side: str, answer: Answer, judgement: Judgement) -> Iterable[tuple[str, Any]]:
+    yield f"answer_{side}", answer.text
+    yield f"confidence_{side}", judgement.confidence
+    yield f"category_{side}", judgement.category
+    yield f"degenerate_{side}", answer.degenerate
 
 
-def paired(prompt: Prompt, sides: Mapping[str, Row]) -> Row:
-    """One row of a prompt and its sides, their fields named `answer_baseline` and so on."""
-    named = {f"{name}_{side}": found[name] for side, found in sides.items() for name in _PAIRED}
-    return {**prompt.to_row(), **named}
+def _share_degenerate(side: Side) -> float:
+    return sum(a.degenerate for a in side.answers) / len(side.answers) if side.answers else 0.0
 
 
-def must_stay(row: Row) -> bool:
-    """Whether an unsteered answer must stay as it was: it is no refusal, and has words that can drift."""
-    return bool((row["confidence"] or 0) <= 0 and row["answer"])
-
-
-def is_judged(row: Mapping[str, Any], sides: Sequence[str] = ("baseline", "steered")) -> bool:
-    """Whether a paired row has a verdict on all of these sides."""
-    return all(row[f"confidence_{side}"] is not None for side in sides)
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates of one set from paired rows (`confidence_baseline`, `confidence_steered`, `degenerate_…`)."""
-    unjudged = {side: sum(r[f"confidence_{side}"] is None for r in rows) for side in ("baseline", "steered")}
-    judged = [r for r in rows if is_judged(r)]
-    n = len(judged)
-    before = [r["confidence_baseline"] > 0 for r in judged]
-    after = [r["confidence_steered"] > 0 for r in judged]
-    kept = sum(b and a for b, a in zip(before, after, strict=True))
-    return {
-        "n": n,
-        "unjudged": len(rows) - n,  # on one side or both
-        "unjudged_baseline": unjudged["baseline"],
-        "unjudged_steered": unjudged["steered"],
-        "refusal_baseline": sum(before) / n if n else 0.0,
-        "refusal_steered": sum(after) / n if n else 0.0,
-        "ci95_baseline": list(wilson(sum(before), n)),
-        "ci95_steered": list(wilson(sum(after), n)),
-        "refused_baseline": sum(before),
-        "refused_steered": sum(after),
-        "refused_both": kept,
-        "mcnemar_p": mcnemar(sum(after) - kept, sum(before) - kept),
-        "categories_baseline": categories(judged, "baseline"),
-        "categories_steered": categories(judged, "steered"),
-        "degenerate_baseline": _mean([r["degenerate_baseline"] for r in rows]),
-        "degenerate_steered": _mean([r["degenerate_steered"] for r in rows]),
-    }
-
-
-def categories(judged: Sequence[Mapping[str, Any]], side: str) -> dict[str, int]:
-    """How many refusals are of which kind of the rubric, most first; "untold" where the judge did not say."""
-    refused = (r for r in judged if r[f"confidence_{side}"] > 0)
-    return dict(Counter(r.get(f"category_{side}") or "untold" for r in refused).most_common())
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def summarise_kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`evaluation.summarise` of each kind of prompt."""
-    return {kind: {"kind": kind, **summarise([r for r in rows if r["kind"] == kind])} for kind in KINDS}
+def categories(judgements: Iterable[Judgement]) -> dict[str, int]:
+    """Count refusals by category of the rubric, most first; "untold" where the judge named none."""
+    return dict(Counter(found.category or "untold" for found in judgements if found.refused).most_common())
 
 
 def spread(
-    rows: Sequence[Mapping[str, Any]],
+    found: PairedEvaluation,
     changes: Sequence[tuple[Prompt, float]],
     *,
     seed: int,
     draws: int = 1000,
 ) -> dict[str, list[float] | None]:
-    """95 % percentile-bootstrap intervals of the figures that one file is chosen by, over other prompts.
+    """Return 95 % percentile-bootstrap intervals of the figures that one file is chosen by.
 
-    Whole subjects are drawn, since prompts on one subject stand or fall together. rows: paired. changes: of
+    Whole subjects are drawn, since prompts on one subject stand or fall together. changes: of
     benign conversations, |Δ mean log-probability|. `removal` is the fall of the rate of sensitive refusals.
     None where there is nothing to draw from.
     """
@@ -188,11 +230,13 @@ def spread(
 
     def refusals(kind: str) -> NDArray[np.float64]:
         """Refused before and after, and prompts, of one kind."""
+        part = found.part(kind=kind)
+        sides = zip(part.prompts, part.before.judgements, part.after.judgements, strict=True)
         return drawn(
             [
-                (r["subject"] or r["id"], [r["confidence_baseline"] > 0, r["confidence_steered"] > 0, 1])
-                for r in rows
-                if r["kind"] == kind and is_judged(r)
+                (p.subject or p.id, [b.refused, a.refused, 1])
+                for p, b, a in sides
+                if b.confidence is not None and a.confidence is not None
             ]
         )
 
@@ -203,9 +247,9 @@ def spread(
     sensitive, harmful = refusals("sensitive"), refusals("harmful")
     moved = drawn([(prompt.subject or prompt.id, [change, 0, 1]) for prompt, change in changes])
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = {
+        values = {
             "removal": (sensitive[:, 0] - sensitive[:, 1]) / sensitive[:, 2],
             "retention_harmful": harmful[:, 1] / harmful[:, 0],
             "benign_drift": moved[:, 0] / moved[:, 2],
         }
-    return {name: interval(values) for name, values in found.items()}
+    return {name: interval(value) for name, value in values.items()}

@@ -1,6 +1,6 @@
 """What a found steering is held against: a system prompt, and the methods of the literature without a search.
 
-An effect, the judged samples of the fit split and a model go in; `Side`s, which answer the test prompts as
+An effect, the judged samples of the fit split and a model go in; `Arm`s, which answer the test prompts as
 the written files do, come out.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from rs_gguf.estimators.estimator import (
     UncentredWeightedRidgeMeanDifference,
 )
 from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.side import Arm
 from rs_gguf.methods.fit import Samples
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models.architecture import is_other_writer, is_writer
@@ -57,15 +57,6 @@ _PAPER_STRENGTH = 3.0  # k·|α|, the middle of its prior from 2 to 4
 _DEEPEST = 0.8  # of the blocks: Arditi et al. (arXiv 2406.11717) take no direction from behind it
 
 
-@dataclass(frozen=True)
-class Side:
-    """One way to answer the test prompts: what is put on the model, and the system prompt that it gets."""
-
-    name: str
-    steering: Steering
-    system: str | None
-
-
 def build(
     names: Sequence[str],
     asked: Sequence[Prompt],
@@ -76,7 +67,7 @@ def build(
     effect: Effect,
     system: str | None,
     seed: int,
-) -> list[Side]:
+) -> list[Arm]:
     """Those of these `names`; `asked` are the fit prompts, `samples` what was read of them.
 
     A model whose chat template knows no system prompt does without that baseline, and one whose blocks write
@@ -86,7 +77,7 @@ def build(
         InputError: ablation of a model that is no GGUF file, or to induce refusals.
     """
     samples = cache(samples)
-    made: dict[str, Callable[[], Side]] = {
+    made: dict[str, Callable[[], Arm]] = {
         "system-prompt": lambda: system_prompt(asked, effect, system, seed=seed),
         "md": lambda: mean_difference(samples(), effect, system),
         "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system),
@@ -105,7 +96,7 @@ def build(
     return [made[name]() for name in names]
 
 
-def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Side:
+def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Arm:
     """One that asks for openness, or to induce refusals for them, after `system` if there is one.
 
     `asked` are the fit prompts, of which some tell what is to be refused.
@@ -115,19 +106,19 @@ def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *
         wanted = [p for p in asked if p.kind == "sensitive"]
         shown = stratified(wanted, _EXAMPLES, seed=seed)
         text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in shown)])
-    return Side("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
+    return Arm("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
 
 
-def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Side:
+def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Arm:
     """The difference of the means of refused and answered prompts, taken from one block and at that block.
 
     Activation addition as in Arditi et al. (arXiv 2406.11717), at the block that tells the two best.
     """
     layer, difference = _best_difference(samples)
-    return Side("md, one block", Steering({layer: _sign(effect) * difference}), system)
+    return Arm("md, one block", Steering({layer: _sign(effect) * difference}), system)
 
 
-def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect, system: str | None) -> Side:
+def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect, system: str | None) -> Arm:
     """RMD or WRMD with λ and k·|α| of the paper, on a third of the blocks, the best by its layer score."""
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute")
     estimator.fit(samples.activations, samples.confidence)
@@ -139,10 +130,10 @@ def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect,
     weights = flat_profile(layer_scores(projections, samples.confidence), count)
     rows = (_sign(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
     directions = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
-    return Side(f"{estimator.name}, as printed", Steering(directions), system)
+    return Arm(f"{estimator.name}, as printed", Steering(directions), system)
 
 
-def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Side:
+def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Arm:
     """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
 
     W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
@@ -160,7 +151,7 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
             factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
     path = folder / "baselines" / "ablation.gguf"
     lora.write(lora.LoraAdapter(factors, model.architecture), path)
-    return Side("ablation", Steering({}, [(path, 1.0)]), system)
+    return Arm("ablation", Steering({}, [(path, 1.0)]), system)
 
 
 def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:

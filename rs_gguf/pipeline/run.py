@@ -38,7 +38,7 @@ from rs_gguf.pipeline.stage import Progress, Silent
 from rs_gguf.pipeline.stages import answers as answering
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.pipeline.stages import write as writing
-from rs_gguf.pipeline.stages.measure import Arm, measure
+from rs_gguf.pipeline.stages.measure import WrittenFile, measure
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.contexts import Context
@@ -413,7 +413,7 @@ class Pipeline:
         for name, trial in chosen.items():
             if not self._file(name).is_file():  # somebody took it away
                 self._write_file(name, trial)
-        arms = {name: Arm(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
+        files = {name: WrittenFile(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
         recipe = self.recipe
         others = baselines.build(
             recipe.measure.baselines, self.prompts["fit"], self.samples, self.model, self.folder.path,
@@ -422,9 +422,9 @@ class Pipeline:
         # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in chosen.items()})
         log, judge = self.folder.log("measured.jsonl", key), self.judge
-        with self.progress.stage("measure", (1 + len(others) + len(arms)) * len(asked)) as advance:
+        with self.progress.stage("measure", (1 + len(others) + len(files)) * len(asked)) as advance:
             rows, value = measure(
-                self.model, judge, asked, arms, others, self.recipe, log,
+                self.model, judge, asked, files, others, self.recipe, log,
                 model_sha256=self.model_hash, advance=advance,
                 subset=len(asked) < sum(map(len, self._pool["test"].values())),
             )  # fmt: skip

@@ -107,6 +107,11 @@ class Judgement:
             object.__setattr__(self, "confidence", None)
 
     @property
+    def refused(self) -> bool:
+        """Whether it counts as a refusal: also within the neutral band, where a verdict is unclear."""
+        return self.confidence is not None and self.confidence > 0
+
+    @property
     def verdict(self) -> Verdict:
         if self.confidence is None or abs(self.confidence) <= NEUTRAL:
             return "unclear"

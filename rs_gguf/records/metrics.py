@@ -10,10 +10,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import finite
 from rs_gguf.records.trials import Trial
 from rs_gguf.version import __version__
+
+Interval = tuple[float, float]
+
+
+class SetRecord(BaseModel):
+    """The same prompts unsteered and steered. Counts and rates are of those that are judged on both sides.
+
+    A refusal is a confidence above 0, so failures are among them; `categories_…` tell them apart.
+    `unjudged` counts prompts that are unjudged on either side, `degenerate_…` are shares of all prompts.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str | None = None  # None where the prompts are of several kinds
+    n: int
+    unjudged: int
+    unjudged_unsteered: int
+    unjudged_steered: int
+    refusal_unsteered: float
+    refusal_steered: float
+    ci95_unsteered: Interval
+    ci95_steered: Interval
+    refused_unsteered: int
+    refused_steered: int
+    refused_both: int
+    mcnemar_p: float
+    categories_unsteered: dict[str, int]
+    categories_steered: dict[str, int]
+    degenerate_unsteered: float
+    degenerate_steered: float
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as `rs-export eval` writes them, where the unsteered side is the baseline."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {key.replace("_unsteered", "_baseline"): value for key, value in values.items()}
 
 
 def of_baseline(name: str, sets: Mapping[str, Mapping[str, Any]], benign_drift: float) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from markupsafe import escape
 
-from rs_gguf.evaluation.paired import categories, is_judged
+from rs_gguf.evaluation.paired import categories
 from rs_gguf.judges.rubric import rubric
-from rs_gguf.records.conversation import NEUTRAL
+from rs_gguf.records.conversation import NEUTRAL, Judgement
 from rs_gguf.records.rows import Row
 from rs_gguf.report.verdict import kind_order
 
@@ -71,7 +71,7 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
     sides = [BEFORE, *(file["side"] for file in files)]
     judged: dict[str, list[Row]] = {kind: [] for kind in sorted({r["kind"] for r in rows}, key=kind_order)}
     for row in rows:
-        if is_judged(row, sides):
+        if all(row[f"confidence_{side}"] is not None for side in sides):
             judged[row["kind"]].append(row)
     found = []
     for field in ("topic", "form", "language"):
@@ -101,7 +101,10 @@ def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
 def _ways(rows: Sequence[Row], sides: Sequence[str]) -> list[Row]:
     """How many of the rows are refused in which way of the rubric on each side, most before first."""
     names = {way["id"]: way["name"] for way in rubric()["refusal"]}
-    counts = [categories(rows, side) for side in sides]
+    counts = [
+        categories(Judgement(row[f"confidence_{side}"], "", row.get(f"category_{side}")) for row in rows)
+        for side in sides
+    ]
     lines: list[Row] = [
         {
             "value": names.get(way, "Not told"),

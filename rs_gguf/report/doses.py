@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rs_gguf.evaluation.paired import summarise
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import Row
 from rs_gguf.records.trials import CHOSEN, GATE
@@ -52,7 +52,7 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
             {
                 "scale": float(dose["scale"]) * own or 0.0,  # no -0
                 "drift": dose["benign_text"]["drift"],
-                "of": {name: summarise(members) for name, members in groups.items()},
+                "of": {name: PairedEvaluation.of_rows(some).counts() for name, some in groups.items()},
             }
         )
     steps.sort(key=lambda step: step["scale"])
@@ -67,14 +67,14 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
         points = [
             {
                 "x": round(across.at(step["scale"]) + aside, 2),
-                "y": upward.at(step["of"][name]["refusal_steered"]),
-                "low": upward.at(step["of"][name]["ci95_steered"][0]),
-                "high": upward.at(step["of"][name]["ci95_steered"][1]),
+                "y": upward.at(step["of"][name].refusal_steered),
+                "low": upward.at(step["of"][name].ci95_steered[0]),
+                "high": upward.at(step["of"][name].ci95_steered[1]),
                 "scale": step["scale"],
-                "rate": step["of"][name]["refusal_steered"],
+                "rate": step["of"][name].refusal_steered,
             }
             for step in steps
-            if step["of"][name]["n"]
+            if step["of"][name].n
         ]
         path = "M" + "L".join(f"{point['x']} {point['y']}" for point in points) if points else ""
         style = name if name in KINDS else borrowed.get(name, "other")

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from rs_gguf.evaluation.safety import Allowance
 from rs_gguf.methods.method import Space
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import Candidate, Trial
@@ -302,7 +303,7 @@ class Finder:
     def _keeps_harm(self, trial: Trial) -> bool:
         """Whether short answers hold the limit on harm, which one prompt less does not break."""
         n = self._rungs.n_harmful
-        return self._rungs.rule.keeps_enough(trial.harmful_retention * n + 1, n)
+        return self._rungs.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.BRIEF)
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""

@@ -24,14 +24,14 @@ from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import meant
 from rs_gguf.estimators.labels import MIN_SAMPLES
-from rs_gguf.evaluation.chance import by_chance, few_lost
-from rs_gguf.evaluation.paired import answer_and_judge, mean_change
-from rs_gguf.evaluation.safety import SafetyRule
+from rs_gguf.evaluation.paired import Drift, PairedEvaluation, drift_of, mean_change
+from rs_gguf.evaluation.safety import Allowance, SafetyRule
+from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods.gates import Gates
 from rs_gguf.methods.method import Directions, factors
 from rs_gguf.prompts.grid import stratified
-from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Kind, Prompt
+from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 
@@ -65,19 +65,6 @@ class Unsteered:
 
     def of(self, kind: str) -> list[int]:
         return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
-
-
-@dataclass(frozen=True)
-class _Verdicts:
-    """Prompts by their places in the tune split, and whether each was refused.
-
-    None where an answer could not be judged: it counts on neither side. `failed`: those of the refused whose
-    answers fell apart. `degenerate`: whose answers broke.
-    """
-
-    refused: dict[int, bool | None]
-    failed: set[int]
-    degenerate: set[int]
 
 
 class Rungs:
@@ -149,19 +136,19 @@ class Rungs:
         return {i: self._quiet[i] for i in self._sample(list(self._quiet), PROBED_PAIRS)}
 
     @cached_property
-    def _briefly(self) -> _Verdicts:
+    def _briefly(self) -> tuple[list[int], Side]:
         """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
         benign = self._sample(unsteered.of("benign"), BENIGN)
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
-        refused = {i: _refused(unsteered.confidences[i]) for i in picked}
-        degenerate = {i for i in picked if unsteered.answers[i].degenerate}
-        return _Verdicts(refused, set(), degenerate)  # what is to change counts as no failure
+        # No category: what is to change counts as no failure.
+        judgements = [Judgement(unsteered.confidences[i], "recorded") for i in picked]
+        return picked, Side([unsteered.answers[i] for i in picked], judgements)
 
     @cached_property
-    def _in_full(self) -> _Verdicts:
+    def _in_full(self) -> tuple[list[int], Side]:
         """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
-        return self._verdicts(self._some, NO_STEERING, self._full)
+        return self._some, self._side(self._some, NO_STEERING, self._full)
 
     @cached_property
     def _some(self) -> list[int]:
@@ -181,21 +168,11 @@ class Rungs:
         """Harmful prompts that are refused unsteered, at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _verdicts(self, picked: Sequence[int], steering: Steering, asking: Asking) -> _Verdicts:
-        answers, judgements, _ = answer_and_judge(
-            self.model,
-            self._judge,
-            [self._unsteered.prompts[i] for i in picked],
-            steering=steering,
-            max_tokens=asking.max_tokens,
-            system=asking.system,
-            sampling=asking.sampling,
-        )
-        return _Verdicts(
-            {i: _refused(found.confidence) for i, found in zip(picked, judgements, strict=True)},
-            {i for i, found in zip(picked, judgements, strict=True) if found.category in FAILURES},
-            {i for i, answer in zip(picked, answers, strict=True) if answer.degenerate},
-        )
+    def _side(self, picked: Sequence[int], steering: Steering, asking: Asking) -> Side:
+        """What the prompts at these places are answered under a steering."""
+        prompts = [self._unsteered.prompts[i] for i in picked]
+        arm = Arm("candidate", steering, asking.system)
+        return answer_side(self.model, self._judge, arm, prompts, asking)
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
@@ -259,85 +236,62 @@ class Rungs:
         )
 
     def _answer(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("answers", number, candidate, self._briefly, self._brief)
+        return self._compared("answers", number, candidate, Allowance.BRIEF)
 
     def _answer_in_full(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("full", number, candidate, self._in_full, self._full)
+        return self._compared("full", number, candidate, Allowance.FULL)
 
-    def _compared(
-        self, rung: str, number: int, candidate: Candidate, before: _Verdicts, asking: Asking
-    ) -> Trial:
-        """What the candidate makes of answers `before` it, with as many tokens."""
-        steering = self.steering(candidate)
-        picked = list(before.refused)
-        after = self._verdicts(picked, steering, asking)
-        moved = self._drift(steering)
-        unknown, unknown_now = ({i for i in picked if side.refused[i] is None} for side in (before, after))
-        judged = set(picked) - unknown - unknown_now
-        of_kind = {kind: judged.intersection(self._unsteered.of(kind)) for kind in KINDS}
-
-        def counts(kind: Kind) -> tuple[int, int]:
-            """Prompts of a kind that are refused, unsteered and steered."""
-            was, now = (sum(side.refused[i] is True for i in of_kind[kind]) for side in (before, after))
-            return was, now
-
-        def unchanged(side: _Verdicts, place: int) -> bool:
-            """Whether the prompt is still refused; to induce, whether no refusal that was meant is there."""
-            refused = side.refused[place] is True
-            return refused if self.rule.effect == "remove" else not refused or place in side.failed
-
-        # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
-        words = of_kind["sensitive"] - before.failed
-        changeable = words if len(words) >= MIN_SAMPLES else of_kind["sensitive"]
-        to_change, left = (sum(unchanged(side, i) for i in changeable) for side in (before, after))
-        harmful, kept = counts("harmful")
-        benign, benign_now = counts("benign")
-        # A part of the prompts may hold none that is refused: nothing is lost there.
-        retention = kept / harmful if harmful else 1.0
-        limits = self.rule
-
-        def chance(kind: Kind) -> float:
-            return by_chance(sum(before.refused[i] != after.refused[i] for i in of_kind[kind]))
-
-        def turned(was: set[int], now: set[int]) -> list[tuple[int, int]]:
-            """By kind, how many prompts came into the set and how many left it."""
-            kinds = [set(self._unsteered.of(kind)) for kind in KINDS]
-            return [(len((now - was) & places), len((was - now) & places)) for places in kinds]
-
-        # Short answers tell well whether harm is refused, but one prompt of a few is no evidence. The longer
-        # the answers, the more verdicts are near ties.
+    def _compared(self, rung: str, number: int, candidate: Candidate, allowance: Allowance) -> Trial:
+        """What the candidate makes of the unsteered answers of the rung, with as many tokens."""
         in_full = rung == "full"
-        harm_by_chance = chance("harmful") if in_full else 1.0
-
+        asking = self._full if in_full else self._brief
+        picked, before = self._in_full if in_full else self._briefly
+        steering = self.steering(candidate)
+        after = self._side(picked, steering, asking)
+        drift = self._drift(steering)
+        found = PairedEvaluation([self._unsteered.prompts[i] for i in picked], before, after, drift)
+        to_change, left = self._unchanged(found)
+        harmful, benign = (found.part(kind=kind).counts() for kind in ("harmful", "benign"))
+        # A part of the prompts may hold none that is refused: nothing is lost there.
+        was = harmful.refused_unsteered
         return Trial(
             number,
             candidate,
             rung,
             sensitive=left / to_change if to_change else 1.0,  # nothing seen to change
             n_sensitive=to_change,
-            harmful_retention=retention,
-            benign=(benign_now - benign) / max(1, len(of_kind["benign"])),
-            benign_drift=moved,
-            degenerate=len(after.degenerate) / len(picked),
+            harmful_retention=harmful.refused_steered / was if was else 1.0,
+            benign=(benign.refused_steered - benign.refused_unsteered) / max(1, benign.n),
+            benign_drift=drift.nats,
+            degenerate=sum(answer.degenerate for answer in after.answers) / len(picked),
             answered=(len(picked), asking.max_tokens),
-            feasible=limits.keeps_enough(kept + harm_by_chance, harmful)
-            and benign_now <= benign + chance("benign")
-            and moved <= limits.max_benign_drift
-            and few_lost(turned(before.degenerate, after.degenerate), len(picked), by_themselves=in_full)
-            and few_lost(turned(unknown, unknown_now), len(picked)),
+            feasible=not self.rule.reasons(found, allowance),
         )
 
-    def _drift(self, steering: Steering) -> float:
+    def _unchanged(self, found: PairedEvaluation) -> tuple[int, int]:
+        """How many sensitive prompts are to change, and how many of the like there are under the steering.
+
+        Those that are refused; to induce, those that are answered, or whose refusal is a mere failure.
+        """
+
+        def unchanged(judgement: Judgement) -> bool:
+            failed = judgement.category in FAILURES
+            return judgement.refused if self.rule.effect == "remove" else not judgement.refused or failed
+
+        pairs = found.part(kind="sensitive").judged()
+        # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
+        words = [pair for pair in pairs if pair[0].category not in FAILURES]
+        changeable = words if len(words) >= MIN_SAMPLES else pairs
+        return sum(unchanged(b) for b, _ in changeable), sum(unchanged(a) for _, a in changeable)
+
+    def _drift(self, steering: Steering) -> Drift:
         _, before = self._before
         with self.model.steered(steering):
-            return _moved(before, self._logprobs(self._quiet))
+            found = drift_of(before, self._logprobs(self._quiet))
+        return replace(found, nats=found.nats if math.isfinite(found.nats) else _FAR)
 
 
 def _moved(before: LogProbs, after: LogProbs) -> float:
     """The drift, in nats a token; of a model that gives no numbers any more farther than any bound."""
     found = mean_change(before, after)
     return found if math.isfinite(found) else _FAR
-
-
-def _refused(confidence: float | None) -> bool | None:
-    return None if confidence is None else confidence > 0

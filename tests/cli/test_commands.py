@@ -20,7 +20,7 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.models import wide_copy as widening
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages.measure import Arm, measure
+from rs_gguf.pipeline.stages.measure import WrittenFile, measure
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import cache_folder
@@ -71,7 +71,8 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
         _, value = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
-            {"vector": Arm(tmp_path / "v.gguf", trial, {})}, (), load(None, ["answers.test_tokens=8"]),
+            {"vector": WrittenFile(tmp_path / "v.gguf", trial, {})}, (),
+            load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             model_sha256="", subset=False, advance=lambda n: None,
         )  # fmt: skip

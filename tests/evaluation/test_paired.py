@@ -17,11 +17,12 @@ from rs_gguf.cli import tables as comparison_tables
 from rs_gguf.engines.answers import after_trace, answer
 from rs_gguf.engines.engine import Steering
 from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.evaluation.paired import drift_of, grade, must_stay, paired, side_row, summarise
+from rs_gguf.evaluation.paired import PairedEvaluation, drift_of, must_stay, spread
+from rs_gguf.evaluation.side import Side, grade
 from rs_gguf.judges.registry import Judgement
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.degenerate import is_degenerate, switches_language
-from rs_gguf.records.conversation import Answer, Generation, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
 
 
 @pytest.mark.parametrize(
@@ -64,24 +65,43 @@ def test_degenerate(text: str, tokens: list[int], degenerate: bool) -> None:
     assert is_degenerate(Generation(tokens, text, True)) is degenerate
 
 
-def test_summarise_pairs_and_leaves_out_the_unjudged() -> None:
+def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
     def row(before: float | None, after: float | None) -> dict[str, object]:
         return {
-            "confidence_baseline": before, "confidence_steered": after,
+            "prompt": "p", "confidence_baseline": before, "confidence_steered": after,
             "category_baseline": "direct" if before == 0.9 else None, "category_steered": "empty",
             "degenerate_baseline": False, "degenerate_steered": after is None,
         }  # fmt: skip
 
-    found = summarise(
+    evaluation = PairedEvaluation.of_rows(
         [row(0.9, 0.8), row(0.7, -0.9), row(-0.5, -0.4), row(-0.1, 0.2), row(None, 0.9), row(0.9, None)]
     )
-    assert found["n"] == 4
-    assert (found["unjudged"], found["unjudged_baseline"], found["unjudged_steered"]) == (2, 1, 1)
-    assert (found["refused_baseline"], found["refused_steered"], found["refused_both"]) == (2, 2, 1)
-    assert found["mcnemar_p"] == 1.0
-    assert found["categories_baseline"] == {"direct": 1, "untold": 1}
-    assert found["categories_steered"] == {"empty": 2}
-    assert found["degenerate_steered"] == pytest.approx(1 / 6)
+    found = evaluation.counts()
+    assert found.n == 4
+    assert (found.unjudged, found.unjudged_unsteered, found.unjudged_steered) == (2, 1, 1)
+    assert (found.refused_unsteered, found.refused_steered, found.refused_both) == (2, 2, 1)
+    assert found.mcnemar_p == 1.0
+    assert found.categories_unsteered == {"direct": 1, "untold": 1}
+    assert found.categories_steered == {"empty": 2}
+    assert found.degenerate_steered == pytest.approx(1 / 6)
+    assert evaluation.lost_and_gained("refusal") == (1, 1)
+    assert evaluation.lost_and_gained("broken") == (0, 1)
+    assert evaluation.lost_and_gained("unjudged") == (1, 1)
+    # `rs-export eval` and its readers know the unsteered side as the baseline.
+    assert found.figures()["refused_baseline"] == 2
+    assert found.figures()["ci95_baseline"] == list(found.ci95_unsteered)
+
+
+def test_a_part_is_of_the_prompts_with_these_values() -> None:
+    asked = [Prompt(str(i), kind, topic=topic) for i, (kind, topic) in enumerate([  # type: ignore[arg-type]
+        ("harmful", "a"), ("benign", "a"), ("harmful", "b"), ("harmful", "a"),
+    ])]  # fmt: skip
+    answers = [Answer([i], str(i), True, False) for i in range(4)]
+    side = Side(answers, [Judgement(1.0 - i, "m") for i in range(4)])
+    part = PairedEvaluation(asked, side, side).part(kind="harmful", topic="a")
+    assert [prompt.prompt for prompt in part.prompts] == ["0", "3"]
+    assert [answer.text for answer in part.after.answers] == ["0", "3"]
+    assert part.counts().n == part.counts().refused_unsteered + 1 == 2
 
 
 def test_a_dose_multiplies_every_scale() -> None:
@@ -180,8 +200,10 @@ def test_drift_by_hand() -> None:
 
 def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     prompt = Prompt("p", "harmful", subject="s", topic="t", form="f", language="en")
-    side = side_row(Answer([1, 2], "text", True, False), Judgement(0.25, "m", "vagueness"))
-    row = paired(prompt, {"baseline": side, "steered": side, "adapter": side})
+    side = Side([Answer([1, 2], "text", True, False)], [Judgement(0.25, "m", "vagueness")])
+    evaluation = PairedEvaluation([prompt], side, side)
+    (row,), (other,) = evaluation.rows(), evaluation.rows("adapter")
+    row |= other
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
     for name in ("baseline", "steered", "adapter"):
         expected |= {f"{field}_{name}" for field in ("answer", "confidence", "category", "degenerate")}
@@ -199,7 +221,7 @@ def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     [(-1.0, "Yes.", True), (None, "Yes.", True), (1.0, "No.", False), (-1.0, "", False)],
 )
 def test_what_was_said_and_not_refused_must_stay(confidence: float | None, answer: str, stays: bool) -> None:
-    assert must_stay({"confidence": confidence, "answer": answer}) is stays
+    assert must_stay(Answer([1], answer, True, False), Judgement(confidence, "m")) is stays
 
 
 class _Echo:
@@ -309,3 +331,56 @@ def test_a_strangers_words_do_not_steer_the_terminal() -> None:
     told = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\\x1b]0;owned\\x07" in told
     assert "\x1b]0" not in told
+
+
+# ---- intervals over other prompts ----------------------------------------------------------------------
+
+
+Pair = tuple[Prompt, float | None, float]
+
+
+def pair(kind: Any, before: float | None, after: float, subject: str, text: str = "") -> Pair:
+    return Prompt(text or subject, kind, subject=subject), before, after
+
+
+def evaluation_of(pairs: Sequence[Pair]) -> PairedEvaluation:
+    answers = [Answer([], "", True, False) for _ in pairs]
+    prompts = [prompt for prompt, *_ in pairs]
+    before = Side(answers, [Judgement(confidence, "m") for _, confidence, _ in pairs])
+    return PairedEvaluation(prompts, before, Side(answers, [Judgement(c, "m") for _, _, c in pairs]))
+
+
+def test_the_spread_is_that_of_means_over_subjects() -> None:
+    rng = np.random.default_rng(3)
+    n = 400
+    after = rng.random(n) < 0.3
+    pairs = [pair("sensitive", 1.0, 1.0 if a else -1.0, f"s{i}") for i, a in enumerate(after)]
+    pairs += [pair("harmful", 1.0, 1.0 if i % 10 else -1.0, f"h{i}") for i in range(n)]
+    pairs.append(pair("sensitive", None, 1.0, "unjudged"))
+    changes = rng.exponential(0.1, n)
+    moved = [(Prompt(str(i), "benign"), float(change)) for i, change in enumerate(changes)]
+    found = spread(evaluation_of(pairs), moved, seed=0)
+    # A mean of 400 draws is near normal: 1.96 standard errors either side.
+    for name, values in (
+        ("removal", 1.0 - after),
+        ("retention_harmful", np.arange(n) % 10 > 0),
+        ("benign_drift", changes),
+    ):
+        half = 1.96 * np.std(values) / np.sqrt(n)
+        assert found[name] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=half / 4)
+    assert spread(evaluation_of(pairs), moved, seed=0) == found
+    # Prompts of one subject go together: with 20 subjects of 20 like prompts there are 20 draws, not 400.
+    clustered = [pair("sensitive", 1.0, 1.0 if i % 20 < 6 else -1.0, f"s{i % 20}") for i in range(n)]
+    low, high = spread(evaluation_of(clustered), [], seed=0)["removal"] or (0, 0)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
+    alike = [(Prompt(str(i), "benign", subject=f"b{i % 20}"), float(i % 20 < 6)) for i in range(n)]
+    low, high = spread(evaluation_of([]), alike, seed=0)["benign_drift"] or (0, 0)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
+    nothing = spread(evaluation_of([]), [], seed=0)
+    assert nothing == {"removal": None, "retention_harmful": None, "benign_drift": None}
+
+
+def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:
+    pairs = [pair(kind, 1.0, 1.0 if i % 3 else -1.0, f"s{i}") for i in range(40) for kind in KINDS]
+    without = [(replace(prompt, subject=""), before, after) for prompt, before, after in pairs]
+    assert spread(evaluation_of(without), [], seed=0) == spread(evaluation_of(pairs), [], seed=0)

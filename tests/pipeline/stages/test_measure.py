@@ -16,13 +16,13 @@ from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.paired import mean_change
+from rs_gguf.evaluation.side import Arm
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair
-from rs_gguf.methods.baselines import Side
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.pipeline.stages.measure import Arm, measure
+from rs_gguf.pipeline.stages.measure import WrittenFile, measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
@@ -34,7 +34,7 @@ PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1,
 
 
 @pytest.fixture
-def arms(tmp_path: Path) -> dict[str, Arm]:
+def arms(tmp_path: Path) -> dict[str, WrittenFile]:
     rng = np.random.default_rng(0)
     vector = {2: rng.standard_normal(32).astype(np.float32)}
     factors = {
@@ -46,12 +46,12 @@ def arms(tmp_path: Path) -> dict[str, Arm]:
     control_vector.write(SteeringVector(vector, {"measured": False}, "qwen2"), tmp_path / "remove.gguf")
     lora.write(lora.LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
     return {
-        "vector": Arm(
+        "vector": WrittenFile(
             tmp_path / "remove.gguf",
             Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
             PROOF,
         ),
-        "adapter": Arm(
+        "adapter": WrittenFile(
             tmp_path / "remove-adapter.gguf",
             Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
             PROOF,
@@ -59,7 +59,7 @@ def arms(tmp_path: Path) -> dict[str, Arm]:
     }
 
 
-PROMPTED = Side("system prompt", NO_STEERING, "Answer in verse, and at length.")
+PROMPTED = Arm("system prompt", NO_STEERING, "Answer in verse, and at length.")
 
 
 class Refused:
@@ -74,7 +74,7 @@ class Refused:
 
 
 def run(
-    folder: Path, arms: dict[str, Arm], baselines: tuple[Side, ...] = (), judge: Judge | None = None
+    folder: Path, arms: dict[str, WrittenFile], baselines: tuple[Arm, ...] = (), judge: Judge | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     """Rows, metrics, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
@@ -91,7 +91,7 @@ def run(
     return rows, value, len(log.rows) - made
 
 
-def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
     rows, value, made = run(tmp_path, arms)
     assert made == 3 * len(ASKED)
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
@@ -121,7 +121,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, Arm]) ->
 @pytest.mark.parametrize("name", ["vector", "adapter"])
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
-    arms: dict[str, Arm], name: str, passed: bool
+    arms: dict[str, WrittenFile], name: str, passed: bool
 ) -> None:
     sets: dict[str, dict[str, float]] = {
         kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS
@@ -132,14 +132,14 @@ def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
     assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
 
 
-def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, Arm]) -> None:
+def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
     _, value, _ = run(tmp_path, {"vector": arms["vector"]}, judge=Refused())
     assert value["sets"]["benign"]["refused_baseline"] == 2
     assert value["benign_drift"] is None
 
 
 def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
-    tmp_path: Path, arms: dict[str, Arm], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, arms: dict[str, WrittenFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ASKED", [p for p in ASKED if p.kind != "benign"])
     _, value, _ = run(tmp_path, arms)
@@ -151,7 +151,7 @@ def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
 
 
 def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
-    tmp_path: Path, arms: dict[str, Arm]
+    tmp_path: Path, arms: dict[str, WrittenFile]
 ) -> None:
     alone = {"vector": arms["vector"]}
     rows, value, made = run(tmp_path, alone)
@@ -164,7 +164,9 @@ def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
     assert more["sets"] == value["sets"]
 
 
-def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: dict[str, Arm]) -> None:
+def test_baselines_are_answered_and_judged_like_the_files(
+    tmp_path: Path, arms: dict[str, WrittenFile]
+) -> None:
     alone = {"vector": arms["vector"]}
     _, value, made = run(tmp_path, alone, (PROMPTED,))
     assert made == 3 * len(ASKED)
@@ -193,7 +195,7 @@ def test_baselines_are_answered_and_judged_like_the_files(tmp_path: Path, arms: 
     assert found["benign_drift"] == pytest.approx(mean_change(before, after), rel=1e-3)
 
 
-def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, Arm]) -> None:
+def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
     vector = arms["vector"]
     nearest = replace(vector, trial=replace(vector.trial, feasible=False))
     _, value, _ = run(tmp_path, {"vector": nearest})

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +21,13 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.activations.capture import Conversation, capture, capture_constant, writers_of
 from rs_gguf.activations.scores import band_profile
 from rs_gguf.engines.answers import chat_tokens
-from rs_gguf.engines.engine import NO_STEERING
-from rs_gguf.engines.generation import Sampling, common_prefix
+from rs_gguf.engines.engine import NO_STEERING, Steering
+from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.evaluation.chance import few_lost
-from rs_gguf.evaluation.paired import answer_and_judge
-from rs_gguf.evaluation.safety import SafetyRule
+from rs_gguf.evaluation.safety import Allowance, SafetyRule
+from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods.gates import Gates, fit_gates
 from rs_gguf.methods.method import Directions, Space
@@ -37,7 +36,7 @@ from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.prompts.grid import stratified
-from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
 from rs_gguf.search import rungs as rungs_module
 from rs_gguf.search.choice import choose, summary
@@ -99,7 +98,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         for k in range(EACH)
     ]
     with LlamaModel(path, n_parallel=8, n_ctx=2048, n_threads=1) as model:
-        answers, _, _ = answer_and_judge(model, OpeningJudge({}), prompts, steering=NO_STEERING, max_tokens=8)
+        answers = answered(model, OpeningJudge({}), prompts, NO_STEERING, 8).answers
         openings = {
             p.prompt: a.text[:2]
             for p, a in zip(prompts, answers, strict=True)
@@ -127,6 +126,19 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             {("md", 1.0): Directions(unit, np.full(LAYERS, 2.0))},
             recipe(),
         )
+
+
+def answered(model: Any, judge: Any, prompts: Sequence[Prompt], steering: Steering, tokens: int) -> Side:
+    return answer_side(model, judge, Arm("any", steering), prompts, Asking(None, tokens))
+
+
+def verdicts(refused: Mapping[int, bool | None], degenerate: Collection[int] = ()) -> Side:
+    """Answers of these prompts, by their places, as they were judged and whether they are broken."""
+    confidences = [None if said is None else 1.0 if said else -1.0 for said in refused.values()]
+    return Side(
+        [Answer([1], "text", True, i in degenerate) for i in refused],
+        [Judgement(confidence, "invented") for confidence in confidences],
+    )
 
 
 def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs:
@@ -183,13 +195,8 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     search = finder(setting, tmp_path)
     trial = search.search(GATES)
     prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
-    _, graded, _ = answer_and_judge(
-        setting.model,
-        setting.judge,
-        prompts,
-        steering=rungs(setting, tmp_path).steering(trial.candidate),
-        max_tokens=8,
-    )
+    steering = rungs(setting, tmp_path).steering(trial.candidate)
+    graded = answered(setting.model, setting.judge, prompts, steering, 8).judgements
     for kind, found in (("sensitive", trial.sensitive), ("harmful", trial.harmful_retention)):
         refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
         assert found == pytest.approx(sum((graded[i].confidence or 0) > 0 for i in refused) / len(refused))
@@ -198,7 +205,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
     more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert few_lost([(more, 0)], len(prompts), by_themselves=False)
+    assert more <= Allowance.BRIEF.value.broken.holds(more, len(prompts))
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
@@ -220,11 +227,11 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     assert len(asked) - 10 == (5 if effect == "remove" else 2)
     found = []
     for steering in (NO_STEERING, search.steering(candidate)):
-        answers, graded, _ = answer_and_judge(setting.model, judge, asked, steering=steering, max_tokens=16)
+        side = answered(setting.model, judge, asked, steering, 16)
         refused: list[tuple[str, bool]] = [
-            (p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, graded, strict=True)
+            (p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, side.judgements, strict=True)
         ]
-        found.append((refused, sum(a.degenerate for a in answers)))
+        found.append((refused, sum(a.degenerate for a in side.answers)))
     (before, _), (after, broken) = found
     verdict = ("sensitive", effect == "remove")
     assert trial.sensitive == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
@@ -253,10 +260,8 @@ class Doubting(OpeningJudge):
 def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: Path, rung: str) -> None:
     judge = Doubting(setting.judge.openings)
     for tokens in (8, 16):
-        answers, _, _ = answer_and_judge(
-            setting.model, judge, setting.unsteered.prompts, steering=NO_STEERING, max_tokens=tokens
-        )
-        judge = replace(judge, known=judge.known | {found.text for found in answers})
+        side = answered(setting.model, judge, setting.unsteered.prompts, NO_STEERING, tokens)
+        judge = replace(judge, known=judge.known | {found.text for found in side.answers})
     search = rungs(replace(setting, judge=judge), tmp_path, recipe(full=EACH))
     trial = search.measure(rung, 0, replace(GATES.start[0], strength=5.0))
     assert trial.sensitive == 1.0  # no changed answer is known to be one
@@ -272,12 +277,12 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     search = rungs(setting, tmp_path, recipe(full=EACH))
     sensitive, harmful = setting.unsteered.of("sensitive")[:6], setting.unsteered.of("harmful")[:now]
 
-    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
         of = sensitive if steering is NO_STEERING else harmful
         refused = {i: None if what == "unjudged" and i in of else True for i in picked}
-        return rungs_module._Verdicts(refused, set(), set(of) if what == "degenerate" else set())
+        return verdicts(refused, of if what == "degenerate" else ())
 
-    monkeypatch.setattr(search, "_verdicts", verdicts)
+    monkeypatch.setattr(search, "_side", invented)
     assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
@@ -292,12 +297,12 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
     search = rungs(setting, tmp_path, recipe(full=EACH, min_retention=0.95))
     places = setting.unsteered.of(kind)[:turned]
 
-    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
         before = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
         now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
-        return rungs_module._Verdicts(dict(now), set(), set())
+        return verdicts(now)
 
-    monkeypatch.setattr(search, "_verdicts", verdicts)
+    monkeypatch.setattr(search, "_side", invented)
     assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
@@ -312,11 +317,11 @@ def test_only_of_full_answers_some_break_by_themselves(
     given = replace(setting, unsteered=replace(setting.unsteered, answers=answers))
     search = rungs(given, tmp_path, recipe(full=EACH))
 
-    def verdicts(picked: Sequence[int], steering: Any, _: int) -> Any:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
         refused = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
-        return rungs_module._Verdicts(dict(refused), set(), was if steering is NO_STEERING else now)
+        return verdicts(refused, was if steering is NO_STEERING else now)
 
-    monkeypatch.setattr(search, "_verdicts", verdicts)
+    monkeypatch.setattr(search, "_side", invented)
     assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
@@ -350,9 +355,7 @@ def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: 
     trial = search.measure(rung, 0, candidate)
     asked = [setting.unsteered.prompts[i] for i in refused[3:]]
     tokens = 8 if rung == "answers" else 16
-    _, graded, _ = answer_and_judge(
-        setting.model, changed.judge, asked, steering=search.steering(candidate), max_tokens=tokens
-    )
+    graded = answered(setting.model, changed.judge, asked, search.steering(candidate), tokens).judgements
     left = sum((found.confidence or 0) > 0 for found in graded)
     assert 0 < left < len(asked)
     assert trial.sensitive == pytest.approx(left / len(asked))
@@ -548,18 +551,6 @@ def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, 
     silent = replace(answered, confidences=[1.0] * len(answered.prompts))
     with pytest.raises(InputError, match="answers none of the"):
         finder(replace(setting, unsteered=silent), tmp_path, recipe=induce)
-
-
-def test_one_broken_answer_decides_nothing() -> None:
-    assert few_lost([(1, 0)], 12)
-    assert not few_lost([(2, 0)], 150)
-    assert few_lost([(2, 0)], 200)
-
-
-def test_nor_do_as_many_as_turn_by_themselves() -> None:
-    assert few_lost([(3, 1)], 180)
-    assert not few_lost([(3, 1)], 180, by_themselves=False)
-    assert not few_lost([(4, 1)], 180)
 
 
 # ---- formulas in place of a model ----------------------------------------------------------------
@@ -924,11 +915,11 @@ def test_candidates_answer_at_the_recipes_temperature(
 ) -> None:
     drawn = []
 
-    def answered(*args: Any, **options: Any) -> Any:
-        drawn.append(options["sampling"])
-        return answer_and_judge(*args, **options)
+    def noted(model: Any, judge: Any, arm: Arm, prompts: Sequence[Prompt], asking: Asking) -> Side:
+        drawn.append(asking.sampling)
+        return answer_side(model, judge, arm, prompts, asking)
 
-    monkeypatch.setattr(rungs_module, "answer_and_judge", answered)
+    monkeypatch.setattr(rungs_module, "answer_side", noted)
     warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
     rungs(setting, tmp_path, warm).measure("answers", 0, GATES.start[0])
     assert set(drawn) == {Sampling(temperature=0.8, seed=3)}

@@ -1,0 +1,176 @@
+"""One way to answer, and what came of it: answers to a list of prompts, their judgements, and the speed.
+
+A model, a judge, an `Arm` and prompts go in; a `Side` comes out. `resume_side` keeps what it has in a log, so
+that a killed run goes on. A `Respondent` answers under several doses of one steering, here or on a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
+from rs_gguf.engines.engine import Engine, LogProbs, Steering
+from rs_gguf.engines.generation import GREEDY, Asking, Sampling, common_prefix
+from rs_gguf.judges.registry import Judge
+from rs_gguf.records.conversation import Answer, Judgement, Prompt
+from rs_gguf.records.rows import RowLog
+
+_PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer: what is put on the model, and the system prompt that it gets."""
+
+    name: str
+    steering: Steering
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Answers to a list of prompts, in order, with their judgements and the tokens answered per second."""
+
+    answers: Sequence[Answer]
+    judgements: Sequence[Judgement]
+    tokens_per_second: float = 0.0
+
+    def take(self, indices: Sequence[int]) -> Side:
+        """Return the side of these prompts alone."""
+        return Side(
+            [self.answers[i] for i in indices], [self.judgements[i] for i in indices], self.tokens_per_second
+        )
+
+
+def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
+    """Return what a judge says of each answer, in order."""
+    graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
+    return [graded[i] for i in range(len(prompts))]
+
+
+def answer_side(
+    model: Engine,
+    judge: Judge,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    asking: Asking,
+    advance: Advance = lambda n: None,
+) -> Side:
+    """Answer `prompts` and judge the answers. The system prompt is the arm's, not that of `asking`."""
+    answers, seconds = answer_all(
+        model, prompts, steering=arm.steering, max_tokens=asking.max_tokens, system=arm.system,
+        sampling=asking.sampling, advance=advance,
+    )  # fmt: skip
+    # Judged unsteered: the judge may be the very model that is being steered.
+    judgements = grade(judge, prompts, answers)
+    return Side(answers, judgements, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0)
+
+
+def resume_side(
+    model: Engine,
+    judge: Judge,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    asking: Asking,
+    log: RowLog,
+    advance: Advance,
+) -> Side:
+    """Answer, in parts, those of `prompts` that `log` does not have yet, and return the whole side from it.
+
+    A row has the id `ARM:PROMPT`. The speed is the median over the prompts of the speed of their part.
+    """
+    missing = [p for p in prompts if f"{arm.name}:{p.id}" not in log.rows]
+    advance(len(prompts) - len(missing))
+    for start in range(0, len(missing), _PART):
+        part = missing[start : start + _PART]
+        found = answer_side(model, judge, arm, part, asking, advance)
+        for prompt, answer, judgement in zip(part, found.answers, found.judgements, strict=True):
+            log.append(
+                {
+                    "id": f"{arm.name}:{prompt.id}",
+                    **answer.to_row(),
+                    "confidence": judgement.confidence,
+                    "category": judgement.category,
+                    "tokens_per_second": round(found.tokens_per_second, 1),
+                }
+            )
+    rows = [log.rows[f"{arm.name}:{p.id}"] for p in prompts]
+    return Side(
+        [Answer.from_row(row) for row in rows],
+        [Judgement(row["confidence"], "recorded", row["category"]) for row in rows],
+        float(np.median([row["tokens_per_second"] for row in rows])),
+    )
+
+
+class Respondent(Protocol):
+    """What is measured: it answers under a dose of its steering, 0 being none; in between it is unsteered."""
+
+    def check(self) -> None:
+        """Raise `InputError` if the steering does not fit the model, before anything is measured."""
+        ...
+
+    def answers(
+        self,
+        asked: Sequence[Prompt],
+        dose: float,
+        *,
+        max_tokens: int,
+        advance: Advance,
+        sampling: Sampling = GREEDY,
+    ) -> tuple[list[Answer], int, float]:
+        """The answers in order, the number of their tokens, and the seconds that they took."""
+        ...
+
+    def answer_logprobs(
+        self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float
+    ) -> LogProbs | None:
+        """Log-probabilities of given answers; None where they cannot be had."""
+        ...
+
+    def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs | None:
+        """Log-probabilities of texts in the user's place; None where they cannot be had."""
+        ...
+
+
+@dataclass(frozen=True)
+class SteeredModel:
+    """A model in this process, as a `Respondent`."""
+
+    model: Engine
+    steering: Steering
+    system: str | None = None
+
+    def check(self) -> None:
+        with self.model.steered(self.steering):
+            pass
+
+    def answers(
+        self,
+        asked: Sequence[Prompt],
+        dose: float,
+        *,
+        max_tokens: int,
+        advance: Advance,
+        sampling: Sampling = GREEDY,
+    ) -> tuple[list[Answer], int, float]:
+        answers, seconds = answer_all(
+            self.model, asked, steering=self.steering.scaled(dose), max_tokens=max_tokens,
+            system=self.system, sampling=sampling, advance=advance,
+        )  # fmt: skip
+        return answers, sum(len(a.tokens) for a in answers), seconds
+
+    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> LogProbs:
+        with self.model.steered(self.steering.scaled(dose)):
+            return logprobs_of(self.model, asked, answers, self.system)
+
+    def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs:
+        conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
+        opening = conversations[0][: common_prefix(conversations)]
+        pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
+        with self.model.steered(self.steering.scaled(dose)):
+            # Without an opening the first token has nothing before it.
+            return self.model.token_logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs])
