@@ -17,7 +17,6 @@ LONG = {
     "pipeline/recipe.py",
     "pipeline/run.py",
     "search/finder.py",
-    "search/rungs.py",
     "steering/lora_file.py",
     "steering/proof.py",
 }
