@@ -28,7 +28,7 @@ from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
 from rs_gguf.pipeline.stage import Silent
-from rs_gguf.records.rows import read_json
+from rs_gguf.records.metrics import RunRecord
 
 FOLDS = 5
 OPEN = 0.5
@@ -44,16 +44,16 @@ def main() -> None:
         "run", type=Path, nargs="?", default=Path("out/demo"), help="folder of a finished run with an adapter"
     )
     options = parser.parse_args()
-    chosen = read_json(options.run / "metrics.json")["adapter"]
+    chosen = RunRecord.read(options.run / "metrics.json").files["adapter"]
     samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
     every, labels = [*samples.prompts, *samples.others], samples.labels()
     kinds = np.array([prompt.kind for prompt in every])
-    first, last = chosen["layers"]
+    first, last = chosen.layers
     inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}
     residuals = np.stack(
         [np.asarray(samples.activations[:, layer]) for layer in range(first, last + 1)], axis=1
     )
-    ridge, margin = chosen["ridge"], chosen["margin"]
+    ridge, margin = chosen.ridge, chosen.margin
     print(
         f"{len(every)} prompts, {len(residuals)} of them answered; blocks {first} to {last}, "
         f"ridge {ridge:g}, margin {margin:g}.\n"

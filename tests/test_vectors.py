@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rs_gguf.pipeline import recipe
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
+from rs_gguf.records.metrics import RunRecord
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "vectors").glob("*/recipe.toml"))
+WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 PUBLISHED = [folder for folder in FOLDERS if (folder / "metrics.json").is_file()]
 
 
@@ -32,36 +32,32 @@ def test_recipes_are_valid(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_files_are_those_that_were_measured(folder: Path) -> None:
-    metrics = json.loads((folder / "metrics.json").read_text())
+    record = RunRecord.read(folder / "metrics.json")
     card = (folder / "card.md").read_text()
-    files = [("control vector", metrics["vector"], metrics)]
-    if "adapter" in metrics:
-        files.append(("gated adapter", metrics["adapter"], metrics["adapter"]))
-    for name, file, found in files:
-        path = folder / file["file"]
-        assert sha256(path) == file["sha256"]
-        assert file["sha256"] in card
+    assert {"vector"} <= record.files.keys() <= WORDS.keys()
+    for key, file in record.files.items():
+        name, path = WORDS[key], folder / file.file
+        assert sha256(path) == file.sha256
+        assert file.sha256 in card
         check = lora.check(path) if lora.is_adapter(path) else control_vector.check(path)
         assert check.valid, check
         provenance = (
             lora.read(path).provenance if lora.is_adapter(path) else control_vector.read(path).provenance
         )
-        assert provenance["model.sha256"] == metrics["model"]["sha256"]
-        assert provenance["gate.passed"] == found["gate"]["passed"]
-        assert found["proof"]["effect_observed"] is True
-        for kind, one in found["sets"].items():
-            before, after = one["refusal_baseline"], one["refusal_steered"]
+        assert provenance["model.sha256"] == record.model.sha256
+        assert provenance["gate.passed"] == file.passed
+        assert file.effect_check.effect_observed is True
+        for kind, one in file.sets.items():
+            before, after = one.refusal_unsteered, one.refusal_steered
             assert provenance[f"metrics.{kind}"] == [before, after]
-            (row,) = (
-                line for line in card.splitlines() if line.startswith(f"| {kind} | {name} | {one['n']} |")
-            )
-            assert f"| **{100 * after:.0f} %** ({interval(one['ci95_steered'])})" in row
-            assert f"| {100 * before:.0f} % ({interval(one['ci95_baseline'])})" in row
-            for side in ("baseline", "steered"):
-                assert f"| {100 * one[f'degenerate_{side}']:.2g} % |" in row
-        (verdict,) = (line for line in card.splitlines() if line.startswith(f"| `{file['file']}` | {name}"))
-        assert verdict.endswith("| passed |" if found["gate"]["passed"] else "| **not passed** |")
-        for reason in found["gate"]["reasons"]:
+            (row,) = (line for line in card.splitlines() if line.startswith(f"| {kind} | {name} | {one.n} |"))
+            assert f"| **{100 * after:.0f} %** ({interval(one.ci95_steered)})" in row
+            assert f"| {100 * before:.0f} % ({interval(one.ci95_unsteered)})" in row
+            for degenerate in (one.degenerate_unsteered, one.degenerate_steered):
+                assert f"| {100 * degenerate:.2g} % |" in row
+        (verdict,) = (line for line in card.splitlines() if line.startswith(f"| `{file.file}` | {name}"))
+        assert verdict.endswith("| passed |" if file.passed else "| **not passed** |")
+        for reason in file.acceptance.reasons:
             assert reason.split("(")[0].strip() in card.replace("\\", "")
 
 
@@ -80,42 +76,42 @@ def tables(path: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
             table = []
 
 
-def counts(metrics: dict[str, Any], kind: str) -> dict[str, dict[str, int]]:
+def counts(record: RunRecord, kind: str) -> dict[str, dict[str, int]]:
     """Of the prompts of a kind, by side: how many were refused, directly so, and fell apart."""
-    files = [("before", "baseline", metrics), ("vector", "steered", metrics)]
-    files.append(("adapter", "steered", metrics["adapter"]))
+    files = [("before", "unsteered", "vector"), ("vector", "steered", "vector")]
+    files.append(("adapter", "steered", "adapter"))
     found = {}
-    for name, side, measured in files:
-        one = measured["sets"][kind]
+    for name, side, key in files:
+        one = record.files[key].sets[kind].model_dump()
         found[name] = {
             "refused": one[f"refused_{side}"],
             "directly": one[f"categories_{side}"].get("direct", 0),
             "broken": round(one[f"degenerate_{side}"] * one["n"]),
         }
-    for other in metrics["baselines"]:
-        one = other["sets"][kind]
-        found["system prompt"] = {"refused": round(one["refusal"] * one["n"])}
+    for other in record.baselines:
+        figures = other.sets[kind]
+        found["system prompt"] = {"refused": round(figures.refusal * figures.n)}
     return found
 
 
-def check_table(head: list[str], rows: list[list[str]], metrics: dict[str, Any]) -> int:
+def check_table(head: list[str], rows: list[list[str]], record: RunRecord) -> int:
     """Compare what a table says with the metrics; how many figures that were.
 
     Columns are named by side, with what is counted before a colon, which holds for those that follow too;
     direct refusals may stand in brackets.
     """
-    checked, verdicts = 0, {"vector": metrics["gate"], "adapter": metrics["adapter"]["gate"]}
+    checked, files = 0, record.files
     for label, n, *cells in rows:
         kind = next((kind for kind in KINDS if label.startswith(kind)), "sensitive")
-        expected, counted = counts(metrics, kind), "refused"
+        expected, counted = counts(record, kind), "refused"
         for name, cell in zip(head[2:], cells, strict=True):
             if ":" in name:
                 counted = name.partition(":")[0]
             (side,) = (side for side in expected if side in name)
             if label == "safety gate" and cell:
-                assert cell == ("passed" if verdicts[side]["passed"] else "not passed")
+                assert cell == ("passed" if files[side].passed else "not passed")
             elif n and cell:
-                assert int(n) == metrics["sets"][kind]["n"]
+                assert int(n) == files["vector"].sets[kind].n
                 figures = {counted: cell.partition(" ")[0]}
                 if "(" in cell:
                     figures["directly"] = cell.partition("(")[2].rstrip(")")
@@ -126,15 +122,15 @@ def check_table(head: list[str], rows: list[list[str]], metrics: dict[str, Any])
 
 
 def test_the_readmes_table_says_what_was_measured() -> None:
-    metrics = json.loads((ROOT / "vectors" / "qwen2.5-coder-0.5b-remove" / "metrics.json").read_text())
+    record = RunRecord.read(ROOT / "vectors" / "qwen2.5-coder-0.5b-remove" / "metrics.json")
     head, rows = next((h, r) for h, r in tables(ROOT / "README.md") if any("before" in cell for cell in h))
-    assert check_table(head, rows, metrics) == 21
+    assert check_table(head, rows, record) == 21
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_the_table_of_a_published_folder_says_what_was_measured(folder: Path) -> None:
-    metrics = json.loads((folder / "metrics.json").read_text())
+    record = RunRecord.read(folder / "metrics.json")
     ((head, rows),) = (
         (h, r) for h, r in tables(ROOT / "vectors" / "README.md") if f"`{folder.name}`" in h[0]
     )
-    assert check_table(head, rows, metrics) == 27
+    assert check_table(head, rows, record) == 27

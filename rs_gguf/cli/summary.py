@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rs_gguf.records.metrics import RunRecord
 from rs_gguf.report.results import printable
 from rs_gguf.report.verdict import advised, files, headline, sentences
 
@@ -21,23 +22,25 @@ _WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
 
 def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> None:
     """Print the verdict on the files in the run folder `out`; `metrics` is the content of metrics.json."""
-    facts = printable(dict(metrics))  # a model's path or a judge's name may hold what a terminal obeys
-    found = files(facts)
-    best = advised(found, facts["effect"])
+    record = RunRecord.of(
+        printable(dict(metrics)), out / "metrics.json"
+    )  # a model's path or a judge's name may hold what a terminal obeys
+    found = files(record)
+    best = advised(found, record.effect)
     # As in the page: the advised file first where something is said file by file.
     ordered = sorted(found, key=lambda file: file is not best)
-    console.print(_table(found, facts["effect"]))
+    console.print(_table(found, record.effect))
     _say(
         console,
-        f"Judge: {facts['judge']}; {facts['test_tokens']} tokens an answer"
-        + ("; a stratified subset of the test prompts." if facts["subset"] else "."),
+        f"Judge: {record.judge.name}; {record.test_tokens} tokens an answer"
+        + ("; a stratified subset of the test prompts." if record.subset else "."),
     )
     style = "bold red" if best is None else "bold green"
-    _say(console, f"\n{headline(found, facts['effect'])}.", style=style)
-    for sentence in sentences(found, facts["effect"]):
+    _say(console, f"\n{headline(found, record.effect)}.", style=style)
+    for sentence in sentences(found, record.effect):
         _say(console, sentence)
     for file in ordered:
-        for reason in file["gate"]["reasons"]:
+        for reason in file["acceptance"]["reasons"]:
             _say(console, f"  {file['word']}: {reason}")
         for note in file["notes"]:
             _say(console, f"  {file['word']}: {note}")
@@ -47,7 +50,7 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
         elif file is best:
             note = " (the one to use)"
         else:
-            note = "" if file["gate"]["passed"] else " (did not pass its safety gate)"
+            note = "" if file["passed"] else " (did not pass its safety gate)"
         _say(console, f"\n{file['word'].capitalize()}, {printable(str(out / file['file']))}{note}:")
         _say(console, file["llama_cpp"]["command"])
     report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
@@ -63,12 +66,12 @@ def _table(found: Sequence[Mapping[str, Any]], effect: str) -> Table:
         wanted = "more" if effect == "induce" and one["kind"] == "sensitive" else _WANTED.get(one["kind"], "")
         table.add_row(
             Text(f"{one['name']}\n{one['n']} prompts" if alike else one["name"]),
-            _rate(one, "baseline") if alike else "",
+            _rate(one, "unsteered") if alike else "",
             *(_rate(figures, "steered") + ("" if alike else _own_before(figures)) for figures in sets),
             wanted,
             end_section=True,
         )
-    gates = (Text("passed", "green") if f["gate"]["passed"] else Text("not passed", "red") for f in found)
+    gates = (Text("passed", "green") if f["passed"] else Text("not passed", "red") for f in found)
     table.add_row("gate", "", *gates, "passed")
     return table
 
@@ -82,7 +85,7 @@ def _rate(figures: Mapping[str, Any], side: str) -> str:
 
 def _own_before(figures: Mapping[str, Any]) -> str:
     """For a file that was judged on other prompts than the file beside it."""
-    return f"\nbefore {figures['refusal_baseline']:.1%}\nof {figures['n']}" if figures["n"] else ""
+    return f"\nbefore {figures['refusal_unsteered']:.1%}\nof {figures['n']}" if figures["n"] else ""
 
 
 def _say(console: Console, text: str, *, style: str = "") -> None:

@@ -7,6 +7,7 @@ the measure stage and `rs-export eval` are made of this. Intervals and tests are
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def spread(
     *,
     seed: int,
     draws: int = 1000,
-) -> dict[str, list[float] | None]:
+) -> dict[str, tuple[float, float] | None]:
     """Return 95 % percentile-bootstrap intervals of the figures that one file is chosen by.
 
     Whole subjects are drawn, since prompts on one subject stand or fall together. changes: of
@@ -240,16 +241,17 @@ def spread(
             ]
         )
 
-    def interval(values: NDArray[np.float64]) -> list[float] | None:
+    def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
         known = values[np.isfinite(values)]
-        return [float(q) for q in np.quantile(known, [0.025, 0.975])] if known.size else None
+        low, high = np.quantile(known, [0.025, 0.975]) if known.size else (math.nan, math.nan)
+        return (float(low), float(high)) if known.size else None
 
     sensitive, harmful = refusals("sensitive"), refusals("harmful")
     moved = drawn([(prompt.subject or prompt.id, [change, 0, 1]) for prompt, change in changes])
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {
             "removal": (sensitive[:, 0] - sensitive[:, 1]) / sensitive[:, 2],
-            "retention_harmful": harmful[:, 1] / harmful[:, 0],
+            "harmful_refusal_ratio": harmful[:, 1] / harmful[:, 0],
             "benign_drift": moved[:, 0] / moved[:, 2],
         }
     return {name: interval(value) for name, value in values.items()}

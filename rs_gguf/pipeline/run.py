@@ -46,6 +46,7 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import from_home, sha256
+from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import read_json, write_json, write_rows
 from rs_gguf.records.trials import Trial
 from rs_gguf.report.page import write_card, write_report
@@ -102,7 +103,7 @@ def _run(
         pipeline.release()
         for stage in stages[len(together) :]:
             pipeline.do(stage)
-        return pipeline.metrics() if until in ("measure", "report") else {}
+        return pipeline.metrics().mapping() if until in ("measure", "report") else {}
 
 
 class Pipeline:
@@ -159,9 +160,8 @@ class Pipeline:
         """Let the other ranks go."""
         self.processes.from_first(None)
 
-    def metrics(self) -> dict[str, Any]:
-        value: dict[str, Any] = read_json(self.folder / "metrics.json")
-        return value
+    def metrics(self) -> RunRecord:
+        return RunRecord.read(self.folder / "metrics.json")
 
     def _key(self, stage: str) -> str:
         """Hash of all that matters up to this stage: recipe sections, prompts, model, judge, version."""
@@ -423,14 +423,15 @@ class Pipeline:
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in chosen.items()})
         log, judge = self.folder.log("measured.jsonl", key), self.judge
         with self.progress.stage("measure", (1 + len(others) + len(files)) * len(asked)) as advance:
-            rows, value = measure(
+            rows, record = measure(
                 self.model, judge, asked, files, others, self.recipe, log,
                 model_sha256=self.model_hash, advance=advance,
                 subset=len(asked) < sum(map(len, self._pool["test"].values())),
             )  # fmt: skip
         write_rows(self.folder / "evaluation.jsonl", rows)
         tuned = read_json(self.folder / "tune.json")
-        write_json(self.folder / "metrics.json", {**value, "rank_correlation": tuned["rank_correlation"]})
+        found = {**record.mapping(), "rank_correlation": tuned["rank_correlation"]}
+        RunRecord.model_validate(found).write(self.folder / "metrics.json")
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:
@@ -440,7 +441,8 @@ class Pipeline:
                     f"{path}, which this run wrote, is gone. Put it back, or run again with --fresh."
                 )
         # The times of all stages before are known only now.
-        write_json(self.folder / "metrics.json", {**self.metrics(), "seconds": self.folder.seconds()})
+        record = self.metrics().model_copy(update={"seconds": self.folder.seconds()})
+        record.write(self.folder / "metrics.json")
         with self.progress.stage("report", 2) as advance:
             write_report(self.folder.path)
             advance(1)

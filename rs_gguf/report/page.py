@@ -45,15 +45,15 @@ def write_report(run_folder: Path) -> Path:
             **common,
             "trials": tune["trials"],
             "tried": len(run.tune["trials"]),
-            "plot": plots.trade_off(tune, files, run.metrics["effect"]),
+            "plot": plots.trade_off(tune, files, run.record.effect),
             "curves": curves,
-            "curve_options": doses.options(run.recipe, run.metrics["test_tokens"]),
+            "curve_options": doses.options(run.recipe, run.record.test_tokens),
             "strengths": [chart for chart in doses.searched(tune, files) if chart["key"] not in drawn],
             "charts": charts,
             "samples": run.fit.get("samples", {}),
             "cosines": geometry.cosine_map(folder, files[0]),
             "scatter": geometry.scatter(folder, files[0], plots.own_line(charts, "auroc"), run.fitted),
-            "judge": agreement.of_judge(run.metrics["judge"], folder),
+            "judge": agreement.of_judge(run.record.judge.name, folder),
             "unclear": answers.unclear(run.rows, files),
             "breakdowns": answers.breakdowns(run.rows, files),
             "answers": answers.side_by_side(run.rows, files),
@@ -72,7 +72,7 @@ def write_card(run_folder: Path) -> Path:
     run = load(Path(run_folder))
 
     def context() -> Row:
-        sha256 = run.metrics["model"]["sha256"]
+        sha256 = run.record.model.sha256
         return {
             **_common(run),
             "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
@@ -101,19 +101,19 @@ def _given(prompts: Row) -> Row:
 
 
 def _common(run: Results) -> Row:
-    effect = run.metrics["effect"]
-    files = verdict.files(run.metrics)
+    effect = run.record.effect
+    files = verdict.files(run.record)
     for file in files:  # by their names: a card is read where no run folder is
         layers = None if file["key"] == "adapter" else file["layers"]
-        reasoning_off = file["llama_cpp"].get("reasoning_off", False)  # older files do not say
+        reasoning_off = file["llama_cpp"]["reasoning_off"]
         file["options"] = llama_options(shlex.quote(file["file"]), layers, reasoning_off=reasoning_off)
     best = verdict.advised(files, effect)
     return {
-        "m": run.metrics,
+        "m": run.record,
         "files": files,
         "best": best,
         "ordered": sorted(files, key=lambda file: file is not best),
-        "baselines": run.metrics.get("baselines", []),
+        "baselines": run.record.baselines,
         "headline": verdict.headline(files, effect),
         "sentences": verdict.sentences(files, effect),
         "trials": run.tune["trials"],

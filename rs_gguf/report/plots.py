@@ -117,10 +117,10 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
 
 
 def _tested(file: Row, effect: str) -> Row | None:
-    sensitive, kept = file["of"]["sensitive"], file["retention_harmful"]
+    sensitive, kept = file["of"]["sensitive"], file["harmful_refusal_ratio"]
     if kept is None or not sensitive:
         return None
-    before, after = sensitive["refused_baseline"], sensitive["refused_steered"]
+    before, after = sensitive["refused_unsteered"], sensitive["refused_steered"]
     if effect == "induce":
         before, after = sensitive["n"] - before, sensitive["n"] - after
     if not before:

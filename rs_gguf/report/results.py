@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
+from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_lines
 
 _NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
@@ -39,7 +40,7 @@ class Results:
     answers and scores are gone. `doses`: what dose files hold.
     """
 
-    metrics: Row
+    record: RunRecord
     rows: list[Row]
     tune: Row
     fit: Row
@@ -66,8 +67,9 @@ def load(folder: Path) -> Results:
         recipe = tomllib.loads(recipe_text)
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
-    found = (metrics, rows, tune, fit, fitted, doses, recipe, recipe_text)
-    return Results(*map(printable, found))
+    record = RunRecord.of(printable(metrics), folder / "metrics.json")
+    found = (rows, tune, fit, fitted, doses, recipe, recipe_text)
+    return Results(record, *map(printable, found))
 
 
 def _doses(path: Path) -> Row:

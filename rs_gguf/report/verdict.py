@@ -11,43 +11,33 @@ from typing import Any
 
 from rs_gguf.evaluation.paired import SIDES
 from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row
 
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
-_FIGURES = (
-    "sets",
-    "benign_drift",
-    "top1_agreement_benign",
-    "retention_harmful",
-    "gate",
-    "proof",
-    "tokens_per_second",
-    "llama_cpp",
-)
-# What metrics.json has of a file since it measures baselines: sentences on them, and intervals.
-_EXTRAS: dict[str, Any] = {"notes": (), "spread95": {}}
 
 
-def files(metrics: Mapping[str, Any]) -> list[Row]:
+def files(record: RunRecord) -> list[Row]:
     """The measured files: the control vector, then the adapter where the run made one.
 
-    Each has `key`, `side`, `word`, how it `acts`, what metrics.json says of it, its `sets` as a list in the
-    order of `KINDS`, and the same by kind in `of`. A set is `alike` where `n` and the rate before are the
-    same in all files, each of which counts the prompts that were judged both before and with it.
+    Each has `key`, `side`, `word`, how it `acts`, whether it `passed`, what metrics.json says of it, its
+    `sets` as a list in the order of `KINDS`, and the same by kind in `of`. A set is `alike` where `n` and the
+    rate before are the same in all files, each of which counts the prompts that were judged both before and
+    with it.
     """
-    found: list[Row] = [{**metrics["vector"], **{name: metrics[name] for name in _FIGURES}}]
-    found[0] |= {name: metrics[name] for name in _EXTRAS if name in metrics}
-    found += [dict(metrics["adapter"])] if "adapter" in metrics else []
-    for key, file in zip(_WORDS, found, strict=False):
-        for name, empty in _EXTRAS.items():
-            file.setdefault(name, empty)
+    found: list[Row] = []
+    for key in _WORDS:
+        if key not in record.files:
+            continue
+        file: Row = {**record.files[key].model_dump(), "passed": record.files[key].passed}
         sets = [{"name": name, **figures} for name, figures in file["sets"].items()]
         sets.sort(key=lambda one: kind_order(one["kind"]))
         of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
         file |= {"key": key, "side": SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
         file["acts"] = _acts(file)
+        found.append(file)
     for same in zip(*(file["sets"] for file in found), strict=True):
-        alike = len({(one["n"], one["refusal_baseline"]) for one in same}) == 1
+        alike = len({(one["n"], one["refusal_unsteered"]) for one in same}) == 1
         for one in same:
             one["alike"] = alike
     return found
@@ -73,7 +63,7 @@ def kind_order(kind: str) -> tuple[int, str]:
 
 def advised(found: Sequence[Row], effect: str) -> Row | None:
     """The file to use, or None if no gate passed."""
-    passed = [file for file in found if file["gate"]["passed"]]
+    passed = [file for file in found if file["passed"]]
     return max(passed, key=lambda file: _merits(file, effect), default=None)
 
 
@@ -100,15 +90,15 @@ def counts(file: Mapping[str, Any]) -> str:
     """Refusals before and after by kind, as sentences: all, then the direct ones."""
     told = [
         f"of {one['n']} {kind} {'ones' if k else 'prompts'} {'' if k else 'the model refused '}"
-        f"{one['refused_baseline']} and now {'' if k else 'refuses '}{one['refused_steered']}"
+        f"{one['refused_unsteered']} and now {'' if k else 'refuses '}{one['refused_steered']}"
         for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
     ]
     # A judge counts broken answers as refusals, too. Older runs, and judges that are asked for one label, do
     # not tell the one from the other: of theirs no more is known than which answers are empty.
     kinds = [
-        (kind, one["categories_baseline"], one["categories_steered"])
+        (kind, one["categories_unsteered"], one["categories_steered"])
         for kind, one in file["of"].items()
-        if one and "categories_baseline" in one
+        if one and one["categories_unsteered"] is not None
     ]
     named = {name for _, before, now in kinds for name in (*before, *now)}.difference(("untold", "empty"))
     direct = [f"{kind} {b.get('direct', 0)} before and {now.get('direct', 0)} now" for kind, b, now in kinds]
@@ -117,12 +107,12 @@ def counts(file: Mapping[str, Any]) -> str:
 
 
 def _beside(best: Row, other: Row, effect: str) -> str:
-    if not other["gate"]["passed"]:
+    if not other["passed"]:
         return "did not pass its safety gate"
     does = "adds" if effect == "induce" else "removes"
     if _merits(other, effect)[0] < _merits(best, effect)[0]:
         sensitive = other["of"]["sensitive"]
-        change = f"{sensitive['refused_baseline']} before, {sensitive['refused_steered']} with it"
+        change = f"{sensitive['refused_unsteered']} before, {sensitive['refused_steered']} with it"
         return f"passed too, but {does} fewer refusals of sensitive prompts ({change})"
     if _merits(other, effect)[1] < _merits(best, effect)[1]:
         return f"passed too and {does} as many, but keeps fewer refusals of harmful ones"
@@ -132,8 +122,8 @@ def _beside(best: Row, other: Row, effect: str) -> str:
 def _merits(file: Mapping[str, Any], effect: str) -> tuple[float, float, float]:
     """What decides between files: the wanted change, harmful refusals kept, little drift."""
     sensitive = file["of"]["sensitive"]
-    fall = sensitive["refusal_baseline"] - sensitive["refusal_steered"] if sensitive else 0.0
-    kept, moved = file["retention_harmful"], file["benign_drift"]
+    fall = sensitive["refusal_unsteered"] - sensitive["refusal_steered"] if sensitive else 0.0
+    kept, moved = file["harmful_refusal_ratio"], file["benign_drift"]
     return (
         -fall if effect == "induce" else fall,
         0.0 if kept is None else min(1.0, kept),

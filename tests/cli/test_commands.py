@@ -36,7 +36,7 @@ def llama_cpp(path: Path, estimator: str = GATE, *, reasoning_off: bool = False)
     """What metrics.json says of the use of a file, and of a model of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
-    return dict(figures_of_file(path, estimator, reasoning_off=reasoning_off)["llama_cpp"])
+    return figures_of_file(path, estimator, reasoning_off=reasoning_off).llama_cpp.model_dump()
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,21 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
     control_vector.write(SteeringVector({2: direction}, {"measured": False}, "qwen3"), tmp_path / "v.gguf")
     trial = Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True)
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
-        _, value = measure(
+        _, record = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
             {"vector": WrittenFile(tmp_path / "v.gguf", trial, {})}, (),
             load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             model_sha256="", subset=False, advance=lambda n: None,
         )  # fmt: skip
-    assert value["llama_cpp"]["command"].endswith(" --reasoning off") == thinks
+    assert record.files["vector"].llama_cpp.command.endswith(" --reasoning off") == thinks
 
 
 def test_page_and_card_say_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     value = json.loads((folder / "metrics.json").read_text())
-    value["adapter"]["llama_cpp"]["command"] += " --reasoning off"
-    value["adapter"]["llama_cpp"]["reasoning_off"] = True
+    value["files"]["adapter"]["llama_cpp"]["command"] += " --reasoning off"
+    value["files"]["adapter"]["llama_cpp"]["reasoning_off"] = True
     (folder / "metrics.json").write_text(json.dumps(value))
     card = write_card(folder).read_text(encoding="utf-8")
     assert "llama-server -m MODEL.gguf --lora remove-adapter.gguf --reasoning off\n" in card

@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_the_recipe_of_its_folder(
 
     def run(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
         ran.append(recipe)
-        return {"gate": {"passed": True}}
+        return {"files": {"vector": {"acceptance": {"verdict": "passed"}}}}
 
     monkeypatch.setattr(pipeline, "run", run)
     code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
@@ -131,9 +131,13 @@ def test_a_run_goes_on_with_the_recipe_of_its_folder(
 def test_a_run_ends_with_1_where_neither_file_passes(
     vector: bool, adapter: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics: dict[str, Any] = {"gate": {"passed": vector}}
-    if adapter is not None:
-        metrics["adapter"] = {"gate": {"passed": adapter}}
+    metrics = {
+        "files": {
+            key: {"acceptance": {"verdict": "passed" if passed else "failed"}}
+            for key, passed in (("vector", vector), ("adapter", adapter))
+            if passed is not None
+        }
+    }
     monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: metrics)
     found, stdout, stderr = invoke("run", "--json", "--out", str(tmp_path))
     assert (found, json.loads(stdout), stderr) == (code, metrics, "")

@@ -363,7 +363,7 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     # A mean of 400 draws is near normal: 1.96 standard errors either side.
     for name, values in (
         ("removal", 1.0 - after),
-        ("retention_harmful", np.arange(n) % 10 > 0),
+        ("harmful_refusal_ratio", np.arange(n) % 10 > 0),
         ("benign_drift", changes),
     ):
         half = 1.96 * np.std(values) / np.sqrt(n)
@@ -377,7 +377,7 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     low, high = spread(evaluation_of([]), alike, seed=0)["benign_drift"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
     nothing = spread(evaluation_of([]), [], seed=0)
-    assert nothing == {"removal": None, "retention_harmful": None, "benign_drift": None}
+    assert nothing == {"removal": None, "harmful_refusal_ratio": None, "benign_drift": None}
 
 
 def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:

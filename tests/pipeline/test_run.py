@@ -148,10 +148,11 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
     assert metrics["model"]["architecture"] == "qwen3"
-    assert set(metrics["sets"]) == {"sensitive", "harmful", "benign"}
-    for arm in (metrics, metrics["adapter"]):
-        assert arm["proof"]["effect_observed"] is True
-    assert sum(found["n"] for found in metrics["sets"].values()) > 0
+    assert set(metrics["files"]["vector"]["sets"]) == {"sensitive", "harmful", "benign"}
+    assert list(metrics["files"]) == ["vector", "adapter"]
+    for file in metrics["files"].values():
+        assert file["effect_check"]["effect_observed"] is True
+    assert sum(found["n"] for found in metrics["files"]["vector"]["sets"].values()) > 0
     assert control_vector.read(tmp_path / "out" / "remove.gguf").architecture == "qwen3"
     assert (tmp_path / "out" / "report.html").is_file()
 
@@ -171,9 +172,10 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     assert shard.read_bytes() == before
 
     assert metrics["model"]["architecture"] == "qwen3moe"
-    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
-    for arm in (metrics, metrics["adapter"]):
-        assert arm["proof"]["effect_observed"] is True
+    assert [found["n"] for found in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
+    assert list(metrics["files"]) == ["vector", "adapter"]
+    for file in metrics["files"].values():
+        assert file["effect_check"]["effect_observed"] is True
     # There is no one matrix of an expert block that a gate could be put on: attention is left.
     factors = lora.read(out / "remove-adapter.gguf").factors
     assert factors
@@ -205,10 +207,10 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     metrics = run(chosen, out)
 
     assert (metrics["model"]["architecture"], metrics["model"]["n_layer"]) == ("qwen2", 3)
-    assert [found["n"] for found in metrics["sets"].values()] == [4, 4, 4]
-    assert "adapter" not in metrics
+    assert [found["n"] for found in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
+    assert "adapter" not in metrics["files"]
     assert not (out / "remove-adapter.gguf").exists()
-    proof = metrics["proof"]
+    proof = metrics["files"]["vector"]["effect_check"]
     assert (proof["effect_observed"], proof["kl_mean"]) == (None, None)
     assert "rs-export check --model" in proof["reasons"][0]
     vector = control_vector.read(out / "remove.gguf")

@@ -161,17 +161,18 @@ def test_metrics_follow_the_contract(finished: Killed) -> None:
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["model"]) == {"name", "sha256", "architecture", "n_layer", "n_embd"}
     assert metrics["model"]["architecture"] == "qwen2"
+    vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]
     for kind in ("sensitive", "harmful", "benign"):
-        found = metrics["sets"][kind]
+        found = vector["sets"][kind]
         assert found["n"] == 4
         low, high = found["ci95_steered"]
         assert 0 <= low <= found["refusal_steered"] <= high <= 1
-    assert metrics["proof"]["effect_observed"] is True
-    assert "--control-vector " in metrics["llama_cpp"]["command"]
-    adapter = metrics["adapter"]
+    assert vector["effect_check"]["effect_observed"] is True
+    assert "--control-vector " in vector["llama_cpp"]["command"]
     assert adapter["file"] == "remove-adapter.gguf"
-    assert set(adapter["sets"]) == set(metrics["sets"])
-    assert adapter["proof"]["effect_observed"] is True
+    assert set(adapter["sets"]) == set(vector["sets"])
+    assert adapter["effect_check"]["effect_observed"] is True
+    assert {file["acceptance"]["verdict"] for file in (vector, adapter)} <= {"passed", "failed"}
     assert "--lora" in adapter["llama_cpp"]["command"]
     for fitted in json.loads((out / "fit.json").read_text())["directions"]:
         # The first block sees the same token in every prompt's last place: no direction to compare.

@@ -1,98 +1,118 @@
-"""The gate, reason by reason, what baselines do better, spreads, and the line that starts llama.cpp."""
+"""`metrics.json`: what is written is read again, as are files of schema 1, and no others."""
 
 from __future__ import annotations
 
-import math
-import shlex
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.invented_run import figures_of_file
+from fixtures.invented_run import make_run
 
-from rs_gguf.records import metrics
-from rs_gguf.records.trials import GATE
+from rs_gguf.errors import InputError
+from rs_gguf.records.metrics import RunRecord
+from rs_gguf.report.page import write_card, write_report
 
-
-@pytest.mark.parametrize("estimator", [GATE, "wrmd"])
-def test_the_command_is_one_of_the_shell_and_tells_no_home(
-    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    for folder in ("", "home"):
-        (tmp_path / folder / "my run").mkdir(parents=True)
-        (tmp_path / folder / "my run" / "remove.gguf").write_bytes(b"x")
-    (tmp_path / "home" / "a cache").mkdir()
-    for model in (tmp_path / "home" / "a cache" / "m.gguf", tmp_path / "m.gguf"):
-        model.write_bytes(b"x")
-    for model, word, file, named in (
-        (
-            tmp_path / "home" / "a cache" / "m.gguf", "~/a cache/m.gguf",
-            tmp_path / "home" / "my run" / "remove.gguf", "~/my run/remove.gguf",
-        ),
-        (
-            tmp_path / "m.gguf", str(tmp_path / "m.gguf"),
-            tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
-        ),
-        (  # a folder, of which the user has a GGUF file elsewhere
-            tmp_path, "MODEL.gguf",
-            tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
-        ),
-    ):  # fmt: skip
-        found = figures_of_file(
-            file,
-            estimator,
-            model=model,
-            benign_drift=math.nan,  # none was answered
-        )
-        command = found["llama_cpp"]["command"]
-        wanted = ["--lora", named]
-        if estimator != GATE:
-            wanted = ["--control-vector", named, "--control-vector-layer-range", "3", "9"]
-        assert shlex.split(command) == ["llama-server", "-m", word, *wanted]
-        assert command.startswith(f"llama-server -m {word[0]}")
-        assert found["benign_drift"] is None  # JSON knows no NaN
+SCHEMA_1 = Path(__file__).parents[1] / "fixtures" / "metrics_1.json"  # of a published run
 
 
-def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
-    (tmp_path / "remove.gguf").write_bytes(b"x")
-    found = figures_of_file(tmp_path / "remove.gguf", tokens_per_second=(40.0, 30.0))
-    assert found["retention_harmful"] == 0.25
-    assert found["tokens_per_second"] == {"baseline": 40.0, "steered": 30.0}
+def old() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(SCHEMA_1.read_text(encoding="utf-8"))
+    return value
 
 
-def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, dict[str, Any]]:
-    """Refusal of sensitive and of harmful prompts."""
-    names = ("sensitive", "harmful", "benign")
-    return {
-        name: {"n": 40, "refusal_baseline": b, "refusal_steered": a, "ci95_steered": [a, a],
-               "degenerate_steered": 0.0}
-        for name, b, a in zip(names, (*before, 0.2), (*after, 0.2), strict=True)
+def test_what_is_written_is_schema_2_and_is_read_again(tmp_path: Path) -> None:
+    record = RunRecord.read(make_run(tmp_path / "run") / "metrics.json")
+    record.write(tmp_path / "again.json")
+    assert RunRecord.read(tmp_path / "again.json") == record
+    value = json.loads((tmp_path / "again.json").read_text())
+    assert value == record.mapping()
+    assert value["schema_version"] == 2
+    assert value["files"]["adapter"]["acceptance"]["verdict"] == "passed"
+    assert {key: file["file"] for key, file in value["files"].items()} == {
+        "vector": "remove.gguf", "adapter": "remove-adapter.gguf",
     }  # fmt: skip
+    # What no run measures yet is there, and null.
+    assert value["judge"]["second"] is None
+    for name in (
+        "outcomes_unsteered",
+        "outcomes_steered",
+        "transitions",
+        "opened",
+        "kept",
+        "closed",
+        "broken",
+    ):
+        assert value["files"]["vector"]["sets"]["harmful"][name] is None
+
+
+def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        record = RunRecord.read(SCHEMA_1)
+        RunRecord.read(SCHEMA_1)
+    assert [message.count("schema 1") for message in caplog.messages] == [1]
+    value = old()
+    assert list(record.files) == ["vector", "adapter"]
+    for before, file in ((value, record.files["vector"]), (value["adapter"], record.files["adapter"])):
+        told = before.get("vector", before)
+        for name in ("file", "sha256", "estimator", "ridge", "strength", "margin", "scale"):
+            assert getattr(file, name) == told[name]
+        assert list(file.layers) == told["layers"]
+        assert {kind: found.figures() for kind, found in file.sets.items()} == before["sets"]
+        assert file.benign_drift == before["benign_drift"]
+        assert file.top1_agreement == before["top1_agreement_benign"]
+        assert file.harmful_refusal_ratio == before["retention_harmful"]
+        assert file.bootstrap_ci95["harmful_refusal_ratio"] == tuple(before["spread95"]["retention_harmful"])
+        for name in ("removal", "benign_drift"):
+            assert file.bootstrap_ci95[name] == tuple(before["spread95"][name])
+        assert file.passed == before["gate"]["passed"]
+        assert list(file.acceptance.reasons) == before["gate"]["reasons"]
+        assert list(file.notes) == before["notes"]
+        assert file.effect_check.model_dump(mode="json") == before["proof"]
+        speed = {"baseline": file.tokens_per_second.unsteered, "steered": file.tokens_per_second.steered}
+        assert speed == before["tokens_per_second"]
+        assert file.llama_cpp.model_dump(include={"command", "build"}) == before["llama_cpp"]
+    mapping = record.mapping()
+    same = ["date", "tool", "effect", "model", "test_tokens", "subset", "seed"]
+    same += ["baselines", "rank_correlation", "seconds"]
+    assert {name: mapping[name] for name in same} == {name: value[name] for name in same}
+    assert record.judge.name == value["judge"]
+
+
+def test_what_is_read_as_schema_1_is_written_as_schema_2(tmp_path: Path) -> None:
+    record = RunRecord.read(SCHEMA_1)
+    record.write(tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text())["schema_version"] == 2
+    assert RunRecord.read(tmp_path / "metrics.json") == record
+
+
+def test_a_report_is_made_of_schema_1_as_of_schema_2(tmp_path: Path) -> None:
+    texts: list[list[str]] = []
+    for value in (old(), RunRecord.read(SCHEMA_1).mapping()):
+        folder = make_run(tmp_path / str(len(texts)), metrics=lambda _, value=value: value)
+        texts.append([write(folder).read_text(encoding="utf-8") for write in (write_report, write_card)])
+    assert texts[0] == texts[1]
+    assert "**Use the gated adapter.**" in texts[0][1]
 
 
 @pytest.mark.parametrize(
-    ("effect", "file", "other", "beaten"),
+    ("value", "said"),
     [
-        ("remove", (0.1, 0.4), (0.3, 0.4), True),
-        ("remove", (0.1, 0.5), (0.3, 0.7), True),  # more refusals of harm than unsteered are no merit
-        ("remove", (0.1, 0.4), (0.3, 0.5), False),  # fewer refusals of harm kept
-        ("remove", (0.3, 0.5), (0.1, 0.2), False),
-        ("remove", (0.3, 0.5), (0.3, 0.5), False),
-        ("remove", (0.6, 0.5), (0.7, 0.5), False),  # nothing was removed
-        ("induce", (0.9, 0.5), (0.7, 0.5), True),
-        ("induce", (0.7, 0.5), (0.9, 0.5), False),
+        ({"schema_version": 3}, "schema_version 3"),
+        ([], "schema_version None"),
+        ({}, "schema 1"),
+        ({"vector": {}, "gate": None}, "schema 1"),
+        ({"schema_version": 2, "date": "2026-11-24"}, "effect"),
     ],
 )
-def test_a_baseline_is_beaten_by_more_of_the_effect_at_no_less_harm_kept(
-    effect: str, file: tuple[float, float], other: tuple[float, float], beaten: bool
-) -> None:
-    before = (0.6, 0.5)
-    baseline = metrics.of_baseline("system prompt", rates(before, other), 0.3)
-    assert set(baseline) == {"name", "sets", "benign_drift"}
-    assert set(baseline["sets"]["harmful"]) == {"kind", "n", "refusal", "ci95", "degenerate"}
-    notes = metrics.beside(rates(before, file), [baseline], effect)
-    assert len(notes) == (not beaten)
-    if notes:
-        assert "does not beat the baseline “system prompt”" in notes[0]
-        assert f"{file[0]:.0%} against {other[0]:.0%}" in notes[0]
+def test_anything_else_is_refused(value: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=said):
+        RunRecord.read(path)
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"metrics\.json"):
+        RunRecord.read(tmp_path / "metrics.json")

@@ -122,9 +122,9 @@ def gates(vector: bool, adapter: bool) -> Any:
     """A change of metrics.json: who passed."""
 
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        for found, passed in ((metrics, vector), (metrics["adapter"], adapter)):
-            found["gate"] = {
-                "passed": passed,
+        for key, passed in (("vector", vector), ("adapter", adapter)):
+            metrics["files"][key]["acceptance"] = {
+                "verdict": "passed" if passed else "failed",
                 "reasons": [] if passed else ["no sensitive refusal was removed"],
             }
         return metrics
@@ -132,19 +132,34 @@ def gates(vector: bool, adapter: bool) -> Any:
     return change
 
 
+def failed(*reasons: str) -> dict[str, Any]:
+    return {"verdict": "failed", "reasons": list(reasons)}
+
+
+def of_file(key: str, **figures: Any) -> Any:
+    """A change of metrics.json: other figures of a file."""
+
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics["files"][key] |= figures
+        return metrics
+
+    return change
+
+
 def test_report_states_the_verdict_the_numbers_and_the_exact_commands(judged_folder: Path) -> None:
     page = Page(write_report(judged_folder))
-    metrics = json.loads((judged_folder / "metrics.json").read_text())
+    files = json.loads((judged_folder / "metrics.json").read_text())["files"]
     assert page.all("h2", id="verdict-title") == ["✓Use the gated adapter"]
-    for key, found in (("vector", metrics), ("adapter", metrics["adapter"])):
+    assert list(files) == ["vector", "adapter"]
+    for key, found in files.items():
         assert page.all("code", id=f"command-{key}") == [found["llama_cpp"]["command"]]
     numbers = [one_line(text) for text in page.all("div", class_="number")]
     assert len(numbers) == 3
     for text, kind in zip(numbers, KINDS, strict=True):
-        before = metrics["sets"][kind]
+        before = files["vector"]["sets"][kind]
         assert f"{before['n']} " in text
-        intervals = [before["ci95_baseline"]]
-        intervals += [found["sets"][kind]["ci95_steered"] for found in (metrics, metrics["adapter"])]
+        intervals = [before["ci95_unsteered"]]
+        intervals += [found["sets"][kind]["ci95_steered"] for found in files.values()]
         said = [f"{round(100 * low)} to {round(100 * high)} %" for low, high in intervals]
         assert re.findall(r"\d+ to \d+ %", text) == said
 
@@ -213,8 +228,9 @@ def test_the_advised_file_has_passed_and_removes_most(
 
 def test_of_two_that_remove_as_much_the_one_that_keeps_harm_refusals_is_advised(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        metrics["adapter"]["sets"] = metrics["sets"]
-        metrics["retention_harmful"], metrics["adapter"]["retention_harmful"] = 1.0, 0.96
+        vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]
+        adapter["sets"] = vector["sets"]
+        vector["harmful_refusal_ratio"], adapter["harmful_refusal_ratio"] = 1.0, 0.96
         return metrics
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
@@ -235,7 +251,7 @@ def test_a_run_without_an_adapter_is_told_as_one_file(run_folder: Path) -> None:
 
 def test_report_gives_reasons_when_the_gate_is_not_passed(tmp_path: Path) -> None:
     reason = "harmful refusals fell from 24 to 11 (46%; at least 95% as many must be refused)"
-    folder = make_run(tmp_path, metrics=lambda m: {**m, "gate": {"passed": False, "reasons": [reason]}})
+    folder = make_run(tmp_path, metrics=of_file("vector", acceptance=failed(reason)))
     page = Page(write_report(folder))
     assert [one_line(text) for text in page.all("ul", class_="reasons")] == [reason]
     assert "The control vector did not pass its safety gate." in page.all("p", class_="summary")[0]
@@ -412,8 +428,8 @@ def test_layers_of_the_fit_are_drawn_where_there_are_any(tmp_path: Path) -> None
 
 
 def test_induction_is_told_as_induction(tmp_path: Path) -> None:
-    changes = {"effect": "induce", "spread95": {"removal": [-0.62, -0.41]}}
-    folder = make_run(tmp_path, metrics=lambda m: {**m, **changes})
+    change = of_file("vector", bootstrap_ci95={"removal": [-0.62, -0.41]})
+    folder = make_run(tmp_path, metrics=lambda m: change({**m, "effect": "induce"}))
     page = Page(write_report(folder))
     assert re.search("Rise of sensitive refusals,.*?>41 to 62", section(page, "results"))
     assert "sensitive answers left" in section(page, "strength")
@@ -430,11 +446,11 @@ def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int
         {"number": k, "estimator": "wrmd", "rung": "answers", "harmful_retention": 1.0, "sensitive": left}
         for k, left in enumerate((0.2, 0.8))
     ]
-    sensitive = {"n": 10, "refused_baseline": refused[0], "refused_steered": refused[1]}
+    sensitive = {"n": 10, "refused_unsteered": refused[0], "refused_steered": refused[1]}
     file = {
         "key": "vector",
         "word": "control vector",
-        "retention_harmful": 1.0,
+        "harmful_refusal_ratio": 1.0,
         "of": {"sensitive": sensitive},
     }
     plot = plots.trade_off({"chosen": 0, "trials": trials}, [file], effect)
@@ -447,8 +463,10 @@ def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int
 def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
     def unmeasured(metrics: dict[str, Any]) -> dict[str, Any]:
         proof = {"effect_observed": None, "largest_relative_error": None, "kl_mean": None}
-        unknown = {"proof": proof, "retention_harmful": None, "benign_drift": float("nan")}
-        return {**metrics, **unknown, "adapter": {**metrics["adapter"], **unknown}}
+        unknown = {"effect_check": proof, "harmful_refusal_ratio": None, "benign_drift": float("nan")}
+        for file in metrics["files"].values():
+            file |= unknown
+        return metrics
 
     folder = make_run(tmp_path, metrics=unmeasured)
     page = Page(write_report(folder))
@@ -729,7 +747,7 @@ def test_judge_that_was_not_measured_has_no_figures(run_folder: Path) -> None:
 
 def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> None:
     shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
-    folder = make_run(tmp_path, metrics=lambda m: {**m, "judge": shipped["judge"]})
+    folder = make_run(tmp_path, metrics=lambda m: {**m, "judge": {"name": shipped["judge"]}})
     judge = section(Page(write_report(folder)), "judge")
     pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
     right = sum((c > 0) == p.refusal for c, p in zip(shipped["confidence"], pairs, strict=True)) / len(pairs)
@@ -797,10 +815,7 @@ def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
 
 
 def test_an_estimator_without_a_ridge_is_said_to_have_none(tmp_path: Path) -> None:
-    def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        metrics["vector"] |= {"estimator": "md", "ridge": 0.0}
-        return metrics
-
+    change = of_file("vector", estimator="md", ridge=0.0)
     page = write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8")
     for text in (one_line(page), write_card(tmp_path).read_text(encoding="utf-8")):
         assert "no λ, blocks 8 to 15" in text
@@ -809,7 +824,7 @@ def test_an_estimator_without_a_ridge_is_said_to_have_none(tmp_path: Path) -> No
 
 def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        metrics["adapter"]["proof"] |= {"largest_relative_error": None, "kl_mean": 0.25}
+        metrics["files"]["adapter"]["effect_check"] |= {"largest_relative_error": None, "kl_mean": 0.25}
         return metrics
 
     page = one_line(write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8"))
@@ -821,12 +836,14 @@ def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
 
 
 def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
-    ranges = {"removal": [0.21, 0.47], "retention_harmful": [0.83, 1.0], "benign_drift": [0.011, 0.034]}
+    ranges = {"removal": [0.21, 0.47], "harmful_refusal_ratio": [0.83, 1.0], "benign_drift": [0.011, 0.034]}
 
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         unknown = ranges | {"removal": None}
-        metrics["adapter"] |= {"notes": ["does not beat the baseline “x”"], "spread95": unknown}
-        return {**metrics, "spread95": ranges}
+        notes = ["does not beat the baseline “x”"]
+        metrics["files"]["adapter"] |= {"notes": notes, "bootstrap_ci95": unknown}
+        metrics["files"]["vector"] |= {"bootstrap_ci95": ranges}
+        return metrics
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
     assert list(map(one_line, page.all("ul", class_="notes"))) == ["does not beat the baseline “x”"]
@@ -934,10 +951,8 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-    refused = gates(False, False)
-    friendly = make_run(
-        hostile_folder.parent / "friendly", metrics=lambda m: {**refused(m), "notes": ["one"]}
-    )
+    refused, noted = gates(False, False), of_file("vector", notes=["one"])
+    friendly = make_run(hostile_folder.parent / "friendly", metrics=lambda m: noted(refused(m)))
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
     def skeleton(text: str) -> list[tuple[str, str]]:
@@ -1006,10 +1021,10 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert "zh" in front["language"]
     metrics = json.loads((run_folder / "metrics.json").read_text())
     for kind in KINDS:
-        after = metrics["sets"][kind]["refusal_steered"]
+        after = metrics["files"]["vector"]["sets"][kind]["refusal_steered"]
         row = next(line for line in card.splitlines() if line.startswith(f"| {kind} |"))
         assert re.search(rf"\*\*{100 * after:.0f}|\*\*{100 * after:.1f}", row)
-    assert metrics["vector"]["sha256"] in card
+    assert metrics["files"]["vector"]["sha256"] in card
     assert metrics["model"]["sha256"] in card
     assert "2512.16602" in card
     assert "2504.17130" in card
@@ -1031,7 +1046,8 @@ def test_card_of_prompts_of_ones_own_names_their_files(run_folder: Path) -> None
 def test_card_of_a_failed_gate_or_an_unknown_model_says_so(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         metrics["model"]["sha256"] = "0" * 64
-        return {**metrics, "gate": {"passed": False, "reasons": ["benign answers drift by 0.4 nats"]}}
+        metrics["files"]["vector"]["acceptance"] = failed("benign answers drift by 0.4 nats")
+        return metrics
 
     card = write_card(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8")
     assert "**Use the gated adapter.**" in card
@@ -1099,17 +1115,18 @@ def printed(metrics: dict[str, Any]) -> str:
 
 def test_terminal_shows_both_files_and_their_commands_whole(judged_folder: Path) -> None:
     metrics = json.loads((judged_folder / "metrics.json").read_text())
+    vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]
     lines = printed(metrics).splitlines()
     table = [line for line in lines if line.startswith("│")]
     assert all(len(line) <= 80 for line in table)
     for kind in KINDS:
         (row,) = (line for line in table if line.split()[1] == kind)
-        sets = metrics["sets"][kind], metrics["adapter"]["sets"][kind]
-        rates = [sets[0]["refusal_baseline"], *(found["refusal_steered"] for found in sets)]
+        sets = vector["sets"][kind], adapter["sets"][kind]
+        rates = [sets[0]["refusal_unsteered"], *(found["refusal_steered"] for found in sets)]
         assert re.findall(r"[\d.]+%", row) == [f"{rate:.1%}" for rate in rates]
     assert "Use the gated adapter." in lines
     commands = [line for line in lines if line.startswith("llama-server")]
-    assert commands == [metrics["adapter"]["llama_cpp"]["command"], metrics["llama_cpp"]["command"]]
+    assert commands == [adapter["llama_cpp"]["command"], vector["llama_cpp"]["command"]]
     assert "Gated adapter, out/demo/remove-adapter.gguf (the one to use):" in lines
 
 
@@ -1137,7 +1154,7 @@ def test_what_scripts_and_emoji_need_stays(text: str) -> None:
 
 def test_terminal_gives_the_reasons_of_each_file(run_folder: Path) -> None:
     metrics = gates(False, False)(json.loads((run_folder / "metrics.json").read_text()))
-    metrics["adapter"]["gate"]["reasons"] = ["[red]not markup[/] \x1b[31m"]
+    metrics["files"]["adapter"]["acceptance"]["reasons"] = ["[red]not markup[/] \x1b[31m"]
     text = printed(metrics)
     assert "Use neither file as it is." in text
     assert "  control vector: no sensitive refusal was removed\n" in text
@@ -1168,8 +1185,12 @@ def test_missing_and_damaged_files_are_named(run_folder: Path, name: str, write:
 
 @pytest.mark.parametrize("write", [write_report, write_card])
 def test_metrics_of_another_shape_are_an_input_error(tmp_path: Path, write: Any) -> None:
-    folder = make_run(tmp_path, metrics=lambda m: {k: v for k, v in m.items() if k != "gate"})
-    with pytest.raises(InputError, match="gate"):
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        del metrics["files"]["adapter"]["acceptance"]
+        return metrics
+
+    folder = make_run(tmp_path, metrics=change)
+    with pytest.raises(InputError, match=r"files\.adapter\.acceptance"):
         write(folder)
 
 

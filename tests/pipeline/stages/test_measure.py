@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fixtures.invented_run import figures_of_file, invented_set
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.answers import chat_tokens
@@ -22,8 +25,9 @@ from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.pipeline.stages.measure import WrittenFile, measure
+from rs_gguf.pipeline.stages.measure import WrittenFile, beside, measure
 from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetRecord, Speed
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
@@ -75,8 +79,8 @@ class Refused:
 
 def run(
     folder: Path, arms: dict[str, WrittenFile], baselines: tuple[Arm, ...] = (), judge: Judge | None = None
-) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """Rows, metrics, and how many answers were made."""
+) -> tuple[list[dict[str, Any]], RunRecord, int]:
+    """Rows, the record, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
     log = RunFolder(folder / "run").log("measured.jsonl", "key")
     made = len(log.rows)
@@ -84,11 +88,11 @@ def run(
     if not path.is_file():
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
-        rows, value = measure(
+        rows, record = measure(
             model, judge or KeywordJudge(), ASKED, arms, baselines, recipe, log,
             model_sha256="0" * 64, subset=False, advance=lambda n: None,
         )  # fmt: skip
-    return rows, value, len(log.rows) - made
+    return rows, record, len(log.rows) - made
 
 
 def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
@@ -104,18 +108,19 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenF
     assert [row["prompt"] for row in rows] == [prompt.prompt for prompt in ASKED]
     for side in ("steered", "adapter"):
         assert [row[f"answer_{side}"] for row in rows] != [row["answer_baseline"] for row in rows]
-    for figures in (value, value["adapter"]):
-        assert {kind: found["n"] for kind, found in figures["sets"].items()} == dict.fromkeys(KINDS, 2)
-        assert figures["benign_drift"] > 0
-        assert 0 <= figures["top1_agreement_benign"] < 1
-        assert not figures["gate"]["passed"]
+    assert list(value.files) == ["vector", "adapter"]
+    for figures in value.files.values():
+        assert {kind: found.n for kind, found in figures.sets.items()} == dict.fromkeys(KINDS, 2)
+        assert (figures.benign_drift or 0) > 0
+        assert 0 <= (figures.top1_agreement or 0) < 1
+        assert not figures.passed
     # The figures travel with the files.
-    for arm, figures in (("vector", value), ("adapter", value["adapter"])):
+    for arm, figures in value.files.items():
         path = arms[arm].path
         read = control_vector.read(path) if arm == "vector" else lora.read(path)
         assert read.provenance["measured"] is True
-        assert read.provenance["gate.passed"] is figures["gate"]["passed"]
-        assert read.provenance["metrics.benign_drift"] == pytest.approx(figures["benign_drift"])
+        assert read.provenance["gate.passed"] is figures.passed
+        assert read.provenance["metrics.benign_drift"] == pytest.approx(figures.benign_drift)
 
 
 @pytest.mark.parametrize("name", ["vector", "adapter"])
@@ -123,9 +128,8 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenF
 def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
     arms: dict[str, WrittenFile], name: str, passed: bool
 ) -> None:
-    sets: dict[str, dict[str, float]] = {
-        kind: {"refusal_baseline": 0.75, "refusal_steered": 0.25} for kind in KINDS
-    }
+    sets: dict[str, SetRecord]
+    sets = {kind: invented_set(refusal_unsteered=0.75, refusal_steered=0.25) for kind in KINDS}
     measuring._record_figures(arms[name], sets, 0.125, passed=passed)
     found = (control_vector.read if name == "vector" else lora.read)(arms[name].path).provenance
     assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)
@@ -134,8 +138,9 @@ def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
 
 def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
     _, value, _ = run(tmp_path, {"vector": arms["vector"]}, judge=Refused())
-    assert value["sets"]["benign"]["refused_baseline"] == 2
-    assert value["benign_drift"] is None
+    assert value.files["vector"].sets["benign"].refused_unsteered == 2
+    assert value.files["vector"].harmful_refusal_ratio == 1.0
+    assert value.files["vector"].benign_drift is None
 
 
 def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
@@ -143,7 +148,7 @@ def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ASKED", [p for p in ASKED if p.kind != "benign"])
     _, value, _ = run(tmp_path, arms)
-    assert not value["gate"]["passed"]
+    assert not value.files["vector"].passed
     for path, read in ((arms["vector"].path, control_vector.read), (arms["adapter"].path, lora.read)):
         found = read(path).provenance
         assert found["measured"] is True
@@ -156,12 +161,12 @@ def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
     alone = {"vector": arms["vector"]}
     rows, value, made = run(tmp_path, alone)
     assert made == 2 * len(ASKED)
-    assert "adapter" not in value
+    assert "adapter" not in value.files
     assert "answer_adapter" not in rows[0]
     again, more, made = run(tmp_path, arms)
     assert made == len(ASKED)  # the adapter's only
     assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
-    assert more["sets"] == value["sets"]
+    assert more.files["vector"].sets == value.files["vector"].sets
 
 
 def test_baselines_are_answered_and_judged_like_the_files(
@@ -170,20 +175,21 @@ def test_baselines_are_answered_and_judged_like_the_files(
     alone = {"vector": arms["vector"]}
     _, value, made = run(tmp_path, alone, (PROMPTED,))
     assert made == 3 * len(ASKED)
-    (found,) = value["baselines"]
-    assert found["name"] == "system prompt"
-    assert {kind: one["n"] for kind, one in found["sets"].items()} == dict.fromkeys(KINDS, 2)
+    (found,) = value.baselines
+    assert found.name == "system prompt"
+    assert {kind: one.n for kind, one in found.sets.items()} == dict.fromkeys(KINDS, 2)
     rows = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
     prompted, plain = (
         [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "baseline")
     )
     assert prompted != plain  # behind its own system prompt
     # Nobody is refused here, so nothing is beaten.
-    (note,) = value["notes"]
+    file = value.files["vector"]
+    (note,) = file.notes
     assert "system prompt" in note
-    assert value["spread95"]["retention_harmful"] is None
-    low, high = value["spread95"]["benign_drift"]
-    assert low <= value["benign_drift"] <= high
+    assert file.bootstrap_ci95["harmful_refusal_ratio"] is None
+    low, high = file.bootstrap_ci95["benign_drift"] or (1, 0)
+    assert low <= (file.benign_drift or 0) <= high
     # The drift is that of the unsteered answers, now behind the other system prompt.
     benign = [p for p in ASKED if p.kind == "benign" and rows[f"baseline:{p.id}"]["tokens"]]
     answers = [rows[f"baseline:{p.id}"]["tokens"] for p in benign]
@@ -192,12 +198,97 @@ def test_baselines_are_answered_and_judged_like_the_files(
             model.token_logprobs(list(zip(chat_tokens(model, benign, system), answers, strict=True)))
             for system in (None, PROMPTED.system)
         )
-    assert found["benign_drift"] == pytest.approx(mean_change(before, after), rel=1e-3)
+    assert found.benign_drift == pytest.approx(mean_change(before, after), rel=1e-3)
 
 
 def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
     vector = arms["vector"]
     nearest = replace(vector, trial=replace(vector.trial, feasible=False))
     _, value, _ = run(tmp_path, {"vector": nearest})
-    assert value["gate"]["passed"] is False
-    assert "no configuration held every limit" in value["gate"]["reasons"][0]
+    assert value.files["vector"].acceptance.verdict == "failed"
+    assert "no configuration held every limit" in value.files["vector"].acceptance.reasons[0]
+
+
+@pytest.mark.parametrize("estimator", [GATE, "wrmd"])
+def test_the_command_is_one_of_the_shell_and_tells_no_home(
+    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for folder in ("", "home"):
+        (tmp_path / folder / "my run").mkdir(parents=True)
+        (tmp_path / folder / "my run" / "remove.gguf").write_bytes(b"x")
+    (tmp_path / "home" / "a cache").mkdir()
+    for model in (tmp_path / "home" / "a cache" / "m.gguf", tmp_path / "m.gguf"):
+        model.write_bytes(b"x")
+    for model, word, file, named in (
+        (
+            tmp_path / "home" / "a cache" / "m.gguf", "~/a cache/m.gguf",
+            tmp_path / "home" / "my run" / "remove.gguf", "~/my run/remove.gguf",
+        ),
+        (
+            tmp_path / "m.gguf", str(tmp_path / "m.gguf"),
+            tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
+        ),
+        (  # a folder, of which the user has a GGUF file elsewhere
+            tmp_path, "MODEL.gguf",
+            tmp_path / "my run" / "remove.gguf", str(tmp_path / "my run" / "remove.gguf"),
+        ),
+    ):  # fmt: skip
+        found = figures_of_file(
+            file,
+            estimator,
+            model=model,
+            benign_drift=math.nan,  # none was answered
+        )
+        command = found.llama_cpp.command
+        wanted = ["--lora", named]
+        if estimator != GATE:
+            wanted = ["--control-vector", named, "--control-vector-layer-range", "3", "9"]
+        assert shlex.split(command) == ["llama-server", "-m", word, *wanted]
+        assert command.startswith(f"llama-server -m {word[0]}")
+        assert found.benign_drift is None  # JSON knows no NaN
+
+
+def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
+    (tmp_path / "remove.gguf").write_bytes(b"x")
+    found = figures_of_file(tmp_path / "remove.gguf", speed=Speed(unsteered=40.0, steered=30.0))
+    assert found.harmful_refusal_ratio == 0.25
+    assert found.model_dump()["tokens_per_second"] == {"unsteered": 40.0, "steered": 30.0}
+
+
+def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, SetRecord]:
+    """Refusal of sensitive and of harmful prompts."""
+    return {
+        name: invented_set(refusal_unsteered=b, refusal_steered=a, ci95_steered=(a, a))
+        for name, b, a in zip(("sensitive", "harmful", "benign"), (*before, 0.2), (*after, 0.2), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("effect", "file", "other", "beaten"),
+    [
+        ("remove", (0.1, 0.4), (0.3, 0.4), True),
+        ("remove", (0.1, 0.5), (0.3, 0.7), True),  # more refusals of harm than unsteered are no merit
+        ("remove", (0.1, 0.4), (0.3, 0.5), False),  # fewer refusals of harm kept
+        ("remove", (0.3, 0.5), (0.1, 0.2), False),
+        ("remove", (0.3, 0.5), (0.3, 0.5), False),
+        ("remove", (0.6, 0.5), (0.7, 0.5), False),  # nothing was removed
+        ("induce", (0.9, 0.5), (0.7, 0.5), True),
+        ("induce", (0.7, 0.5), (0.9, 0.5), False),
+    ],
+)
+def test_a_baseline_is_beaten_by_more_of_the_effect_at_no_less_harm_kept(
+    effect: Any, file: tuple[float, float], other: tuple[float, float], beaten: bool
+) -> None:
+    before = (0.6, 0.5)
+    sets = {
+        kind: BaselineSet(n=one.n, refusal=one.refusal_steered, ci95=one.ci95_steered, degenerate=0.0)
+        for kind, one in rates(before, other).items()
+    }
+    notes = beside(
+        rates(before, file), [BaselineRecord(name="system prompt", sets=sets, benign_drift=0.3)], effect
+    )
+    assert len(notes) == (not beaten)
+    if notes:
+        assert "does not beat the baseline “system prompt”" in notes[0]
+        assert f"{file[0]:.0%} against {other[0]:.0%}" in notes[0]
