@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import track
 
 from rs_gguf.engines.answers import answer
-from rs_gguf.engines.engine import NO_STEERING, Steering
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation.side import grade
@@ -27,8 +27,7 @@ from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat, Message
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.rows import write_json
-from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering import file as steering_file
 
 # Earlier turns, of nothing in particular.
 TURNS: list[Message] = [
@@ -104,11 +103,7 @@ def main() -> None:
     with LlamaModel(models.resolve(options.model)) as model, open_judge_spec(None, loaded=model) as judge:
         chat = ChatFormat.of(model)
         document = model.detokenize(model.tokenize(DOCUMENT)[:DOCUMENT_TOKENS])
-        steering = (
-            Steering({}, [(options.file, 1.0)])
-            if lora.is_adapter(options.file)
-            else Steering(control_vector.read(options.file).directions)
-        )
+        steering = steering_file.read(options.file).steering(options.file)
         found = []
         picked = [c for c in conditions(document) if c.name in (options.condition or names)]
         for condition in track(picked, "conditions"):

@@ -42,6 +42,7 @@ from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import sha256
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ def _make(folder: Path, option: str, word: str) -> None:
     elif path.suffix == ".gguf" and "adapter" in path.name:
         row = direction / np.float32(8)
         factors = (row[np.newaxis], row[:, np.newaxis])
-        lora.write(lora.LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
+        lora.write(LoraAdapter({"blk.1.attn_output.weight": factors}, _ARCHITECTURE), path)
     elif path.suffix == ".gguf":
         control_vector.write(SteeringVector({1: direction}, architecture=_ARCHITECTURE), path)
     elif path.suffix == ".toml":

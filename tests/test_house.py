@@ -17,8 +17,6 @@ LONG = {
     "pipeline/recipe.py",
     "pipeline/run.py",
     "search/finder.py",
-    "steering/lora_file.py",
-    "steering/proof.py",
 }
 # Tests of more than one module, or of a module with the files of another kind.
 NO_MIRROR = {

@@ -11,8 +11,7 @@ from rs_gguf.pipeline import recipe
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import RunRecord
-from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering import file as steering_file
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "vectors").glob("*/recipe.toml"))
@@ -39,11 +38,9 @@ def test_files_are_those_that_were_measured(folder: Path) -> None:
         name, path = WORDS[key], folder / file.file
         assert sha256(path) == file.sha256
         assert file.sha256 in card
-        check = lora.check(path) if lora.is_adapter(path) else control_vector.check(path)
+        check = steering_file.check(path)
         assert check.valid, check
-        provenance = (
-            lora.read(path).provenance if lora.is_adapter(path) else control_vector.read(path).provenance
-        )
+        provenance = steering_file.read(path).provenance
         assert provenance["model.sha256"] == record.model.sha256
         assert provenance["gate.passed"] == file.passed
         assert file.effect_check.effect_observed is True

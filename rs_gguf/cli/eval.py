@@ -199,11 +199,14 @@ def _respondent(
 
 def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
     from rs_gguf.engines.engine import Steering
-    from rs_gguf.steering.formats.vectors import combine
-    from rs_gguf.steering.lora_file import is_adapter
+    from rs_gguf.steering.file import kind_of
+    from rs_gguf.steering.lora import LoraAdapter
+    from rs_gguf.steering.vector import SteeringVector
     from rs_gguf.steering.vector_file import read
 
-    total = combine([(read(path), scale) for path, scale in parts]).directions if parts else {}
+    total = (
+        SteeringVector.combined([(read(path), scale) for path, scale in parts]).directions if parts else {}
+    )
     directions = dict(total)
     if layer_range:
         first, last = layer_range
@@ -211,6 +214,6 @@ def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts
         if not directions:
             raise InputError(f"--layer-range {first} {last}: no vector has a direction in there.")
     for path, _ in adapters:
-        if not is_adapter(path):
+        if kind_of(path) is not LoraAdapter:
             raise InputError(f"{path} is no LoRA adapter. A control vector is given by --control-vector.")
     return Steering(directions, adapters)

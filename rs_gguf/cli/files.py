@@ -5,21 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rs_gguf.errors import InputError, harmless
 from rs_gguf.records.rows import finite
 from rs_gguf.steering.formats.tools import FORMATS
-
-if TYPE_CHECKING:
-    from rs_gguf.steering.lora_file import LoraAdapter
-    from rs_gguf.steering.vector import SteeringVector
 
 _FILE = click.Path(path_type=Path)
 
@@ -34,18 +28,9 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
     Every reason why not is listed. Exit code 1 when it will not.
     """
     from rs_gguf.models import resolve as models
-    from rs_gguf.steering import lora_file as lora
-    from rs_gguf.steering import vector_file as control_vector
-    from rs_gguf.steering.guard import StricterThanLlamaCpp
+    from rs_gguf.steering import file as steering_file
 
-    try:
-        adapter = lora.is_adapter(file)
-    except StricterThanLlamaCpp:
-        adapter = True  # the check of the larger files says which rule of ours it breaks
-    except InputError:
-        adapter = False  # either check says what is wrong with the container
-    check_file = lora.check if adapter else control_vector.check
-    report = check_file(file, models.resolve_gguf(model) if model else None)
+    report = steering_file.check(file, models.resolve_gguf(model) if model else None)
     if as_json:
         value = {
             "file": report.path, "valid": report.valid, "errors": list(report.errors),
@@ -60,9 +45,8 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             click.echo(f"warning: {reason}")
         if report.loader_says:
             click.echo(f"llama.cpp would log: {report.loader_says}")
-        if report.proof is not None and report.proof.effect_observed:
-            moves = "the residual moves by B A x" if adapter else "every block moves by its direction"
-            seen = f"{moves} (largest relative error {report.proof.largest_relative_error:.1e})"
+        if report.found is not None and report.proof is not None and report.proof.effect_observed:
+            seen = f"{report.found.moves} (largest relative error {report.proof.largest_relative_error:.1e})"
             if math.isnan(report.proof.largest_relative_error):
                 seen = "next tokens change; the residual cannot be seen by itself in this model"
             click.echo(f"effect observed on the model: {seen}")
@@ -87,7 +71,15 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
 
     Blocks, matrices, norms, provenance, calibration, metrics.
     """
-    value = _facts(file, against)
+    from rs_gguf.steering.file import read_alike
+
+    found, *others = read_alike([file] if against is None else [file, against])
+    value: dict[str, Any] = {
+        "file": str(file), **found.contents, "norms": {str(part): norm for part, norm in found.norms.items()},
+        "provenance": dict(found.provenance),
+    }  # fmt: skip
+    for other in others:
+        value["cosine"] = {str(part): cosine for part, cosine in found.cosines(other).items()}
     if as_json:
         click.echo(json.dumps(value, indent=2))
         return
@@ -104,7 +96,7 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     for name, entry in value["provenance"].items():
         facts.add_row(Text(name), Text(harmless(entry)))
     console.print(facts)
-    table = Table("block" if value["kind"] == "control vector" else "matrix", "norm")
+    table = Table(found.part, "norm")
     if against is not None:
         table.add_column("cosine")
     for name, norm in value["norms"].items():
@@ -112,54 +104,6 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
         extra = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
         table.add_row(name, f"{norm:.4g}", *extra)
     console.print(table)
-
-
-def _facts(file: Path, against: Path | None) -> dict[str, Any]:
-    """What `inspect` shows, as it stands in its JSON."""
-    from rs_gguf.steering import lora_file as lora
-    from rs_gguf.steering.formats import vectors as convert
-
-    files = [file] if against is None else [file, against]
-    if adapters := _adapters(files):
-        adapter = adapters[0]
-        value: dict[str, Any] = {
-            "file": str(file), "kind": "adapter", "architecture": adapter.architecture,
-            "layers": adapter.layers, "matrices": adapter.matrices, "rank": adapter.rank,
-            "norms": adapter.norms, "provenance": dict(adapter.provenance),
-        }  # fmt: skip
-        return value if against is None else {**value, "cosine": lora.cosines(*adapters)}
-    vectors = _vectors(files)
-    vector = vectors[0]
-    value = {
-        "file": str(file), "kind": "control vector", "architecture": vector.architecture,
-        "width": vector.width, "layers": vector.layers,
-        "norms": {str(layer): norm for layer, norm in vector.norms.items()},
-        "provenance": dict(vector.provenance),
-    }  # fmt: skip
-    if against is not None:
-        value["cosine"] = {str(layer): c for layer, c in convert.cosines(*vectors).items()}
-    return value
-
-
-def _adapters(files: Sequence[Path]) -> list[LoraAdapter]:
-    """The adapters in `files`, none when all are vectors. `InputError` when they are of both kinds."""
-    from rs_gguf.steering import lora_file as lora
-
-    kinds = {path: lora.is_adapter(path) for path in files}
-    if len(set(kinds.values())) > 1:
-        vector, adapter = (next(p for p in files if kinds[p] is kind) for kind in (False, True))
-        raise InputError(
-            f"{vector} is a control vector and {adapter} a LoRA adapter: one adds to a block's output, the "
-            "other to a matrix, so they have no common sum or cosine. llama.cpp loads both side by side: "
-            f"--control-vector {shlex.quote(str(vector))} --lora {shlex.quote(str(adapter))}."
-        )
-    return [lora.read(path) for path in files if kinds[path]]
-
-
-def _vectors(files: Sequence[Path]) -> list[SteeringVector]:
-    from rs_gguf.steering.vector_file import read
-
-    return [read(path) for path in files]
 
 
 @click.command()
@@ -191,10 +135,10 @@ def convert(
                 f"--to {to_format} needs --model, the model that FILE is for, and takes neither --base nor "
                 "--architecture."
             )
-        from rs_gguf.steering import lora_file as lora
+        from rs_gguf.steering import lora_file
         from rs_gguf.steering.formats import peft as peft_export
 
-        peft_export.export(lora.read(file), model, output)
+        peft_export.export(lora_file.read(file), model, output)
     else:
         if model is not None:
             raise InputError(
@@ -216,15 +160,11 @@ def convert(
 @click.option("--output", required=True, type=_FILE, help="The file to write.")
 def combine(parts: tuple[str, ...], output: Path) -> None:
     """Weighted sum of vectors, or of adapters."""
-    from rs_gguf.steering import lora_file as lora
-    from rs_gguf.steering import vector_file as control_vector
-    from rs_gguf.steering.formats import vectors as convert
+    from rs_gguf.steering.file import read_alike, write
 
     files, weights = zip(*map(path_and_scale, parts), strict=True)
-    if adapters := _adapters(files):
-        lora.write(lora.combine(list(zip(adapters, weights, strict=True))), output)
-    else:
-        control_vector.write(convert.combine(list(zip(_vectors(files), weights, strict=True))), output)
+    found = read_alike(files)
+    write(found[0].combined(list(zip(found, weights, strict=True))), output)
     click.echo(output)
 
 

@@ -33,7 +33,8 @@ from rs_gguf.models.architecture import is_other_writer, is_writer
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
-from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import lora_file
+from rs_gguf.steering.lora import LoraAdapter
 
 _log = logging.getLogger("rs_gguf.baselines")
 
@@ -150,7 +151,7 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
             weight = dequantize(tensor.data, tensor.tensor_type)  # [D, in]
             factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
     path = folder / "baselines" / "ablation.gguf"
-    lora.write(lora.LoraAdapter(factors, model.architecture), path)
+    lora_file.write(LoraAdapter(factors, model.architecture), path)
     return Arm("ablation", Steering({}, [(path, 1.0)]), system)
 
 

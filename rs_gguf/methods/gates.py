@@ -31,7 +31,7 @@ from rs_gguf.estimators.moments import Float64, add_product, lower_product, weig
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Processes, on_all_cores
-from rs_gguf.steering.lora_file import Factors
+from rs_gguf.steering.lora import Factors
 
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.

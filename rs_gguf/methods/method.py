@@ -17,7 +17,7 @@ from rs_gguf.activations.scores import band_profile
 from rs_gguf.methods.gates import Gates
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import GATE, Candidate
-from rs_gguf.steering.lora_file import Factors
+from rs_gguf.steering.lora import Factors
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from rs_gguf.methods.method import Directions, factors
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.trials import GATE, Candidate, Trial
-from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering import lora_file
+from rs_gguf.steering.lora import LoraAdapter
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
@@ -188,7 +189,7 @@ class Rungs:
             self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
         )
         if not path.exists():
-            lora.write(lora.LoraAdapter(factors(self.gates, unit), self.model.architecture), path)
+            lora_file.write(LoraAdapter(factors(self.gates, unit), self.model.architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:

@@ -15,7 +15,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.records.files import write_atomic
-from rs_gguf.steering.vector import ProvenanceValue
+from rs_gguf.steering.provenance import ProvenanceValue
 
 PREFIX = "rs_gguf."
 SCHEMA_KEY = f"{PREFIX}schema_version"

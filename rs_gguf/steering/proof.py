@@ -11,22 +11,21 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
-from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import SEEN_AT, WRITERS, writer_inputs
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import vector_file as control_vector
-from rs_gguf.steering.lora_file import LoraAdapter
-from rs_gguf.steering.vector import ProvenanceValue, SteeringVector
+from rs_gguf.steering import lora_file
+from rs_gguf.steering.lora import LoraAdapter
+from rs_gguf.steering.provenance import ProvenanceValue
+from rs_gguf.steering.report import Proof
+from rs_gguf.steering.vector import SteeringVector
 
 TOLERANCE = 1e-3
 # llama.cpp adds the direction in F32 to a residual h that is far larger: each sum is off by up to 2^-24 |h|,
@@ -44,38 +43,6 @@ _PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was seen. `reasons` is empty when the effect is the one that the file promises."""
-
-    effect_observed: bool
-    reasons: tuple[str, ...]
-    relative_error: dict[str, float]  # of each steered block, or of each matrix that was looked at
-    kl_mean: float | None  # nats, next-token distribution steered against unsteered, where it is a number
-    loader_says: str = ""  # what llama.cpp logs where it refuses a sound file for this model
-
-    @property
-    def largest_relative_error(self) -> float:
-        return max(self.relative_error.values(), default=float("nan"))
-
-
-def prove(given: SteeringVector | str | Path, model: str | Path | Engine) -> Proof:
-    """Run a vector, or what is in a file, on `model`, a GGUF file or one already loaded.
-
-    Raises:
-        InputError: the file holds no sound vector or adapter, the model cannot be loaded or run on the
-            prompts, its block outputs cannot be read, or there is no room for one matrix of an adapter.
-    """
-    if isinstance(model, str | Path):
-        with LlamaModel(Path(model), n_parallel=4) as loaded:
-            return prove(given, loaded)
-    if isinstance(given, SteeringVector):
-        return _prove_vector(given, model)
-    if lora.is_adapter(given):
-        return _prove_adapter(Path(given), model)
-    return _prove_vector(control_vector.read(given), model)
-
-
 def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) -> list[str]:
     """A warning where a file was fitted on other bytes than `model`, of which its proof says nothing."""
     fitted = provenance.get("model.sha256")
@@ -87,7 +54,12 @@ def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) ->
     ]
 
 
-def _prove_vector(vector: SteeringVector, model: Engine) -> Proof:
+def prove_vector(vector: SteeringVector, model: Engine) -> Proof:
+    """Run a vector on a loaded model.
+
+    Raises:
+        InputError: the model cannot be run on the prompts, or its block outputs cannot be read.
+    """
     foreign = _foreign(vector, model)
     if foreign is not None:
         return foreign
@@ -189,8 +161,13 @@ def _why_nothing_moves(
     )
 
 
-def _prove_adapter(path: Path, model: Engine) -> Proof:
-    adapter = lora.read(path)
+def prove_adapter(adapter: LoraAdapter, path: Path, model: Engine) -> Proof:
+    """Run an adapter, which was read from the file at `path`, on a loaded model.
+
+    Raises:
+        InputError: the model cannot be run on the prompts, what its matrices multiply cannot be read, or
+            there is no room for one of them.
+    """
     if adapter.architecture != model.architecture:
         reason = (
             f"the adapter is for {adapter.architecture!r}, {model.path.name} is {model.architecture!r}: it "
@@ -270,7 +247,7 @@ def _product_error(
     try:
         with tempfile.TemporaryDirectory() as folder:
             single = Path(folder) / "single.gguf"
-            lora.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
+            lora_file.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
             with model.steered(Steering(adapters=[(single, 1.0)])):
                 moved = sums()[seen_at] - before[seen_at]
     except OSError as error:

@@ -8,27 +8,22 @@ direction) and, block for block, what llama.cpp's `build_cvec` does with `direct
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from rs_gguf.engines.engine import Steering
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import FIRST_STEERABLE, MAX_LAYERS
+from rs_gguf.steering.provenance import ProvenanceValue, checked_provenance, checked_text, typed
 
 if TYPE_CHECKING:
     from torch import nn
-
-Scalar = str | int | float | bool
-ProvenanceValue = Scalar | list[str] | list[int] | list[float] | list[bool]
-
-KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-INT64 = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +39,11 @@ class SteeringVector:
     Arrays are copied, made read-only and sorted by block. Raises `InputError` for anything else.
     """
 
+    kind: ClassVar[str] = "control vector"
+    option: ClassVar[str] = "--control-vector"
+    part: ClassVar[str] = "block"
+    moves: ClassVar[str] = "every block moves by its direction"
+
     directions: Mapping[int, npt.NDArray[np.float32]]
     provenance: Mapping[str, ProvenanceValue] = field(default_factory=dict)
     architecture: str = ""
@@ -52,7 +52,7 @@ class SteeringVector:
         # The dataclass is frozen for its users; its own constructor is the one place that completes it.
         object.__setattr__(self, "directions", _checked_directions(self.directions))
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
-        _checked_text("The architecture", self.architecture)
+        checked_text("The architecture", self.architecture)
 
     @property
     def width(self) -> int:
@@ -78,7 +78,7 @@ class SteeringVector:
         return (
             self.layers == other.layers
             and all(np.array_equal(row, other.directions[layer]) for layer, row in self.directions.items())
-            and _typed(self.provenance) == _typed(other.provenance)
+            and typed(self.provenance) == typed(other.provenance)
             and self.architecture == other.architecture
         )
 
@@ -109,6 +109,75 @@ class SteeringVector:
 
         with adding(model, _times(self.directions, _finite(scale))):
             yield
+
+    @property
+    def contents(self) -> dict[str, ProvenanceValue]:
+        """The kind of file and what it steers, for people."""
+        return {
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "width": self.width,
+            "layers": self.layers,
+        }
+
+    def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> SteeringVector:
+        """Return the same vector with `facts` added to its provenance."""
+        return replace(self, provenance={**self.provenance, **facts})
+
+    @classmethod
+    def combined(cls, parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
+        """Return the sum of weight × vector, over the union of their blocks, as loading them all adds up.
+
+        Computed in float32, part by part and in this order, as llama.cpp adds several
+        `--control-vector-scaled` files. The provenance of part i is kept under `combine.i.`, its weight as
+        `combine.i.weight`. The architecture is kept where the parts agree. Raises `InputError` when there is
+        no part, widths differ, or a weight or a sum is not finite in float32.
+        """
+        if not parts:
+            raise InputError("There is nothing to combine; give at least one vector.")
+        total: dict[int, npt.NDArray[np.float32]] = {}
+        provenance: dict[str, ProvenanceValue] = {}
+        for index, (vector, weight) in enumerate(parts):
+            _same_width(parts[0][0], vector)
+            for layer, row in vector.scaled(weight).directions.items():
+                with np.errstate(over="ignore"):  # the constructor below reports it
+                    total[layer] = total[layer] + row if layer in total else row
+            provenance |= {f"combine.{index}.{key}": value for key, value in vector.provenance.items()}
+            provenance[f"combine.{index}.weight"] = float(weight)
+            if vector.architecture:
+                provenance[f"combine.{index}.architecture"] = vector.architecture
+        hints = {vector.architecture for vector, _ in parts}
+        return cls(total, provenance, hints.pop() if len(hints) == 1 else "")
+
+    def cosines(self, other: SteeringVector) -> dict[int, float]:
+        """Return the cosine at each block that both steer with a non-zero direction, in float64.
+
+        Raises `InputError` when their widths differ.
+        """
+        _same_width(self, other)
+        ours, theirs = self.norms, other.norms
+        return {
+            layer: float(
+                np.dot(row.astype(np.float64), other.directions[layer].astype(np.float64))
+                / (ours[layer] * theirs[layer])
+            )
+            for layer, row in self.directions.items()
+            if layer in other.directions and row.any() and other.directions[layer].any()
+        }
+
+    def steering(self, path: Path, scale: float = 1.0) -> Steering:
+        """Return what puts the vector on an engine at `scale`, from memory: `path` is not read again."""
+        return Steering(_times(self.directions, _finite(scale)))
+
+    def options(self, path: str) -> str:
+        """Return llama.cpp's options for the file at `path`, given as a word of the shell."""
+        return options(path, self.layers[0], self.layers[-1])
+
+
+def options(path: str, first: int, last: int) -> str:
+    """Return llama.cpp's options for a vector that steers the blocks `first` to `last`."""
+    # Not `-scaled`, which splits its argument at colons: a path on Windows has one.
+    return f"{SteeringVector.option} {path} --control-vector-layer-range {first} {last}"
 
 
 def _times(
@@ -166,55 +235,6 @@ def _checked_directions(directions: Mapping[int, Any]) -> dict[int, npt.NDArray[
     return dict(sorted(checked.items()))
 
 
-def checked_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
-    """Facts about an origin that a GGUF file can hold, sorted; `InputError` names the first it cannot."""
-    checked: dict[str, ProvenanceValue] = {}
-    for key, value in provenance.items():
-        if not isinstance(key, str) or not KEY.fullmatch(key):
-            raise InputError(
-                f"Provenance key {key!r} is not a dotted name of ASCII letters, digits, _ and -; rename it."
-            )
-        # NumPy's scalars are what metrics usually come as.
-        items = [
-            item.item() if isinstance(item, np.generic) else item
-            for item in (value if isinstance(value, list) else [value])
-        ]
-        if len({type(item) for item in items}) != 1:
-            raise InputError(
-                f"Provenance {key} is a list of {len(items)} values; one type and at least one needed."
-            )
-        for item in items:
-            _checked_scalar(key, item)
-        checked[key] = items if isinstance(value, list) else items[0]
-    return dict(sorted(checked.items()))
-
-
-def _checked_scalar(key: str, value: Any) -> None:
-    if type(value) is str:
-        _checked_text(f"Provenance {key}", value)
-    elif type(value) is float and not math.isfinite(value):
-        raise InputError(f"Provenance {key} is {value}; leave out what has no finite value.")
-    elif type(value) is int and value not in INT64:
-        raise InputError(f"Provenance {key} is {value}, beyond 64 bits; store it as a string.")
-    elif type(value) not in (str, int, float, bool):
-        raise InputError(
-            f"Provenance {key} is of type {type(value).__name__}; str, int, float, bool or a list of one of "
-            "these is accepted."
-        )
-
-
-def _checked_text(what: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{what} is of type {type(value).__name__}; a string is needed.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} is not valid Unicode text: {error}.") from error
-
-
-def _typed(provenance: Mapping[str, ProvenanceValue]) -> dict[str, tuple[Sequence[str], ProvenanceValue]]:
-    """Provenance with the types beside the values, since 1 == 1.0 == True in Python but not in a file."""
-    return {
-        key: ([type(item).__name__ for item in (value if isinstance(value, list) else [value])], value)
-        for key, value in provenance.items()
-    }
+def _same_width(a: SteeringVector, b: SteeringVector) -> None:
+    if a.width != b.width:
+        raise InputError(f"The vectors are {a.width} and {b.width} wide: they belong to different models.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rs_gguf.steering.container import (
     write_verified,
 )
 from rs_gguf.steering.guard import StricterThanLlamaCpp, open_gguf
+from rs_gguf.steering.report import CheckReport
 from rs_gguf.steering.vector import SteeringVector
 
 ARCHITECTURE = "controlvector"
@@ -39,30 +39,6 @@ much.
 """
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What `check` found, of a vector or an adapter. Of an adapter there is no `loader_says` and no `vector`.
-
-    `errors` make the file unfit, `warnings` do not. `loader_says` is the line that llama.cpp would log before
-    going on without the vector, or empty where it would load the file (on the model, when one was given)
-    or where a rule of ours ended the reading before it was known.
-    `vector` is what was read, None where the file itself has an error. `proof` is the report of
-    `rs_gguf.steering.proof`, when a model was given and the file itself has no error.
-    """
-
-    path: str
-    errors: tuple[str, ...]
-    warnings: tuple[str, ...]
-    loader_says: str = ""
-    vector: SteeringVector | None = None
-    proof: Any = None
-
-    @property
-    def valid(self) -> bool:
-        """Whether nothing speaks against using the file."""
-        return not self.errors
-
-
 def read(path: str | Path) -> SteeringVector:
     """Read a control vector that llama.cpp accepts, with its provenance.
 
@@ -70,11 +46,11 @@ def read(path: str | Path) -> SteeringVector:
     error.
     """
     report = check(path)
-    if report.vector is None or report.errors:
+    if report.found is None:
         raise InputError(
             f"{path} is no usable control vector:\n" + "\n".join(f"- {e}" for e in report.errors)
         )
-    return report.vector
+    return report.found
 
 
 def write(vector: SteeringVector, path: str | Path) -> None:
@@ -90,11 +66,10 @@ def write(vector: SteeringVector, path: str | Path) -> None:
     write_verified(path, lambda draft: _serialise(vector, draft), lambda draft: read(draft) == vector)
 
 
-def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
+def check(path: str | Path) -> CheckReport[SteeringVector]:
     """Judge a file by the rules of llama.cpp's loader and of common sense, collecting every reason.
 
-    With `model`, a GGUF file, the vector is also run on it and its effect proven. Never raises for a bad
-    vector; a bad model raises `InputError`.
+    Never raises for a bad vector.
     """
     try:
         reader = open_gguf(path)
@@ -104,16 +79,8 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport:
         return CheckReport(str(path), errors=(str(error),), warnings=(), loader_says=says)
     survey = _Survey(reader)
     vector = survey.vector()
-    proof = None
-    if model is not None and vector is not None:
-        from rs_gguf.steering.proof import other_model, prove
-
-        proof = prove(vector, model)
-        survey.warnings += other_model(vector.provenance, model)
-        survey.errors += proof.reasons
-        survey.complaints += [proof.loader_says] if proof.loader_says else []
     says = survey.complaints[0].replace("%s", str(path)) if survey.complaints else ""
-    return CheckReport(str(path), tuple(survey.errors), tuple(survey.warnings), says, vector, proof)
+    return CheckReport(str(path), tuple(survey.errors), tuple(survey.warnings), says, vector)
 
 
 def loader_layer(name: str) -> int | None:

@@ -42,6 +42,7 @@ from rs_gguf.models.architecture import writer_inputs
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.lora import LoraAdapter
 
 LAYERS = 3
 PREFIX = [11, 12, 13]  # what a chat template puts before every prompt
@@ -285,7 +286,7 @@ def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
         inputs = {"ffn_down": writers_of([read], constant)["ffn_down"]}
         gates = fit_gates(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
         factors = gates.factors(1.0, layer, layer, strength)
-        lora.write(lora.LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
+        lora.write(LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
         with model.steered(Steering(adapters=[(tmp_path / "gate.gguf", 1.0)])):
             steered = capture(model, talks, len(PREFIX), seed=7)
     moved = (steered["activations"] - read["activations"])[::3, layer].mean(axis=0)

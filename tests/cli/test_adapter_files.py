@@ -19,7 +19,7 @@ from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 
 DOWN = "blk.1.ffn_down.weight"
@@ -108,7 +108,7 @@ def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Pa
     whole = random_adapter()
     a, b = whole.factors[DOWN]
     path = tmp_path / "zero.gguf"
-    lora.write(lora.LoraAdapter({**whole.factors, DOWN: (a, 0 * b)}, whole.architecture), path)
+    lora.write(LoraAdapter({**whole.factors, DOWN: (a, 0 * b)}, whole.architecture), path)
     code, stdout, stderr = invoke("check", path, "--model", model, "--json")
     assert (code, stderr) == (0, "")
     assert set(json.loads(stdout)["proof"]["relative_error"]) == set(whole.factors) - {DOWN}

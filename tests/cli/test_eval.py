@@ -31,6 +31,7 @@ from rs_gguf.records import rows
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rng.standard_normal((WIDTH, 2)).astype(np.float32) / np.float32(4),
         )
     }
-    lora.write(lora.LoraAdapter(factors, "qwen2"), folder / "a.gguf")
+    lora.write(LoraAdapter(factors, "qwen2"), folder / "a.gguf")
     (folder / "plain.txt").write_text("the rain\nthe mountain in the rain\non and on\n")
     (folder / "columns.csv").write_text(
         "prompt,language,category\nthe rain,en,weather\nder Regen,de,weather\nthe thing,en,things\n"

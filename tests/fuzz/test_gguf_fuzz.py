@@ -24,7 +24,7 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.container import finish
 from rs_gguf.steering.formats.vectors import convert
 from rs_gguf.steering.guard import StricterThanLlamaCpp, open_gguf
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import check, read, write
 
@@ -94,7 +94,7 @@ def judge(path: Path) -> str:
     report = check(path)
     if report.valid:
         vector = read(path)
-        assert report.vector == vector
+        assert report.found == vector
         # Read correctly: every direction's bytes stand in the file as they are.
         raw = path.read_bytes()
         assert all(row.tobytes() in raw for row in vector.directions.values())

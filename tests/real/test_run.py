@@ -22,6 +22,7 @@ from rs_gguf.records.artefacts import STAGES
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import proof
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.file import prove
 
 pytestmark = pytest.mark.real
 
@@ -222,7 +223,7 @@ def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: P
 def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, real_model: Path) -> None:
     out = finished.out
     vector = control_vector.read(out / "remove.gguf")
-    shown = proof.prove(vector, real_model)
+    shown = proof.prove_vector(vector, real_model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.TOLERANCE
     assert shown.kl_mean is not None
@@ -233,7 +234,7 @@ def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, re
 def test_the_written_adapter_moves_the_model_by_its_matrices(finished: Killed, real_model: Path) -> None:
     out = finished.out
     with LlamaModel(real_model, n_parallel=4, n_ctx=1024) as model:
-        shown = proof.prove(out / "remove-adapter.gguf", model)
+        shown = prove(out / "remove-adapter.gguf", model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.ADAPTER_TOLERANCE
     assert shown.kl_mean is not None

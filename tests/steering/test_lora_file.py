@@ -19,9 +19,10 @@ from gguf import GGUFValueType
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import GateError, InputError
+from rs_gguf.steering import file as steering_file
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.formats import peft as peft_export
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 
 DOWN, OUT = "blk.2.ffn_down.weight", "blk.1.attn_output.weight"
 
@@ -63,10 +64,10 @@ def foreign(
 def test_round_trip_keeps_every_value_and_type(tmp_path: Path) -> None:
     lora.write(FULL, tmp_path / "a.gguf")
     found = lora.read(tmp_path / "a.gguf")
-    assert found.same_as(FULL)
+    assert found == FULL
     assert list(found.factors) == [OUT, DOWN, "blk.10.ffn_down.weight"]  # by block number
     assert (found.layers, found.matrices, found.rank) == ([1, 2, 10], ["attn_output", "ffn_down"], 2)
-    assert lora.is_adapter(tmp_path / "a.gguf")
+    assert steering_file.kind_of(tmp_path / "a.gguf") is LoraAdapter
     report = lora.check(tmp_path / "a.gguf")
     assert (report.valid, report.errors, report.warnings) == (True, (), ())
 
@@ -262,7 +263,7 @@ def test_a_file_cut_short_or_absent_is_one_error(tmp_path: Path) -> None:
         report = lora.check(path)
         assert len(report.errors) == 1
         assert "not a sound GGUF file" in report.errors[0]
-        for use in (lora.read, lora.is_adapter):
+        for use in (lora.read, steering_file.kind_of):
             with pytest.raises(InputError, match="not a sound GGUF file"):
                 use(path)
     assert "cannot be read" in lora.check(tmp_path / "absent.gguf").errors[0]
@@ -294,7 +295,7 @@ def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_p
     found = lora.read(path)
     for use in (
         lambda: lora.write(found, tmp_path / "b.gguf"),
-        lambda: lora.combine([(found, 1.0)]),
+        lambda: LoraAdapter.combined([(found, 1.0)]),
         lambda: peft_export.export(found, "none", tmp_path / "peft"),
     ):
         with pytest.raises(InputError, match="is an aLoRA"):
@@ -335,12 +336,12 @@ def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -
     a[:, 0] = 1
     path = foreign(tmp_path / "a.gguf", {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b})
     assert path.stat().st_size > 32 * 2**20
-    assert lora.is_adapter(path)
+    assert steering_file.kind_of(path) is LoraAdapter
     assert lora.read(path).norms[DOWN] == pytest.approx(64 * 131072**0.5)
     with path.open("r+b") as file:
         file.truncate(2**30 + 2**20 + 1)
     with pytest.raises(InputError, match="such a file has at most 1074790400"):
-        lora.is_adapter(path)
+        steering_file.kind_of(path)
 
 
 def test_norms_and_cosines_are_those_of_the_products() -> None:
@@ -354,8 +355,8 @@ def test_norms_and_cosines_are_those_of_the_products() -> None:
         assert norm == pytest.approx(np.linalg.norm(product(FULL, name)), rel=1e-12)
     x, y = product(FULL, DOWN), product(other, DOWN)
     expected = np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y)
-    assert lora.cosines(FULL, other) == {DOWN: pytest.approx(expected, rel=1e-12)}
-    assert lora.cosines(FULL, FULL)[OUT] == pytest.approx(1.0)
+    assert FULL.cosines(other) == {DOWN: pytest.approx(expected, rel=1e-12)}
+    assert FULL.cosines(FULL)[OUT] == pytest.approx(1.0)
 
 
 def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
@@ -364,7 +365,7 @@ def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
         "qwen2",
         {"k": 1, "weight": 7},
     )
-    total = lora.combine([(FULL, 0.5), (other, -2.0)])
+    total = LoraAdapter.combined([(FULL, 0.5), (other, -2.0)])
     assert set(total.factors) == set(FULL.factors) | set(other.factors)
     assert total.rank == 3
     for name, (a, b) in total.factors.items():
@@ -391,7 +392,7 @@ def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
 )
 def test_sums_that_make_no_sense(parts: list[tuple[LoraAdapter, float]], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        lora.combine(parts)
+        LoraAdapter.combined(parts)
 
 
 # ---- what llama.cpp does with it ------------------------------------------------------------------
@@ -419,7 +420,7 @@ def test_a_sum_is_what_two_files_do(tiny: tuple[Path, transformers.Qwen2ForCausa
     parts = [(random_adapter(), 0.5), (random_adapter(seed=200, rank=1, layers=(1,)), -1.5)]
     for number, (adapter, _) in enumerate(parts):
         lora.write(adapter, tmp_path / f"{number}.gguf")
-    lora.write(lora.combine(parts), tmp_path / "sum.gguf")
+    lora.write(LoraAdapter.combined(parts), tmp_path / "sum.gguf")
     prompt = [5, 9, 17, 40, 3]
     with LlamaModel(tiny[0], n_parallel=2, n_ctx=256, n_threads=1) as model:
         plain = next(row.copy() for _, row in model.next_logits([prompt]))
@@ -450,7 +451,7 @@ def test_check_proves_the_effect_on_the_model(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:
     lora.write(random_adapter(), tmp_path / "a.gguf")
-    report = lora.check(tmp_path / "a.gguf", tiny[0])
+    report = steering_file.check(tmp_path / "a.gguf", tiny[0])
     assert report.errors == ()
     assert report.proof.effect_observed
     assert set(report.proof.relative_error) == set(random_adapter().factors)
@@ -471,7 +472,7 @@ def test_an_adapter_for_another_model_is_found_out(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, adapter: LoraAdapter, message: str
 ) -> None:
     lora.write(adapter, tmp_path / "a.gguf")
-    report = lora.check(tmp_path / "a.gguf", tiny[0])
+    report = steering_file.check(tmp_path / "a.gguf", tiny[0])
     assert len(report.errors) == 1
     assert message in report.errors[0]
 
@@ -480,4 +481,4 @@ def test_a_bad_model_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
     lora.write(FULL, tmp_path / "a.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="cannot load"):
-        lora.check(tmp_path / "a.gguf", tmp_path / "m.gguf")
+        steering_file.check(tmp_path / "a.gguf", tmp_path / "m.gguf")

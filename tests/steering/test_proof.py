@@ -20,10 +20,11 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.records import files
 from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering.lora_file import LoraAdapter
-from rs_gguf.steering.proof import TOLERANCE, prove
+from rs_gguf.steering.file import check
+from rs_gguf.steering.lora import LoraAdapter
+from rs_gguf.steering.proof import TOLERANCE, prove_vector
 from rs_gguf.steering.vector import SteeringVector
-from rs_gguf.steering.vector_file import check, write
+from rs_gguf.steering.vector_file import write
 
 N_LAYER, WIDTH = 4, 32
 
@@ -50,7 +51,7 @@ def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVec
 @pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
 def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
     """The short one is within rounding, which counts for more beside it, and is not called wrong."""
-    shown = prove(vector(1, 2, 3).scaled(scale), model)
+    shown = prove_vector(vector(1, 2, 3).scaled(scale), model)
     assert shown.reasons == ()
     assert shown.effect_observed
     assert list(shown.relative_error) == ["1", "2", "3"]
@@ -61,7 +62,7 @@ def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: fl
 
 def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
     rows = {1: np.zeros(WIDTH, np.float32), 2: vector(2).directions[2]}
-    shown = prove(SteeringVector(rows), model)
+    shown = prove_vector(SteeringVector(rows), model)
     assert shown.effect_observed
     assert shown.relative_error["1"] == 0.0
 
@@ -100,7 +101,7 @@ def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> Non
         write(SteeringVector(vector(1).directions, facts), tmp_path / "v.gguf")
         matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
         lora.write(LoraAdapter(matrix, "qwen2", facts), tmp_path / "a.gguf")
-        for report in (check(tmp_path / "v.gguf", file), lora.check(tmp_path / "a.gguf", file)):
+        for report in (check(tmp_path / "v.gguf", file), check(tmp_path / "a.gguf", file)):
             assert report.valid
             assert sum("fitted on another model file, 'other'" in w for w in report.warnings) == told
 
@@ -125,7 +126,7 @@ def test_finds_a_runtime_that_does_something_else(
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove(vector(1, 2, 3), model)
+    shown = prove_vector(vector(1, 2, 3), model)
     assert not shown.effect_observed
     assert len(shown.reasons) == 1
     assert said in shown.reasons[0]
@@ -140,7 +141,7 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove(vector(1, 2, 3), model)
+    shown = prove_vector(vector(1, 2, 3), model)
     assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
     assert shown.relative_error["2"] == pytest.approx(1.0)
 
@@ -152,7 +153,7 @@ def test_no_place_for_drafts_is_no_fault_of_the_adapter(
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
-        lora.check(path, file)
+        check(path, file)
 
 
 def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
@@ -164,7 +165,7 @@ def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), tmp_path / "a")
     monkeypatch.setattr(LlamaModel, "next_logits", full)
     with pytest.raises(InputError, match="no memory"):
-        lora.check(tmp_path / "a", file)
+        check(tmp_path / "a", file)
 
 
 @pytest.mark.slow
@@ -175,4 +176,4 @@ def test_a_template_with_a_long_system_prompt(tmp_path: Path, monkeypatch: pytes
     matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
     lora.write(LoraAdapter(matrix, "qwen2"), tmp_path / "a.gguf")
     assert check(tmp_path / "v.gguf", tmp_path / "tiny.gguf").errors == ()
-    assert lora.check(tmp_path / "a.gguf", tmp_path / "tiny.gguf").errors == ()
+    assert check(tmp_path / "a.gguf", tmp_path / "tiny.gguf").errors == ()

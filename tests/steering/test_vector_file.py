@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,12 +15,13 @@ import pytest
 from fixtures.binaries import completion
 from fixtures.tiny_gguf import write_tiny_qwen2
 
+from rs_gguf.control_vector import check
 from rs_gguf.errors import GateError, InputError
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.guard import MAX_BYTES
 from rs_gguf.steering.vector import SteeringVector
-from rs_gguf.steering.vector_file import check, loader_layer, read, write
+from rs_gguf.steering.vector_file import loader_layer, read, write
 
 FULL = SteeringVector(
     {3: [1.0, -2.0, 0.5, 1e-30], 7: [4.0, 0.0, -0.0, 3.4e38], 1: [1e-3, 5.0, 6.0, 7.0]},
@@ -221,7 +220,7 @@ def test_reasons_to_reject(
     path = hinted(tmp_path / "v.gguf", tensors)
     report = check(path)
     assert not report.valid
-    assert report.vector is None
+    assert report.found is None
     assert len(report.errors) == len(errors)
     for reason, expected in zip(report.errors, errors, strict=True):
         assert expected in reason
@@ -364,27 +363,3 @@ def test_what_is_no_readable_file(tmp_path: Path) -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         assert "not a regular file" in check(tmp_path / "pipe").errors[0]
-
-
-def test_with_a_model_the_proof_has_its_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "v.gguf"
-    write(FULL, path)
-    asked: list[tuple[SteeringVector, Any]] = []
-
-    def prove(vector: SteeringVector, model: Any) -> SimpleNamespace:
-        asked.append((vector, model))
-        return SimpleNamespace(reasons=("the model has 6 blocks",), loader_says="refused")
-
-    stub = ModuleType("rs_gguf.steering.proof")
-    stub.prove = prove  # type: ignore[attr-defined]
-    stub.other_model = lambda provenance, model: ["of another file"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rs_gguf.steering.proof", stub)
-    report = check(path, "model.gguf")
-    assert asked == [(FULL, "model.gguf")]
-    assert report.errors == ("the model has 6 blocks",)
-    assert "of another file" in report.warnings
-    assert report.proof.reasons == report.errors
-    assert report.loader_says == "refused"
-    # A file that cannot be used is not run.
-    assert not check(hinted(tmp_path / "bad.gguf", {"direction.0": ones()}), "model.gguf").valid
-    assert len(asked) == 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,8 @@ from rs_gguf.records.metrics import (
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog
-from rs_gguf.records.trials import GATE, Trial
-from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import vector_file as control_vector
-from rs_gguf.steering.file import server_command
+from rs_gguf.records.trials import Trial
+from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -68,9 +66,7 @@ class WrittenFile:
 
     @property
     def steering(self) -> Steering:
-        if self.trial.candidate.estimator == GATE:
-            return Steering({}, [(self.path, 1.0)])
-        return Steering(control_vector.read(self.path).directions)
+        return steering_file.read(self.path).steering(self.path)
 
 
 def measure(
@@ -222,10 +218,9 @@ def _llama_cpp(model: Path, file: WrittenFile, *, reasoning_off: bool) -> LlamaC
 
     reasoning_off: llama.cpp must be told not to think, as here (`ChatFormat.thinks_in_server`).
     """
-    candidate = file.trial.candidate
-    layers = None if candidate.estimator == GATE else (candidate.first, candidate.last)
+    found = steering_file.read(file.path)
     return LlamaCpp(
-        command=server_command(model, file.path, layers, reasoning_off=reasoning_off),
+        command=steering_file.server_command(model, file.path, found, reasoning_off=reasoning_off),
         build=llama_log.build(),
         reasoning_off=reasoning_off,
     )
@@ -269,9 +264,4 @@ def _record_figures(file: WrittenFile, sets: Mapping[str, SetRecord], moved: flo
         figures["metrics.benign_drift"] = moved
     for kind, found in sets.items():
         figures[f"metrics.{kind}"] = [found.refusal_unsteered, found.refusal_steered]
-    if file.trial.candidate.estimator == GATE:
-        adapter = lora.read(file.path)
-        lora.write(replace(adapter, provenance={**adapter.provenance, **figures}), file.path)
-    else:
-        vector = control_vector.read(file.path)
-        control_vector.write(replace(vector, provenance={**vector.provenance, **figures}), file.path)
+    steering_file.write(steering_file.read(file.path).with_facts(figures), file.path)

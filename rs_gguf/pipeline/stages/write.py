@@ -17,9 +17,9 @@ from rs_gguf.methods.method import factors
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.records.rows import finite
 from rs_gguf.records.trials import GATE, Trial
-from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import proof
-from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.file import prove
+from rs_gguf.steering.file import write as write_file
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.version import __version__
 
@@ -35,11 +35,11 @@ def write(
     if candidate.estimator == GATE:
         gates = fitting.load_gates(folder)
         assert gates is not None  # a chosen adapter was made of them
-        lora.write(lora.LoraAdapter(factors(gates, candidate), architecture, provenance), path)
+        write_file(LoraAdapter(factors(gates, candidate), architecture, provenance), path)
     else:
         directions = fitting.load_directions(folder, recipe.fit_options)[candidate.estimator, candidate.ridge]
         steering = directions.steering(candidate)
-        control_vector.write(SteeringVector(steering, provenance, architecture), path)
+        write_file(SteeringVector(steering, provenance, architecture), path)
 
 
 def proven(path: Path, model: Engine) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def proven(path: Path, model: Engine) -> dict[str, Any]:
         return {
             "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
         }  # fmt: skip
-    found = proof.prove(path, model)
+    found = prove(path, model)
     if not found.effect_observed:
         raise GateError(f"{path}: " + " ".join(found.reasons))
     return {

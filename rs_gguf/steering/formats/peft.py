@@ -24,7 +24,7 @@ from rs_gguf.models import resolve as models
 from rs_gguf.models.architecture import WRITERS, llama_cpp_family, llama_cpp_name
 from rs_gguf.records.files import from_home
 from rs_gguf.steering.container import write_compared
-from rs_gguf.steering.lora_file import LoraAdapter, refuse_invoked
+from rs_gguf.steering.lora import LoraAdapter
 
 
 def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
@@ -39,7 +39,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
             be written.
         GateError: what was read back differs.
     """
-    refuse_invoked(adapter)
+    adapter.refuse_invoked()
     modules = _modules(adapter, model)
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for name, (a, b) in adapter.factors.items():

@@ -1,4 +1,4 @@
-"""Other tools' vectors into ones that llama.cpp adds at the right block, and arithmetic between vectors.
+"""Other tools' vectors into ones that llama.cpp adds at the right block.
 
 In: a GGUF or safetensors file and the name of its writer. Out: a `SteeringVector` with every change
 explained. The conventions of each writer (block numbering, sign, scale) are in docs/control-vectors.md; here
@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
@@ -24,7 +23,8 @@ from rs_gguf.errors import InputError
 from rs_gguf.steering.container import SCHEMA_KEY, metadata
 from rs_gguf.steering.formats.tools import FORMATS
 from rs_gguf.steering.guard import MAX_NUMBERS, open_gguf, read_bounded
-from rs_gguf.steering.vector import INT64, KEY, ProvenanceValue, SteeringVector
+from rs_gguf.steering.provenance import INT64, KEY, ProvenanceValue
+from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import loader_layer
 
 MAX_SAFETENSORS_HEADER = 2**20
@@ -89,52 +89,6 @@ def convert(
     return Conversion(
         SteeringVector(directions, provenance, hint if isinstance(hint, str) else ""), tuple(notes)
     )
-
-
-def combine(parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:
-    """The sum of weight × vector, over the union of their blocks; equal to loading them all in this order.
-
-    Computed in float32, part by part, as llama.cpp adds several `--control-vector-scaled` files. The
-    provenance of part i is kept under `combine.i.`, its weight as `combine.i.weight`. The architecture is
-    kept where the parts agree. Raises `InputError` when there is no part, widths differ, or a weight or a sum
-    is not finite in float32.
-    """
-    if not parts:
-        raise InputError("There is nothing to combine; give at least one vector.")
-    total: dict[int, npt.NDArray[np.float32]] = {}
-    provenance: dict[str, ProvenanceValue] = {}
-    for index, (vector, weight) in enumerate(parts):
-        _same_width(parts[0][0], vector)
-        for layer, row in vector.scaled(weight).directions.items():
-            with np.errstate(over="ignore"):  # the constructor below reports it
-                total[layer] = total[layer] + row if layer in total else row
-        provenance |= {f"combine.{index}.{key}": value for key, value in vector.provenance.items()}
-        provenance[f"combine.{index}.weight"] = float(weight)
-        if vector.architecture:
-            provenance[f"combine.{index}.architecture"] = vector.architecture
-    hints = {vector.architecture for vector, _ in parts}
-    return SteeringVector(total, provenance, hints.pop() if len(hints) == 1 else "")
-
-
-def cosines(a: SteeringVector, b: SteeringVector) -> dict[int, float]:
-    """Cosine between two vectors at each block that both steer with a non-zero direction, in float64.
-
-    Raises `InputError` when their widths differ.
-    """
-    _same_width(a, b)
-    return {
-        layer: float(
-            np.dot(row.astype(np.float64), b.directions[layer].astype(np.float64))
-            / (a.norms[layer] * b.norms[layer])
-        )
-        for layer, row in a.directions.items()
-        if layer in b.directions and row.any() and b.directions[layer].any()
-    }
-
-
-def _same_width(a: SteeringVector, b: SteeringVector) -> None:
-    if a.width != b.width:
-        raise InputError(f"The vectors are {a.width} and {b.width} wide: they belong to different models.")
 
 
 def _gguf_rows(reader: GGUFReader, notes: list[str]) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:

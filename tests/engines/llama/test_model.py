@@ -29,7 +29,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 
 TOKENS = 24
 

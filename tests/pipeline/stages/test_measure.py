@@ -31,6 +31,7 @@ from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetR
 from rs_gguf.records.trials import GATE, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 
 ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
@@ -48,7 +49,7 @@ def arms(tmp_path: Path) -> dict[str, WrittenFile]:
         )
     }
     control_vector.write(SteeringVector(vector, {"measured": False}, "qwen2"), tmp_path / "remove.gguf")
-    lora.write(lora.LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
+    lora.write(LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
     return {
         "vector": WrittenFile(
             tmp_path / "remove.gguf",

@@ -22,7 +22,7 @@ from rs_gguf.models import resolve as models
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.formats import peft as peft_export
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from rs_gguf.errors import InputError
 from rs_gguf.records import files
 from rs_gguf.steering.formats.tools import FORMATS
-from rs_gguf.steering.formats.vectors import combine, convert, cosines
+from rs_gguf.steering.formats.vectors import convert
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import check, read, write
 
@@ -234,12 +234,12 @@ def test_combine_sums_like_llama_cpp_loading_several_files() -> None:
     for vector, strength in ((a, np.float32(0.3)), (b, np.float32(-1.7))):
         for layer, row in vector.directions.items():
             buffer[layer - 1] += row * strength
-    both = combine([(a, 0.3), (b, -1.7)])
+    both = SteeringVector.combined([(a, 0.3), (b, -1.7)])
     assert both.layers == [1, 2, 4]
     assert all(np.array_equal(both.directions[layer], buffer[layer - 1]) for layer in both.layers)
     assert both.architecture == "qwen2"
     forged = SteeringVector(rows(1), {"weight": 7.0, "architecture": "llama"}, "qwen2")
-    assert combine([(forged, 0.3)]).provenance == {
+    assert SteeringVector.combined([(forged, 0.3)]).provenance == {
         "combine.0.architecture": "qwen2",
         "combine.0.weight": 0.3,
     }
@@ -255,7 +255,9 @@ def test_combine_sums_like_llama_cpp_loading_several_files() -> None:
 
 def test_combine_keeps_provenance_of_sums_of_sums_in_a_file(tmp_path: Path) -> None:
     a = SteeringVector(rows(1), {"method": "md"}, "qwen2")
-    deep = combine([(combine([(a, 1.0), (a, 2)]), 0.5), (SteeringVector(rows(1)), 1.0)])
+    deep = SteeringVector.combined(
+        [(SteeringVector.combined([(a, 1.0), (a, 2)]), 0.5), (SteeringVector(rows(1)), 1.0)]
+    )
     write(deep, tmp_path / "v.gguf")
     assert read(tmp_path / "v.gguf").provenance["combine.0.combine.1.weight"] == 2.0
     assert deep.architecture == ""
@@ -264,20 +266,20 @@ def test_combine_keeps_provenance_of_sums_of_sums_in_a_file(tmp_path: Path) -> N
 def test_combine_refuses() -> None:
     a = SteeringVector({1: [1.0, 2.0]})
     with pytest.raises(InputError, match="nothing to combine"):
-        combine([])
+        SteeringVector.combined([])
     with pytest.raises(InputError, match="2 and 3 wide"):
-        combine([(a, 1.0), (SteeringVector({2: [1.0, 2.0, 3.0]}), 1.0)])
+        SteeringVector.combined([(a, 1.0), (SteeringVector({2: [1.0, 2.0, 3.0]}), 1.0)])
     with pytest.raises(InputError, match="finite number"):
-        combine([(a, float("nan"))])
+        SteeringVector.combined([(a, float("nan"))])
     huge = SteeringVector({1: [3e38, 0.0]})
     with pytest.raises(InputError, match="beyond float32"):
-        combine([(huge, 1.0), (huge, 1.0)])
+        SteeringVector.combined([(huge, 1.0), (huge, 1.0)])
 
 
 def test_cosines_of_shared_blocks() -> None:
     a = SteeringVector({1: [1.0, 0.0], 2: [3e38, 3e38], 3: [1.0, 0.0], 4: [0.0, 0.0], 5: [1.0, 1.0]})
     b = SteeringVector({1: [0.0, 2.0], 2: [-1e-38, -1e-38], 3: [1.0, 1.0], 4: [1.0, 1.0], 6: [1.0, 1.0]})
     # Block 4 has no direction in `a`, 5 and 6 are not shared.
-    assert cosines(a, b) == pytest.approx({1: 0.0, 2: -1.0, 3: 2**-0.5})
+    assert SteeringVector.cosines(a, b) == pytest.approx({1: 0.0, 2: -1.0, 3: 2**-0.5})
     with pytest.raises(InputError, match="2 and 1 wide"):
-        cosines(a, SteeringVector({1: [1.0]}))
+        SteeringVector.cosines(a, SteeringVector({1: [1.0]}))

@@ -1,0 +1,214 @@
+"""A LoRA adapter in memory: low-rank changes of weight matrices, W' = W + scale · B A.
+
+In: pairs (A, B) by the name of the matrix they change. Out: a checked, immutable `LoraAdapter`. Unlike a
+control vector, what an adapter adds depends on the input. Formats: docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rs_gguf.engines.engine import Steering
+from rs_gguf.errors import InputError
+from rs_gguf.steering.provenance import ProvenanceValue, checked_provenance, typed
+
+Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter:
+    """Low-rank changes of named matrices: `factors` maps `blk.N.<matrix>.weight` to A [r, in], B [out, r].
+
+    At scale 1.0 exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
+    which its loader compares; `provenance` is as in `SteeringVector`. `invoked`: another tool's aLoRA, which
+    llama-server applies after its invocation tokens alone. Arrays are copied, made read-only and sorted by
+    block.
+
+    Raises:
+        InputError: no matrix or architecture, shapes that do not multiply, numbers that are not finite, or a
+            change of the embedding or the output, which aborts llama.cpp where the two are one matrix.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    option: ClassVar[str] = "--lora"
+    part: ClassVar[str] = "matrix"
+    moves: ClassVar[str] = "the residual moves by B A x"
+
+    factors: Mapping[str, Factors]
+    architecture: str
+    provenance: Mapping[str, ProvenanceValue] = field(default_factory=dict)
+    invoked: bool = False
+
+    def __post_init__(self) -> None:
+        factors = {name: (_copied(a), _copied(b)) for name, (a, b) in self.factors.items()}
+        faults = [fault for name, pair in factors.items() for fault in factor_faults(name, *pair)]
+        if not factors:
+            faults.append("the adapter changes no matrix")
+        if not self.architecture:
+            faults.append("the architecture is missing, and llama.cpp's loader compares it with the model's")
+        if faults:
+            raise InputError("; ".join(faults) + ". Fit the adapter again.")
+        ordered = dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+        object.__setattr__(self, "factors", ordered)
+        object.__setattr__(self, "provenance", checked_provenance(self.provenance))
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks that hold a changed matrix, ascending."""
+        return sorted({_order(name)[0] for name in self.factors})
+
+    @property
+    def matrices(self) -> list[str]:
+        """The kinds of matrix that are changed in some block, such as `ffn_down`."""
+        return sorted({_order(name)[1] for name in self.factors})
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the changes."""
+        return max(len(a) for a, _ in self.factors.values())
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of each change B A."""
+        return {name: math.sqrt(max(0.0, _inner(pair, pair))) for name, pair in self.factors.items()}
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when every number, provenance entry (with its type) and the architecture are the same."""
+        if not isinstance(other, LoraAdapter):
+            return NotImplemented
+        return (
+            list(self.factors) == list(other.factors)
+            and all(
+                np.array_equal(x, y)
+                for name, pair in self.factors.items()
+                for x, y in zip(pair, other.factors[name], strict=True)
+            )
+            and self.architecture == other.architecture
+            and typed(self.provenance) == typed(other.provenance)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays are compared by value
+
+    def refuse_invoked(self) -> None:
+        """Raise `InputError` for an aLoRA: its factors alone would change every token."""
+        if self.invoked:
+            raise InputError(
+                "The adapter is an aLoRA: llama-server applies it after its invocation tokens alone, and "
+                "what is written here is always on. Use the file as it is."
+            )
+
+    @property
+    def contents(self) -> dict[str, ProvenanceValue]:
+        """The kind of file and what it changes, for people."""
+        return {
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "layers": self.layers,
+            "matrices": self.matrices,
+            "rank": self.rank,
+        }
+
+    def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> LoraAdapter:
+        """Return the same adapter with `facts` added to its provenance."""
+        return replace(self, provenance={**self.provenance, **facts})
+
+    @classmethod
+    def combined(cls, parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
+        """Return the sum of weight × adapter, over the union of their matrices; ranks add up.
+
+        Equal to loading them all with `--lora-scaled`, up to rounding. The provenance of part i is kept under
+        `combine.i.`, its weight as `combine.i.weight`. Raises `InputError` when there is no part, a weight is
+        not finite, one is an aLoRA, or the parts belong to different models.
+        """
+        if not parts:
+            raise InputError("There is nothing to combine; give at least one adapter.")
+        families = sorted({adapter.architecture for adapter, _ in parts})
+        if len(families) > 1:
+            raise InputError(
+                f"The adapters are for {' and '.join(families)}: they belong to different models."
+            )
+        total: dict[str, Factors] = {}
+        provenance: dict[str, ProvenanceValue] = {}
+        for index, (adapter, weight) in enumerate(parts):
+            if not math.isfinite(weight):
+                raise InputError(f"The weight {weight} of adapter {index} is not a finite number; give one.")
+            adapter.refuse_invoked()
+            for name, (a, b) in adapter.factors.items():
+                with np.errstate(over="ignore"):  # the constructor below reports it
+                    weighted = b * np.float32(weight)
+                if name not in total:
+                    total[name] = a, weighted
+                    continue
+                _same_shape(name, total[name], (a, b))
+                before = total[name]
+                total[name] = np.concatenate([before[0], a]), np.concatenate([before[1], weighted], axis=1)
+            provenance |= {f"combine.{index}.{key}": value for key, value in adapter.provenance.items()}
+            provenance[f"combine.{index}.weight"] = float(weight)
+        return cls(total, families[0], provenance)
+
+    def cosines(self, other: LoraAdapter) -> dict[str, float]:
+        """Return ⟨B A, B' A'⟩ / (‖B A‖ ‖B' A'‖) of each matrix that both change.
+
+        Raises `InputError` when a matrix has another shape in each.
+        """
+        found = {}
+        ours, theirs = self.norms, other.norms
+        for name, pair in self.factors.items():
+            if name in other.factors and ours[name] and theirs[name]:
+                _same_shape(name, pair, other.factors[name])
+                found[name] = _inner(pair, other.factors[name]) / (ours[name] * theirs[name])
+        return found
+
+    def steering(self, path: Path, scale: float = 1.0) -> Steering:
+        """Return what puts the adapter on an engine at `scale`: engines load the file at `path`."""
+        return Steering({}, [(path, scale)])
+
+    def options(self, path: str) -> str:
+        """Return llama.cpp's options for the file at `path`, given as a word of the shell."""
+        return f"{self.option} {path}"
+
+
+def _copied(factor: Any) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # Inf is a fault with a name below
+        copy = np.array(factor, dtype=np.float32, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+def factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> list[str]:
+    if not FACTOR_NAME.fullmatch(f"{name}.lora_a"):
+        return [f"{name!r} is not the weight of a block (blk.N.<matrix>.weight)"]
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (a.size, b.size):
+        return [f"{name}: A {a.shape} and B {b.shape} do not multiply; A is [r, in], B [out, r]"]
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return [f"{name}: NaN or Inf, which would reach every logit"]
+    return []
+
+
+def _order(name: str) -> tuple[int, str]:
+    _, layer, matrix, _ = name.split(".")
+    return int(layer), matrix
+
+
+def _inner(first: Factors, second: Factors) -> float:
+    """⟨B A, B' A'⟩, the sum of products of all entries, without either product being formed."""
+    (a, b), (c, d) = ([factor.astype(np.float64) for factor in pair] for pair in (first, second))
+    return float(np.sum((b.T @ d) * (a @ c.T)))
+
+
+def _same_shape(name: str, first: Factors, second: Factors) -> None:
+    shapes = [(len(b), a.shape[1]) for a, b in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{name} has the shape {shapes[0]} for one adapter and {shapes[1]} for another: they belong to "
+            "different models."
+        )
