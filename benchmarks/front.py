@@ -18,13 +18,13 @@ from pathlib import Path
 
 from rich.progress import track
 
-from rs_gguf.methods.method import Space
+from rs_gguf.methods import METHODS, vector
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.records.rows import read_json, write_json
-from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
+from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.choice import front, halving
 from rs_gguf.search.rungs import Rungs
 
@@ -61,18 +61,16 @@ def main() -> None:
     with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
         rungs = pipeline.rungs()
         measured = Measured(rungs, options.json)
-        directions = sorted(rungs.directions)
-        bands = Space.of_vectors(directions[:1] * 3, rungs.model.n_layer).start
+        directions = sorted(rungs.fitted["vector"])
+        bands = vector.space_of(directions[:1] * 3, rungs.model.n_layer).start
         answered: list[Trial] = []
         for estimator, ridge in track(directions, "Estimators"):
             on_bands = [replace(band, estimator=estimator, ridge=ridge) for band in bands]
             levelled = [at_level(measured, candidate) for candidate in on_bands]
             best = min(levelled, key=lambda probe: probe.sensitive).candidate
             answered += along(measured, best, recipe.tune.min_retention)
-        if rungs.gates is not None:
-            space = Space.of_gates(
-                recipe.fit.gate_ridges, rungs.model.n_layer, induce=recipe.effect == "induce"
-            )
+        if "adapter" in rungs.fitted:
+            space = METHODS["adapter"].space(rungs.fitted["adapter"], rungs.model.n_layer, recipe.effect)
             gates = [replace(gate, strength=s) for gate in space.start for s in GATE_STRENGTHS]
             answered += [measured("answers", gate) for gate in track(gates, "Gates")]
     print_table(answered)
@@ -96,7 +94,7 @@ def along(measured: Measured, candidate: Candidate, wanted: float) -> Iterator[T
 
 
 def print_table(answered: list[Trial]) -> None:
-    best = front([trial for trial in answered if trial.candidate.estimator != GATE])
+    best = front([trial for trial in answered if trial.candidate.method == "vector"])
     halves = halving(best)
     print("| estimator | blocks | strength | sensitive left | harmful kept | benign | drift | broken | |")
     print("| --- " * 9 + "|")
@@ -104,7 +102,7 @@ def print_table(answered: list[Trial]) -> None:
         place = trial.candidate
         mark = "front, halves" if trial is halves else "front" if trial in best else ""
         print(
-            f"| {place.estimator} | {place.first} to {place.last} | {place.strength:g} "
+            f"| {place.recorded} | {place.first} to {place.last} | {place.strength:g} "
             f"| {trial.sensitive:.0%} | {trial.harmful_retention:.0%} | {trial.benign:+.0%} "
             f"| {trial.benign_drift:.3f} | {trial.degenerate:.1%} | {mark} |"
         )

@@ -25,12 +25,13 @@ import transformers
 
 from rs_gguf.activations.activations import WriterInputs
 from rs_gguf.machine import usable_cores
-from rs_gguf.methods import fit as fitting
+from rs_gguf.methods.samples import Samples
 from rs_gguf.models.shape import Shape, of_config
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.speed import Speed
+from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import KINDS, Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -211,9 +212,9 @@ def seconds_of_fit(size: Size, folder: Path) -> float:
         )
         for name, width in writers(size).items()
     }
-    samples = fitting.Samples(asked, told_apart(size.width), np.where(refused, 0.9, -0.9), inputs, folder)
+    samples = Samples(asked, told_apart(size.width), np.where(refused, 0.9, -0.9), inputs, folder)
     start = time.perf_counter()
-    fitting.fit(samples, recipe_of(size, "none").fit_options, folder / "fit", advance=lambda n: None)
+    fit(samples, recipe_of(size, "none").fit_options, folder / "fit", advance=lambda n: None)
     return time.perf_counter() - start
 
 

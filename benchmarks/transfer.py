@@ -22,8 +22,8 @@ from sklearn.model_selection import GroupKFold
 
 from rs_gguf.activations.activations import WriterInputs
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.methods.fit import Samples
 from rs_gguf.methods.gates import fit_gates
+from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import Pipeline

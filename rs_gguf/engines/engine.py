@@ -51,6 +51,13 @@ class Steering:
             [(path, dose * scale) for path, scale in self.adapters],
         )
 
+    def with_added(self, other: Steering) -> Steering:
+        """Return both together: directions of a layer add up."""
+        directions = dict(self.directions)
+        for layer, direction in other.directions.items():
+            directions[layer] = directions[layer] + direction if layer in directions else direction
+        return Steering(directions, [*self.adapters, *other.adapters])
+
     def check(self, n_layer: int, width: int, model: str) -> None:
         """Raise `InputError` for a direction of a layer or a width that the model of this name lacks."""
         for layer, direction in self.directions.items():

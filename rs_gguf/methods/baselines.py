@@ -27,7 +27,7 @@ from rs_gguf.estimators.estimator import (
 )
 from rs_gguf.evaluation.safety import Effect
 from rs_gguf.evaluation.side import Arm
-from rs_gguf.methods.fit import Samples
+from rs_gguf.methods.samples import Samples
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models.architecture import is_other_writer, is_writer
 from rs_gguf.prompts.grid import stratified

@@ -19,15 +19,66 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rs_gguf.activations.activations import Activations
-from rs_gguf.activations.scores import principal_components
+from rs_gguf.activations.scores import layer_scores, principal_components, score_bands
 from rs_gguf.errors import InputError
+from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.estimators.moments import Float64
+from rs_gguf.estimators.validation import choose_ridge
+from rs_gguf.methods.options import FitOptions
+from rs_gguf.methods.samples import Samples
 from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import write_atomic
 
 FORMATS = (".png", ".svg")
 # No time stamp, and ids from a fixed salt: the file depends on the data alone.
 _METADATA: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+
+
+# λ of the figures' path: wide enough to see where it stops to matter. One factorisation serves all of them.
+_PATH_RIDGES = np.geomspace(1e-3, 1e3, 13)
+
+
+def save_estimator(
+    samples: Samples,
+    name: str,
+    projected: npt.NDArray[np.float32],
+    directions: npt.NDArray[np.float64],
+    layer: int,
+    options: FitOptions,
+    folder: Path,
+) -> None:
+    """Draw one estimator at its best ridge: `projected` [N, L], `directions` [L, D], `layer` the best."""
+    save_layer_scores(
+        folder / f"{name}-scores.svg",
+        layer_scores(projected, samples.confidence),
+        bands=score_bands(projected, samples.confidence),
+        label="Pearson − RMSE",
+    )
+    save_projections(
+        folder / f"{name}-projections.svg",
+        projected[:, layer],
+        samples.confidence,
+        neutral=NEUTRAL,
+        layer=layer,
+    )
+    with np.errstate(invalid="ignore"):  # no bar for a block without a direction
+        save_dimension_mass(folder / f"{name}-mass.svg", directions, top=min(10, directions.shape[1]))
+    if not ESTIMATORS[name].uses_covariance:
+        return  # no ridge
+    try:
+        choice = choose_ridge(
+            samples.rows,
+            samples.confidence,
+            _PATH_RIDGES,
+            ESTIMATORS[name](),
+            kinds=samples.kinds,
+            device=options.device,
+        )
+    except InputError:  # too few of a class to hold any out: the path cannot be known, the fit stands
+        return
+    save_ridge_path(
+        folder / f"{name}-ridge.svg", choice.ridges, choice.scores, best=choice.best, label="held-out AUROC"
+    )
 
 
 def save_layer_scores(

@@ -1,61 +1,102 @@
-"""What a search looks among, and what it found: candidates, the space they come from, measured trials.
+"""A way to make steering files: how one is fitted, where a search looks for the best one, what is written.
 
-Directions of the fit and numbers of blocks go in; `Candidate`s and, as rows of JSON, `Trial`s come out. The
-starting points are the paper's prior for vectors (method §7), and long bands for gates.
+Samples of the fit split go in; whatever the method fits, `Candidate`s of its `Space`, and files come out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.evaluation.safety import Effect
+from rs_gguf.machine import ALONE, Processes
+from rs_gguf.methods.options import FitOptions
+from rs_gguf.methods.samples import Samples
+from rs_gguf.records.trials import Candidate
+from rs_gguf.steering.file import SteeringFile
+from rs_gguf.steering.provenance import ProvenanceValue
 
-from rs_gguf.activations.scores import band_profile
-from rs_gguf.methods.gates import Gates
-from rs_gguf.models.architecture import FIRST_STEERABLE
-from rs_gguf.records.trials import GATE, Candidate
-from rs_gguf.steering.lora import Factors
+Fitted = TypeVar("Fitted")
 
 
-@dataclass(frozen=True)
-class Directions:
-    """What `fit` leaves for the search: unit directions and calibration, one row a layer.
+class SteeringMethod(Protocol[Fitted]):
+    """One way to make steering files. Fitting and search ask nothing else of it.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §5 to remove, s⁺ to induce.
+    `name`: its key in `METHODS` and in results. `word`: for people. `suffixes`: of the names of the files
+    that it writes, after the effect. `artefact`: the file of a run folder that holds what was fitted.
     """
 
-    unit: NDArray[np.float64]  # [L, D], rows of zeros where there is no direction
-    scales: NDArray[np.float64]  # [L]
+    name: ClassVar[str]
+    word: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    artefact: ClassVar[str]
 
-    def steering(self, candidate: Candidate) -> dict[int, NDArray[np.float32]]:
-        """What is added to each block: α·s_l·v_l over the band, α = −strength / number of blocks.
+    def suits(self, engine: Engine) -> bool:
+        """Whether the engine can read what a fit needs."""
 
-        Blocks that the fit found no direction for are left out, and do not count.
+    def steps(self, options: FitOptions, n_layer: int) -> int:
+        """Return how far `fit` and `draw` advance together."""
+
+    def fit(
+        self,
+        samples: Samples,
+        options: FitOptions,
+        *,
+        processes: Processes = ALONE,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> Fitted | None:
+        """Fit all that the options name; None where the samples hold nothing that it could be fitted on.
+
+        Several `processes` call this together, each with all samples, and share the moments. What ranks above
+        0 return is not complete.
         """
-        profile = band_profile(len(self.unit), candidate.first, candidate.last) * self.unit.any(axis=1)
-        alpha = -candidate.strength / max(1, profile.sum())
-        rows = (alpha * profile * self.scales)[:, np.newaxis] * self.unit
-        return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
 
+    def draw(
+        self,
+        fitted: Fitted,
+        samples: Samples,
+        options: FitOptions,
+        folder: Path,
+        *,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        """Draw what was just fitted, as figures in `folder`."""
 
-def factors(gates: Gates, candidate: Candidate) -> dict[str, Factors]:
-    """Return the LoRA factors of the gated adapter that a candidate stands for."""
-    return gates.factors(
-        candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.margin
-    )
+    def save(self, fitted: Fitted, folder: Path) -> dict[str, Any]:
+        """Write what was fitted to a run folder; return what `fit.json` says of it."""
+
+    def load(self, folder: Path, options: FitOptions) -> Fitted | None:
+        """Read what `save` wrote; None where nothing was fitted."""
+
+    def space(self, fitted: Fitted, n_layer: int, effect: Effect) -> Space:
+        """Return where a search looks."""
+
+    def steering(self, fitted: Fitted, candidate: Candidate, architecture: str, scratch: Path) -> Steering:
+        """Return what puts a candidate on an engine, of which files may lie in the folder `scratch`."""
+
+    def files(
+        self,
+        fitted: Fitted,
+        candidate: Candidate,
+        architecture: str,
+        facts: Mapping[str, ProvenanceValue],
+    ) -> tuple[SteeringFile, ...]:
+        """Return what is written of a candidate, with `facts` as provenance; a file for each suffix."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where a search looks: the pairs of estimator and ridge, and inclusive ranges of the rest.
+    """Where a search looks, for one method: the pairs of estimator and ridge, inclusive ranges of the rest.
 
     `first` and `length` are in blocks; all have the same `margin`. The points of `start` are tried before all
     others. A candidate answers first with a strength of `least` at least, and never with more than `most`.
     """
 
+    method: str
     directions: Sequence[tuple[str, float]]
     first: tuple[int, int]
     length: tuple[int, int]
@@ -66,49 +107,5 @@ class Space:
     most: float = math.inf
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether the candidate is one of this space's kind: vectors and gates are searched apart."""
-        return (candidate.estimator, candidate.ridge) in self.directions
-
-    @classmethod
-    def of_vectors(cls, directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
-        """Middle blocks, begun at the low end of the paper's prior for k·|α|, 2 to 4; bands take turns."""
-        firsts = [max(FIRST_STEERABLE, n_layer * sixths // 6) for sixths in (2, 3, 4)]
-        start = [
-            Candidate(estimator, ridge, first, max(first, min(first + n_layer // 3 - 1, n_layer - 2)), 2.0)
-            for k, (estimator, ridge) in enumerate(directions)
-            for first in [firsts[k % len(firsts)]]
-        ]
-        return cls(
-            directions,
-            first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer * 2 // 3)),
-            length=(1, max(1, n_layer // 2)),
-            strength=(0.02, 12.0),
-            start=start,
-        )
-
-    @classmethod
-    def of_gates(cls, ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
-        """Long bands, since a gate opens a little in each block and four blocks alone remove little.
-
-        The first third is left alone at first: a change there reaches everything that follows.
-        """
-        first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
-        # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
-        margin = -0.4 if induce else 0.4
-        # Half of the contrast is halfway from the mean of one side to that of the other, and less turns few
-        # verdicts over. The whole takes a refused prompt all the way: far beyond it short answers still get
-        # better, and full ones break.
-        least = 0.5
-        most = 2.5 if induce else 1.5
-        strength = 1.25 if induce else least
-        start = [Candidate(GATE, ridge, first, last, strength, margin) for ridge in ridges]
-        return cls(
-            [(GATE, ridge) for ridge in ridges],
-            first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer // 2)),
-            length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
-            strength=(0.1, most),
-            start=start,
-            margin=margin,
-            least=least,
-            most=most,
-        )
+        """Whether the candidate is one of this space's kind: methods are searched apart."""
+        return candidate.method == self.method and (candidate.estimator, candidate.ridge) in self.directions

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -27,11 +27,13 @@ from pydantic_settings import (
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.safety import SafetyRule
-from rs_gguf.methods.options import FitOptions
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Kind
 from rs_gguf.records.files import write_text
 from rs_gguf.search.budget import Budget
+
+if TYPE_CHECKING:
+    from rs_gguf.methods.options import FitOptions
 
 # Estimators that suit an effect.
 _SUITED = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
@@ -224,6 +226,8 @@ class Recipe(BaseSettings):
     @property
     def fit_options(self) -> FitOptions:
         """What is fitted, and where."""
+        from rs_gguf.methods.options import FitOptions  # and with it PyTorch, without which a recipe is read
+
         fit = self.fit
         return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device)
 

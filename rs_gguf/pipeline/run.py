@@ -8,6 +8,7 @@ report, is skipped while its inputs are the same.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,14 +29,15 @@ from rs_gguf.estimators.device import resolve_device
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge, kind_and_name, open_judge_spec, shipped_version
 from rs_gguf.machine import ALONE, Processes
-from rs_gguf.methods import baselines
-from rs_gguf.methods import fit as fitting
+from rs_gguf.methods import METHODS, baselines
+from rs_gguf.methods.samples import Samples
 from rs_gguf.models import resolve as models
 from rs_gguf.models import shape
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe, dump
 from rs_gguf.pipeline.stage import Progress, Silent
 from rs_gguf.pipeline.stages import answers as answering
+from rs_gguf.pipeline.stages import fit as fitting
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.pipeline.stages.measure import WrittenFile, measure
@@ -316,26 +318,27 @@ class Pipeline:
                 self.model, ids, read, prefix, self._store(key), processes=self.processes, advance=advance
             )
 
-    def _file(self, name: str) -> Path:
-        """Where the control vector (`vector`) or the `adapter` is written."""
-        return self.folder / (self.recipe.effect + {"vector": ".gguf", "adapter": "-adapter.gguf"}[name])
+    def _files(self, name: str) -> list[Path]:
+        """Where the files of a method are written."""
+        return [self.folder / f"{self.recipe.effect}{suffix}" for suffix in METHODS[name].suffixes]
 
     def _store(self, key: str) -> ActivationStore:
         return ActivationStore(self.folder / "activations", key)
 
     def _fit(self, _: str) -> None:
-        total = len(self.recipe.estimators)
-        total += self.model.n_layer if Can.WRITERS in self.model.can else 0
+        options, n_layer = self.recipe.fit_options, self.model.n_layer
+        suited = [method for method in METHODS.values() if method.suits(self.model)]
+        total = sum(method.steps(options, n_layer) for method in suited)
         with self.progress.stage("fit", total) as advance:
             fitting.fit(
                 self.samples(),
-                self.recipe.fit_options,
+                options,
                 self.folder.path,
                 processes=self.processes,
                 advance=advance,
             )
 
-    def samples(self) -> fitting.Samples:
+    def samples(self) -> Samples:
         """The fit prompts with what was captured of them, those first whose answers could be judged.
 
         Raises:
@@ -360,7 +363,7 @@ class Pipeline:
             if self.folder.is_done("capture", self._key("capture")):
                 self.folder.forget("capture")
             raise
-        return fitting.Samples(
+        return Samples(
             [asked[i][0] for i in judged],
             activations.take(judged),
             np.array([scores[asked[i][0].id]["confidence"] for i in judged]),
@@ -376,12 +379,11 @@ class Pipeline:
 
     def rungs(self) -> Rungs:
         """What measures candidates of this run, once it is fitted."""
-        directions = fitting.load_directions(self.folder.path, self.recipe.fit_options)
-        gates = fitting.load_gates(self.folder.path)
+        fitted = fitting.load(self.folder.path, self.recipe.fit_options)
         unsteered = answering.unsteered(self.folder, self.prompts["tune"])
         recipe = self.recipe
         return Rungs(
-            self.model, self.judge, unsteered, directions, gates, self.folder.path,
+            self.model, self.judge, unsteered, fitted, self.folder.path,
             brief=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
             n_full=recipe.tune.full, rule=recipe.safety, seed=recipe.seed,
         )  # fmt: skip
@@ -393,7 +395,7 @@ class Pipeline:
         with self.progress.stage("write", len(chosen)) as advance:
             for name, trial in chosen.items():
                 self._write_file(name, trial)
-                shown[name] = writing.proven(self._file(name), self.model)
+                shown[name] = writing.proven(self._files(name), self.model)
                 advance(1)
         write_json(self.folder / "proof.json", shown)
 
@@ -403,7 +405,7 @@ class Pipeline:
             "model.name": models.name_of(self.recipe.model, self.model_path),
             "model.sha256": self.model_hash,
         }
-        writing.write(self._file(name), trial, self.recipe, self.folder.path, self.model.architecture, facts)
+        writing.write(self._files(name), trial, self.recipe, self.folder.path, self.model.architecture, facts)
 
     def _measure(self, key: str) -> None:
         """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
@@ -411,9 +413,9 @@ class Pipeline:
         shown = read_json(self.folder / "proof.json")
         chosen = tuning.chosen(self.folder)
         for name, trial in chosen.items():
-            if not self._file(name).is_file():  # somebody took it away
+            if not all(path.is_file() for path in self._files(name)):  # somebody took one away
                 self._write_file(name, trial)
-        files = {name: WrittenFile(self._file(name), trial, shown[name]) for name, trial in chosen.items()}
+        files = {name: WrittenFile(self._files(name), trial, shown[name]) for name, trial in chosen.items()}
         recipe = self.recipe
         others = baselines.build(
             recipe.measure.baselines, self.prompts["fit"], self.samples, self.model, self.folder.path,
@@ -435,7 +437,7 @@ class Pipeline:
         log.finish(list(log.rows))
 
     def _report(self, _: str) -> None:
-        for path in map(self._file, tuning.chosen(self.folder)):
+        for path in itertools.chain.from_iterable(map(self._files, tuning.chosen(self.folder))):
             if not path.is_file():
                 raise InputError(
                     f"{path}, which this run wrote, is gone. Put it back, or run again with --fresh."

@@ -6,20 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-GATE = "gate"  # what stands for the estimator where a gated adapter is meant
-# Keys of `tune.json` that have the number of a file's trial.
-CHOSEN = {"vector": "chosen", "adapter": "chosen_adapter"}
+# What rows and files name in place of an estimator where the method has none. They do not name the method
+# itself, since those of earlier versions do not.
+_IN_PLACE_OF_ESTIMATOR = {"adapter": "gate"}
+_CHOSEN = "chosen"  # key of the vector's trial in `tune.json`; others have the name of their method too
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
 
-    `ridge` is 0 where the estimator has none.
+    `method` is a key of `METHODS`. `estimator` is empty where the method has none; `ridge` is 0 where the
+    estimator has none.
     `margin` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
     harmful prompt, by a part of it, the other way. Negative to induce refusals.
     """
 
+    method: str
     estimator: str
     ridge: float
     first: int
@@ -31,6 +34,11 @@ class Candidate:
     def shape(self) -> Candidate:
         """What it shares with those that differ in strength alone."""
         return replace(self, strength=0)
+
+    @property
+    def recorded(self) -> str:
+        """What rows and files name as its estimator."""
+        return self.estimator or _IN_PLACE_OF_ESTIMATOR.get(self.method, self.method)
 
 
 @dataclass(frozen=True)
@@ -57,22 +65,48 @@ class Trial:
 
     def to_row(self) -> dict[str, Any]:
         row = asdict(self)
-        candidate = row.pop("candidate")
+        candidate = row.pop("candidate") | {"estimator": self.candidate.recorded}
         layers = [candidate.pop("first"), candidate.pop("last")]
-        return {"number": self.number, **candidate, "layers": layers, **row}
+        method = candidate.pop("method")
+        named = {} if method == method_of(candidate) else {"method": method}
+        return {"number": self.number, **named, **candidate, "layers": layers, **row}
+
+
+def method_of(row: Mapping[str, Any]) -> str:
+    """Return the method of the candidate that a row of a trial holds."""
+    methods = {word: method for method, word in _IN_PLACE_OF_ESTIMATOR.items()}
+    found: str = row.get("method") or methods.get(row["estimator"], "vector")
+    return found
 
 
 def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
     """Trials from rows written by `Trial.to_row`."""
     trials = []
     for row in rows:
-        values = dict(row)
+        values, method = dict(row), method_of(row)
         first, last = values.pop("layers")
         estimator, ridge, strength, margin = (
             values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
         )
-        candidate = Candidate(estimator, ridge, first, last, strength, margin)
-        values.pop("id", None)
+        candidate = Candidate(method, estimator, ridge, first, last, strength, margin)
+        if estimator == replace(candidate, estimator="").recorded:
+            candidate = replace(candidate, estimator="")
+        for name in ("id", "method"):
+            values.pop(name, None)
         values["answered"] = tuple(values["answered"]) if values.get("answered") else None
         trials.append(Trial(candidate=candidate, **values))
     return trials
+
+
+def chosen_rows(chosen: Mapping[str, int]) -> dict[str, int]:
+    """Return the numbers of the chosen trials, given by method, under their keys of `tune.json`."""
+    return {_CHOSEN if name == "vector" else f"{_CHOSEN}_{name}": number for name, number in chosen.items()}
+
+
+def chosen_of(tune: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of the chosen trial by method, from the content of `tune.json`."""
+    return {
+        key.removeprefix(f"{_CHOSEN}_") if key != _CHOSEN else "vector": number
+        for key, number in tune.items()
+        if key == _CHOSEN or key.startswith(f"{_CHOSEN}_")
+    }

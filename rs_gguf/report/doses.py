@@ -13,7 +13,7 @@ from typing import Any
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import Row
-from rs_gguf.records.trials import CHOSEN, GATE
+from rs_gguf.records.trials import chosen_of, method_of
 from rs_gguf.report.plots import Axis
 from rs_gguf.report.text import file_name
 from rs_gguf.report.verdict import kind_order
@@ -112,10 +112,10 @@ def _name_and_scale(argument: str) -> tuple[str, float]:
 
 def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:
     """For each file the trials of its search over their strength; other choices differ between them too."""
-    chosen = {tune.get(key) for key in CHOSEN.values()}
+    chosen = set(chosen_of(tune).values())
     charts = []
     for file in files:
-        trials = [t for t in tune["trials"] if (t["estimator"] == GATE) == (file["key"] == "adapter")]
+        trials = [t for t in tune["trials"] if method_of(t) == file["key"]]
         rates = [
             (kind, trial, trial[name]) for kind, name in _RATES for trial in trials if trial[name] is not None
         ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rs_gguf.records.rows import Row, finite
-from rs_gguf.records.trials import CHOSEN, GATE
+from rs_gguf.records.trials import chosen_of, method_of
 
 _T = TypeVar("_T")
 
@@ -72,9 +72,9 @@ def thinned(found: Sequence[_T], most: int) -> Sequence[_T]:
 
 def shown(tune: Mapping[str, Any]) -> Row:
     """`tune.json` with no more probes than a page can hold; the chosen trials stay."""
-    chosen = {tune.get(key) for key in CHOSEN.values()}
+    chosen = set(chosen_of(tune).values())
     probes = [t for t in tune["trials"] if t["rung"] == "probe" and t["number"] not in chosen]
-    probes.sort(key=lambda trial: trial["estimator"] == GATE)  # or every second may be of the same file
+    probes.sort(key=method_of, reverse=True)  # or every second may be of the same file
     kept = [trial["number"] for trial in thinned(probes, _PROBES)]
     dropped = {trial["number"] for trial in probes}.difference(kept)
     return {**tune, "trials": [trial for trial in tune["trials"] if trial["number"] not in dropped]}
@@ -87,11 +87,11 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
     `front` is the stair of what trials reach that answered briefly, of both kinds together; `tested` are the
     written files as the test split found them, joined to the trial that they were chosen by.
     """
-    chosen = {tune[key]: name for name, key in CHOSEN.items() if key in tune}
+    chosen = {number: name for name, number in chosen_of(tune).items()}
     points = [
         {
             **trial,
-            "key": "adapter" if trial["estimator"] == GATE else "vector",
+            "key": method_of(trial),
             "kept": float(trial["harmful_retention"]),
             "done": 1 - float(trial["sensitive"]),
             "chosen": trial["number"] in chosen,

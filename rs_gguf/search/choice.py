@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from rs_gguf.evaluation.chance import standard_error
 from rs_gguf.methods.method import Space
-from rs_gguf.records.trials import CHOSEN, Trial
+from rs_gguf.records.trials import Trial, chosen_rows
 
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
@@ -97,7 +97,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
 
 
 def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, Any]:
-    """The content of `tune.json`; trials are named by their numbers, `spaces` by the file that each is for.
+    """The content of `tune.json`; trials are named by their numbers, `spaces` by the method that each is of.
 
     A space whose search was cut off before a trial had answered is left out.
     """
@@ -120,7 +120,7 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
             "harmful": spearman(*_columns(pairs, "harmful_retention")),
         }
     return {
-        **{CHOSEN[name]: number for name, number in chosen.items()},
+        **chosen_rows(chosen),
         "front": fronts,
         "halves": half,
         "rank_correlation": correlation,

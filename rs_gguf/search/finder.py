@@ -185,7 +185,7 @@ class Finder:
             last = max(first, min(first + length - 1, last_block))
             # What brought this direction to the level in other blocks is the best guess in these.
             strength = strengths.get(name, next(iter(strengths.values())))
-            candidate = Candidate(estimator, ridge, first, last, strength, space.margin)
+            candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.margin)
             if candidate.shape in levelled:
                 candidate = levelled[candidate.shape].candidate
             steps = self._level(candidate, space)

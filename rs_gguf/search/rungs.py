@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,10 @@ from rs_gguf.evaluation.paired import Drift, PairedEvaluation, drift_of, mean_ch
 from rs_gguf.evaluation.safety import Allowance, SafetyRule
 from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judge
-from rs_gguf.methods.gates import Gates
-from rs_gguf.methods.method import Directions, factors
+from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Judgement, Prompt
-from rs_gguf.records.trials import GATE, Candidate, Trial
-from rs_gguf.steering import lora_file
-from rs_gguf.steering.lora import LoraAdapter
+from rs_gguf.records.trials import Candidate, Trial
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
@@ -69,8 +67,9 @@ class Unsteered:
 
 
 class Rungs:
-    """Measures candidates on one loaded model. Adapters that are tried are written to `folder`.
+    """Measures candidates on one loaded model. Files that are tried are written below `folder`.
 
+    `fitted` is what each method fitted, by its name.
     `brief` and `full` say how the rungs `answers` and `full` ask; `full` asks `n_full` prompts of each kind.
     `seed` is that of the samples of prompts.
 
@@ -83,8 +82,7 @@ class Rungs:
         model: Engine,
         judge: Judge,
         unsteered: Unsteered,
-        directions: Mapping[tuple[str, float], Directions],
-        gates: Gates | None,
+        fitted: Mapping[str, Any],
         folder: Path,
         *,
         brief: Asking,
@@ -95,7 +93,7 @@ class Rungs:
     ) -> None:
         self.model = model
         self._judge, self._unsteered = judge, unsteered
-        self.directions, self.gates, self._folder = directions, gates, folder
+        self.fitted, self._folder = fitted, folder
         self._brief, self._full, self._n_full, self.rule, self._seed = brief, full, n_full, rule, seed
         self._tokens = chat_tokens(model, unsteered.prompts, brief.system)
         remove = rule.effect == "remove"
@@ -179,18 +177,9 @@ class Rungs:
         return self.model.token_logprobs(list(pairs.values()))
 
     def steering(self, candidate: Candidate) -> Steering:
-        """The candidate as it is put on the model; an adapter is a file at unit strength, scaled."""
-        if candidate.estimator != GATE:
-            directions = self.directions[candidate.estimator, candidate.ridge]
-            return Steering(directions.steering(candidate))
-        assert self.gates is not None  # the space of gates is searched only where there are some
-        unit = replace(candidate, strength=1.0)
-        path = (
-            self._folder / "adapters" / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
-        )
-        if not path.exists():
-            lora_file.write(LoraAdapter(factors(self.gates, unit), self.model.architecture), path)
-        return Steering({}, [(path, candidate.strength)])
+        """The candidate as it is put on the model."""
+        method, fitted = METHODS[candidate.method], self.fitted[candidate.method]
+        return method.steering(fitted, candidate, self.model.architecture, self._folder / "adapters")
 
     def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
         """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""

@@ -178,11 +178,11 @@ def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: boo
     return options + _thinking(reasoning_off)
 
 
-def server_command(model: Path, path: Path, found: SteeringFile, *, reasoning_off: bool) -> str:
-    """Return the command by which llama-server loads a model with what was `found` in the file at `path`."""
-    options = found.options(_file_word(path)) + _thinking(reasoning_off)
+def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning_off: bool) -> str:
+    """Return the command by which llama-server loads a model with files, given with what was read of each."""
+    options = " ".join(found.options(_file_word(path)) for path, found in files.items())
     model_file = _path_word(model) if model.is_file() else "MODEL.gguf"  # of a folder there is none
-    return f"llama-server -m {model_file} {options}"
+    return f"llama-server -m {model_file} {options}{_thinking(reasoning_off)}"
 
 
 def _thinking(reasoning_off: bool) -> str:

@@ -24,7 +24,7 @@ from rs_gguf.pipeline.stages.measure import WrittenFile, measure
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import cache_folder
-from rs_gguf.records.trials import GATE, Candidate, Trial
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -32,7 +32,7 @@ from rs_gguf.steering.vector import SteeringVector
 posix_only = pytest.mark.skipif(os.name == "nt", reason="quoted for a POSIX shell")
 
 
-def llama_cpp(path: Path, estimator: str = GATE, *, reasoning_off: bool = False) -> dict[str, Any]:
+def llama_cpp(path: Path, estimator: str = "gate", *, reasoning_off: bool = False) -> dict[str, Any]:
     """What metrics.json says of the use of a file, and of a model of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
@@ -53,7 +53,7 @@ def test_a_template_that_thinks_in_llama_server_alone(switch: str, thinks: bool,
     assert ChatFormat(content + switch).thinks_in_server == thinks
 
 
-@pytest.mark.parametrize("estimator", [GATE, "wrmd"])
+@pytest.mark.parametrize("estimator", ["gate", "wrmd"])
 def test_the_command_switches_thinking_off(estimator: str, tmp_path: Path) -> None:
     plain = llama_cpp(tmp_path / "remove.gguf", estimator)
     off = llama_cpp(tmp_path / "remove.gguf", estimator, reasoning_off=True)
@@ -67,11 +67,11 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
     write_tiny_qwen3(tmp_path / "m.gguf", template)
     direction = np.ones(32, dtype=np.float32)
     control_vector.write(SteeringVector({2: direction}, {"measured": False}, "qwen3"), tmp_path / "v.gguf")
-    trial = Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True)
+    trial = Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True)
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
         _, record = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
-            {"vector": WrittenFile(tmp_path / "v.gguf", trial, {})}, (),
+            {"vector": WrittenFile([tmp_path / "v.gguf"], trial, {})}, (),
             load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             model_sha256="", subset=False, advance=lambda n: None,
@@ -93,7 +93,7 @@ def test_page_and_card_say_so(tmp_path: Path) -> None:
 
 
 @posix_only
-@pytest.mark.parametrize("estimator", [GATE, "wrmd"])
+@pytest.mark.parametrize("estimator", ["gate", "wrmd"])
 @pytest.mark.parametrize("folder", ["qwen, politics", 'my "own", first', '"quoted"', "its own", 'a "b"'])
 def test_a_file_is_one_field_whatever_its_name(
     estimator: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

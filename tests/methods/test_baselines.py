@@ -17,7 +17,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.side import Arm
 from rs_gguf.methods import baselines
-from rs_gguf.methods.fit import Samples
+from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline.recipe import Recipe, load
 from rs_gguf.records.conversation import KINDS, Prompt
 

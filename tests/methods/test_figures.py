@@ -160,5 +160,5 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path
 def test_without_a_covariance_one_ridge_is_enough(tmp_path: Path) -> None:
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
     fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
-    found = fitting.load_directions(tmp_path, recipe.fit_options)
+    found = fitting.METHODS["vector"].load(tmp_path, recipe.fit_options)
     assert set(found) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}

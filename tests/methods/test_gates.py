@@ -13,8 +13,8 @@ import pytest
 from rs_gguf.activations.activations import WriterInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
+from rs_gguf.methods import adapter
 from rs_gguf.methods.gates import HARM, QUIET, Gates, fit_gates
-from rs_gguf.methods.method import Space
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -422,7 +422,7 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
 def test_harm_is_moved_to_a_refusal_and_what_is_benign_to_an_answer(induce: bool) -> None:
     inputs, residuals, labels = problem()
     gates = fitted(inputs, residuals, labels, induce=induce)
-    margin = Space.of_gates(RIDGES, LAYERS, induce=induce).margin
+    margin = adapter.space_of(RIDGES, LAYERS, induce=induce).margin
     a, b = gates.factors(1.0, 1, 1, 1.0, margin)["blk.1.ffn_down.weight"]
     refusal = gates.contrast[1] * (-1 if induce else 1)
     written = (b @ a).astype(np.float64)

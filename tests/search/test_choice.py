@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rs_gguf.methods.method import Space
-from rs_gguf.records.trials import GATE, Candidate, Trial
+from rs_gguf.methods import adapter, vector
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import choose, front, nearest, settled, spearman, summary
 
-VECTORS = Space.of_vectors([("wrmd", 1.0)], 24)
-GATES = Space.of_gates([0.2], 24)
+VECTORS = vector.space_of([("wrmd", 1.0)], 24)
+GATES = adapter.space_of([0.2], 24)
 
 
 def trial(
@@ -29,7 +29,7 @@ def trial(
     candidate: Candidate | None = None,
     n: int = 40,
 ) -> Trial:
-    place = candidate or Candidate("wrmd", 1.0, 8, 15, 1.0 + number)
+    place = candidate or Candidate("vector", "wrmd", 1.0, 8, 15, 1.0 + number)
     return Trial(number, place, rung, sensitive, retention, 0.0, drift, 0.0, feasible, n)
 
 
@@ -65,7 +65,7 @@ def test_of_those_without_more_benign_refusals_the_nearest_changes_most() -> Non
 @pytest.mark.parametrize("other", [{"strength": 3.0}, {"strength": 1.0, "first": 9}], ids=["more", "shape"])
 def test_full_answers_with_more_strength_or_of_another_shape_decide_nothing(other: dict[str, float]) -> None:
     """They may be there from an earlier search, which chose otherwise."""
-    place = Candidate("wrmd", 1.0, 8, 15, 2.0)
+    place = Candidate("vector", "wrmd", 1.0, 8, 15, 2.0)
     mine = trial(1, 0.5, 1.0, rung="full", candidate=place)
     better = trial(2, 0.0, 1.0, rung="full", candidate=replace(place, **other))  # type: ignore[arg-type]
     assert settled([trial(0, 0.4, 1.0, candidate=place), mine, better]) is mine
@@ -106,7 +106,7 @@ def test_rank_correlation_is_scipys() -> None:
 
 
 def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
-    gate = Candidate(GATE, 0.2, 8, 22, 1.0, 0.25)
+    gate = Candidate("adapter", "", 0.2, 8, 22, 1.0, 0.25)
     vectors = [trial(3 + i, s, 1 - 0.1 * i, feasible=i < 2) for i, s in enumerate((0.9, 0.45, 0.2))]
     probes = [
         trial(i, t.sensitive**2, 0.9, rung="probe", feasible=None, candidate=t.candidate)

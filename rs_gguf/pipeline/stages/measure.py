@@ -11,6 +11,7 @@ import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from rs_gguf.records.metrics import (
 from rs_gguf.records.rows import Row, RowLog
 from rs_gguf.records.trials import Trial
 from rs_gguf.steering import file as steering_file
+from rs_gguf.steering.file import SteeringFile
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -58,15 +60,20 @@ _DRIFT_PAIRS = 128  # conversations, as in the paper
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A written file, the trial that it was chosen by, and what its proof showed."""
+    """The written files of a method, the trial that they were chosen by, and what their proof showed."""
 
-    path: Path
+    paths: Sequence[Path]
     trial: Trial
     proof: Mapping[str, Any]
 
     @property
     def steering(self) -> Steering:
-        return steering_file.read(self.path).steering(self.path)
+        return reduce(Steering.with_added, [found.steering(path) for path, found in self.files.items()])
+
+    @property
+    def files(self) -> dict[Path, SteeringFile]:
+        """What stands in the files now."""
+        return {path: steering_file.read(path) for path in self.paths}
 
 
 def measure(
@@ -154,9 +161,9 @@ def file_record(
     candidate, harmful = file.trial.candidate, sets["harmful"]
     before, after = harmful.refused_unsteered, harmful.refused_steered
     return FileRecord(
-        file=file.path.name,
-        sha256=sha256(file.path),
-        estimator=candidate.estimator,
+        file=file.paths[0].name,
+        sha256=sha256(file.paths[0]),
+        estimator=candidate.recorded,
         ridge=candidate.ridge,
         layers=(candidate.first, candidate.last),
         strength=candidate.strength,
@@ -218,9 +225,8 @@ def _llama_cpp(model: Path, file: WrittenFile, *, reasoning_off: bool) -> LlamaC
 
     reasoning_off: llama.cpp must be told not to think, as here (`ChatFormat.thinks_in_server`).
     """
-    found = steering_file.read(file.path)
     return LlamaCpp(
-        command=steering_file.server_command(model, file.path, found, reasoning_off=reasoning_off),
+        command=steering_file.server_command(model, file.files, reasoning_off=reasoning_off),
         build=llama_log.build(),
         reasoning_off=reasoning_off,
     )
@@ -264,4 +270,5 @@ def _record_figures(file: WrittenFile, sets: Mapping[str, SetRecord], moved: flo
         figures["metrics.benign_drift"] = moved
     for kind, found in sets.items():
         figures[f"metrics.{kind}"] = [found.refusal_unsteered, found.refusal_steered]
-    steering_file.write(steering_file.read(file.path).with_facts(figures), file.path)
+    for path, content in file.files.items():
+        steering_file.write(content.with_facts(figures), path)

@@ -6,19 +6,19 @@ The search itself is in `rs_gguf.search.finder`.
 
 from __future__ import annotations
 
-from rs_gguf.methods.method import Space
+from rs_gguf.methods import METHODS
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Progress
 from rs_gguf.records.rows import read_json, write_json
-from rs_gguf.records.trials import CHOSEN, Trial, load_trials
+from rs_gguf.records.trials import Trial, chosen_of, load_trials
 from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
 from rs_gguf.search.rungs import Rungs
 
 
 def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *, fit_key: str) -> None:
-    """Search for a control vector and, where there are gates, for an adapter.
+    """Search for the best candidate of each method that was fitted.
 
     `fit_key` is that of the fit stage: under it and the recipe's limits, trials of an earlier search count.
     """
@@ -31,10 +31,10 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
         for row in ended["trials"]:
             if str(row["number"]) not in log.rows:  # the log may have been cut short right here
                 log.append({"id": str(row["number"]), **row})
-    n_layer = rungs.model.n_layer
-    spaces = {"vector": Space.of_vectors(sorted(rungs.directions), n_layer)}
-    if rungs.gates is not None:
-        spaces["adapter"] = Space.of_gates(recipe.fit.gate_ridges, n_layer, induce=recipe.effect == "induce")
+    spaces = {
+        name: METHODS[name].space(fitted, rungs.model.n_layer, recipe.effect)
+        for name, fitted in rungs.fitted.items()
+    }
     with progress.stage("tune", Finder.effort(recipe.budget, len(spaces))) as advance:
         finder = Finder(
             rungs,
@@ -55,7 +55,8 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
 
 
 def chosen(folder: RunFolder) -> dict[str, Trial]:
-    """The chosen trial of the control vector (`vector`) and, where there is one, of the `adapter`."""
+    """The chosen trial of each method that was searched, by its name."""
     tuned = read_json(folder / "tune.json")
     trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
-    return {name: trials[tuned[key]] for name, key in CHOSEN.items() if key in tuned}
+    numbers = chosen_of(tuned)
+    return {name: trials[numbers[name]] for name in METHODS if name in numbers}

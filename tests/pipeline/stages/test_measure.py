@@ -28,7 +28,7 @@ from rs_gguf.pipeline.stages import measure as measuring
 from rs_gguf.pipeline.stages.measure import WrittenFile, beside, measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetRecord, Speed
-from rs_gguf.records.trials import GATE, Candidate, Trial
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.lora import LoraAdapter
@@ -52,13 +52,13 @@ def arms(tmp_path: Path) -> dict[str, WrittenFile]:
     lora.write(LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
     return {
         "vector": WrittenFile(
-            tmp_path / "remove.gguf",
-            Trial(0, Candidate("wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
+            [tmp_path / "remove.gguf"],
+            Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
             PROOF,
         ),
         "adapter": WrittenFile(
-            tmp_path / "remove-adapter.gguf",
-            Trial(1, Candidate(GATE, 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
+            [tmp_path / "remove-adapter.gguf"],
+            Trial(1, Candidate("adapter", "", 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
             PROOF,
         ),
     }
@@ -117,7 +117,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenF
         assert not figures.passed
     # The figures travel with the files.
     for arm, figures in value.files.items():
-        path = arms[arm].path
+        path = arms[arm].paths[0]
         read = control_vector.read(path) if arm == "vector" else lora.read(path)
         assert read.provenance["measured"] is True
         assert read.provenance["gate.passed"] is figures.passed
@@ -132,7 +132,7 @@ def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
     sets: dict[str, SetRecord]
     sets = {kind: invented_set(refusal_unsteered=0.75, refusal_steered=0.25) for kind in KINDS}
     measuring._record_figures(arms[name], sets, 0.125, passed=passed)
-    found = (control_vector.read if name == "vector" else lora.read)(arms[name].path).provenance
+    found = (control_vector.read if name == "vector" else lora.read)(arms[name].paths[0]).provenance
     assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)
     assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
 
@@ -150,7 +150,7 @@ def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
     monkeypatch.setattr(sys.modules[__name__], "ASKED", [p for p in ASKED if p.kind != "benign"])
     _, value, _ = run(tmp_path, arms)
     assert not value.files["vector"].passed
-    for path, read in ((arms["vector"].path, control_vector.read), (arms["adapter"].path, lora.read)):
+    for path, read in ((arms["vector"].paths[0], control_vector.read), (arms["adapter"].paths[0], lora.read)):
         found = read(path).provenance
         assert found["measured"] is True
         assert "metrics.benign_drift" not in found
@@ -210,7 +210,7 @@ def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: di
     assert "no configuration held every limit" in value.files["vector"].acceptance.reasons[0]
 
 
-@pytest.mark.parametrize("estimator", [GATE, "wrmd"])
+@pytest.mark.parametrize("estimator", ["gate", "wrmd"])
 def test_the_command_is_one_of_the_shell_and_tells_no_home(
     estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +243,7 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
         )
         command = found.llama_cpp.command
         wanted = ["--lora", named]
-        if estimator != GATE:
+        if estimator != "gate":
             wanted = ["--control-vector", named, "--control-vector-layer-range", "3", "9"]
         assert shlex.split(command) == ["llama-server", "-m", word, *wanted]
         assert command.startswith(f"llama-server -m {word[0]}")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,16 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.evaluation.safety import Allowance, SafetyRule
 from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judgement, Pair
+from rs_gguf.methods import adapter, vector
 from rs_gguf.methods.gates import Gates, fit_gates
-from rs_gguf.methods.method import Directions, Space
+from rs_gguf.methods.vector import Directions
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
-from rs_gguf.records.trials import GATE, Candidate, Trial, load_trials
+from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search import rungs as rungs_module
 from rs_gguf.search.choice import choose, summary
 from rs_gguf.search.finder import Finder
@@ -147,8 +148,7 @@ def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs
         setting.model,
         setting.judge,
         setting.unsteered,
-        setting.directions,
-        setting.gates,
+        {"vector": setting.directions, "adapter": setting.gates},
         folder,
         brief=chosen.asking(chosen.answers.tokens),
         full=chosen.asking(chosen.answers.test_tokens),
@@ -163,8 +163,8 @@ def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
     return Finder(rungs(setting, folder, chosen), chosen.budget, seed=chosen.seed, **options)
 
 
-GATES = Space.of_gates(RIDGES, LAYERS)
-VECTORS = Space.of_vectors([("md", 1.0)], LAYERS)
+GATES = adapter.space_of(RIDGES, LAYERS)
+VECTORS = vector.space_of([("md", 1.0)], LAYERS)
 
 
 def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path
 
 def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
     search = rungs(setting, tmp_path)
-    weak = Candidate(GATE, 1.0, 1, 2, 0.5, margin=0.25)
+    weak = Candidate("adapter", "", 1.0, 1, 2, 0.5, margin=0.25)
     one, other = search.steering(weak), search.steering(replace(weak, strength=1.5))
     ((path, scale),) = one.adapters
     assert (one.directions, scale) == ({}, 0.5)
@@ -466,14 +466,14 @@ def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: 
 def test_what_is_no_matter_of_scale_has_a_file_of_its_own(
     setting: Setting, tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    search, one = rungs(setting, tmp_path), Candidate(GATE, 1.0, 1, 2, 0.5, margin=0.25)
+    search, one = rungs(setting, tmp_path), Candidate("adapter", "", 1.0, 1, 2, 0.5, margin=0.25)
     first, second = (search.steering(c).adapters[0][0] for c in (one, replace(one, **other)))
     assert first != second
 
 
 def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path) -> None:
     directions = setting.directions["md", 1.0]
-    added = rungs(setting, tmp_path).steering(Candidate("md", 1.0, 1, 3, 6.0)).directions
+    added = rungs(setting, tmp_path).steering(Candidate("vector", "md", 1.0, 1, 3, 6.0)).directions
     profile = band_profile(LAYERS, 1, 3)
     assert set(added) == {1, 2, 3}
     for layer, row in added.items():
@@ -483,7 +483,7 @@ def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path)
 
 def test_spaces_stay_within_the_model() -> None:
     for n_layer in (3, 4, 24, 80):
-        for space in (Space.of_gates(RIDGES, n_layer), Space.of_vectors([("md", 1.0)], n_layer)):
+        for space in (adapter.space_of(RIDGES, n_layer), vector.space_of([("md", 1.0)], n_layer)):
             for low, high in (space.first, space.length, space.strength):
                 assert 0 < low <= high
             for point in space.start:
@@ -518,7 +518,9 @@ def test_empty_answers_are_no_refusals_to_search_by(setting: Setting, tmp_path: 
 
 
 def test_trials_survive_being_rows() -> None:
-    trial = Trial(3, Candidate(GATE, 0.3, 5, 22, 1.25), "answers", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True)
+    trial = Trial(
+        3, Candidate("adapter", "", 0.3, 5, 22, 1.25), "answers", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True
+    )
     row = json.loads(json.dumps({"id": "3", **trial.to_row()}))
     assert load_trials([row]) == [trial]
     assert row["layers"] == [5, 22]
@@ -556,7 +558,7 @@ def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, 
 # ---- formulas in place of a model ----------------------------------------------------------------
 
 
-SPACE = Space.of_vectors([("bad", 1.0), ("good", 1.0)], 24)
+SPACE = vector.space_of([("bad", 1.0), ("good", 1.0)], 24)
 
 
 class Formulas:
@@ -565,8 +567,7 @@ class Formulas:
     How much depends on the middle of the band: block 14 is best.
     """
 
-    directions = dict.fromkeys(SPACE.directions)
-    gates = None
+    fitted = MappingProxyType({"vector": dict.fromkeys(SPACE.directions)})
     wanted = tuple(range(40))
     size_in_full = (12, 64)
     n_in_full = 10_000

@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rs_gguf.methods.fit import load_directions, load_gates
+from rs_gguf.methods import METHODS
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.records.files import save_arrays
-from rs_gguf.records.trials import GATE, Candidate, Trial
+from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
-from rs_gguf.steering.lora_file import LoraAdapter
-from rs_gguf.steering.vector import SteeringVector
+from rs_gguf.steering.file import SteeringFile
 
 RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
-VECTOR, ADAPTER = Candidate("wrmd", 0.5, 1, 2, 1.75), Candidate(GATE, 0.5, 1, 2, 1.75, margin=0.25)
+VECTOR, ADAPTER = (
+    Candidate("vector", "wrmd", 0.5, 1, 2, 1.75),
+    Candidate("adapter", "", 0.5, 1, 2, 1.75, margin=0.25),
+)
 
 
 @pytest.fixture
@@ -32,17 +34,16 @@ def folder(tmp_path: Path) -> Path:
     save_arrays(tmp_path / "gates.safetensors", gates)
     for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
         trial = Trial(0, candidate, "answers", 0.0, 1.0)
-        writing.write(tmp_path / name, trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
+        writing.write([tmp_path / name], trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
     return tmp_path
 
 
 def test_both_files_say_what_they_are(folder: Path) -> None:
-    found: list[SteeringVector | LoraAdapter] = []
-    found += [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
-    for file, candidate in zip(found, (VECTOR, ADAPTER), strict=True):
+    found: list[SteeringFile] = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
+    for file, candidate, estimator in zip(found, (VECTOR, ADAPTER), ("wrmd", "gate"), strict=True):
         expected = {
             "model.name": "tiny",
-            "estimator": candidate.estimator,
+            "estimator": estimator,
             "ridge.relative": 0.5,
             "layers": [1, 2],
             "strength": 1.75,
@@ -54,9 +55,9 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
 
 
 def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
-    vector = load_directions(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
+    vector = METHODS["vector"].load(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
-    gates = load_gates(folder)
+    gates = METHODS["adapter"].load(folder, RECIPE.fit_options)
     assert gates is not None
     expected = gates.factors(0.5, 1, 2, 1.75, 0.25)
     np.testing.assert_equal(dict(lora.read(folder / "a.gguf").factors), expected)
@@ -66,8 +67,8 @@ def test_a_direction_without_a_ridge_claims_none(tmp_path: Path) -> None:
     directions = {"md@0/unit": np.eye(4, 8), "md@0/scales": np.ones(4)}
     save_arrays(tmp_path / "directions.safetensors", directions)
     recipe = Recipe(fit=Fit(estimators=["md"]))
-    trial = Trial(0, Candidate("md", 0.0, 1, 2, 1.0), "answers", 0.0, 1.0)
-    writing.write(tmp_path / "v.gguf", trial, recipe, tmp_path, "qwen2", {})
+    trial = Trial(0, Candidate("vector", "md", 0.0, 1, 2, 1.0), "answers", 0.0, 1.0)
+    writing.write([tmp_path / "v.gguf"], trial, recipe, tmp_path, "qwen2", {})
     provenance = control_vector.read(tmp_path / "v.gguf").provenance
     assert provenance["estimator"] == "md"
     assert "ridge.relative" not in provenance

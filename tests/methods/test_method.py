@@ -1,0 +1,181 @@
+"""What every method of making steering files does, from samples of the fit split to a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fixtures.tiny_gguf import write_tiny_qwen2
+
+from rs_gguf.activations.activations import WriterInputs
+from rs_gguf.engines.engine import Can
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.methods import METHODS
+from rs_gguf.methods.method import SteeringMethod
+from rs_gguf.methods.options import FitOptions
+from rs_gguf.methods.samples import Samples
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.trials import Candidate, Trial, load_trials
+from rs_gguf.steering import file as steering_file
+
+LAYERS, WIDTH, EACH = 6, 32, 24
+OPTIONS = FitOptions("remove", ["md", "wrmd"], [0.1, 1.0], [0.3, 1.0], "cpu")
+
+
+def samples_in(folder: Path) -> Samples:
+    """Samples of the three kinds that differ along an axis each, half of the sensitive ones refused."""
+    rng = np.random.default_rng(0)
+    asked = [Prompt(f"{kind} {i}", kind, topic=f"t{i % 3}") for kind in KINDS for i in range(EACH)]
+    confidence = np.array(
+        [
+            0.9 if p.kind == "harmful" or (p.kind == "sensitive" and i % 2) else -0.9
+            for i, p in enumerate(asked)
+        ]
+    )
+
+    def rows(width: int) -> Any:
+        found = rng.standard_normal((len(asked), LAYERS, width)).astype(np.float32)
+        for axis, kind in enumerate(KINDS):
+            found[[p.kind == kind for p in asked], :, axis] += 3
+        found[confidence > 0, :, len(KINDS)] += 2
+        return found
+
+    noise = rng.standard_normal((40, LAYERS, 2 * WIDTH)).astype(np.float32)
+    inputs = {"ffn_down": WriterInputs(rows(2 * WIDTH), noise[:20], noise[20:36], noise[36:])}
+    return Samples(asked, rows(WIDTH), confidence, inputs, folder)
+
+
+@dataclass(frozen=True)
+class Fit:
+    method: SteeringMethod[Any]
+    samples: Samples
+    fitted: Any
+    folder: Path
+    advanced: list[int]
+    record: dict[str, Any]
+
+    def candidates(self) -> list[Candidate]:
+        return list(self.method.space(self.fitted, LAYERS, "remove").start)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def fit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """What a method fitted, drew and saved."""
+    method, folder = METHODS[request.param], tmp_path_factory.mktemp(request.param)
+    samples, advanced = samples_in(folder), list[int]()
+    fitted = method.fit(samples, OPTIONS, advance=advanced.append)
+    record = method.save(fitted, folder)
+    method.draw(fitted, samples, OPTIONS, folder / "figures", advance=advanced.append)
+    return Fit(method, samples, fitted, folder, advanced, record)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=LAYERS, n_embd=WIDTH)
+    with LlamaModel(path, n_parallel=4, n_ctx=512, n_threads=1) as loaded:
+        yield loaded
+
+
+def test_names_are_its_own() -> None:
+    assert [method.name for method in METHODS.values()] == list(METHODS)
+    suffixes = [suffix for method in METHODS.values() for suffix in method.suffixes]
+    for names in (suffixes, [m.artefact for m in METHODS.values()], [m.word for m in METHODS.values()]):
+        assert len(set(names)) == len(names)
+    assert all(suffix.endswith(".gguf") for suffix in suffixes)
+
+
+def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
+    assert fit.method.suits(SimpleNamespace(can=Can.LORA | Can.WRITERS | Can.LLAMA_CPP))  # type: ignore[arg-type]
+
+
+def test_it_advances_as_far_as_it_says(fit: Fit) -> None:
+    assert sum(fit.advanced) == fit.method.steps(OPTIONS, LAYERS)
+
+
+def test_what_is_saved_is_a_file_that_is_read(fit: Fit) -> None:
+    assert (fit.folder / fit.method.artefact).is_file()
+    assert json.loads(json.dumps(fit.record, allow_nan=False)) == fit.record
+    loaded = fit.method.load(fit.folder, OPTIONS)
+    for candidate in fit.candidates():
+        for found, again in zip(
+            files(fit, candidate), files(replace(fit, fitted=loaded), candidate), strict=True
+        ):
+            assert found.provenance == again.provenance
+            assert found.cosines(again) == pytest.approx(dict.fromkeys(found.norms, 1.0))
+            assert found.norms == pytest.approx(again.norms)
+
+
+def test_the_same_samples_give_the_same_bytes(fit: Fit, tmp_path: Path) -> None:
+    again = fit.method.fit(fit.samples, OPTIONS)
+    fit.method.save(again, tmp_path)
+    assert (tmp_path / fit.method.artefact).read_bytes() == (fit.folder / fit.method.artefact).read_bytes()
+
+
+def test_its_space_holds_its_candidates_alone(fit: Fit) -> None:
+    space = fit.method.space(fit.fitted, LAYERS, "remove")
+    assert space.start
+    for candidate in space.start:
+        assert candidate.method == fit.method.name
+        assert space.holds(candidate)
+        assert space.strength[0] <= candidate.strength <= space.strength[1]
+    for other in METHODS.values():
+        if other is not fit.method:
+            assert not space.holds(replace(space.start[0], method=other.name))
+
+
+def test_its_candidates_survive_being_rows(fit: Fit) -> None:
+    for candidate in fit.candidates():
+        trial = Trial(1, candidate, "answers", 0.5, 1.0)
+        assert load_trials([json.loads(json.dumps(trial.to_row()))]) == [trial]
+
+
+def files(fit: Fit, candidate: Candidate) -> tuple[steering_file.SteeringFile, ...]:
+    return fit.method.files(fit.fitted, candidate, "qwen2", {"effect": "remove"})
+
+
+def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp_path: Path) -> None:
+    """That of the search is at unit strength, scaled: equal up to rounding."""
+    candidate = replace(fit.candidates()[0], strength=0.5)
+    found = files(fit, candidate)
+    assert len(found) == len(fit.method.suffixes)
+    for suffix, file in zip(fit.method.suffixes, found, strict=True):
+        assert (file.architecture, file.provenance) == ("qwen2", {"effect": "remove"})
+        assert set(file.layers) <= set(range(candidate.first, candidate.last + 1))
+        steering_file.write(file, tmp_path / f"remove{suffix}")
+    prompt = [model.tokenize("Who governs a city?")]
+
+    def logits(steering: Any) -> Any:
+        with model.steered(steering):
+            return next(model.next_logits(prompt))[1].copy()
+
+    searched = logits(fit.method.steering(fit.fitted, candidate, "qwen2", tmp_path / "scratch"))
+    (written,) = (
+        logits(file.steering(tmp_path / f"remove{suffix}"))
+        for suffix, file in zip(fit.method.suffixes, found, strict=True)
+    )
+    plain = next(model.next_logits(prompt))[1].copy()
+    assert not np.array_equal(searched, plain)
+    np.testing.assert_allclose(searched, written, atol=1e-3 * np.abs(searched - plain).max() + 1e-5)
+
+
+def test_inducing_has_a_space_and_files_of_its_own(fit: Fit) -> None:
+    options = replace(OPTIONS, effect="induce")
+    fitted = fit.method.fit(fit.samples, options)
+    candidate = fit.method.space(fitted, LAYERS, "induce").start[0]
+    (found,) = fit.method.files(fitted, candidate, "qwen2", {})
+    (other,) = files(fit, candidate)
+    assert all(cosine < 0 for cosine in found.cosines(other).values())
+
+
+def test_nothing_is_loaded_where_nothing_can_be_fitted(tmp_path: Path) -> None:
+    samples = replace(samples_in(tmp_path), inputs={})
+    assert METHODS["adapter"].fit(samples, OPTIONS) is None
+    assert METHODS["adapter"].load(tmp_path, OPTIONS) is None
+    assert not METHODS["adapter"].suits(SimpleNamespace(can=Can(0)))  # type: ignore[arg-type]
