@@ -15,9 +15,10 @@ from rs_gguf.activations.fallback import numpy_projections
 from rs_gguf.activations.scores import calibration_scales, principal_components
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
-from rs_gguf.methods import figures
-from rs_gguf.methods import fit as fitting
+from rs_gguf.methods import METHODS, figures
+from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.pipeline.stages import fit as fitting
 from rs_gguf.records.conversation import KINDS, Prompt
 
 pytestmark = pytest.mark.slow
@@ -82,17 +83,17 @@ def test_principal_components_equal_the_svd(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(shares, singular[:2] ** 2 / (singular**2).sum(), atol=1e-12)
 
 
-def samples(n: int) -> fitting.Samples:
+def samples(n: int) -> Samples:
     """Judged prompts of all kinds, refused and answered in turn, that differ along the first dimension."""
     rng = np.random.default_rng(2)
     confidence = np.resize([0.9, 0.8, 0.7, -0.9, -0.8, -0.7], n) + rng.uniform(-0.1, 0.1, n)
     activations = rng.normal(size=(n, 3, 24)).astype(np.float32)
     activations[:, :, 0] += confidence[:, None]
     prompts = [Prompt(str(i), KINDS[i % 3], topic="AB"[i % 2]) for i in range(n)]
-    return fitting.Samples(prompts, activations, confidence, {}, Path())
+    return Samples(prompts, activations, confidence, {}, Path())
 
 
-def fit(given: fitting.Samples, folder: Path, estimators: list[str]) -> dict[str, bytes]:
+def fit(given: Samples, folder: Path, estimators: list[str]) -> dict[str, bytes]:
     folder.mkdir(exist_ok=True)
     fitting.fit(given, Recipe(fit=Fit(estimators=estimators)).fit_options, folder, advance=lambda _: None)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -147,10 +148,10 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
         fitting.fit(given, recipe.fit_options, tmp_path / effect, advance=lambda _: None)
-        found = fitting.load_directions(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
-        unit = sign * found.unit
+        found = METHODS["vector"].load(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
+        assert found.sign == sign
         offset = ESTIMATORS["wrmd"](ridge=0.5).fit(given.activations, given.confidence).offset_
-        v, o = unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
+        v, o = found.unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
         projections = numpy_projections(given.activations, v, o)[:, :, 0]
         expected = calibration_scales(projections, given.confidence)
         np.testing.assert_allclose(found.scales, expected[side], rtol=1e-4)
@@ -160,5 +161,5 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path
 def test_without_a_covariance_one_ridge_is_enough(tmp_path: Path) -> None:
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
     fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
-    found = fitting.METHODS["vector"].load(tmp_path, recipe.fit_options)
+    found = METHODS["vector"].load(tmp_path, recipe.fit_options)
     assert set(found) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}
