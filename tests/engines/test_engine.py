@@ -20,7 +20,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
 from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering.lora_file import LoraAdapter
+from rs_gguf.steering.lora import LoraAdapter
 
 N_LAYER, WIDTH = 3, 32
 TOLERANCE = 1e-3  # of a logit and of an activation, between the engines, in F32

@@ -39,8 +39,9 @@ from rs_gguf.estimators.estimator import (
 from rs_gguf.estimators.labels import Mask
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.machine import Processes
-from rs_gguf.methods import METHODS
+from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.samples import Samples
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import Prompt
@@ -641,14 +642,14 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Pa
         for cosines in (row["harm_cosine"], row["contrast_cosine"]):  # null: JSON has no NaN
             assert cosines[:2] == [None, None]
             assert np.isfinite(cosines[2:]).all()
-    for directions in METHODS["vector"].load(tmp_path, recipe.fit_options).values():
+    for directions in ControlVector().load(tmp_path, recipe.fit_options).values():
         whole = directions.steering(Candidate("vector", "md", 0.0, 1, 3, 6.0))
         alive = directions.steering(Candidate("vector", "md", 0.0, 2, 3, 6.0))
         assert list(whole) == list(alive) == [2, 3]
         for layer in whole:
             np.testing.assert_array_equal(whole[layer], alive[layer])
         assert directions.steering(Candidate("vector", "md", 0.0, 1, 1, 6.0)) == {}
-    gates = METHODS["adapter"].load(tmp_path, recipe.fit_options)
+    gates = GatedAdapter().load(tmp_path, recipe.fit_options)
     assert gates is not None
     assert list(gates.factors(1.0, 0, 3, 1.0)) == [f"blk.{n}.ffn_down.weight" for n in (2, 3)]
 

@@ -15,8 +15,9 @@ from rs_gguf.activations.fallback import numpy_projections
 from rs_gguf.activations.scores import calibration_scales, principal_components
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
-from rs_gguf.methods import METHODS, figures
+from rs_gguf.methods import figures
 from rs_gguf.methods.samples import Samples
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages import fit as fitting
 from rs_gguf.records.conversation import KINDS, Prompt
@@ -148,7 +149,7 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
         fitting.fit(given, recipe.fit_options, tmp_path / effect, advance=lambda _: None)
-        found = METHODS["vector"].load(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
+        found = ControlVector().load(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
         assert found.sign == sign
         offset = ESTIMATORS["wrmd"](ridge=0.5).fit(given.activations, given.confidence).offset_
         v, o = found.unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
@@ -161,5 +162,5 @@ def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path
 def test_without_a_covariance_one_ridge_is_enough(tmp_path: Path) -> None:
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
     fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
-    found = METHODS["vector"].load(tmp_path, recipe.fit_options)
+    found = ControlVector().load(tmp_path, recipe.fit_options)
     assert set(found) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}

@@ -223,7 +223,8 @@ def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: P
 def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, real_model: Path) -> None:
     out = finished.out
     vector = control_vector.read(out / "remove.gguf")
-    shown = proof.prove_vector(vector, real_model)
+    with LlamaModel(real_model, n_parallel=4) as model:
+        shown = prove(out / "remove.gguf", model)
     assert shown.effect_observed
     assert shown.largest_relative_error < proof.TOLERANCE
     assert shown.kl_mean is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,12 @@ from rs_gguf.steering import file as steering_file
 from rs_gguf.steering import proof
 from rs_gguf.steering.file import SteeringFile, check, prove, read, read_alike, write
 from rs_gguf.steering.lora import LoraAdapter
+from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.report import Proof
 from rs_gguf.steering.vector import SteeringVector
 
 WIDTH = 32
-FACTS = {"method": "md", "layers": [1, 2], "measured": False}
+FACTS: dict[str, ProvenanceValue] = {"method": "md", "layers": [1, 2], "measured": False}
 
 
 def vector(seed: int = 0, width: int = WIDTH, **facts: Any) -> SteeringVector:
@@ -39,7 +40,7 @@ def adapter(seed: int = 0, width: int = WIDTH, **facts: Any) -> LoraAdapter:
     return LoraAdapter(factors, "qwen2", facts)
 
 
-KINDS = {"control vector": vector, "adapter": adapter}
+KINDS: dict[str, Callable[..., SteeringFile]] = {"control vector": vector, "adapter": adapter}
 
 
 @pytest.fixture(params=KINDS)

@@ -453,9 +453,11 @@ def test_check_proves_the_effect_on_the_model(
     lora.write(random_adapter(), tmp_path / "a.gguf")
     report = steering_file.check(tmp_path / "a.gguf", tiny[0])
     assert report.errors == ()
+    assert report.proof is not None
     assert report.proof.effect_observed
     assert set(report.proof.relative_error) == set(random_adapter().factors)
     assert report.proof.largest_relative_error < 1e-3
+    assert report.proof.kl_mean is not None
     assert report.proof.kl_mean > 0
 
 

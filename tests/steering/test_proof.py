@@ -91,6 +91,7 @@ def test_what_does_not_fit_the_model(
     assert len(report.errors) == 1
     assert said in report.errors[0]
     assert report.loader_says == loader_says
+    assert report.proof is not None
     assert not report.proof.effect_observed
 
 

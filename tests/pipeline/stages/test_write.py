@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rs_gguf.methods import METHODS
+from rs_gguf.methods.adapter import GatedAdapter
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.records.files import save_arrays
@@ -55,9 +56,9 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
 
 
 def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
-    vector = METHODS["vector"].load(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
+    vector = ControlVector().load(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
-    gates = METHODS["adapter"].load(folder, RECIPE.fit_options)
+    gates = GatedAdapter().load(folder, RECIPE.fit_options)
     assert gates is not None
     expected = gates.factors(0.5, 1, 2, 1.75, 0.25)
     np.testing.assert_equal(dict(lora.read(folder / "a.gguf").factors), expected)
