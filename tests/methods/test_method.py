@@ -11,44 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fixtures.fit_samples import LAYERS, OPTIONS, WIDTH, samples_in
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.activations.activations import WriterInputs
 from rs_gguf.engines.engine import Can
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.methods import METHODS
 from rs_gguf.methods.method import SteeringMethod
-from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.steering import file as steering_file
-
-LAYERS, WIDTH, EACH = 6, 32, 24
-OPTIONS = FitOptions("remove", ["md", "wrmd"], [0.1, 1.0], [0.3, 1.0], "cpu")
-
-
-def samples_in(folder: Path) -> Samples:
-    """Samples of the three kinds that differ along an axis each, half of the sensitive ones refused."""
-    rng = np.random.default_rng(0)
-    asked = [Prompt(f"{kind} {i}", kind, topic=f"t{i % 3}") for kind in KINDS for i in range(EACH)]
-    confidence = np.array(
-        [
-            0.9 if p.kind == "harmful" or (p.kind == "sensitive" and i % 2) else -0.9
-            for i, p in enumerate(asked)
-        ]
-    )
-
-    def rows(width: int) -> Any:
-        found = rng.standard_normal((len(asked), LAYERS, width)).astype(np.float32)
-        for axis, kind in enumerate(KINDS):
-            found[[p.kind == kind for p in asked], :, axis] += 3
-        found[confidence > 0, :, len(KINDS)] += 2
-        return found
-
-    noise = rng.standard_normal((40, LAYERS, 2 * WIDTH)).astype(np.float32)
-    inputs = {"ffn_down": WriterInputs(rows(2 * WIDTH), noise[:20], noise[20:36], noise[36:])}
-    return Samples(asked, rows(WIDTH), confidence, inputs, folder)
 
 
 @dataclass(frozen=True)

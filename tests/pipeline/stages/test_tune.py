@@ -419,7 +419,7 @@ def test_a_search_goes_on_where_it_was_cut_off(
     def run(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was run")
 
-    for method in ("generate", "next_logits", "token_logprobs", "activations"):
+    for method in ("generate", "next_logits", "token_logprobs", "read"):
         monkeypatch.setattr(LlamaModel, method, run)
     assert again.search(VECTORS) == chosen
     again.search(GATES)

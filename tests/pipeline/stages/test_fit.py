@@ -1,0 +1,74 @@
+"""The fit stage: each method's part of it, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures.fit_samples import LAYERS, OPTIONS, samples_in
+
+from rs_gguf.methods import METHODS
+from rs_gguf.pipeline.stages.fit import fit, load
+from rs_gguf.records.files import load_arrays
+
+WORKER = """
+import sys
+from pathlib import Path
+from fixtures.fit_samples import OPTIONS, samples_in
+from rs_gguf.machine import Processes
+from rs_gguf.pipeline.stages.fit import fit
+folder = Path(sys.argv[1])
+with Processes.of_torchrun() as processes:
+    mine = folder / str(processes.rank)
+    mine.mkdir()
+    fit(samples_in(mine), OPTIONS, mine, processes=processes, advance=lambda n: None)
+"""
+
+
+def test_every_method_leaves_its_file_and_is_loaded(tmp_path: Path) -> None:
+    advanced: list[int] = []
+    fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=advanced.append)
+    assert sum(advanced) == sum(method.steps(OPTIONS, LAYERS) for method in METHODS.values())
+    assert all((tmp_path / method.artefact).is_file() for method in METHODS.values())
+    assert list(load(tmp_path, OPTIONS)) == list(METHODS)
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert list(found) == ["samples", "others", "directions"]
+    assert [row["estimator"] for row in found["directions"]] == ["md", "wrmd", "wrmd"]
+
+
+def test_a_method_that_has_nothing_to_fit_leaves_nothing(tmp_path: Path) -> None:
+    fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=lambda _: None)
+    fit(replace(samples_in(tmp_path), inputs={}), OPTIONS, tmp_path, advance=lambda _: None)
+    assert list(load(tmp_path, OPTIONS)) == ["vector"]
+    assert not (tmp_path / METHODS["adapter"].artefact).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_does_and_the_first_writes(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = Path(__file__).parents[3]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "worker.py"), str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "1").iterdir()) == []
+    one = tmp_path / "one"
+    one.mkdir()
+    fit(samples_in(one), OPTIONS, one, advance=lambda _: None)
+    for method in METHODS.values():
+        alone, shared = (load_arrays(folder / method.artefact) for folder in (one, tmp_path / "0"))
+        assert list(alone) == list(shared)
+        for name, rows in alone.items():
+            np.testing.assert_allclose(shared[name], rows, rtol=1e-4, atol=1e-6)
