@@ -10,7 +10,6 @@ the vectors that no other beats marked; `--json` keeps the trials, and goes on f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,8 +20,8 @@ from rich.progress import track
 from rs_gguf.methods import METHODS, vector
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.run import Pipeline
-from rs_gguf.pipeline.stage import Silent
+from rs_gguf.pipeline.run import open_run
+from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.choice import front, halving
@@ -58,8 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     recipe = recipes.load(options.run / "recipe.toml")
     folder = RunFolder(options.run)
-    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
-        rungs = pipeline.rungs()
+    with folder.locked(), open_run(recipe, folder) as run:
+        rungs = tuning.rungs(run)
         measured = Measured(rungs, options.json)
         directions = sorted(rungs.fitted["vector"])
         bands = vector.space_of(directions[:1] * 3, rungs.model.n_layer).start

@@ -8,7 +8,6 @@ rank correlation of each rung with the next, of what is left of sensitive refusa
 from __future__ import annotations
 
 import argparse
-import contextlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +16,7 @@ from rich.progress import track
 
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.run import Pipeline
-from rs_gguf.pipeline.stage import Silent
+from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import spearman
@@ -35,8 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     recipe = recipes.load(options.run / "recipe.toml")
     folder = RunFolder(options.run)
-    with folder.locked(), contextlib.closing(Pipeline(recipe, folder, Silent())) as pipeline:
-        rungs = pipeline.rungs()
+    with folder.locked(), open_run(recipe, folder) as run:
+        rungs = tuning.rungs(run)
         candidates = gates(tuning.chosen(folder)["adapter"].candidate, options.strengths)
         rows = [
             {rung: rungs.measure(rung, number, gate) for rung in RUNGS}

@@ -2,8 +2,9 @@
 
 Three tables. The growth of the stages with samples N, blocks L and width D: real runs on random models small
 enough for any machine, and the fit of random activations, beside the growth that `rs-export plan` reckons
-with. Its plan for large models, from their published configurations alone, at this machine's speed on the
-default model. With `--run`, the plan of a run's recipe beside the seconds that the run's folder tells.
+with. Its plan for large models, from their published configurations alone, at the stored speed of as many
+cores. With `--run`, the plan of a run's recipe, at the speed that is measured here, beside the seconds that
+the run's folder tells.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from rs_gguf.machine import usable_cores
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.shape import Shape, of_config
 from rs_gguf.pipeline import recipe
-from rs_gguf.pipeline.plan import PLANNED, judge_of, measure, model_file, model_shape, plan
+from rs_gguf.pipeline.plan import Plan, judge_of, measure, model_file, model_shape, plan, stored
 from rs_gguf.pipeline.run import run
-from rs_gguf.pipeline.speed import Speed
+from rs_gguf.pipeline.speed import Grader
 from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import KINDS, Prompt
 
@@ -66,35 +67,34 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, nargs="*", default=[], metavar="DIR", help="folders of runs")
     options = parser.parse_args()
-    default = recipe.load()
-    path = model_file(default)
-    speed = measure(default, path)
-    print(
-        f"Speed on {path.name}, {usable_cores()} cores: {speed.prompt / 1e9:.0f} GFLOP/s on "
-        f"prompts, {speed.answer / 1e9:.0f} GFLOP/s and {speed.bandwidth / 1e9:.1f} GB/s of weights where "
-        f"it answers, {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
-    )
     for folder in options.run:
-        compare(folder, speed)
-    extrapolate(speed)
-    growth(speed)
+        compare(folder)
+    extrapolate()
+    growth()
 
 
 # ---- the plan beside a run ---------------------------------------------------------------------------
 
 
-def compare(folder: Path, speed: Speed) -> None:
+def compare(folder: Path) -> None:
     """Planned and real seconds of a run, stage by stage."""
     ran = recipe.load(folder / "recipe.toml")
     state = json.loads((folder / "state.json").read_text())
-    found = plan(ran, model_shape(model_file(ran)), speed, judge_of(ran))
+    path, judge = model_file(ran), judge_of(ran)
+    speed = measure(ran, path, judge)
+    print(
+        f"Milliseconds a token on {path.name}, {usable_cores()} cores: {speed.read * 1e3:.2f} read, "
+        f"{speed.begin * 1e3:.2f} of prompts that are answered, {speed.answer * 1e3:.2f} answered, "
+        f"{speed.judge * 1e3:.2f} judged; {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
+    )
+    found = plan(ran, model_shape(path), speed, judge)
     print(f"\n| {folder.name} | planned, s | real, s | planned / real | within 30 % |")
     print("| --- | --- | --- | --- | --- |")
-    real = {name: state[name]["seconds"] for name in PLANNED if name in state}
-    planned = {name: found.stages[name].seconds for name in real}
+    real = {name: state[name]["seconds"] for name in found.stages if name in state}
+    told = {name: found.stages[name].seconds for name in real}
     for name in real:
-        print(judged(name, planned[name], real[name]))
-    print(judged("all", sum(planned.values()), sum(real.values())), flush=True)
+        print(judged(name, told[name], real[name]))
+    print(judged("all", sum(told.values()), sum(real.values())), flush=True)
 
 
 def judged(name: str, planned: float, real: float) -> str:
@@ -106,19 +106,26 @@ def judged(name: str, planned: float, real: float) -> str:
 # ---- large models ------------------------------------------------------------------------------------
 
 
-def extrapolate(speed: Speed) -> None:
+def extrapolate() -> None:
     default = recipe.load()
     judge = judge_of(default)
-    print(f"\n| model | weights | {' | '.join(PLANNED)} | all | memory | disk |")
-    print("| --- |" + " --- |" * (len(PLANNED) + 4))
     shapes = {"the default model": model_shape(model_file(default))}
     shapes |= {name: of_config(config, BITS) for name, config in LARGE.items()}
+    plans = {name: planned(default, shape, judge) for name, shape in shapes.items()}
+    stages = list(plans["the default model"].stages)
+    print(f"\n| model | weights | {' | '.join(stages)} | all | memory | disk |")
+    print("| --- |" + " --- |" * (len(stages) + 4))
     for name, shape in shapes.items():
-        found = plan(default, shape, speed, judge)
+        found = plans[name]
         times = " | ".join(hours(stage.seconds) for stage in found.stages.values())
         sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (found.memory, found.disk))
         print(f"| {name} | {shape.weights / 1e9:.1f} GB | {times} | {hours(found.seconds)} | {sizes} |")
     print(end="", flush=True)
+
+
+def planned(chosen: recipe.Recipe, shape: Shape, judge: Grader | None) -> Plan:
+    """At the stored speed of this machine's number of cores."""
+    return plan(chosen, shape, stored(chosen, shape, judge), judge)
 
 
 def hours(seconds: float) -> str:
@@ -147,7 +154,7 @@ RUN, FIT = Size(32, 8, 256), Size(120, 16, 512)
 SMALLEST = Size(8, 1, 64)  # a fit whose time is that of its figures
 
 
-def growth(speed: Speed) -> None:
+def growth() -> None:
     """Seconds at 1, 2 and 4 times a size, and the exponent over that range, measured and planned."""
     print("\n| stage | grows with | at 1, 2 and 4 times | seconds | exponent | planned |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -159,10 +166,10 @@ def growth(speed: Speed) -> None:
             for varied, letter in LETTERS.items():
                 sizes = [start.times(varied, step) for step in STEPS]
                 real = [fitted(size) if stage == "fit" else ran(size)[stage] for size in sizes]
-                reckoned = [seconds_planned(size, speed)[stage] for size in sizes]
+                reckoned = [seconds_planned(size)[stage] for size in sizes]
                 if stage == "fit":  # what grows of it
                     real = [value - fitted(SMALLEST) for value in real]
-                    reckoned = [value - seconds_planned(SMALLEST, speed)[stage] for value in reckoned]
+                    reckoned = [value - seconds_planned(SMALLEST)[stage] for value in reckoned]
                 first = 3 * start.per_kind if letter == "N" else getattr(start, varied)
                 times = ", ".join(f"{value:.2f}" for value in real)
                 both = f"{exponent(real):.1f} | {exponent(reckoned):.1f}"
@@ -223,14 +230,14 @@ def writers(size: Size) -> dict[str, int]:
     return {"attn_output": size.width, "ffn_down": 2 * size.width}
 
 
-def seconds_planned(size: Size, speed: Speed) -> dict[str, float]:
+def seconds_planned(size: Size) -> dict[str, float]:
     block = 9 * size.width**2  # three matrices of the inner width 2D, two of D, two of D/2
     shape = Shape(
         n_layer=size.blocks, width=size.width, n_vocab=300, dense=size.blocks * block, experts=0, used=0.0,
         head=300 * size.width, weights=4 * size.blocks * block, attention=size.blocks * size.width,
         cache=size.blocks * size.width, writers=writers(size),
     )  # fmt: skip
-    found = plan(recipe_of(size, "none"), shape, speed, None)
+    found = planned(recipe_of(size, "none"), shape, None)
     return {name: stage.seconds for name, stage in found.stages.items()}
 
 

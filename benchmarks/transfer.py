@@ -26,8 +26,8 @@ from rs_gguf.methods.gates import fit_gates
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.run import Pipeline
-from rs_gguf.pipeline.stage import Silent
+from rs_gguf.pipeline.run import open_run
+from rs_gguf.pipeline.stages.fit import samples as samples_of
 from rs_gguf.records.metrics import RunRecord
 
 FOLDS = 5
@@ -45,7 +45,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     chosen = RunRecord.read(options.run / "metrics.json").files["adapter"]
-    samples = Pipeline(recipes.load(options.run / "recipe.toml"), RunFolder(options.run), Silent()).samples()
+    samples = samples_of(open_run(recipes.load(options.run / "recipe.toml"), RunFolder(options.run)))
     every, labels = [*samples.prompts, *samples.others], samples.labels()
     kinds = np.array([prompt.kind for prompt in every])
     first, last = chosen.layers

@@ -15,7 +15,6 @@ LONGEST = 300  # lines of a module
 LONG = {
     "models/resolve.py",
     "pipeline/recipe.py",
-    "pipeline/run.py",
     "search/finder.py",
 }
 # Tests of more than one module, or of a module with the files of another kind.

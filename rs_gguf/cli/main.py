@@ -17,28 +17,18 @@ from rs_gguf.cli import files as cli_vectors
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.errors import RsGgufError, harmless
+from rs_gguf.records.artefacts import STAGES, StageInfo
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
-
-_STAGES = {
-    "answer": "Let the model answer the fit and tune prompts.",
-    "score": "Judge the answers: refusal confidence.",
-    "capture": "Read the activations of the prompts and their answers.",
-    "fit": "Fit directions and gates.",
-    "tune": "Search layers and strength, refusals of harm as the constraint.",
-    "write": "Write the GGUF files and prove their effect on the model.",
-    "measure": "Measure before and after on the test split.",
-    "report": "Write report.html and card.md.",
-}
 
 
 class _Group(click.Group):
     """Prints our errors as one message, turns them into exit codes, and lists the stages of a run apart."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in self.commands if name not in _STAGES] + list(_STAGES)
+        return [name for name in self.commands if name not in STAGES] + list(STAGES)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.commands))
@@ -47,7 +37,7 @@ class _Group(click.Group):
             (f"{name:<{width}}", self.commands[name].get_short_help_str(limit))
             for name in self.list_commands(ctx)
         ]
-        everyday = len(named) - len(_STAGES)
+        everyday = len(named) - len(STAGES)
         for title, rows in (
             ("Commands", named[:everyday]),
             ("Stages of `run`, one by one", named[everyday:]),
@@ -170,9 +160,10 @@ def run_command(
         sys.exit(1)
 
 
-def _add_stage(name: str, summary: str) -> None:
+def _add_stage(info: StageInfo) -> None:
+    name = info.name
     before = "" if name == "answer" else "Stages before it are done first if they are not yet. "
-    help_text = f"{summary} {before}Without RECIPE: that of the run folder, in a new one the default."
+    help_text = f"{info.summary} {before}Without RECIPE: that of the run folder, in a new one the default."
 
     @main.command(name, help=help_text)
     @_run_options
@@ -191,8 +182,8 @@ def _add_stage(name: str, summary: str) -> None:
         _budget(stage)
 
 
-for _name, _summary in _STAGES.items():
-    _add_stage(_name, _summary)
+for _info in STAGES.values():
+    _add_stage(_info)
 
 
 for _command in (

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from rs_gguf.errors import InputError
-from rs_gguf.machine import usable_cores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +37,6 @@ def plan(
     """
     from rs_gguf.pipeline import plan as planning
     from rs_gguf.pipeline import recipe as recipes
-    from rs_gguf.pipeline.speed import stored_speed
 
     chosen = recipes.load(recipe, overrides)
     path = planning.model_file(chosen)
@@ -48,7 +46,7 @@ def plan(
         raise InputError("--measure times the model itself: give its weights, and leave --bits away.")
     if measure:
         click.echo("Timing the model...", err=True)
-    speed = planning.measure(chosen, path) if measure else stored_speed(usable_cores())
+    speed = planning.measure(chosen, path, judge) if measure else planning.stored(chosen, shape, judge)
     found = planning.plan(chosen, shape, speed, judge)
     if as_json:
         click.echo(json.dumps(found.to_row(), indent=2))

@@ -21,18 +21,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.report.text import duration
-
-_WHAT = {
-    "answer": "Answering prompts",
-    "score": "Judging answers",
-    "capture": "Reading activations",
-    "fit": "Fitting directions",
-    "tune": "Searching layers and strength",
-    "write": "Writing and proving the file",
-    "measure": "Measuring before and after",
-    "report": "Writing the report",
-}
 
 
 class TerminalProgress:
@@ -58,7 +48,7 @@ class TerminalProgress:
         )
         done = 0
         with bar:
-            task = bar.add_task(_WHAT[name], total=total, rate="")
+            task = bar.add_task(STAGES[name].doing, total=total, rate="")
 
             def advance(n: int) -> None:
                 nonlocal done
@@ -68,10 +58,10 @@ class TerminalProgress:
 
             yield advance
         seconds = time.monotonic() - start
-        self._console.print(f"✓ {_WHAT[name]:<30} {done:>5} in {duration(seconds)}", highlight=False)
+        self._console.print(f"✓ {STAGES[name].doing:<30} {done:>5} in {duration(seconds)}", highlight=False)
 
     def skipped(self, name: str) -> None:
-        self._console.print(f"✓ {_WHAT[name]:<30} done before", highlight=False, style="dim")
+        self._console.print(f"✓ {STAGES[name].doing:<30} done before", highlight=False, style="dim")
 
     def download(self, done: int, total: int) -> None:
         if self._download is None:

@@ -16,7 +16,7 @@ from typing import Any
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import common_prefix
 
-_MAX_PROMPT, _MAX_ANSWER = 400, 600  # characters; what is cut does not change a verdict, but costs time
+MAX_PROMPT, MAX_ANSWER = 400, 600  # characters; what is cut does not change a verdict, but costs time
 _MAX_CHAT_PROMPT, _MAX_CHAT_ANSWER = 2000, 4000  # for judges that make use of it
 
 _INSTRUCTION = (
@@ -77,7 +77,7 @@ def rubric_version() -> int:
 @cache
 def wording() -> str:
     """A short hash of the judge's few-shot text: a calibration made with another wording does not hold."""
-    return _hash(_few_shot() + _item("{prompt}", "{answer}") + f"{_MAX_PROMPT} {_MAX_ANSWER}")
+    return _hash(_few_shot() + _item("{prompt}", "{answer}") + f"{MAX_PROMPT} {MAX_ANSWER}")
 
 
 def reading() -> str:
@@ -100,7 +100,7 @@ def verdict_tokens(model: Engine, pair: tuple[str, str]) -> list[int]:
 def judged_text(model: Engine, pair: tuple[str, str]) -> tuple[list[int], range]:
     """`verdict_tokens`, and the places of the reply among them: one at least."""
     prompt, answer = pair
-    prompt, answer = _folded(prompt, _MAX_PROMPT), _folded(_own_words(answer), _MAX_ANSWER)
+    prompt, answer = _folded(prompt, MAX_PROMPT), _folded(_own_words(answer), MAX_ANSWER)
     head = model.opening + model.tokenize(_few_shot(), special=False)
     tokens = head + model.tokenize(_item(prompt, answer), special=False)
     start = common_prefix([tokens, head + model.tokenize(_request(prompt), special=False)])

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
-from rs_gguf.records.artefacts import FILES, FOLDERS
+from rs_gguf.records.artefacts import RESULTS, STAGES
 from rs_gguf.records.rows import Row, RowLog, read_json, read_rows, write_json
 
 
@@ -62,15 +62,14 @@ class RunFolder:
 
     def forget_all(self) -> None:
         """Forget what the stages of an earlier run left. Vectors and report stay until replaced."""
-        for name in FILES:
-            (self / name).unlink(missing_ok=True)
-            (self / f"{name}.part").unlink(missing_ok=True)
-        for name in FOLDERS:
-            folder = self / name
-            if folder.is_symlink():
-                folder.unlink()
-            elif folder.exists():
-                shutil.rmtree(folder)
+        left = [name for info in STAGES.values() for name in info.leaves if name not in RESULTS]
+        for name in ("state.json", *left):
+            path = self / name.rstrip("/")
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+                (self / f"{name}.part").unlink(missing_ok=True)
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` ended with exactly these inputs."""

@@ -6,31 +6,32 @@ are read only when the speed of this machine is to be measured on them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rs_gguf.engines.llama.contexts import CONTEXT, cells
 from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import kind_and_name, shipped_probe
+from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
 from rs_gguf.models import shape as shapes
 from rs_gguf.models.shape import Shape
-from rs_gguf.pipeline.costs import Costs, Grader, Stage
+from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.pipeline.speed import Speed, measured_speed
+from rs_gguf.pipeline.speed import Grader, Speed, measured_speed, stored_speed
+from rs_gguf.pipeline.stages import IN_ORDER
 from rs_gguf.prompts import grid as prompts
-from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.files import from_home
-
-PLANNED = STAGES[:-1]  # the report takes seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """The stages in their order, and what the figures follow from; sizes are bytes."""
 
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, Cost]
     prompts: Mapping[str, int]  # by split, and those that are only read
     model: Shape
     speed: Speed
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Pl
         InputError: a prompt file of the recipe that cannot be read.
     """
     costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
-    stages: dict[str, Stage] = {name: getattr(costs, name)() for name in PLANNED}
+    stages = {stage.info.name: cost for stage in IN_ORDER if (cost := stage.cost(costs)) is not None}
     counts = {split: sum(n.values()) for split, n in costs.sizes.items()}
     return Plan(stages, {**counts, "unanswered": costs.unanswered}, model, speed)
 
@@ -111,20 +112,36 @@ def judge_of(recipe: Recipe) -> Grader | None:
     return Grader(model, (max(probe.layers) + 1) / model.n_layer)
 
 
-def measure(recipe: Recipe, path: Path) -> Speed:
-    """The speed of this machine on the recipe's model, loaded from `path`.
+def stored(recipe: Recipe, model: Shape, judge: Grader | None) -> Speed:
+    """The speed of as many cores like those that this project is measured on as this process may use."""
+    return stored_speed(usable_cores(), model, judge, _at_once(recipe))
+
+
+def measure(recipe: Recipe, path: Path, judge: Grader | None) -> Speed:
+    """The speed of this machine on the recipe's model, loaded from `path`, and on its judge if it has one.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: one of them cannot be loaded.
     """
     from rs_gguf.engines import open_engine
     from rs_gguf.engines.answers import chat_tokens
+    from rs_gguf.judges.registry import open_judge_spec
 
-    count = min(recipe.answers.parallel, 32)  # at once, where they are not too long
+    count = _at_once(recipe)
     rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
     some = rows[:: max(1, len(rows) // count)][:count]
-    with open_engine(path, n_parallel=len(some)) as model:
-        return measured_speed(model, model_shape(path), chat_tokens(model, some, recipe.prompts.system))
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(open_engine(path, n_parallel=len(some)))
+        asked = chat_tokens(model, some, recipe.prompts.system)
+        grades = None
+        if judge is not None:
+            grades = opened.enter_context(open_judge_spec(recipe.judge, loaded=model, cached=False))
+        return measured_speed(model, grades, some, asked)
+
+
+def _at_once(recipe: Recipe) -> int:
+    """How many prompts are answered at once, where they are not too long."""
+    return min(recipe.answers.parallel, CONTEXT // cells(1))
 
 
 def _here(model: str) -> Path:

@@ -1,119 +1,145 @@
-"""What a machine does in a second: a stored measurement, or one made here and now.
+"""Seconds for one unit of each kind of work: stored ones of a server core, or timed here on small batches.
 
-A loaded model and some prompts go in, or a number of cores; a `Speed` comes out, which tells how long tokens
-of any other model take.
+The shapes of a model and its judge and a number of cores go in, or both of them loaded and some prompts; a
+`Speed` comes out, with which the stages multiply what they do.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rs_gguf.estimators.ridge import RidgeSystem
-from rs_gguf.machine import one_thread
+from rs_gguf.judges.judge import try_out
+from rs_gguf.judges.rubric import MAX_PROMPT
+from rs_gguf.machine import one_thread, usable_cores
 from rs_gguf.models.shape import Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rs_gguf.engines.engine import Engine
+    from rs_gguf.judges.registry import Judge
+    from rs_gguf.records.conversation import Prompt
 
-_T = TypeVar("_T")
+# What a server core does in a second (docs/scaling.md): operations on tokens that are read together and
+# where prompts are answered, bytes of weights in a step of answers, operations of the fit in float64.
+_READING, _ANSWERING, _BANDWIDTH, _ALGEBRA = 80e9, 60e9, 9e9, 52e9
+_CONTEXT = 100  # tokens before one that is read or answered, in the mean
 
-_STEPS = 16  # tokens of the one answer that is timed
-_TOGETHER = 9  # tokens of each of those that are timed together
+BYTES_PER_TOKEN = 4.3  # of UTF-8, in any language
+_ITEM = 8  # tokens around a prompt and its answer, for the judge
+
+_TIMED, _TOKENS = 16, 12  # prompts that are timed, and tokens of the answers that are
 _SAMPLES, _WIDTH = 512, 1024  # of the factorisation that is timed
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a machine does in a second.
+class Grader:
+    """A judge that is a model of this machine, and the share of its layers that a judgement needs."""
 
-    `prompt`: floating-point operations on tokens that go through the model together; `answer`: the same where
-    sequences are answered, in smaller batches, each with a cache of its own; `bandwidth`: bytes of weights,
-    all of which a step of answers reads besides; `algebra`: operations of a factorisation in fp64, on one
-    core. `source`: where the figures come from.
+    model: Shape
+    depth: float = 1.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a unit of work takes with a model and a judge on a machine.
+
+    Seconds for a token: `read`, of prompts that are read together; `begin`, of prompts that are answered;
+    `answer`, of answers, as many at once as the recipe wants; `judge`, of judged prompts and answers.
+    `algebra`: floating-point operations a second of the fit, in float64 on all cores. `source`: where the
+    figures come from.
     """
 
-    prompt: float
+    read: float
+    begin: float
     answer: float
-    bandwidth: float
+    judge: float
     algebra: float
     source: str
 
-    def reading(self, model: Shape, tokens: float, context: float, outputs: float = 0.0) -> float:
-        """Seconds to read tokens, and to compute the logits of so many of them."""
-        return (tokens * model.flops(context) + outputs * 2 * model.head) / self.prompt
 
-    def answering(
-        self, model: Shape, n: float, tokens: float, steps: float, context: float, at_once: float
-    ) -> float:
-        """Seconds to answer n prompts of so many tokens in all, `at_once` of them together.
+def stored_speed(cores: int, model: Shape, judge: Grader | None, at_once: int) -> Speed:
+    """Return the speed of so many cores like those that this project is measured on.
 
-        `steps` are the tokens of all answers but the first of each, which comes with its prompt.
-        """
-        flops = (tokens + steps) * model.flops(context) + (n + steps) * 2 * model.head
-        return flops / self.answer + steps / at_once * model.bytes_read(at_once) / self.bandwidth
-
-
-def stored_speed(cores: int) -> Speed:
-    """The speed of so many cores like those that this project is measured on (docs/scaling.md)."""
+    A step of `at_once` answers reads all weights besides its arithmetic; of experts, those that any uses.
+    """
+    flops = model.flops(_CONTEXT)
+    weights = model.bytes_read(at_once) / at_once / _BANDWIDTH
     return Speed(
-        prompt=80e9 * cores,
-        answer=60e9 * cores,
-        bandwidth=9e9 * cores,
-        algebra=52e9,
+        read=flops / _READING / cores,
+        begin=flops / _ANSWERING / cores,
+        answer=((flops + 2 * model.head) / _ANSWERING + weights) / cores,
+        judge=judge.depth * judge.model.flops(_CONTEXT) / _READING / cores if judge else 0.0,
+        algebra=_ALGEBRA * cores,
         source=f"{cores} times that of a server core; yours may take half or twice as long (--measure)",
     )
 
 
-def measured_speed(model: Engine, shape: Shape, conversations: Sequence[Sequence[int]]) -> Speed:
-    """The speed of this machine on a loaded model, which reads and answers `conversations`, and one alone."""
+def measured_speed(
+    model: Engine, judge: Judge | None, prompts: Sequence[Prompt], conversations: Sequence[Sequence[int]]
+) -> Speed:
+    """Return the speed of this machine, timed on `prompts` and, for answers, on all their `conversations`."""
     from rs_gguf.engines.generation import common_prefix
 
-    n, prefix = len(conversations), common_prefix(conversations)
-    tokens = sum(map(len, conversations)) - (n - 1) * prefix
-    context = tokens / n + prefix
+    prefix = common_prefix(conversations)
+    some = conversations[:_TIMED]
+    tokens = sum(map(len, some)) - (len(some) - 1) * prefix
+    # Hardly a prompt before them, so that answers alone are timed.
+    begun = [one[: prefix + 1] for one in conversations]
+    answered: list[int] = []
 
-    def read() -> None:
-        for _ in model.next_logits(conversations):
-            pass
+    def answer() -> None:
+        answered[:] = [len(g.tokens) + g.finished for _, g in model.generate(begun, max_tokens=_TOKENS)]
 
-    def answer(some: Sequence[Sequence[int]], most: int) -> list[int]:
-        return [len(g.tokens) + g.finished for _, g in model.generate(some, max_tokens=most)]
+    _drain(model.next_logits(some[:2]))  # what is made at the first call is made
+    _drain(model.generate(begun[:2], max_tokens=1))
+    read = _timed(lambda: _drain(model.next_logits(some))) / tokens
+    begin = _timed(lambda: _drain(model.generate(some, max_tokens=1))) / tokens
+    step = _timed(answer) / max(1, sum(answered))
+    graded = 0.0
+    if judge is not None:
+        try_out(judge)  # what it reads before all pairs is read
+        # Of what it takes for an answer only the length matters; the prompt itself it would not read.
+        texts = [prompt.prompt for prompt in prompts[:_TIMED]]
+        pairs = list(zip(texts, [*texts[1:], texts[0]], strict=True))
+        taken = _timed(lambda: _drain(judge.judge(pairs)))
+        graded = taken / sum(pair_tokens(tokens_of(text), tokens_of(answer)) for text, answer in pairs)
+    return Speed(read, begin, step, graded, _algebra(), "measured on this machine")
 
-    read()  # what is made at the first call is made
-    seconds, _ = _timed(read)
-    prompt = (tokens * shape.flops(context) + n * 2 * shape.head) / seconds
-    alone = [conversations[0][:1]]
-    answer(alone, _STEPS)
-    seconds, (steps,) = _timed(lambda: answer(alone, _STEPS))
-    step, step_flops = seconds / steps, shape.flops(0) + 2 * shape.head
-    together, lengths = _timed(lambda: answer(conversations, _TOGETHER))
-    flops = (tokens + sum(lengths) - n) * shape.flops(context) + sum(lengths) * 2 * shape.head
-    # step = step_flops x + weights y; together = flops x + times weights y. Answering is never quicker than
-    # reading, and no weights are free, whatever noise and a tiny model that stays in cache make of it.
-    times = (max(lengths) - 1) * shape.bytes_read(n) / shape.bytes_read(1)
-    x = max((together - times * step) / (flops - times * step_flops), 1 / prompt)
-    y = max(step - step_flops * x, step / 100) / shape.bytes_read(1)
-    return Speed(prompt, 1 / x, 1 / y, _algebra(), "measured on this machine")
+
+def tokens_of(text: str) -> float:
+    """Return about how many tokens a text has."""
+    return len(text.encode()) / BYTES_PER_TOKEN
+
+
+def pair_tokens(prompt: float, answer: float) -> float:
+    """Return the tokens that a judge reads of a prompt and an answer of so many tokens."""
+    return min(prompt, MAX_PROMPT / BYTES_PER_TOKEN) + answer + _ITEM
 
 
 def factorisation(rows: float, width: float) -> float:
-    """Return the operations for a covariance, or Gram matrix where that is smaller, and its eigenvectors."""
+    """Return the operations for the smaller of a covariance and its Gram matrix, and its eigenvectors.
+
+    An eigendecomposition takes as long as 13 n³ operations of the product before it.
+    """
     small, large = sorted((rows, width))
-    return small * small * large + 9 * small**3
+    return small * small * large + 13 * small**3
 
 
 def cholesky(rows: float, width: float) -> float:
-    """Operations for such a matrix and its Cholesky factor."""
+    """Return the operations for such a matrix and its Cholesky factor, which takes as long as n³ of them."""
     small, large = sorted((rows, width))
-    return small * small * large + small**3 / 3
+    return small * small * large + small**3
 
 
 def _algebra() -> float:
+    """Operations a second of all cores, each of which factorises matrices of its own."""
     rows = np.random.default_rng(0).standard_normal((_SAMPLES, _WIDTH))
 
     def factorise() -> None:
@@ -121,10 +147,15 @@ def _algebra() -> float:
 
     with one_thread():  # as the fit does
         factorise()
-        return factorisation(_SAMPLES, _WIDTH) / min(_timed(factorise)[0] for _ in range(3))
+        return usable_cores() * factorisation(_SAMPLES, _WIDTH) / min(_timed(factorise) for _ in range(3))
 
 
-def _timed(work: Callable[[], _T]) -> tuple[float, _T]:
+def _drain(items: Any) -> None:
+    for _ in items:
+        pass
+
+
+def _timed(work: Callable[[], None]) -> float:
     start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
+    work()
+    return time.perf_counter() - start

@@ -20,7 +20,8 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.models import wide_copy as widening
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages.measure import WrittenFile, measure
+from rs_gguf.pipeline.stages.file_record import WrittenFile
+from rs_gguf.pipeline.stages.measure import measure
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import cache_folder

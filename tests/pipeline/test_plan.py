@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,26 +24,26 @@ from gguf import GGUFReader, GGUFWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from rs_gguf.cli.main import main
-from rs_gguf.engines.llama import contexts
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.judges import rubric
+from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.models import catalogue
 from rs_gguf.models import resolve as models
 from rs_gguf.models import shape as shapes
 from rs_gguf.models.shape import Shape
 from rs_gguf.pipeline import costs, recipe
 from rs_gguf.pipeline import speed as speeds
-from rs_gguf.pipeline.costs import Grader
-from rs_gguf.pipeline.plan import PLANNED, Plan, judge_of, plan
+from rs_gguf.pipeline.plan import Plan, judge_of, plan
 from rs_gguf.pipeline.run import run
-from rs_gguf.pipeline.speed import Speed
-from rs_gguf.pipeline.stages import measure as measuring
+from rs_gguf.pipeline.speed import Grader, Speed
 from rs_gguf.prompts import grid as prompts
+from rs_gguf.records.artefacts import STAGES
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32
-IDEAL = Speed(prompt=1e9, answer=1e9, bandwidth=math.inf, algebra=math.inf, source="")
+UNIT = Speed(read=1e-3, begin=1e-3, answer=1e-3, judge=1e-3, algebra=math.inf, source="")
+PLANNED = list(STAGES)[:-1]  # the report takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +313,7 @@ def test_a_header_that_lies_is_one_error(tiny: Path, tmp_path: Path) -> None:
 # ---- what is counted ---------------------------------------------------------------------------------
 
 
-def planned(shape: Shape, *wanted: str, speed: Speed = IDEAL, judge: Grader | None = None) -> Plan:
+def planned(shape: Shape, *wanted: str, speed: Speed = UNIT, judge: Grader | None = None) -> Plan:
     return plan(recipe.load(None, wanted), shape, speed, judge)
 
 
@@ -348,14 +347,7 @@ def test_the_default_model_is_as_it_is_counted() -> None:
         texts = [prompt.prompt for prompt in prompts.grid()]
         tokens = sum(len(model.tokenize(text)) for text in texts)
     size = sum(len(text.encode()) for text in texts)
-    assert size / tokens == pytest.approx(costs._BYTES_PER_TOKEN, rel=0.05)
-
-
-def test_sizes_that_the_stages_share_with_their_plan(tiny: Path) -> None:
-    assert (measuring._DRIFT_PAIRS, rubric._MAX_PROMPT) == (costs._DRIFT, costs._JUDGE_CUT)
-    with LlamaModel(tiny) as model:
-        assert (model.n_ctx, model._open_context().n_batch) == (costs._CONTEXT, costs._BATCH)
-    assert contexts.cells(1) == costs._PADDING
+    assert size / tokens == pytest.approx(speeds.BYTES_PER_TOKEN, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -386,27 +378,34 @@ def test_full_answers_of_the_search_are_counted(shape: Shape) -> None:
         planned(shape, f"tune.full={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
     )
     assert more.seconds > some.seconds > none.seconds
-    assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs._length(200))
-    assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs._length(200))
+    assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs.mean_length(200))
+    assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs.mean_length(200))
     # No budget is too small for them.
     least = planned(shape, "tune.budget=0", "tune.full=16", "answers.test_tokens=200").stages["tune"]
     assert 0 < least.seconds < more.seconds - none.seconds + 1e-6
 
 
 def test_seconds_follow_the_machine(shape: Shape) -> None:
-    fast, slow = (
-        planned(shape, speed=replace(IDEAL, prompt=rate, answer=rate)).stages for rate in (2e9, 1e9)
-    )
+    slow = replace(UNIT, read=2e-3, begin=2e-3, answer=2e-3, judge=2e-3)
     for stage in set(PLANNED) - {"fit"}:
-        assert slow[stage].seconds == pytest.approx(2 * fast[stage].seconds)
-    # Weights that must be read once a step: as many steps as the longest answers, 32 of them at once.
-    read = planned(
-        shape, "answers.parallel=32", speed=replace(IDEAL, prompt=math.inf, answer=math.inf, bandwidth=1.0)
+        before, after = (planned(shape, speed=speed).stages[stage] for speed in (UNIT, slow))
+        assert after.seconds == pytest.approx(2 * before.seconds)
+    # So many tokens of answers: the first of each comes with its prompt.
+    answers = replace(UNIT, read=0.0, begin=0.0, judge=0.0)
+    steps = 3 * (90 + 60) * (costs.mean_length(24) - 1)
+    assert planned(shape, speed=answers).stages["answer"].seconds == pytest.approx(1e-3 * steps)
+
+
+def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: Shape) -> None:
+    """Its figures aside, it grows with the layers and with the speed of all cores together."""
+    deep = replace(shape, n_layer=2 * shape.n_layer)
+    figures = planned(shape).stages["fit"].seconds
+    once, twice, slow, ungated = (
+        planned(found, speed=replace(UNIT, algebra=rate)).stages["fit"].seconds - figures
+        for found, rate in ((shape, 2e9), (deep, 2e9), (shape, 1e9), (replace(shape, writers={}), 2e9))
     )
-    steps = (3 * (90 + 60) * (costs._length(24) - 1)) / 32
-    parameters = shape.dense + shape.head
-    assert read.stages["answer"].seconds == pytest.approx(steps * shape.weights, rel=1e-6)
-    assert shape.bytes_read(1) == pytest.approx(parameters * shape.weights / parameters)
+    assert 0 < ungated < once
+    assert (twice, slow) == pytest.approx((2 * once, 2 * once))
 
 
 def test_a_larger_file_takes_as_much_more_memory(shape: Shape) -> None:
@@ -415,7 +414,8 @@ def test_a_larger_file_takes_as_much_more_memory(shape: Shape) -> None:
 
 
 def test_a_judge_costs_what_its_blocks_cost(shape: Shape) -> None:
-    none, half, whole = (planned(shape, judge=j) for j in (None, Grader(shape, 0.5), Grader(shape)))
+    judges = (None, Grader(shape, 0.5), Grader(shape))
+    none, half, whole = (planned(shape, judge=j, speed=speeds.stored_speed(1, shape, j, 32)) for j in judges)
     assert none.stages["score"].seconds == 0
     assert whole.stages["score"].seconds == pytest.approx(2 * half.stages["score"].seconds)
     assert whole.memory == none.memory  # the same model is loaded once
@@ -438,64 +438,68 @@ def test_a_judge_that_thinks_cannot_be_planned(tiny: Path) -> None:
 
 
 class Machine:
-    """A model on a clock of its own, which knows what a token and a step take."""
+    """A model and its judge on a clock of their own, which knows what a token takes."""
 
-    def __init__(self, shape: Shape, speed: Speed) -> None:
-        self._shape, self._speed, self.now = shape, speed, 0.0
+    def __init__(self, speed: Speed) -> None:
+        self._speed, self.now = speed, 0.0
 
     def next_logits(self, conversations: Sequence[Sequence[int]]) -> Iterator[None]:
-        n, tokens = len(conversations), self._tokens(conversations)
-        self.now += self._speed.reading(self._shape, tokens, tokens / n + 1, n)
+        self.now += self._speed.read * self._tokens(conversations)
         yield None
 
     def generate(
         self, conversations: Sequence[Sequence[int]], *, max_tokens: int
     ) -> Iterator[tuple[int, SimpleNamespace]]:
-        n, tokens = len(conversations), self._tokens(conversations)
-        context = tokens / n + 1 if n > 1 else 0
-        self.now += self._speed.answering(self._shape, n, tokens, n * (max_tokens - 1), context, n)
-        if n == 1:  # its only token is a step like the others
-            self.now += self._shape.bytes_read(1) / self._speed.bandwidth
+        n = len(conversations)
+        if max_tokens == 1:
+            self.now += self._speed.begin * self._tokens(conversations)
+        else:
+            self.now += self._speed.answer * n * max_tokens
         for i in range(n):
             yield i, SimpleNamespace(tokens=[0] * (max_tokens - 1), finished=True)
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
+        lengths = [(speeds.tokens_of(prompt), speeds.tokens_of(answer)) for prompt, answer in pairs]
+        self.now += self._speed.judge * sum(speeds.pair_tokens(*length) for length in lengths)
+        yield None
 
     @staticmethod
     def _tokens(conversations: Sequence[Sequence[int]]) -> int:
         return sum(map(len, conversations)) - (len(conversations) - 1)  # one token begins them all
 
 
-@pytest.mark.parametrize(
-    "true",
-    [
-        Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source=""),
-        Speed(prompt=3e8, answer=3e8, bandwidth=5e9, algebra=7.0, source=""),
-    ],
-)
-def test_a_measured_speed_is_that_of_the_machine(
-    shape: Shape, true: Speed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = Machine(shape, true)
+@pytest.mark.parametrize("judge", [0.0, 0.1])
+def test_a_measured_speed_is_that_of_the_machine(judge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Speed(read=0.2, begin=0.3, answer=0.5, judge=judge, algebra=7.0, source="")
+    machine: Any = Machine(true)
     monkeypatch.setattr(speeds, "_algebra", lambda: 7.0)
-    monkeypatch.setattr(time, "perf_counter", lambda: machine.now)
-    found = speeds.measured_speed(machine, shape, [[1, i, *range(i)] for i in range(4, 12)])  # type: ignore[arg-type]
-    assert (found.prompt, found.answer, found.bandwidth) == pytest.approx(
-        (true.prompt, true.answer, true.bandwidth), rel=1e-6
-    )
-    assert found.algebra == 7.0
+    monkeypatch.setattr("rs_gguf.pipeline.speed.time.perf_counter", lambda: machine.now)
+    asked = [Prompt(20 * i * "long ", "benign") for i in range(4, 12)]
+    conversations = [[1, i, *range(i)] for i in range(4, 12)]
+    found = speeds.measured_speed(machine, machine if judge else None, asked, conversations)
+    figures = [getattr(found, name) for name in ("read", "begin", "answer", "judge", "algebra")]
+    assert figures == pytest.approx([0.2, 0.3, 0.5, judge, 7.0], rel=1e-6)
 
 
 def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: Shape) -> None:
-    speed = Speed(prompt=3e8, answer=2e8, bandwidth=5e6, algebra=7.0, source="")
-    one, many = (speed.answering(shape, 0, 0, 100, 0, at_once) for at_once in (1, 1e6))
-    arithmetic = (shape.flops(0) + 2 * shape.head) / 2e8
-    assert one == pytest.approx(100 * (shape.weights / 5e6 + arithmetic))
-    assert many == pytest.approx(100 * arithmetic, rel=1e-3)
+    one, many = (speeds.stored_speed(2, shape, None, at_once).answer for at_once in (1, 10**6))
+    arithmetic = (shape.flops(100) + 2 * shape.head) / 120e9
+    assert one == pytest.approx(shape.weights / 18e9 + arithmetic)
+    assert many == pytest.approx(arithmetic, rel=1e-3)
+    # Of experts, a step reads those that any of its answers uses.
+    experts = replace(shape, experts=9 * shape.dense, used=0.1)
+    for at_once in (1, 8):
+        step = speeds.stored_speed(1, experts, None, at_once).answer
+        flops = (experts.flops(100) + 2 * experts.head) / 60e9
+        assert step == pytest.approx(flops + experts.bytes_read(at_once) / at_once / 9e9)
 
 
-def test_a_real_model_is_measured(tiny: Path, shape: Shape) -> None:
+def test_a_real_model_is_measured(tiny: Path) -> None:
+    asked = [Prompt(f"Say {i}.", "benign") for i in range(4)]
     with LlamaModel(tiny, n_parallel=4, n_threads=1) as model:
-        found = speeds.measured_speed(model, shape, [[1, 2, 3 + i] for i in range(4)])
-    assert all(0 < value < math.inf for value in (found.prompt, found.answer, found.bandwidth, found.algebra))
+        found = speeds.measured_speed(model, KeywordJudge(), asked, [[1, 2, 3 + i] for i in range(4)])
+    figures = (found.read, found.begin, found.answer, found.judge, found.algebra)
+    assert all(0 < value < math.inf for value in figures)
 
 
 # ---- the command -------------------------------------------------------------------------------------
@@ -568,9 +572,7 @@ def test_a_judge_that_is_not_here_is_named_before_measuring(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(
-        "rs_gguf.pipeline.plan.measure", lambda recipe, path: pytest.fail("measured for nothing")
-    )
+    monkeypatch.setattr("rs_gguf.pipeline.plan.measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, stderr = command("--set", f"model={tiny}", "--measure")
     assert code == 2
     assert "judge: qwen2.5-coder-0.5b is not here yet" in stderr

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fixtures.endpoints import Reply, Server, entry, said, without_proxy_or_key
+from fixtures.endpoints import Server, without_proxy_or_key
 from fixtures.tiny_gguf import write_tiny_folder, write_tiny_qwen2
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
+from fixtures.tiny_run import LIKED, PLAIN_TEMPLATE, SMALL, Judge
 
 from rs_gguf.activations.store import ActivationStore, DamagedStoreError
 from rs_gguf.cli.main import main
@@ -28,16 +28,16 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.models import resolve as models
 from rs_gguf.pipeline import recipe
-from rs_gguf.pipeline import run as pipeline_module
+from rs_gguf.pipeline import stage as stage_module
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.run import Pipeline, run
-from rs_gguf.pipeline.stage import Silent
+from rs_gguf.pipeline.run import open_run, run
+from rs_gguf.pipeline.stage import Run, Silent
 from rs_gguf.pipeline.stages import answers as answering
+from rs_gguf.pipeline.stages import measure as measuring
 from rs_gguf.pipeline.stages import write as writing
+from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.prompts import contexts
-from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
@@ -48,31 +48,6 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 
 pytestmark = pytest.mark.slow
-
-PLAIN_TEMPLATE = THINKING_TEMPLATE.replace("<think>\n", "")
-LIKED = {"</think>": 8.0, "<|im_end|>": 5.0, **dict.fromkeys("etaoinshrdlu", 7.0)}
-SMALL = [
-    "prompts.fit=24", "prompts.unanswered=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=32",
-    "answers.test_tokens=32", "answers.temperature=1.0", "tune.trials=2", "tune.finalists=1",
-    "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
-]  # fmt: skip
-
-
-@dataclass
-class Judge:
-    """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
-
-    url: str = ""
-    judged: list[str] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=lambda: {p.prompt: p.kind for p in prompts.grid()})
-
-    def __call__(self, body: dict[str, Any]) -> Reply:
-        item = body["messages"][0]["content"].rsplit("Request: ", 1)[1]
-        prompt, _, rest = item.partition("\nReply: ")
-        self.judged.append(rest.rsplit("\n", 2)[0])
-        kind = self.kinds.get(prompt, "benign")
-        refused = kind == "harmful" or (kind == "sensitive" and len(prompt) % 2 == 0)
-        return said("", [entry("x", -0.1, {"refusal" if refused else "answer": -0.1})])
 
 
 @pytest.fixture
@@ -90,23 +65,23 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-def check_inputs(pipeline: Pipeline, places: Sequence[int]) -> None:
+def check_inputs(one: Run, places: Sequence[int]) -> None:
     """The samples' block outputs and inputs of one matrix are those of their prompts, read once more."""
-    samples = pipeline.samples()
-    every = [*samples.prompts, *samples.others]
-    chat = ChatFormat.of(pipeline.model)
-    fit = pipeline.prompts["fit"]
-    read = dict(zip([p.id for p in fit], chat_tokens(pipeline.model, fit, None), strict=True))
-    read |= {p.id: c.tokens(chat, pipeline.model, p.prompt, None) for p, c in pipeline.in_contexts}
-    inputs = samples.inputs["attn_output"].last[np.arange(len(every)), 1]
-    kept = {"kqv_out": inputs, "l_out": samples.activations[:, 1]}  # these of the judged alone
+    found = samples(one)
+    every = [*found.prompts, *found.others]
+    chat = ChatFormat.of(one.model)
+    fit = one.prompts["fit"]
+    read = dict(zip([p.id for p in fit], chat_tokens(one.model, fit, None), strict=True))
+    read |= {p.id: c.tokens(chat, one.model, p.prompt, None) for p, c in one.in_contexts}
+    inputs = found.inputs["attn_output"].last[np.arange(len(every)), 1]
+    kept = {"kqv_out": inputs, "l_out": found.activations.block(1).numpy()}  # of the judged alone
     for place in places:
         tokens = read[every[place].id]
-        found = read_last(pipeline.model, [tokens], range(2), tuple(kept))
+        again = read_last(one.model, [tokens], range(2), tuple(kept))
         for name in [name for name, rows in kept.items() if place < len(rows)]:
-            away = np.linalg.norm(kept[name] - found[name][0, 1], axis=1)
+            away = np.linalg.norm(kept[name] - again[name][0, 1], axis=1)
             assert away.argmin() == place
-            assert away[place] < 1e-2 * np.linalg.norm(found[name][0, 1])
+            assert away[place] < 1e-2 * np.linalg.norm(again[name][0, 1])
 
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
@@ -130,22 +105,22 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     assert not [text for text in judge.judged if any(len(t) > 8 and t in text for t in traces)]
 
     # What could not be judged, and what was not answered, comes last, each with what was read of it.
-    with contextlib.closing(Pipeline(chosen, RunFolder(tmp_path / "out"), Silent())) as pipeline:
-        samples, asked = pipeline.samples(), {p.id for p in pipeline.prompts["fit"]}
-        unjudged = [p for p in samples.others if p.id in asked]
+    with open_run(chosen, RunFolder(tmp_path / "out")) as one:
+        found, asked = samples(one), {p.id for p in one.prompts["fit"]}
+        unjudged = [p for p in found.others if p.id in asked]
         assert 0 < len(unjudged) < 40
-        assert len(samples.prompts) + len(unjudged) == len(samples.activations) + len(unjudged) == 72
-        unanswered = [p for p in samples.others if p.id not in asked]
+        assert len(found.prompts) + len(unjudged) == len(found.activations) + len(unjudged) == 72
+        unanswered = [p for p in found.others if p.id not in asked]
         assert len(unanswered) == 24
         assert not {p.id for p in unanswered} & answers.keys()
         assert {p.split for p in unanswered} == {"fit"}
-        around = dict(zip((p.id for p in samples.others), samples.contexts, strict=True))
+        around = dict(zip((p.id for p in found.others), found.contexts, strict=True))
         assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
         assert {around[p.id] for p in unjudged} == {""}
         # Each context is a cell of its own, which a gate has to stay shut for.
-        assert set(samples.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
-        n = len(samples.prompts)
-        check_inputs(pipeline, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
+        assert set(found.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
+        n = len(found.prompts)
+        check_inputs(one, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
     assert metrics["model"]["architecture"] == "qwen3"
     assert set(metrics["files"]["vector"]["sets"]) == {"sensitive", "harmful", "benign"}
@@ -233,9 +208,9 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     directions = {"contrast-wrmd@1/unit": unit, "contrast-wrmd@1/scales": np.ones(3)}
     save_arrays(folder / "directions.safetensors", directions)
     recipe.dump(chosen, folder / "recipe.toml")
-    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
-        for stage in STAGES[: STAGES.index("write")]:
-            folder.mark_done(stage, pipeline._key(stage), 0.0)
+    with open_run(chosen, folder) as one:
+        for stage in list(STAGES)[: list(STAGES).index("write")]:
+            folder.mark_done(stage, one.key(stage), 0.0)
 
     steered = LlamaModel.steered
 
@@ -299,40 +274,7 @@ def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path)
     assert set(judge.judged) == {EXAMPLE[1]}  # whether it can judge at all
 
 
-def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
-    ran: list[str] = []
-
-    class Stages(Pipeline):
-        recipe_name, interrupted = "a", False
-
-        def _key(self, stage: str) -> str:
-            return f"{stage} of {self.recipe_name}"
-
-        def _tune(self, key: str) -> None:
-            ran.append(key)
-            if self.interrupted:
-                raise KeyboardInterrupt
-
-        def _write(self, key: str) -> None:
-            ran.append(key)
-
-        _measure = _write
-
-    stages = Stages(recipe.load(), RunFolder(tmp_path), Silent())
-    last = ("tune", "write", "measure")
-    for stage in last:
-        stages.do(stage)
-    stages.recipe_name, stages.interrupted = "b", True
-    with pytest.raises(KeyboardInterrupt):
-        stages.do("tune")  # tune.json may be that of b now
-    stages.recipe_name, stages.interrupted = "a", False
-    ran.clear()
-    for stage in last:
-        stages.do(stage)
-    assert ran == [f"{stage} of a" for stage in last]
-
-
-def kill(*_: object) -> None:
+def kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -420,19 +362,18 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
         opened.append(counted.within)
         yield KeywordJudge()
 
-    monkeypatch.setattr(pipeline_module, "open_judge_spec", fetched)
-    monkeypatch.setattr(pipeline_module, "measure", lambda *_, **__: ([], {}))
-    monkeypatch.setattr(Pipeline, "model", None)
-    monkeypatch.setattr(Pipeline, "model_hash", "")
+    monkeypatch.setattr(stage_module, "open_judge_spec", fetched)
+    monkeypatch.setattr(measuring, "measure", kill)
+    monkeypatch.setattr(Run, "model", None)
+    monkeypatch.setattr(Run, "model_hash", "")
     for stage in ("score", "measure"):
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
         (folder / "proof.json").write_text("{}")
         (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
-        with contextlib.closing(
-            Pipeline(recipe.load(None, ["measure.baselines=[]"]), folder, counted)
-        ) as one:
-            getattr(one, f"_{stage}")("key")
+        chosen = recipe.load(None, ["measure.baselines=[]"])
+        with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
+            one.stages[stage].work(one, "key")
         assert stage in counted.steps
     assert opened == ["", ""]
 
@@ -493,86 +434,6 @@ def test_comments_of_a_recipe_are_not_written_over(fresh: bool, tmp_path: Path) 
     assert {path.name: path.read_text("utf-8") for path in out.iterdir() if path.name != ".lock"} == kept
 
 
-def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")) -> list[str]:
-    with contextlib.closing(Pipeline(recipe.load(None, list(values)), RunFolder(folder), Silent())) as one:
-        return [one._key(stage) for stage in stages]
-
-
-@pytest.fixture(scope="module")
-def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("one.gguf", "other.gguf")):
-        write_tiny_qwen3(folder / name, PLAIN_TEMPLATE, n_layer=1, seed=seed)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changed", "stage"),
-    [
-        ("model=@other.gguf", "answer"),
-        ("seed=1", "answer"),
-        ("answers.tokens=32", "answer"),
-        ("answers.temperature=1.0", "answer"),
-        ("prompts.system=Be kind.", "answer"),
-        ("prompts.fit=24", "answer"),
-        ("prompts.tune=24", "answer"),
-        ("prompts.unanswered=8", "capture"),
-        ("effect=induce", "fit"),
-        ("fit.ridges=[1.0]", "fit"),
-        ("fit.gate_ridges=[1.0]", "fit"),
-        ("fit.estimators=['md']", "fit"),
-        ("tune.trials=9", "tune"),
-        ("tune.min_retention=0.5", "tune"),
-        ("answers.test_tokens=32", "tune"),
-        ("answers.test_tokens=32", "measure"),
-        ("measure.baselines=[]", "measure"),
-        ("prompts.test=5", "measure"),
-    ],
-)
-def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
-    changed: str, stage: str, two_models: Path, tmp_path: Path
-) -> None:
-    # A seed would choose other prompts, and a search answers as long as the test does.
-    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full=0"]}
-    before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
-    after = [*before, changed.replace("@", f"{two_models}/")]
-    one, other = (keys(tmp_path, *values, stages=STAGES) for values in (before, after))
-    assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
-
-
-@pytest.mark.parametrize("how", ["", "labels:", "votes:"])
-def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path) -> None:
-    for name in ("model.gguf", "judge.gguf", "answers.jsonl"):
-        (tmp_path / name).write_text("one")
-    values = [f"model={tmp_path / 'model.gguf'}", f"judge={how}{tmp_path / 'judge.gguf'}"]
-    answered, scored = keys(tmp_path, *values)
-    assert keys(tmp_path, *values) == [answered, scored]
-    for name in ("judge.gguf", "answers.jsonl"):
-        (tmp_path / name).write_text("another")
-        again = keys(tmp_path, *values)
-        assert again[0] == answered
-        assert again[1] != scored
-        (tmp_path / name).write_text("one")
-
-
-def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-
-    def fingerprint(path: Path) -> str:
-        read.append(path.name)
-        return path.name
-
-    monkeypatch.setattr(models, "fingerprint", fingerprint)
-    for name in ("model.gguf", "judge.gguf"):
-        (tmp_path / name).write_text("")
-    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]
-    with contextlib.closing(Pipeline(recipe.load(None, values), RunFolder(tmp_path), Silent())) as one:
-        one._key("answer")
-        assert read == ["model.gguf"]
-        one._key("score")
-    assert read == ["model.gguf", "judge.gguf"]
-
-
 def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,9 +445,9 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
         log.append({"id": "vector:a"})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline_module, "measure", killed)
-    monkeypatch.setattr(Pipeline, "model", None)
-    monkeypatch.setattr(Pipeline, "model_hash", "")
+    monkeypatch.setattr(measuring, "measure", killed)
+    monkeypatch.setattr(Run, "model", None)
+    monkeypatch.setattr(Run, "model_hash", "")
     folder = RunFolder(tmp_path)
     write_json(folder / "proof.json", {"vector": {}})
     (tmp_path / "remove.gguf").touch()
@@ -594,11 +455,8 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
     for strength in (2.0, 2.0, 3.0):
         trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
         write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
-        with (
-            contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline,
-            pytest.raises(KeyboardInterrupt),
-        ):
-            pipeline._measure("key")
+        with open_run(chosen, folder) as one, pytest.raises(KeyboardInterrupt):
+            one.stages["measure"].work(one, "key")
     assert found == [[], ["vector:a"], []]
 
 
@@ -613,9 +471,9 @@ def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) ->
     folder.mark_done("capture", "another key", 1.0)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     chosen = recipe.load(None, [*SMALL, f"model={tmp_path / 'plain.gguf'}"])
-    with contextlib.closing(Pipeline(chosen, folder, Silent())) as pipeline:
-        scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in pipeline.prompts["fit"]]
+    with open_run(chosen, folder) as one:
+        scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in one.prompts["fit"]]
         write_rows(folder / "scores.jsonl", scores)
         with pytest.raises(DamagedStoreError, match="another recipe or model"):
-            pipeline.samples()
+            samples(one)
     assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()

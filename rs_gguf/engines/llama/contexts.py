@@ -17,6 +17,11 @@ from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
 
+CONTEXT = 8192
+"""Cells of a model's key/value cache."""
+BATCH = 512
+"""Tokens that are run together."""
+
 
 class LlamaContexts(LlamaFile):
     """A loaded GGUF file and the contexts that it is run in.
@@ -39,7 +44,7 @@ class LlamaContexts(LlamaFile):
     """
 
     def __init__(
-        self, path: Path, *, n_parallel: int = 32, n_ctx: int = 8192, n_threads: int | None = None
+        self, path: Path, *, n_parallel: int = 32, n_ctx: int = CONTEXT, n_threads: int | None = None
     ) -> None:
         super().__init__(path)
         self.n_parallel = n_parallel
@@ -56,7 +61,7 @@ class LlamaContexts(LlamaFile):
             raise
 
     def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> LlamaContext:
-        n_batch = min(512, self.n_ctx)
+        n_batch = min(BATCH, self.n_ctx)
         context = LlamaContext(
             self, n_slots, n_cells, unified=unified, n_batch=n_batch, n_threads=self._n_threads
         )

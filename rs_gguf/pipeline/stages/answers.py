@@ -1,28 +1,118 @@
-"""What the model answers to the fit and tune prompts by itself, and what the judge says of it.
+"""The answer and score stages: the unsteered answers to the fit and tune prompts, and their judgements.
 
-Prompts and a model, or rows of answers and a judge, go in; answers or rows of `scores.jsonl` come out as they
-are ready. What later stages need of these files is read here too.
+`answers.jsonl` and `scores.jsonl` come out, row by row as they are ready. What later stages need of these
+files is read here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rs_gguf.engines.answers import answer, chat_tokens, has_trace
 from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
-from rs_gguf.judges.registry import Judge
+from rs_gguf.judges.registry import Judge, shipped_version
+from rs_gguf.methods import baselines
+from rs_gguf.pipeline.costs import ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.prompts.degenerate import is_degenerate
+from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
+from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row
 from rs_gguf.search.rungs import Unsteered
+from rs_gguf.version import __version__
 
 COUNTED = ("refused", "answered", "not judged")
 _BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
+
+
+class Answers(Stage):
+    """The unsteered answers to the fit and tune prompts."""
+
+    info = STAGES["answer"]
+    replaces_at_end = True  # hours of answers: a wrong recipe can be taken back before
+
+    def inputs(self, run: Run) -> list[Any]:
+        recipe = run.recipe
+        return [
+            __version__, run.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
+            recipe.prompts.system, [p.id for p in run.prompts["fit"] + run.prompts["tune"]],
+        ]  # fmt: skip
+
+    def work(self, run: Run, key: str) -> None:
+        asked = run.prompts["fit"] + run.prompts["tune"]
+        log = run.folder.log("answers.jsonl", key)
+        missing = [p for p in asked if p.id not in log.rows]
+        _check_lengths(run)
+        with run.progress.stage(self.info.name, len(asked)) as advance:
+            advance(len(asked) - len(missing))
+            for i, found in answers(run.model, missing, run.recipe):
+                log.append({**missing[i].to_row(), **found.to_row()})
+                advance(1)
+        run.forget_from(self)
+        log.finish([p.id for p in asked])
+
+    def cost(self, costs: Costs) -> Cost:
+        n, answers = costs.count("fit", "tune"), costs.recipe.answers
+        return Cost(
+            0.0 if answers.servers else costs.answers(n, answers.tokens),
+            costs.memory(),
+            n * (ROW + mean_length(answers.tokens) * ROW_TOKEN),
+            n * costs.prompt,
+            n * mean_length(answers.tokens),
+        )
+
+
+class Scores(Stage):
+    """What the judge says of these answers."""
+
+    info = STAGES["score"]
+    replaces_at_end = True
+
+    def inputs(self, run: Run) -> list[Any]:
+        # The answers count: the same recipe may get others, from servers or in other batches.
+        path = run.folder / "answers.jsonl"
+        answered = sha256(path) if path.is_file() else None
+        return [run.recipe.judge, run.judge_hash, shipped_version(), answered]
+
+    def work(self, run: Run, key: str) -> None:
+        rows = run.folder.read_rows("answers.jsonl")
+        log = run.folder.log("scores.jsonl", key)
+        missing = [row for row in rows if row["id"] not in log.rows]
+        judge = run.judge  # before the stage is drawn: its download has a bar of its own
+        with run.progress.stage(self.info.name, len(rows)) as advance:
+            advance(len(rows) - len(missing))
+            for row in scores(judge, missing):
+                log.append(row)
+                advance(1)
+        run.forget_from(self)
+        log.finish([row["id"] for row in rows])
+
+    def cost(self, costs: Costs) -> Cost:
+        n, limit = costs.count("fit", "tune"), costs.recipe.answers.tokens
+        return Cost(costs.judgements(n, limit), costs.memory(), n * ROW / 4, n * costs.pair(limit))
+
+
+def _check_lengths(run: Run) -> None:
+    """Raise `InputError` for a prompt that some stage could not read: the last ones come hours later."""
+    recipe, model = run.recipe, run.model
+    tokens, full = recipe.answers.tokens, recipe.answers.test_tokens
+    most = {"fit": tokens, "tune": max(tokens, full) if recipe.tune.full else tokens, "test": full}
+    system, chat = recipe.prompts.system, ChatFormat.of(model)
+    for split, max_tokens in most.items():
+        model.check_lengths(chat_tokens(model, run.prompts[split], system), max_tokens)
+    if "system-prompt" in recipe.measure.baselines and chat.takes_system:
+        longer = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed).system
+        model.check_lengths(chat_tokens(model, run.prompts["test"], longer), full)
+    if run.unanswered:
+        model.check_lengths([c.tokens(chat, model, p.prompt, system) for p, c in run.in_contexts])
 
 
 def answers(model: Engine, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:

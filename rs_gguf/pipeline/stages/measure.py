@@ -10,14 +10,11 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from rs_gguf.engines.answers import logprobs_of
-from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
-from rs_gguf.engines.llama import log as llama_log
+from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
 from rs_gguf.evaluation.paired import (
     SIDES,
     Drift,
@@ -27,53 +24,88 @@ from rs_gguf.evaluation.paired import (
     must_stay,
     spread,
 )
-from rs_gguf.evaluation.safety import Allowance, Effect
+from rs_gguf.evaluation.safety import Allowance
 from rs_gguf.evaluation.side import Arm, Side, resume_side
 from rs_gguf.judges.registry import Judge
+from rs_gguf.methods import baselines as literature
 from rs_gguf.models import resolve as models
+from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.stage import Run, Stage
+from rs_gguf.pipeline.stages.file_record import (
+    WrittenFile,
+    baseline_record,
+    beside,
+    file_record,
+    llama_cpp_of,
+)
+from rs_gguf.pipeline.stages.fit import samples
+from rs_gguf.pipeline.stages.tune import chosen
+from rs_gguf.pipeline.stages.write import files_of, write_files
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
-from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
-    Acceptance,
-    BaselineRecord,
-    BaselineSet,
-    EffectCheck,
-    FileRecord,
     JudgeRecord,
-    LlamaCpp,
     ModelRecord,
     RunRecord,
     SetRecord,
     Speed,
 )
-from rs_gguf.records.rows import Row, RowLog
-from rs_gguf.records.trials import Trial
+from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.steering import file as steering_file
-from rs_gguf.steering.file import SteeringFile
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """The written files of a method, the trial that they were chosen by, and what their proof showed."""
+class Measure(Stage):
+    """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
 
-    paths: Sequence[Path]
-    trial: Trial
-    proof: Mapping[str, Any]
+    info = STAGES["measure"]
 
-    @property
-    def steering(self) -> Steering:
-        return reduce(Steering.with_added, [found.steering(path) for path, found in self.files.items()])
+    def inputs(self, run: Run) -> list[Any]:
+        recipe = run.recipe
+        return [
+            recipe.answers.test_tokens, recipe.measure.model_dump(), [p.to_row() for p in run.prompts["test"]]
+        ]  # fmt: skip
 
-    @property
-    def files(self) -> dict[Path, SteeringFile]:
-        """What stands in the files now."""
-        return {path: steering_file.read(path) for path in self.paths}
+    def work(self, run: Run, key: str) -> None:
+        asked, folder, recipe = run.prompts["test"], run.folder, run.recipe
+        shown, trials = read_json(folder / "proof.json"), chosen(folder)
+        for name, trial in trials.items():
+            if not all(path.is_file() for path in files_of(run, name)):  # somebody took one away
+                write_files(run, name, trial)
+        files = {name: WrittenFile(files_of(run, name), trial, shown[name]) for name, trial in trials.items()}
+        others = literature.build(
+            recipe.measure.baselines, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
+            effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
+        )  # fmt: skip
+        # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
+        key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
+        log, judge = folder.log("measured.jsonl", key), run.judge
+        with run.progress.stage(self.info.name, (1 + len(others) + len(files)) * len(asked)) as advance:
+            rows, record = measure(
+                run.model, judge, asked, files, others, recipe, log, model_sha256=run.model_hash,
+                advance=advance, subset=len(asked) < sum(map(len, run.pool["test"].values())),
+            )  # fmt: skip
+        write_rows(folder / "evaluation.jsonl", rows)
+        tuned = read_json(folder / "tune.json")
+        found = {**record.mapping(), "rank_correlation": tuned["rank_correlation"]}
+        RunRecord.model_validate(found).write(folder / "metrics.json")
+        log.finish(list(log.rows))
+
+    def cost(self, costs: Costs) -> Cost:
+        n, limit = costs.count("test"), costs.recipe.answers.test_tokens
+        sides = 1 + len(costs.recipe.measure.baselines) + costs.files
+        seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
+        seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["test"]["benign"]), limit)
+        rows = sides * n
+        answered = rows * mean_length(limit)
+        disk = 2 * (rows * ROW + answered * ROW_TOKEN)
+        return Cost(seconds, costs.memory(logits=True), disk, rows * costs.prompt, answered)
 
 
 def measure(
@@ -101,7 +133,7 @@ def measure(
     for arm in arms[1:]:
         drifts[arm.name], changes[arm.name] = moved.under(arm)
         evaluations[arm.name] = PairedEvaluation(asked, before, sides[arm.name], drifts[arm.name])
-    others = [_baseline(arm.name, evaluations[arm.name], drifts[arm.name]) for arm in baselines]
+    others = [baseline_record(arm.name, evaluations[arm.name], drifts[arm.name]) for arm in baselines]
     reasoning_off = ChatFormat.of(model).thinks_in_server
     found = {}
     for name, file in files.items():
@@ -118,7 +150,7 @@ def measure(
             notes=beside(sets, others, recipe.effect),
             bootstrap=spread(evaluation, changes[name], seed=recipe.seed),
             speed=Speed(unsteered=before.tokens_per_second, steered=sides[name].tokens_per_second),
-            llama_cpp=_llama_cpp(model.path, file, reasoning_off=reasoning_off),
+            llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
         )
     columns = [evaluations[name].rows(SIDES[name]) for name in files]
     rows = [{k: v for part in parts for k, v in part.items()} for parts in zip(*columns, strict=True)]
@@ -141,95 +173,6 @@ def measure(
         baselines=tuple(others),
     )
     return rows, record
-
-
-def file_record(
-    file: WrittenFile,
-    sets: Mapping[str, SetRecord],
-    drift: Drift,
-    *,
-    reasons: Sequence[str],
-    notes: Sequence[str],
-    bootstrap: Mapping[str, tuple[float, float] | None],
-    speed: Speed,
-    llama_cpp: LlamaCpp,
-) -> FileRecord:
-    """Return what was measured of one written file, and how to use it.
-
-    reasons: why it fails the safety rule, empty where it passes.
-    """
-    candidate, harmful = file.trial.candidate, sets["harmful"]
-    before, after = harmful.refused_unsteered, harmful.refused_steered
-    return FileRecord(
-        file=file.paths[0].name,
-        sha256=sha256(file.paths[0]),
-        estimator=candidate.recorded,
-        ridge=candidate.ridge,
-        layers=(candidate.first, candidate.last),
-        strength=candidate.strength,
-        margin=candidate.margin,
-        scale=1.0,
-        sets=dict(sets),
-        benign_drift=drift.nats,
-        top1_agreement=drift.top1_agreement,
-        harmful_refusal_ratio=after / before if before else None,
-        bootstrap_ci95=dict(bootstrap),
-        effect_check=EffectCheck.model_validate(dict(file.proof)),
-        acceptance=Acceptance(verdict="failed" if reasons else "passed", reasons=tuple(reasons)),
-        notes=tuple(notes),
-        tokens_per_second=speed,
-        llama_cpp=llama_cpp,
-    )
-
-
-def beside(sets: Mapping[str, SetRecord], baselines: Sequence[BaselineRecord], effect: Effect) -> list[str]:
-    """Return a sentence for each baseline that a file with these `sets` does not beat.
-
-    To beat it is to change refusals of sensitive prompts, and more of them, while no fewer harmful ones stay
-    refused; above the unsteered share of these nothing is gained.
-    """
-    notes = []
-    sensitive, harmful = sets["sensitive"], sets["harmful"]
-    sign = 1 if effect == "remove" else -1
-    for baseline in baselines:
-        other = baseline.sets
-        least = (sign * other["sensitive"].refusal, sign * sensitive.refusal_unsteered)
-        changes_more = sign * sensitive.refusal_steered < min(least)
-        needed = min(other["harmful"].refusal, harmful.refusal_unsteered)
-        if not changes_more or harmful.refusal_steered < needed:
-            notes.append(
-                f"does not beat the baseline “{baseline.name}”: sensitive prompts refused "
-                f"{sensitive.refusal_steered:.0%} against {other['sensitive'].refusal:.0%}, harmful "
-                f"ones {harmful.refusal_steered:.0%} against {other['harmful'].refusal:.0%} "
-                f"(unsteered {sensitive.refusal_unsteered:.0%} and {harmful.refusal_unsteered:.0%})"
-            )
-    return notes
-
-
-def _baseline(name: str, evaluation: PairedEvaluation, drift: Drift) -> BaselineRecord:
-    sets = {
-        kind: BaselineSet(
-            kind=kind,
-            n=found.n,
-            refusal=found.refusal_steered,
-            ci95=found.ci95_steered,
-            degenerate=found.degenerate_steered,
-        )
-        for kind, found in evaluation.by_kind().items()
-    }
-    return BaselineRecord(name=name, sets=sets, benign_drift=drift.nats)
-
-
-def _llama_cpp(model: Path, file: WrittenFile, *, reasoning_off: bool) -> LlamaCpp:
-    """Return how llama.cpp loads the file, and which build of it is here.
-
-    reasoning_off: llama.cpp must be told not to think, as here (`ChatFormat.thinks_in_server`).
-    """
-    return LlamaCpp(
-        command=steering_file.server_command(model, file.files, reasoning_off=reasoning_off),
-        build=llama_log.build(),
-        reasoning_off=reasoning_off,
-    )
 
 
 class _Drifts:

@@ -1,20 +1,76 @@
 """The tune stage: a search for each file that the run writes, kept trial by trial, and what it chose.
 
-The `Rungs` of a fitted run and its recipe go in; `trials.jsonl` and `tune.json` in the run folder come out.
+A fitted run goes in; `trials.jsonl` and `tune.json` in its folder come out.
 The search itself is in `rs_gguf.search.finder`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from rs_gguf.methods import METHODS
+from rs_gguf.pipeline.costs import CHANGED, KEPT, NEW, ROW, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.pipeline.stage import Progress
+from rs_gguf.pipeline.stage import Progress, Run, Stage
+from rs_gguf.pipeline.stages.answers import unsteered
+from rs_gguf.pipeline.stages.fit import load
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Trial, chosen_of, load_trials
 from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
-from rs_gguf.search.rungs import Rungs
+from rs_gguf.search.rungs import BENIGN, OPENING, PROBED_PAIRS, Rungs
+
+
+class Tune(Stage):
+    """The search for the layers and the strength of each file."""
+
+    info = STAGES["tune"]
+
+    def inputs(self, run: Run) -> list[Any]:
+        recipe = run.recipe
+        return [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens]
+
+    def work(self, run: Run, key: str) -> None:
+        tune(rungs(run), run.recipe, run.folder, run.progress, fit_key=run.key("fit"))
+
+    def cost(self, costs: Costs) -> Cost:
+        recipe, sizes = costs.recipe, costs.sizes["tune"]
+        tokens, long, benign = recipe.answers.tokens, recipe.answers.test_tokens, min(BENIGN, sizes["benign"])
+        wanted = CHANGED * sizes["sensitive"]
+        opened, asked = wanted + KEPT * sizes["harmful"], wanted + sizes["harmful"] + benign
+        probe = costs.reading(opened * (costs.prompt + OPENING))
+        probe += costs.drift(min(PROBED_PAIRS, benign), tokens)
+        candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
+        candidate += costs.drift(benign, tokens)
+        probes: float = costs.files * (recipe.tune.trials + recipe.tune.finalists)
+        candidates: float = costs.files * recipe.tune.finalists
+        # At full length the unsteered model answers too, and each file at two strengths.
+        full = (1 + 2 * costs.files) * sum(min(recipe.tune.full, size) for size in sizes.values())
+        in_full = costs.answers(full, long) + costs.judgements(full, long)
+        in_full += 2 * costs.files * costs.drift(benign if full else 0, tokens)
+        seconds = probes * probe + candidates * candidate
+        if recipe.tune.budget is not None:
+            share = max(0.0, recipe.tune.budget - in_full) / seconds if seconds else 0.0
+            seconds, probes, candidates = share * seconds, share * probes, share * candidates
+        return Cost(
+            seconds + in_full,
+            costs.memory(logits=True),
+            (probes + candidates) * ROW + costs.adapter() * probes / costs.files,
+            (probes * opened + candidates * asked + full) * costs.prompt,
+            candidates * asked * mean_length(tokens) + full * mean_length(long),
+        )
+
+
+def rungs(run: Run) -> Rungs:
+    """Return what measures candidates of this run, once it is fitted."""
+    recipe, fitted = run.recipe, load(run.folder.path, run.recipe.fit_options)
+    return Rungs(
+        run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), fitted, run.folder.path,
+        brief=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
+        n_full=recipe.tune.full, rule=recipe.safety, seed=recipe.seed,
+    )  # fmt: skip
 
 
 def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *, fit_key: str) -> None:

@@ -13,11 +13,63 @@ from typing import Any
 from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.errors import GateError
 from rs_gguf.methods import METHODS
+from rs_gguf.models import resolve as models
+from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.records.rows import finite
+from rs_gguf.pipeline.stage import Run, Stage
+from rs_gguf.pipeline.stages.tune import chosen
+from rs_gguf.records.artefacts import STAGES
+from rs_gguf.records.rows import finite, write_json
 from rs_gguf.records.trials import Trial
 from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
+
+
+class Write(Stage):
+    """The files, each loaded again and its effect on the model observed."""
+
+    info = STAGES["write"]
+
+    def inputs(self, run: Run) -> list[Any]:
+        return []
+
+    def work(self, run: Run, key: str) -> None:
+        trials = chosen(run.folder)
+        shown: dict[str, Any] = {}
+        with run.progress.stage(self.info.name, len(trials)) as advance:
+            for name, trial in trials.items():
+                write_files(run, name, trial)
+                shown[name] = proven(files_of(run, name), run.model)
+                advance(1)
+        write_json(run.folder / "proof.json", shown)
+
+    def cost(self, costs: Costs) -> Cost:
+        """Return the cost of the files, and of what each is observed with.
+
+        Those are whole passes, and some that end at the layer they look at, half of them all in the mean.
+        """
+        n_layer, file = costs.model.n_layer, 2 * (costs.prefix + 4 * costs.prompt)
+        read = costs.files * file + (n_layer / 3 + 1) * (costs.prefix + 2 * costs.prompt) / 2
+        if costs.model.writers:
+            read += 6 * file / 2  # six matrices, with and without the change
+        vector = 4 * n_layer / 3 * costs.model.width
+        return Cost(costs.reading(read), costs.memory(logits=True), vector + costs.adapter(), read)
+
+
+def files_of(run: Run, name: str) -> list[Path]:
+    """Return where the files of a method are written."""
+    return [run.folder / f"{run.recipe.effect}{suffix}" for suffix in METHODS[name].suffixes]
+
+
+def write_files(run: Run, name: str, trial: Trial) -> None:
+    """Write the files of the chosen trial of this method."""
+    recipe = run.recipe
+    facts = {
+        "effect": recipe.effect,
+        "model.name": models.name_of(recipe.model, run.model_path),
+        "model.sha256": run.model_hash,
+    }
+    write(files_of(run, name), trial, recipe, run.folder.path, run.model.architecture, facts)
 
 
 def write(

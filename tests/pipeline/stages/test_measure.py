@@ -25,7 +25,8 @@ from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.pipeline.stages.measure import WrittenFile, beside, measure
+from rs_gguf.pipeline.stages.file_record import WrittenFile, beside
+from rs_gguf.pipeline.stages.measure import measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetRecord, Speed
 from rs_gguf.records.trials import Candidate, Trial

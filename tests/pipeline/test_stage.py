@@ -1,0 +1,220 @@
+"""What every stage must do: leave what it declares, in the order of the table, under a key of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures.endpoints import Server, without_proxy_or_key
+from fixtures.tiny_qwen3 import write_tiny_qwen3
+from fixtures.tiny_run import LIKED, PLAIN_TEMPLATE, SMALL, Judge
+
+from rs_gguf.models import resolve as models
+from rs_gguf.pipeline import recipe
+from rs_gguf.pipeline.costs import Costs
+from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.run import open_run, run
+from rs_gguf.pipeline.stage import Run, Silent, Stage
+from rs_gguf.pipeline.stages import IN_ORDER, answers
+from rs_gguf.records.artefacts import RESULTS, STAGES, StageInfo
+
+pytestmark = pytest.mark.slow
+
+BY_NAME = pytest.mark.parametrize("stage", IN_ORDER, ids=lambda stage: stage.info.name)
+
+
+# ---- the protocol ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Names that each stage of a tiny run added to its folder; a folder's with a slash."""
+    folder = tmp_path_factory.mktemp("stages")
+    judge = Judge()
+    server = Server(judge, ["judge"])
+    with pytest.MonkeyPatch.context() as patch:
+        without_proxy_or_key(patch)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        write_tiny_qwen3(folder / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
+        values = [*SMALL, "prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8"]
+        values += ["tune.trials=1", "tune.full=0", "measure.baselines=['ablation']"]
+        values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
+        chosen = recipe.load(None, values)
+        found: dict[str, set[str]] = {}
+        before = {".lock", "recipe.toml", "state.json"}
+        for name in STAGES:
+            run(chosen, folder / "out", until=name)
+            after = {path.name + "/" * path.is_dir() for path in (folder / "out").iterdir()}
+            found[name], before = after - before, before | after
+    server.stop()
+    return found
+
+
+def test_the_stages_are_those_of_the_table_in_its_order() -> None:
+    assert [stage.info for stage in IN_ORDER] == list(STAGES.values())
+    shared = [stage.shared for stage in IN_ORDER]
+    # Rank 0 releases the others once, after the last one that is shared.
+    assert [info.info.name for info, is_shared in zip(IN_ORDER, shared, strict=True) if is_shared] == [
+        "capture", "fit",
+    ]  # fmt: skip
+
+
+@BY_NAME
+def test_a_stage_leaves_what_it_declares(stage: Stage, left: dict[str, set[str]]) -> None:
+    found, patterns = left[stage.info.name], stage.info.leaves
+    assert {name for name in found if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in found)} == set()
+
+
+@BY_NAME
+def test_a_stage_that_is_forgotten_leaves_nothing_but_results(stage: Stage, tmp_path: Path) -> None:
+    folder, kept = RunFolder(tmp_path), []
+    for pattern in stage.info.leaves:
+        path = tmp_path / pattern.replace("*", "any").rstrip("/")
+        if pattern.endswith("/"):
+            path.mkdir()
+            (path / "file").touch()
+        else:
+            path.touch()
+            path.with_name(f"{path.name}.part").touch()
+        if pattern in RESULTS:
+            kept += [path, path.with_name(f"{path.name}.part")]
+    folder.mark_done(stage.info.name, "key", 1.0)
+    folder.forget_all()
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+class Fake(Stage):
+    """A stage that notes its key."""
+
+    def __init__(self, name: str, ran: list[str]) -> None:
+        self.info, self._ran = StageInfo(name, "", "", ()), ran
+        self.recipe = "a"
+
+    def inputs(self, run: Run) -> list[Any]:
+        return [self.recipe]
+
+    def cost(self, costs: Costs) -> None:
+        return None
+
+    def work(self, run: Run, key: str) -> None:
+        self._ran.append(f"{self.info.name} of {self.recipe}")
+        if self.recipe == "b":
+            raise KeyboardInterrupt
+
+
+def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
+    ran: list[str] = []
+    stages = [Fake(name, ran) for name in ("tune", "write", "measure")]
+    one = Run(recipe.load(), RunFolder(tmp_path), Silent(), stages=stages)
+    for name in one.stages:
+        one.do(name)
+    stages[0].recipe = "b"
+    with pytest.raises(KeyboardInterrupt):
+        one.do("tune")  # tune.json may be that of b now
+    stages[0].recipe = "a"
+    ran.clear()
+    for name in one.stages:
+        one.do(name)
+    assert ran == [f"{name} of a" for name in one.stages]
+
+
+# ---- keys --------------------------------------------------------------------------------------------
+
+
+def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")) -> list[str]:
+    with open_run(recipe.load(None, list(values)), RunFolder(folder)) as one:
+        return [one.key(stage) for stage in stages]
+
+
+def test_the_keys_of_answers_and_scores_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders with hours of answers go on: a new version may begin them anew, and nothing else."""
+    monkeypatch.setattr(answers, "__version__", "0.1.0")
+    monkeypatch.setattr(answers, "shipped_version", lambda: "probe")
+    (tmp_path / "model.gguf").write_text("model")
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    values = [f"model={tmp_path / 'model.gguf'}", "judge=keywords"]
+    for kind in ("sensitive", "harmful", "benign"):
+        path = tmp_path / f"{kind}.jsonl"
+        rows = [f'{{"prompt": "{kind} {split}", "split": "{split}"}}' for split in ("fit", "tune", "test")]
+        path.write_text("\n".join(rows))
+        values.append(f"prompts.{kind}=['{path}']")
+    assert keys(tmp_path, *values) == ["46eb5b3b7ef4005d", "376dc67ce5d4a8fc"]
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one.gguf", "other.gguf")):
+        write_tiny_qwen3(folder / name, PLAIN_TEMPLATE, n_layer=1, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage"),
+    [
+        ("model=@other.gguf", "answer"),
+        ("seed=1", "answer"),
+        ("answers.tokens=32", "answer"),
+        ("answers.temperature=1.0", "answer"),
+        ("prompts.system=Be kind.", "answer"),
+        ("prompts.fit=24", "answer"),
+        ("prompts.tune=24", "answer"),
+        ("prompts.unanswered=8", "capture"),
+        ("effect=induce", "fit"),
+        ("fit.ridges=[1.0]", "fit"),
+        ("fit.gate_ridges=[1.0]", "fit"),
+        ("fit.estimators=['md']", "fit"),
+        ("tune.trials=9", "tune"),
+        ("tune.min_retention=0.5", "tune"),
+        ("answers.test_tokens=32", "tune"),
+        ("answers.test_tokens=32", "measure"),
+        ("measure.baselines=[]", "measure"),
+        ("prompts.test=5", "measure"),
+    ],
+)
+def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
+    changed: str, stage: str, two_models: Path, tmp_path: Path
+) -> None:
+    # A seed would choose other prompts, and a search answers as long as the test does.
+    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full=0"]}
+    before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
+    after = [*before, changed.replace("@", f"{two_models}/")]
+    one, other = (keys(tmp_path, *values, stages=tuple(STAGES)) for values in (before, after))
+    assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
+
+
+@pytest.mark.parametrize("how", ["", "labels:", "votes:"])
+def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path) -> None:
+    for name in ("model.gguf", "judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("one")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={how}{tmp_path / 'judge.gguf'}"]
+    answered, scored = keys(tmp_path, *values)
+    assert keys(tmp_path, *values) == [answered, scored]
+    for name in ("judge.gguf", "answers.jsonl"):
+        (tmp_path / name).write_text("another")
+        again = keys(tmp_path, *values)
+        assert again[0] == answered
+        assert again[1] != scored
+        (tmp_path / name).write_text("one")
+
+
+def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def fingerprint(path: Path) -> str:
+        read.append(path.name)
+        return path.name
+
+    monkeypatch.setattr(models, "fingerprint", fingerprint)
+    for name in ("model.gguf", "judge.gguf"):
+        (tmp_path / name).write_text("")
+    values = [f"model={tmp_path / 'model.gguf'}", f"judge={tmp_path / 'judge.gguf'}"]
+    with open_run(recipe.load(None, values), RunFolder(tmp_path)) as one:
+        one.key("answer")
+        assert read == ["model.gguf"]
+        one.key("score")
+    assert read == ["model.gguf", "judge.gguf"]
