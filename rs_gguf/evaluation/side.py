@@ -60,7 +60,7 @@ def answer_side(
     asking: Asking,
     advance: Advance = lambda n: None,
 ) -> Side:
-    """Answer `prompts` and judge the answers. The system prompt is the arm's, not that of `asking`."""
+    """Answer `prompts` and judge the answers. The arm gives the system prompt, not `asking`."""
     answers, seconds = answer_all(
         model, prompts, steering=arm.steering, max_tokens=asking.max_tokens, system=arm.system,
         sampling=asking.sampling, advance=advance,
@@ -79,7 +79,7 @@ def resume_side(
     log: RowLog,
     advance: Advance,
 ) -> Side:
-    """Answer, in parts, those of `prompts` that `log` does not have yet, and return the whole side from it.
+    """Answer in parts the `prompts` that `log` does not have yet, and return the whole side from it.
 
     A row has the id `ARM:PROMPT`. The speed is the median over the prompts of the speed of their part.
     """

@@ -1,8 +1,8 @@
 """The gated adapter: gates in closed form, as a LoRA that llama.cpp loads.
 
-`Samples` of the fit split enter; reads for every matrix, ridge and block and the contrast that the writes are
-made of leave (`gates.safetensors`), and the adapter that a candidate of the search stands for. The search
-begins with long bands.
+`Samples` of the fit split enter. What leaves is kept in `gates.safetensors`: reads for every matrix, ridge
+and block, and the contrast that the writes are made of. A candidate of the search becomes an adapter. The
+search begins with long bands.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ from rs_gguf.records.conversation import NEUTRAL, Prompt
 class Samples:
     """The prompts of the fit split, and what was read of them.
 
-    `prompts`: those that were judged; `activations` [N, L, D], an array or `Activations`; `confidence` [N];
+    `prompts`: the judged ones; `activations` [N, L, D], an array or `Activations`; `confidence` [N];
     `inputs` by matrix, empty where the engine cannot read them. `folder`: where activations that are not one
     array are mapped to a file. `others`: prompts that were not answered, or whose answers could not be
-    judged; their inputs come after those of `prompts`, and only gates learn from them. `categories` [N]:
-    kinds of refusal, where the judge told them. `contexts`: names of what stood around the `others`, "" for
-    nothing.
+    judged; their inputs come after the inputs of `prompts`, and only gates learn from them. `categories`
+    [N]: category of each refusal, where the judge gives one. `contexts`: names of what stood around the
+    `others`, "" for nothing.
     """
 
     prompts: Sequence[Prompt]
@@ -74,7 +74,7 @@ class Samples:
         return [prompt.kind for prompt in self.prompts]
 
     def labels(self, processes: Processes = ALONE) -> Labels:
-        """Return those of all samples, as a gate takes them: of the `others` kind and cells alone count.
+        """Return the labels of all samples, as a gate takes them: of the `others` kind and cells alone count.
 
         With several `processes`, of the samples of all of them.
         """

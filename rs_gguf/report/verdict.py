@@ -20,10 +20,10 @@ _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 def files(record: RunRecord) -> list[Row]:
     """The measured files: the control vector, then the adapter where the run made one.
 
-    Each has `key`, `side`, `word`, how it `acts`, whether it `passed`, what metrics.json says of it, its
-    `sets` as a list in the order of `KINDS`, and the same by kind in `of`. A set is `alike` where `n` and the
-    rate before are the same in all files, each of which counts the prompts that were judged both before and
-    with it.
+    Each has `key`, `side`, `word`, how it `acts`, whether it `passed`, and what metrics.json says of it.
+    `sets` is a list in the order of `KINDS`, and `of` the same by kind. A file counts the prompts that were
+    judged both unsteered and with it. A set is `alike` where `n` and the unsteered rate are
+    the same in all files.
     """
     found: list[Row] = []
     for key in _WORDS:

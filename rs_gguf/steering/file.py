@@ -1,7 +1,7 @@
 """Either kind of file that llama.cpp loads: what both can do, and the one place that tells them apart.
 
 In: the path of a control vector or a LoRA adapter in GGUF, or one of them in memory. Out: the other, what is
-wrong with it, what it does to a model, or how llama.cpp is told to load it.
+wrong with it, what it does to a model, or the option with which llama.cpp loads it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def write(found: SteeringFile, path: str | Path) -> None:
 def check(path: str | Path, model: str | Path | None = None) -> CheckReport[SteeringFile]:
     """Judge a file by the rules of llama.cpp's loader and of common sense, collecting every reason.
 
-    With `model`, a GGUF file, it is also run there and its effect proven. Never raises for a bad file; a bad
+    With `model`, a GGUF file, it is also run there and its effect checked. Never raises for a bad file; a bad
     model raises `InputError`, and so does a lack of room for drafts.
     """
     try:
@@ -153,8 +153,8 @@ def prove(path: Path, model: Engine) -> Proof:
     """Run what is in a file on a loaded model.
 
     Raises:
-        InputError: the file holds no sound vector or adapter, the model cannot be run on the prompts or what
-            is needed of it not be read, or there is no room for one matrix of an adapter.
+        InputError: the file holds no sound vector or adapter; the model cannot be run on the prompts, or its
+            tensors cannot be read; or there is no room for one matrix of an adapter.
     """
     return _proven(read(path), path, model)
 
@@ -172,7 +172,7 @@ def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: boo
     """llama.cpp's options for a file that a report tells of, given as a word of the shell.
 
     layers: first and last block of a control vector; None for an adapter.
-    reasoning_off: llama.cpp must be told not to think (`ChatFormat.thinks_in_server`).
+    reasoning_off: add the option that switches thinking off (`ChatFormat.thinks_in_server`).
     """
     options = f"{LoraAdapter.option} {file}" if layers is None else vector_options(file, *map(int, layers))
     return options + _thinking(reasoning_off)

@@ -34,8 +34,8 @@ class LoraAdapter:
     block.
 
     Raises:
-        InputError: no matrix or architecture, shapes that do not multiply, numbers that are not finite, or a
-            change of the embedding or the output, which aborts llama.cpp where the two are one matrix.
+        InputError: no matrix or architecture, shapes that do not multiply, or numbers that are not finite.
+            Also a change of the embedding or the output: it aborts llama.cpp where the two are one matrix.
     """
 
     kind: ClassVar[str] = "adapter"

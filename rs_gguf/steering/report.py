@@ -28,8 +28,9 @@ class CheckReport(Generic[Found]):
     """What a check of a control vector or an adapter found.
 
     `errors` make the file unfit, `warnings` do not. `loader_says` is the line that llama.cpp would log before
-    going on without the vector, or empty where it would load the file (on the model, when one was given),
-    where a rule of ours ended the reading before it was known, or for an adapter.
+    going on without the vector. It is empty where llama.cpp would load the file (on the model, when one was
+    given), and for an adapter. It is also empty where a rule of ours ended the reading before the line was
+    known.
     `found` is the vector or adapter that was read, None where it cannot be used. `proof` is what running it
     showed, when a model was given and the file itself has no error.
     """
