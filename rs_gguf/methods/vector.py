@@ -1,8 +1,8 @@
 """The control vector: directions of the estimators, calibrated, as llama.cpp adds them to blocks.
 
-`Samples` of the fit split enter. One unit direction and calibration a layer leave for each estimator and ridge
-(`directions.safetensors`). A candidate of the search becomes a vector. The search begins at the paper's prior
-(method §7).
+`Samples` of the fit split enter. One unit direction and calibration a layer leave for each estimator and
+ridge (`directions.safetensors`). A candidate of the search becomes a vector. The search begins at the paper's
+prior (method §7).
 """
 
 from __future__ import annotations
