@@ -8,9 +8,11 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from rs_gguf.errors import InputError
-from rs_gguf.machine import Processes, usable_cores
+from rs_gguf.machine import ALONE, Processes, free_memory, usable_cores
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+
+_MATRICES = 4  # of float64, as wide as the layer, that one fit holds at its peak
 
 _log = logging.getLogger("rs_gguf.estimators")
 
@@ -39,10 +41,14 @@ def check_device(device: str) -> None:
         raise InputError(f"device {device!r}: {', '.join(get_args(Device))} are accepted")
 
 
-def workers(device: torch.device, processes: Processes) -> int:
-    """Return how many layers are fitted at a time.
+def workers(device: torch.device, width: int, processes: Processes = ALONE) -> int:
+    """Return how many layers of `width` columns are fitted at a time: one a core, as far as there is memory.
 
     One on a GPU, which is fast enough for one; and one where processes add up their sums, since all of them
-    must do so in the same order.
+    must do so in the same order. The results do not depend on it.
     """
-    return usable_cores() if device.type == "cpu" and processes.count == 1 else 1
+    if device.type != "cpu" or processes.count > 1:
+        return 1
+    free = free_memory()
+    room = max(1, free // (2 * _MATRICES * 8 * width**2)) if free else usable_cores()
+    return min(usable_cores(), room)

@@ -141,7 +141,7 @@ def solve_paths(
                 _fill(paths[index], layer, jobs[index][0], of_job, system, grid)
             system = None  # freed before the next is made: it is as large as a layer
 
-    for _ in on_all_cores(fit_layer, range(n_layers), workers=workers(where, processes)):
+    for _ in on_all_cores(fit_layer, range(n_layers), workers=workers(where, width, processes)):
         pass
     for (estimator, _), path in zip(jobs, paths, strict=True):
         if not path.directions.any():

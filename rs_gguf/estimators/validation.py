@@ -22,7 +22,7 @@ from rs_gguf.estimators.labels import Labels
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import solve_paths
 from rs_gguf.estimators.ridge import check_ridges
-from rs_gguf.machine import ALONE, on_all_cores
+from rs_gguf.machine import on_all_cores
 
 
 @dataclass(frozen=True)
@@ -105,5 +105,5 @@ def _fold_scores(
         return layer_auroc(projections, side[told])
 
     layers = range(path.directions.shape[1])
-    cores = workers(resolve_device(device), ALONE)
+    cores = workers(resolve_device(device), path.directions.shape[2])
     return np.stack(list(on_all_cores(score, layers, workers=cores)), axis=1)

@@ -145,7 +145,8 @@ def fit_gates(
             reads = _reads(found, layer, mean, quiet_means, labels.local, grid, quiet, processes)
             opens[name][:, layer], guards[name][:, layer] = reads.cpu().numpy()
 
-    for _ in on_all_cores(fit_block, range(n_layers), workers=workers(where, processes)):
+    cores = workers(where, max(found.width for found in rows.values()), processes)
+    for _ in on_all_cores(fit_block, range(n_layers), workers=cores):
         advance(1)
     if not any(found.any() for found in opens.values()):
         raise InputError(

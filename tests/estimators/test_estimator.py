@@ -410,6 +410,16 @@ def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(
     assert activations[:, 0].nbytes / 4 < held.most < 1.5 * activations[:, 0].nbytes
 
 
+def test_wide_layers_are_fitted_one_at_a_time_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, two = torch.device("cpu"), Processes(0, 2)
+    monkeypatch.setattr(device, "usable_cores", lambda: 8)
+    monkeypatch.setattr(device, "free_memory", lambda: 16 << 30)
+    assert [device.workers(cpu, width) for width in (896, 10_000, 40_000)] == [8, 2, 1]
+    assert device.workers(cpu, 896, two) == device.workers(torch.device("cuda"), 896) == 1
+    monkeypatch.setattr(device, "free_memory", lambda: 0)  # unknown
+    assert device.workers(cpu, 40_000) == 8
+
+
 def test_cuda_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
