@@ -195,7 +195,9 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
     )
 
     def fit(layers: int) -> list[RidgePath]:
-        return fit_paths(activations[:, :layers], confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds)
+        return fit_paths(
+            activations[:, :layers], confidence, ESTIMATORS, ridges=RIDGES, kinds=kinds, device="cpu"
+        )
 
     ours = best(lambda: fit(n_layers), repeats)
     cores = f"ours, in full, {usable_cores()} cores:"

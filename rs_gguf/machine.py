@@ -34,7 +34,7 @@ def usable_cores() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that Linux can give this process now, at most what its control groups may have; elsewhere 0."""
+    """Return the bytes that Linux can give this process now, within its control groups; elsewhere 0."""
     try:
         told = (root / "proc/meminfo").read_text()
         group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
@@ -44,19 +44,31 @@ def free_memory(root: Path = Path("/")) -> int:
     rooms = [int(free[1]) * 1024] if free else [0]
     groups = root / "sys/fs/cgroup"
     own = groups / group
-    limits = [folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(groups)]
-    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            rooms.append(int(limit.read_text()))
-    return min(rooms)
+    for folder in (own, *own.parents):
+        if folder.is_relative_to(groups):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                rooms.append(int((folder / "memory.max").read_text()) - _used(folder))
+    with contextlib.suppress(OSError, ValueError):
+        rooms.append(int((groups / "memory/memory.limit_in_bytes").read_text()))
+    return max(1, min(rooms)) if min(rooms) else 0
+
+
+def _used(group: Path) -> int:
+    """Return the bytes of a control group that Linux cannot take back at once, as it can the file cache."""
+    used = 0
+    with contextlib.suppress(OSError, ValueError):
+        used = int((group / "memory.current").read_text())
+        cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        used -= int(cache[1]) if cache else 0
+    return used
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Keep linear algebra on one thread: the order of its sums, and so their last bits, follow the number."""
     torch = sys.modules.get("torch")  # it takes seconds to import, and who does not use it need not wait
+    threads = torch.get_num_threads() if torch else 1  # before they are limited, or 1 would be put back
     with threadpool_limits(1):
-        threads = torch.get_num_threads() if torch else 1
         if torch:
             torch.set_num_threads(1)
         try:
@@ -124,7 +136,13 @@ class Processes:
         # Values travel by gloo; NCCL takes the tensors of GPUs.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if here >= gpus:
+                raise InputError(
+                    f"torchrun started process {here + 1} on this machine, which has {gpus} GPUs. Start one "
+                    "process for each GPU at most, or fit on the CPU with CUDA_VISIBLE_DEVICES= (empty)."
+                )
+            torch.cuda.set_device(here)
         dist.init_process_group(backend, timeout=_PATIENCE)
         try:
             yield cls.joined()
@@ -159,7 +177,9 @@ class Processes:
             return rows
         import torch
 
-        return torch.cat([part.to(rows.device) for part in self.gather(rows.cpu())])
+        # As arrays: a tensor that is a part of a larger one would travel with all of it.
+        parts = self.gather(rows.cpu().numpy())
+        return torch.cat([torch.from_numpy(part).to(rows.device) for part in parts])
 
     def from_first(self, value: T) -> T:
         """Return the value that rank 0 gives; those of the other ranks are ignored."""

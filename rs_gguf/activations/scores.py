@@ -186,7 +186,8 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
 
     centred = rows - rows.mean(axis=0)
     wide = rows.shape[1] > rows.shape[0]
-    gram = centred @ centred.T if wide else centred.T @ centred
+    with one_thread():
+        gram = centred @ centred.T if wide else centred.T @ centred
     if len(gram) < 2 or not np.trace(gram) > 0:
         raise InputError(
             f"a PCA of {rows.shape[0]} × {rows.shape[1]} activations that do not vary cannot be drawn"
@@ -195,7 +196,8 @@ def principal_components(rows: Float64) -> tuple[Float64, Float64]:
         found = torch.linalg.eigh(torch.from_numpy(gram))
     values = np.maximum(found.eigenvalues.numpy()[:-3:-1], 0)
     vectors = found.eigenvectors.numpy()[:, :-3:-1]
-    scores = vectors * np.sqrt(values) if wide else centred @ vectors
+    with one_thread():
+        scores = vectors * np.sqrt(values) if wide else centred @ vectors
     # Eigenvectors have no sign of their own; the largest score is made positive.
     signs = np.sign(scores[np.argmax(np.abs(scores), axis=0), [0, 1]])
     return np.asarray(scores * np.where(signs == 0, 1.0, signs)), np.asarray(values / np.trace(gram))

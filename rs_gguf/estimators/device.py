@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Literal, TypeAlias, get_args
 
@@ -31,8 +32,14 @@ def resolve_device(device: Device) -> torch.device:
             "of PyTorch with CUDA."
         )
     if device == "auto" and not has_cuda and torch.backends.mps.is_available():
-        _log.warning("The fit runs on the CPU: MPS has no float64.")
+        _say_why_not_mps()
     return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+
+
+@functools.cache
+def _say_why_not_mps() -> None:
+    """Say it once: a run asks for the device at every stage."""
+    _log.warning("The fit runs on the CPU: MPS has no float64.")
 
 
 def check_device(device: str) -> None:

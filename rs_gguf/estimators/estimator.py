@@ -226,8 +226,9 @@ def fit_paths(
         kinds: [N] of "sensitive", "harmful", "benign".
         sample_weight: [N] ≥ 0.
         device: where the fit computes; moments and solutions are float64 there.
-        processes: those that share the samples (torchrun). The other arguments are this process's share;
-            every process must call alike and gets the same result, that of one process.
+        processes: those that share the samples (torchrun). The other arguments are this process's share.
+            Every process must call alike and gets the result that one process would. An error in one, such as
+            NaN in its share, leaves the others waiting: end them all.
 
     Raises:
         InputError: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction at any

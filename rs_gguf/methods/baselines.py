@@ -20,6 +20,7 @@ from rs_gguf.activations.projection import project
 from rs_gguf.activations.scores import calibration_scales, flat_profile, layer_auroc, layer_scores
 from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
+from rs_gguf.estimators.device import Device
 from rs_gguf.estimators.estimator import (
     DirectionEstimator,
     RidgeMeanDifference,
@@ -68,6 +69,7 @@ def build(
     effect: Effect,
     system: str | None,
     seed: int,
+    device: Device = "auto",
 ) -> list[Arm]:
     """Those of these `names`; `asked` are the fit prompts, `samples` what was read of them.
 
@@ -81,8 +83,8 @@ def build(
     made: dict[str, Callable[[], Arm]] = {
         "system-prompt": lambda: system_prompt(asked, effect, system, seed=seed),
         "md": lambda: mean_difference(samples(), effect, system),
-        "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system),
-        "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, effect, system),
+        "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system, device),
+        "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, effect, system, device),
         "ablation": lambda: ablation(samples(), model, folder, effect, system),
     }
     names = list(names)
@@ -116,12 +118,18 @@ def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Arm
     Activation addition as in Arditi et al. (arXiv 2406.11717), at the block that tells the two best.
     """
     layer, difference = _best_difference(samples)
-    return Arm("md, one block", Steering({layer: _sign(effect) * difference}), system)
+    return Arm("md, one block", Steering({layer: _added(effect) * difference}), system)
 
 
-def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect, system: str | None) -> Arm:
+def as_printed(
+    samples: Samples,
+    kind: type[DirectionEstimator],
+    effect: Effect,
+    system: str | None,
+    device: Device,
+) -> Arm:
     """RMD or WRMD with λ and k·|α| of the paper, on a third of the blocks, the best by its layer score."""
-    estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute")
+    estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute", device=device)
     estimator.fit(samples.activations, samples.confidence)
     unit = estimator.directions_  # [L, D]
     projections = project(samples.rows, unit[:, np.newaxis], estimator.offset_)[:, :, 0]
@@ -129,7 +137,7 @@ def as_printed(samples: Samples, kind: type[DirectionEstimator], effect: Effect,
     scales = remove if effect == "remove" else induce
     count = max(1, len(scales) // 3)
     weights = flat_profile(layer_scores(projections, samples.confidence), count)
-    rows = (_sign(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
+    rows = (_added(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
     directions = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
     return Arm(f"{estimator.name}, as printed", Steering(directions), system)
 
@@ -166,5 +174,6 @@ def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     return layer, difference[layer].astype(np.float32)
 
 
-def _sign(effect: Effect) -> int:
+def _added(effect: Effect) -> int:
+    """Return the sign with which a direction of refusal is added."""
     return -1 if effect == "remove" else 1

@@ -30,7 +30,7 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.estimators.moments import Float64, add_product, lower_product, weighted_means
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
-from rs_gguf.machine import ALONE, Processes, on_all_cores
+from rs_gguf.machine import ALONE, Processes, on_all_cores, one_thread
 from rs_gguf.steering.lora import Factors
 
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
@@ -136,7 +136,8 @@ def fit_gates(
     opens = {name: np.zeros((len(grid), n_layers, found.width)) for name, found in rows.items()}
     guards = {name: np.zeros_like(found) for name, found in opens.items()}
     contrast = np.empty((n_layers, outputs.shape[2]))
-    difference = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
+    with one_thread():
+        difference = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
     sides = torch.from_numpy(difference).to(where)
 
     def fit_block(layer: int) -> None:

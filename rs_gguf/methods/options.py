@@ -1,4 +1,4 @@
-"""What a recipe asks of the fit, apart from the fit so that a recipe is read without PyTorch."""
+"""What a recipe asks of the fit."""
 
 from __future__ import annotations
 

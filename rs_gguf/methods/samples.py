@@ -49,7 +49,7 @@ class Samples:
     def rows_on(self, device: Device) -> Any:
         """Return `rows`, as a tensor where PyTorch projects them, on a GPU; the kernel takes an array."""
         where = resolve_device(device)
-        return self.rows if where.type == "cpu" else torch.from_numpy(self.rows).to(where)
+        return self.rows if where.type == "cpu" else torch.tensor(self.rows, device=where)
 
     def share(self, processes: Processes) -> Samples:
         """Return the part of them that this process reads."""
@@ -82,7 +82,8 @@ class Samples:
         confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
         contexts = [""] * len(self.prompts) + [*self.contexts]
         cells = [[p.topic, p.form, p.language, name] for p, name in zip(every, contexts, strict=True)]
-        return Labels.of(confidence, [prompt.kind for prompt in every], cells, processes=processes)
+        names = np.array(cells, dtype=np.str_).reshape(len(every), 4)  # also where a rank has no share
+        return Labels.of(confidence, [prompt.kind for prompt in every], names, processes=processes)
 
     def counts(self, kind: str) -> dict[str, int]:
         """How many of a kind were refused, answered and neither."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rs_gguf.estimators.device import resolve_device
 from rs_gguf.judges.judge import try_out
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.pipeline.folder import RunFolder
@@ -55,6 +56,7 @@ def _run(one: Run, fresh: bool, until: str) -> dict[str, Any]:
     key = one.key("score")
     if until != "answer" and (fresh or not one.folder.is_done("score", key)):
         try_out(one.judge)
+    resolve_device(one.recipe.fit.device)
     dump(one.recipe, one.folder / "recipe.toml")
     if fresh:
         one.folder.forget_all()

@@ -160,11 +160,18 @@ class Run:
     def follow(self) -> None:
         """Do this rank's part of the stages that rank 0 begins, until it releases the others.
 
-        Where rank 0 fails it ends without a word, and torchrun ends the others.
+        Raises:
+            InputError: rank 0 ended before it released this one.
         """
-        while (begun := self.processes.from_first(None)) is not None:
+        while (begun := self._begun()) is not None:
             name, key = begun
             self.stages[name].work(self, key)
+
+    def _begun(self) -> tuple[str, str] | None:
+        try:
+            return self.processes.from_first(None)
+        except RuntimeError as error:  # the connection is closed
+            raise InputError("the process of rank 0 has ended; its own message says why.") from error
 
     def release(self) -> None:
         """Let the other ranks go."""

@@ -44,7 +44,7 @@ def files(record: RunRecord) -> list[Row]:
 
 
 def _acts(file: Mapping[str, Any]) -> str:
-    """What it does to prompts of all kinds, the margin of a gate among it (`search_space.Candidate`)."""
+    """What it does to prompts of all kinds, the margin of a gate among it (`records.trials.Candidate`)."""
     if file["key"] == "vector":
         first, last = file["layers"]
         return f"moves all prompts alike, harmful ones too, in blocks {first} to {last}"

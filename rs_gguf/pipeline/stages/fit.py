@@ -46,12 +46,15 @@ class Fit(Stage):
     shared = True
 
     def inputs(self, run: Run) -> list[Any]:
-        recipe = run.recipe
+        recipe, device = run.recipe, resolve_device(run.recipe.fit.device).type
+        fit = recipe.fit.model_dump(exclude={"device"})
         return [
+            recipe.effect,
+            # Runs from before there was a device were fitted on the CPU: they are still done.
+            fit if device == "cpu" else {**fit, "device": device},
             # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
-            recipe.effect, {**recipe.fit.model_dump(), "device": resolve_device(recipe.fit.device).type},
             [p.to_row() for p in run.prompts["fit"] + run.unanswered + run.prompts["tune"]],
-        ]  # fmt: skip
+        ]
 
     def work(self, run: Run, key: str) -> None:
         options, n_layer = run.recipe.fit_options, run.model.n_layer

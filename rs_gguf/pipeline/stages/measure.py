@@ -82,6 +82,7 @@ class Measure(Stage):
         others = literature.build(
             recipe.measure.baselines, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
             effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
+            device=recipe.fit.device,
         )  # fmt: skip
         # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})

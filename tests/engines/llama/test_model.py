@@ -491,6 +491,16 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
         ("0::/user.slice/one.scope\n", {"user.slice/memory.max": f"{4 << 20}"}, 4 << 20),
         ("4:memory:/a\n0::/\n", {"memory/memory.limit_in_bytes": f"{1 << 20}"}, 1 << 20),
         ("0::/\n", {"memory.max": f"{9 << 20}"}, 8 << 20),
+        ("0::/\n", {"memory.max": f"{5 << 20}", "memory.current": f"{3 << 20}"}, 2 << 20),
+        (
+            "0::/\n",
+            {
+                "memory.max": f"{5 << 20}",
+                "memory.current": f"{3 << 20}",
+                "memory.stat": f"anon 5\ninactive_file {1 << 20}\nactive_file 7\n",
+            },
+            3 << 20,
+        ),
     ],
 )
 def test_free_memory_is_what_a_control_group_may_have(
