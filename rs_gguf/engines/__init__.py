@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rs_gguf.engines.engine import Engine
+
+# On processors with AMX, llama.cpp sets up the matrix tiles of a thread once. oneDNN, with which PyTorch
+# multiplies bfloat16, sets them up otherwise, and llama.cpp's next step would end the process with an illegal
+# instruction. oneDNN reads this at its first use.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 
 def engine_for(path: Path) -> type[Engine]:
