@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rs_gguf.engines.engine import Engine
 
-# On processors with AMX, llama.cpp sets up the matrix tiles of a thread once. oneDNN, with which PyTorch
-# multiplies bfloat16, sets them up otherwise, and llama.cpp's next step would end the process with an illegal
-# instruction. oneDNN reads this at its first use.
+# On processors with AMX, llama.cpp sets up the matrix tiles of a thread once. oneDNN and MKL, with which
+# PyTorch multiplies bfloat16, set them up otherwise, and llama.cpp's next step would end the process with an
+# illegal instruction. Both read these at their first use, and do without AMX then.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX512_E3")
 
 
 def engine_for(path: Path) -> type[Engine]:

@@ -18,8 +18,12 @@ import torch
 with LlamaModel(Path(sys.argv[1]), n_ctx=512) as model:
     tokens = model.tokenize("The weather is fine today, and so it was the day before. " * 4)
     before = [g.tokens for _, g in model.generate([tokens], max_tokens=4)]
-    matrix = torch.ones((256, 256), dtype=torch.bfloat16)
-    assert (matrix @ matrix == 256).all()
+    for size in (16, 64, 300):
+        matrix = torch.ones((size, size), dtype=torch.bfloat16)
+        assert (matrix @ matrix == size).all()
+        heads = torch.ones((1, 4, size, 64), dtype=torch.bfloat16)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        assert (attention(heads, heads, heads, is_causal=True) == 1).all()
     assert [g.tokens for _, g in model.generate([tokens], max_tokens=4)] == before
 """
 
