@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.fit_samples import LAYERS, OPTIONS, samples_in
+from fixtures.fit_samples import LAYERS, OPTIONS, WIDE, samples_in
 
 from rs_gguf.methods import METHODS
 from rs_gguf.pipeline.stages.fit import fit, load
@@ -20,14 +20,14 @@ from rs_gguf.records.files import load_arrays
 WORKER = """
 import sys
 from pathlib import Path
-from fixtures.fit_samples import OPTIONS, samples_in
+from fixtures.fit_samples import OPTIONS, WIDE, samples_in
 from rs_gguf.machine import Processes
 from rs_gguf.pipeline.stages.fit import fit
 folder = Path(sys.argv[1])
 with Processes.of_torchrun() as processes:
     mine = folder / str(processes.rank)
     mine.mkdir()
-    fit(samples_in(mine), OPTIONS, mine, processes=processes, advance=lambda n: None)
+    fit(samples_in(mine, WIDE), OPTIONS, mine, processes=processes, advance=lambda n: None)
 """
 
 
@@ -66,7 +66,7 @@ def test_two_processes_fit_what_one_does_and_the_first_writes(tmp_path: Path) ->
     assert list((tmp_path / "1").iterdir()) == []
     one = tmp_path / "one"
     one.mkdir()
-    fit(samples_in(one), OPTIONS, one, advance=lambda _: None)
+    fit(samples_in(one, WIDE), OPTIONS, one, advance=lambda _: None)
     for method in METHODS.values():
         alone, shared = (load_arrays(folder / method.artefact) for folder in (one, tmp_path / "0"))
         assert list(alone) == list(shared)
