@@ -136,6 +136,14 @@ def test_a_killed_run_makes_the_files_of_one_that_was_not(finished: Killed) -> N
     assert tuned[0] == tuned[1]
 
 
+def selected(out: Path) -> list[dict[str, Any]]:
+    """The candidates that a search selected, one for each kind of file."""
+    tuned = json.loads((out / "tune.json").read_text())
+    trials = {trial["number"]: trial for trial in tuned["trials"]}
+    names = ("estimator", "ridge", "layers", "strength", "margin")
+    return [{name: trials[tuned[key]][name] for name in names} for key in ("chosen", "chosen_adapter")]
+
+
 def test_two_processes_find_what_one_does(finished: Killed) -> None:
     """From the same answers, under torchrun: the directions to rounding, and the same candidate."""
     one, two = finished.answered, finished.out.with_name("two")
@@ -153,8 +161,7 @@ def test_two_processes_find_what_one_does(finished: Killed) -> None:
         for key, expected in arrays[0].items():
             tolerance = 1e-10 if expected.dtype == np.float64 else 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(arrays[1][key], expected, rtol=1e-9, atol=tolerance, err_msg=key)
-    chosen = [json.loads((out / "tune.json").read_text())["chosen"]["candidate"] for out in (one, two)]
-    assert chosen[0] == chosen[1]
+    assert selected(one) == selected(two)
 
 
 def test_metrics_follow_the_contract(finished: Killed) -> None:
