@@ -213,7 +213,7 @@ def test_running_again_does_nothing(finished: Killed) -> None:
     before = [file.read_bytes() for file in files]
     again = ended(out, "--json")
     assert again.stderr.count("done before") == len(STAGES) - 1, "the page alone is written again"
-    assert json.loads(again.stdout)["vector"]["file"] == "remove.gguf"
+    assert json.loads(again.stdout)["files"]["vector"]["file"] == "remove.gguf"
     assert [file.read_bytes() for file in files] == before
 
 
