@@ -76,7 +76,7 @@ def covariance(
         mean: μ [D], of all processes.
     """
     total = mean.new_zeros((len(mean), len(mean)))
-    for rows in _centred(activations, layer, shares, mean):
+    for rows in centred_chunks(activations, layer, shares, mean):
         add_product(total, rows)
     return processes.sum(total)
 
@@ -92,13 +92,14 @@ def centred_rows(
     """Return √s (h − μ) [n, D] of the samples with a share, of all processes; arguments of `covariance`."""
     found = mean.new_empty((int((shares > 0).sum()), len(mean)))
     filled = 0
-    for rows in _centred(activations, layer, shares, mean):
+    for rows in centred_chunks(activations, layer, shares, mean):
         found[filled : filled + len(rows)] = rows
         filled += len(rows)
     return processes.concatenate(found)
 
 
-def _centred(activations: Activations, layer: int, shares: Tensor, mean: Tensor) -> Iterator[Tensor]:
+def centred_chunks(activations: Activations, layer: int, shares: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """Yield √s (h − μ) [n, D] of the samples with a share, some at a time; arguments of `covariance`."""
     members = np.flatnonzero((shares > 0).cpu().numpy())
     for part, rows in activations.chunks(layer, members, shares.device):
         rows -= mean

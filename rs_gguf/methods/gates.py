@@ -27,7 +27,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
 from rs_gguf.estimators.device import Device, resolve_device, workers
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.estimators.moments import Float64, add_product, lower_product, weighted_means
+from rs_gguf.estimators.moments import Float64, add_product, centred_chunks, lower_product, weighted_means
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Processes, on_all_cores, one_thread
@@ -240,13 +240,9 @@ def _reads(
 
 
 def _quiet_rows(rows: _Inputs, layer: int, mean: Tensor, kinds: Tensor, quiet: float) -> Iterator[Tensor]:
-    """Yield the weighted rows [n, W] of A that this process has, but for the means of cells."""
+    """Yield the weighted rows [n, W] of A that this process has, without the means of cells."""
     for centre, weights in zip(kinds.T, mean, strict=True):
-        members = np.flatnonzero((weights > 0).cpu().numpy())
-        for part, block in rows.last.chunks(layer, members, mean.device):
-            block -= centre
-            block *= (weights[torch.from_numpy(part).to(mean.device)] / len(mean)).sqrt()[:, None]
-            yield block
+        yield from centred_chunks(rows.last, layer, weights / len(mean), centre)
     for tokens, count in rows.tokens:
         for _, block in tokens.chunks(layer, np.arange(len(tokens)), mean.device):
             yield block * (quiet / count) ** 0.5
