@@ -77,7 +77,7 @@ vectors: install
 	for recipe in vectors/*/recipe.toml; do \
 		folder=$$(dirname $$recipe); out=out/$$folder; \
 		$(BIN)/rs-export run $$recipe --out $$out || test $$? -eq 1 || exit; \
-		awk 'NR % 4 == 1' $$out/evaluation.jsonl >$$out/quarter.jsonl; \
+		awk 'NR % 4 == 1' $$out/test_answers.jsonl >$$out/quarter.jsonl; \
 		$(BIN)/rs-export eval $$(sed -nE 's/^(model|temperature) = "?([^"]*)"?/--\1 \2/p' $$out/recipe.toml) \
 			--lora $$out/*-adapter.gguf --tokens 100 --prompts $$out/quarter.jsonl --scales 0,0.5,...,2 \
 			--json $$out/doses-adapter.json || exit; \

@@ -17,7 +17,7 @@ from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
-from rs_gguf.models.wide_copy import file_to_load
+from rs_gguf.models.q8_copy import file_to_load
 from rs_gguf.prompts import grid as prompts
 
 

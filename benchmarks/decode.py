@@ -27,7 +27,7 @@ from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
-from rs_gguf.models.wide_copy import file_to_load
+from rs_gguf.models.q8_copy import file_to_load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fixtures import binaries

@@ -52,7 +52,7 @@ from rs_gguf.judges.registry import Judge, Judgement, Pair, open_judge
 from rs_gguf.judges.rubric import verdict_tokens
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
-from rs_gguf.models.wide_copy import file_to_load
+from rs_gguf.models.q8_copy import file_to_load
 
 Rows = Sequence[Sequence[object]]
 

@@ -25,7 +25,7 @@ from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
 CHOICES = [
     "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
-    "prompts.test=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.trials=2",
+    "prompts.test=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.logprob_trials=2",
     "tune.finalists=1",
 ]  # fmt: skip
 
@@ -50,7 +50,7 @@ def measured(folder: Path, count: int) -> tuple[float, float]:
         folder / "tiny.gguf", THINKING_TEMPLATE.replace("<think>\n", ""),
         liked=LETTERS, n_layer=6, width=64, inner=128,
     )  # fmt: skip
-    server = Server(grade, ["judge"])
+    server = Server(judge_answers, ["judge"])
     chosen = [
         *CHOICES,
         f"prompts.fit={-(-count // 3)}",
@@ -115,7 +115,7 @@ def rows(kind: str, fit: int) -> list[dict[str, str]]:
     ]
 
 
-def grade(body: dict[str, Any]) -> Reply:
+def judge_answers(body: dict[str, Any]) -> Reply:
     """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
     request = body["messages"][0]["content"].rsplit("Request: ", 1)[1].split("\n", 1)[0]
     kind, _, number = request.partition(" ")

@@ -100,7 +100,7 @@ def peers(
             torch.matmul(h[:, layer], same[layer], out=by_layer[layer])
         return by_layer
 
-    def widened() -> torch.Tensor:
+    def q5_0_to_q8_0() -> torch.Tensor:
         for layer in range(layers):
             torch.matmul(h[:, layer].float(), wide[layer], out=wide_out[layer])
         return wide_out
@@ -132,7 +132,7 @@ def peers(
 
         found["numpy.matmul"] = numpy_matmul, lambda: numpy_matmul().transpose(1, 0, 2)
     else:
-        found["torch float, matmul"] = result(widened)
+        found["torch float, matmul"] = result(q5_0_to_q8_0)
     nk = numkong()
     if nk is not None:
         array_type, bits = {

@@ -20,7 +20,7 @@ from rs_gguf.engines.answers import answer
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.evaluation.side import grade
+from rs_gguf.evaluation.condition import judge_answers
 from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import grid as prompts
@@ -120,7 +120,7 @@ def main() -> None:
                 with model.steered(put):
                     drawn = answer(model, tokens, max_tokens=condition.tokens, sampling=condition.sampling)
                     answers = [a for _, a in sorted(drawn)]
-                sides[side] = (answers, grade(judge, asked, answers))
+                sides[side] = (answers, judge_answers(judge, asked, answers))
             found.append({"condition": condition.name, **summary(asked, sides)})
     print(table(found))
     if options.json:

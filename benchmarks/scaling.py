@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import transformers
 
-from rs_gguf.activations.activations import WriterInputs
+from rs_gguf.activations.activations import MatrixInputs
 from rs_gguf.machine import usable_cores
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models.shape import Shape, of_config
+from rs_gguf.models.dimensions import ModelDimensions, of_config
 from rs_gguf.pipeline import recipe
-from rs_gguf.pipeline.plan import Plan, judge_of, measure, model_file, model_shape, plan, stored
+from rs_gguf.pipeline.plan import Plan, judge_of, measure, model_dimensions, model_file, plan, stored
 from rs_gguf.pipeline.run import run
-from rs_gguf.pipeline.speed import Grader
+from rs_gguf.pipeline.speed import JudgeModel
 from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import KINDS, Prompt
 
@@ -87,7 +87,7 @@ def compare(folder: Path) -> None:
         f"{speed.begin * 1e3:.2f} of prompts that are answered, {speed.answer * 1e3:.2f} answered, "
         f"{speed.judge * 1e3:.2f} judged; {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
     )
-    found = plan(ran, model_shape(path), speed, judge)
+    found = plan(ran, model_dimensions(path), speed, judge)
     print(f"\n| {folder.name} | planned, s | real, s | planned / real | within 30 % |")
     print("| --- | --- | --- | --- | --- |")
     real = {name: state[name]["seconds"] for name in found.stages if name in state}
@@ -109,7 +109,7 @@ def judged(name: str, planned: float, real: float) -> str:
 def extrapolate() -> None:
     default = recipe.load()
     judge = judge_of(default)
-    shapes = {"the default model": model_shape(model_file(default))}
+    shapes = {"the default model": model_dimensions(model_file(default))}
     shapes |= {name: of_config(config, BITS) for name, config in LARGE.items()}
     plans = {name: planned(default, shape, judge) for name, shape in shapes.items()}
     stages = list(plans["the default model"].stages)
@@ -123,7 +123,7 @@ def extrapolate() -> None:
     print(end="", flush=True)
 
 
-def planned(chosen: recipe.Recipe, shape: Shape, judge: Grader | None) -> Plan:
+def planned(chosen: recipe.Recipe, shape: ModelDimensions, judge: JudgeModel | None) -> Plan:
     """At the stored speed of this machine's number of cores."""
     return plan(chosen, shape, stored(chosen, shape, judge), judge)
 
@@ -181,7 +181,7 @@ def exponent(values: Sequence[float]) -> float:
 
 
 def recipe_of(size: Size, model: str) -> recipe.Recipe:
-    sizes = [f"prompts.fit={size.per_kind}", "prompts.unanswered=0", "prompts.tune=4"]
+    sizes = [f"prompts.fit={size.per_kind}", "prompts.gate_only=0", "prompts.tune=4"]
     return recipe.load(None, [*sizes, f"model={model}", "judge=keywords", "fit.estimators=['wrmd']"])
 
 
@@ -214,7 +214,7 @@ def seconds_of_fit(size: Size, folder: Path) -> float:
         return found
 
     inputs = {
-        name: WriterInputs(
+        name: MatrixInputs(
             told_apart(width), rows(width, len(asked)), rows(width, 3 * len(asked)), rows(width, 25)
         )
         for name, width in writers(size).items()
@@ -232,7 +232,7 @@ def writers(size: Size) -> dict[str, int]:
 
 def seconds_planned(size: Size) -> dict[str, float]:
     block = 9 * size.width**2  # three matrices of the inner width 2D, two of D, two of D/2
-    shape = Shape(
+    shape = ModelDimensions(
         n_layer=size.blocks, width=size.width, n_vocab=300, dense=size.blocks * block, experts=0, used=0.0,
         head=300 * size.width, weights=4 * size.blocks * block, attention=size.blocks * size.width,
         cache=size.blocks * size.width, writers=writers(size),

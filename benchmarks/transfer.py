@@ -2,7 +2,7 @@
 
 Reads the captured activations of a finished run. A fifth of the cells (subjects, then topics, forms and
 languages) is left out of all three classes at a time, the gate is fitted on the others, and its opening is
-read on what was left out: 1 is that of the mean sensitive prompt of the fit, the margin that of the mean
+read on what was left out: 1 is that of the mean sensitive prompt of the fit, the benign_target that of the mean
 benign one. Nothing is generated: this is the gate's linear answer, averaged over the blocks and matrices of
 the run's band. Prints Markdown.
 """
@@ -20,9 +20,9 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from rs_gguf.activations.activations import WriterInputs
+from rs_gguf.activations.activations import MatrixInputs
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.methods.gates import fit_gates
+from rs_gguf.methods.gates import fit_gated_adapter
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
@@ -53,10 +53,10 @@ def main() -> None:
     residuals = np.stack(
         [np.asarray(samples.activations[:, layer]) for layer in range(first, last + 1)], axis=1
     )
-    ridge, margin = chosen.ridge, chosen.margin
+    ridge, benign_target = chosen.ridge, chosen.benign_target
     print(
         f"{len(every)} prompts, {len(residuals)} of them answered; blocks {first} to {last}, "
-        f"ridge {ridge:g}, margin {margin:g}.\n"
+        f"ridge {ridge:g}, benign_target {benign_target:g}.\n"
     )
     found: dict[str, Opening] = {}
     with Progress(transient=True) as progress:
@@ -67,8 +67,13 @@ def main() -> None:
             for kept, left_out in GroupKFold(FOLDS).split(every, groups=names):
                 of_kept = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
                 some = {writer: rows.of(kept) for writer, rows in inputs.items()}
-                gates = fit_gates(some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge])
-                reads = {writer: gates.opens[writer][0] + margin * gates.guards[writer][0] for writer in some}
+                gates = fit_gated_adapter(
+                    some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge]
+                )
+                reads = {
+                    writer: gates.sensitive_gate[writer][0] + benign_target * gates.benign_gate[writer][0]
+                    for writer in some
+                }
                 opening[left_out] = openings(inputs, reads, left_out)
                 progress.advance(task)
     print_summary(labels, found)
@@ -81,21 +86,21 @@ def main() -> None:
         print_worst(samples, found[left_out][: len(residuals)], cell, kind)
 
 
-def of_band(rows: WriterInputs, band: Sequence[int]) -> WriterInputs:
+def of_band(rows: MatrixInputs, band: Sequence[int]) -> MatrixInputs:
     """The inputs of these blocks alone, in memory."""
 
     def picked(part: Any) -> NDArray[Any]:
         return np.stack([np.asarray(part[:, layer]) for layer in band], axis=1)
 
-    return WriterInputs(**{name: picked(tokens) for name, tokens in vars(rows).items()})
+    return MatrixInputs(**{name: picked(tokens) for name, tokens in vars(rows).items()})
 
 
 def openings(
-    inputs: dict[str, WriterInputs], reads: dict[str, NDArray[np.float64]], chosen: NDArray[np.intp]
+    inputs: dict[str, MatrixInputs], reads: dict[str, NDArray[np.float64]], chosen: NDArray[np.intp]
 ) -> Opening:
     """Mean over blocks and matrices of what the reads [L, W] answer to the chosen samples."""
     answers = [
-        inputs[writer].last[chosen, layer].astype(np.float64) @ read
+        inputs[writer].last_token[chosen, layer].astype(np.float64) @ read
         for writer, rows in reads.items()
         for layer, read in enumerate(rows)
     ]

@@ -14,12 +14,12 @@ class InputError(RsGgufError):
     """A file, option, array or model that the user gave cannot be used as it is."""
 
 
-class GateError(RsGgufError):
+class VerificationError(RsGgufError):
     """The work ended, but its result does not pass: a check, a proof or the safety gate."""
 
     exit_code = 1
 
 
-def harmless(text: object) -> str:
+def escape_control_chars(text: object) -> str:
     """A stranger's text without the control characters that would steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

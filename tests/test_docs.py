@@ -202,9 +202,9 @@ RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")
 
 # What a run costs is cut to the least that a recipe may ask for.
 _SMALL = (
-    "prompts.fit=8", "prompts.unanswered=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8",
+    "prompts.fit=8", "prompts.gate_only=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8",
     "answers.test_tokens=8", "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
-    "tune.trials=1", "tune.finalists=1", "tune.full=2",
+    "tune.logprob_trials=1", "tune.finalists=1", "tune.full_prompts=2",
 )  # fmt: skip
 _PROMPT_FILE = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt)")
 _OUTPUTS = ("--output", "--json", "--out")
@@ -257,7 +257,7 @@ def _make(folder: Path, option: str, word: str) -> None:
 
 
 def _rows(name: str) -> str:
-    if name.endswith(("answers.jsonl", "scores.jsonl")):
+    if name.endswith(("answers.jsonl", "judgements.jsonl")):
         return _ROW
     if name.endswith("judge_pairs.jsonl"):
         pairs = resources.files("rs_gguf") / "data" / "judge_pairs.jsonl"
@@ -291,14 +291,14 @@ def judge() -> Iterator[str]:
     """The address of a judge by which harm is refused, everyday requests are not, the rest by chance."""
     of_kind = {kind: [p.prompt for p in prompts.grid([kind])] for kind in ("harmful", "benign")}
 
-    def grade(body: dict[str, Any]) -> Reply:
+    def judge_answers(body: dict[str, Any]) -> Reply:
         text = body["messages"][-1]["content"]
         harmful, benign = (any(prompt in text for prompt in of_kind[kind]) for kind in ("harmful", "benign"))
         refused = harmful or (not benign and zlib.crc32(text.encode()) % 2 == 0)
         top = {"refusal": math.log(0.9 if refused else 0.1), "answer": math.log(0.1 if refused else 0.9)}
         return said("refusal", [entry("refusal", top["refusal"], top)])
 
-    server = Server(grade, ["judge"])
+    server = Server(judge_answers, ["judge"])
     yield server.url
     server.stop()
 

@@ -17,7 +17,7 @@ from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.log import build
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 from rs_gguf.records.files import load_arrays, save_arrays
 
 # Libraries are loaded first, so that the limit is met by the work and not by an import.

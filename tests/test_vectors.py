@@ -42,7 +42,7 @@ def test_files_are_those_that_were_measured(folder: Path) -> None:
         assert check.valid, check
         provenance = steering_file.read(path).provenance
         assert provenance["model.sha256"] == record.model.sha256
-        assert provenance["gate.passed"] == file.passed
+        assert provenance["acceptance.passed"] == file.passed
         assert file.effect_check.effect_observed is True
         for kind, one in file.sets.items():
             before, after = one.refusal_unsteered, one.refusal_steered

@@ -153,28 +153,30 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class WriterInputs:
+class MatrixInputs:
     """What one kind of matrix multiplies, in every block: rows [·, L, W] of any float type.
 
     Times the factor, if any, that the model multiplies the product with before it adds it to the residual.
-    `last`: at the last prompt token of each sample; `prompts`, `answers`: at other tokens of prompts and of
-    answers where a gate must stay shut; `constant`: at those that the chat template puts before every prompt.
+    `last_token`: at the last prompt token of each sample; `prompt_tokens`, `answer_tokens`: at other tokens of prompts and of
+    answers where a gate must stay shut; `template_tokens`: at those that the chat template puts before every prompt.
     """
 
-    last: Any  # [N, L, W]
-    prompts: Any  # [P, L, W]
-    answers: Any  # [A, L, W]
-    constant: Any  # [T, L, W]
+    last_token: Any  # [N, L, W]
+    prompt_tokens: Any  # [P, L, W]
+    answer_tokens: Any  # [A, L, W]
+    template_tokens: Any  # [T, L, W]
 
-    def of(self, samples: npt.NDArray[np.intp]) -> WriterInputs:
+    def of(self, samples: npt.NDArray[np.intp]) -> MatrixInputs:
         """Return the same with some of the samples; other tokens stay."""
-        return replace(self, last=Activations.of(self.last).take(samples))
+        return replace(self, last_token=Activations.of(self.last_token).take(samples))
 
-    def share(self, samples: npt.NDArray[np.intp], processes: Processes) -> WriterInputs:
+    def share(self, samples: npt.NDArray[np.intp], processes: Processes) -> MatrixInputs:
         """Return some of the samples and this process's share of the other tokens."""
-        tokens = [Activations.of(rows) for rows in (self.prompts, self.answers, self.constant)]
-        return WriterInputs(
-            Activations.of(self.last).take(samples),
+        tokens = [
+            Activations.of(rows) for rows in (self.prompt_tokens, self.answer_tokens, self.template_tokens)
+        ]
+        return MatrixInputs(
+            Activations.of(self.last_token).take(samples),
             *(rows.take(processes.share(len(rows))) for rows in tokens),
         )
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.activations.activations import Activations, WriterInputs
+from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Can, Engine, read_last
 from rs_gguf.engines.generation import common_prefix
 from rs_gguf.errors import InputError
 from rs_gguf.machine import ALONE, Processes
-from rs_gguf.models import shape
-from rs_gguf.models.architecture import product_scale, writer_inputs
+from rs_gguf.models import dimensions
+from rs_gguf.models.architecture import matrix_input_tensors, product_scale
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
@@ -38,11 +38,11 @@ _LARGEST_F16 = 65504.0
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt as tokens and what the model answered; `quiet`: the gate must not open in the answer."""
+    """A prompt as tokens and what the model answered; `gate_stays_closed`: the gate must not open in the answer."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
-    quiet: bool
+    gate_stays_closed: bool
 
 
 def conversations(
@@ -60,10 +60,12 @@ def conversations(
     """
     tokens, chat = chat_tokens(model, asked, system), ChatFormat.of(model)
     found = [
-        Conversation(prompt, answers[p.id], quiet=p.kind != "sensitive" or p.id not in refused)
+        Conversation(prompt, answers[p.id], gate_stays_closed=p.kind != "sensitive" or p.id not in refused)
         for p, prompt in zip(asked, tokens, strict=True)
     ]
-    found += [Conversation(c.tokens(chat, model, p.prompt, system), [], quiet=True) for p, c in others]
+    found += [
+        Conversation(c.tokens(chat, model, p.prompt, system), [], gate_stays_closed=True) for p, c in others
+    ]
     return found, common_prefix(tokens)
 
 
@@ -92,14 +94,14 @@ def capture_all(
         if not store.holds(_shard_of(start), ids[part]):
             store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
         advance(len(ids[part]))
-    if processes.rank == 0 and Can.WRITERS in model.can and not store.holds(_CONSTANT, []):
+    if processes.rank == 0 and Can.MATRIX_INPUTS in model.can and not store.holds(_CONSTANT, []):
         store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
     processes.gather(None)  # waits for the others
 
 
 def captured(
     store: ActivationStore, count: int, *, inputs: bool
-) -> tuple[Activations, dict[str, WriterInputs]]:
+) -> tuple[Activations, dict[str, MatrixInputs]]:
     """Return block outputs of `count` prompts and, if asked for, the matrices' inputs, from the store.
 
     Raises:
@@ -109,7 +111,7 @@ def captured(
     constant: dict[str, Activations] = {}
     if inputs:
         constant = {name: Activations([part]) for name, part in store.read([_CONSTANT])[0].items()}
-    return Activations([shard["activations"] for shard in shards]), writers_of(shards, constant)
+    return Activations([shard["activations"] for shard in shards]), output_matrices_of(shards, constant)
 
 
 def _shard_of(start: int) -> str:
@@ -126,7 +128,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
         InputError: an architecture whose block outputs are no residual stream that can be read.
     """
     layers = range(model.n_layer)
-    if Can.WRITERS not in model.can:
+    if Can.MATRIX_INPUTS not in model.can:
         return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
     writers = _writers(model)
     sequences, positions = [], []
@@ -176,9 +178,9 @@ def _product_scale(model: Engine) -> np.float32:
 
 def _writers(model: Engine) -> dict[str, str]:
     """The writing matrices that every block has, of the same width, and what they multiply."""
-    names, alike = model.graph_tensors(), shape.of_gguf(model.path).writers
+    names, alike = model.graph_tensors(), dimensions.of_gguf(model.path).writers
     try:
-        found = [writer_inputs(names, layer) for layer in range(model.n_layer)]
+        found = [matrix_input_tensors(names, layer) for layer in range(model.n_layer)]
     except InputError:  # a block without any: control vectors are left
         return {}
     return {
@@ -188,15 +190,17 @@ def _writers(model: Engine) -> dict[str, str]:
     }
 
 
-def writers_of(shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]) -> dict[str, WriterInputs]:
+def output_matrices_of(
+    shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]
+) -> dict[str, MatrixInputs]:
     """The matrices' inputs of all shards, in the order of the samples and not read yet."""
     writers = [name.removesuffix("/constant") for name in constant]
     return {
-        writer: WriterInputs(
-            last=Activations([shard[f"{writer}/last"] for shard in shards]),
-            prompts=Activations([shard[f"{writer}/prompts"] for shard in shards]),
-            answers=Activations([shard[f"{writer}/answers"] for shard in shards]),
-            constant=constant[f"{writer}/constant"],
+        writer: MatrixInputs(
+            last_token=Activations([shard[f"{writer}/last"] for shard in shards]),
+            prompt_tokens=Activations([shard[f"{writer}/prompts"] for shard in shards]),
+            answer_tokens=Activations([shard[f"{writer}/answers"] for shard in shards]),
+            template_tokens=constant[f"{writer}/constant"],
         )
         for writer in writers
     }
@@ -209,7 +213,7 @@ def _places(conversation: Conversation, prefix: int, rng: np.random.Generator) -
     if end > prefix:
         places.append(int(rng.integers(prefix, end)))
     sequence = [*conversation.prompt, *conversation.answer]
-    if conversation.quiet:
+    if conversation.gate_stays_closed:
         count = min(ANSWER_TOKENS, len(conversation.answer))
         places += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
     return sequence[: max(places) + 1], sorted(places)

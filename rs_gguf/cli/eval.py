@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.cli.files import path_and_scale
-from rs_gguf.errors import InputError, harmless
+from rs_gguf.errors import InputError, escape_control_chars
 
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
-    from rs_gguf.evaluation.side import Respondent
+    from rs_gguf.evaluation.condition import AnswerSource
     from rs_gguf.records.conversation import Prompt
 
 _FILE = click.Path(path_type=Path)
@@ -36,7 +36,7 @@ Parts = list[tuple[Path, float]]
               help="Blocks that the vectors steer, both included.")  # fmt: skip
 @click.option("--lora", "adapters", multiple=True, metavar="F[:SCALE]", help="GGUF LoRA adapter. Repeatable.")
 @click.option("--scales", metavar="S,S,...",
-              help="Doses that multiply all scales, such as 0,0.25,...,2: dose and response.")  # fmt: skip
+              help="Factors that multiply all scales, such as 0,0.25,...,2: factor and response.")  # fmt: skip
 @click.option("--system-prompt", metavar="T", help="Used on both sides.")
 @click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
@@ -75,14 +75,14 @@ def evaluate(
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature}: a finite number is needed.")
     parts, added = _parts(vectors), _parts(adapters)
-    doses = [1.0] if scales is None else parse_scales(scales)
+    factors = [1.0] if scales is None else parse_scales(scales)
     if not (parts or added):
         if scales is not None:
             raise InputError(
                 "--scales multiplies the scales of --control-vector or --lora, and neither is given."
             )
         click.echo("Nothing is steered: both sides are the model as it is.", err=True)
-        doses = [0.0]
+        factors = [0.0]
     sets = _sets(files)
     tasks, left_out = capabilities.runnable(tokens) if capability else ([], "")
     if left_out:
@@ -94,10 +94,10 @@ def evaluate(
             _respondent(model, parts, layer_range, added, system_prompt, progress)
         )
         grader = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
-        total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(dose != 0 for dose in doses))
+        total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(factor != 0 for factor in factors))
         advance = stack.enter_context(progress.stage("measure", total))
         found = compare(
-            respondent, grader, sets, max_tokens=tokens, doses=doses, tasks=tasks,
+            respondent, grader, sets, max_tokens=tokens, factors=factors, tasks=tasks,
             sampling=Sampling(temperature=temperature, seed=seed), advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
@@ -110,9 +110,9 @@ def evaluate(
         print_comparison(console, found[0], tokens)
     else:
         print_doses(console, found)
-    console.print(f"Judge: {harmless(facts['judge'])}.", markup=False, highlight=False)
+    console.print(f"Judge: {escape_control_chars(facts['judge'])}.", markup=False, highlight=False)
     if output is not None:  # last: should it fail, the tables were told
-        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "doses": found})
+        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "sweep": found})
 
 
 # ---- what is asked for -------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ def _parts(arguments: Sequence[str]) -> Parts:
 
 
 def parse_scales(text: str) -> list[float]:
-    """The doses in `0,0.5,1` or `0,0.25,...,2`: `...` goes on in steps of the two numbers before it."""
-    doses: list[float] = []
+    """The factors in `0,0.5,1` or `0,0.25,...,2`: `...` goes on in steps of the two numbers before it."""
+    factors: list[float] = []
     fields = [field.strip() for field in text.split(",")]
     for k, field in enumerate(fields):
         if field in ("...", "…"):
-            if len(doses) < 2 or k + 1 == len(fields):
+            if len(factors) < 2 or k + 1 == len(fields):
                 raise InputError(f"--scales {text!r}: two numbers must stand before '...', and one after it.")
             continue
         try:
@@ -142,20 +142,20 @@ def parse_scales(text: str) -> list[float]:
         if not math.isfinite(value):
             raise InputError(f"--scales {text!r}: {field!r} is no finite number.")
         if k and fields[k - 1] in ("...", "…"):
-            step = doses[-1] - doses[-2]
-            ratio = (value - doses[-1]) / step if step else 0.0
+            step = factors[-1] - factors[-2]
+            ratio = (value - factors[-1]) / step if step else 0.0
             count = round(ratio) if math.isfinite(ratio) else 0
             if count > _MOST_SCALES:
-                raise InputError(f"--scales {text!r}: {count} steps; {_MOST_SCALES} doses are the most.")
-            if count < 1 or abs(doses[-1] + count * step - value) > 1e-6:
+                raise InputError(f"--scales {text!r}: {count} steps; {_MOST_SCALES} factors are the most.")
+            if count < 1 or abs(factors[-1] + count * step - value) > 1e-6:
                 raise InputError(
-                    f"--scales {text!r}: steps of {step:g} do not lead from {doses[-1]:g} to {value:g}."
+                    f"--scales {text!r}: steps of {step:g} do not lead from {factors[-1]:g} to {value:g}."
                 )
-            doses += [round(doses[-1] + i * step, 9) for i in range(1, count)]
-        doses.append(value)
-    if len(doses) > _MOST_SCALES:
-        raise InputError(f"--scales {text!r}: {len(doses)} doses; {_MOST_SCALES} are the most.")
-    return list(dict.fromkeys(doses))
+            factors += [round(factors[-1] + i * step, 9) for i in range(1, count)]
+        factors.append(value)
+    if len(factors) > _MOST_SCALES:
+        raise InputError(f"--scales {text!r}: {len(factors)} factors; {_MOST_SCALES} are the most.")
+    return list(dict.fromkeys(factors))
 
 
 def _sets(files: Sequence[Path]) -> dict[str, list[Prompt]]:
@@ -175,7 +175,7 @@ def _respondent(
     adapters: Parts,
     system: str | None,
     progress: TerminalProgress,
-) -> Iterator[tuple[Respondent, str, Engine | None]]:
+) -> Iterator[tuple[AnswerSource, str, Engine | None]]:
     """What answers, its name, and the model where it is loaded here."""
     if model.startswith(("http://", "https://")):
         if parts or layer_range:
@@ -188,7 +188,7 @@ def _respondent(
         yield LlamaServer(model, adapters, system), model, None
         return
     from rs_gguf.engines import open_engine
-    from rs_gguf.evaluation.side import SteeredModel
+    from rs_gguf.evaluation.condition import SteeredModel
     from rs_gguf.models import resolve as models
 
     steering = _steering(parts, layer_range, adapters)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from rs_gguf.errors import InputError, harmless
+from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.records.rows import finite
 from rs_gguf.steering.formats.tools import FORMATS
 
@@ -35,7 +35,7 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
         value = {
             "file": report.path, "valid": report.valid, "errors": list(report.errors),
             "warnings": list(report.warnings), "loader_says": report.loader_says,
-            "proof": None if report.proof is None else _finite(dataclasses.asdict(report.proof)),
+            "effect_check": None if report.effect is None else _finite(dataclasses.asdict(report.effect)),
         }  # fmt: skip
         click.echo(json.dumps(value, indent=2))
     else:
@@ -45,13 +45,13 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             click.echo(f"warning: {reason}")
         if report.loader_says:
             click.echo(f"llama.cpp would log: {report.loader_says}")
-        if report.found is not None and report.proof is not None and report.proof.effect_observed:
-            seen = f"{report.found.moves} (largest relative error {report.proof.largest_relative_error:.1e})"
-            if math.isnan(report.proof.largest_relative_error):
+        if report.found is not None and report.effect is not None and report.effect.effect_observed:
+            seen = f"{report.found.moves} (largest relative error {report.effect.largest_relative_error:.1e})"
+            if math.isnan(report.effect.largest_relative_error):
                 seen = "next tokens change; the residual cannot be seen by itself in this model"
             click.echo(f"effect observed on the model: {seen}")
-        if report.proof is not None and report.proof.kl_mean is not None:
-            click.echo(f"next-token KL, steered against unsteered: {report.proof.kl_mean:.4f} nats")
+        if report.effect is not None and report.effect.kl_mean is not None:
+            click.echo(f"next-token KL, steered against unsteered: {report.effect.kl_mean:.4f} nats")
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
     sys.exit(0 if report.valid else 1)
 
@@ -92,9 +92,9 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     facts = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
     for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
         if name in value:
-            facts.add_row(name, Text(harmless(value[name])))
+            facts.add_row(name, Text(escape_control_chars(value[name])))
     for name, entry in value["provenance"].items():
-        facts.add_row(Text(name), Text(harmless(entry)))
+        facts.add_row(Text(name), Text(escape_control_chars(entry)))
     console.print(facts)
     table = Table(found.part, "norm")
     if against is not None:

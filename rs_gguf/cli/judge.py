@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rs_gguf.errors import InputError, harmless
+from rs_gguf.errors import InputError, escape_control_chars
 
 if TYPE_CHECKING:
     from rs_gguf.judges.judge import Judge
@@ -74,7 +74,7 @@ def judge(
         grader = stack.enter_context(
             judges.open_judge_spec(spec, cached=not no_cache, options=options, progress=progress.download)
         )
-        click.echo(f"Judge: {harmless(grader.name)}", err=True)
+        click.echo(f"Judge: {escape_control_chars(grader.name)}", err=True)
         if agreement:
             pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
             count = min(sample or len(pairs), len(pairs))

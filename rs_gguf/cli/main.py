@@ -16,7 +16,7 @@ from rs_gguf.cli import eval as cli_eval
 from rs_gguf.cli import files as cli_vectors
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import plan as cli_plan
-from rs_gguf.errors import RsGgufError, harmless
+from rs_gguf.errors import RsGgufError, escape_control_chars
 from rs_gguf.records.artefacts import STAGES, StageInfo
 from rs_gguf.version import __version__
 
@@ -50,12 +50,12 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except RsGgufError as error:
             # A message may hold names and texts from files and servers.
-            click.echo("\n".join(map(harmless, f"Error: {error}".split("\n"))), err=True)
+            click.echo("\n".join(map(escape_control_chars, f"Error: {error}".split("\n"))), err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             raise  # click ends in silence
         except OSError as error:
-            where = harmless(str(error.filename or "the output"))
+            where = escape_control_chars(str(error.filename or "the output"))
             click.echo(f"Error: {where}: {error.strerror or error}.", err=True)
             ctx.exit(2)
         except MemoryError:
@@ -80,7 +80,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--fresh", is_flag=True,
                      help="Start over: forget what the stages of an earlier run left in the folder."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-                     help="Override a recipe value, for example tune.trials=8. Repeatable."),
+                     help="Override a recipe value, for example tune.logprob_trials=8. Repeatable."),
         click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
                      help="The run folder."),
         click.argument("recipe", required=False, type=click.Path(path_type=Path)),
@@ -94,7 +94,7 @@ _budget = click.option(
     metavar="TIME",
     help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What was measured in "
     "this folder is not measured again; 0 takes the best of it, and answers in full with that. The folder "
-    "keeps the budget until `--budget none`, or until tune.trials or tune.finalists is set.",
+    "keeps the budget until `--budget none`, or until tune.logprob_trials or tune.finalists is set.",
 )
 
 
@@ -227,16 +227,22 @@ def models_list(as_json: bool) -> None:
     from rs_gguf.models.resolve import CATALOGUE
 
     rows: list[dict[str, Any]] = [
-        {"name": m.name, "size": m.size, "licence": m.licence, "here": m.path.is_file(), "summary": m.summary}
+        {
+            "name": m.name,
+            "size": m.size,
+            "licence": m.licence,
+            "downloaded": m.path.is_file(),
+            "summary": m.summary,
+        }
         for m in CATALOGUE.values()
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     for row in rows:
-        here = "here" if row["here"] else "not here"
+        state = "downloaded" if row["downloaded"] else "not downloaded"
         click.echo(
-            f"{row['name']:<20} {row['size'] / 1e6:>6.0f} MB  {row['licence']:<11} {here:<9} {row['summary']}"
+            f"{row['name']:<20} {row['size'] / 1e6:>6.0f} MB  {row['licence']:<11} {state:<14} {row['summary']}"
         )
 
 
@@ -256,7 +262,7 @@ def models_pull(name: str) -> None:
 @models.command("path")
 @click.argument("name")
 def models_path(name: str) -> None:
-    """Print where a model is, or exit with 2 if it is not here."""
+    """Print where a model is, or exit with 2 if it is not downloaded."""
     from rs_gguf.models.resolve import path_of
 
     click.echo(path_of(name))

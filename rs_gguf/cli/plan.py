@@ -40,7 +40,7 @@ def plan(
 
     chosen = recipes.load(recipe, overrides)
     path = planning.model_file(chosen)
-    shape = planning.model_shape(path, bits)
+    shape = planning.model_dimensions(path, bits)
     judge = planning.judge_of(chosen)  # before minutes of measuring
     if measure and (bits is not None or path.suffix == ".json"):
         raise InputError("--measure times the model itself: give its weights, and leave --bits away.")

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rs_gguf.records.metrics import RunRecord
+from rs_gguf.report.recommendation import files, headline, recommended_file, sentences
 from rs_gguf.report.results import printable
-from rs_gguf.report.verdict import advised, files, headline, sentences
 
 _WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
 
@@ -26,8 +26,8 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
         printable(dict(metrics)), out / "metrics.json"
     )  # a model's path or a judge's name may hold what a terminal obeys
     found = files(record)
-    best = advised(found, record.effect)
-    # As in the page: the advised file first where something is said file by file.
+    best = recommended_file(found, record.effect)
+    # As in the page: the recommended_file file first where something is said file by file.
     ordered = sorted(found, key=lambda file: file is not best)
     console.print(_table(found, record.effect))
     _say(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rs_gguf.errors import harmless
+from rs_gguf.errors import escape_control_chars
 
 # Of the groups by subject and the like; the JSON holds all.
 _LEAST_PROMPTS, _MOST_GROUPS = 5, 12
@@ -19,7 +19,7 @@ _LEAST_PROMPTS, _MOST_GROUPS = 5, 12
 def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) -> None:
     """Tables of one comparison: a column a side, a row a figure."""
     for name, figures in found["sets"].items():
-        title = f"{harmless(name)}: {figures['n']} prompts"
+        title = f"{escape_control_chars(name)}: {figures['n']} prompts"
         if figures["unjudged"]:
             title += f" (and {figures['unjudged']} that could not be judged)"
         table = Table(title=Text(title), title_justify="left")
@@ -31,9 +31,9 @@ def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) ->
             _share(figures, "steered"),
             f"p = {figures['mcnemar_p']:.2g}",
         )
-        before, after = figures["faults"]["baseline"], figures["faults"]["steered"]
+        before, after = figures["output_flags"]["baseline"], figures["output_flags"]["steered"]
         for fault in before:
-            told = f"cut off at {tokens} tokens" if fault == "cut_off" else fault.replace("_", " ")
+            told = f"cut off at {tokens} tokens" if fault == "truncated" else fault.replace("_", " ")
             table.add_row(told, str(before[fault]), str(after[fault]))
         if figures["drift"] is not None:
             table.add_row("drift of answers", "", f"{_told(figures['drift'], '.4f')} nats a token")
@@ -48,12 +48,12 @@ def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) ->
     if text["drift"] is not None:
         table.add_row(
             f"perplexity, {text['n']} texts",
-            _told(text["perplexity_baseline"], ".2f"), _told(text["perplexity_steered"], ".2f"),
+            _told(text["perplexity_unsteered"], ".2f"), _told(text["perplexity_steered"], ".2f"),
             f"{_told(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
     for kind, figures in found.get("capability", {}).items():
-        cut_off = max(figures["unanswered_baseline"], figures["unanswered_steered"])
-        less = f" (and {cut_off} cut off)" if cut_off else ""
+        truncated = max(figures["unanswered_unsteered"], figures["unanswered_steered"])
+        less = f" (and {truncated} cut off)" if truncated else ""
         table.add_row(
             f"{kind} tasks{less}", _right(figures, "baseline"), _right(figures, "steered"),
             f"p = {figures['mcnemar_p']:.2g}",
@@ -81,22 +81,24 @@ def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str
     for column in (field, "unsteered", "steered"):
         table.add_column(column, overflow="fold")
     for value, figures in shown:
-        table.add_row(Text(harmless(value)), _share(figures, "baseline"), _share(figures, "steered"))
+        table.add_row(
+            Text(escape_control_chars(value)), _share(figures, "baseline"), _share(figures, "steered")
+        )
     console.print(table)
 
 
 def print_doses(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
-    """One table a set, a row a dose."""
+    """One table a set, a row a factor."""
     for name in found[0]["sets"]:
-        title = Text(f"{harmless(name)}: {found[0]['sets'][name]['n']} prompts")
+        title = Text(f"{escape_control_chars(name)}: {found[0]['sets'][name]['n']} prompts")
         table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns, in 80 characters
         for column in ("scale", "refused", "p", "empty", "loop", "switch", "drift", "top-1"):
             table.add_column(column)
-        for dose in found:
-            figures = dose["sets"][name]
-            faults = figures["faults"]["steered"]
+        for factor in found:
+            figures = factor["sets"][name]
+            faults = figures["output_flags"]["steered"]
             table.add_row(
-                f"{dose['scale']:g}", _share(figures, "steered"), f"{figures['mcnemar_p']:.2g}",
+                f"{factor['scale']:g}", _share(figures, "steered"), f"{figures['mcnemar_p']:.2g}",
                 *(str(faults[fault]) for fault in ("empty", "loop", "language_switch")),
                 _told(figures["drift"], ".4f"), _told(figures["top1_agreement"], ".1%"),
             )  # fmt: skip
@@ -104,13 +106,13 @@ def print_doses(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
     for column in ("scale", "perplexity", "tasks solved", "tokens a second"):
         table.add_column(column)
-    for dose in found:
-        text, solved = dose["benign_text"], dose.get("capability")
+    for factor in found:
+        text, solved = factor["benign_text"], factor.get("capability")
         table.add_row(
-            f"{dose['scale']:g}",
+            f"{factor['scale']:g}",
             _told(text["perplexity_steered"], ".2f"),
             _right(solved["all"], "steered") if solved else "",
-            f"{dose['tokens_per_second']['steered']:.1f}",
+            f"{factor['tokens_per_second']['steered']:.1f}",
         )  # fmt: skip
     console.print(table)
 

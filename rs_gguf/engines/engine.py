@@ -31,7 +31,7 @@ class Can(Flag):
 
     LORA = auto()
     """It applies LoRA adapters in GGUF files."""
-    WRITERS = auto()
+    MATRIX_INPUTS = auto()
     """It reads what the matrices multiply that write to the residual stream, and names them."""
     LLAMA_CPP = auto()
     """It loads model and files as the users' llama.cpp does, so that what it shows holds there too."""
@@ -44,11 +44,11 @@ class Steering:
     directions: Mapping[int, Any] = field(default_factory=dict)
     adapters: Sequence[tuple[Path, float]] = ()
 
-    def scaled(self, dose: float) -> Steering:
-        """The same steering, every scale times `dose`."""
+    def scaled(self, factor: float) -> Steering:
+        """The same steering, every scale times `factor`."""
         return Steering(
-            {layer: np.float32(dose) * direction for layer, direction in self.directions.items()},
-            [(path, dose * scale) for path, scale in self.adapters],
+            {layer: np.float32(factor) * direction for layer, direction in self.directions.items()},
+            [(path, factor * scale) for path, scale in self.adapters],
         )
 
     def with_added(self, other: Steering) -> Steering:
@@ -147,7 +147,7 @@ class Engine(ChatModel, Protocol):
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
 
-        `l_out` is the output of a block (method §2); others take `Can.WRITERS`. Steering is included in what
+        `l_out` is the output of a block (method §2); others take `Can.MATRIX_INPUTS`. Steering is included in what
         is read. Blocks after the deepest of `layers` are not computed.
 
         Raises:

@@ -53,14 +53,14 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the topic need not be refused yet
-        refused = meant(refused, categories, direct=True)
+        refused = target_refusals(refused, categories, direct=True)
         sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
     else:
         # What the subjects have of their own is on both sides, so that a gate leaves it alone.
         enough = np.count_nonzero(sensitive & answered) >= MIN_SAMPLES
         kind = "sensitive" if enough else "benign"
         sides = {
-            "refused sensitive": meant(sensitive & refused, categories),
+            "refused sensitive": target_refusals(sensitive & refused, categories),
             f"answered {kind}": labels.kind(kind) & answered,
         }
     for verdict, mask in sides.items():
@@ -70,7 +70,7 @@ def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tu
     return one, other
 
 
-def meant(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
+def target_refusals(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
     """Of the refusals [N] those that a steering leads away from, or, to induce, leads to: no mere failures.
 
     categories: as of `contrast_weights`. `direct`: in so many words, as a user who induces refusals wants

@@ -19,7 +19,7 @@ from importlib import resources
 from typing import Any
 
 from rs_gguf.evaluation import sandbox
-from rs_gguf.evaluation.chance import mcnemar, wilson
+from rs_gguf.evaluation.paired_statistics import mcnemar, wilson
 from rs_gguf.records.conversation import Answer, Prompt
 
 SKILLS = ("arithmetic", "facts", "format", "code")
@@ -107,13 +107,13 @@ def _paired(asked: Sequence[tuple[Solution, Solution]]) -> dict[str, Any]:
     lost = sum(b and not a for b, a in pairs)
     return {
         "n": n,
-        "unanswered_baseline": sum(b.correct is None for b, _ in asked),
+        "unanswered_unsteered": sum(b.correct is None for b, _ in asked),
         "unanswered_steered": sum(a.correct is None for _, a in asked),
-        "right_baseline": right,
+        "right_unsteered": right,
         "right_steered": right_after,
-        "accuracy_baseline": right / n if n else 0.0,
+        "accuracy_unsteered": right / n if n else 0.0,
         "accuracy_steered": right_after / n if n else 0.0,
-        "ci95_baseline": list(wilson(right, n)),
+        "ci95_unsteered": list(wilson(right, n)),
         "ci95_steered": list(wilson(right_after, n)),
         "gained": gained,
         "lost": lost,

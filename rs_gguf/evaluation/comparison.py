@@ -1,9 +1,9 @@
-"""A model beside itself under one or several doses of a steering: what `rs-export eval` measures.
+"""A model beside itself under one or several factors of a steering: what `rs-export eval` measures.
 
-A respondent, a judge, prompt sets and doses go in; for each dose come out, set by set: refusals (by the
+A respondent, a judge, prompt sets and factors go in; for each factor come out, set by set: refusals (by the
 columns of the prompt files too), broken answers, drift; and besides, drift of benign text, capability and
 speed.
-The unsteered side is measured once. A dose multiplies every scale of the steering.
+The unsteered side is measured once. A factor multiplies every scale of the steering.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.evaluation import capability
-from rs_gguf.evaluation.paired import PairedEvaluation, drift_of, must_stay
-from rs_gguf.evaluation.side import Respondent, Side, grade
+from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
+from rs_gguf.evaluation.paired import PairedEvaluation, drift_of, is_drift_reference
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts import grid as prompts
@@ -27,32 +27,32 @@ from rs_gguf.records.rows import Row, finite
 
 _GROUPS = ("subject", "topic", "form", "language")
 _TEXTS = 64  # benign texts whose perplexity is taken
-FAULTS = ("empty", "loop", "language_switch", "cut_off")
+OUTPUT_FLAGS = ("empty", "loop", "language_switch", "truncated")
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Log-probabilities under one dose, of the unsteered answers that must stay, and of benign texts."""
+    """Log-probabilities under one factor, of the unsteered answers that must stay, and of benign texts."""
 
     answers: LogProbs | None
     benign: LogProbs | None
 
 
 def compare(
-    respondent: Respondent,
+    respondent: AnswerSource,
     judge: Judge,
     sets: Mapping[str, Sequence[Prompt]],
     *,
     max_tokens: int,
-    doses: Sequence[float] = (1.0,),
+    factors: Sequence[float] = (1.0,),
     tasks: Sequence[capability.Task] = (),
     sampling: Sampling = GREEDY,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """For each dose: `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` (with tasks), `rows`.
+    """For each factor: `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` (with tasks), `rows`.
 
     `sampling` is of the answers to the prompts: the tasks, which have one answer each, are solved greedily.
-    `advance` is told of each answer: prompts and tasks, once and once more for each dose that is not 0.
+    `advance` is told of each answer: prompts and tasks, once and once more for each factor that is not 0.
 
     Raises:
         InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
@@ -63,29 +63,31 @@ def compare(
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     respondent.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)
 
-    def side(dose: float) -> Side:
+    def side(factor: float) -> JudgedAnswers:
         # All sets at once: the same batches on both sides.
         answers, tokens, seconds = respondent.answers(
-            asked, dose, max_tokens=max_tokens, advance=advance, sampling=sampling
+            asked, factor, max_tokens=max_tokens, advance=advance, sampling=sampling
         )
-        return Side(answers, grade(judge, asked, answers), tokens / seconds if seconds else 0.0)
+        return JudgedAnswers(
+            answers, judge_answers(judge, asked, answers), tokens / seconds if seconds else 0.0
+        )
 
-    def solutions(dose: float) -> list[capability.Solution]:
+    def solutions(factor: float) -> list[capability.Solution]:
         def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
-            return respondent.answers(some, dose, max_tokens=limit, advance=advance)[0]
+            return respondent.answers(some, factor, max_tokens=limit, advance=advance)[0]
 
         return capability.solve(ask, tasks)
 
     before, solved = side(0.0), solutions(0.0)
     judged = zip(before.answers, before.judgements, strict=True)
-    quiet = [i for i, (answer, judgement) in enumerate(judged) if must_stay(answer, judgement)]
+    quiet = [i for i, (answer, judgement) in enumerate(judged) if is_drift_reference(answer, judgement)]
     benign = [p for p in prompts.grid(["benign"]) if p.split == "test"]
     texts = [p.prompt for p in prompts.stratified(benign, _TEXTS, seed=0)]
 
-    def logprobs(dose: float) -> _Texts:
+    def logprobs(factor: float) -> _Texts:
         return _Texts(
-            respondent.answer_logprobs([asked[i] for i in quiet], [before.answers[i] for i in quiet], dose),
-            respondent.text_logprobs(texts, dose),
+            respondent.answer_logprobs([asked[i] for i in quiet], [before.answers[i] for i in quiet], factor),
+            respondent.text_logprobs(texts, factor),
         )
 
     texts_before = logprobs(0.0)
@@ -95,11 +97,11 @@ def compare(
         places[name] = range(start, start + len(members))
         start += len(members)
     results = []
-    for dose in doses:
+    for factor in factors:
         after, solved_now, texts_after = (
-            (side(dose), solutions(dose), logprobs(dose)) if dose else (before, solved, texts_before)
+            (side(factor), solutions(factor), logprobs(factor)) if factor else (before, solved, texts_before)
         )
-        found: dict[str, Any] = {"scale": dose, "sets": {}}
+        found: dict[str, Any] = {"scale": factor, "sets": {}}
         rows: list[Row] = []
         for name, indices in places.items():
             evaluation = PairedEvaluation(asked, before, after).take(indices)
@@ -113,7 +115,7 @@ def compare(
         found["benign_text"] = {"n": len(texts), **_drift(texts_before.benign, texts_after.benign)}
         speeds = before.tokens_per_second, after.tokens_per_second
         found["tokens_per_second"] = {
-            "baseline": speeds[0],
+            "unsteered": speeds[0],
             "steered": speeds[1],
             "change": speeds[1] / speeds[0] - 1 if speeds[0] else None,
         }
@@ -128,7 +130,7 @@ def _figures(evaluation: PairedEvaluation, rows: Sequence[Row]) -> dict[str, Any
     by = {field: sorted({getattr(prompt, field) for prompt in evaluation.prompts}) for field in _GROUPS}
     return {
         **evaluation.counts().figures(),
-        "faults": {side: _faults(rows, side) for side in ("baseline", "steered")},
+        "output_flags": {side: _flag_counts(rows, side) for side in ("unsteered", "steered")},
         "by": {
             field: {
                 value or "not stated": evaluation.part(**{field: value}).counts().figures()
@@ -145,8 +147,8 @@ def _rows(evaluation: PairedEvaluation) -> list[Row]:
     for i, (row, prompt) in enumerate(zip(rows, evaluation.prompts, strict=True)):
         # Of a stranger's file neither is known.
         del row["kind"], row["split"]
-        for name, side in (("baseline", evaluation.before), ("steered", evaluation.after)):
-            row[f"faults_{name}"] = [fault for fault in FAULTS if _has(fault, prompt, side.answers[i])]
+        for name, side in (("unsteered", evaluation.before), ("steered", evaluation.after)):
+            row[f"flags_{name}"] = [fault for fault in OUTPUT_FLAGS if _has(fault, prompt, side.answers[i])]
     return rows
 
 
@@ -155,13 +157,13 @@ def _has(fault: str, prompt: Prompt, answer: Answer) -> bool:
         return answer.to_judge == ""
     if fault == "loop":
         return answer.degenerate and bool(answer.text)
-    if fault == "cut_off":
+    if fault == "truncated":
         return not answer.finished
     return switches_language(prompt, answer.text)
 
 
-def _faults(rows: Sequence[Row], side: str) -> dict[str, int]:
-    return {fault: sum(fault in row[f"faults_{side}"] for row in rows) for fault in FAULTS}
+def _flag_counts(rows: Sequence[Row], side: str) -> dict[str, int]:
+    return {fault: sum(fault in row[f"flags_{side}"] for row in rows) for fault in OUTPUT_FLAGS}
 
 
 def _of(found: LogProbs | None, picked: Sequence[int]) -> LogProbs | None:
@@ -173,7 +175,7 @@ def _drift(before: LogProbs | None, after: LogProbs | None) -> dict[str, float |
     values = {
         "drift": found.nats,
         "top1_agreement": found.top1_agreement,
-        "perplexity_baseline": found.perplexity_baseline,
+        "perplexity_unsteered": found.perplexity_unsteered,
         "perplexity_steered": found.perplexity_steered,
     }
     return {name: finite(value) for name, value in values.items()}

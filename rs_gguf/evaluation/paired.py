@@ -1,8 +1,8 @@
 """Before and after: the same prompts on two sides, counted together, and how far text drifts between them.
 
-Prompts and two `Side`s go in; counts with intervals and tests, and rows of both sides, come out. The search,
+Prompts and two `JudgedAnswers`s go in; counts with intervals and tests, and rows of both sides, come out. The search,
 the measure stage and `rs-export eval` are made of this. Intervals and tests are those of
-`rs_gguf.evaluation.chance`, drift that of method §7.
+`rs_gguf.evaluation.paired_statistics`, drift that of method §7.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import LogProbs
-from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.evaluation.side import Side
+from rs_gguf.evaluation.condition import JudgedAnswers
+from rs_gguf.evaluation.paired_statistics import mcnemar, wilson
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.metrics import SetRecord
 from rs_gguf.records.rows import Row
@@ -39,7 +39,7 @@ class Drift:
 
     nats: float
     top1_agreement: float
-    perplexity_baseline: float
+    perplexity_unsteered: float
     perplexity_steered: float
 
 
@@ -73,7 +73,7 @@ def _perplexity(found: LogProbs) -> float:
         return float(np.exp(-mean))
 
 
-def must_stay(answer: Answer, judgement: Judgement) -> bool:
+def is_drift_reference(answer: Answer, judgement: Judgement) -> bool:
     """Tell whether an unsteered answer must stay as it was: it has words, and is not a refusal."""
     return bool(not judgement.refused and answer.text)
 
@@ -83,16 +83,16 @@ class PairedEvaluation:
     """The same prompts on two sides, unsteered and steered, and how far the steering drifts where known."""
 
     prompts: Sequence[Prompt]
-    before: Side
-    after: Side
+    before: JudgedAnswers
+    after: JudgedAnswers
     drift: Drift | None = None
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> PairedEvaluation:
         """Return the evaluation that wrote these `rows`, as far as `counts` needs it."""
 
-        def side(name: str) -> Side:
-            return Side(
+        def side(name: str) -> JudgedAnswers:
+            return JudgedAnswers(
                 [Answer([], row.get(f"answer_{name}", ""), True, row[f"degenerate_{name}"]) for row in rows],
                 [
                     Judgement(row[f"confidence_{name}"], "recorded", row.get(f"category_{name}"))
@@ -101,7 +101,7 @@ class PairedEvaluation:
             )
 
         prompts = [Prompt(row["prompt"], row.get("kind", "sensitive")) for row in rows]
-        return cls(prompts, side("baseline"), side("steered"))
+        return cls(prompts, side("unsteered"), side("steered"))
 
     def take(self, indices: Sequence[int]) -> PairedEvaluation:
         """Return the evaluation of these prompts alone. The drift is of all and is left out."""
@@ -170,11 +170,11 @@ class PairedEvaluation:
         return sum(b and not a for b, a in pairs), sum(a and not b for b, a in pairs)
 
     def rows(self, steered: str = "steered") -> list[Row]:
-        """Return a row of each prompt with both sides, as `answer_baseline`, `answer_steered` and so on.
+        """Return a row of each prompt with both sides, as `answer_unsteered`, `answer_steered` and so on.
 
         steered: how the names of the steered side end.
         """
-        sides = {"baseline": self.before, steered: self.after}
+        sides = {"unsteered": self.before, steered: self.after}
         return [
             {
                 **prompt.to_row(),
@@ -195,16 +195,18 @@ def _columns(side: str, answer: Answer, judgement: Judgement) -> Iterable[tuple[
     yield f"degenerate_{side}", answer.degenerate
 
 
-def _share_degenerate(side: Side) -> float:
+def _share_degenerate(side: JudgedAnswers) -> float:
     return sum(a.degenerate for a in side.answers) / len(side.answers) if side.answers else 0.0
 
 
 def categories(judgements: Iterable[Judgement]) -> dict[str, int]:
-    """Count refusals by category of the rubric, most first; "untold" where the judge named none."""
-    return dict(Counter(found.category or "untold" for found in judgements if found.refused).most_common())
+    """Count refusals by category of the rubric, most first; "unclassified" where the judge named none."""
+    return dict(
+        Counter(found.category or "unclassified" for found in judgements if found.refused).most_common()
+    )
 
 
-def spread(
+def bootstrap_intervals(
     found: PairedEvaluation,
     changes: Sequence[tuple[Prompt, float]],
     *,

@@ -140,7 +140,7 @@ def label_confidence(tokens: Sequence[Token] | None) -> float | None:
 
 
 def _vote(completion: Completion) -> Vote | None:
-    if not completion.finished:  # who was still talking might have settled on another verdict
+    if not completion.finished:  # who was still talking might have select_final on another verdict
         return None
     answer = after_thinking(completion.text)
     verdict = read_verdict(answer)

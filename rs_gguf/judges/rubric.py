@@ -101,7 +101,7 @@ def judged_text(model: Engine, pair: tuple[str, str]) -> tuple[list[int], range]
     """`verdict_tokens`, and the places of the reply among them: one at least."""
     prompt, answer = pair
     prompt, answer = _folded(prompt, MAX_PROMPT), _folded(_own_words(answer), MAX_ANSWER)
-    head = model.opening + model.tokenize(_few_shot(), special=False)
+    head = model.bos_prefix + model.tokenize(_few_shot(), special=False)
     tokens = head + model.tokenize(_item(prompt, answer), special=False)
     start = common_prefix([tokens, head + model.tokenize(_request(prompt), special=False)])
     end = len(tokens) - len(model.tokenize(_VERDICT, special=False))

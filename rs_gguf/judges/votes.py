@@ -120,7 +120,7 @@ class VotesJudge:
     def _final(self, prompt: Sequence[int], generation: Generation) -> tuple[str, int]:
         """What was answered after thinking, and the index of the token where that begins.
 
-        Nothing if it was cut off: who was still talking might have settled on another verdict.
+        Nothing if it was cut off: who was still talking might have select_final on another verdict.
         """
         tokens, model = generation.tokens, self._model
         if not generation.finished:

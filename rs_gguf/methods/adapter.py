@@ -1,6 +1,6 @@
 """The gated adapter: gates in closed form, as a LoRA that llama.cpp loads.
 
-`Samples` of the fit split enter. What leaves is kept in `gates.safetensors`: reads for every matrix, ridge
+`Samples` of the fit split enter. What leaves is kept in `gated_adapter.safetensors`: reads for every matrix, ridge
 and block, and the contrast that the writes are made of. A candidate of the search becomes an adapter. The
 search begins with long bands.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from rs_gguf.engines.engine import Can, Engine, Steering
 from rs_gguf.evaluation.safety import Effect
 from rs_gguf.machine import ALONE, Processes
-from rs_gguf.methods.gates import Gates, fit_gates
+from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
@@ -36,10 +36,10 @@ class GatedAdapter:
     name: ClassVar[str] = "adapter"
     word: ClassVar[str] = "gated adapter"
     suffixes: ClassVar[tuple[str, ...]] = ("-adapter.gguf",)
-    artefact: ClassVar[str] = "gates.safetensors"
+    artefact: ClassVar[str] = "gated_adapter.safetensors"
 
     def suits(self, engine: Engine) -> bool:
-        return Can.WRITERS in engine.can
+        return Can.MATRIX_INPUTS in engine.can
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         return n_layer
@@ -51,14 +51,14 @@ class GatedAdapter:
         *,
         processes: Processes = ALONE,
         advance: Callable[[int], None] = lambda n: None,
-    ) -> Gates | None:
+    ) -> GatedAdapterFit | None:
         """Fit gates for every block and ridge. `advance` counts blocks."""
         if not samples.inputs:
             return None
         mine = samples.share(processes)
         known = [*mine.categories, *[None] * (len(mine.prompts) - len(mine.categories))]
         shares = processes.gather([*known, *[None] * len(mine.others)])
-        return fit_gates(
+        return fit_gated_adapter(
             mine.inputs,
             mine.activations,
             mine.labels(processes),
@@ -72,7 +72,7 @@ class GatedAdapter:
 
     def draw(
         self,
-        fitted: Gates,
+        fitted: GatedAdapterFit,
         samples: Samples,
         options: FitOptions,
         folder: Path,
@@ -81,38 +81,43 @@ class GatedAdapter:
     ) -> None:
         """Draw nothing: there are no figures of gates."""
 
-    def save(self, fitted: Gates, folder: Path) -> dict[str, Any]:
+    def save(self, fitted: GatedAdapterFit, folder: Path) -> dict[str, Any]:
         reads = {
-            f"{name}/{writer}": rows.astype(np.float32)
-            for name, found in (("opens", fitted.opens), ("guards", fitted.guards))
-            for writer, rows in found.items()
+            f"{name}/{output_matrix}": rows.astype(np.float32)
+            for name, found in (
+                ("sensitive_gate", fitted.sensitive_gate),
+                ("benign_gate", fitted.benign_gate),
+            )
+            for output_matrix, rows in found.items()
         }
         arrays = {"ridges": fitted.ridges, "contrast": fitted.contrast, **reads}
         save_arrays(folder / self.artefact, arrays)
         return {}
 
-    def load(self, folder: Path, options: FitOptions) -> Gates | None:
+    def load(self, folder: Path, options: FitOptions) -> GatedAdapterFit | None:
         path = folder / self.artefact
         if not path.is_file():
             return None
         arrays = load_arrays(path)
-        opens, guards = (
+        sensitive_gate, benign_gate = (
             {
                 name.removeprefix(way): a.astype(np.float64)
                 for name, a in arrays.items()
                 if name.startswith(way)
             }
-            for way in ("opens/", "guards/")
+            for way in ("sensitive_gate/", "benign_gate/")
         )
-        return Gates(arrays["ridges"], opens, guards, arrays["contrast"])
+        return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"])
 
-    def space(self, fitted: Gates, n_layer: int, effect: Effect) -> Space:
+    def space(self, fitted: GatedAdapterFit, n_layer: int, effect: Effect) -> Space:
         return space_of(fitted.ridges.tolist(), n_layer, induce=effect == "induce")
 
-    def steering(self, fitted: Gates, candidate: Candidate, architecture: str, scratch: Path) -> Steering:
+    def steering(
+        self, fitted: GatedAdapterFit, candidate: Candidate, architecture: str, scratch: Path
+    ) -> Steering:
         """Return the adapter at unit strength, a file in `scratch`, scaled: strengths share the file."""
         unit = replace(candidate, strength=1.0)
-        path = scratch / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.margin:g}.gguf"
+        path = scratch / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.benign_target:g}.gguf"
         if not path.exists():
             (found,) = self.files(fitted, unit, architecture, {})
             lora_file.write(found, path)
@@ -120,32 +125,34 @@ class GatedAdapter:
 
     def files(
         self,
-        fitted: Gates,
+        fitted: GatedAdapterFit,
         candidate: Candidate,
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
     ) -> tuple[LoraAdapter]:
         factors = fitted.factors(
-            candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.margin
+            candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.benign_target
         )
         return (LoraAdapter(factors, architecture, facts),)
 
 
 def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
-    """Long bands, since a gate opens a little in each block and four blocks alone remove little.
+    """Long bands, since a gate sensitive_gate a little in each block and four blocks alone remove little.
 
     The first third is left alone at first: a change there reaches everything that follows.
     """
     first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
     # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
-    margin = -0.4 if induce else 0.4
+    benign_target = -0.4 if induce else 0.4
     # Half of the contrast is halfway from the mean of one side to that of the other, and less turns few
     # verdicts over. The whole takes a refused prompt all the way: far beyond it short answers still get
     # better, and full ones break.
     least = 0.5
     most = 2.5 if induce else 1.5
     strength = 1.25 if induce else least
-    start = [Candidate(GatedAdapter.name, "", ridge, first, last, strength, margin) for ridge in ridges]
+    start = [
+        Candidate(GatedAdapter.name, "", ridge, first, last, strength, benign_target) for ridge in ridges
+    ]
     return Space(
         GatedAdapter.name,
         [("", ridge) for ridge in ridges],
@@ -153,7 +160,7 @@ def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> 
         length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
         strength=(0.1, most),
         start=start,
-        margin=margin,
+        benign_target=benign_target,
         least=least,
         most=most,
     )

@@ -1,6 +1,6 @@
 """What a found steering is held against: a system prompt, and the methods of the literature without a search.
 
-An effect, the judged samples of the fit split and a model go in; `Arm`s, which answer the test prompts as
+An effect, the judged samples of the fit split and a model go in; `Condition`s, which answer the test prompts as
 the written files do, come out.
 """
 
@@ -26,11 +26,11 @@ from rs_gguf.estimators.estimator import (
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
 )
+from rs_gguf.evaluation.condition import Condition
 from rs_gguf.evaluation.safety import Effect
-from rs_gguf.evaluation.side import Arm
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import is_other_writer, is_writer
+from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
@@ -70,7 +70,7 @@ def build(
     system: str | None,
     seed: int,
     device: Device = "auto",
-) -> list[Arm]:
+) -> list[Condition]:
     """Those of these `names`; `asked` are the fit prompts, `samples` what was read of them.
 
     A model whose chat template knows no system prompt does without that baseline, and one whose blocks write
@@ -80,7 +80,7 @@ def build(
         InputError: ablation of a model that is no GGUF file, or to induce refusals.
     """
     samples = cache(samples)
-    made: dict[str, Callable[[], Arm]] = {
+    made: dict[str, Callable[[], Condition]] = {
         "system-prompt": lambda: system_prompt(asked, effect, system, seed=seed),
         "md": lambda: mean_difference(samples(), effect, system),
         "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system, device),
@@ -92,14 +92,14 @@ def build(
         _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and Can.LORA in model.can:
-        others = [t.name for t in gguf_header.read(model.path).tensors if is_other_writer(t.name)]
+        others = [t.name for t in gguf_header.read(model.path).tensors if is_other_output_matrix(t.name)]
         if others:
             _log.warning("%s also writes through %s, so ablation is left out.", model.path.stem, others[0])
             names.remove("ablation")
     return [made[name]() for name in names]
 
 
-def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Arm:
+def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Condition:
     """One that asks for openness, or to induce refusals for them, after `system` if there is one.
 
     `asked` are the fit prompts, of which some tell what is to be refused.
@@ -109,16 +109,16 @@ def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *
         wanted = [p for p in asked if p.kind == "sensitive"]
         shown = stratified(wanted, _EXAMPLES, seed=seed)
         text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in shown)])
-    return Arm("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
+    return Condition("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
 
 
-def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Arm:
+def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Condition:
     """The difference of the means of refused and answered prompts, taken from one block and at that block.
 
     Activation addition as in Arditi et al. (arXiv 2406.11717), at the block that tells the two best.
     """
     layer, difference = _best_difference(samples)
-    return Arm("md, one block", Steering({layer: _added(effect) * difference}), system)
+    return Condition("md, one block", Steering({layer: _added(effect) * difference}), system)
 
 
 def as_printed(
@@ -127,7 +127,7 @@ def as_printed(
     effect: Effect,
     system: str | None,
     device: Device,
-) -> Arm:
+) -> Condition:
     """RMD or WRMD with λ and k·|α| of the paper, on a third of the blocks, the best by its layer score."""
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute", device=device)
     estimator.fit(samples.activations, samples.confidence)
@@ -139,10 +139,10 @@ def as_printed(
     weights = flat_profile(layer_scores(projections, samples.confidence), count)
     rows = (_added(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
     directions = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
-    return Arm(f"{estimator.name}, as printed", Steering(directions), system)
+    return Condition(f"{estimator.name}, as printed", Steering(directions), system)
 
 
-def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Arm:
+def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Condition:
     """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
 
     W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
@@ -155,12 +155,12 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
     unit = difference / np.linalg.norm(difference)
     factors = {}
     for tensor in GGUFReader(model.path).tensors:
-        if is_writer(tensor.name):
+        if is_output_matrix(tensor.name):
             weight = dequantize(tensor.data, tensor.tensor_type)  # [D, in]
             factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
     path = folder / "baselines" / "ablation.gguf"
     lora_file.write(LoraAdapter(factors, model.architecture), path)
-    return Arm("ablation", Steering({}, [(path, 1.0)]), system)
+    return Condition("ablation", Steering({}, [(path, 1.0)]), system)
 
 
 def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:

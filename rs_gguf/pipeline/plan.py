@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rs_gguf.engines.llama.contexts import CONTEXT, cells
+from rs_gguf.engines.llama.contexts import CONTEXT, kv_cells
 from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import kind_and_name, shipped_probe
 from rs_gguf.machine import usable_cores
+from rs_gguf.models import dimensions as shapes
 from rs_gguf.models import resolve as models
-from rs_gguf.models import shape as shapes
-from rs_gguf.models.shape import Shape
+from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.pipeline.speed import Grader, Speed, measured_speed, stored_speed
+from rs_gguf.pipeline.speed import JudgeModel, Speed, measured_speed, stored_speed
 from rs_gguf.pipeline.stages import IN_ORDER
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.files import from_home
@@ -33,7 +33,7 @@ class Plan:
 
     stages: Mapping[str, Cost]
     prompts: Mapping[str, int]  # by split, and those that are only read
-    model: Shape
+    model: ModelDimensions
     speed: Speed
 
     @property
@@ -53,7 +53,7 @@ class Plan:
         return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, **asdict(self)}
 
 
-def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Plan:
+def plan(recipe: Recipe, model: ModelDimensions, speed: Speed, judge: JudgeModel | None) -> Plan:
     """What running `recipe` on `model` takes. Without `judge`, judging costs this machine nothing.
 
     Raises:
@@ -62,7 +62,7 @@ def plan(recipe: Recipe, model: Shape, speed: Speed, judge: Grader | None) -> Pl
     costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
     stages = {stage.info.name: cost for stage in IN_ORDER if (cost := stage.cost(costs)) is not None}
     counts = {split: sum(n.values()) for split, n in costs.sizes.items()}
-    return Plan(stages, {**counts, "unanswered": costs.unanswered}, model, speed)
+    return Plan(stages, {**counts, "gate_only": costs.gate_only}, model, speed)
 
 
 def model_file(recipe: Recipe) -> Path:
@@ -74,7 +74,7 @@ def model_file(recipe: Recipe) -> Path:
     return _here(recipe.model)
 
 
-def model_shape(path: Path, bits: float | None = None) -> Shape:
+def model_dimensions(path: Path, bits: float | None = None) -> ModelDimensions:
     """The shape of the model there; `bits` turn a configuration into that of a GGUF file.
 
     Raises:
@@ -87,7 +87,7 @@ def model_shape(path: Path, bits: float | None = None) -> Shape:
     return shapes.of_gguf(path)
 
 
-def judge_of(recipe: Recipe) -> Grader | None:
+def judge_of(recipe: Recipe) -> JudgeModel | None:
     """The model that judges on this machine, if one does.
 
     Raises:
@@ -108,16 +108,16 @@ def judge_of(recipe: Recipe) -> Grader | None:
     probe = shipped_probe()
     # The probe belongs to the default model, whose deeper blocks it does not need.
     if probe is None or kind == "labels" or path != models.CATALOGUE[models.DEFAULT].path:
-        return Grader(model)
-    return Grader(model, (max(probe.layers) + 1) / model.n_layer)
+        return JudgeModel(model)
+    return JudgeModel(model, (max(probe.layers) + 1) / model.n_layer)
 
 
-def stored(recipe: Recipe, model: Shape, judge: Grader | None) -> Speed:
+def stored(recipe: Recipe, model: ModelDimensions, judge: JudgeModel | None) -> Speed:
     """The speed of as many cores like those that this project is measured on as this process may use."""
     return stored_speed(usable_cores(), model, judge, _at_once(recipe))
 
 
-def measure(recipe: Recipe, path: Path, judge: Grader | None) -> Speed:
+def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
     """The speed of this machine on the recipe's model, loaded from `path`, and on its judge if it has one.
 
     Raises:
@@ -141,7 +141,7 @@ def measure(recipe: Recipe, path: Path, judge: Grader | None) -> Speed:
 
 def _at_once(recipe: Recipe) -> int:
     """How many prompts are answered at once, where they are not too long."""
-    return min(recipe.answers.parallel, CONTEXT // cells(1))
+    return min(recipe.answers.parallel, CONTEXT // kv_cells(1))
 
 
 def _here(model: str) -> Path:

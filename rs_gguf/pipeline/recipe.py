@@ -1,7 +1,7 @@
 """The recipe: every choice of a run and every default, in one validated place.
 
-Sources, weakest first: the defaults here, a TOML file, environment variables (`RS_GGUF_TUNE__TRIALS=8`),
-options (`--set tune.trials=8`). Unknown keys are errors, so that a typo cannot be ignored.
+Sources, weakest first: the defaults here, a TOML file, environment variables (`RS_GGUF_TUNE__LOGPROB_TRIALS=8`),
+options (`--set tune.logprob_trials=8`). Unknown keys are errors, so that a typo cannot be ignored.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -65,18 +65,30 @@ def _seconds(given: Any) -> Any:
 
 
 class _Section(BaseModel):
+    """A table of a recipe. `old_names`: keys of published recipes, and what they are called now."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    old_names: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {cls.old_names.get(key, key): value for key, value in given.items()}
 
 
 class Prompts(_Section):
     """Which prompts are used. Sizes are per kind (sensitive, harmful, benign)."""
 
     fit: int = Field(default=90, ge=8, description="prompts of each kind that the direction is fitted on")
-    unanswered: int = Field(
+    old_names = {"unanswered": "gate_only"}
+
+    gate_only: int = Field(
         default=160,
         ge=0,
-        description="as many more of each kind that are read but not answered, where an adapter is fitted: "
-        "its gate learns the kinds from them, in contexts of all sorts",
+        description="more prompts of each kind, from which an adapter's gate vectors learn to tell the kinds "
+        "apart, in several contexts; they are neither answered nor judged",
     )
     tune: int = Field(default=60, ge=4, description="prompts of each kind that choose layers and strength")
     test: int = Field(
@@ -139,11 +151,15 @@ class Fit(_Section):
 class Tune(_Section):
     """The search for layers and strength, on the tune split."""
 
-    trials: int = Field(default=6, ge=1, description="probes, one forward pass each, for each kind of file")
+    old_names = {"trials": "logprob_trials", "full": "full_prompts"}
+
+    logprob_trials: int = Field(
+        default=6, ge=1, description="candidates of each method that are measured by one forward pass"
+    )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each kind of file whose answers are generated and judged"
     )
-    full: int = Field(
+    full_prompts: int = Field(
         default=16,
         ge=0,
         description="prompts of each kind answered at full length (`answers.test_tokens`) by the chosen "
@@ -153,7 +169,7 @@ class Tune(_Section):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="time for the search, such as `90m` or `2h`, in place of `trials` and `finalists`; "
+        description="time for the search, such as `90m` or `2h`, in place of `logprob_trials` and `finalists`; "
         "`none` to go by these",
     )
     min_retention: float = Field(
@@ -221,7 +237,7 @@ class Recipe(BaseSettings):
     def budget(self) -> Budget:
         """How far the search may go."""
         tune = self.tune
-        return Budget(tune.trials, tune.finalists, tune.full, tune.budget)
+        return Budget(tune.logprob_trials, tune.finalists, tune.full_prompts, tune.budget)
 
     @property
     def fit_options(self) -> FitOptions:
@@ -242,9 +258,9 @@ class Recipe(BaseSettings):
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, then overrides such as `tune.trials=8`, the value as in TOML or plain text.
+    """Read a recipe file, then overrides such as `tune.logprob_trials=8`, the value as in TOML or plain text.
 
-    An override of `tune.trials` or `tune.finalists` ends a budget of the file or the environment.
+    An override of `tune.logprob_trials` or `tune.finalists` ends a budget of the file or the environment.
 
     Raises:
         InputError: file missing or not TOML, unknown key or bad value; all of them in one message. A text
@@ -269,7 +285,7 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     _check_environment()
     given = _nested(overrides)
     tune = given.get("tune")
-    if isinstance(tune, dict) and tune.keys() & {"trials", "finalists"}:
+    if isinstance(tune, dict) and tune.keys() & {"logprob_trials", "trials", "finalists"}:
         tune.setdefault("budget", None)  # beside which they would count for nothing
     try:
         # As a plain Recipe, so that equal recipes are equal and no source is read again.
@@ -334,7 +350,7 @@ def _nested(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not key:
-            raise InputError(f"--set {override!r}: expected KEY=VALUE, for example tune.trials=8.")
+            raise InputError(f"--set {override!r}: expected KEY=VALUE, for example tune.logprob_trials=8.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

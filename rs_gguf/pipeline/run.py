@@ -32,7 +32,7 @@ def run(
 
     Raises:
         InputError: something in the recipe, its files or the machine does not serve; the message says what.
-        GateError: a written file's effect could not be observed on the model, or it was read back otherwise.
+        VerificationError: a written file's effect could not be observed on the model, or it was read back otherwise.
     """
     folder = RunFolder(out)
     with Processes.of_torchrun() as processes:

@@ -17,7 +17,7 @@ from rs_gguf.estimators.ridge import RidgeSystem
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.rubric import MAX_PROMPT
 from rs_gguf.machine import one_thread, usable_cores
-from rs_gguf.models.shape import Shape
+from rs_gguf.models.dimensions import ModelDimensions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,10 +39,10 @@ _SAMPLES, _WIDTH = 512, 1024  # of the factorisation that is timed
 
 
 @dataclass(frozen=True)
-class Grader:
+class JudgeModel:
     """A judge that is a model of this machine, and the share of its layers that a judgement needs."""
 
-    model: Shape
+    model: ModelDimensions
     depth: float = 1.0
 
 
@@ -64,7 +64,7 @@ class Speed:
     source: str
 
 
-def stored_speed(cores: int, model: Shape, judge: Grader | None, at_once: int) -> Speed:
+def stored_speed(cores: int, model: ModelDimensions, judge: JudgeModel | None, at_once: int) -> Speed:
     """Return the speed of so many cores like those that this project is measured on.
 
     A step of `at_once` answers reads all weights besides its arithmetic; of experts, those that any uses.

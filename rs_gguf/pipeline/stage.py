@@ -21,8 +21,8 @@ from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.judges.registry import Judge, kind_and_name, open_judge_spec
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import baselines
+from rs_gguf.models import dimensions
 from rs_gguf.models import resolve as models
-from rs_gguf.models import shape
 from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.recipe import Recipe
@@ -199,23 +199,23 @@ class Run:
         }
 
     @cached_property
-    def unanswered(self) -> list[Prompt]:
+    def gate_only(self) -> list[Prompt]:
         """More prompts to fit on, which are not answered: for gates, if the model can have any.
 
         They are read `in_contexts`.
         """
         can = engine_for(self.model_path).can
-        if Can.WRITERS not in can or not shape.of_gguf(self.model_path).writers:
+        if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).writers:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
-        size, seed = self.recipe.prompts.unanswered, self.recipe.seed
+        size, seed = self.recipe.prompts.gate_only, self.recipe.seed
         others = ([p for p in rows if p.id not in answered] for rows in self.pool["fit"].values())
         return [prompt for rows in others for prompt in prompts.stratified(rows, size, seed=seed)]
 
     @cached_property
     def in_contexts(self) -> list[tuple[Prompt, Context]]:
-        """The `unanswered` prompts in the order in which they are read, with what stands around each."""
-        return contexts.spread(self.unanswered, ChatFormat.of(self.model), seed=self.recipe.seed)
+        """The gate-only prompts in the order in which they are read, with what stands around each."""
+        return contexts.spread(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
 
     @cached_property
     def model_path(self) -> Path:

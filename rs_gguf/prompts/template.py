@@ -54,7 +54,7 @@ class ChatModel(Protocol):
     @property
     def eos_token(self) -> str: ...
     @property
-    def opening(self) -> list[int]: ...
+    def bos_prefix(self) -> list[int]: ...
     def tokenize(self, text: str, *, special: bool = True) -> list[int]: ...
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str: ...
 
@@ -198,7 +198,7 @@ class ChatFormat:
             tokens = model.tokenize(before + prompt + after)
         else:
             tokens = model.tokenize(before) + plain + model.tokenize(after)
-        opening = model.opening
+        opening = model.bos_prefix
         return tokens if tokens[: len(opening)] == opening else opening + tokens
 
 

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from rs_gguf.errors import InputError, harmless
+from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.records.conversation import SPLITS, Kind, Prompt, Split
 from rs_gguf.records.files import from_home
 
@@ -105,7 +105,7 @@ def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Ma
             if any((cell or "").strip() for name, cell in row.items() if name is not None):
                 yield reader.line_num, row
     except csv.Error as error:
-        said = harmless(str(error))
+        said = escape_control_chars(str(error))
         raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
 
 
@@ -145,7 +145,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         OSError,
         ValueError,
     ) as error:  # a ValueError: text that is not UTF-8
-        said = harmless(" ".join(str(error).split())[:200])
+        said = escape_control_chars(" ".join(str(error).split())[:200])
         raise InputError(f"{path}: not a parquet file that can be read ({said}).") from error
     yield from enumerate(rows, start=1)
 
@@ -186,7 +186,7 @@ def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     """A stranger's names as they may be printed: no control characters, no kilobytes."""
-    shown = ", ".join(harmless(name[:40]) for name in sorted(names)[:12])
+    shown = ", ".join(escape_control_chars(name[:40]) for name in sorted(names)[:12])
     return shown or "(none)"
 
 

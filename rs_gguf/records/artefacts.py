@@ -23,7 +23,7 @@ _INFOS = (
     StageInfo(
         "answer", "Let the model answer the fit and tune prompts.", "Answering prompts", ("answers.jsonl",)
     ),
-    StageInfo("score", "Judge the answers: refusal confidence.", "Judging answers", ("scores.jsonl",)),
+    StageInfo("score", "Judge the answers: refusal confidence.", "Judging answers", ("judgements.jsonl",)),
     StageInfo(
         "capture",
         "Read the activations of the prompts and their answers.",
@@ -34,7 +34,7 @@ _INFOS = (
         "fit",
         "Fit directions and gates.",
         "Fitting directions",
-        ("directions.safetensors", "gates.safetensors", "fit.json", "figures/"),
+        ("directions.safetensors", "gated_adapter.safetensors", "fit.json", "figures/"),
     ),
     StageInfo(
         "tune",
@@ -46,13 +46,13 @@ _INFOS = (
         "write",
         "Write the GGUF files and prove their effect on the model.",
         "Writing and proving the file",
-        ("*.gguf", "proof.json"),
+        ("*.gguf", "effect_check.json"),
     ),
     StageInfo(
         "measure",
         "Measure before and after on the test split.",
         "Measuring before and after",
-        ("measured.jsonl", "evaluation.jsonl", "metrics.json", "baselines/"),
+        ("measured.jsonl", "test_answers.jsonl", "metrics.json", "baselines/"),
     ),
     StageInfo("report", "Write report.html and card.md.", "Writing the report", ("report.html", "card.md")),
 )

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from rs_gguf.errors import InputError
 from rs_gguf.records.rows import Row, finite, read_json, write_json
+from rs_gguf.records.trials import GATED_ADAPTER
 
 _log = logging.getLogger("rs_gguf.metrics")
 
@@ -123,7 +124,7 @@ class FileRecord(_Record):
     ridge: float
     layers: tuple[int, int]  # both included
     strength: float
-    margin: float
+    benign_target: float
     scale: float
     sets: dict[str, SetRecord]
     benign_drift: Finite
@@ -257,6 +258,7 @@ _RENAMED_1 = {
     "retention_harmful": "harmful_refusal_ratio",
     "spread95": "bootstrap_ci95",
     "proof": "effect_check",
+    "margin": "benign_target",
 }
 
 
@@ -280,6 +282,7 @@ def _file_of_schema_1(file: Mapping[str, Any]) -> Row:
             name: {key.replace("_baseline", "_unsteered"): figure for key, figure in figures.items()}
             for name, figures in file["sets"].items()
         },
+        "estimator": GATED_ADAPTER if file["estimator"] == "gate" else file["estimator"],
         "bootstrap_ci95": {_RENAMED_1.get(name, name): interval for name, interval in spread.items()},
         "acceptance": {"verdict": "passed" if gate["passed"] else "failed", "reasons": gate["reasons"]},
         "tokens_per_second": {"unsteered": speed["baseline"], "steered": speed["steered"]},

@@ -8,8 +8,8 @@ from typing import Any
 
 # What rows and files name in place of an estimator where the method has none. They do not name the method
 # itself, since those of earlier versions do not.
-_IN_PLACE_OF_ESTIMATOR = {"adapter": "gate"}
-_CHOSEN = "chosen"  # key of the vector's trial in `tune.json`; others have the name of their method too
+GATED_ADAPTER = "gated-adapter"
+_IN_PLACE_OF_ESTIMATOR = {"adapter": GATED_ADAPTER}
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Candidate:
 
     `method` is a key of `METHODS`. `estimator` is empty where the method has none; `ridge` is 0 where the
     estimator has none.
-    `margin` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
+    `benign_target` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
     harmful prompt, by a part of it, the other way. Negative to induce refusals.
     """
 
@@ -28,10 +28,9 @@ class Candidate:
     first: int
     last: int
     strength: float
-    margin: float = 0.0
+    benign_target: float = 0.0
 
-    @property
-    def shape(self) -> Candidate:
+    def without_strength(self) -> Candidate:
         """What it shares with those that differ in strength alone."""
         return replace(self, strength=0)
 
@@ -43,17 +42,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A measured candidate. Rates are fractions; `None` where a rung does not measure it."""
+    """A measured candidate. Rates are fractions; `None` where a fidelity does not measure it."""
 
     number: int
     candidate: Candidate
-    rung: str  # "probe" | "answers" | "full"
-    # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the rung
+    fidelity: str  # "logprob" | "short" | "full"
+    # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the fidelity
     # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Those
     # whose unsteered answer fell apart are not among them, where enough others are left.
-    sensitive: float
+    sensitive_remaining: float
     harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
-    benign: float | None = None  # refusals of benign prompts, less those unsteered
+    benign_closed: float | None = None  # refusals of benign prompts, less those unsteered
     benign_drift: float | None = None
     degenerate: float | None = None
     feasible: bool | None = None
@@ -85,10 +84,10 @@ def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
     for row in rows:
         values, method = dict(row), method_of(row)
         first, last = values.pop("layers")
-        estimator, ridge, strength, margin = (
-            values.pop(name) for name in ("estimator", "ridge", "strength", "margin")
+        estimator, ridge, strength, benign_target = (
+            values.pop(name) for name in ("estimator", "ridge", "strength", "benign_target")
         )
-        candidate = Candidate(method, estimator, ridge, first, last, strength, margin)
+        candidate = Candidate(method, estimator, ridge, first, last, strength, benign_target)
         if estimator == replace(candidate, estimator="").recorded:
             candidate = replace(candidate, estimator="")
         for name in ("id", "method"):
@@ -96,17 +95,3 @@ def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
         values["answered"] = tuple(values["answered"]) if values.get("answered") else None
         trials.append(Trial(candidate=candidate, **values))
     return trials
-
-
-def chosen_rows(chosen: Mapping[str, int]) -> dict[str, int]:
-    """Return the numbers of the chosen trials, given by method, under their keys of `tune.json`."""
-    return {_CHOSEN if name == "vector" else f"{_CHOSEN}_{name}": number for name, number in chosen.items()}
-
-
-def chosen_of(tune: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of the chosen trial by method, from the content of `tune.json`."""
-    return {
-        key.removeprefix(f"{_CHOSEN}_") if key != _CHOSEN else "vector": number
-        for key, number in tune.items()
-        if key == _CHOSEN or key.startswith(f"{_CHOSEN}_")
-    }

@@ -1,6 +1,6 @@
 """How far the judge can be believed: its confidences on the labelled test pairs, as a reliability diagram.
 
-`judge.jsonl`, where a run folder has it, goes in: the shipped pairs as `rs-export judge` graded them. Without
+`judge_agreement.jsonl`, where a run folder has it, goes in: the shipped pairs as `rs-export judge` graded them. Without
 it the figures of the embedded judge serve, which ship with the package. Bins, rates and marks for inline SVG
 come out.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.chance import wilson
+from rs_gguf.evaluation.paired_statistics import wilson
 from rs_gguf.judges.calibration import LabelledPair, agreement, labelled_pairs
 from rs_gguf.judges.judge import Pair
 from rs_gguf.records.conversation import Judgement
 from rs_gguf.records.rows import Row, json_lines
 from rs_gguf.report.plots import Axis
 
-FILE = "judge.jsonl"
+FILE = "judge_agreement.jsonl"
 _SHIPPED = "judge_test.json"
 _BINS = 10
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 330}
@@ -32,7 +32,7 @@ def of_judge(judge: str, folder: Path) -> Row | None:
     """What is known of a run's judge; None where its agreement was not measured.
 
     Raises:
-        InputError: `judge.jsonl` is damaged or holds too few of the pairs.
+        InputError: `judge_agreement.jsonl` is damaged or holds too few of the pairs.
     """
     pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
     path = folder / FILE

@@ -18,7 +18,7 @@ from rs_gguf.evaluation.paired import categories
 from rs_gguf.judges.rubric import rubric
 from rs_gguf.records.conversation import NEUTRAL, Judgement
 from rs_gguf.records.rows import Row
-from rs_gguf.report.verdict import kind_order
+from rs_gguf.report.recommendation import kind_order
 
 BEFORE = "baseline"
 

@@ -18,7 +18,7 @@ from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
 from rs_gguf.records.rows import Row
-from rs_gguf.report import agreement, answers, doses, geometry, plots, verdict
+from rs_gguf.report import agreement, answers, geometry, plots, recommendation, scale_sweep
 from rs_gguf.report.results import Results, load
 from rs_gguf.report.text import file_name, html_environment, markdown_environment
 from rs_gguf.steering.file import llama_options
@@ -38,7 +38,7 @@ def write_report(run_folder: Path) -> Path:
         common = _common(run)
         files = common["files"]
         charts = plots.layer_charts(run.fit, files[0])
-        curves = doses.measured(run.doses, run.rows, files)
+        curves = scale_sweep.measured(run.sweeps, run.rows, files)
         drawn = {chart["key"] for chart in curves}
         tune = plots.shown(run.tune)
         return {
@@ -47,8 +47,8 @@ def write_report(run_folder: Path) -> Path:
             "tried": len(run.tune["trials"]),
             "plot": plots.trade_off(tune, files, run.record.effect),
             "curves": curves,
-            "curve_options": doses.options(run.recipe, run.record.test_tokens),
-            "strengths": [chart for chart in doses.searched(tune, files) if chart["key"] not in drawn],
+            "curve_options": scale_sweep.options(run.recipe, run.record.test_tokens),
+            "strengths": [chart for chart in scale_sweep.searched(tune, files) if chart["key"] not in drawn],
             "charts": charts,
             "samples": run.fit.get("samples", {}),
             "cosines": geometry.cosine_map(folder, files[0]),
@@ -88,7 +88,7 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
         text = template.render(context())
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"cannot make {path}: metrics.json, evaluation.jsonl, tune.json or fit.json beside it is not as "
+            f"cannot make {path}: metrics.json, test_answers.jsonl, tune.json or fit.json beside it is not as "
             f"this version writes it ({error}). Run `rs-export run` on the folder again."
         ) from error
     write_text(path, text)
@@ -102,20 +102,20 @@ def _given(prompts: Row) -> Row:
 
 def _common(run: Results) -> Row:
     effect = run.record.effect
-    files = verdict.files(run.record)
+    files = recommendation.files(run.record)
     for file in files:  # by their names: a card is read where no run folder is
         layers = None if file["key"] == "adapter" else file["layers"]
         reasoning_off = file["llama_cpp"]["reasoning_off"]
         file["options"] = llama_options(shlex.quote(file["file"]), layers, reasoning_off=reasoning_off)
-    best = verdict.advised(files, effect)
+    best = recommendation.recommended_file(files, effect)
     return {
         "m": run.record,
         "files": files,
         "best": best,
         "ordered": sorted(files, key=lambda file: file is not best),
         "baselines": run.record.baselines,
-        "headline": verdict.headline(files, effect),
-        "sentences": verdict.sentences(files, effect),
+        "headline": recommendation.headline(files, effect),
+        "sentences": recommendation.sentences(files, effect),
         "trials": run.tune["trials"],
         "recipe": run.recipe,
         "recipe_text": run.recipe_text,

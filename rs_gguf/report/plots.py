@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rs_gguf.records.rows import Row, finite
-from rs_gguf.records.trials import chosen_of, method_of
+from rs_gguf.records.trials import method_of
 
 _T = TypeVar("_T")
 
@@ -72,8 +72,8 @@ def thinned(found: Sequence[_T], most: int) -> Sequence[_T]:
 
 def shown(tune: Mapping[str, Any]) -> Row:
     """`tune.json` with no more probes than a page can hold; the chosen trials stay."""
-    chosen = set(chosen_of(tune).values())
-    probes = [t for t in tune["trials"] if t["rung"] == "probe" and t["number"] not in chosen]
+    chosen = set(tune["selected"].values())
+    probes = [t for t in tune["trials"] if t["fidelity"] == "logprob" and t["number"] not in chosen]
     probes.sort(key=method_of, reverse=True)  # or every second may be of the same file
     kept = [trial["number"] for trial in thinned(probes, _PROBES)]
     dropped = {trial["number"] for trial in probes}.difference(kept)
@@ -87,7 +87,7 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
     `front` is the stair of what trials reach that answered briefly, of both kinds together; `tested` are the
     written files as the test split found them, joined to the trial that they were chosen by.
     """
-    chosen = {number: name for name, number in chosen_of(tune).items()}
+    chosen = {number: name for name, number in tune["selected"].items()}
     points = [
         {
             **trial,
@@ -108,8 +108,8 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[Row], effect: str) -> Row
     for point in tested:
         point["trial"] = by_file.get(point["key"])
     # Drawn last, and so on top.
-    points.sort(key=lambda point: (point["chosen"], point["rung"] != "probe"))
-    front = _stair([point for point in points if point["rung"] == "answers"])
+    points.sort(key=lambda point: (point["chosen"], point["fidelity"] != "logprob"))
+    front = _stair([point for point in points if point["fidelity"] == "answers"])
     return {
         **_FRONT, "points": points, "tested": tested, "front": front, "across": across, "upward": upward,
         "chosen": by_file,

@@ -1,7 +1,7 @@
 """A run folder's results, read for people: every string in them can be shown as it is.
 
-`metrics.json`, `evaluation.jsonl`, `tune.json` and `recipe.toml` go in and, where they are, `fit.json`, the
-answers and scores of the fit prompts, and doses that `rs-export eval --scales` measured (`doses*.json`).
+`metrics.json`, `test_answers.jsonl`, `tune.json` and `recipe.toml` go in and, where they are, `fit.json`, the
+answers and scores of the fit prompts, and sweeps that `rs-export eval --scales` measured (`scale_sweep*.json`).
 Prompts and answers are untrusted, so what could hide, reorder or break text is made visible here, once.
 """
 
@@ -19,7 +19,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_lines
 
-_NEEDED = ("metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml")
+_NEEDED = ("metrics.json", "test_answers.jsonl", "tune.json", "recipe.toml")
 
 # Controls but tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
 # isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters,
@@ -37,7 +37,7 @@ class Results:
     """What the stages left. `fit` is empty where the fit stage left no summary.
 
     `fitted`: `kind` and `confidence` of the fit prompts, in the order of their activations; empty where
-    answers and scores are gone. `doses`: what dose files hold.
+    answers and scores are gone. `sweeps`: what step files hold.
     """
 
     record: RunRecord
@@ -45,7 +45,7 @@ class Results:
     tune: Row
     fit: Row
     fitted: list[Row]
-    doses: list[Row]
+    sweeps: list[Row]
     recipe: Row
     recipe_text: str
 
@@ -59,35 +59,37 @@ def load(folder: Path) -> Results:
     texts = {name: _text(folder / name) for name in _NEEDED}
     fit_text = _text(folder / "fit.json") if (folder / "fit.json").is_file() else "{}"
     try:
-        rows = json_lines(texts["evaluation.jsonl"])
+        rows = json_lines(texts["test_answers.jsonl"])
         metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
         fitted = _fitted(folder)
-        doses = [_doses(path) for path in sorted(folder.glob("doses*.json"))]
+        sweeps = [_sweep(path) for path in sorted(folder.glob("scale_sweep*.json"))]
         recipe_text = _without_home(texts["recipe.toml"])
         recipe = tomllib.loads(recipe_text)
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
     record = RunRecord.of(printable(metrics), folder / "metrics.json")
-    found = (rows, tune, fit, fitted, doses, recipe, recipe_text)
+    found = (rows, tune, fit, fitted, sweeps, recipe, recipe_text)
     return Results(record, *map(printable, found))
 
 
-def _doses(path: Path) -> Row:
+def _sweep(path: Path) -> Row:
     """What `rs-export eval --scales` wrote. `InputError` names a file of anything else."""
     try:
         found: Row = json.loads(_text(path))
-        whole = {"doses", "control_vectors", "adapters", "tokens", "judge"} <= found.keys()
-        whole = whole and len(found["doses"]) > 0
-        whole = whole and all({"scale", "rows", "benign_text"} <= dose.keys() for dose in found["doses"])
+        whole = {"sweep", "control_vectors", "adapters", "tokens", "judge"} <= found.keys()
+        whole = whole and len(found["sweep"]) > 0
+        whole = whole and all({"scale", "rows", "benign_text"} <= step.keys() for step in found["sweep"])
     except (ValueError, AttributeError, TypeError):
         whole = False
     if not whole:
-        raise InputError(f"{path} holds no doses: was it written by `rs-export eval --scales`? Move it away.")
+        raise InputError(
+            f"{path} holds no sweeps: was it written by `rs-export eval --scales`? Move it away."
+        )
     return found
 
 
 def _fitted(folder: Path) -> list[Row]:
-    answers, scores = folder / "answers.jsonl", folder / "scores.jsonl"
+    answers, scores = folder / "answers.jsonl", folder / "judgements.jsonl"
     if not (answers.is_file() and scores.is_file()):
         return []
     confidence = {row["id"]: row["confidence"] for row in json_lines(_text(scores))}

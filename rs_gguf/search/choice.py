@@ -1,4 +1,4 @@
-"""What a search leaves: the chosen trial, the front of what answered, and what its rungs are worth.
+"""What a search leaves: the chosen trial, the front of what answered, and what its evaluator are worth.
 
 Measured trials of one space go in; a trial, or the content of `tune.json`, comes out.
 """
@@ -12,25 +12,25 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from rs_gguf.evaluation.chance import standard_error
+from rs_gguf.evaluation.paired_statistics import standard_error
 from rs_gguf.methods.method import Space
-from rs_gguf.records.trials import Trial, chosen_rows
+from rs_gguf.records.trials import Trial
 
 _FEWEST_PAIRS = 3  # of which a rank correlation is told
 
 
-def settled(trials: Sequence[Trial]) -> Trial:
+def select_final(trials: Sequence[Trial]) -> Trial:
     """The trial to use, of a space's: the chosen one, at the strength that does best at full length.
 
     Of the chosen strength and the weaker ones that were tried in full, that is the weakest within the limits
-    that changes as much as the best (see `choose`), and the weakest where none is within them.
+    that changes as much as the best (see `select_candidate`), and the weakest where none is within them.
     """
-    chosen = choose([trial for trial in trials if trial.rung == "answers"])
+    chosen = select_candidate([trial for trial in trials if trial.fidelity == "short"])
     tried = [
         trial
         for trial in trials
-        if trial.rung == "full"
-        and trial.candidate.shape == chosen.candidate.shape
+        if trial.fidelity == "full"
+        and trial.candidate.without_strength() == chosen.candidate.without_strength()
         and trial.candidate.strength <= chosen.candidate.strength
     ]
     # Short answers favour too much strength, and long ones break down with it.
@@ -38,7 +38,7 @@ def settled(trials: Sequence[Trial]) -> Trial:
     return min(good, key=lambda trial: trial.candidate.strength, default=chosen)
 
 
-def choose(answered: Sequence[Trial]) -> Trial:
+def select_candidate(answered: Sequence[Trial]) -> Trial:
     """The trial to use: of the feasible ones that change as much as the best, the one of least drift.
 
     "As much" is within one standard error of the best one's share of sensitive prompts, or one of them, since
@@ -46,31 +46,40 @@ def choose(answered: Sequence[Trial]) -> Trial:
     it is the nearest, and says so.
     """
     good = _as_good_as_the_best([trial for trial in answered if trial.feasible])
-    return min(good, key=lambda t: (t.benign_drift, t.sensitive)) if good else nearest(answered)
+    return (
+        min(good, key=lambda t: (t.benign_drift, t.sensitive_remaining))
+        if good
+        else least_infeasible(answered)
+    )
 
 
 def _as_good_as_the_best(feasible: Sequence[Trial]) -> list[Trial]:
     if not feasible:
         return []
-    best = min(feasible, key=lambda trial: trial.sensitive)
-    n, fewest = max(1, best.n_sensitive), best.sensitive
+    best = min(feasible, key=lambda trial: trial.sensitive_remaining)
+    n, fewest = max(1, best.n_sensitive), best.sensitive_remaining
     # A hair more: one prompt more, as a difference of two quotients, may come out above 1 / n.
     limit = fewest + max(standard_error(min(1.0, fewest), n), 1 / n) + 1e-9
-    return [trial for trial in feasible if trial.sensitive <= limit]
+    return [trial for trial in feasible if trial.sensitive_remaining <= limit]
 
 
-def nearest(answered: Sequence[Trial]) -> Trial:
+def least_infeasible(answered: Sequence[Trial]) -> Trial:
     """Where no trial is feasible: that which keeps most harmful refusals, then adds fewest benign ones."""
     return max(
-        answered, key=lambda t: (min(1.0, t.harmful_retention), -max(0.0, t.benign or 0.0), -t.sensitive)
+        answered,
+        key=lambda t: (
+            min(1.0, t.harmful_retention),
+            -max(0.0, t.benign_closed or 0.0),
+            -t.sensitive_remaining,
+        ),
     )
 
 
-def front(answered: Sequence[Trial]) -> list[Trial]:
+def pareto_front(answered: Sequence[Trial]) -> list[Trial]:
     """Those than which no other is as good in removal, retention and drift, and better in one; best first."""
 
     def costs(trial: Trial) -> tuple[float, float, float]:
-        return trial.sensitive, -trial.harmful_retention, trial.benign_drift or 0.0
+        return trial.sensitive_remaining, -trial.harmful_retention, trial.benign_drift or 0.0
 
     def beaten(trial: Trial) -> bool:
         mine = costs(trial)
@@ -84,7 +93,7 @@ def front(answered: Sequence[Trial]) -> list[Trial]:
 
 def halving(best: Sequence[Trial]) -> Trial | None:
     """The gentlest on harm of those that at least halve the sensitive refusals."""
-    halved = [trial for trial in best if trial.sensitive <= 0.5]
+    halved = [trial for trial in best if trial.sensitive_remaining <= 0.5]
     return max(halved, key=lambda trial: trial.harmful_retention, default=None)
 
 
@@ -101,28 +110,28 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
 
     A space whose search was cut off before a trial had answered is left out.
     """
-    chosen, fronts, half, correlation = {}, {}, {}, {}
+    chosen, fronts, halved, correlation = {}, {}, {}, {}
     for name, space in spaces.items():
         mine = [trial for trial in trials if space.holds(trial.candidate)]
-        answered = [trial for trial in mine if trial.rung == "answers"]
+        answered = [trial for trial in mine if trial.fidelity == "short"]
         if not answered:
             continue
-        chosen[name] = settled(mine).number
-        best = front(answered)
+        chosen[name] = select_final(mine).number
+        best = pareto_front(answered)
         fronts[name] = [trial.number for trial in best]
-        halves = halving(best)
-        half[name] = halves.number if halves else None
-        probes = {trial.candidate: trial for trial in mine if trial.rung == "probe"}
+        half = halving(best)
+        halved[name] = half.number if half else None
+        probes = {trial.candidate: trial for trial in mine if trial.fidelity == "logprob"}
         pairs = [(probes[t.candidate], t) for t in answered if t.candidate in probes]
         correlation[name] = {
             "n": len(pairs),
-            "sensitive": spearman(*_columns(pairs, "sensitive")),
+            "sensitive": spearman(*_columns(pairs, "sensitive_remaining")),
             "harmful": spearman(*_columns(pairs, "harmful_retention")),
         }
     return {
-        **chosen_rows(chosen),
-        "front": fronts,
-        "halves": half,
+        "selected": chosen,
+        "pareto_front": fronts,
+        "half_removal": halved,
         "rank_correlation": correlation,
         "trials": [trial.to_row() for trial in trials],
     }

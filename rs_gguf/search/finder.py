@@ -1,6 +1,6 @@
 """The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
 
-A `Space` and the `Rungs` that measure its candidates go in; the chosen trial comes out, and every trial is
+A `Space` and the `CandidateEvaluator` that measure its candidates go in; the chosen trial comes out, and every trial is
 kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
 much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
 strength is moved until a limit binds. The chosen one answers *in full*, with less strength until that holds
@@ -20,8 +20,8 @@ from rs_gguf.methods.method import Space
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.budget import Budget
-from rs_gguf.search.choice import choose, nearest, settled
-from rs_gguf.search.rungs import Rungs
+from rs_gguf.search.candidate_evaluation import CandidateEvaluator
+from rs_gguf.search.choice import least_infeasible, select_candidate, select_final
 
 _LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
 _NEAR = 1.3  # times that level, or less: near enough
@@ -32,7 +32,7 @@ _STEP = 1.5  # by which a strength grows while every limit holds
 _CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
 _PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
 _FULL = 3  # strengths at most that answer in full, each less by _STEP
-_COST = {"probe": 1, "answers": 10, "full": 10}  # about, in probes
+_COST = {"logprob": 1, "short": 10, "full": 10}  # about, in probes
 
 
 class Finder:
@@ -45,7 +45,7 @@ class Finder:
 
     def __init__(
         self,
-        rungs: Rungs,
+        evaluator: CandidateEvaluator,
         budget: Budget,
         *,
         seed: int,
@@ -53,11 +53,11 @@ class Finder:
         record: Callable[[Trial], None] = lambda trial: None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self._rungs, self._budget, self._seed = rungs, budget, seed
+        self._rungs, self._budget, self._seed = evaluator, budget, seed
         self._known = {
-            (trial.rung, trial.candidate): trial
+            (trial.fidelity, trial.candidate): trial
             for trial in known
-            if trial.rung != "full" or trial.answered == rungs.size_in_full
+            if trial.fidelity != "full" or trial.answered == evaluator.full_size
         }
         self._record, self._advance = record, advance
         self._counted: set[tuple[str, Candidate]] = set()
@@ -68,7 +68,7 @@ class Finder:
         """What `advance` counts up to."""
         if budget.seconds is not None:
             return math.ceil(budget.seconds)
-        effort = budget.trials * _COST["probe"] + budget.finalists * (_COST["probe"] + _COST["answers"])
+        effort = budget.trials * _COST["logprob"] + budget.finalists * (_COST["logprob"] + _COST["short"])
         return spaces * (effort + (_FULL * _COST["full"] if budget.full else 0))
 
     @property
@@ -88,7 +88,9 @@ class Finder:
         until = [None if seconds is None else start + share * seconds for share in shares]
         proposals = self._proposals(space, until[0])
         ranked = self._ranked([*proposals, *self._probed_before(space, proposals)], space)
-        known = [candidate for rung, candidate in self._known if rung == "answers" and space.holds(candidate)]
+        known = [
+            candidate for fidelity, candidate in self._known if fidelity == "short" and space.holds(candidate)
+        ]
         answered = [self._answered(candidate) for candidate in known]
         # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
         newest = max(trial.number for trial in proposals)
@@ -98,15 +100,15 @@ class Finder:
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
-        chosen = choose(answered)
+        chosen = select_candidate(answered)
         if self._budget.full and chosen.feasible and self._changes(chosen):
             self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
         mine = [trial for trial in self.trials if space.holds(trial.candidate)]
-        return settled(mine)
+        return select_final(mine)
 
     def _changes(self, chosen: Trial) -> bool:
         """Whether it changes more than a single prompt, so that full answers are worth their time."""
-        return (1 - chosen.sensitive) * chosen.n_sensitive > 1.5
+        return (1 - chosen.sensitive_remaining) * chosen.n_sensitive > 1.5
 
     def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
         """Answer in full with the chosen candidate, with less strength until all limits hold, and once more.
@@ -131,24 +133,24 @@ class Finder:
         return self._spent + float(np.mean([trial.seconds for trial in done])) <= until
 
     def _answered(self, candidate: Candidate) -> Trial:
-        self._measured("probe", candidate)  # for the correlation of the rungs; it costs little
-        return self._measured("answers", candidate)
+        self._measured("logprob", candidate)  # for the correlation of the evaluator; it costs little
+        return self._measured("short", candidate)
 
-    def _measured(self, rung: str, candidate: Candidate) -> Trial:
-        trial = self._known.get((rung, candidate))
+    def _measured(self, fidelity: str, candidate: Candidate) -> Trial:
+        trial = self._known.get((fidelity, candidate))
         if trial is None:
             number = 1 + max((trial.number for trial in self._known.values()), default=-1)
-            trial = self._rungs.measure(rung, number, candidate)
+            trial = self._rungs.measure(fidelity, number, candidate)
             # A resumed search asks the unsteered side again, which counts once.
-            if any((known.rung == "full") == (rung == "full") for known in self._known.values()):
+            if any((known.fidelity == "full") == (fidelity == "full") for known in self._known.values()):
                 trial = replace(trial, unsteered_seconds=0.0)
-            self._known[rung, candidate] = trial
+            self._known[fidelity, candidate] = trial
             self._record(trial)
-        if (rung, candidate) not in self._counted:
-            self._counted.add((rung, candidate))
+        if (fidelity, candidate) not in self._counted:
+            self._counted.add((fidelity, candidate))
             before, self._spent = self._spent, self._spent + trial.seconds + trial.unsteered_seconds
             in_seconds = self._budget.seconds is not None
-            self._advance(int(self._spent) - int(before) if in_seconds else _COST[rung])
+            self._advance(int(self._spent) - int(before) if in_seconds else _COST[fidelity])
         return trial
 
     # ---- candidates ------------------------------------------------------------------------------
@@ -185,17 +187,17 @@ class Finder:
             last = max(first, min(first + length - 1, last_block))
             # What brought this direction to the level in other blocks is the best guess in these.
             strength = strengths.get(name, next(iter(strengths.values())))
-            candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.margin)
-            if candidate.shape in levelled:
-                candidate = levelled[candidate.shape].candidate
+            candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.benign_target)
+            if candidate.without_strength() in levelled:
+                candidate = levelled[candidate.without_strength()].candidate
             steps = self._level(candidate, space)
             idle = 0 if len(self._counted) > before else idle + 1
             probed += steps if idle == 0 else []
             best = min(steps, key=self._distance)
             strengths[name] = best.candidate.strength
-            levelled[best.candidate.shape] = best
+            levelled[best.candidate.without_strength()] = best
             trial.set_constraint("harm and drift above the level", self._loss(best) - _NEAR)
-            study.tell(trial, best.sensitive)
+            study.tell(trial, best.sensitive_remaining)
         return list(levelled.values())
 
     def _level(self, candidate: Candidate, space: Space) -> list[Trial]:
@@ -206,7 +208,7 @@ class Finder:
             candidate = replace(candidate, strength=round(min(max(candidate.strength, low), high), 4))
             if any(step.candidate == candidate for step in steps):
                 break
-            steps.append(self._measured("probe", candidate))
+            steps.append(self._measured("logprob", candidate))
             loss = self._loss(steps[-1])
             if 1 / _NEAR <= loss <= _NEAR:
                 break
@@ -230,12 +232,12 @@ class Finder:
     def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
         """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
         closest: dict[Candidate, Trial] = {}
-        for (rung, candidate), trial in self._known.items():
-            if rung == "probe" and space.holds(candidate):
-                known = closest.setdefault(candidate.shape, trial)
-                closest[candidate.shape] = min(known, trial, key=self._distance)
+        for (fidelity, candidate), trial in self._known.items():
+            if fidelity == "logprob" and space.holds(candidate):
+                known = closest.setdefault(candidate.without_strength(), trial)
+                closest[candidate.without_strength()] = min(known, trial, key=self._distance)
         for trial in proposals:
-            closest.pop(trial.candidate.shape, None)
+            closest.pop(trial.candidate.without_strength(), None)
         return list(closest.values())
 
     def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
@@ -249,7 +251,7 @@ class Finder:
 
         def merit(trial: Trial) -> float:
             # No merit in losing less than the level: early blocks do, and change little at any strength.
-            return -math.log(max(trial.sensitive, 1e-6)) / max(1.0, self._loss(trial))
+            return -math.log(max(trial.sensitive_remaining, 1e-6)) / max(1.0, self._loss(trial))
 
         return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
 
@@ -261,8 +263,8 @@ class Finder:
         and another limit is not, other blocks come first: less strength would cost removal. Where that did
         not help, the strength it is.
         """
-        tried = {t.candidate.shape for t in answered}
-        untried = next((c for c in ranked if c.shape not in tried), None)
+        tried = {t.candidate.without_strength() for t in answered}
+        untried = next((c for c in ranked if c.without_strength() not in tried), None)
         if not answered:
             return untried
         feasible = [trial for trial in answered if trial.feasible]
@@ -270,25 +272,29 @@ class Finder:
         if not feasible and untried and kept[-1] and kept != [True, True]:
             return untried
         if feasible:
-            best = min(feasible, key=lambda t: (t.sensitive, -t.candidate.strength)).candidate
+            best = min(feasible, key=lambda t: (t.sensitive_remaining, -t.candidate.strength)).candidate
             factor = _STEP
-            same = [trial for trial in feasible if trial.candidate.shape == best.shape]
+            same = [
+                trial for trial in feasible if trial.candidate.without_strength() == best.without_strength()
+            ]
             same.sort(key=lambda t: t.candidate.strength)
-            if min(trial.sensitive for trial in same) == 0.0:
+            if min(trial.sensitive_remaining for trial in same) == 0.0:
                 return None
-            if choose(same) is not same[-1]:
+            if select_candidate(same) is not same[-1]:
                 return untried
         else:
-            best = nearest(answered).candidate
+            best = least_infeasible(answered).candidate
             # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
             weakest = min(
-                (t for t in answered if t.candidate.shape == best.shape), key=lambda t: t.candidate.strength
+                (t for t in answered if t.candidate.without_strength() == best.without_strength()),
+                key=lambda t: t.candidate.strength,
             )
             best, factor = weakest.candidate, self._weaker(weakest)
         failed = [
             t.candidate.strength
             for t in answered
-            if t.candidate.shape == best.shape and t.candidate.strength > best.strength
+            if t.candidate.without_strength() == best.without_strength()
+            and t.candidate.strength > best.strength
         ]
         strength = min(best.strength * factor, most)
         if feasible and failed:
@@ -303,7 +309,7 @@ class Finder:
     def _keeps_harm(self, trial: Trial) -> bool:
         """Whether short answers hold the limit on harm, which one prompt less does not break."""
         n = self._rungs.n_harmful
-        return self._rungs.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.BRIEF)
+        return self._rungs.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.SHORT)
 
     def _weaker(self, trial: Trial) -> float:
         """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""

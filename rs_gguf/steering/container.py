@@ -13,13 +13,16 @@ from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.records.files import write_atomic
+from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering.provenance import ProvenanceValue
 
 PREFIX = "rs_gguf."
 SCHEMA_KEY = f"{PREFIX}schema_version"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, SCHEMA_VERSION)
+_RENAMED_1 = {"gate.passed": "acceptance.passed", "margin": "benign_target"}  # keys of schema 1
 
 _VALUE_TYPES = {
     str: GGUFValueType.STRING,
@@ -35,18 +38,23 @@ def metadata(reader: GGUFReader) -> dict[str, Any]:
 
 
 def provenance_of(values: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
-    """The entries of `metadata` that this project wrote, without their prefix."""
+    """Return the entries of `metadata` that this project wrote, without their prefix, as schema 2 has them."""
     keys = [key for key in values if key.startswith(PREFIX) and key != SCHEMA_KEY]
-    return {key.removeprefix(PREFIX): values[key] for key in keys}
+    found = {key.removeprefix(PREFIX): values[key] for key in keys}
+    if values.get(SCHEMA_KEY) != 1:
+        return found
+    renamed = {_RENAMED_1.get(key, key): value for key, value in found.items()}
+    return renamed | ({"estimator": GATED_ADAPTER} if renamed.get("estimator") == "gate" else {})
 
 
 def schema_faults(values: Mapping[str, Any]) -> list[str]:
     """Why this release cannot read a file of this project; empty for files of others."""
     version = values.get(SCHEMA_KEY)
-    if version is None or version == SCHEMA_VERSION:
+    if version is None or version in _READABLE:
         return []
     return [
-        f"{SCHEMA_KEY} is {version!r:.80}; this release reads {SCHEMA_VERSION}. Use the one that wrote it."
+        f"{SCHEMA_KEY} is {version!r:.80}; this release reads {' and '.join(map(str, _READABLE))}. Use the "
+        "release that wrote the file."
     ]
 
 
@@ -75,14 +83,16 @@ def write_verified(path: Path, serialise: Callable[[Path], None], same: Callable
     """Write `path` whole or not at all; what was written is read back before it takes its place and after.
 
     `serialise` writes a draft, `same` says whether a file holds what was meant. Raises `InputError` when the
-    place cannot be written, `GateError` when what was read differs from what was meant.
+    place cannot be written, `VerificationError` when what was read differs from what was meant.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / "draft.gguf"
             serialise(draft)
             if not same(draft):
-                raise GateError(f"{path}: the content did not survive a round trip; nothing was written.")
+                raise VerificationError(
+                    f"{path}: the content did not survive a round trip; nothing was written."
+                )
             data = draft.read_bytes()
     except OSError as error:
         raise InputError(f"No room for a draft of {path} ({error}). Free space or set TMPDIR.") from error
@@ -96,4 +106,6 @@ def write_compared(path: Path, data: bytes) -> None:
     """
     write_atomic(path, lambda file: file.write(data))
     if path.is_file() and path.read_bytes() != data:
-        raise GateError(f"{path} holds other bytes than were written; check the disk and write it again.")
+        raise VerificationError(
+            f"{path} holds other bytes than were written; check the disk and write it again."
+        )

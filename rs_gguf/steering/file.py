@@ -22,7 +22,7 @@ from rs_gguf.steering.container import metadata
 from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, StricterThanLlamaCpp, open_gguf
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
-from rs_gguf.steering.report import CheckReport, Proof
+from rs_gguf.steering.report import CheckReport, EffectCheck
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector import options as vector_options
 
@@ -101,7 +101,7 @@ def read_alike(paths: Sequence[Path]) -> list[SteeringFile]:
 def write(found: SteeringFile, path: str | Path) -> None:
     """Write a file for llama.cpp, whole or not at all, read back and compared.
 
-    Raises `InputError` when it would do nothing or the place cannot be written, `GateError` when what was
+    Raises `InputError` when it would do nothing or the place cannot be written, `VerificationError` when what was
     read back differs.
     """
     if isinstance(found, LoraAdapter):
@@ -136,36 +136,36 @@ def _on_model(report: CheckReport[SteeringFile], model: str | Path | None) -> Ch
     if model is None or report.found is None or not report.valid:
         return report
     from rs_gguf.engines.llama.model import LlamaModel
-    from rs_gguf.steering.proof import other_model
+    from rs_gguf.steering.effect_check import other_model
 
     with LlamaModel(Path(model), n_parallel=4) as loaded:
-        proof = _proven(report.found, Path(report.path), loaded)
+        effect = _effect_on(report.found, Path(report.path), loaded)
     return replace(
         report,
-        errors=proof.reasons,
+        errors=effect.reasons,
         warnings=(*report.warnings, *other_model(report.found.provenance, model)),
-        loader_says=report.loader_says or proof.loader_says.replace("%s", report.path),
-        proof=proof,
+        loader_says=report.loader_says or effect.loader_says.replace("%s", report.path),
+        effect=effect,
     )
 
 
-def prove(path: Path, model: Engine) -> Proof:
+def check_effect(path: Path, model: Engine) -> EffectCheck:
     """Run what is in a file on a loaded model.
 
     Raises:
         InputError: the file holds no sound vector or adapter; the model cannot be run on the prompts, or its
             tensors cannot be read; or there is no room for one matrix of an adapter.
     """
-    return _proven(read(path), path, model)
+    return _effect_on(read(path), path, model)
 
 
-def _proven(found: SteeringFile, path: Path, model: Engine) -> Proof:
-    from rs_gguf.steering import proof
+def _effect_on(found: SteeringFile, path: Path, model: Engine) -> EffectCheck:
+    from rs_gguf.steering import effect_check
 
     if isinstance(found, LoraAdapter):
-        return proof.prove_adapter(found, path, model)
+        return effect_check.check_adapter_effect(found, path, model)
     assert isinstance(found, SteeringVector)  # llama.cpp knows no third
-    return proof.prove_vector(found, model)
+    return effect_check.check_vector_effect(found, model)
 
 
 def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: bool) -> str:
@@ -180,7 +180,7 @@ def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: boo
 
 def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning_off: bool) -> str:
     """Return the command by which llama-server loads a model with files, given with what was read of each."""
-    options = " ".join(found.options(_file_word(path)) for path, found in files.items())
+    options = " ".join(found.options(_llama_path_argument(path)) for path, found in files.items())
     model_file = _path_word(model) if model.is_file() else "MODEL.gguf"  # of a folder there is none
     return f"llama-server -m {model_file} {options}{_thinking(reasoning_off)}"
 
@@ -189,7 +189,7 @@ def _thinking(reasoning_off: bool) -> str:
     return " --reasoning off" if reasoning_off else ""
 
 
-def _file_word(path: Path) -> str:
+def _llama_path_argument(path: Path) -> str:
     """A file as a word of the shell for an option of which llama.cpp takes the value as a row of CSV."""
     text = str(path)
     if "," in text or text.startswith('"'):

@@ -39,7 +39,7 @@ def write(adapter: LoraAdapter, path: str | Path) -> None:
     """Write for `--lora`, whole or not at all, read back and compared; the same content gives the same bytes.
 
     Raises `InputError` when no matrix would change, for an aLoRA, for one that would be too large to be read
-    again, or when the place cannot be written, `GateError` when what was read back differs.
+    again, or when the place cannot be written, `VerificationError` when what was read back differs.
     """
     adapter.refuse_invoked()
     size = sum(factor.nbytes for pair in adapter.factors.values() for factor in pair)

@@ -9,7 +9,7 @@ Found = TypeVar("Found", covariant=True)
 
 
 @dataclass(frozen=True)
-class Proof:
+class EffectCheck:
     """What was seen. `reasons` is empty when the effect is the one that the file promises."""
 
     effect_observed: bool
@@ -40,7 +40,7 @@ class CheckReport(Generic[Found]):
     warnings: tuple[str, ...]
     loader_says: str = ""
     found: Found | None = None
-    proof: Proof | None = None
+    effect: EffectCheck | None = None
 
     @property
     def valid(self) -> bool:

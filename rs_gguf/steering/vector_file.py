@@ -57,7 +57,7 @@ def write(vector: SteeringVector, path: str | Path) -> None:
     """Write `vector` for `--control-vector`, whole or not at all; the same vector gives the same bytes.
 
     The file is read back and compared, before it takes its place and after. Raises `InputError` when the
-    vector is zero everywhere or the place cannot be written, `GateError` when what was read differs from what
+    vector is zero everywhere or the place cannot be written, `VerificationError` when what was read differs from what
     was meant.
     """
     path = Path(path)

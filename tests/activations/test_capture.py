@@ -27,7 +27,7 @@ from rs_gguf.activations.capture import (
     capture,
     capture_all,
     capture_constant,
-    writers_of,
+    output_matrices_of,
 )
 from rs_gguf.activations.capture import captured as captured_of
 from rs_gguf.activations.store import ActivationStore
@@ -37,8 +37,8 @@ from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.methods.gates import fit_gates
-from rs_gguf.models.architecture import writer_inputs
+from rs_gguf.methods.gates import fit_gated_adapter
+from rs_gguf.models.architecture import matrix_input_tensors
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file as lora
@@ -70,7 +70,11 @@ def conversations(count: int = 10) -> list[Conversation]:
     found = []
     for k in range(count):
         prompt = [*PREFIX, 20 + k, *rng.integers(30, 250, 1 + 5 * (k % 4)).tolist()]
-        found.append(Conversation(prompt, rng.integers(30, 250, 1 + 3 * (k % 3)).tolist(), quiet=k % 3 != 1))
+        found.append(
+            Conversation(
+                prompt, rng.integers(30, 250, 1 + 3 * (k % 3)).tolist(), gate_stays_closed=k % 3 != 1
+            )
+        )
     return found
 
 
@@ -121,7 +125,7 @@ def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 def test_the_writing_matrices_of_the_graph(model: LlamaModel) -> None:
-    assert writer_inputs(model.graph_tensors(), layer=1) == INPUTS
+    assert matrix_input_tensors(model.graph_tensors(), layer=1) == INPUTS
 
 
 def test_last_tokens_are_those_of_each_prompt_by_itself(
@@ -159,7 +163,7 @@ def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
     # Of an answer that may be quiet, four tokens or all: these have 1, 4 or 7.
     assert all(place >= len(conversations()[i].prompt) for i, place in found["answers"])
     assert Counter(i for i, _ in found["answers"]) == {
-        i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.quiet
+        i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.gate_stays_closed
     }
 
 
@@ -168,12 +172,12 @@ def test_a_gate_may_open_in_refusals_of_sensitive_prompts_alone(model: LlamaMode
     answers, refused = {p.id: [7] for p in asked}, {p.id for p in asked if p.prompt.endswith("refused")}
     other = (Prompt("not answered", "sensitive"), Context("plain"))
     found, _ = capture_module.conversations(model, asked, None, answers, refused, [other])
-    loud = [p.prompt for p, c in zip([*asked, other[0]], found, strict=True) if not c.quiet]
+    loud = [p.prompt for p, c in zip([*asked, other[0]], found, strict=True) if not c.gate_stays_closed]
     assert loud == ["sensitive, refused"]
 
 
 def test_an_answer_that_a_gate_may_open_in_is_not_read(model: LlamaModel) -> None:
-    sensitive = [Conversation(c.prompt, c.answer, quiet=False) for c in conversations()]
+    sensitive = [Conversation(c.prompt, c.answer, gate_stays_closed=False) for c in conversations()]
     arrays = capture(model, sensitive, len(PREFIX), seed=7)
     assert len(arrays["ffn_down/prompts"]) == len(sensitive)
     assert len(arrays["ffn_down/answers"]) == 0
@@ -211,15 +215,15 @@ def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None
 def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Arrays, tmp_path: Path) -> None:
     parts = conversations()
     shards = [capture(model, part, len(PREFIX), seed=k) for k, part in enumerate((parts[:4], parts[4:]))]
-    joined = writers_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
+    joined = output_matrices_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
     assert set(joined) == {"attn_output", "ffn_down"}
     for matrix, rows in joined.items():
-        assert distance(rows.last.array(tmp_path), captured[f"{matrix}/last"]) < TOLERANCE
+        assert distance(rows.last_token.array(tmp_path), captured[f"{matrix}/last"]) < TOLERANCE
         few = rows.of(np.array([7, 2]))
-        assert distance(few.last.array(tmp_path), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
-        assert len(rows.prompts) == sum(len(shard[f"{matrix}/prompts"]) for shard in shards)
-        assert len(rows.answers) == sum(len(shard[f"{matrix}/answers"]) for shard in shards)
-        assert rows.constant.shape == (len(PREFIX), LAYERS, rows.last.shape[2])
+        assert distance(few.last_token.array(tmp_path), captured[f"{matrix}/last"][[7, 2]]) < TOLERANCE
+        assert len(rows.prompt_tokens) == sum(len(shard[f"{matrix}/prompts"]) for shard in shards)
+        assert len(rows.answer_tokens) == sum(len(shard[f"{matrix}/answers"]) for shard in shards)
+        assert rows.template_tokens.shape == (len(PREFIX), LAYERS, rows.last_token.shape[2])
 
 
 def test_inputs_are_half_floats_only_where_their_range_allows(
@@ -261,7 +265,7 @@ def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[st
 
 @pytest.mark.slow
 def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> None:
-    talks = [Conversation(c.prompt, [], quiet=False) for c in conversations()]
+    talks = [Conversation(c.prompt, [], gate_stays_closed=False) for c in conversations()]
     message = "architecture 'gemma3n'.*activations cannot be read"
     with (
         LlamaModel(families[STREAMS], n_parallel=3, n_ctx=512, n_threads=1) as model,
@@ -283,8 +287,8 @@ def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
     with LlamaModel(families["Granite"], n_parallel=8, n_ctx=2048, n_threads=1) as model:
         read = capture(model, talks, len(PREFIX), seed=7)
         constant = capture_constant(model, talks[0].prompt, len(PREFIX))
-        inputs = {"ffn_down": writers_of([read], constant)["ffn_down"]}
-        gates = fit_gates(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
+        inputs = {"ffn_down": output_matrices_of([read], constant)["ffn_down"]}
+        gates = fit_gated_adapter(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
         factors = gates.factors(1.0, layer, layer, strength)
         lora.write(LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
         with model.steered(Steering(adapters=[(tmp_path / "gate.gguf", 1.0)])):
@@ -364,7 +368,7 @@ def test_two_processes_capture_and_fit_what_one_does(
     network: tuple[Path, Any], model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capture_module, "SHARD", 4)
-    talks = [Conversation(c.prompt, list(c.prompt[-3:]), quiet=True) for c in conversations(18)]
+    talks = [Conversation(c.prompt, list(c.prompt[-3:]), gate_stays_closed=True) for c in conversations(18)]
     prompts = np.full((len(talks), 40), -1)
     for row, talk in zip(prompts, talks, strict=True):
         row[: len(talk.prompt)] = talk.prompt

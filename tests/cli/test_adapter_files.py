@@ -60,7 +60,7 @@ def test_check_of_the_file_alone(adapter: Path) -> None:
     code, stdout, _ = invoke("check", adapter, "--json")
     assert code == 0
     found = json.loads(stdout)
-    assert (found["valid"], found["errors"], found["warnings"], found["proof"]) == (True, [], [], None)
+    assert (found["valid"], found["errors"], found["warnings"], found["effect_check"]) == (True, [], [], None)
 
 
 @pytest.mark.slow
@@ -69,10 +69,10 @@ def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> Non
     assert code == 0
     assert "effect observed on the model: the residual moves by B A x" in stdout
     code, stdout, _ = invoke("check", adapter, "--model", model, "--json")
-    proof = json.loads(stdout)["proof"]
-    assert proof["effect_observed"]
-    assert set(proof["relative_error"]) == set(random_adapter().factors)
-    assert proof["kl_mean"] > 0
+    effect = json.loads(stdout)["effect_check"]
+    assert effect["effect_observed"]
+    assert set(effect["relative_error"]) == set(random_adapter().factors)
+    assert effect["kl_mean"] > 0
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Pa
     lora.write(LoraAdapter({**whole.factors, DOWN: (a, 0 * b)}, whole.architecture), path)
     code, stdout, stderr = invoke("check", path, "--model", model, "--json")
     assert (code, stderr) == (0, "")
-    assert set(json.loads(stdout)["proof"]["relative_error"]) == set(whole.factors) - {DOWN}
+    assert set(json.loads(stdout)["effect_check"]["relative_error"]) == set(whole.factors) - {DOWN}
 
 
 def test_check_of_a_damaged_adapter(adapter: Path) -> None:

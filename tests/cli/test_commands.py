@@ -17,7 +17,7 @@ from fixtures.tiny_qwen3 import write_tiny_qwen3
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages.file_record import WrittenFile

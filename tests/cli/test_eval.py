@@ -109,16 +109,18 @@ def answers(found: dict[str, Any], side: str) -> list[str]:
 def test_both_sides_are_there_with_intervals(steered: dict[str, Any]) -> None:
     figures = steered["sets"]["plain"]
     assert figures["n"] == 3
-    for side in ("baseline", "steered"):
+    for side in ("unsteered", "steered"):
         low, high = figures[f"ci95_{side}"]
         assert 0 <= low <= figures[f"refusal_{side}"] <= high <= 1
     assert figures["drift"] > 0
     assert 0 <= figures["top1_agreement"] < 1
-    assert figures["perplexity_steered"] > figures["perplexity_baseline"]  # greedy answers were the likeliest
+    assert (
+        figures["perplexity_steered"] > figures["perplexity_unsteered"]
+    )  # greedy answers were the likeliest
     text = steered["benign_text"]
     assert text["n"] == 4
     assert text["drift"] > 0
-    assert text["perplexity_baseline"] > 1
+    assert text["perplexity_unsteered"] > 1
     speed = steered["tokens_per_second"]
     assert speed["change"] == pytest.approx(speed["steered"] / speed["baseline"] - 1)
     assert steered["judge"] == "keywords"
@@ -145,8 +147,8 @@ def test_rows_are_what_the_model_says(folder: Path, steered: dict[str, Any]) -> 
     for i, row in enumerate(steered["rows"]):
         assert row["set"] == "plain"
         assert not {"kind", "split", "tokens_baseline"} & row.keys()
-        assert ("cut_off" in row["faults_baseline"]) is not plain[i].finished
-        assert ("cut_off" in row["faults_steered"]) is not moved[i].finished
+        assert ("truncated" in row["flags_unsteered"]) is not plain[i].finished
+        assert ("truncated" in row["flags_steered"]) is not moved[i].finished
 
 
 def test_vectors_of_two_models_are_told(folder: Path) -> None:
@@ -214,8 +216,8 @@ class Timed:
 
     def check(self) -> None: ...
 
-    def answers(self, asked: Sequence[Prompt], dose: float, **_: object) -> tuple[list[Answer], int, float]:
-        return [Answer([1], p.prompt, True, False) for p in asked], 30, 3.0 if dose else 2.0
+    def answers(self, asked: Sequence[Prompt], factor: float, **_: object) -> tuple[list[Answer], int, float]:
+        return [Answer([1], p.prompt, True, False) for p in asked], 30, 3.0 if factor else 2.0
 
     def answer_logprobs(self, asked: Sequence[Prompt], *_: object) -> None:
         self.moved.append([p.prompt for p in asked])
@@ -248,15 +250,15 @@ def test_doses_share_one_model_and_one_baseline(
     monkeypatch.setattr(LlamaModel, "__init__", counted)
     found = evaluate(folder, "--control-vector", "@v.gguf:2", "--scales", "0,0.25,0.5")
     assert len(loaded) == 1
-    doses = found["doses"]
-    assert [dose["scale"] for dose in doses] == [0, 0.25, 0.5]
-    drifts = [dose["sets"]["plain"]["drift"] for dose in doses]
+    factors = found["factors"]
+    assert [factor["scale"] for factor in factors] == [0, 0.25, 0.5]
+    drifts = [factor["sets"]["plain"]["drift"] for factor in factors]
     assert drifts[0] == 0 < drifts[1] < drifts[2]
-    assert answers(doses[0], "steered") == answers(doses[0], "baseline")
-    for dose in doses:
-        assert answers(dose, "baseline") == answers(steered, "baseline")
+    assert answers(factors[0], "steered") == answers(factors[0], "baseline")
+    for factor in factors:
+        assert answers(factor, "baseline") == answers(steered, "baseline")
     # Twice the file's scale times one half.
-    assert answers(doses[2], "steered") == answers(steered, "steered")
+    assert answers(factors[2], "steered") == answers(steered, "steered")
     assert drifts[2] == pytest.approx(steered["sets"]["plain"]["drift"], rel=1e-3)
 
 
@@ -289,13 +291,13 @@ def test_an_adapter_is_applied_at_its_scale(folder: Path) -> None:
     assert answers(found, "steered") == [expected[i].text.strip() for i in range(3)]
     assert found["sets"]["plain"]["drift"] > 0
     whole = evaluate(folder, "--lora", "@a.gguf", "--scales", "0.5")
-    assert answers(whole["doses"][0], "steered") == answers(found, "steered")
+    assert answers(whole["factors"][0], "steered") == answers(found, "steered")
     assert found["adapters"] == [f"{folder}/a.gguf:0.5"]
 
 
 def test_the_system_prompt_is_on_both_sides(folder: Path, steered: dict[str, Any]) -> None:
     found = evaluate(folder, "--control-vector", "@v.gguf", "--system-prompt", "on and on in the rain")
-    for side in ("baseline", "steered"):
+    for side in ("unsteered", "steered"):
         assert answers(found, side) != answers(steered, side)
 
 
@@ -328,7 +330,7 @@ def test_capability_is_paired_and_without_a_sandbox_says_what_is_left_out(
     found = json.loads(out.read_text())["capability"]
     assert list(found) == ["arithmetic", "facts", "format", "all"]
     assert found["all"]["n"] == sum(found[kind]["n"] for kind in ("arithmetic", "facts", "format"))
-    assert found["arithmetic"]["accuracy_baseline"] == 0  # random weights
+    assert found["arithmetic"]["accuracy_unsteered"] == 0  # random weights
 
 
 # ---- bad input -------------------------------------------------------------------------------------------
@@ -414,7 +416,7 @@ def test_tables_are_told_before_a_file_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(
-    ("text", "doses"),
+    ("text", "factors"),
     [
         ("1", [1]),
         ("0, 0.25 ,…,1", [0, 0.25, 0.5, 0.75, 1]),
@@ -423,8 +425,8 @@ def test_tables_are_told_before_a_file_that_cannot_be_written(
         ("1,1", [1]),
     ],
 )
-def test_scales(text: str, doses: list[float]) -> None:
-    assert parse_scales(text) == doses
+def test_scales(text: str, factors: list[float]) -> None:
+    assert parse_scales(text) == factors
 
 
 @pytest.mark.parametrize(
@@ -469,12 +471,12 @@ def test_a_server_is_steered_by_each_requests_scales(server: Server, folder: Pat
         "--system-prompt",
         "Be.",
     )
-    weak, full = (dose["sets"]["plain"] for dose in found["doses"])
+    weak, full = (factor["sets"]["plain"] for factor in found["factors"])
     assert (weak["refused_baseline"], weak["refused_steered"]) == (3, 3)
     assert (full["refused_baseline"], full["refused_steered"]) == (3, 0)
     assert full["mcnemar_p"] == 0.25
-    assert full["drift"] is None is found["doses"][1]["benign_text"]["drift"]
-    assert found["doses"][1]["tokens_per_second"]["steered"] > 0
+    assert full["drift"] is None is found["factors"][1]["benign_text"]["drift"]
+    assert found["factors"][1]["tokens_per_second"]["steered"] > 0
     scales = {tuple((entry["id"], entry["scale"]) for entry in body["lora"]) for body in server.asked}
     # The other adapter keeps what the server was started with, unsteered is said and not left out.
     assert scales == {((0, 0.75), (1, 0.0)), ((0, 0.75), (1, 0.25)), ((0, 0.75), (1, 0.5))}
@@ -525,8 +527,8 @@ def test_a_real_llama_server_answers_as_this_process_does(folder: Path, tmp_path
     here = evaluate(folder, *arguments)
     with binaries.Server(tmp_path / "log", *options) as running:
         there = evaluate(folder, *arguments, "--model", f"http://{running.address}")
-    for mine, its in zip(here["doses"], there["doses"], strict=True):
-        for side in ("baseline", "steered"):
+    for mine, its in zip(here["factors"], there["factors"], strict=True):
+        for side in ("unsteered", "steered"):
             # The server keeps back a character that is not whole yet.
             assert [a.rstrip("\N{REPLACEMENT CHARACTER}") for a in answers(its, side)] == [
                 a.rstrip("\N{REPLACEMENT CHARACTER}") for a in answers(mine, side)
@@ -562,7 +564,7 @@ def test_a_harm_direction_makes_the_real_model_refuse(real_model: Path, tmp_path
         *("--json", str(tmp_path / "out.json")),
     )
     assert code == 0, stderr
-    weak, full = json.loads((tmp_path / "out.json").read_text())["doses"]
+    weak, full = json.loads((tmp_path / "out.json").read_text())["factors"]
     # Measured: 4 of 4 steered, in so many words, from 0.8 of the difference to 1.4.
     assert weak["sets"]["asked"]["refused_baseline"] <= 1
     assert full["sets"]["asked"]["refused_steered"] == 4

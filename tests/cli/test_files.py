@@ -64,9 +64,9 @@ def test_check_on_a_model_prints_effect_and_divergence(tmp_path: Path, model: Pa
     assert code == 0
     found = strict(stdout)
     assert (found["valid"], found["errors"], found["loader_says"]) == (True, [], "")
-    assert found["proof"]["effect_observed"]
-    assert set(found["proof"]["relative_error"]) == {"1", "3"}
-    assert found["proof"]["kl_mean"] > 0
+    assert found["effect_check"]["effect_observed"]
+    assert set(found["effect_check"]["relative_error"]) == {"1", "3"}
+    assert found["effect_check"]["kl_mean"] > 0
 
 
 def test_check_on_another_model_is_strict_json_too(tmp_path: Path, model: Path) -> None:
@@ -74,7 +74,7 @@ def test_check_on_another_model_is_strict_json_too(tmp_path: Path, model: Path) 
     code, stdout, _ = invoke("check", path, "--model", model, "--json")
     found = strict(stdout)
     assert code == 1
-    assert found["proof"]["kl_mean"] is None
+    assert found["effect_check"]["kl_mean"] is None
     assert found["loader_says"] == "control vector n_embd does not match model"
     assert "llama.cpp would log: control vector n_embd" in invoke("check", path, "--model", model)[1]
 

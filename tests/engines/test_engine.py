@@ -80,7 +80,7 @@ def test_what_is_not_there_is_told_by_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_what_each_engine_can_do() -> None:
-    assert LlamaModel.can == Can.LORA | Can.WRITERS | Can.LLAMA_CPP
+    assert LlamaModel.can == Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
     assert TorchModel.can == Can(0)
 
 
@@ -88,7 +88,7 @@ def test_facts_about_the_model(engine: Engine, reference: Engine) -> None:
     assert (engine.architecture, engine.n_layer, engine.n_embd) == ("qwen2", N_LAYER, WIDTH)
     assert (engine.n_vocab, engine.n_params) == (reference.n_vocab, reference.n_params)
     assert engine.chat_template == CHAT_TEMPLATE
-    assert (engine.eos_token, engine.opening) == ("<|im_end|>", [])
+    assert (engine.eos_token, engine.bos_prefix) == ("<|im_end|>", [])
 
 
 # ---- text and tokens -----------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def test_all_that_can_be_read_is_named(engine: Engine) -> None:
     names = engine.graph_tensors()
     assert {f"l_out-{layer}" for layer in range(N_LAYER)} <= set(names)
     others = {name.rpartition("-")[0] for name in names if name.endswith("-1")} - {"l_out"}
-    assert ("kqv_out" in others) == (Can.WRITERS in engine.can)
-    if Can.WRITERS in engine.can:
+    assert ("kqv_out" in others) == (Can.MATRIX_INPUTS in engine.can)
+    if Can.MATRIX_INPUTS in engine.can:
         read = read_last(engine, PROMPTS, [1], ["kqv_out", "ffn_swiglu"])
         assert {name: rows.shape[2] for name, rows in read.items()} == {
             "kqv_out": WIDTH,

@@ -23,7 +23,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rs_gguf.activations.activations import WriterInputs
+from rs_gguf.activations.activations import MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import device
 from rs_gguf.estimators.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
@@ -640,7 +640,7 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Pa
     activations, confidence, kinds, _ = labelled()
     activations = np.insert(activations, 0, np.ones((2, 240, 12)), axis=1).astype(np.float32)
     asked = [Prompt(str(i), kind) for i, kind in enumerate(kinds)]
-    inputs = WriterInputs(activations, activations[:8], activations[:0], activations[:2])
+    inputs = MatrixInputs(activations, activations[:8], activations[:0], activations[:2])
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5], gate_ridges=[1.0]))
     fit(
         Samples(asked, activations, confidence, {"ffn_down": inputs}, tmp_path),

@@ -134,7 +134,7 @@ def test_accuracy_is_paired_by_kind_and_in_all() -> None:
     )
     assert list(found) == ["arithmetic", "facts", "all"]
     told = {
-        name: (f["n"], f["right_baseline"], f["right_steered"], f["gained"], f["lost"])
+        name: (f["n"], f["right_unsteered"], f["right_steered"], f["gained"], f["lost"])
         for name, f in found.items()
     }
     assert told == {"arithmetic": (3, 3, 1, 0, 2), "facts": (2, 1, 2, 1, 0), "all": (5, 4, 3, 1, 2)}
@@ -155,8 +155,8 @@ def test_what_was_cut_off_before_an_answer_is_no_wrong_one() -> None:
     before, after = answers([None, *right[1:3], ""]), answers([right[0], None, REFUSAL, right[3]])
     assert [solution.correct for solution in before] == [None, True, True, False]
     found = capability.compare(before, after)["all"]
-    assert (found["n"], found["unanswered_baseline"], found["unanswered_steered"]) == (2, 1, 1)
-    assert (found["right_baseline"], found["right_steered"], found["gained"], found["lost"]) == (1, 1, 1, 1)
+    assert (found["n"], found["unanswered_unsteered"], found["unanswered_steered"]) == (2, 1, 1)
+    assert (found["right_unsteered"], found["right_steered"], found["gained"], found["lost"]) == (1, 1, 1, 1)
 
 
 def test_answers_may_have_as_many_tokens_as_were_asked_for() -> None:

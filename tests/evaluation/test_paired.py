@@ -16,9 +16,9 @@ from rich.console import Console
 from rs_gguf.cli import tables as comparison_tables
 from rs_gguf.engines.answers import after_trace, answer
 from rs_gguf.engines.engine import Steering
-from rs_gguf.evaluation.chance import mcnemar, wilson
-from rs_gguf.evaluation.paired import PairedEvaluation, drift_of, must_stay, spread
-from rs_gguf.evaluation.side import Side, grade
+from rs_gguf.evaluation.condition import JudgedAnswers, judge_answers
+from rs_gguf.evaluation.paired import PairedEvaluation, bootstrap_intervals, drift_of, is_drift_reference
+from rs_gguf.evaluation.paired_statistics import mcnemar, wilson
 from rs_gguf.judges.registry import Judgement
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.degenerate import is_degenerate, switches_language
@@ -68,9 +68,9 @@ def test_degenerate(text: str, tokens: list[int], degenerate: bool) -> None:
 def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
     def row(before: float | None, after: float | None) -> dict[str, object]:
         return {
-            "prompt": "p", "confidence_baseline": before, "confidence_steered": after,
-            "category_baseline": "direct" if before == 0.9 else None, "category_steered": "empty",
-            "degenerate_baseline": False, "degenerate_steered": after is None,
+            "prompt": "p", "confidence_unsteered": before, "confidence_steered": after,
+            "category_unsteered": "direct" if before == 0.9 else None, "category_steered": "empty",
+            "degenerate_unsteered": False, "degenerate_steered": after is None,
         }  # fmt: skip
 
     evaluation = PairedEvaluation.of_rows(
@@ -81,7 +81,7 @@ def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
     assert (found.unjudged, found.unjudged_unsteered, found.unjudged_steered) == (2, 1, 1)
     assert (found.refused_unsteered, found.refused_steered, found.refused_both) == (2, 2, 1)
     assert found.mcnemar_p == 1.0
-    assert found.categories_unsteered == {"direct": 1, "untold": 1}
+    assert found.categories_unsteered == {"direct": 1, "unclassified": 1}
     assert found.categories_steered == {"empty": 2}
     assert found.degenerate_steered == pytest.approx(1 / 6)
     assert evaluation.lost_and_gained("refusal") == (1, 1)
@@ -89,7 +89,7 @@ def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
     assert evaluation.lost_and_gained("unjudged") == (1, 1)
     # `rs-export eval` and its readers know the unsteered side as the baseline.
     assert found.figures()["refused_baseline"] == 2
-    assert found.figures()["ci95_baseline"] == list(found.ci95_unsteered)
+    assert found.figures()["ci95_unsteered"] == list(found.ci95_unsteered)
 
 
 def test_a_part_is_of_the_prompts_with_these_values() -> None:
@@ -97,7 +97,7 @@ def test_a_part_is_of_the_prompts_with_these_values() -> None:
         ("harmful", "a"), ("benign", "a"), ("harmful", "b"), ("harmful", "a"),
     ])]  # fmt: skip
     answers = [Answer([i], str(i), True, False) for i in range(4)]
-    side = Side(answers, [Judgement(1.0 - i, "m") for i in range(4)])
+    side = JudgedAnswers(answers, [Judgement(1.0 - i, "m") for i in range(4)])
     part = PairedEvaluation(asked, side, side).part(kind="harmful", topic="a")
     assert [prompt.prompt for prompt in part.prompts] == ["0", "3"]
     assert [answer.text for answer in part.after.answers] == ["0", "3"]
@@ -191,7 +191,7 @@ def test_drift_by_hand() -> None:
     found = drift_of(before, after)
     assert found.nats == pytest.approx((0.25 + 1.0) / 2)  # |−2.25 + 2|, |−1 + 2|
     assert found.top1_agreement == 0.5  # of the two tokens that were first choice
-    assert found.perplexity_baseline == pytest.approx(np.exp(2.0))
+    assert found.perplexity_unsteered == pytest.approx(np.exp(2.0))
     assert found.perplexity_steered == pytest.approx(np.exp(5.5 / 3))
     same = drift_of(before, before)
     assert (same.nats, same.top1_agreement) == (0.0, 1.0)
@@ -200,7 +200,7 @@ def test_drift_by_hand() -> None:
 
 def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     prompt = Prompt("p", "harmful", subject="s", topic="t", form="f", language="en")
-    side = Side([Answer([1, 2], "text", True, False)], [Judgement(0.25, "m", "vagueness")])
+    side = JudgedAnswers([Answer([1, 2], "text", True, False)], [Judgement(0.25, "m", "vagueness")])
     evaluation = PairedEvaluation([prompt], side, side)
     (row,), (other,) = evaluation.rows(), evaluation.rows("adapter")
     row |= other
@@ -208,7 +208,7 @@ def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     for name in ("baseline", "steered", "adapter"):
         expected |= {f"{field}_{name}" for field in ("answer", "confidence", "category", "degenerate")}
     assert row.keys() == expected
-    assert (row["answer_adapter"], row["confidence_baseline"], row["degenerate_steered"]) == (
+    assert (row["answer_adapter"], row["confidence_unsteered"], row["degenerate_steered"]) == (
         "text",
         0.25,
         False,
@@ -221,7 +221,7 @@ def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     [(-1.0, "Yes.", True), (None, "Yes.", True), (1.0, "No.", False), (-1.0, "", False)],
 )
 def test_what_was_said_and_not_refused_must_stay(confidence: float | None, answer: str, stays: bool) -> None:
-    assert must_stay(Answer([1], answer, True, False), Judgement(confidence, "m")) is stays
+    assert is_drift_reference(Answer([1], answer, True, False), Judgement(confidence, "m")) is stays
 
 
 class _Echo:
@@ -248,7 +248,7 @@ def test_a_trace_that_was_cut_off_is_not_judged() -> None:
     ]
     asked = [replace(Prompt("p", "benign"), prompt=f"p{i}") for i in range(4)]
     judge = _Echo()
-    assert [found.confidence for found in grade(judge, asked, answers)] == [1.0, None, None, 0.25]
+    assert [found.confidence for found in judge_answers(judge, asked, answers)] == [1.0, None, None, 0.25]
     assert judge.asked == [("p0", "no"), ("p1", None), ("p2", None), ("p3", "")]
 
 
@@ -324,7 +324,7 @@ def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:
 def test_a_strangers_words_do_not_steer_the_terminal() -> None:
     group = {
         "n": 5, "refused_baseline": 2, "refused_steered": 1,
-        "ci95_baseline": [0.1, 0.7], "ci95_steered": [0.0, 0.6],
+        "ci95_unsteered": [0.1, 0.7], "ci95_steered": [0.0, 0.6],
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
     comparison_tables._print_groups(console, "topic", {"\x1b]0;owned\x07": group, "cats": group})
@@ -346,8 +346,8 @@ def pair(kind: Any, before: float | None, after: float, subject: str, text: str 
 def evaluation_of(pairs: Sequence[Pair]) -> PairedEvaluation:
     answers = [Answer([], "", True, False) for _ in pairs]
     prompts = [prompt for prompt, *_ in pairs]
-    before = Side(answers, [Judgement(confidence, "m") for _, confidence, _ in pairs])
-    return PairedEvaluation(prompts, before, Side(answers, [Judgement(c, "m") for _, _, c in pairs]))
+    before = JudgedAnswers(answers, [Judgement(confidence, "m") for _, confidence, _ in pairs])
+    return PairedEvaluation(prompts, before, JudgedAnswers(answers, [Judgement(c, "m") for _, _, c in pairs]))
 
 
 def test_the_spread_is_that_of_means_over_subjects() -> None:
@@ -359,7 +359,7 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     pairs.append(pair("sensitive", None, 1.0, "unjudged"))
     changes = rng.exponential(0.1, n)
     moved = [(Prompt(str(i), "benign"), float(change)) for i, change in enumerate(changes)]
-    found = spread(evaluation_of(pairs), moved, seed=0)
+    found = bootstrap_intervals(evaluation_of(pairs), moved, seed=0)
     # A mean of 400 draws is near normal: 1.96 standard errors either side.
     for name, values in (
         ("removal", 1.0 - after),
@@ -368,19 +368,21 @@ def test_the_spread_is_that_of_means_over_subjects() -> None:
     ):
         half = 1.96 * np.std(values) / np.sqrt(n)
         assert found[name] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=half / 4)
-    assert spread(evaluation_of(pairs), moved, seed=0) == found
+    assert bootstrap_intervals(evaluation_of(pairs), moved, seed=0) == found
     # Prompts of one subject go together: with 20 subjects of 20 like prompts there are 20 draws, not 400.
     clustered = [pair("sensitive", 1.0, 1.0 if i % 20 < 6 else -1.0, f"s{i % 20}") for i in range(n)]
-    low, high = spread(evaluation_of(clustered), [], seed=0)["removal"] or (0, 0)
+    low, high = bootstrap_intervals(evaluation_of(clustered), [], seed=0)["removal"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
     alike = [(Prompt(str(i), "benign", subject=f"b{i % 20}"), float(i % 20 < 6)) for i in range(n)]
-    low, high = spread(evaluation_of([]), alike, seed=0)["benign_drift"] or (0, 0)
+    low, high = bootstrap_intervals(evaluation_of([]), alike, seed=0)["benign_drift"] or (0, 0)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
-    nothing = spread(evaluation_of([]), [], seed=0)
+    nothing = bootstrap_intervals(evaluation_of([]), [], seed=0)
     assert nothing == {"removal": None, "harmful_refusal_ratio": None, "benign_drift": None}
 
 
 def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:
     pairs = [pair(kind, 1.0, 1.0 if i % 3 else -1.0, f"s{i}") for i in range(40) for kind in KINDS]
     without = [(replace(prompt, subject=""), before, after) for prompt, before, after in pairs]
-    assert spread(evaluation_of(without), [], seed=0) == spread(evaluation_of(pairs), [], seed=0)
+    assert bootstrap_intervals(evaluation_of(without), [], seed=0) == bootstrap_intervals(
+        evaluation_of(pairs), [], seed=0
+    )

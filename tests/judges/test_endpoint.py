@@ -591,7 +591,7 @@ def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server], ends_with
 @pytest.mark.parametrize(
     ("text", "confidence"),
     [
-        ("Hm. Perhaps\nVerdict: refusal\n</think>", None),  # it ended before it had settled
+        ("Hm. Perhaps\nVerdict: refusal\n</think>", None),  # it ended before it had select_final
         ("Hm.\nVerdict: refusal\n</think>Verdict: answer", -1.0),
         ("[THINK]a </think> b[/THINK]Verdict: answer", -1.0),  # the trace speaks of another trace
         ("<think>Hm.\nVerdict: answer", None),

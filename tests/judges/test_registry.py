@@ -45,7 +45,7 @@ class FakeModel:
     n_embd = 2
 
     def __init__(self, path: Path) -> None:
-        self.path, self.opening = path, list[int]()
+        self.path, self.bos_prefix = path, list[int]()
         self.asked: list[str] = []
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
@@ -149,8 +149,8 @@ def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:
     agreed = [row for row in rows() if row["label"] == row["second_label"]]
     assert [pair.refusal for pair in labelled_pairs()] == [row["label"] == "refusal" for row in agreed]
     first, second = (Counter(row[key] for row in rows()) for key in ("label", "second_label"))
-    by_chance = sum(first[label] * second[label] for label in first) / len(rows()) ** 2
-    kappa = (len(agreed) / len(rows()) - by_chance) / (1 - by_chance)
+    noise_allowance = sum(first[label] * second[label] for label in first) / len(rows()) ** 2
+    kappa = (len(agreed) / len(rows()) - noise_allowance) / (1 - noise_allowance)
     assert kappa > 0.9
     assert label_agreement() == {
         "pairs": len(rows()),

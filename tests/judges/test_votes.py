@@ -129,7 +129,7 @@ class Letters:
     """A model whose tokens are letters, and whose vocabulary may ask for one before every text."""
 
     def __init__(self, opening: list[int]) -> None:
-        self.opening = opening
+        self.bos_prefix = opening
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         return [ord(letter) for letter in text]

@@ -15,7 +15,7 @@ from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 from rs_gguf.engines.engine import NO_STEERING, Can, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.side import Arm
+from rs_gguf.evaluation.condition import Condition
 from rs_gguf.methods import baselines
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline.recipe import Recipe, load
@@ -48,7 +48,7 @@ def templated(template: str) -> Any:
 
 def build(
     found: Samples, chosen: Recipe, model: LlamaModel | None = None, folder: Path = Path()
-) -> Sequence[Arm]:
+) -> Sequence[Condition]:
     return baselines.build(
         chosen.measure.baselines,
         found.prompts,

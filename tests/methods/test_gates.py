@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rs_gguf.activations.activations import WriterInputs
+from rs_gguf.activations.activations import MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.methods import adapter
-from rs_gguf.methods.gates import HARM, QUIET, Gates, fit_gates
+from rs_gguf.methods.gates import HARMFUL_TARGET_RATIO, OFF_TARGET_WEIGHT, GatedAdapterFit, fit_gated_adapter
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -22,7 +22,7 @@ RIDGES = (0.05, 1.0, 20.0)
 KINDS = ("sensitive", "benign", "harmful")
 
 
-def problem(per_class: int = 8, width: int = WIDTH, seed: int = 0) -> tuple[WriterInputs, Any, Labels]:
+def problem(per_class: int = 8, width: int = WIDTH, seed: int = 0) -> tuple[MatrixInputs, Any, Labels]:
     """Inputs of one matrix, block outputs and labels: every kind refused and answered, and neutral ones.
 
     With 8 a class there are more rows than columns, with few a class fewer: both ways of the solver.
@@ -34,11 +34,11 @@ def problem(per_class: int = 8, width: int = WIDTH, seed: int = 0) -> tuple[Writ
     confidence[5::7] = rng.uniform(-0.15, 0.15, len(confidence[5::7]))
     offset = {kind: rng.standard_normal((LAYERS, width)) for kind in ("sensitive", "benign", "harmful")}
     last = np.stack([offset[kind] for kind in kinds]) + rng.standard_normal((count, LAYERS, width))
-    inputs = WriterInputs(
-        last=last.astype(np.float32),
-        prompts=rng.standard_normal((5, LAYERS, width)).astype(np.float16),
-        answers=rng.standard_normal((3, LAYERS, width)).astype(np.float16),
-        constant=(3 * rng.standard_normal((2, LAYERS, width))).astype(np.float32),
+    inputs = MatrixInputs(
+        last_token=last.astype(np.float32),
+        prompt_tokens=rng.standard_normal((5, LAYERS, width)).astype(np.float16),
+        answer_tokens=rng.standard_normal((3, LAYERS, width)).astype(np.float16),
+        template_tokens=(3 * rng.standard_normal((2, LAYERS, width))).astype(np.float32),
     )
     residuals = rng.standard_normal((count, LAYERS, OUT)).astype(np.float32)
     return inputs, residuals, Labels.of(confidence, kinds)
@@ -58,15 +58,17 @@ def difference(labels: Labels) -> Float64:
     return found
 
 
-def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet: float = QUIET) -> Float64:
+def metric(
+    inputs: MatrixInputs, layer: int, labels: Labels, ridge: float, quiet: float = OFF_TARGET_WEIGHT
+) -> Float64:
     """S + ρI of the docstring, row by row."""
-    x = np.asarray(inputs.last[:, layer], dtype=np.float64)
+    x = np.asarray(inputs.last_token[:, layer], dtype=np.float64)
     width = x.shape[1]
     energy = np.zeros((width, width))
     for weights in members(labels).values():
         for weight, row in zip(weights, x - weights @ x, strict=True):
             energy += weight / 3 * np.outer(row, row)
-    for tokens in (inputs.prompts, inputs.answers, inputs.constant):
+    for tokens in (inputs.prompt_tokens, inputs.answer_tokens, inputs.template_tokens):
         for row in np.asarray(tokens[:, layer], dtype=np.float64):
             energy += quiet / len(tokens) * np.outer(row, row)
     cells = []
@@ -83,14 +85,19 @@ def metric(inputs: WriterInputs, layer: int, labels: Labels, ridge: float, quiet
     return found
 
 
-def means(inputs: WriterInputs, layer: int, labels: Labels) -> Float64:
+def means(inputs: MatrixInputs, layer: int, labels: Labels) -> Float64:
     """Means [3, W] of the kinds."""
-    x = np.asarray(inputs.last[:, layer], dtype=np.float64)
+    x = np.asarray(inputs.last_token[:, layer], dtype=np.float64)
     return np.stack([weights @ x for weights in members(labels).values()])
 
 
 def naive(
-    inputs: WriterInputs, layer: int, labels: Labels, ridge: float, wanted: Any, quiet: float = QUIET
+    inputs: MatrixInputs,
+    layer: int,
+    labels: Labels,
+    ridge: float,
+    wanted: Any,
+    quiet: float = OFF_TARGET_WEIGHT,
 ) -> Float64:
     """The constrained minimum as one linear system, Lagrange multipliers included."""
     constraints = means(inputs, layer, labels)
@@ -102,9 +109,9 @@ def naive(
 
 
 def fitted(
-    inputs: WriterInputs, residuals: Any, labels: Labels, *, ridges: Any = RIDGES, **options: Any
-) -> Gates:
-    return fit_gates({"ffn_down": inputs}, residuals, labels, ridges=ridges, **options)
+    inputs: MatrixInputs, residuals: Any, labels: Labels, *, ridges: Any = RIDGES, **options: Any
+) -> GatedAdapterFit:
+    return fit_gated_adapter({"ffn_down": inputs}, residuals, labels, ridges=ridges, **options)
 
 
 def in_cells(labels: Labels, names: npt.ArrayLike) -> Labels:
@@ -112,17 +119,20 @@ def in_cells(labels: Labels, names: npt.ArrayLike) -> Labels:
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
-@pytest.mark.parametrize("quiet", [QUIET, 0.7])
+@pytest.mark.parametrize("quiet", [OFF_TARGET_WEIGHT, 0.7])
 def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: float) -> None:
     inputs, residuals, labels = problem(per_class, width)
     rng = np.random.default_rng(1)
     cells = rng.choice(["law", "health", ""], (len(labels.confidence), 2))
     labels = in_cells(labels, cells)
     gates = fitted(inputs, residuals, labels, quiet=quiet)
-    assert gates.opens["ffn_down"].shape == (len(RIDGES), LAYERS, width)
+    assert gates.sensitive_gate["ffn_down"].shape == (len(RIDGES), LAYERS, width)
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
-            for found, wanted in ((gates.opens, [1, 0, 0]), (gates.guards, [0, 1, HARM])):
+            for found, wanted in (
+                (gates.sensitive_gate, [1, 0, 0]),
+                (gates.benign_gate, [0, 1, HARMFUL_TARGET_RATIO]),
+            ):
                 expected = naive(inputs, layer, labels, ridge, wanted, quiet)
                 np.testing.assert_allclose(found["ffn_down"][k, layer], expected, rtol=1e-8, atol=1e-10)
 
@@ -131,7 +141,10 @@ def test_reads_are_the_constrained_minimum(per_class: int, width: int, quiet: fl
 def test_means_of_the_kinds_are_met_exactly(per_class: int, width: int) -> None:
     inputs, residuals, labels = problem(per_class, width)
     gates = fitted(inputs, residuals, labels)
-    for found, wanted in ((gates.opens, [1.0, 0.0, 0.0]), (gates.guards, [0.0, 1.0, HARM])):
+    for found, wanted in (
+        (gates.sensitive_gate, [1.0, 0.0, 0.0]),
+        (gates.benign_gate, [0.0, 1.0, HARMFUL_TARGET_RATIO]),
+    ):
         for layer in range(LAYERS):
             answers = means(inputs, layer, labels) @ found["ffn_down"][:, layer].T
             np.testing.assert_allclose(answers.T, [wanted] * len(RIDGES), atol=1e-9)
@@ -139,7 +152,7 @@ def test_means_of_the_kinds_are_met_exactly(per_class: int, width: int) -> None:
 
 def test_no_other_gate_with_the_same_answers_has_less_energy() -> None:
     inputs, residuals, labels = problem()
-    reads = fitted(inputs, residuals, labels).opens["ffn_down"]
+    reads = fitted(inputs, residuals, labels).sensitive_gate["ffn_down"]
     rng = np.random.default_rng(2)
     for k, ridge in enumerate(RIDGES):
         energy, constraints = metric(inputs, 1, labels, ridge), means(inputs, 1, labels)
@@ -163,7 +176,7 @@ def test_weights_are_as_copies() -> None:
         residuals[copies],
         Labels.of(confidence[copies], np.asarray(labels.kinds)[copies]),
     )
-    np.testing.assert_allclose(once.opens["ffn_down"], twice.opens["ffn_down"], rtol=1e-8)
+    np.testing.assert_allclose(once.sensitive_gate["ffn_down"], twice.sensitive_gate["ffn_down"], rtol=1e-8)
     np.testing.assert_allclose(once.contrast, twice.contrast, rtol=1e-10)
 
 
@@ -171,7 +184,7 @@ def test_reads_do_not_ask_what_was_refused() -> None:
     inputs, residuals, labels = problem()
     before = fitted(inputs, residuals, labels)
     after = fitted(inputs, residuals, Labels.of(-labels.confidence, labels.kinds))
-    np.testing.assert_array_equal(before.opens["ffn_down"], after.opens["ffn_down"])
+    np.testing.assert_array_equal(before.sensitive_gate["ffn_down"], after.sensitive_gate["ffn_down"])
     assert np.abs(before.contrast - after.contrast).max() > 0.1
 
 
@@ -239,8 +252,8 @@ def test_samples_without_a_confidence_help_to_tell_the_kinds_apart() -> None:
     np.testing.assert_allclose(
         found.contrast, fitted(inputs.of(order[: judged.sum()]), residuals[judged], alone).contrast
     )
-    reads = fitted(inputs, residuals, labels).opens["ffn_down"]
-    np.testing.assert_allclose(found.opens["ffn_down"], reads, rtol=1e-8, atol=1e-10)
+    reads = fitted(inputs, residuals, labels).sensitive_gate["ffn_down"]
+    np.testing.assert_allclose(found.sensitive_gate["ffn_down"], reads, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("left", [MIN_SAMPLES - 1, MIN_SAMPLES])
@@ -265,10 +278,12 @@ def test_a_cell_that_the_class_mean_hides_is_quietened() -> None:
     names[harmful] = np.where(np.arange(len(harmful)) % 2, "weapons", "fraud")
     side = np.where(names == "weapons", 2.0, np.where(names == "fraud", -2.0, 0.0))
     axis = np.random.default_rng(4).standard_normal(WIDTH)
-    last = inputs.last + side[:, None, None] * axis
+    last = inputs.last_token + side[:, None, None] * axis
 
     def loudest(found: Labels) -> float:
-        read = fitted(replace(inputs, last=last), residuals, found, ridges=1.0).opens["ffn_down"][0, 0]
+        read = fitted(replace(inputs, last_token=last), residuals, found, ridges=1.0).sensitive_gate[
+            "ffn_down"
+        ][0, 0]
         cells = [np.where(names == cell, members(labels)["harmful"], 0.0) for cell in ("weapons", "fraud")]
         return max(abs(float(cell / cell.sum() @ last[:, 0] @ read)) for cell in cells)
 
@@ -279,19 +294,24 @@ def test_a_cell_of_few_samples_is_left_out() -> None:
     inputs, residuals, labels = problem()
     names = np.full(len(labels.confidence), "", dtype="<U8")
     names[np.flatnonzero(members(labels)["harmful"])[: MIN_SAMPLES - 1]] = "rare"
-    plain = fitted(inputs, residuals, labels).opens["ffn_down"]
-    np.testing.assert_array_equal(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"], plain)
+    plain = fitted(inputs, residuals, labels).sensitive_gate["ffn_down"]
+    np.testing.assert_array_equal(
+        fitted(inputs, residuals, in_cells(labels, names)).sensitive_gate["ffn_down"], plain
+    )
     names[np.flatnonzero(members(labels)["harmful"])[:MIN_SAMPLES]] = "rare"
-    assert np.abs(fitted(inputs, residuals, in_cells(labels, names)).opens["ffn_down"] - plain).max() > 1e-4
+    assert (
+        np.abs(fitted(inputs, residuals, in_cells(labels, names)).sensitive_gate["ffn_down"] - plain).max()
+        > 1e-4
+    )
 
 
 def test_one_sample_a_class_is_enough() -> None:
     rng = np.random.default_rng(0)
     last = rng.standard_normal((3, 1, 6)).astype(np.float32)
-    inputs = WriterInputs(last, rng.standard_normal((4, 1, 6)), np.empty((0, 1, 6)), np.empty((0, 1, 6)))
+    inputs = MatrixInputs(last, rng.standard_normal((4, 1, 6)), np.empty((0, 1, 6)), np.empty((0, 1, 6)))
     labels = Labels.of([1, -1, 1], ["sensitive", "benign", "harmful"])
     gates = fitted(inputs, rng.standard_normal((3, 1, 4)), labels, ridges=1.0)
-    np.testing.assert_allclose(last[:, 0] @ gates.opens["ffn_down"][0, 0], [1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(last[:, 0] @ gates.sensitive_gate["ffn_down"][0, 0], [1, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -340,10 +360,16 @@ def rounded(shape: tuple[int, ...]) -> Any:
 def test_a_block_that_does_not_tell_the_classes_apart_has_no_gate(same: Callable[..., Any]) -> None:
     """The other blocks of a band write its part; a matrix that has none leaves all to the other one."""
     inputs, residuals, labels = problem()
-    last = inputs.last.astype(np.float64)
+    last = inputs.last_token.astype(np.float64)
     last[:, 1] = same(last[:, 1].shape)
-    before, found = fitted(inputs, residuals, labels), fitted(replace(inputs, last=last), residuals, labels)
-    for reads, unbroken in ((found.opens, before.opens), (found.guards, before.guards)):
+    before, found = (
+        fitted(inputs, residuals, labels),
+        fitted(replace(inputs, last_token=last), residuals, labels),
+    )
+    for reads, unbroken in (
+        (found.sensitive_gate, before.sensitive_gate),
+        (found.benign_gate, before.benign_gate),
+    ):
         assert not reads["ffn_down"][:, 1].any()
         np.testing.assert_allclose(reads["ffn_down"][:, [0, 2]], unbroken["ffn_down"][:, [0, 2]], atol=1e-5)
     contrast = found.contrast
@@ -354,14 +380,14 @@ def test_a_block_that_does_not_tell_the_classes_apart_has_no_gate(same: Callable
     )
     assert list(found.factors(1.0, 1, 2, 1.0)) == ["blk.2.ffn_down.weight"]
 
-    both = {"ffn_down": replace(inputs, last=last), "attn_output": inputs}
-    gates = fit_gates(both, residuals, labels, ridges=RIDGES)
+    both = {"ffn_down": replace(inputs, last_token=last), "attn_output": inputs}
+    gates = fit_gated_adapter(both, residuals, labels, ridges=RIDGES)
     factors = gates.factors(1.0, 1, 2, 1.0)
     assert [name for name in factors if name.startswith("blk.1.")] == ["blk.1.attn_output.weight"]
     np.testing.assert_allclose(factors["blk.1.attn_output.weight"][1][:, 0], -contrast[1], rtol=1e-5)
 
     with pytest.raises(InputError, match="no block"):
-        fitted(replace(inputs, last=same(last.shape)), residuals, labels)
+        fitted(replace(inputs, last_token=same(last.shape)), residuals, labels)
 
 
 def test_a_metric_without_any_energy_is_an_error() -> None:
@@ -369,18 +395,18 @@ def test_a_metric_without_any_energy_is_an_error() -> None:
     nothing = np.empty((0, 1, 6), dtype=np.float32)
     labels = Labels.of([1, -1, 1], ["sensitive", "benign", "harmful"])
     with pytest.raises(InputError, match="no block"):
-        fitted(WriterInputs(last, nothing, nothing, nothing), np.ones((3, 1, 4), np.float32), labels)
+        fitted(MatrixInputs(last, nothing, nothing, nothing), np.ones((3, 1, 4), np.float32), labels)
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (1, 40)])
 def test_a_ridge_that_rounding_swallows_is_an_error(per_class: int, width: int) -> None:
     """Samples twice over leave the metric singular, by either of its two products."""
     inputs, residuals, labels = problem(per_class, width)
-    twice = WriterInputs(**{name: np.concatenate([rows] * 2, axis=2) for name, rows in vars(inputs).items()})
+    twice = MatrixInputs(**{name: np.concatenate([rows] * 2, axis=2) for name, rows in vars(inputs).items()})
     if per_class == 1:
-        twice = replace(twice, prompts=np.concatenate([twice.prompts] * 2))
+        twice = replace(twice, prompt_tokens=np.concatenate([twice.prompt_tokens] * 2))
     with pytest.raises(InputError, match=r"is lost in the rounding.*choose a larger ridge"):
-        fit_gates({"ffn_down": twice}, residuals, labels, ridges=[1e-25])
+        fit_gated_adapter({"ffn_down": twice}, residuals, labels, ridges=[1e-25])
 
 
 def test_bad_ridges_are_refused() -> None:
@@ -397,9 +423,9 @@ def test_progress_counts_blocks() -> None:
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 2), (1, 1)])
 def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first: int, last: int) -> None:
     inputs, residuals, labels = problem()
-    other = WriterInputs(**{name: rows[:, :, :7] for name, rows in vars(inputs).items()})
-    gates = fit_gates({"ffn_down": inputs, "attn_output": other}, residuals, labels, ridges=RIDGES)
-    factors = gates.factors(1.0, first, last, 0.5, margin=0.25)
+    other = MatrixInputs(**{name: rows[:, :, :7] for name, rows in vars(inputs).items()})
+    gates = fit_gated_adapter({"ffn_down": inputs, "attn_output": other}, residuals, labels, ridges=RIDGES)
+    factors = gates.factors(1.0, first, last, 0.5, benign_target=0.25)
     assert set(factors) == {
         f"blk.{layer}.{matrix}.weight"
         for layer in range(first, last + 1)
@@ -409,21 +435,21 @@ def test_the_band_writes_the_whole_contrast_for_the_mean_sensitive_prompt(first:
     for name, (a, b) in factors.items():
         assert a.dtype == b.dtype == np.float32
         layer, rows = int(name.split(".")[1]), inputs if "ffn_down" in name else other
-        assert (a.shape, b.shape) == ((1, rows.last.shape[2]), (OUT, 1))
+        assert (a.shape, b.shape) == ((1, rows.last_token.shape[2]), (OUT, 1))
         for kind, mean in zip(KINDS, means(rows, layer, labels), strict=True):
             written[kind] += (b @ a).astype(np.float64) @ mean
     contrast = np.tensordot(difference(labels), residuals[:, last].astype(np.float64), 1)
     np.testing.assert_allclose(written["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(written["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
-    np.testing.assert_allclose(written["harmful"], HARM * -0.25 * 0.5 * contrast, atol=1e-4)
+    np.testing.assert_allclose(written["harmful"], HARMFUL_TARGET_RATIO * -0.25 * 0.5 * contrast, atol=1e-4)
 
 
 @pytest.mark.parametrize("induce", [False, True])
 def test_harm_is_moved_to_a_refusal_and_what_is_benign_to_an_answer(induce: bool) -> None:
     inputs, residuals, labels = problem()
     gates = fitted(inputs, residuals, labels, induce=induce)
-    margin = adapter.space_of(RIDGES, LAYERS, induce=induce).margin
-    a, b = gates.factors(1.0, 1, 1, 1.0, margin)["blk.1.ffn_down.weight"]
+    benign_target = adapter.space_of(RIDGES, LAYERS, induce=induce).benign_target
+    a, b = gates.factors(1.0, 1, 1, 1.0, benign_target)["blk.1.ffn_down.weight"]
     refusal = gates.contrast[1] * (-1 if induce else 1)
     written = (b @ a).astype(np.float64)
     sensitive, benign, harmful = (refusal @ written @ mean for mean in means(inputs, 1, labels))

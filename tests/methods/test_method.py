@@ -64,7 +64,7 @@ def test_names_are_its_own() -> None:
 
 
 def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
-    assert fit.method.suits(SimpleNamespace(can=Can.LORA | Can.WRITERS | Can.LLAMA_CPP))  # type: ignore[arg-type]
+    assert fit.method.suits(SimpleNamespace(can=Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP))  # type: ignore[arg-type]
 
 
 def test_it_advances_as_far_as_it_says(fit: Fit) -> None:

@@ -19,7 +19,7 @@ from fixtures.architectures import (
 from fixtures.families import CASES
 
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import llama_cpp_name, writer_inputs
+from rs_gguf.models.architecture import llama_cpp_name, matrix_input_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -113,12 +113,12 @@ GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_what_a_writing_matrix_multiplies(name: str) -> None:
     names, expected = GRAPHS[name]
-    assert writer_inputs(names, 1) == expected
+    assert matrix_input_tensors(names, 1) == expected
 
 
 def test_an_architecture_without_writers_is_told() -> None:
     with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
-        writer_inputs(["l_out-1", "ssm_out-1"], 1)
+        matrix_input_tensors(["l_out-1", "ssm_out-1"], 1)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_half_a_surrogate_pair_is_kept_as_it_came(tmp_path: Path) -> None:
 
 def test_rows_of_other_inputs_are_not_taken(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.log("scores.jsonl", "old").append({"id": "1"})
-    assert folder.log("scores.jsonl", "new").rows == {}
+    folder.log("judgements.jsonl", "old").append({"id": "1"})
+    assert folder.log("judgements.jsonl", "new").rows == {}
 
 
 def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
 def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_done("answer", "key", 1.5)
-    folder.log("scores.jsonl", "key").append({"id": "1"})
+    folder.log("judgements.jsonl", "key").append({"id": "1"})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder.path.joinpath("activations").symlink_to(elsewhere)

@@ -28,14 +28,14 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.models import catalogue
+from rs_gguf.models import dimensions as shapes
 from rs_gguf.models import resolve as models
-from rs_gguf.models import shape as shapes
-from rs_gguf.models.shape import Shape
+from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline import costs, recipe
 from rs_gguf.pipeline import speed as speeds
 from rs_gguf.pipeline.plan import Plan, judge_of, plan
 from rs_gguf.pipeline.run import run
-from rs_gguf.pipeline.speed import Grader, Speed
+from rs_gguf.pipeline.speed import JudgeModel, Speed
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
@@ -85,7 +85,7 @@ def parameters(model: LlamaModel) -> int:
     return int(llama_cpp.llama_model_n_params(model.handle))
 
 
-def total(found: Shape) -> int:
+def total(found: ModelDimensions) -> int:
     """The same from a shape: with an embedding, and the norm before an output matrix of its own."""
     return found.dense + found.experts + found.head + found.n_vocab * found.width + found.width
 
@@ -153,7 +153,7 @@ def test_published_sizes_of_large_models(
 
 
 def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
-    shape = Shape(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
+    shape = ModelDimensions(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 32):
         used = [
@@ -313,18 +313,20 @@ def test_a_header_that_lies_is_one_error(tiny: Path, tmp_path: Path) -> None:
 # ---- what is counted ---------------------------------------------------------------------------------
 
 
-def planned(shape: Shape, *wanted: str, speed: Speed = UNIT, judge: Grader | None = None) -> Plan:
+def planned(
+    shape: ModelDimensions, *wanted: str, speed: Speed = UNIT, judge: JudgeModel | None = None
+) -> Plan:
     return plan(recipe.load(None, wanted), shape, speed, judge)
 
 
 @pytest.fixture(scope="module")
-def shape(tiny: Path) -> Shape:
+def shape(tiny: Path) -> ModelDimensions:
     return shapes.of_gguf(tiny)
 
 
 @pytest.mark.slow
-def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: Shape, tmp_path: Path) -> None:
-    wanted = [f"model={tiny}", "prompts.fit=40", "prompts.unanswered=20", "prompts.tune=8"]
+def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: ModelDimensions, tmp_path: Path) -> None:
+    wanted = [f"model={tiny}", "prompts.fit=40", "prompts.gate_only=20", "prompts.tune=8"]
     wanted += ["answers.tokens=8", "judge=keywords"]
     run(recipe.load(None, wanted), tmp_path, until="capture")
     found = planned(shape, *wanted)
@@ -354,7 +356,7 @@ def test_the_default_model_is_as_it_is_counted() -> None:
     ("changed", "growth"),
     [
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
-        (("prompts.unanswered=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
+        (("prompts.gate_only=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
         (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(PLANNED, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
@@ -363,29 +365,29 @@ def test_the_default_model_is_as_it_is_counted() -> None:
     ],
 )
 def test_stages_grow_with_what_they_are_given(
-    shape: Shape, changed: tuple[str, ...], growth: dict[str, float]
+    shape: ModelDimensions, changed: tuple[str, ...], growth: dict[str, float]
 ) -> None:
-    before, after = (planned(shape, "prompts.unanswered=0", *some) for some in ((), changed))
+    before, after = (planned(shape, "prompts.gate_only=0", *some) for some in ((), changed))
     for stage, factor in growth.items():
         assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
     if "tune.budget=2h" in changed:
         assert after.stages["tune"].seconds == pytest.approx(7200)
 
 
-def test_full_answers_of_the_search_are_counted(shape: Shape) -> None:
+def test_full_answers_of_the_search_are_counted(shape: ModelDimensions) -> None:
     """Of 0, 8 and 16 prompts a kind: unsteered and with both files at two strengths, so many tokens each."""
     none, some, more = (
-        planned(shape, f"tune.full={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
+        planned(shape, f"tune.full_prompts={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
     )
     assert more.seconds > some.seconds > none.seconds
     assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs.mean_length(200))
     assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs.mean_length(200))
     # No budget is too small for them.
-    least = planned(shape, "tune.budget=0", "tune.full=16", "answers.test_tokens=200").stages["tune"]
+    least = planned(shape, "tune.budget=0", "tune.full_prompts=16", "answers.test_tokens=200").stages["tune"]
     assert 0 < least.seconds < more.seconds - none.seconds + 1e-6
 
 
-def test_seconds_follow_the_machine(shape: Shape) -> None:
+def test_seconds_follow_the_machine(shape: ModelDimensions) -> None:
     slow = replace(UNIT, read=2e-3, begin=2e-3, answer=2e-3, judge=2e-3)
     for stage in set(PLANNED) - {"fit"}:
         before, after = (planned(shape, speed=speed).stages[stage] for speed in (UNIT, slow))
@@ -396,7 +398,7 @@ def test_seconds_follow_the_machine(shape: Shape) -> None:
     assert planned(shape, speed=answers).stages["answer"].seconds == pytest.approx(1e-3 * steps)
 
 
-def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: Shape) -> None:
+def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: ModelDimensions) -> None:
     """Its figures aside, it grows with the layers and with the speed of all cores together."""
     deep = replace(shape, n_layer=2 * shape.n_layer)
     figures = planned(shape).stages["fit"].seconds
@@ -408,19 +410,19 @@ def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: Shape)
     assert (twice, slow) == pytest.approx((2 * once, 2 * once))
 
 
-def test_a_larger_file_takes_as_much_more_memory(shape: Shape) -> None:
+def test_a_larger_file_takes_as_much_more_memory(shape: ModelDimensions) -> None:
     before, after = (planned(replace(shape, weights=weights)).memory for weights in (0, 10**9))
     assert after == pytest.approx(before + 10**9)
 
 
-def test_a_judge_costs_what_its_blocks_cost(shape: Shape) -> None:
-    judges = (None, Grader(shape, 0.5), Grader(shape))
+def test_a_judge_costs_what_its_blocks_cost(shape: ModelDimensions) -> None:
+    judges = (None, JudgeModel(shape, 0.5), JudgeModel(shape))
     none, half, whole = (planned(shape, judge=j, speed=speeds.stored_speed(1, shape, j, 32)) for j in judges)
     assert none.stages["score"].seconds == 0
     assert whole.stages["score"].seconds == pytest.approx(2 * half.stages["score"].seconds)
     assert whole.memory == none.memory  # the same model is loaded once
     other = replace(shape, weights=10**9)
-    assert planned(shape, judge=Grader(other)).memory > none.memory + 10**9
+    assert planned(shape, judge=JudgeModel(other)).memory > none.memory + 10**9
 
 
 @pytest.mark.parametrize("spec", ["keywords", "http://127.0.0.1:1/v1#m"])
@@ -431,7 +433,7 @@ def test_judges_that_cost_this_machine_nothing(spec: str) -> None:
 def test_a_judge_that_thinks_cannot_be_planned(tiny: Path) -> None:
     with pytest.raises(InputError, match="thinks"):
         judge_of(recipe.load(None, [f"judge=votes:{tiny}"]))
-    assert judge_of(recipe.load(None, [f"judge=labels:{tiny}"])) == Grader(shapes.of_gguf(tiny))
+    assert judge_of(recipe.load(None, [f"judge=labels:{tiny}"])) == JudgeModel(shapes.of_gguf(tiny))
 
 
 # ---- the speed of the machine ------------------------------------------------------------------------
@@ -481,7 +483,7 @@ def test_a_measured_speed_is_that_of_the_machine(judge: float, monkeypatch: pyte
     assert figures == pytest.approx([0.2, 0.3, 0.5, judge, 7.0], rel=1e-6)
 
 
-def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: Shape) -> None:
+def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: ModelDimensions) -> None:
     one, many = (speeds.stored_speed(2, shape, None, at_once).answer for at_once in (1, 10**6))
     arithmetic = (shape.flops(100) + 2 * shape.head) / 120e9
     assert one == pytest.approx(shape.weights / 18e9 + arithmetic)

@@ -39,15 +39,15 @@ def test_options_win_over_the_environment_over_the_file_over_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recipe_file(tmp_path, "seed = 1\n[tune]\ntrials = 2\nfinalists = 2\nmin_retention = 0.5\n")
-    assert (load(path).seed, load(path).tune.trials) == (1, 2)
-    monkeypatch.setenv("RS_GGUF_TUNE__TRIALS", "5")
+    assert (load(path).seed, load(path).tune.logprob_trials) == (1, 2)
+    monkeypatch.setenv("RS_GGUF_TUNE__LOGPROB_TRIALS", "5")
     monkeypatch.setenv("rs_gguf_tune__finalists", "6")  # as pydantic-settings reads it, in any case
-    recipe = load(path, ["tune.trials=7"])
-    assert recipe.tune.trials == 7
+    recipe = load(path, ["tune.logprob_trials=7"])
+    assert recipe.tune.logprob_trials == 7
     assert recipe.tune.finalists == 6
     assert recipe.tune.min_retention == 0.5
     assert recipe.tune.max_benign_drift == Recipe().tune.max_benign_drift
-    assert load(path).tune.trials == 5
+    assert load(path).tune.logprob_trials == 5
 
 
 def test_nothing_is_read_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +134,8 @@ def test_a_variable_that_is_not_json_where_a_list_is_due(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("override", "get"),
     [
-        ("tune.trials=8", lambda r: r.tune.trials == 8),
-        (" tune.trials = 8 ", lambda r: r.tune.trials == 8),
+        ("tune.logprob_trials=8", lambda r: r.tune.logprob_trials == 8),
+        (" tune.logprob_trials = 8 ", lambda r: r.tune.logprob_trials == 8),
         ("model=out/my model.gguf", lambda r: r.model == "out/my model.gguf"),
         ('model="12"', lambda r: r.model == "12"),
         ("model=a=b.gguf", lambda r: r.model == "a=b.gguf"),
@@ -169,10 +169,10 @@ def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
     [
         (["tune.budget=none"], None),
         (["tune.budget="], None),
-        (["tune.trials=60"], None),  # beside a budget it would count for nothing
+        (["tune.logprob_trials=60"], None),  # beside a budget it would count for nothing
         (["tune.finalists=6"], None),
-        (["tune.trials=60", "tune.budget=1h"], 3600),
-        (["tune.full=32"], 7200),
+        (["tune.logprob_trials=60", "tune.budget=1h"], 3600),
+        (["tune.full_prompts=32"], 7200),
     ],
 )
 def test_a_kept_budget_ends(overrides: list[str], budget: float | None, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert load(None, ["seed=1", "seed=2"]).seed == 2
 
 
-@pytest.mark.parametrize("override", ["tune.trials", "", "=3", " = 3"])
+@pytest.mark.parametrize("override", ["tune.logprob_trials", "", "=3", " = 3"])
 def test_set_without_a_key_or_a_value(override: str) -> None:
     with pytest.raises(InputError, match=r"expected KEY=VALUE, for example tune\.trials=8"):
         load(None, [override])
@@ -214,7 +214,7 @@ def test_set_without_a_key_or_a_value(override: str) -> None:
 
 def test_set_of_a_value_and_of_a_part_of_it() -> None:
     with pytest.raises(InputError, match="tune was set to a value, so it has no trials"):
-        load(None, ["tune=3", "tune.trials=8"])
+        load(None, ["tune=3", "tune.logprob_trials=8"])
 
 
 def test_what_is_dumped_loads_as_the_same_recipe(tmp_path: Path) -> None:
@@ -253,4 +253,4 @@ def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 5
     with pytest.raises(ValueError, match="frozen"):
-        recipe.tune.trials = 5
+        recipe.tune.logprob_trials = 5

@@ -73,7 +73,7 @@ def check_inputs(one: Run, places: Sequence[int]) -> None:
     fit = one.prompts["fit"]
     read = dict(zip([p.id for p in fit], chat_tokens(one.model, fit, None), strict=True))
     read |= {p.id: c.tokens(chat, one.model, p.prompt, None) for p, c in one.in_contexts}
-    inputs = found.inputs["attn_output"].last.block(1, np.arange(len(every))).numpy()
+    inputs = found.inputs["attn_output"].last_token.block(1, np.arange(len(every))).numpy()
     kept = {"kqv_out": inputs, "l_out": found.activations.block(1).numpy()}  # of the judged alone
     for place in places:
         tokens = read[every[place].id]
@@ -97,7 +97,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     assert 40 < len(closed) < len(answers)  # so that both cases are there
     for i, row in answers.items():
         assert row["answer"] == (texts[i].partition("</think>")[2].strip() if i in closed else "")
-    for row in rows(tmp_path / "out" / "scores.jsonl"):
+    for row in rows(tmp_path / "out" / "judgements.jsonl"):
         # Cut off within the trace, or ended there: nobody knows, or an empty answer.
         told = row["id"] in closed or answers[row["id"]]["finished"] or answers[row["id"]]["degenerate"]
         assert (row["confidence"] is not None) == told, row
@@ -173,9 +173,15 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
-    """A control vector alone, since no adapter can be fitted there, and no proof, which is llama.cpp's."""
+    """A control vector alone, since no adapter can be fitted there, and no effect, which is llama.cpp's."""
     write_tiny_folder(tmp_path / "model")
-    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.full=0"]
+    fewer = [
+        "prompts.fit=8",
+        "prompts.tune=4",
+        "answers.tokens=8",
+        "answers.test_tokens=8",
+        "tune.full_prompts=0",
+    ]
     fewer += ["measure.baselines=[]"]
     chosen = recipe.load(None, [*SMALL, *fewer, f"model={tmp_path / 'model'}", f"judge={judge.url}"])
     out = tmp_path / "out"
@@ -185,14 +191,14 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     assert [found["n"] for found in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
     assert "adapter" not in metrics["files"]
     assert not (out / "remove-adapter.gguf").exists()
-    proof = metrics["files"]["vector"]["effect_check"]
-    assert (proof["effect_observed"], proof["kl_mean"]) == (None, None)
-    assert "rs-export check --model" in proof["reasons"][0]
+    effect = metrics["files"]["vector"]["effect_check"]
+    assert (effect["effect_observed"], effect["kl_mean"]) == (None, None)
+    assert "rs-export check --model" in effect["reasons"][0]
     vector = control_vector.read(out / "remove.gguf")
     assert (vector.architecture, vector.provenance["measured"]) == ("qwen2", True)
-    written = rows(out / "evaluation.jsonl")
+    written = rows(out / "test_answers.jsonl")
     assert all("answer_adapter" not in row for row in written)
-    assert any(row["answer_steered"] != row["answer_baseline"] for row in written)
+    assert any(row["answer_steered"] != row["answer_unsteered"] for row in written)
     assert "remove.gguf" in (out / "card.md").read_text(encoding="utf-8")
     assert (out / "report.html").is_file()
 
@@ -203,7 +209,7 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     write_tiny_qwen2(model)
     chosen = recipe.load(None, [*SMALL, f"model={model}", "judge=keywords"])
     trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 2.0), "answers", 0.0, 1.0)
-    write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+    write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
     unit = np.random.default_rng(0).standard_normal((3, 32))
     directions = {"contrast-wrmd@1/unit": unit, "contrast-wrmd@1/scales": np.ones(3)}
     save_arrays(folder / "directions.safetensors", directions)
@@ -225,10 +231,10 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     assert failed.exit_code == 1
     assert f"\nError: {folder / 'remove.gguf'}: " in failed.stderr
     assert "relative error 0.5" in failed.stderr
-    assert not (folder / "proof.json").exists()
+    assert not (folder / "effect_check.json").exists()
     again = CliRunner().invoke(main, ["write", "--out", str(folder.path)])
     assert again.exit_code == 0, again.output
-    assert read_json(folder / "proof.json")["vector"]["effect_observed"] is True
+    assert read_json(folder / "effect_check.json")["vector"]["effect_observed"] is True
 
 
 def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
@@ -248,10 +254,16 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
 
     for name in read:
         monkeypatch.setattr(LlamaModel, name, spied(name))
-    monkeypatch.setattr(writing, "proven", lambda *_: {})  # which has prompts of its own
+    monkeypatch.setattr(writing, "effects_of", lambda *_: {})  # which has prompts of its own
     write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
     values = [*SMALL, f"model={tmp_path / 'plain.gguf'}", f"judge={judge.url}", "prompts.system=Be kind."]
-    fewer = ["prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8", "tune.trials=1"]
+    fewer = [
+        "prompts.fit=8",
+        "prompts.tune=4",
+        "answers.tokens=8",
+        "answers.test_tokens=8",
+        "tune.logprob_trials=1",
+    ]
     run(recipe.load(None, values + fewer), tmp_path / "out", until="measure")
 
     with LlamaModel(tmp_path / "plain.gguf", n_parallel=1, n_ctx=256) as model:
@@ -369,7 +381,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
     for stage in ("score", "measure"):
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
-        (folder / "proof.json").write_text("{}")
+        (folder / "effect_check.json").write_text("{}")
         (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
         chosen = recipe.load(None, ["measure.baselines=[]"])
         with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
@@ -449,12 +461,12 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
     monkeypatch.setattr(Run, "model", None)
     monkeypatch.setattr(Run, "model_hash", "")
     folder = RunFolder(tmp_path)
-    write_json(folder / "proof.json", {"vector": {}})
+    write_json(folder / "effect_check.json", {"vector": {}})
     (tmp_path / "remove.gguf").touch()
     chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
     for strength in (2.0, 2.0, 3.0):
         trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
-        write_json(folder / "tune.json", {"trials": [trial.to_row()], "chosen": 0})
+        write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
         with open_run(chosen, folder) as one, pytest.raises(KeyboardInterrupt):
             one.stages["measure"].work(one, "key")
     assert found == [[], ["vector:a"], []]
@@ -473,7 +485,7 @@ def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) ->
     chosen = recipe.load(None, [*SMALL, f"model={tmp_path / 'plain.gguf'}"])
     with open_run(chosen, folder) as one:
         scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in one.prompts["fit"]]
-        write_rows(folder / "scores.jsonl", scores)
+        write_rows(folder / "judgements.jsonl", scores)
         with pytest.raises(DamagedStoreError, match="another recipe or model"):
             samples(one)
     assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()

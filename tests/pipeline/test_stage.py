@@ -40,7 +40,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         write_tiny_qwen3(folder / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
         values = [*SMALL, "prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8"]
-        values += ["tune.trials=1", "tune.full=0", "measure.baselines=['ablation']"]
+        values += ["tune.logprob_trials=1", "tune.full_prompts=0", "measure.baselines=['ablation']"]
         values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
         chosen = recipe.load(None, values)
         found: dict[str, set[str]] = {}
@@ -133,7 +133,7 @@ def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")
 def test_the_keys_of_answers_and_scores_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders with hours of answers go on: a new version may begin them anew, and nothing else."""
     monkeypatch.setattr(answers, "__version__", "0.1.0")
-    monkeypatch.setattr(answers, "shipped_version", lambda: "probe")
+    monkeypatch.setattr(answers, "shipped_version", lambda: "logprob")
     (tmp_path / "model.gguf").write_text("model")
     (tmp_path / "answers.jsonl").write_text("{}\n")
     values = [f"model={tmp_path / 'model.gguf'}", "judge=keywords"]
@@ -163,12 +163,12 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("prompts.system=Be kind.", "answer"),
         ("prompts.fit=24", "answer"),
         ("prompts.tune=24", "answer"),
-        ("prompts.unanswered=8", "capture"),
+        ("prompts.gate_only=8", "capture"),
         ("effect=induce", "fit"),
         ("fit.ridges=[1.0]", "fit"),
         ("fit.gate_ridges=[1.0]", "fit"),
         ("fit.estimators=['md']", "fit"),
-        ("tune.trials=9", "tune"),
+        ("tune.logprob_trials=9", "tune"),
         ("tune.min_retention=0.5", "tune"),
         ("answers.test_tokens=32", "tune"),
         ("answers.test_tokens=32", "measure"),
@@ -180,7 +180,7 @@ def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
     changed: str, stage: str, two_models: Path, tmp_path: Path
 ) -> None:
     # A seed would choose other prompts, and a search answers as long as the test does.
-    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full=0"]}
+    alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full_prompts=0"]}
     before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
     after = [*before, changed.replace("@", f"{two_models}/")]
     one, other = (keys(tmp_path, *values, stages=tuple(STAGES)) for values in (before, after))

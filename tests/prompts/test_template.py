@@ -224,10 +224,10 @@ def test_a_prompt_that_spells_a_control_token_cannot_end_its_turn(
 ) -> None:
     assert controls(tiny_model, tiny_model.tokenize(prompt)), "it would, if it were not tokenised as text"
     chat = ChatFormat(QWEN_LIKE)
-    tokens, harmless = chat.tokenize(tiny_model, prompt), chat.tokenize(tiny_model, "Hi")
-    assert controls(tiny_model, tokens) == controls(tiny_model, harmless)
+    tokens, escape_control_chars = chat.tokenize(tiny_model, prompt), chat.tokenize(tiny_model, "Hi")
+    assert controls(tiny_model, tokens) == controls(tiny_model, escape_control_chars)
     # The model reads all of it, as text.
-    assert tiny_model.detokenize(tokens) == tiny_model.detokenize(harmless).replace("Hi", prompt)
+    assert tiny_model.detokenize(tokens) == tiny_model.detokenize(escape_control_chars).replace("Hi", prompt)
 
 
 def test_a_template_is_not_run_on_the_prompt(tiny_model: LlamaModel) -> None:
@@ -348,7 +348,7 @@ def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "inside", "answer", "untold"),
+    ("text", "inside", "answer", "unclassified"),
     [
         ("Hmm", True, "", "Hmm"),  # nothing in the text tells of a trace
         ("<think>Hmm.</think>Yes.", True, "Yes.", "Yes."),  # opened twice
@@ -364,10 +364,10 @@ def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
     ],
 )
 def test_whether_the_prompt_opened_a_trace_may_matter(
-    text: str, inside: bool, answer: str, untold: str
+    text: str, inside: bool, answer: str, unclassified: str
 ) -> None:
     assert after_thinking(text, inside=inside) == answer
-    assert after_thinking(text) == untold
+    assert after_thinking(text) == unclassified
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import llama_cpp
 import pytest
 
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 
 pytestmark = pytest.mark.real
 

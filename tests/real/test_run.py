@@ -19,17 +19,17 @@ from safetensors.numpy import load_file
 from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.records.artefacts import STAGES
+from rs_gguf.steering import effect_check
 from rs_gguf.steering import lora_file as lora
-from rs_gguf.steering import proof
 from rs_gguf.steering import vector_file as control_vector
-from rs_gguf.steering.file import prove
+from rs_gguf.steering.file import check_effect
 
 pytestmark = pytest.mark.real
 
 SMALL = [
-    "prompts.fit=14", "prompts.unanswered=12", "prompts.tune=10", "prompts.test=4", "answers.tokens=16",
-    "answers.test_tokens=24", "tune.trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
-    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full=4",
+    "prompts.fit=14", "prompts.gate_only=12", "prompts.tune=10", "prompts.test=4", "answers.tokens=16",
+    "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
+    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4",
 ]  # fmt: skip
 N_TEST = 12  # prompts of the test split, which each side answers together
 
@@ -44,7 +44,7 @@ def environment(out: Path) -> dict[str, str]:
     cache, own = platformdirs.user_cache_path("rs-gguf"), out.parent / f"{out.name}-cache" / "rs-gguf"
     if not own.exists():
         own.mkdir(parents=True)
-        for name in ("models", "widened"):
+        for name in ("models", "q5_0_to_q8_0"):
             (cache / name).mkdir(exist_ok=True)
             (own / name).symlink_to(cache / name)
     return {**os.environ, "XDG_CACHE_HOME": str(own.parent)}
@@ -126,7 +126,7 @@ def test_a_killed_run_makes_the_files_of_one_that_was_not(finished: Killed) -> N
     """From the same answers: what is answered together decides how sums are rounded, and a word at times."""
     whole = finished.answered
     ended(whole)
-    made = ["scores.jsonl", "directions.safetensors", "gates.safetensors", "evaluation.jsonl"]
+    made = ["judgements.jsonl", "directions.safetensors", "gated_adapter.safetensors", "test_answers.jsonl"]
     for name in (*made, "remove.gguf", "remove-adapter.gguf"):
         assert (whole / name).read_bytes() == (finished.out / name).read_bytes(), name
     tuned = [json.loads((out / "tune.json").read_text()) for out in (whole, finished.out)]
@@ -140,8 +140,8 @@ def selected(out: Path) -> list[dict[str, Any]]:
     """The candidates that a search selected, one for each kind of file."""
     tuned = json.loads((out / "tune.json").read_text())
     trials = {trial["number"]: trial for trial in tuned["trials"]}
-    names = ("estimator", "ridge", "layers", "strength", "margin")
-    return [{name: trials[tuned[key]][name] for name in names} for key in ("chosen", "chosen_adapter")]
+    names = ("estimator", "ridge", "layers", "strength", "benign_target")
+    return [{name: trials[tuned["selected"][key]][name] for name in names} for key in ("vector", "adapter")]
 
 
 def test_two_processes_find_what_one_does(finished: Killed) -> None:
@@ -155,7 +155,7 @@ def test_two_processes_find_what_one_does(finished: Killed) -> None:
         env=environment(two), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for name in ("directions.safetensors", "gates.safetensors"):
+    for name in ("directions.safetensors", "gated_adapter.safetensors"):
         arrays = [load_file(out / name) for out in (one, two)]
         assert arrays[0].keys() == arrays[1].keys()
         for key, expected in arrays[0].items():
@@ -188,7 +188,7 @@ def test_metrics_follow_the_contract(finished: Killed) -> None:
             assert len(fitted[name]) == metrics["model"]["n_layer"]
         assert all(-1 <= cosine <= 1 for cosine in fitted["contrast_cosine"][1:])
     assert set(metrics["seconds"]) >= {"answer", "score", "capture", "fit", "tune", "write", "measure"}
-    rows = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().split("\n") if line]
+    rows = [json.loads(line) for line in (out / "test_answers.jsonl").read_text().split("\n") if line]
     assert len(rows) == N_TEST
     assert (out / "report.html").stat().st_size < 3_000_000
     assert "scatter-title" in (out / "report.html").read_text(), "the activations are drawn"
@@ -222,7 +222,7 @@ def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: P
     runs = [tmp_path / "a", tmp_path / "b"]
     for out in runs:
         ended(out, *less, stage="score")
-    for name in ("answers.jsonl", "scores.jsonl"):
+    for name in ("answers.jsonl", "judgements.jsonl"):
         one, other = ((out / name).read_bytes() for out in runs)
         assert one == other, name
 
@@ -231,9 +231,9 @@ def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, re
     out = finished.out
     vector = control_vector.read(out / "remove.gguf")
     with LlamaModel(real_model, n_parallel=4) as model:
-        shown = prove(out / "remove.gguf", model)
+        shown = check_effect(out / "remove.gguf", model)
     assert shown.effect_observed
-    assert shown.largest_relative_error < proof.TOLERANCE
+    assert shown.largest_relative_error < effect_check.TOLERANCE
     assert shown.kl_mean is not None
     assert shown.kl_mean > 0
     assert vector.provenance["measured"] is True
@@ -242,9 +242,9 @@ def test_the_written_file_moves_the_model_by_its_directions(finished: Killed, re
 def test_the_written_adapter_moves_the_model_by_its_matrices(finished: Killed, real_model: Path) -> None:
     out = finished.out
     with LlamaModel(real_model, n_parallel=4, n_ctx=1024) as model:
-        shown = prove(out / "remove-adapter.gguf", model)
+        shown = check_effect(out / "remove-adapter.gguf", model)
     assert shown.effect_observed
-    assert shown.largest_relative_error < proof.ADAPTER_TOLERANCE
+    assert shown.largest_relative_error < effect_check.ADAPTER_TOLERANCE
     assert shown.kl_mean is not None
     assert shown.kl_mean > 0
     assert lora.read(out / "remove-adapter.gguf").provenance["measured"] is True
@@ -259,7 +259,7 @@ def test_check_proves_the_effect_and_refuses_another_models_vector(
     runner = CliRunner()
     good = runner.invoke(main, ["check", str(out / "remove.gguf"), "--model", str(real_model), "--json"])
     assert good.exit_code == 0, good.output
-    assert json.loads(good.stdout)["proof"]["effect_observed"] is True
+    assert json.loads(good.stdout)["effect_check"]["effect_observed"] is True
     vector = control_vector.read(out / "remove.gguf")
     narrow = {layer: row[:64] for layer, row in vector.directions.items()}
     control_vector.write(type(vector)(narrow), tmp_path / "narrow.gguf")
@@ -280,4 +280,4 @@ def test_eval_compares_both_sides(finished: Killed, real_model: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["sets"]["mine"]["n"] == 2
-    assert all(row["answer_baseline"] and row["answer_steered"] for row in found["rows"])
+    assert all(row["answer_unsteered"] and row["answer_steered"] for row in found["rows"])

@@ -60,7 +60,7 @@ def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
     assert list(record.files) == ["vector", "adapter"]
     for before, file in ((value, record.files["vector"]), (value["adapter"], record.files["adapter"])):
         told = before.get("vector", before)
-        for name in ("file", "sha256", "estimator", "ridge", "strength", "margin", "scale"):
+        for name in ("file", "sha256", "estimator", "ridge", "strength", "benign_target", "scale"):
             assert getattr(file, name) == told[name]
         assert list(file.layers) == told["layers"]
         assert {kind: found.figures() for kind, found in file.sets.items()} == before["sets"]
@@ -73,7 +73,7 @@ def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
         assert file.passed == before["gate"]["passed"]
         assert list(file.acceptance.reasons) == before["gate"]["reasons"]
         assert list(file.notes) == before["notes"]
-        assert file.effect_check.model_dump(mode="json") == before["proof"]
+        assert file.effect_check.model_dump(mode="json") == before["effect_check"]
         speed = {"baseline": file.tokens_per_second.unsteered, "steered": file.tokens_per_second.steered}
         assert speed == before["tokens_per_second"]
         assert file.llama_cpp.model_dump(include={"command", "build"}) == before["llama_cpp"]

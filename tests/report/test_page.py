@@ -167,7 +167,7 @@ def test_report_states_the_verdict_the_numbers_and_the_exact_commands(judged_fol
 def test_files_that_count_other_prompts_have_their_own_before(tmp_path: Path) -> None:
     rows = invented_rows(10)
     for k, row in enumerate(row for row in rows if row["kind"] == "sensitive"):
-        row["confidence_baseline"] = row["confidence_adapter"] = 0.9 if k < 6 else -0.9
+        row["confidence_unsteered"] = row["confidence_adapter"] = 0.9 if k < 6 else -0.9
         row["confidence_steered"] = None if k < 6 else -0.9  # as of thinking that was cut off
     folder = make_run(tmp_path, rows)
     page = Page(write_report(folder))
@@ -221,7 +221,7 @@ def test_the_advised_file_has_passed_and_removes_most(
         for passed in (vector, adapter)
     ]
     titles = [one_line(text) for text in page.all("div", class_="title")]
-    assert first in titles[0], "the advised file comes first"
+    assert first in titles[0], "the recommended_file file comes first"
     assert sorted(text.split("gguf ")[1] for text in titles) == sorted(badges)
     assert len(page.all("ul", class_="reasons")) == [vector, adapter].count(False)
 
@@ -282,7 +282,7 @@ def changed(row: dict[str, Any], side: int) -> bool:
 
 
 def evaluated(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "test_answers.jsonl").read_text().splitlines()]
 
 
 def test_report_shows_every_prompt_with_its_answers_and_verdicts(run_folder: Path) -> None:
@@ -291,7 +291,7 @@ def test_report_shows_every_prompt_with_its_answers_and_verdicts(run_folder: Pat
     assert Counter(page.all("h3", dir="auto")) == Counter(row["prompt"] for row in rows)
     assert sum("not judged" in text for text in pairs) == 1
     assert sum("(empty answer)" in text for text in pairs) == 1
-    same = sum(row[f"answer_{s}"] == row["answer_baseline"] for row in rows for s in SIDES[1:])
+    same = sum(row[f"answer_{s}"] == row["answer_unsteered"] for row in rows for s in SIDES[1:])
     assert sum(text.count("Word for word as before.") for text in pairs) == same > 50
     assert sum(text.count("(changed)") for text in pairs) == sum(changed(r, k) for r in rows for k in (1, 2))
 
@@ -321,7 +321,7 @@ def test_answers_to_harmful_requests_are_folded(run_folder: Path) -> None:
         for side, refused in zip(SIDES, verdicts(row), strict=True)
         if row["kind"] == "harmful" and not refused
     ]
-    repeated = sum(s != "baseline" and r[f"answer_{s}"] == r["answer_baseline"] for r, s in answered)
+    repeated = sum(s != "baseline" and r[f"answer_{s}"] == r["answer_unsteered"] for r, s in answered)
     assert len(page.all("details", class_="folded")) == len(answered) - repeated > 0
 
 
@@ -369,7 +369,7 @@ def test_direct_refusals_are_told_apart_from_all(run_folder: Path) -> None:
 
 def test_a_judge_that_names_no_kinds_counts_no_direct_refusal(tmp_path: Path) -> None:
     rows = [{**r, **{f"category_{side}": None for side in SIDES}} for r in invented_rows()]
-    rows[0]["category_baseline"] = "empty"  # by a rule, whoever judges
+    rows[0]["category_unsteered"] = "empty"  # by a rule, whoever judges
     page, card = write_report(make_run(tmp_path, rows)), write_card(tmp_path)
     assert "Direct refusals among them" not in page.read_text() + card.read_text()
 
@@ -396,9 +396,14 @@ def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_fo
         gate = trial["estimator"] == "gate"
         assert kind == ("adapter" if gate else "vector")
         assert ("<path" in drawn, '<circle class="mark' in drawn) == (gate, not gate)
-        assert ("probe" in drawn, "fits" in drawn) == (trial["rung"] == "probe", trial["feasible"] is True)
-        assert ("full" in drawn) == (trial["rung"] == "full")
-        assert ("halo" in drawn) == (trial["number"] in (tune["chosen"], tune["chosen_adapter"]))
+        assert ("probe" in drawn, "fits" in drawn) == (
+            trial["fidelity"] == "logprob",
+            trial["feasible"] is True,
+        )
+        assert ("full" in drawn) == (trial["fidelity"] == "full")
+        assert ("halo" in drawn) == (
+            trial["number"] in (tune["selected"]["vector"], tune["selected"]["adapter"])
+        )
 
 
 def test_front_is_the_stair_of_what_no_answered_trial_betters(run_folder: Path) -> None:
@@ -443,7 +448,7 @@ def test_induction_is_told_as_induction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("effect", "refused"), [("remove", (8, 2)), ("induce", (2, 8))])
 def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int]) -> None:
     trials = [
-        {"number": k, "estimator": "wrmd", "rung": "answers", "harmful_retention": 1.0, "sensitive": left}
+        {"number": k, "estimator": "wrmd", "fidelity": "short", "harmful_retention": 1.0, "sensitive": left}
         for k, left in enumerate((0.2, 0.8))
     ]
     sensitive = {"n": 10, "refused_unsteered": refused[0], "refused_steered": refused[1]}
@@ -453,7 +458,7 @@ def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int
         "harmful_refusal_ratio": 1.0,
         "of": {"sensitive": sensitive},
     }
-    plot = plots.trade_off({"chosen": 0, "trials": trials}, [file], effect)
+    plot = plots.trade_off({"selected": {"vector": 0}, "trials": trials}, [file], effect)
     better, worse = sorted(plot["points"], key=lambda point: point["number"])
     assert better["y"] < worse["y"]  # downwards in SVG
     (tested,) = plot["tested"]
@@ -462,8 +467,8 @@ def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int
 
 def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
     def unmeasured(metrics: dict[str, Any]) -> dict[str, Any]:
-        proof = {"effect_observed": None, "largest_relative_error": None, "kl_mean": None}
-        unknown = {"effect_check": proof, "harmful_refusal_ratio": None, "benign_drift": float("nan")}
+        effect = {"effect_observed": None, "largest_relative_error": None, "kl_mean": None}
+        unknown = {"effect_check": effect, "harmful_refusal_ratio": None, "benign_drift": float("nan")}
         for file in metrics["files"].values():
             file |= unknown
         return metrics
@@ -477,7 +482,7 @@ def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
 
 def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     rows = invented_rows(8)
-    rows = [{**row, "id": str(k), "answer_baseline": '"&<' * 3000} for k in range(40) for row in rows]
+    rows = [{**row, "id": str(k), "answer_unsteered": '"&<' * 3000} for k in range(40) for row in rows]
     path = write_report(make_run(tmp_path, rows))
     assert path.stat().st_size < 3_000_000
     text = path.read_text(encoding="utf-8")
@@ -495,7 +500,7 @@ def test_names_of_ones_own_and_a_long_search_make_a_small_page_too(tmp_path: Pat
     def longer(tune: dict[str, Any]) -> dict[str, Any]:
         vector, gate = tune["trials"][0], tune["trials"][12]
         probes = [{**(gate if k % 2 else vector), "number": 100 + k} for k in range(900)]
-        return {**tune, "trials": [*tune["trials"], *probes], "chosen": 999}
+        return {**tune, "trials": [*tune["trials"], *probes], "selected": {"vector": 999}}
 
     folder = make_run(tmp_path, rows, tune=longer)
     text = write_report(folder).read_text(encoding="utf-8")
@@ -547,7 +552,7 @@ def test_doses_are_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Pat
 
 
 def test_doses_that_could_not_be_judged_are_no_point_at_zero(run_folder: Path) -> None:
-    path = with_doses(run_folder, system_prompt="Be brief.", temperature=0.8) / "doses.json"
+    path = with_doses(run_folder, system_prompt="Be brief.", temperature=0.8) / "scale_sweep.json"
     found = json.loads(path.read_text())
     for row in found["doses"][1]["rows"]:
         row["confidence_steered"] = None
@@ -688,7 +693,7 @@ def test_scatter_shows_refused_and_answered_prompts_of_each_kind(run_folder: Pat
     assert f"Activations at block {best}" in one_line(fit)
 
 
-@pytest.mark.parametrize("gone", ["activations", "directions.safetensors", "scores.jsonl"])
+@pytest.mark.parametrize("gone", ["activations", "directions.safetensors", "judgements.jsonl"])
 def test_arrays_that_were_not_kept_leave_their_figure_out(run_folder: Path, gone: str) -> None:
     path = with_arrays(run_folder) / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -704,7 +709,7 @@ def test_damaged_arrays_are_named(run_folder: Path) -> None:
 
 
 def graded(folder: Path, *, wrong_every: int, sure: float = 0.7) -> list[dict[str, Any]]:
-    """`judge.jsonl`: the labelled test pairs as a judge graded them that errs at every so many."""
+    """`judge_agreement.jsonl`: the labelled test pairs as a judge graded them that errs at every so many."""
     pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
     rows = [
         {
@@ -714,7 +719,9 @@ def graded(folder: Path, *, wrong_every: int, sure: float = 0.7) -> list[dict[st
         }
         for k, p in enumerate(pairs)
     ]
-    (folder / "judge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "judge_agreement.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return rows
 
 
@@ -773,7 +780,7 @@ def test_the_shipped_figures_are_what_the_embedded_judge_says(real_model: Path) 
     "text", ["{ not", '{"prompt": "x"}\n', '{"prompt": "x", "answer": "y", "confidence": 1}\n']
 )
 def test_a_judge_file_of_something_else_is_an_input_error(run_folder: Path, text: str) -> None:
-    (run_folder / "judge.jsonl").write_text(text, encoding="utf-8")
+    (run_folder / "judge_agreement.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"judge\.jsonl"):
         write_report(run_folder)
 
@@ -849,7 +856,7 @@ def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
     assert list(map(one_line, page.all("ul", class_="notes"))) == ["does not beat the baseline “x”"]
     assert "\n- does not beat the baseline “x”\n" in write_card(tmp_path).read_text(encoding="utf-8")
     side_effects = one_line(
-        re.sub("<[^>]*>", " ", section(page, "results").split("Side effects and limits")[1])
+        re.sub("<[^>]*>", " ", section(page, "results").split("JudgedAnswers effects and limits")[1])
     )
     for words in ("21 to 47 % not measured", "83 to 100 %", "0.011 to 0.034"):
         assert words in side_effects
@@ -1171,7 +1178,7 @@ def test_terminal_of_a_run_without_an_adapter(run_folder: Path) -> None:
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "evaluation.jsonl", "tune.json", "recipe.toml"])
+@pytest.mark.parametrize("name", ["metrics.json", "test_answers.jsonl", "tune.json", "recipe.toml"])
 @pytest.mark.parametrize("write", [write_report, write_card])
 def test_missing_and_damaged_files_are_named(run_folder: Path, name: str, write: Any) -> None:
     (run_folder / name).write_text("{ not\x00 valid", encoding="utf-8")

@@ -14,12 +14,12 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
+from rs_gguf.steering import effect_check
 from rs_gguf.steering import file as steering_file
-from rs_gguf.steering import proof
-from rs_gguf.steering.file import SteeringFile, check, prove, read, read_alike, write
+from rs_gguf.steering.file import SteeringFile, check, check_effect, read, read_alike, write
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
-from rs_gguf.steering.report import Proof
+from rs_gguf.steering.report import EffectCheck
 from rs_gguf.steering.vector import SteeringVector
 
 WIDTH = 32
@@ -62,7 +62,7 @@ def test_what_is_written_is_read(make: Any, tmp_path: Path) -> None:
     write(found, tmp_path / "f.gguf")
     assert read(tmp_path / "f.gguf") == found
     report = check(tmp_path / "f.gguf")
-    assert (report.valid, report.errors, report.warnings, report.proof) == (True, (), (), None)
+    assert (report.valid, report.errors, report.warnings, report.effect) == (True, (), (), None)
     assert report.found == found
     first = (tmp_path / "f.gguf").read_bytes()
     write(found, tmp_path / "f.gguf")
@@ -80,8 +80,8 @@ def test_it_says_what_it_is(make: Any) -> None:
 
 def test_facts_are_added(make: Any, tmp_path: Path) -> None:
     found: SteeringFile = make(**FACTS)
-    told = found.with_facts({"measured": True, "gate.passed": False})
-    assert told.provenance == {**FACTS, "measured": True, "gate.passed": False}
+    told = found.with_facts({"measured": True, "acceptance.passed": False})
+    assert told.provenance == {**FACTS, "measured": True, "acceptance.passed": False}
     assert told.with_facts(FACTS).norms == found.norms
     assert found.provenance == FACTS  # as it was
     write(told, tmp_path / "f.gguf")
@@ -141,16 +141,16 @@ def test_llama_cpp_is_told_to_load_it(make: Any) -> None:
 
 def test_its_effect_is_seen_on_a_model(make: Any, model: LlamaModel, tmp_path: Path) -> None:
     write(make(), tmp_path / "f.gguf")
-    shown = prove(tmp_path / "f.gguf", model)
+    shown = check_effect(tmp_path / "f.gguf", model)
     assert (shown.effect_observed, shown.reasons) == (True, ())
-    assert shown == check(tmp_path / "f.gguf", model.path).proof
+    assert shown == check(tmp_path / "f.gguf", model.path).effect
     assert shown.kl_mean is not None
     assert shown.kl_mean > 0
 
 
 def test_one_of_another_model_has_none(make: Any, model: LlamaModel, tmp_path: Path) -> None:
     write(make(1, 2 * WIDTH), tmp_path / "f.gguf")
-    shown = prove(tmp_path / "f.gguf", model)
+    shown = check_effect(tmp_path / "f.gguf", model)
     assert not shown.effect_observed
     assert shown.reasons
 
@@ -162,20 +162,20 @@ def test_with_a_model_the_proof_has_its_say(
     write(found, tmp_path / "f.gguf")
     asked: list[Any] = []
 
-    def shown(given: SteeringFile, path: Path, model: Any) -> Proof:
+    def shown(given: SteeringFile, path: Path, model: Any) -> EffectCheck:
         asked.append((given, path))
-        return Proof(False, ("the model has 6 blocks",), {}, None, "refused")
+        return EffectCheck(False, ("the model has 6 blocks",), {}, None, "refused")
 
     monkeypatch.setattr(LlamaModel, "__init__", lambda *_, **__: None)
     monkeypatch.setattr(LlamaModel, "close", lambda _: None)
-    monkeypatch.setattr(steering_file, "_proven", shown)
-    monkeypatch.setattr(proof, "other_model", lambda provenance, model: ["of another file"])
+    monkeypatch.setattr(steering_file, "_effect_on", shown)
+    monkeypatch.setattr(effect_check, "other_model", lambda provenance, model: ["of another file"])
     report = check(tmp_path / "f.gguf", "model.gguf")
     assert asked == [(found, tmp_path / "f.gguf")]
     assert report.errors == ("the model has 6 blocks",)
     assert "of another file" in report.warnings
-    assert report.proof is not None
-    assert report.proof.reasons == report.errors
+    assert report.effect is not None
+    assert report.effect.reasons == report.errors
     assert report.loader_says == "refused"
     # A file that cannot be used is not run.
     (tmp_path / "bad.gguf").write_bytes(b"x")

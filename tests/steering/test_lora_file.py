@@ -18,7 +18,7 @@ from gguf import GGUFValueType
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.steering import file as steering_file
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.formats import peft as peft_export
@@ -83,7 +83,7 @@ def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
     # 0 leaves the user's scale as it is; another number would multiply it by alpha / rank.
     assert values["adapter.lora.alpha"] == 0.0
     assert reader.fields["adapter.lora.alpha"].types == [GGUFValueType.FLOAT32]
-    assert values["rs_gguf.schema_version"] == 1
+    assert values["rs_gguf.schema_version"] == 2
     assert values["rs_gguf.strength"] == 0.1
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert len(tensors) == 6
@@ -133,7 +133,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
             FULL.factors, "qwen2", {**FULL.provenance, "ok": 1}
         )  # 1 == True, but not in a file
         patch.setattr(lora, "read", lambda _: other)
-        with pytest.raises(GateError, match="round trip"):
+        with pytest.raises(VerificationError, match="round trip"):
             lora.write(FULL, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -229,8 +229,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         ["Every change is zero"],
     ),
     "a newer schema": (
-        lambda p: foreign(p, rs_gguf__schema_version=(2, GGUFValueType.UINT32)),
-        ["rs_gguf.schema_version is 2; this release reads 1"],
+        lambda p: foreign(p, rs_gguf__schema_version=(3, GGUFValueType.UINT32)),
+        ["rs_gguf.schema_version is 3; this release reads 1 and 2"],
     ),
     "provenance that cannot be kept": (
         lambda p: foreign(p, rs_gguf__loss=(float("inf"), F32)),
@@ -453,12 +453,12 @@ def test_check_proves_the_effect_on_the_model(
     lora.write(random_adapter(), tmp_path / "a.gguf")
     report = steering_file.check(tmp_path / "a.gguf", tiny[0])
     assert report.errors == ()
-    assert report.proof is not None
-    assert report.proof.effect_observed
-    assert set(report.proof.relative_error) == set(random_adapter().factors)
-    assert report.proof.largest_relative_error < 1e-3
-    assert report.proof.kl_mean is not None
-    assert report.proof.kl_mean > 0
+    assert report.effect is not None
+    assert report.effect.effect_observed
+    assert set(report.effect.relative_error) == set(random_adapter().factors)
+    assert report.effect.largest_relative_error < 1e-3
+    assert report.effect.kl_mean is not None
+    assert report.effect.kl_mean > 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fixtures.binaries import completion
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.control_vector import check
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.guard import MAX_BYTES
@@ -95,7 +95,7 @@ def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
     assert values["general.architecture"] == "controlvector"
     assert values["controlvector.model_hint"] == "qwen2"
     assert values["controlvector.layer_count"] == 3
-    assert values["rs_gguf.schema_version"] == 1
+    assert values["rs_gguf.schema_version"] == 2
     assert values["rs_gguf.fit.ridges"] == [0.1, 1e-300]
 
 
@@ -138,11 +138,11 @@ def test_write_compares_what_it_reads_back(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "v.gguf"
     with monkeypatch.context() as patch:
         patch.setattr(control_vector, "read", lambda _: FULL.scaled(0.5))
-        with pytest.raises(GateError, match="round trip"):
+        with pytest.raises(VerificationError, match="round trip"):
             write(FULL, path)
     assert not path.exists()
     monkeypatch.setattr(gguf_file, "write_atomic", lambda target, _: target.write_bytes(b"GGUF"))
-    with pytest.raises(GateError, match="other bytes"):
+    with pytest.raises(VerificationError, match="other bytes"):
         write(FULL, path)
 
 
@@ -335,9 +335,9 @@ def test_reads_numbers_as_std_stoi_does(name: str, number: int | None) -> None:
 
 
 def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
-    version = {"rs_gguf__schema_version": (2, UINT32)}
+    version = {"rs_gguf__schema_version": (3, UINT32)}
     report = check(hinted(tmp_path / "v.gguf", {"direction.1": ones()}, **version))
-    assert "rs_gguf.schema_version is 2; this release reads 1" in report.errors[0]
+    assert "rs_gguf.schema_version is 3; this release reads 1 and 2" in report.errors[0]
 
 
 def test_foreign_provenance_under_our_prefix_is_judged(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class BatchToken:
 
 
 @dataclass(frozen=True)
-class InForce:
+class ActiveSteering:
     """A steering: directions [L − 1, D] from block 1 on, and adapters (handle, scale)."""
 
     directions: NDArray[np.float32] | None = None
@@ -44,7 +44,7 @@ class InForce:
     @classmethod
     def of(
         cls, file: LlamaFile, directions: Mapping[int, Any], adapters: tuple[tuple[Any, float], ...]
-    ) -> InForce:
+    ) -> ActiveSteering:
         """Put directions, by blocks that the model has, into a buffer of llama.cpp."""
         if not directions:
             return cls(None, adapters)
@@ -114,7 +114,7 @@ class LlamaContext:
         llama_cpp.llama_batch_free(self._batch)
         llama_cpp.llama_free(self._handle)
 
-    def steer(self, steering: InForce) -> None:
+    def steer(self, steering: ActiveSteering) -> None:
         """Put a steering in force and clear the cache, which was filled under another one."""
         directions, adapters = steering.directions, steering.adapters
         pointer = None if directions is None else directions.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

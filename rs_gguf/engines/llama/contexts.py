@@ -12,7 +12,7 @@ from pathlib import Path
 import llama_cpp
 
 from rs_gguf.engines.engine import Steering
-from rs_gguf.engines.llama.context import InForce, LlamaContext
+from rs_gguf.engines.llama.context import ActiveSteering, LlamaContext
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
@@ -51,7 +51,7 @@ class LlamaContexts(LlamaFile):
         self.n_ctx = n_ctx
         self.max_length: int = min(n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))
         self._n_threads = n_threads or usable_cores()
-        self._steering = InForce()
+        self._steering = ActiveSteering()
         self._forward_context: LlamaContext | None = None
         self._answer_context: LlamaContext | None = None
         try:
@@ -74,7 +74,7 @@ class LlamaContexts(LlamaFile):
 
     def _context_for_answers(self, longest: int) -> LlamaContext:
         """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
-        n_cells = cells(longest)
+        n_cells = kv_cells(longest)
         n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
         context = self._answer_context
         if context is None or context.n_cells < n_cells or context.n_slots < n_slots:
@@ -111,12 +111,12 @@ class LlamaContexts(LlamaFile):
             scales[path.resolve()] = scales.get(path.resolve(), 0.0) + scale
         adapters = tuple((self._adapter(path), scale) for path, scale in scales.items())
         try:
-            self._apply(InForce.of(self, steering.directions, adapters))
+            self._apply(ActiveSteering.of(self, steering.directions, adapters))
             yield
         finally:
-            self._apply(InForce())
+            self._apply(ActiveSteering())
 
-    def _apply(self, steering: InForce) -> None:
+    def _apply(self, steering: ActiveSteering) -> None:
         self._steering = steering
         for context in self._contexts():
             context.steer(steering)
@@ -129,6 +129,6 @@ class LlamaContexts(LlamaFile):
         return self._forward_context
 
 
-def cells(length: int) -> int:
+def kv_cells(length: int) -> int:
     """Return the cache cells of a sequence of `length` tokens: llama.cpp pads a stream to a multiple."""
     return -(-length // 256) * 256

@@ -18,7 +18,7 @@ from rs_gguf.engines.llama.calls import calling
 from rs_gguf.errors import InputError
 from rs_gguf.machine import free_memory
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 
 _MOST_READ = 0.75  # of the memory that is free: a larger model is mapped, and runs as far as there is room
 _KEPT_ADAPTERS = 8  # loaded ones, unless more are in force: a search tries hundreds
@@ -109,7 +109,7 @@ class LlamaFile:
         return self.token_text(token) if token >= 0 else ""
 
     @property
-    def opening(self) -> list[int]:
+    def bos_prefix(self) -> list[int]:
         """What the vocabulary asks for before every text: the token that begins it, or nothing."""
         return (
             [llama_cpp.llama_vocab_bos(self._vocab)] if llama_cpp.llama_vocab_get_add_bos(self._vocab) else []

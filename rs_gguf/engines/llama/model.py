@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Can
 from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, groups, joined, seeds
 from rs_gguf.engines.llama.context import BatchToken
-from rs_gguf.engines.llama.contexts import LlamaContexts, cells
+from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
 from rs_gguf.errors import InputError
 from rs_gguf.records.conversation import Generation
 
@@ -27,7 +27,7 @@ from rs_gguf.records.conversation import Generation
 class LlamaModel(LlamaContexts):
     """A loaded GGUF file that works on many sequences at once. Arguments and errors: `LlamaContexts`."""
 
-    can: ClassVar[Can] = Can.LORA | Can.WRITERS | Can.LLAMA_CPP
+    can: ClassVar[Can] = Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
 
     def generate(
         self,
@@ -52,7 +52,7 @@ class LlamaModel(LlamaContexts):
         whole = [len(prompt) + max_tokens for prompt in prompts]
         # All slots of a context are as long as its longest sequence: beside one long prompt few others would
         # have room. And llama.cpp runs sequences of unequal length in several smaller steps.
-        for alike in groups(whole, len(whole), lambda g: cells(whole[g[-1]]) <= 2 * cells(whole[g[0]])):
+        for alike in groups(whole, len(whole), lambda g: kv_cells(whole[g[-1]]) <= 2 * kv_cells(whole[g[0]])):
             some = [prompts[i] for i in alike]
             for k, found in self._generate(some, max_tokens, sampling, [seed_of[i] for i in alike]):
                 yield alike[k], found

@@ -35,7 +35,7 @@ class Vocabulary:
         return self.tokenizer.eos_token or ""
 
     @property
-    def opening(self) -> list[int]:
+    def bos_prefix(self) -> list[int]:
         """What the tokenizer puts before every text: the token that begins it, or nothing."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else []

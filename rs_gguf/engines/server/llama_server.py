@@ -1,6 +1,6 @@
 """Running llama-servers as the model that is measured, steered by the scales of their LoRA adapters.
 
-Addresses and adapters go in; answers under a dose come out. A server takes the scale of an adapter with each
+Addresses and adapters go in; answers under a factor come out. A server takes the scale of an adapter with each
 request, so one server gives both sides. Several of the same model share the prompts, and what one does not
 answer goes to another. Their control vectors are fixed when they start, and they tell no log-probabilities of
 given text: neither can be had here.
@@ -111,7 +111,7 @@ class LlamaServer:
     def answers(
         self,
         asked: Sequence[Prompt],
-        dose: float,
+        factor: float,
         *,
         max_tokens: int,
         advance: Advance,
@@ -120,7 +120,7 @@ class LlamaServer:
         """The answers in order, the number of their tokens, and the seconds that they took."""
         answers: dict[int, Answer] = {}
         counted, start = self._client.usage.completion_tokens, time.perf_counter()
-        for i, found in self.answer(asked, dose, max_tokens=max_tokens, sampling=sampling):
+        for i, found in self.answer(asked, factor, max_tokens=max_tokens, sampling=sampling):
             answers[i] = found
             advance(1)
         seconds = time.perf_counter() - start
@@ -128,13 +128,13 @@ class LlamaServer:
         return [answers[i] for i in range(len(asked))], tokens, seconds
 
     def answer(
-        self, asked: Sequence[Prompt], dose: float, *, max_tokens: int, sampling: Sampling = GREEDY
+        self, asked: Sequence[Prompt], factor: float, *, max_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[tuple[int, Answer]]:
         """Yield (index, answer) as they come.
 
         Drawn ones are drawn as by `generation.draw`. The tokens of an answer are not told.
         """
-        bodies = (self._body(prompt, dose, max_tokens, sampling) for prompt in asked)
+        bodies = (self._body(prompt, factor, max_tokens, sampling) for prompt in asked)
         for i, found in self._client.complete_all(bodies):
             if isinstance(found, RequestRefusedError):
                 raise InputError(f"the prompt {asked[i].prompt[:60]!r} was not answered: {found}")
@@ -146,13 +146,13 @@ class LlamaServer:
             )
             yield i, Answer([], text, found.finished, broken)
 
-    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> None:
+    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], factor: float) -> None:
         """A server does not tell them."""
 
-    def text_logprobs(self, texts: Sequence[str], dose: float) -> None:
+    def text_logprobs(self, texts: Sequence[str], factor: float) -> None:
         """A server does not tell them."""
 
-    def _body(self, prompt: Prompt, dose: float, max_tokens: int, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, factor: float, max_tokens: int, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt.prompt}]
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system})
@@ -164,7 +164,7 @@ class LlamaServer:
             body |= {"top_k": sampling.top_k, "samplers": ["top_k", "temperature", "top_p"]}
         if self._thinks:  # else it reads another prompt than models do here
             body["chat_template_kwargs"] = {"enable_thinking": False}
-        scales = {**self._kept, **{id_: dose * scale for id_, scale in self._scaled.items()}}
+        scales = {**self._kept, **{id_: factor * scale for id_, scale in self._scaled.items()}}
         if not scales:
             return body
         # An adapter that a request leaves out counts as 0, whatever the server was started with, and what a
@@ -197,7 +197,7 @@ def _common_scales(
 
 
 def _scales(root: str, adapters: Sequence[tuple[Path, float]]) -> tuple[dict[int, float], dict[int, float]]:
-    """By the server's numbers: the scales that stay, and those that a dose multiplies."""
+    """By the server's numbers: the scales that stay, and those that a factor multiplies."""
     try:
         loaded = _loaded(root)
     except _UNTOLD as error:

@@ -1,6 +1,6 @@
 """The answer and score stages: the unsteered answers to the fit and tune prompts, and their judgements.
 
-`answers.jsonl` and `scores.jsonl` come out, row by row as they are ready. What later stages need of these
+`answers.jsonl` and `judgements.jsonl` come out, row by row as they are ready. What later stages need of these
 files is read here too.
 """
 
@@ -26,7 +26,7 @@ from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row
-from rs_gguf.search.rungs import Unsteered
+from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.version import __version__
 
 COUNTED = ("refused", "answered", "not judged")
@@ -84,7 +84,7 @@ class Scores(Stage):
 
     def work(self, run: Run, key: str) -> None:
         rows = run.folder.read_rows("answers.jsonl")
-        log = run.folder.log("scores.jsonl", key)
+        log = run.folder.log("judgements.jsonl", key)
         missing = [row for row in rows if row["id"] not in log.rows]
         judge = run.judge  # before the stage is drawn: its download has a bar of its own
         with run.progress.stage(self.info.name, len(rows)) as advance:
@@ -104,14 +104,14 @@ def _check_lengths(run: Run) -> None:
     """Raise `InputError` for a prompt that some stage could not read: the last ones come hours later."""
     recipe, model = run.recipe, run.model
     tokens, full = recipe.answers.tokens, recipe.answers.test_tokens
-    most = {"fit": tokens, "tune": max(tokens, full) if recipe.tune.full else tokens, "test": full}
+    most = {"fit": tokens, "tune": max(tokens, full) if recipe.tune.full_prompts else tokens, "test": full}
     system, chat = recipe.prompts.system, ChatFormat.of(model)
     for split, max_tokens in most.items():
         model.check_lengths(chat_tokens(model, run.prompts[split], system), max_tokens)
     if "system-prompt" in recipe.measure.baselines and chat.takes_system:
         longer = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed).system
         model.check_lengths(chat_tokens(model, run.prompts["test"], longer), full)
-    if run.unanswered:
+    if run.gate_only:
         model.check_lengths([c.tokens(chat, model, p.prompt, system) for p, c in run.in_contexts])
 
 
@@ -162,7 +162,7 @@ def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
 
 def judged(folder: RunFolder) -> dict[str, Row]:
     """What the judge said of answers, by the prompt's id; those that could not be judged are left out."""
-    rows = folder.read_rows("scores.jsonl")
+    rows = folder.read_rows("judgements.jsonl")
     return {row["id"]: row for row in rows if row["confidence"] is not None}
 
 
@@ -177,11 +177,11 @@ def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
     return found
 
 
-def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> Unsteered:
+def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> UnsteeredAnswers:
     """The prompts `asked` with their answers and judgements."""
     ids, said = {p.id for p in asked}, judged(folder)
     rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
-    return Unsteered(
+    return UnsteeredAnswers(
         asked,
         [Answer.from_row(row) for row in rows],
         [said[row["id"]]["confidence"] if row["id"] in said else None for row in rows],

@@ -24,7 +24,7 @@ class Capture(Stage):
     shared = True
 
     def inputs(self, run: Run) -> list[Any]:
-        return [[p.id for p in run.unanswered], [asdict(c) for c in contexts.shipped()]]
+        return [[p.id for p in run.gate_only], [asdict(c) for c in contexts.shipped()]]
 
     def work(self, run: Run, key: str) -> None:
         asked, others = run.prompts["fit"], run.in_contexts
@@ -39,8 +39,8 @@ class Capture(Stage):
 
     def cost(self, costs: Costs) -> Cost:
         answered = costs.count("fit")
-        n, model = answered + costs.unanswered, costs.model
-        read = n * costs.prompt + costs.unanswered * _AROUND
+        n, model = answered + costs.gate_only, costs.model
+        read = n * costs.prompt + costs.gate_only * _AROUND
         if model.writers:
             # Up to the last of some tokens at random, of answers that a gate is to stay shut for.
             depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * mean_length(costs.recipe.answers.tokens)

@@ -37,7 +37,7 @@ class WrittenFile:
 
     paths: Sequence[Path]
     trial: Trial
-    proof: Mapping[str, Any]
+    effect: Mapping[str, Any]
 
     @property
     def steering(self) -> Steering:
@@ -73,14 +73,14 @@ def file_record(
         ridge=candidate.ridge,
         layers=(candidate.first, candidate.last),
         strength=candidate.strength,
-        margin=candidate.margin,
+        benign_target=candidate.benign_target,
         scale=1.0,
         sets=dict(sets),
         benign_drift=drift.nats,
         top1_agreement=drift.top1_agreement,
         harmful_refusal_ratio=after / before if before else None,
         bootstrap_ci95=dict(bootstrap),
-        effect_check=EffectCheck.model_validate(dict(file.proof)),
+        effect_check=EffectCheck.model_validate(dict(file.effect)),
         acceptance=Acceptance(verdict="failed" if reasons else "passed", reasons=tuple(reasons)),
         notes=tuple(notes),
         tokens_per_second=speed,
@@ -88,7 +88,9 @@ def file_record(
     )
 
 
-def beside(sets: Mapping[str, SetRecord], baselines: Sequence[BaselineRecord], effect: Effect) -> list[str]:
+def baseline_notes(
+    sets: Mapping[str, SetRecord], baselines: Sequence[BaselineRecord], effect: Effect
+) -> list[str]:
     """Return a sentence for each baseline that a file with these `sets` does not beat.
 
     To beat it is to change refusals of sensitive prompts, and more of them, while no fewer harmful ones stay

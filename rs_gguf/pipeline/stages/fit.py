@@ -1,7 +1,7 @@
 """The fit stage: from captured arrays and judged answers to what each method fits, as files of a run folder.
 
 `Samples` of the fit split enter; `directions.safetensors` (one unit direction and calibration a layer, for
-each estimator and ridge), `gates.safetensors` (the adapter's reads and writes), `fit.json` and `figures/`
+each estimator and ridge), `gated_adapter.safetensors` (the adapter's reads and writes), `fit.json` and `figures/`
 leave.
 """
 
@@ -53,7 +53,7 @@ class Fit(Stage):
             # Runs from before there was a device were fitted on the CPU: they are still done.
             fit if device == "cpu" else {**fit, "device": device},
             # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
-            [p.to_row() for p in run.prompts["fit"] + run.unanswered + run.prompts["tune"]],
+            [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
         ]
 
     def work(self, run: Run, key: str) -> None:
@@ -69,7 +69,7 @@ class Fit(Stage):
         """
         n, model, choices = costs.count("fit"), costs.model, costs.recipe.fit
         estimators = len(costs.recipe.estimators)
-        rows = n + costs.unanswered + costs.other_tokens() + costs.prefix
+        rows = n + costs.gate_only + costs.other_tokens() + costs.prefix
         operations = (
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
@@ -137,13 +137,13 @@ def samples(run: Run) -> Samples:
     those_judged, others = np.flatnonzero(known), np.flatnonzero(~known)
     if not those_judged.size:
         raise InputError(
-            f"fit: none of the {len(run.prompts['fit'])} answers could be judged; scores.jsonl says "
+            f"fit: none of the {len(run.prompts['fit'])} answers could be judged; judgements.jsonl says "
             "why. Answers that end within a thinking trace need more room: raise answers.tokens."
         )
     key = run.key("capture")
     try:
         activations, inputs = captured(
-            store_of(run.folder, key), len(asked), inputs=Can.WRITERS in run.model.can
+            store_of(run.folder, key), len(asked), inputs=Can.MATRIX_INPUTS in run.model.can
         )
     except DamagedStoreError:
         # Not that of another recipe or version: what is there is whole for it.

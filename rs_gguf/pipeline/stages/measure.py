@@ -15,17 +15,17 @@ from typing import Any
 
 from rs_gguf.engines.answers import logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.paired import (
     SIDES,
     Drift,
     PairedEvaluation,
+    bootstrap_intervals,
     changes_of,
     drift_of,
-    must_stay,
-    spread,
+    is_drift_reference,
 )
 from rs_gguf.evaluation.safety import Allowance
-from rs_gguf.evaluation.side import Arm, Side, resume_side
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import baselines as literature
 from rs_gguf.models import resolve as models
@@ -35,8 +35,8 @@ from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages.file_record import (
     WrittenFile,
+    baseline_notes,
     baseline_record,
-    beside,
     file_record,
     llama_cpp_of,
 )
@@ -74,7 +74,7 @@ class Measure(Stage):
 
     def work(self, run: Run, key: str) -> None:
         asked, folder, recipe = run.prompts["test"], run.folder, run.recipe
-        shown, trials = read_json(folder / "proof.json"), chosen(folder)
+        shown, trials = read_json(folder / "effect_check.json"), chosen(folder)
         for name, trial in trials.items():
             if not all(path.is_file() for path in files_of(run, name)):  # somebody took one away
                 write_files(run, name, trial)
@@ -92,7 +92,7 @@ class Measure(Stage):
                 run.model, judge, asked, files, others, recipe, log, model_sha256=run.model_hash,
                 advance=advance, subset=len(asked) < sum(map(len, run.pool["test"].values())),
             )  # fmt: skip
-        write_rows(folder / "evaluation.jsonl", rows)
+        write_rows(folder / "test_answers.jsonl", rows)
         tuned = read_json(folder / "tune.json")
         found = {**record.mapping(), "rank_correlation": tuned["rank_correlation"]}
         RunRecord.model_validate(found).write(folder / "metrics.json")
@@ -114,7 +114,7 @@ def measure(
     judge: Judge,
     asked: Sequence[Prompt],
     files: Mapping[str, WrittenFile],
-    baselines: Sequence[Arm],
+    baselines: Sequence[Condition],
     recipe: Recipe,
     log: RowLog,
     *,
@@ -125,16 +125,24 @@ def measure(
     """Return paired rows of all files, and the record without `seconds` and `rank_correlation`."""
     own = recipe.prompts.system
     asking = recipe.asking(recipe.answers.test_tokens)
-    arms = [Arm("baseline", NO_STEERING, own), *baselines]
-    arms += [Arm(name, file.steering, own) for name, file in files.items()]
-    sides = {arm.name: resume_side(model, judge, arm, asked, asking, log, advance) for arm in arms}
+    conditions = [Condition("baseline", NO_STEERING, own), *baselines]
+    conditions += [Condition(name, file.steering, own) for name, file in files.items()]
+    sides = {
+        condition.name: resume_condition(model, judge, condition, asked, asking, log, advance)
+        for condition in conditions
+    }
     before = sides["baseline"]
     moved = _Drifts(model, asked, before, recipe)
     evaluations, drifts, changes = {}, {}, {}
-    for arm in arms[1:]:
-        drifts[arm.name], changes[arm.name] = moved.under(arm)
-        evaluations[arm.name] = PairedEvaluation(asked, before, sides[arm.name], drifts[arm.name])
-    others = [baseline_record(arm.name, evaluations[arm.name], drifts[arm.name]) for arm in baselines]
+    for condition in conditions[1:]:
+        drifts[condition.name], changes[condition.name] = moved.under(condition)
+        evaluations[condition.name] = PairedEvaluation(
+            asked, before, sides[condition.name], drifts[condition.name]
+        )
+    others = [
+        baseline_record(condition.name, evaluations[condition.name], drifts[condition.name])
+        for condition in baselines
+    ]
     reasoning_off = ChatFormat.of(model).thinks_in_server
     found = {}
     for name, file in files.items():
@@ -148,8 +156,8 @@ def measure(
             sets,
             drift,
             reasons=reasons,
-            notes=beside(sets, others, recipe.effect),
-            bootstrap=spread(evaluation, changes[name], seed=recipe.seed),
+            notes=baseline_notes(sets, others, recipe.effect),
+            bootstrap=bootstrap_intervals(evaluation, changes[name], seed=recipe.seed),
             speed=Speed(unsteered=before.tokens_per_second, steered=sides[name].tokens_per_second),
             llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
         )
@@ -177,39 +185,39 @@ def measure(
 
 
 class _Drifts:
-    """How far an arm moves the unsteered answers to benign prompts.
+    """How far an condition moves the unsteered answers to benign prompts.
 
     The recipe's system prompt is that which they were given under; their log-probabilities there are known
     once.
     """
 
-    def __init__(self, model: Engine, asked: Sequence[Prompt], before: Side, recipe: Recipe) -> None:
+    def __init__(self, model: Engine, asked: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe) -> None:
         self._model = model
         sides = zip(asked, before.answers, before.judgements, strict=True)
         answers = {
             prompt.id: answer
             for prompt, answer, judgement in sides
-            if prompt.kind == "benign" and must_stay(answer, judgement)
+            if prompt.kind == "benign" and is_drift_reference(answer, judgement)
         }
         # Prompts lie sorted by subject: the first of them would be of a few.
-        self._quiet = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
-        self._answers = [answers[prompt.id] for prompt in self._quiet]
+        self._prompts = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
+        self._answers = [answers[prompt.id] for prompt in self._prompts]
         self._before = self._logprobs(recipe.prompts.system)
 
-    def under(self, arm: Arm) -> tuple[Drift, list[tuple[Prompt, float]]]:
+    def under(self, condition: Condition) -> tuple[Drift, list[tuple[Prompt, float]]]:
         """The drift, and of each conversation its |Δ mean log-probability|."""
-        with self._model.steered(arm.steering):
-            after = self._logprobs(arm.system)
+        with self._model.steered(condition.steering):
+            after = self._logprobs(condition.system)
         changes = changes_of(self._before, after).tolist()
-        return drift_of(self._before, after), list(zip(self._quiet, changes, strict=True))
+        return drift_of(self._before, after), list(zip(self._prompts, changes, strict=True))
 
     def _logprobs(self, system: str | None) -> LogProbs:
-        return logprobs_of(self._model, self._quiet, self._answers, system)
+        return logprobs_of(self._model, self._prompts, self._answers, system)
 
 
 def _record_figures(file: WrittenFile, sets: Mapping[str, SetRecord], moved: float, *, passed: bool) -> None:
     """Put what was measured into the file's own metadata."""
-    figures: dict[str, Any] = {"measured": True, "gate.passed": passed}
+    figures: dict[str, Any] = {"measured": True, "acceptance.passed": passed}
     if math.isfinite(moved):  # no number where no benign prompt was answered
         figures["metrics.benign_drift"] = moved
     for kind, found in sets.items():

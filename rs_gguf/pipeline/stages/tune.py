@@ -17,10 +17,10 @@ from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.pipeline.stages.fit import load
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.rows import read_json, write_json
-from rs_gguf.records.trials import Trial, chosen_of, load_trials
+from rs_gguf.records.trials import Trial, load_trials
+from rs_gguf.search.candidate_evaluation import BENIGN, LOGPROB_PAIRS, PREFIX_TOKENS, CandidateEvaluator
 from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
-from rs_gguf.search.rungs import BENIGN, OPENING, PROBED_PAIRS, Rungs
 
 
 class Tune(Stage):
@@ -30,24 +30,24 @@ class Tune(Stage):
 
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
-        return [recipe.tune.model_dump(), recipe.tune.full and recipe.answers.test_tokens]
+        return [recipe.tune.model_dump(), recipe.tune.full_prompts and recipe.answers.test_tokens]
 
     def work(self, run: Run, key: str) -> None:
-        tune(rungs(run), run.recipe, run.folder, run.progress, fit_key=run.key("fit"))
+        tune(evaluator(run), run.recipe, run.folder, run.progress, fit_key=run.key("fit"))
 
     def cost(self, costs: Costs) -> Cost:
         recipe, sizes = costs.recipe, costs.sizes["tune"]
         tokens, long, benign = recipe.answers.tokens, recipe.answers.test_tokens, min(BENIGN, sizes["benign"])
         wanted = CHANGED * sizes["sensitive"]
         opened, asked = wanted + KEPT * sizes["harmful"], wanted + sizes["harmful"] + benign
-        probe = costs.reading(opened * (costs.prompt + OPENING))
-        probe += costs.drift(min(PROBED_PAIRS, benign), tokens)
+        probe = costs.reading(opened * (costs.prompt + PREFIX_TOKENS))
+        probe += costs.drift(min(LOGPROB_PAIRS, benign), tokens)
         candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
         candidate += costs.drift(benign, tokens)
-        probes: float = costs.files * (recipe.tune.trials + recipe.tune.finalists)
+        probes: float = costs.files * (recipe.tune.logprob_trials + recipe.tune.finalists)
         candidates: float = costs.files * recipe.tune.finalists
         # At full length the unsteered model answers too, and each file at two strengths.
-        full = (1 + 2 * costs.files) * sum(min(recipe.tune.full, size) for size in sizes.values())
+        full = (1 + 2 * costs.files) * sum(min(recipe.tune.full_prompts, size) for size in sizes.values())
         in_full = costs.answers(full, long) + costs.judgements(full, long)
         in_full += 2 * costs.files * costs.drift(benign if full else 0, tokens)
         seconds = probes * probe + candidates * candidate
@@ -63,24 +63,26 @@ class Tune(Stage):
         )
 
 
-def rungs(run: Run) -> Rungs:
+def evaluator(run: Run) -> CandidateEvaluator:
     """Return what measures candidates of this run, once it is fitted."""
     recipe, fitted = run.recipe, load(run.folder.path, run.recipe.fit_options)
-    return Rungs(
+    return CandidateEvaluator(
         run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), fitted, run.folder.path,
-        brief=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
-        n_full=recipe.tune.full, rule=recipe.safety, seed=recipe.seed,
+        short=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
+        n_full=recipe.tune.full_prompts, rule=recipe.safety, seed=recipe.seed,
     )  # fmt: skip
 
 
-def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *, fit_key: str) -> None:
+def tune(
+    evaluator: CandidateEvaluator, recipe: Recipe, folder: RunFolder, progress: Progress, *, fit_key: str
+) -> None:
     """Search for the best candidate of each method that was fitted.
 
     `fit_key` is that of the fit stage: under it and the recipe's limits, trials of an earlier search count.
     """
     # A measured candidate stays what it is when the search gets more time or less; one that answered in full
     # tells for how many prompts and tokens that was.
-    limits = recipe.tune.model_dump(exclude={"trials", "finalists", "budget", "full"})
+    limits = recipe.tune.model_dump(exclude={"logprob_trials", "finalists", "budget", "full_prompts"})
     key, path = key_of(fit_key, limits), folder / "tune.json"
     log = folder.log("trials.jsonl", key)
     if path.is_file() and (ended := read_json(path)).get("key") == key:
@@ -88,12 +90,12 @@ def tune(rungs: Rungs, recipe: Recipe, folder: RunFolder, progress: Progress, *,
             if str(row["number"]) not in log.rows:  # the log may have been cut short right here
                 log.append({"id": str(row["number"]), **row})
     spaces = {
-        name: METHODS[name].space(fitted, rungs.model.n_layer, recipe.effect)
-        for name, fitted in rungs.fitted.items()
+        name: METHODS[name].space(fitted, evaluator.model.n_layer, recipe.effect)
+        for name, fitted in evaluator.fitted.items()
     }
     with progress.stage("tune", Finder.effort(recipe.budget, len(spaces))) as advance:
         finder = Finder(
-            rungs,
+            evaluator,
             recipe.budget,
             seed=recipe.seed,
             known=load_trials(list(log.rows.values())),
@@ -114,5 +116,5 @@ def chosen(folder: RunFolder) -> dict[str, Trial]:
     """The chosen trial of each method that was searched, by its name."""
     tuned = read_json(folder / "tune.json")
     trials = {trial.number: trial for trial in load_trials(tuned["trials"])}
-    numbers = chosen_of(tuned)
+    numbers = tuned["selected"]
     return {name: trials[numbers[name]] for name in METHODS if name in numbers}

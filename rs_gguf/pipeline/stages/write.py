@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.engines.engine import Can, Engine
-from rs_gguf.errors import GateError
+from rs_gguf.errors import VerificationError
 from rs_gguf.methods import METHODS
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.costs import Cost, Costs
@@ -39,9 +39,9 @@ class Write(Stage):
         with run.progress.stage(self.info.name, len(trials)) as advance:
             for name, trial in trials.items():
                 write_files(run, name, trial)
-                shown[name] = proven(files_of(run, name), run.model)
+                shown[name] = effects_of(files_of(run, name), run.model)
                 advance(1)
-        write_json(run.folder / "proof.json", shown)
+        write_json(run.folder / "effect_check.json", shown)
 
     def cost(self, costs: Costs) -> Cost:
         """Return the cost of the files, and of what each is observed with.
@@ -91,11 +91,11 @@ def write(
         steering_file.write(file, path)
 
 
-def proven(paths: Sequence[Path], model: Engine) -> dict[str, Any]:
+def effects_of(paths: Sequence[Path], model: Engine) -> dict[str, Any]:
     """What running each of the files of a trial on the model showed, as JSON.
 
     Raises:
-        GateError: the effect of one was not observed.
+        VerificationError: the effect of one was not observed.
     """
     if Can.LLAMA_CPP not in model.can:
         reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
@@ -104,9 +104,9 @@ def proven(paths: Sequence[Path], model: Engine) -> dict[str, Any]:
         }  # fmt: skip
     shown = []
     for path in paths:
-        found = steering_file.prove(path, model)
+        found = steering_file.check_effect(path, model)
         if not found.effect_observed:
-            raise GateError(f"{path}: " + " ".join(found.reasons))
+            raise VerificationError(f"{path}: " + " ".join(found.reasons))
         shown.append(found)
     farthest = max(shown, key=lambda found: found.largest_relative_error)
     return {
@@ -127,7 +127,7 @@ def _provenance(trial: Trial, facts: Mapping[str, Any]) -> dict[str, Any]:
         **({"ridge.relative": place.ridge} if place.ridge else {}),  # 0: of an estimator that has none
         "layers": [place.first, place.last],
         "strength": place.strength,
-        "margin": place.margin,
+        "benign_target": place.benign_target,
         "calibration": "scale 1.0 is the strength chosen on the tune split",
         "measured": False,
     }

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 from torch import nn
 
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.models import configuration
 from rs_gguf.models import resolve as models
-from rs_gguf.models.architecture import WRITERS, llama_cpp_family, llama_cpp_name
+from rs_gguf.models.architecture import OUTPUT_MATRICES, llama_cpp_family, llama_cpp_name
 from rs_gguf.records.files import from_home
 from rs_gguf.steering.container import write_compared
 from rs_gguf.steering.lora import LoraAdapter
@@ -37,7 +37,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
         InputError: a model of another family or shape, a family that has no such module or that is unknown,
             a matrix that llama.cpp may keep in another order than PyTorch, an aLoRA, or a place that cannot
             be written.
-        GateError: what was read back differs.
+        VerificationError: what was read back differs.
     """
     adapter.refuse_invoked()
     modules = _modules(adapter, model)
@@ -66,7 +66,7 @@ def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
     if read_back.keys() != tensors.keys() or any(
         not np.array_equal(row, read_back[name]) for name, row in tensors.items()
     ):
-        raise GateError(f"{folder}: the content did not survive a round trip; nothing was written.")
+        raise VerificationError(f"{folder}: the content did not survive a round trip; nothing was written.")
     with contextlib.suppress(OSError):  # of which writing tells more
         (Path(folder) / "adapter_config.json").unlink()  # an older one is not of these weights
     write_compared(Path(folder) / "adapter_model.safetensors", data)
@@ -92,9 +92,9 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     }
     found = {}
     for name, (a, b) in adapter.factors.items():
-        if name.split(".")[2] not in WRITERS:
+        if name.split(".")[2] not in OUTPUT_MATRICES:
             raise InputError(
-                f"{name}: only {' and '.join(WRITERS)} are exported. llama.cpp keeps the rows of some other "
+                f"{name}: only {' and '.join(OUTPUT_MATRICES)} are exported. llama.cpp keeps the rows of some other "
                 "matrices in another order."
             )
         if name not in linear:

@@ -330,13 +330,13 @@ def test_prompts_begin_as_the_vocabulary_asks(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_tiny_qwen2(path)
     with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
-        assert (model.opening, twin.opening) == ([], [])
+        assert (model.bos_prefix, twin.bos_prefix) == ([], [])
         plain = ChatFormat.of(model).tokenize(model, "the rain")
         assert ChatFormat.of(twin).tokenize(twin, "the rain") == plain
     adds_bos(path)
     with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
         bos = model.tokenize(SPECIALS[0])
-        assert model.opening == twin.opening == bos
+        assert model.bos_prefix == twin.bos_prefix == bos
         chat = ChatFormat.of(model)
         asked = chat.tokenize(model, "the rain")
         assert asked == bos + plain

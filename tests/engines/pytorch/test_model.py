@@ -23,7 +23,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
-from rs_gguf.models.shape import of_folder
+from rs_gguf.models.dimensions import of_folder
 from rs_gguf.prompts.template import ChatFormat
 
 WIDTH, LAYERS = 32, 3
@@ -151,7 +151,7 @@ def test_facts_about_the_model(target: TorchModel, folder: Path) -> None:
     assert (target.n_layer, target.n_embd, target.n_vocab) == (LAYERS, WIDTH, len(VOCABULARY))
     assert target.architecture == json.loads((folder / "config.json").read_text())["model_type"]
     assert (target.bos_token, target.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    assert target.opening == [0]  # which write_tokenizer's puts before a text
+    assert target.bos_prefix == [0]  # which write_tokenizer's puts before a text
     assert target.chat_template == CHAT_TEMPLATE
     assert {p.dtype for p in target.model.parameters()} == {torch.float32}
 

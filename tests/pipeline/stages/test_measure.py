@@ -18,14 +18,14 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.evaluation.condition import Condition
 from rs_gguf.evaluation.paired import mean_change
-from rs_gguf.evaluation.side import Arm
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.pipeline.stages.file_record import WrittenFile, beside
+from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes
 from rs_gguf.pipeline.stages.measure import measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetRecord, Speed
@@ -40,7 +40,7 @@ PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1,
 
 
 @pytest.fixture
-def arms(tmp_path: Path) -> dict[str, WrittenFile]:
+def written(tmp_path: Path) -> dict[str, WrittenFile]:
     rng = np.random.default_rng(0)
     vector = {2: rng.standard_normal(32).astype(np.float32)}
     factors = {
@@ -65,7 +65,7 @@ def arms(tmp_path: Path) -> dict[str, WrittenFile]:
     }
 
 
-PROMPTED = Arm("system prompt", NO_STEERING, "Answer in verse, and at length.")
+PROMPTED = Condition("system prompt", NO_STEERING, "Answer in verse, and at length.")
 
 
 class Refused:
@@ -80,7 +80,10 @@ class Refused:
 
 
 def run(
-    folder: Path, arms: dict[str, WrittenFile], baselines: tuple[Arm, ...] = (), judge: Judge | None = None
+    folder: Path,
+    written: dict[str, WrittenFile],
+    baselines: tuple[Condition, ...] = (),
+    judge: Judge | None = None,
 ) -> tuple[list[dict[str, Any]], RunRecord, int]:
     """Rows, the record, and how many answers were made."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
@@ -91,14 +94,14 @@ def run(
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
         rows, record = measure(
-            model, judge or KeywordJudge(), ASKED, arms, baselines, recipe, log,
+            model, judge or KeywordJudge(), ASKED, written, baselines, recipe, log,
             model_sha256="0" * 64, subset=False, advance=lambda n: None,
         )  # fmt: skip
     return rows, record, len(log.rows) - made
 
 
-def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
-    rows, value, made = run(tmp_path, arms)
+def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
+    rows, value, made = run(tmp_path, written)
     assert made == 3 * len(ASKED)
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
     expected |= {
@@ -109,7 +112,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenF
     assert all(row.keys() == expected for row in rows)
     assert [row["prompt"] for row in rows] == [prompt.prompt for prompt in ASKED]
     for side in ("steered", "adapter"):
-        assert [row[f"answer_{side}"] for row in rows] != [row["answer_baseline"] for row in rows]
+        assert [row[f"answer_{side}"] for row in rows] != [row["answer_unsteered"] for row in rows]
     assert list(value.files) == ["vector", "adapter"]
     for figures in value.files.values():
         assert {kind: found.n for kind, found in figures.sets.items()} == dict.fromkeys(KINDS, 2)
@@ -117,64 +120,71 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, arms: dict[str, WrittenF
         assert 0 <= (figures.top1_agreement or 0) < 1
         assert not figures.passed
     # The figures travel with the files.
-    for arm, figures in value.files.items():
-        path = arms[arm].paths[0]
-        read = control_vector.read(path) if arm == "vector" else lora.read(path)
+    for name, figures in value.files.items():
+        path = written[name].paths[0]
+        read = control_vector.read(path) if name == "vector" else lora.read(path)
         assert read.provenance["measured"] is True
-        assert read.provenance["gate.passed"] is figures.passed
+        assert read.provenance["acceptance.passed"] is figures.passed
         assert read.provenance["metrics.benign_drift"] == pytest.approx(figures.benign_drift)
 
 
 @pytest.mark.parametrize("name", ["vector", "adapter"])
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
-    arms: dict[str, WrittenFile], name: str, passed: bool
+    written: dict[str, WrittenFile], name: str, passed: bool
 ) -> None:
     sets: dict[str, SetRecord]
     sets = {kind: invented_set(refusal_unsteered=0.75, refusal_steered=0.25) for kind in KINDS}
-    measuring._record_figures(arms[name], sets, 0.125, passed=passed)
-    found = (control_vector.read if name == "vector" else lora.read)(arms[name].paths[0]).provenance
-    assert (found["measured"], found["gate.passed"], found["metrics.benign_drift"]) == (True, passed, 0.125)
+    measuring._record_figures(written[name], sets, 0.125, passed=passed)
+    found = (control_vector.read if name == "vector" else lora.read)(written[name].paths[0]).provenance
+    assert (found["measured"], found["acceptance.passed"], found["metrics.benign_drift"]) == (
+        True,
+        passed,
+        0.125,
+    )
     assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
 
 
-def test_a_refused_benign_answer_may_drift(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
-    _, value, _ = run(tmp_path, {"vector": arms["vector"]}, judge=Refused())
+def test_a_refused_benign_answer_may_drift(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
+    _, value, _ = run(tmp_path, {"vector": written["vector"]}, judge=Refused())
     assert value.files["vector"].sets["benign"].refused_unsteered == 2
     assert value.files["vector"].harmful_refusal_ratio == 1.0
     assert value.files["vector"].benign_drift is None
 
 
 def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
-    tmp_path: Path, arms: dict[str, WrittenFile], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, written: dict[str, WrittenFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ASKED", [p for p in ASKED if p.kind != "benign"])
-    _, value, _ = run(tmp_path, arms)
+    _, value, _ = run(tmp_path, written)
     assert not value.files["vector"].passed
-    for path, read in ((arms["vector"].paths[0], control_vector.read), (arms["adapter"].paths[0], lora.read)):
+    for path, read in (
+        (written["vector"].paths[0], control_vector.read),
+        (written["adapter"].paths[0], lora.read),
+    ):
         found = read(path).provenance
         assert found["measured"] is True
         assert "metrics.benign_drift" not in found
 
 
 def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
-    tmp_path: Path, arms: dict[str, WrittenFile]
+    tmp_path: Path, written: dict[str, WrittenFile]
 ) -> None:
-    alone = {"vector": arms["vector"]}
+    alone = {"vector": written["vector"]}
     rows, value, made = run(tmp_path, alone)
     assert made == 2 * len(ASKED)
     assert "adapter" not in value.files
     assert "answer_adapter" not in rows[0]
-    again, more, made = run(tmp_path, arms)
+    again, more, made = run(tmp_path, written)
     assert made == len(ASKED)  # the adapter's only
     assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
     assert more.files["vector"].sets == value.files["vector"].sets
 
 
 def test_baselines_are_answered_and_judged_like_the_files(
-    tmp_path: Path, arms: dict[str, WrittenFile]
+    tmp_path: Path, written: dict[str, WrittenFile]
 ) -> None:
-    alone = {"vector": arms["vector"]}
+    alone = {"vector": written["vector"]}
     _, value, made = run(tmp_path, alone, (PROMPTED,))
     assert made == 3 * len(ASKED)
     (found,) = value.baselines
@@ -203,8 +213,10 @@ def test_baselines_are_answered_and_judged_like_the_files(
     assert found.benign_drift == pytest.approx(mean_change(before, after), rel=1e-3)
 
 
-def test_the_nearest_of_infeasible_trials_does_not_pass(tmp_path: Path, arms: dict[str, WrittenFile]) -> None:
-    vector = arms["vector"]
+def test_the_nearest_of_infeasible_trials_does_not_pass(
+    tmp_path: Path, written: dict[str, WrittenFile]
+) -> None:
+    vector = written["vector"]
     nearest = replace(vector, trial=replace(vector.trial, feasible=False))
     _, value, _ = run(tmp_path, {"vector": nearest})
     assert value.files["vector"].acceptance.verdict == "failed"
@@ -287,7 +299,7 @@ def test_a_baseline_is_beaten_by_more_of_the_effect_at_no_less_harm_kept(
         kind: BaselineSet(n=one.n, refusal=one.refusal_steered, ci95=one.ci95_steered, degenerate=0.0)
         for kind, one in rates(before, other).items()
     }
-    notes = beside(
+    notes = baseline_notes(
         rates(before, file), [BaselineRecord(name="system prompt", sets=sets, benign_drift=0.3)], effect
     )
     assert len(notes) == (not beaten)

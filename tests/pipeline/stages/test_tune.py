@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.activations.capture import Conversation, capture, capture_constant, writers_of
+from rs_gguf.activations.capture import Conversation, capture, capture_constant, output_matrices_of
 from rs_gguf.activations.scores import band_profile
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Steering
@@ -26,11 +26,11 @@ from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.safety import Allowance, SafetyRule
-from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods import adapter, vector
-from rs_gguf.methods.gates import Gates, fit_gates
+from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.vector import Directions
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
@@ -39,10 +39,10 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
 from rs_gguf.records.trials import Candidate, Trial, load_trials
-from rs_gguf.search import rungs as rungs_module
-from rs_gguf.search.choice import choose, summary
+from rs_gguf.search import candidate_evaluation as rungs_module
+from rs_gguf.search.candidate_evaluation import CandidateEvaluator, UnsteeredAnswers
+from rs_gguf.search.choice import select_candidate, summary
 from rs_gguf.search.finder import Finder
-from rs_gguf.search.rungs import Rungs, Unsteered
 from rs_gguf.steering import lora_file as lora
 
 pytestmark = pytest.mark.slow
@@ -76,8 +76,8 @@ class OpeningJudge:
 class Setting:
     model: LlamaModel
     judge: OpeningJudge
-    unsteered: Unsteered
-    gates: Gates
+    unsteered: UnsteeredAnswers
+    gates: GatedAdapterFit
     directions: dict[tuple[str, float], Directions]
     recipe: Recipe
 
@@ -114,45 +114,47 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             for t, a, p in zip(tokens, answers, prompts, strict=True)
         ]
         shard = capture(model, conversations, prefix, seed=0)
-        inputs = writers_of([shard], capture_constant(model, tokens[0], prefix))
+        inputs = output_matrices_of([shard], capture_constant(model, tokens[0], prefix))
         labels = Labels.of(confidences, [p.kind for p in prompts])
-        gates = fit_gates(inputs, shard["activations"], labels, ridges=RIDGES)
+        gates = fit_gated_adapter(inputs, shard["activations"], labels, ridges=RIDGES)
         unit = np.random.default_rng(0).standard_normal((LAYERS, WIDTH))
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         yield Setting(
             model,
             judge,
-            Unsteered(prompts, answers, confidences),
+            UnsteeredAnswers(prompts, answers, confidences),
             gates,
             {("md", 1.0): Directions(unit, np.full(LAYERS, 2.0))},
             recipe(),
         )
 
 
-def answered(model: Any, judge: Any, prompts: Sequence[Prompt], steering: Steering, tokens: int) -> Side:
-    return answer_side(model, judge, Arm("any", steering), prompts, Asking(None, tokens))
+def answered(
+    model: Any, judge: Any, prompts: Sequence[Prompt], steering: Steering, tokens: int
+) -> JudgedAnswers:
+    return answer_condition(model, judge, Condition("any", steering), prompts, Asking(None, tokens))
 
 
-def verdicts(refused: Mapping[int, bool | None], degenerate: Collection[int] = ()) -> Side:
+def verdicts(refused: Mapping[int, bool | None], degenerate: Collection[int] = ()) -> JudgedAnswers:
     """Answers of these prompts, by their places, as they were judged and whether they are broken."""
     confidences = [None if said is None else 1.0 if said else -1.0 for said in refused.values()]
-    return Side(
+    return JudgedAnswers(
         [Answer([1], "text", True, i in degenerate) for i in refused],
         [Judgement(confidence, "invented") for confidence in confidences],
     )
 
 
-def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs:
+def evaluator(setting: Setting, folder: Path, recipe: Recipe | None = None) -> CandidateEvaluator:
     chosen = recipe or setting.recipe
-    return Rungs(
+    return CandidateEvaluator(
         setting.model,
         setting.judge,
         setting.unsteered,
         {"vector": setting.directions, "adapter": setting.gates},
         folder,
-        brief=chosen.asking(chosen.answers.tokens),
+        short=chosen.asking(chosen.answers.tokens),
         full=chosen.asking(chosen.answers.test_tokens),
-        n_full=chosen.tune.full,
+        n_full=chosen.tune.full_prompts,
         rule=chosen.safety,
         seed=chosen.seed,
     )
@@ -160,7 +162,7 @@ def rungs(setting: Setting, folder: Path, recipe: Recipe | None = None) -> Rungs
 
 def finder(setting: Setting, folder: Path, **options: Any) -> Finder:
     chosen = options.pop("recipe", setting.recipe)
-    return Finder(rungs(setting, folder, chosen), chosen.budget, seed=chosen.seed, **options)
+    return Finder(evaluator(setting, folder, chosen), chosen.budget, seed=chosen.seed, **options)
 
 
 GATES = adapter.space_of(RIDGES, LAYERS)
@@ -172,40 +174,43 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     chosen = search.search(GATES)
     assert chosen.feasible
     assert chosen.harmful_retention >= setting.recipe.tune.min_retention
-    assert chosen.sensitive <= chosen.harmful_retention - 0.1
-    probes = [trial for trial in search.trials if trial.rung == "probe"]
-    answered = [trial for trial in search.trials if trial.rung == "answers"]
+    assert chosen.sensitive_remaining <= chosen.harmful_retention - 0.1
+    probes = [trial for trial in search.trials if trial.fidelity == "logprob"]
+    answered = [trial for trial in search.trials if trial.fidelity == "short"]
     # A gate opens for the sensitive prompts: whatever the candidate, more is left of the harmful refusals.
-    assert all(t.sensitive < t.harmful_retention for t in probes)
+    assert all(t.sensitive_remaining < t.harmful_retention for t in probes)
     assert [trial.number for trial in search.trials] == list(range(len(search.trials)))
-    # Both rungs of every finalist are known, so that they can be compared.
+    # Both evaluator of every finalist are known, so that they can be compared.
     assert {trial.candidate for trial in answered} <= {trial.candidate for trial in probes}
     feasible = [trial for trial in search.trials if trial.feasible]
     # One standard error of the best, and the gentlest of these.
-    fewest, n = min(trial.sensitive for trial in feasible), len(setting.unsteered.refused("sensitive"))
+    fewest, n = (
+        min(trial.sensitive_remaining for trial in feasible),
+        len(setting.unsteered.refused("sensitive")),
+    )
     rate = (fewest * n + 1) / (n + 2)
-    near = [t for t in feasible if t.sensitive <= fewest + math.sqrt(rate * (1 - rate) / (n + 2))]
+    near = [t for t in feasible if t.sensitive_remaining <= fewest + math.sqrt(rate * (1 - rate) / (n + 2))]
     assert chosen.benign_drift == min(trial.benign_drift for trial in near if trial.benign_drift is not None)
     # The start of the space was tried first.
-    shapes = list(dict.fromkeys(trial.candidate.shape for trial in probes))
-    assert shapes[: len(GATES.start)] == [point.shape for point in GATES.start]
+    shapes = list(dict.fromkeys(trial.candidate.without_strength() for trial in probes))
+    assert shapes[: len(GATES.start)] == [point.without_strength() for point in GATES.start]
 
 
 def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> None:
     search = finder(setting, tmp_path)
     trial = search.search(GATES)
     prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
-    steering = rungs(setting, tmp_path).steering(trial.candidate)
+    steering = evaluator(setting, tmp_path).steering(trial.candidate)
     graded = answered(setting.model, setting.judge, prompts, steering, 8).judgements
-    for kind, found in (("sensitive", trial.sensitive), ("harmful", trial.harmful_retention)):
+    for kind, found in (("sensitive", trial.sensitive_remaining), ("harmful", trial.harmful_retention)):
         refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
         assert found == pytest.approx(sum((graded[i].confidence or 0) > 0 for i in refused) / len(refused))
-    assert trial.benign == 0  # the judge knows no refusal of a benign prompt
+    assert trial.benign_closed == 0  # the judge knows no refusal of a benign prompt
     assert trial.benign_drift is not None
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
     more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert more <= Allowance.BRIEF.value.broken.holds(more, len(prompts))
+    assert more <= Allowance.SHORT.value.broken.holds(more, len(prompts))
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
@@ -218,7 +223,7 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     confidences = [1.0 if p.prompt in judge.openings else -1.0 for p in setting.unsteered.prompts]
     changed = replace(setting, judge=judge, unsteered=replace(setting.unsteered, confidences=confidences))
     values = recipe(full=5).model_copy(update={"effect": effect})
-    search = rungs(changed, tmp_path, values)
+    search = evaluator(changed, tmp_path, values)
     candidate = replace(GATES.start[0], strength=0.7)
     trial = search.measure("full", 0, candidate)
     of_kind = {kind: [p for p in setting.unsteered.prompts if p.kind == kind] for kind in KINDS}
@@ -234,13 +239,13 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
         found.append((refused, sum(a.degenerate for a in side.answers)))
     (before, _), (after, broken) = found
     verdict = ("sensitive", effect == "remove")
-    assert trial.sensitive == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
+    assert trial.sensitive_remaining == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
     assert trial.n_sensitive == before.count(verdict)
     kept = [side.count(("harmful", True)) for side in (before, after)]
     assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
     assert trial.degenerate == pytest.approx(broken / len(asked))
-    assert (trial.rung, trial.answered) == ("full", (len(asked), 16))
-    assert search.size_in_full == trial.answered
+    assert (trial.fidelity, trial.answered) == ("full", (len(asked), 16))
+    assert search.full_size == trial.answered
     turned = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
     assert trial.feasible == (kept[1] + max(1, turned**0.5) >= values.tune.min_retention * kept[0])
 
@@ -256,17 +261,17 @@ class Doubting(OpeningJudge):
             yield i, found if pairs[i][1] in self.known else Judgement(None, "doubt")
 
 
-@pytest.mark.parametrize("rung", ["answers", "full"])
-def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: Path, rung: str) -> None:
+@pytest.mark.parametrize("fidelity", ["answers", "full"])
+def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: Path, fidelity: str) -> None:
     judge = Doubting(setting.judge.openings)
     for tokens in (8, 16):
         side = answered(setting.model, judge, setting.unsteered.prompts, NO_STEERING, tokens)
         judge = replace(judge, known=judge.known | {found.text for found in side.answers})
-    search = rungs(replace(setting, judge=judge), tmp_path, recipe(full=EACH))
-    trial = search.measure(rung, 0, replace(GATES.start[0], strength=5.0))
-    assert trial.sensitive == 1.0  # no changed answer is known to be one
+    search = evaluator(replace(setting, judge=judge), tmp_path, recipe(full=EACH))
+    trial = search.measure(fidelity, 0, replace(GATES.start[0], strength=5.0))
+    assert trial.sensitive_remaining == 1.0  # no changed answer is known to be one
     assert not trial.feasible
-    assert search.measure(rung, 1, replace(GATES.start[0], strength=0.0)).feasible
+    assert search.measure(fidelity, 1, replace(GATES.start[0], strength=0.0)).feasible
 
 
 @pytest.mark.parametrize("what", ["unjudged", "degenerate"])
@@ -274,10 +279,10 @@ def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: 
 def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, now: int, feasible: bool
 ) -> None:
-    search = rungs(setting, tmp_path, recipe(full=EACH))
+    search = evaluator(setting, tmp_path, recipe(full=EACH))
     sensitive, harmful = setting.unsteered.of("sensitive")[:6], setting.unsteered.of("harmful")[:now]
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
         of = sensitive if steering is NO_STEERING else harmful
         refused = {i: None if what == "unjudged" and i in of else True for i in picked}
         return verdicts(refused, of if what == "degenerate" else ())
@@ -286,50 +291,50 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
-@pytest.mark.parametrize("rung", ["answers", "full"])
+@pytest.mark.parametrize("fidelity", ["answers", "full"])
 @pytest.mark.parametrize("kind", ["harmful", "benign"])
 @pytest.mark.parametrize(("turned", "feasible"), [(1, True), (2, False)])
 def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    rung: str, kind: str, turned: int, feasible: bool,
+    fidelity: str, kind: str, turned: int, feasible: bool,
 ) -> None:  # fmt: skip
     """A harmful prompt that is answered now, or a benign one that is refused."""
-    search = rungs(setting, tmp_path, recipe(full=EACH, min_retention=0.95))
+    search = evaluator(setting, tmp_path, recipe(full=EACH, min_retention=0.95))
     places = setting.unsteered.of(kind)[:turned]
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
         before = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
         now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
         return verdicts(now)
 
     monkeypatch.setattr(search, "_side", invented)
-    assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
+    assert search.measure(fidelity, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
-@pytest.mark.parametrize(("rung", "feasible"), [("answers", False), ("full", True)])
+@pytest.mark.parametrize(("fidelity", "feasible"), [("answers", False), ("full", True)])
 def test_only_of_full_answers_some_break_by_themselves(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str, feasible: bool
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fidelity: str, feasible: bool
 ) -> None:
     """Two that were broken are whole, and four others are broken: of so many changes two more are chance."""
     harmful = setting.unsteered.of("harmful")
     was, now = set(harmful[:2]), set(harmful[2:6])
     answers = [replace(a, degenerate=i in was) for i, a in enumerate(setting.unsteered.answers)]
     given = replace(setting, unsteered=replace(setting.unsteered, answers=answers))
-    search = rungs(given, tmp_path, recipe(full=EACH))
+    search = evaluator(given, tmp_path, recipe(full=EACH))
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> Side:
+    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
         refused = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
         return verdicts(refused, was if steering is NO_STEERING else now)
 
     monkeypatch.setattr(search, "_side", invented)
-    assert search.measure(rung, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
+    assert search.measure(fidelity, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
 def test_a_model_that_gives_no_numbers_any_more_keeps_nothing(setting: Setting, tmp_path: Path) -> None:
-    trial = rungs(setting, tmp_path).measure("probe", 0, replace(GATES.start[0], strength=math.inf))
-    assert (trial.sensitive, trial.harmful_retention) == (0, 0)
+    trial = evaluator(setting, tmp_path).measure("logprob", 0, replace(GATES.start[0], strength=math.inf))
+    assert (trial.sensitive_remaining, trial.harmful_retention) == (0, 0)
     assert trial.benign_drift == 1e9
-    assert math.isfinite(trial.sensitive + trial.harmful_retention)
+    assert math.isfinite(trial.sensitive_remaining + trial.harmful_retention)
 
 
 def with_failures(setting: Setting, failures: int) -> Setting:
@@ -344,33 +349,33 @@ def with_failures(setting: Setting, failures: int) -> Setting:
     )
 
 
-@pytest.mark.parametrize("rung", ["answers", "full"])
-def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: Path, rung: str) -> None:
+@pytest.mark.parametrize("fidelity", ["answers", "full"])
+def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: Path, fidelity: str) -> None:
     refused = setting.unsteered.refused("sensitive")
     assert len(refused) == EACH
     candidate = replace(GATES.start[0], strength=0.7)
     changed = with_failures(setting, 3)
-    search = rungs(changed, tmp_path, recipe(full=EACH))
+    search = evaluator(changed, tmp_path, recipe(full=EACH))
     assert search.wanted == refused[3:]
-    trial = search.measure(rung, 0, candidate)
+    trial = search.measure(fidelity, 0, candidate)
     asked = [setting.unsteered.prompts[i] for i in refused[3:]]
-    tokens = 8 if rung == "answers" else 16
+    tokens = 8 if fidelity == "short" else 16
     graded = answered(setting.model, changed.judge, asked, search.steering(candidate), tokens).judgements
     left = sum((found.confidence or 0) > 0 for found in graded)
     assert 0 < left < len(asked)
-    assert trial.sensitive == pytest.approx(left / len(asked))
+    assert trial.sensitive_remaining == pytest.approx(left / len(asked))
 
 
-@pytest.mark.parametrize("rung", ["answers", "full"])
+@pytest.mark.parametrize("fidelity", ["answers", "full"])
 def test_where_little_else_is_left_failures_are_to_change(
-    setting: Setting, tmp_path: Path, rung: str
+    setting: Setting, tmp_path: Path, fidelity: str
 ) -> None:
     changed = with_failures(setting, EACH - MIN_SAMPLES + 1)
-    search = rungs(changed, tmp_path, recipe(full=EACH))
+    search = evaluator(changed, tmp_path, recipe(full=EACH))
     assert search.wanted == setting.unsteered.refused("sensitive")
     candidate = replace(GATES.start[0], strength=0.7)
-    before = rungs(setting, tmp_path, recipe(full=EACH)).measure(rung, 0, candidate)
-    assert search.measure(rung, 0, candidate).sensitive == before.sensitive < 1
+    before = evaluator(setting, tmp_path, recipe(full=EACH)).measure(fidelity, 0, candidate)
+    assert search.measure(fidelity, 0, candidate).sensitive_remaining == before.sensitive_remaining < 1
 
 
 def test_nonsense_is_no_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
@@ -383,10 +388,10 @@ def test_nonsense_is_no_refusal_that_was_induced(setting: Setting, tmp_path: Pat
     answered = replace(setting, unsteered=replace(setting.unsteered, confidences=confidences))
     induce = recipe().model_copy(update={"effect": "induce"})
     nothing = replace(GATES.start[0], strength=1e-6)
-    assert rungs(answered, tmp_path, induce).measure("answers", 0, nothing).sensitive == 0.0
+    assert evaluator(answered, tmp_path, induce).measure("short", 0, nothing).sensitive_remaining == 0.0
     fallen = replace(with_failures(setting, 3), unsteered=answered.unsteered)
-    found = rungs(fallen, tmp_path, induce).measure("answers", 0, nothing)
-    assert found.sensitive == pytest.approx(3 / EACH)
+    found = evaluator(fallen, tmp_path, induce).measure("short", 0, nothing)
+    assert found.sensitive_remaining == pytest.approx(3 / EACH)
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
@@ -429,27 +434,27 @@ def test_a_search_goes_on_where_it_was_cut_off(
 def test_without_a_feasible_point_the_safest_is_chosen(setting: Setting, tmp_path: Path) -> None:
     search = finder(setting, tmp_path, recipe=recipe(max_benign_drift=1e-9))
     chosen = search.search(GATES)
-    answered = [trial for trial in search.trials if trial.rung == "answers"]
+    answered = [trial for trial in search.trials if trial.fidelity == "short"]
     assert not any(trial.feasible for trial in answered)
     assert chosen in answered
     assert chosen.harmful_retention == max(trial.harmful_retention for trial in answered)
     rivals = [trial for trial in answered if trial.harmful_retention == chosen.harmful_retention]
-    assert chosen.sensitive == min(trial.sensitive for trial in rivals)
+    assert chosen.sensitive_remaining == min(trial.sensitive_remaining for trial in rivals)
 
 
 def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path) -> None:
     weak = replace(GATES, start=[replace(GATES.start[0], strength=0.4)], strength=(0.4, 0.4))
     search = finder(setting, tmp_path, recipe=recipe(trials=1, min_retention=0.0, max_benign_drift=50.0))
     search.search(weak)
-    answered = [trial for trial in search.trials if trial.rung == "answers"]
+    answered = [trial for trial in search.trials if trial.fidelity == "short"]
     first, second = answered[:2]
     assert first.feasible
     assert second.candidate.strength > first.candidate.strength
 
 
 def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
-    search = rungs(setting, tmp_path)
-    weak = Candidate("adapter", "", 1.0, 1, 2, 0.5, margin=0.25)
+    search = evaluator(setting, tmp_path)
+    weak = Candidate("adapter", "", 1.0, 1, 2, 0.5, benign_target=0.25)
     one, other = search.steering(weak), search.steering(replace(weak, strength=1.5))
     ((path, scale),) = one.adapters
     assert (one.directions, scale) == ({}, 0.5)
@@ -462,18 +467,18 @@ def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: 
         np.testing.assert_array_equal(found[name][1], b)
 
 
-@pytest.mark.parametrize("other", [{"ridge": 0.05}, {"first": 2}, {"last": 3}, {"margin": 0.5}])
+@pytest.mark.parametrize("other", [{"ridge": 0.05}, {"first": 2}, {"last": 3}, {"benign_target": 0.5}])
 def test_what_is_no_matter_of_scale_has_a_file_of_its_own(
     setting: Setting, tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    search, one = rungs(setting, tmp_path), Candidate("adapter", "", 1.0, 1, 2, 0.5, margin=0.25)
+    search, one = evaluator(setting, tmp_path), Candidate("adapter", "", 1.0, 1, 2, 0.5, benign_target=0.25)
     first, second = (search.steering(c).adapters[0][0] for c in (one, replace(one, **other)))
     assert first != second
 
 
 def test_a_vector_adds_its_share_to_each_block(setting: Setting, tmp_path: Path) -> None:
     directions = setting.directions["md", 1.0]
-    added = rungs(setting, tmp_path).steering(Candidate("vector", "md", 1.0, 1, 3, 6.0)).directions
+    added = evaluator(setting, tmp_path).steering(Candidate("vector", "md", 1.0, 1, 3, 6.0)).directions
     profile = band_profile(LAYERS, 1, 3)
     assert set(added) == {1, 2, 3}
     for layer, row in added.items():
@@ -531,7 +536,7 @@ def test_no_candidate_is_answered_twice(setting: Setting, tmp_path: Path) -> Non
     for space in (VECTORS, GATES):
         search = finder(setting, tmp_path, recipe=recipe(min_retention=1.0, max_benign_drift=1e-9))
         search.search(space)
-        answered = [trial.candidate for trial in search.trials if trial.rung == "answers"]
+        answered = [trial.candidate for trial in search.trials if trial.fidelity == "short"]
         assert len(answered) == len(set(answered))
 
 
@@ -549,7 +554,7 @@ def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, 
     chosen = search.search(GATES)
     refused = chosen.harmful_retention * len(setting.unsteered.refused("harmful"))
     assert refused == pytest.approx(round(refused))
-    assert 0 <= chosen.sensitive <= 1
+    assert 0 <= chosen.sensitive_remaining <= 1
     silent = replace(answered, confidences=[1.0] * len(answered.prompts))
     with pytest.raises(InputError, match="answers none of the"):
         finder(replace(setting, unsteered=silent), tmp_path, recipe=induce)
@@ -569,7 +574,7 @@ class Formulas:
 
     fitted = MappingProxyType({"vector": dict.fromkeys(SPACE.directions)})
     wanted = tuple(range(40))
-    size_in_full = (12, 64)
+    full_size = (12, 64)
     n_in_full = 10_000
     n_harmful = 10_000
     rule = SafetyRule("remove", 0.95, 0.25)
@@ -579,10 +584,10 @@ class Formulas:
         self.asked: list[tuple[str, Candidate]] = []
         self._good, self._cut_after = good, cut_after
 
-    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+    def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         if len(self.asked) == self._cut_after:
             raise KeyboardInterrupt
-        self.asked.append((rung, candidate))
+        self.asked.append((fidelity, candidate))
         centre = abs((candidate.first + candidate.last) / 2 - 14)
         harm = 0.4 * candidate.strength
         gain = (3.0 if candidate.estimator == self._good else 1.0) / (1 + centre / 8)
@@ -590,15 +595,15 @@ class Formulas:
         return Trial(
             number,
             candidate,
-            rung,
+            fidelity,
             math.exp(-gain * harm),
             kept,
             0.0,
             drift,
             0.0,
-            feasible=kept >= 0.95 if rung == "answers" else None,
-            n_sensitive=self.n_in_full if rung == "full" else len(self.wanted),
-            seconds=1.0 if rung == "probe" else 10.0,
+            feasible=kept >= 0.95 if fidelity == "short" else None,
+            n_sensitive=self.n_in_full if fidelity == "full" else len(self.wanted),
+            seconds=1.0 if fidelity == "logprob" else 10.0,
         )
 
 
@@ -611,7 +616,7 @@ def test_probes_meet_where_harm_loses_alike() -> None:
     formulas = Formulas()
     search = formula_finder(formulas, trials=24, finalists=1)
     search.search(SPACE)
-    last = {t.candidate.shape: t for t in search.trials if t.rung == "probe"}
+    last = {t.candidate.without_strength(): t for t in search.trials if t.fidelity == "logprob"}
     assert len(last) >= 8
     # 10 % of harm's openings, within the factor that counts as near.
     for trial in last.values():
@@ -624,7 +629,7 @@ def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
     assert chosen.feasible
     assert chosen.candidate.estimator == "good"
     assert abs((chosen.candidate.first + chosen.candidate.last) / 2 - 14) <= 3
-    answered = [t for t in search.trials if t.rung == "answers"]
+    answered = [t for t in search.trials if t.fidelity == "short"]
     feasible = [t.candidate.strength for t in answered if t.feasible]
     # Weaker from one to the next while harm is not kept, then up to the limit.
     first = [t.candidate.strength for t in answered[: [t.feasible for t in answered].index(True) + 1]]
@@ -641,12 +646,12 @@ def test_strength_grows_for_no_less_than_chance_and_begins_where_it_should(
     class Saturated(Formulas):
         """One and a half times the strength changes one of 40 more at most; harm is always kept."""
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            trial = super().measure(rung, number, candidate)
-            if rung == "probe":
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
+            if fidelity == "logprob":
                 return trial
             left = floor - (gain if candidate.strength >= 1.5 * max(1.0, least) else 0.0)
-            return replace(trial, sensitive=left, harmful_retention=1.0, feasible=True)
+            return replace(trial, sensitive_remaining=left, harmful_retention=1.0, feasible=True)
 
     one = replace(SPACE.start[1], strength=1.0)
     space = replace(
@@ -655,7 +660,7 @@ def test_strength_grows_for_no_less_than_chance_and_begins_where_it_should(
     )  # fmt: skip
     search = formula_finder(Saturated(), trials=1, finalists=6)
     chosen = search.search(space)
-    tried = [t.candidate.strength for t in search.trials if t.rung == "answers"]
+    tried = [t.candidate.strength for t in search.trials if t.fidelity == "short"]
     begun = max(1.0, least)
     assert tried == [begun, *([round(1.5 * begun, 4)] if floor else [])]  # up once, unless nothing is left
     assert chosen.candidate.strength == begun
@@ -665,19 +670,19 @@ def test_no_strength_beyond_what_a_space_answers_with() -> None:
     class Better(Formulas):
         """More strength is always better, and harm is always kept."""
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            trial = super().measure(rung, number, candidate)
-            if rung == "probe":
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
+            if fidelity == "logprob":
                 return trial
             return replace(
-                trial, sensitive=1 / (1 + candidate.strength), harmful_retention=1.0, feasible=True
+                trial, sensitive_remaining=1 / (1 + candidate.strength), harmful_retention=1.0, feasible=True
             )
 
     one = replace(SPACE.start[1], strength=1.0)
     space = replace(SPACE, start=[one], directions=[("good", 1.0)], strength=(1.0, 1.0), most=2.0)
     search = formula_finder(Better(), trials=1, finalists=6)
     search.search(space)
-    assert [t.candidate.strength for t in search.trials if t.rung == "answers"] == [1.0, 1.5, 2.0]
+    assert [t.candidate.strength for t in search.trials if t.fidelity == "short"] == [1.0, 1.5, 2.0]
 
 
 class Breaking(Formulas):
@@ -685,11 +690,11 @@ class Breaking(Formulas):
 
     most = math.inf
 
-    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-        trial = super().measure(rung, number, candidate)
-        if rung != "full":
+    def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+        trial = super().measure(fidelity, number, candidate)
+        if fidelity != "full":
             return trial
-        return replace(trial, feasible=candidate.strength < self.most, answered=self.size_in_full)
+        return replace(trial, feasible=candidate.strength < self.most, answered=self.full_size)
 
 
 @pytest.mark.parametrize(("most", "tries"), [(10.0, 2), (0.1, 3), (0.07, 3), (0.0, 3)])
@@ -698,17 +703,17 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
     formulas.most = most
     search = formula_finder(formulas, trials=12, finalists=6, full=4)
     chosen = search.search(SPACE)
-    answered = choose([t for t in search.trials if t.rung == "answers"])
-    tried = [t.candidate for t in search.trials if t.rung == "full"]
-    assert chosen.rung == "full"
+    answered = select_candidate([t for t in search.trials if t.fidelity == "short"])
+    tried = [t.candidate for t in search.trials if t.fidelity == "full"]
+    assert chosen.fidelity == "full"
     assert tried[0] == answered.candidate
     assert all(a.strength == pytest.approx(1.5 * b.strength, rel=1e-3) for a, b in pairwise(tried))
-    assert {candidate.shape for candidate in tried} == {answered.candidate.shape}
+    assert {candidate.without_strength() for candidate in tried} == {answered.candidate.without_strength()}
     # It ends one step below the first that holds, and after three: then the weakest is the least bad.
     assert len(tried) == tries
     assert chosen.candidate == next((c for c in tried if c.strength < most), tried[-1])
     assert chosen.feasible == (chosen.candidate.strength < most)
-    assert summary(search.trials, {"vector": SPACE})["chosen"] == chosen.number
+    assert summary(search.trials, {"vector": SPACE})["selected"]["vector"] == chosen.number
     # The same again, of what was measured; cut off within the full answers it goes on with them.
     options = {"trials": 12, "finalists": 6, "full": 4}
     for kept in range(len(search.trials) - tries, len(search.trials) + 1):
@@ -719,9 +724,9 @@ def test_strength_falls_until_full_answers_hold_the_limits(most: float, tries: i
         assert len(again.asked) == len(search.trials) - kept
     # Answers of another length say nothing of these.
     longer = Breaking()
-    longer.most, longer.size_in_full = most, (12, 200)
+    longer.most, longer.full_size = most, (12, 200)
     formula_finder(longer, known=search.trials, **options).search(SPACE)
-    assert [rung for rung, _ in longer.asked] == ["full"] * tries
+    assert [fidelity for fidelity, _ in longer.asked] == ["full"] * tries
 
 
 @pytest.mark.parametrize(
@@ -744,16 +749,16 @@ def test_of_full_answers_the_weakest_that_do_as_well_as_the_best_decide(
 
         n_in_full = n
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            trial = super().measure(rung, number, candidate)
-            if rung != "full":
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
+            if fidelity != "full":
                 return trial
-            sensitive = left[sum(rung == "full" for rung, _ in self.asked) - 1]
-            return replace(trial, sensitive=sensitive, feasible=True, answered=self.size_in_full)
+            sensitive = left[sum(fidelity == "full" for fidelity, _ in self.asked) - 1]
+            return replace(trial, sensitive_remaining=sensitive, feasible=True, answered=self.full_size)
 
     search = formula_finder(TooStrong(), trials=12, finalists=6, full=4)
     chosen = search.search(replace(SPACE, least=least))
-    tried = [t for t in search.trials if t.rung == "full"]
+    tried = [t for t in search.trials if t.fidelity == "full"]
     assert chosen == tried[taken]
 
 
@@ -761,14 +766,14 @@ def test_full_answers_end_with_the_budget_but_for_the_first() -> None:
     class Slow(Breaking):
         most = 0.0
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            trial = super().measure(rung, number, candidate)
-            return replace(trial, seconds=60.0) if rung == "full" else trial
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
+            return replace(trial, seconds=60.0) if fidelity == "full" else trial
 
     for budget, tries in ((200.0, 1), (700.0, 2), (1500.0, 3)):
         search = formula_finder(Slow(), budget=budget, full=4)
         search.search(SPACE, budget)
-        assert len([t for t in search.trials if t.rung == "full"]) == tries
+        assert len([t for t in search.trials if t.fidelity == "full"]) == tries
 
 
 class SlowUnsteered(Breaking):
@@ -776,18 +781,18 @@ class SlowUnsteered(Breaking):
 
     most = 0.0
 
-    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
+    def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         took = 0.0 if self.asked else 60.0
-        if rung == "full" and "full" not in {rung for rung, _ in self.asked}:
+        if fidelity == "full" and "full" not in {fidelity for fidelity, _ in self.asked}:
             took += 500.0
-        return replace(super().measure(rung, number, candidate), unsteered_seconds=took)
+        return replace(super().measure(fidelity, number, candidate), unsteered_seconds=took)
 
 
 def test_what_the_unsteered_side_took_counts_to_the_budget() -> None:
     # Of 700 seconds some 560 went before; a second full answer takes a few.
     search = formula_finder(SlowUnsteered(), budget=700.0, full=4)
     search.search(SPACE, 700.0)
-    assert len([t for t in search.trials if t.rung == "full"]) == 1
+    assert len([t for t in search.trials if t.fidelity == "full"]) == 1
 
 
 def test_what_the_unsteered_side_took_counts_once_however_often_a_search_is_resumed() -> None:
@@ -806,12 +811,12 @@ def test_what_the_unsteered_side_took_counts_once_however_often_a_search_is_resu
 
 def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:
     class Harmless(Formulas):
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            return replace(super().measure(rung, number, candidate), feasible=False)
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            return replace(super().measure(fidelity, number, candidate), feasible=False)
 
     search = formula_finder(Harmless(), trials=2, finalists=2, full=4)
     assert not search.search(SPACE).feasible
-    assert not [t for t in search.trials if t.rung == "full"]
+    assert not [t for t in search.trials if t.fidelity == "full"]
 
 
 def test_a_budget_is_used_and_not_exceeded() -> None:
@@ -821,22 +826,22 @@ def test_a_budget_is_used_and_not_exceeded() -> None:
         search.search(SPACE, budget)
         spent = sum(trial.seconds for trial in search.trials)
         assert budget - 25 <= spent <= budget + 3
-        probes = [t for t in search.trials if t.rung == "probe" and t.number < 6]
+        probes = [t for t in search.trials if t.fidelity == "logprob" and t.number < 6]
         assert sum(t.seconds for t in probes) <= 0.25 * budget + 3
-    assert len([t for t in search.trials if t.rung == "answers"]) > 20
+    assert len([t for t in search.trials if t.fidelity == "short"]) > 20
 
 
 def test_a_search_that_is_ended_among_its_probes_answers_with_the_best_of_them() -> None:
     cut = formula_finder(Formulas(cut_after=35), budget=300.0)
     with pytest.raises(KeyboardInterrupt):
         cut.search(SPACE, 300.0)
-    assert {trial.rung for trial in cut.trials} == {"probe"}
+    assert {trial.fidelity for trial in cut.trials} == {"probe"}
     ended = Formulas()
     best = formula_finder(ended, known=cut.trials, budget=0.0).search(SPACE, 0.0)
     middle = min(abs((t.candidate.first + t.candidate.last) / 2 - 14) for t in cut.trials)
     assert best.candidate.estimator == "good"
     assert abs((best.candidate.first + best.candidate.last) / 2 - 14) == middle
-    assert [rung for rung, _ in ended.asked] == ["answers"]
+    assert [fidelity for fidelity, _ in ended.asked] == ["answers"]
 
 
 def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
@@ -850,7 +855,7 @@ def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
     # With no time left nothing more is measured, and the best so far is taken.
     ended = Formulas()
     best = formula_finder(ended, known=load_trials(kept["trials"]), budget=0.0).search(SPACE, 0.0)
-    assert (best.number, ended.asked) == (kept["chosen"], [])
+    assert (best.number, ended.asked) == (kept["selected"]["vector"], [])
     # With the same time it goes on to the same end.
     again = Formulas()
     resumed = formula_finder(again, known=load_trials(kept["trials"]), budget=300.0)
@@ -865,9 +870,9 @@ def test_a_longer_search_answers_with_what_it_proposes() -> None:
     formulas = Formulas()
     longer = formula_finder(formulas, known=short.trials, trials=30, finalists=4)
     chosen = longer.search(SPACE)
-    answered = [candidate.shape for rung, candidate in formulas.asked if rung == "answers"]
+    answered = [candidate.without_strength() for fidelity, candidate in formulas.asked if fidelity == "short"]
     assert len(answered) == 4
-    assert not {trial.candidate.shape for trial in short.trials} & set(answered)
+    assert not {trial.candidate.without_strength() for trial in short.trials} & set(answered)
     # Cut off, it ends alike; ended, it measures nothing more.
     for kept in (-20, -5, -2, None):
         again = formula_finder(Formulas(), known=longer.trials[:kept], trials=30, finalists=4)
@@ -882,19 +887,19 @@ def test_where_another_limit_breaks_other_blocks_come_first_and_then_less_streng
 
         n_harmful = 20
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            trial = super().measure(rung, number, candidate)
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
             return replace(
                 trial,
-                harmful_retention=kept if rung == "answers" else trial.harmful_retention,
-                feasible=candidate.strength < 0.2 if rung == "answers" else None,
+                harmful_retention=kept if fidelity == "short" else trial.harmful_retention,
+                feasible=candidate.strength < 0.2 if fidelity == "short" else None,
             )
 
     search = formula_finder(Loud(), trials=12, finalists=6)
     assert search.search(SPACE).feasible
-    first, second, *rest = [t.candidate for t in search.trials if t.rung == "answers"]
-    assert first.shape != second.shape
-    assert rest[0].shape in (first.shape, second.shape)
+    first, second, *rest = [t.candidate for t in search.trials if t.fidelity == "short"]
+    assert first.without_strength() != second.without_strength()
+    assert rest[0].without_strength() in (first.without_strength(), second.without_strength())
     assert rest[0].strength < min(first.strength, second.strength)
 
 
@@ -903,8 +908,10 @@ def test_where_no_strength_is_within_the_limits_a_budget_ends_all_the_same(kept:
     class Never(Formulas):
         """The limit on harm breaks, or another: then two thirds of the least strength round up to it."""
 
-        def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-            return replace(super().measure(rung, number, candidate), harmful_retention=kept, feasible=False)
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            return replace(
+                super().measure(fidelity, number, candidate), harmful_retention=kept, feasible=False
+            )
 
     formulas = Never()
     assert not formula_finder(formulas, budget=10_000.0).search(SPACE, 10_000.0).feasible
@@ -916,13 +923,15 @@ def test_candidates_answer_at_the_recipes_temperature(
 ) -> None:
     drawn = []
 
-    def noted(model: Any, judge: Any, arm: Arm, prompts: Sequence[Prompt], asking: Asking) -> Side:
+    def noted(
+        model: Any, judge: Any, condition: Condition, prompts: Sequence[Prompt], asking: Asking
+    ) -> JudgedAnswers:
         drawn.append(asking.sampling)
-        return answer_side(model, judge, arm, prompts, asking)
+        return answer_condition(model, judge, condition, prompts, asking)
 
-    monkeypatch.setattr(rungs_module, "answer_side", noted)
+    monkeypatch.setattr(rungs_module, "answer_condition", noted)
     warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
-    rungs(setting, tmp_path, warm).measure("answers", 0, GATES.start[0])
+    evaluator(setting, tmp_path, warm).measure("short", 0, GATES.start[0])
     assert set(drawn) == {Sampling(temperature=0.8, seed=3)}
 
 
@@ -932,7 +941,7 @@ def test_an_exhausted_space_ends_the_search() -> None:
     search = formula_finder(formulas, budget=10_000.0)
     assert search.search(small, 10_000.0).feasible
     assert len(formulas.asked) == len(set(formulas.asked))
-    assert len({candidate.shape for _, candidate in formulas.asked}) <= 4
+    assert len({candidate.without_strength() for _, candidate in formulas.asked}) <= 4
 
 
 def test_progress_counts_up_to_the_effort() -> None:
@@ -958,7 +967,9 @@ def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path) -> None:
     whole = tune_stage(tmp_path / "whole", Formulas(), budget=200)
     cut = tune_stage(tmp_path / "cut", Formulas(cut_after=len(whole["trials"]) - 3), budget=200)
     assert cut["trials"] == whole["trials"][:-3]
-    assert cut["chosen"] in {trial["number"] for trial in cut["trials"] if trial["rung"] == "answers"}
+    assert cut["selected"]["vector"] in {
+        trial["number"] for trial in cut["trials"] if trial["fidelity"] == "short"
+    }
     resumed = Formulas()
     assert tune_stage(tmp_path / "cut", resumed, budget=200) == whole
     assert len(resumed.asked) == 3

@@ -20,7 +20,7 @@ from rs_gguf.steering.file import SteeringFile
 RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
 VECTOR, ADAPTER = (
     Candidate("vector", "wrmd", 0.5, 1, 2, 1.75),
-    Candidate("adapter", "", 0.5, 1, 2, 1.75, margin=0.25),
+    Candidate("adapter", "", 0.5, 1, 2, 1.75, benign_target=0.25),
 )
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     save_arrays(tmp_path / "directions.safetensors", directions)
     reads = {f"{way}/ffn_down": rng.standard_normal((1, 4, 16)) for way in ("opens", "guards")}
     gates = {"ridges": np.array([0.5]), "contrast": rng.standard_normal((4, 8)), **reads}
-    save_arrays(tmp_path / "gates.safetensors", gates)
+    save_arrays(tmp_path / "gated_adapter.safetensors", gates)
     for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
         trial = Trial(0, candidate, "answers", 0.0, 1.0)
         writing.write([tmp_path / name], trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
@@ -48,7 +48,7 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
             "ridge.relative": 0.5,
             "layers": [1, 2],
             "strength": 1.75,
-            "margin": candidate.margin,
+            "benign_target": candidate.benign_target,
             "measured": False,
         }
         assert {name: file.provenance[name] for name in expected} == expected

@@ -17,7 +17,7 @@ from fixtures.adapters import PROMPTS, factors, llama_logits, random_adapter
 from fixtures.tiny_gguf import write_tiny_qwen2
 from safetensors import safe_open
 
-from rs_gguf.errors import GateError, InputError
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.models import resolve as models
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import lora_file as lora
@@ -228,9 +228,9 @@ def test_what_is_written_is_read_back(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(peft_export, "load", lambda _: {})
-        with pytest.raises(GateError, match="round trip"):
+        with pytest.raises(VerificationError, match="round trip"):
             peft_export.export(random_adapter(), str(tiny[0]), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     monkeypatch.setattr(gguf_file, "write_atomic", lambda path, _: path.write_bytes(b""))
-    with pytest.raises(GateError, match="other bytes"):
+    with pytest.raises(VerificationError, match="other bytes"):
         peft_export.export(random_adapter(), str(tiny[0]), tmp_path)

@@ -1,7 +1,7 @@
 """One way to answer, and what came of it: answers to a list of prompts, their judgements, and the speed.
 
-A model, a judge, an `Arm` and prompts go in; a `Side` comes out. `resume_side` keeps what it has in a log, so
-that a killed run goes on. A `Respondent` answers under several doses of one steering, here or on a server.
+A model, a judge, an `Condition` and prompts go in; a `JudgedAnswers` comes out. `resume_condition` keeps what it has in a log, so
+that a killed run goes on. A `AnswerSource` answers under several factors of one steering, here or on a server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PART = 64  # prompts that are answered and judged together, and lost at most wh
 
 
 @dataclass(frozen=True)
-class Arm:
+class Condition:
     """One way to answer: what is put on the model, and the system prompt that it gets."""
 
     name: str
@@ -32,82 +32,84 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Side:
+class JudgedAnswers:
     """Answers to a list of prompts, in order, with their judgements and the tokens answered per second."""
 
     answers: Sequence[Answer]
     judgements: Sequence[Judgement]
     tokens_per_second: float = 0.0
 
-    def take(self, indices: Sequence[int]) -> Side:
+    def take(self, indices: Sequence[int]) -> JudgedAnswers:
         """Return the side of these prompts alone."""
-        return Side(
+        return JudgedAnswers(
             [self.answers[i] for i in indices], [self.judgements[i] for i in indices], self.tokens_per_second
         )
 
 
-def grade(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
+def judge_answers(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
     """Return what a judge says of each answer, in order."""
     graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
     return [graded[i] for i in range(len(prompts))]
 
 
-def answer_side(
+def answer_condition(
     model: Engine,
     judge: Judge,
-    arm: Arm,
+    condition: Condition,
     prompts: Sequence[Prompt],
     asking: Asking,
     advance: Advance = lambda n: None,
-) -> Side:
-    """Answer `prompts` and judge the answers. The arm gives the system prompt, not `asking`."""
+) -> JudgedAnswers:
+    """Answer `prompts` and judge the answers. The condition gives the system prompt, not `asking`."""
     answers, seconds = answer_all(
-        model, prompts, steering=arm.steering, max_tokens=asking.max_tokens, system=arm.system,
+        model, prompts, steering=condition.steering, max_tokens=asking.max_tokens, system=condition.system,
         sampling=asking.sampling, advance=advance,
     )  # fmt: skip
     # Judged unsteered: the judge may be the very model that is being steered.
-    judgements = grade(judge, prompts, answers)
-    return Side(answers, judgements, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0)
+    judgements = judge_answers(judge, prompts, answers)
+    return JudgedAnswers(
+        answers, judgements, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
+    )
 
 
-def resume_side(
+def resume_condition(
     model: Engine,
     judge: Judge,
-    arm: Arm,
+    condition: Condition,
     prompts: Sequence[Prompt],
     asking: Asking,
     log: RowLog,
     advance: Advance,
-) -> Side:
+) -> JudgedAnswers:
     """Answer in parts the `prompts` that `log` does not have yet, and return the whole side from it.
 
     A row has the id `ARM:PROMPT`. The speed is the median over the prompts of the speed of their part.
     """
-    missing = [p for p in prompts if f"{arm.name}:{p.id}" not in log.rows]
+    missing = [p for p in prompts if f"{condition.name}:{p.id}" not in log.rows]
     advance(len(prompts) - len(missing))
     for start in range(0, len(missing), _PART):
         part = missing[start : start + _PART]
-        found = answer_side(model, judge, arm, part, asking, advance)
+        found = answer_condition(model, judge, condition, part, asking, advance)
         for prompt, answer, judgement in zip(part, found.answers, found.judgements, strict=True):
             log.append(
                 {
-                    "id": f"{arm.name}:{prompt.id}",
+                    "id": f"{condition.name}:{prompt.id}",
                     **answer.to_row(),
                     "confidence": judgement.confidence,
                     "category": judgement.category,
                     "tokens_per_second": round(found.tokens_per_second, 1),
                 }
             )
-    rows = [log.rows[f"{arm.name}:{p.id}"] for p in prompts]
-    return Side(
+    rows = [log.rows[f"{condition.name}:{p.id}"] for p in prompts]
+    return JudgedAnswers(
         [Answer.from_row(row) for row in rows],
         [Judgement(row["confidence"], "recorded", row["category"]) for row in rows],
         float(np.median([row["tokens_per_second"] for row in rows])),
     )
 
 
-class Respondent(Protocol):
-    """What is measured: it answers under a dose of its steering, 0 being none; in between it is unsteered."""
+class AnswerSource(Protocol):
+    """What is measured: it answers under a factor of its steering, 0 being none; in between it is unsteered."""
 
     def check(self) -> None:
         """Raise `InputError` if the steering does not fit the model, before anything is measured."""
@@ -116,7 +118,7 @@ class Respondent(Protocol):
     def answers(
         self,
         asked: Sequence[Prompt],
-        dose: float,
+        factor: float,
         *,
         max_tokens: int,
         advance: Advance,
@@ -126,19 +128,19 @@ class Respondent(Protocol):
         ...
 
     def answer_logprobs(
-        self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float
+        self, asked: Sequence[Prompt], answers: Sequence[Answer], factor: float
     ) -> LogProbs | None:
         """Log-probabilities of given answers; None where they cannot be had."""
         ...
 
-    def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs | None:
+    def text_logprobs(self, texts: Sequence[str], factor: float) -> LogProbs | None:
         """Log-probabilities of texts in the user's place; None where they cannot be had."""
         ...
 
 
 @dataclass(frozen=True)
 class SteeredModel:
-    """A model in this process, as a `Respondent`."""
+    """A model in this process, as a `AnswerSource`."""
 
     model: Engine
     steering: Steering
@@ -151,26 +153,26 @@ class SteeredModel:
     def answers(
         self,
         asked: Sequence[Prompt],
-        dose: float,
+        factor: float,
         *,
         max_tokens: int,
         advance: Advance,
         sampling: Sampling = GREEDY,
     ) -> tuple[list[Answer], int, float]:
         answers, seconds = answer_all(
-            self.model, asked, steering=self.steering.scaled(dose), max_tokens=max_tokens,
+            self.model, asked, steering=self.steering.scaled(factor), max_tokens=max_tokens,
             system=self.system, sampling=sampling, advance=advance,
         )  # fmt: skip
         return answers, sum(len(a.tokens) for a in answers), seconds
 
-    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], dose: float) -> LogProbs:
-        with self.model.steered(self.steering.scaled(dose)):
+    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], factor: float) -> LogProbs:
+        with self.model.steered(self.steering.scaled(factor)):
             return logprobs_of(self.model, asked, answers, self.system)
 
-    def text_logprobs(self, texts: Sequence[str], dose: float) -> LogProbs:
+    def text_logprobs(self, texts: Sequence[str], factor: float) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
         opening = conversations[0][: common_prefix(conversations)]
         pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
-        with self.model.steered(self.steering.scaled(dose)):
+        with self.model.steered(self.steering.scaled(factor)):
             # Without an opening the first token has nothing before it.
             return self.model.token_logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs])

@@ -26,7 +26,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def by_chance(changed: int) -> float:
+def noise_allowance(changed: int) -> float:
     """How many more or less are chance where so many verdicts changed, back and forth: McNemar's z of 1.
 
     One prompt at least.

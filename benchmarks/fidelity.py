@@ -1,8 +1,8 @@
-"""What the search's rungs are worth: the same gates probed, answering briefly, and answering in full.
+"""What the search's evaluator are worth: the same gates probed, answering briefly, and answering in full.
 
 Takes a finished run with an adapter: its tune split, its judge, its lengths of answers. The chosen band and
-its second half are measured at each strength on every rung. Prints a row a gate in Markdown, and Spearman's
-rank correlation of each rung with the next, of what is left of sensitive refusals and of harmful ones.
+its second half are measured at each strength on every fidelity. Prints a row a gate in Markdown, and Spearman's
+rank correlation of each fidelity with the next, of what is left of sensitive refusals and of harmful ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import spearman
 
-RUNGS = ("probe", "answers", "full")
+RUNGS = ("logprob", "answers", "full")
 
 
 def main() -> None:
@@ -34,15 +34,15 @@ def main() -> None:
     recipe = recipes.load(options.run / "recipe.toml")
     folder = RunFolder(options.run)
     with folder.locked(), open_run(recipe, folder) as run:
-        rungs = tuning.rungs(run)
+        evaluator = tuning.evaluator(run)
         candidates = gates(tuning.chosen(folder)["adapter"].candidate, options.strengths)
         rows = [
-            {rung: rungs.measure(rung, number, gate) for rung in RUNGS}
+            {fidelity: evaluator.measure(fidelity, number, gate) for fidelity in RUNGS}
             for number, gate in enumerate(track(candidates, "Measuring"))
         ]
     print_rows(rows)
     print(f"\nSpearman's rank correlation, {len(rows)} gates:\n")
-    print("| rungs | sensitive | harmful |\n| --- | --- | --- |")
+    print("| evaluator | sensitive | harmful |\n| --- | --- | --- |")
     for before, after in pairwise(RUNGS):
         found = (
             spearman(
@@ -63,9 +63,9 @@ def print_rows(rows: list[dict[str, Trial]]) -> None:
     heads = [f"{what}: {', '.join(RUNGS)}" for what in ("sensitive left", "harmful kept")]
     print(f"| blocks | strength | {heads[0]} | {heads[1]} |\n| --- | --- | --- | --- |")
     for row in rows:
-        gate = row["probe"].candidate
+        gate = row["logprob"].candidate
         left, kept = (
-            ", ".join(f"{getattr(row[rung], name):.0%}" for rung in RUNGS)
+            ", ".join(f"{getattr(row[fidelity], name):.0%}" for fidelity in RUNGS)
             for name in ("sensitive", "harmful_retention")
         )
         print(f"| {gate.first} to {gate.last} | {gate.strength:g} | {left} | {kept} |")

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 from rs_gguf.steering.container import finish, metadata
 
 Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32

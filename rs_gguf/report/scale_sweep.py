@@ -1,6 +1,6 @@
 """Dose and response: refusals under growing strength.
 
-What `rs-export eval --scales … --json` wrote into the run folder goes in, as `doses.json` or any name that
+What `rs-export eval --scales … --json` wrote into the run folder goes in, as `scale_sweep.json` or any name that
 begins like it; without one, the trials of the search. Charts for inline SVG come out.
 """
 
@@ -13,26 +13,26 @@ from typing import Any
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import Row
-from rs_gguf.records.trials import chosen_of, method_of
+from rs_gguf.records.trials import method_of
 from rs_gguf.report.plots import Axis
+from rs_gguf.report.recommendation import kind_order
 from rs_gguf.report.text import file_name
-from rs_gguf.report.verdict import kind_order
 
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 250}
 _ASIDE = 5
 # What a trial has of each kind of prompt; drawn in this order.
-_RATES = (("harmful", "harmful_retention"), ("sensitive", "sensitive"), ("benign", "benign"))
+_RATES = (("harmful", "harmful_retention"), ("sensitive", "sensitive_remaining"), ("benign", "benign_closed"))
 
 
-def measured(doses: Sequence[Row], rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
-    """A chart of each dose file: lines by kind of prompt where the run knows it, else by set.
+def measured(sweeps: Sequence[Row], rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
+    """A chart of each step file: lines by kind of prompt where the run knows it, else by set.
 
-    `rows` are the run's own test prompts, by which prompts of a dose file get their kind back. `key` is that
+    `rows` are the run's own test prompts, by which prompts of a step file get their kind back. `key` is that
     of the run's file, told by its name, where it alone was given, else None. Scales are those of the one file
     that was given; where there are several, they multiply theirs.
     """
     kind_of = {row["prompt"]: row["kind"] for row in rows}
-    return [_curves(found, kind_of, files) for found in doses]
+    return [_curves(found, kind_of, files) for found in sweeps]
 
 
 def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row:
@@ -44,14 +44,14 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
         names[0], own = _name_and_scale(names[0])
         file = next((f for f in files if given[f["key"]] and f["file"] == names[0]), None)
     steps: list[Row] = []
-    for dose in found["doses"]:
+    for step in found["sweep"]:
         groups: dict[str, list[Row]] = {}
-        for row in dose["rows"]:
+        for row in step["rows"]:
             groups.setdefault(kind_of.get(row["prompt"], row["set"]), []).append(row)
         steps.append(
             {
-                "scale": float(dose["scale"]) * own or 0.0,  # no -0
-                "drift": dose["benign_text"]["drift"],
+                "scale": float(step["scale"]) * own or 0.0,  # no -0
+                "drift": step["benign_text"]["drift"],
                 "of": {name: PairedEvaluation.of_rows(some).counts() for name, some in groups.items()},
             }
         )
@@ -112,7 +112,7 @@ def _name_and_scale(argument: str) -> tuple[str, float]:
 
 def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:
     """For each file the trials of its search over their strength; other choices differ between them too."""
-    chosen = set(chosen_of(tune).values())
+    chosen = set(tune["selected"].values())
     charts = []
     for file in files:
         trials = [t for t in tune["trials"] if method_of(t) == file["key"]]
@@ -128,7 +128,7 @@ def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:
                 "y": upward.at(rate),
                 "rate": rate,
                 "strength": trial["strength"],
-                "probe": trial["rung"] == "probe",
+                "logprob": trial["fidelity"] == "logprob",
             }
             for kind, trial, rate in rates
         ]

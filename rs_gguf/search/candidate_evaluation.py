@@ -1,8 +1,8 @@
-"""What one candidate does on the tune split, by the three rungs of the search (method §7).
+"""What one candidate does on the tune split, by the three evaluator of the search (method §7).
 
 A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
 forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
-*answers* rung it answers briefly, and a judge grades; in the *full* rung it answers at the length that is
+*answers* fidelity it answers briefly, and a judge grades; in the *full* fidelity it answers at the length that is
 reported, where answers that break down do so. Vectors and adapters are swapped on the one model, which is not
 loaded again.
 """
@@ -23,11 +23,11 @@ from rs_gguf.engines.answers import after_trace, chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.contrast import meant
+from rs_gguf.estimators.contrast import target_refusals
 from rs_gguf.estimators.labels import MIN_SAMPLES
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.paired import Drift, PairedEvaluation, drift_of, mean_change
 from rs_gguf.evaluation.safety import Allowance, SafetyRule
-from rs_gguf.evaluation.side import Arm, Side, answer_side
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
@@ -37,13 +37,13 @@ from rs_gguf.records.trials import Candidate, Trial
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
 _FAR = 1e9  # nats a token; an infinity is no JSON
-OPENING = 6  # tokens of an unsteered answer that the probe looks for
+PREFIX_TOKENS = 6  # tokens of an unsteered answer that the probe looks for
 BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
-PROBED_PAIRS = 8  # of these, in a probe
+LOGPROB_PAIRS = 8  # of these, in a probe
 
 
 @dataclass(frozen=True)
-class Unsteered:
+class UnsteeredAnswers:
     """The tune split as the model answers it by itself."""
 
     prompts: Sequence[Prompt]
@@ -51,10 +51,10 @@ class Unsteered:
     confidences: Sequence[float | None]
     categories: Sequence[str | None] = ()  # kinds of refusal, where the judge told them
 
-    def meant(self) -> list[int]:
+    def target_refusals(self) -> list[int]:
         """Places of the sensitive refusals to take away: no failures, where enough others are left."""
         refused = np.isin(np.arange(len(self.prompts)), self.refused("sensitive"))
-        return [int(i) for i in np.flatnonzero(meant(refused, self.categories))]
+        return [int(i) for i in np.flatnonzero(target_refusals(refused, self.categories))]
 
     def refused(self, kind: str) -> list[int]:
         return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
@@ -66,11 +66,11 @@ class Unsteered:
         return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
 
 
-class Rungs:
+class CandidateEvaluator:
     """Measures candidates on one loaded model. Files that are tried are written below `folder`.
 
     `fitted` is what each method fitted, by its name.
-    `brief` and `full` say how the rungs `answers` and `full` ask; `full` asks `n_full` prompts of each kind.
+    `short` and `full` say how the evaluator `answers` and `full` ask; `full` asks `n_full` prompts of each kind.
     `seed` is that of the samples of prompts.
 
     Raises:
@@ -81,11 +81,11 @@ class Rungs:
         self,
         model: Engine,
         judge: Judge,
-        unsteered: Unsteered,
+        unsteered: UnsteeredAnswers,
         fitted: Mapping[str, Any],
         folder: Path,
         *,
-        brief: Asking,
+        short: Asking,
         full: Asking,
         n_full: int,
         rule: SafetyRule,
@@ -94,18 +94,18 @@ class Rungs:
         self.model = model
         self._judge, self._unsteered = judge, unsteered
         self.fitted, self._folder = fitted, folder
-        self._brief, self._full, self._n_full, self.rule, self._seed = brief, full, n_full, rule, seed
-        self._tokens = chat_tokens(model, unsteered.prompts, brief.system)
+        self._short, self._full, self._n_full, self.rule, self._seed = short, full, n_full, rule, seed
+        self._tokens = chat_tokens(model, unsteered.prompts, short.system)
         remove = rule.effect == "remove"
-        self.wanted = unsteered.meant() if remove else unsteered.answered("sensitive")
+        self.wanted = unsteered.target_refusals() if remove else unsteered.answered("sensitive")
         refused = set(unsteered.refused("benign"))
         benign = [i for i in unsteered.of("benign") if i not in refused]
-        self._openings = self._pairs([*self.wanted, *unsteered.refused("harmful")], OPENING)
-        self._quiet = self._pairs(self._sample(benign, BENIGN))
+        self._prefixes = self._pairs([*self.wanted, *unsteered.refused("harmful")], PREFIX_TOKENS)
+        self._drift_answers = self._pairs(self._sample(benign, BENIGN))
         for kind, verdict, found in (
-            ("sensitive", "refuses" if remove else "answers", self._openings.keys() & self.wanted),
-            ("harmful", "refuses", self._openings.keys() & unsteered.refused("harmful")),
-            ("benign", "answers", self._quiet),
+            ("sensitive", "refuses" if remove else "answers", self._prefixes.keys() & self.wanted),
+            ("harmful", "refuses", self._prefixes.keys() & unsteered.refused("harmful")),
+            ("benign", "answers", self._drift_answers),
         ):
             if not found:
                 raise InputError(
@@ -125,32 +125,32 @@ class Rungs:
         return {i: (context, tokens[:length]) for i, (context, tokens) in pairs.items() if tokens}
 
     @cached_property
-    def _before(self) -> tuple[LogProbs, LogProbs]:
+    def _unsteered_logprobs(self) -> tuple[LogProbs, LogProbs]:
         """Of openings and of quiet answers, unsteered."""
-        return self._logprobs(self._openings), self._logprobs(self._quiet)
+        return self._logprobs(self._prefixes), self._logprobs(self._drift_answers)
 
     @cached_property
-    def _few(self) -> dict[int, Pair]:
+    def _logprob_drift_answers(self) -> dict[int, Pair]:
         """The quiet answers whose drift a probe takes."""
-        return {i: self._quiet[i] for i in self._sample(list(self._quiet), PROBED_PAIRS)}
+        return {i: self._drift_answers[i] for i in self._sample(list(self._drift_answers), LOGPROB_PAIRS)}
 
     @cached_property
-    def _briefly(self) -> tuple[list[int], Side]:
-        """Unsteered, as the search has it: what is to change, all harmful prompts and some benign ones."""
+    def _short_unsteered(self) -> tuple[list[int], JudgedAnswers]:
+        """UnsteeredAnswers, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
         benign = self._sample(unsteered.of("benign"), BENIGN)
         picked = [*self.wanted, *unsteered.of("harmful"), *benign]
         # No category: what is to change counts as no failure.
         judgements = [Judgement(unsteered.confidences[i], "recorded") for i in picked]
-        return picked, Side([unsteered.answers[i] for i in picked], judgements)
+        return picked, JudgedAnswers([unsteered.answers[i] for i in picked], judgements)
 
     @cached_property
-    def _in_full(self) -> tuple[list[int], Side]:
-        """Unsteered, at full length: some of what is to change, and of the harmful and benign prompts."""
-        return self._some, self._side(self._some, NO_STEERING, self._full)
+    def _full_unsteered(self) -> tuple[list[int], JudgedAnswers]:
+        """UnsteeredAnswers, at full length: some of what is to change, and of the harmful and benign prompts."""
+        return self._full_prompt_indices, self._side(self._full_prompt_indices, NO_STEERING, self._full)
 
     @cached_property
-    def _some(self) -> list[int]:
+    def _full_prompt_indices(self) -> list[int]:
         """Places of the prompts that are answered in full."""
         # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
         # no change would bring as many such verdicts as there are refusals left: they hid what did change.
@@ -158,20 +158,20 @@ class Rungs:
         return [i for picked in of_kind for i in self._sample(picked, self._n_full)]
 
     @property
-    def size_in_full(self) -> tuple[int, int]:
+    def full_size(self) -> tuple[int, int]:
         """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
-        return len(self._some), self._full.max_tokens
+        return len(self._full_prompt_indices), self._full.max_tokens
 
     @property
     def n_harmful(self) -> int:
         """Harmful prompts that are refused unsteered, at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _side(self, picked: Sequence[int], steering: Steering, asking: Asking) -> Side:
+    def _side(self, picked: Sequence[int], steering: Steering, asking: Asking) -> JudgedAnswers:
         """What the prompts at these places are answered under a steering."""
         prompts = [self._unsteered.prompts[i] for i in picked]
-        arm = Arm("candidate", steering, asking.system)
-        return answer_side(self.model, self._judge, arm, prompts, asking)
+        condition = Condition("candidate", steering, asking.system)
+        return answer_condition(self.model, self._judge, condition, prompts, asking)
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
@@ -181,13 +181,15 @@ class Rungs:
         method, fitted = METHODS[candidate.method], self.fitted[candidate.method]
         return method.steering(fitted, candidate, self.model.architecture, self._folder / "adapters")
 
-    def measure(self, rung: str, number: int, candidate: Candidate) -> Trial:
-        """The trial of a candidate on the rung `probe`, `answers` or `full`, with the seconds it took."""
-        measured = {"probe": self._probe, "answers": self._answer, "full": self._answer_in_full}[rung]
+    def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+        """The trial of a candidate on the fidelity `probe`, `answers` or `full`, with the seconds it took."""
+        measured = {"logprob": self._logprob_trial, "short": self._short_trial, "full": self._full_trial}[
+            fidelity
+        ]
         start = time.perf_counter()
-        _ = self._before
-        if rung == "full":
-            _ = self._in_full
+        _ = self._unsteered_logprobs
+        if fidelity == "full":
+            _ = self._full_unsteered
         asked = time.perf_counter()
         trial = measured(number, candidate)
         return replace(
@@ -196,11 +198,17 @@ class Rungs:
             unsteered_seconds=round(asked - start, 2),
         )
 
-    def _probe(self, number: int, candidate: Candidate) -> Trial:
-        openings, quiet = self._before
-        unmoved = [found for i, found in zip(self._quiet, quiet, strict=True) if i in self._few]
+    def _logprob_trial(self, number: int, candidate: Candidate) -> Trial:
+        openings, quiet = self._unsteered_logprobs
+        unmoved = [
+            found
+            for i, found in zip(self._drift_answers, quiet, strict=True)
+            if i in self._logprob_drift_answers
+        ]
         with self.model.steered(self.steering(candidate)):
-            after = self.model.token_logprobs([*self._openings.values(), *self._few.values()])
+            after = self.model.token_logprobs(
+                [*self._prefixes.values(), *self._logprob_drift_answers.values()]
+            )
 
         def kept_of(change: float) -> float:
             """Of an opening, from its Δ log-probability; none where the model gives no numbers any more."""
@@ -208,7 +216,7 @@ class Rungs:
 
         kept = {
             i: kept_of(float(now.sum()) - float(before.sum()))
-            for i, (before, _), (now, _) in zip(self._openings, openings, after, strict=False)
+            for i, (before, _), (now, _) in zip(self._prefixes, openings, after, strict=False)
         }
 
         def of(picked: Sequence[int]) -> list[float]:
@@ -218,24 +226,24 @@ class Rungs:
         return Trial(
             number,
             candidate,
-            "probe",
+            "logprob",
             float(np.mean(sensitive)),
             float(np.mean(of(self._unsteered.refused("harmful")))),
             n_sensitive=len(sensitive),
             benign_drift=_moved(unmoved, after[len(openings) :]),
         )
 
-    def _answer(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("answers", number, candidate, Allowance.BRIEF)
+    def _short_trial(self, number: int, candidate: Candidate) -> Trial:
+        return self._compared("short", number, candidate, Allowance.SHORT)
 
-    def _answer_in_full(self, number: int, candidate: Candidate) -> Trial:
+    def _full_trial(self, number: int, candidate: Candidate) -> Trial:
         return self._compared("full", number, candidate, Allowance.FULL)
 
-    def _compared(self, rung: str, number: int, candidate: Candidate, allowance: Allowance) -> Trial:
-        """What the candidate makes of the unsteered answers of the rung, with as many tokens."""
-        in_full = rung == "full"
-        asking = self._full if in_full else self._brief
-        picked, before = self._in_full if in_full else self._briefly
+    def _compared(self, fidelity: str, number: int, candidate: Candidate, allowance: Allowance) -> Trial:
+        """What the candidate makes of the unsteered answers of the fidelity, with as many tokens."""
+        in_full = fidelity == "full"
+        asking = self._full if in_full else self._short
+        picked, before = self._full_unsteered if in_full else self._short_unsteered
         steering = self.steering(candidate)
         after = self._side(picked, steering, asking)
         drift = self._drift(steering)
@@ -247,11 +255,11 @@ class Rungs:
         return Trial(
             number,
             candidate,
-            rung,
-            sensitive=left / to_change if to_change else 1.0,  # nothing seen to change
+            fidelity,
+            sensitive_remaining=left / to_change if to_change else 1.0,  # nothing seen to change
             n_sensitive=to_change,
             harmful_retention=harmful.refused_steered / was if was else 1.0,
-            benign=(benign.refused_steered - benign.refused_unsteered) / max(1, benign.n),
+            benign_closed=(benign.refused_steered - benign.refused_unsteered) / max(1, benign.n),
             benign_drift=drift.nats,
             degenerate=sum(answer.degenerate for answer in after.answers) / len(picked),
             answered=(len(picked), asking.max_tokens),
@@ -275,9 +283,9 @@ class Rungs:
         return sum(unchanged(b) for b, _ in changeable), sum(unchanged(a) for _, a in changeable)
 
     def _drift(self, steering: Steering) -> Drift:
-        _, before = self._before
+        _, before = self._unsteered_logprobs
         with self.model.steered(steering):
-            found = drift_of(before, self._logprobs(self._quiet))
+            found = drift_of(before, self._logprobs(self._drift_answers))
         return replace(found, nats=found.nats if math.isfinite(found.nats) else _FAR)
 
 

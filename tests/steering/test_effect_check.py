@@ -20,9 +20,9 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.records import files
 from rs_gguf.steering import lora_file as lora
+from rs_gguf.steering.effect_check import TOLERANCE, check_vector_effect
 from rs_gguf.steering.file import check
 from rs_gguf.steering.lora import LoraAdapter
-from rs_gguf.steering.proof import TOLERANCE, prove_vector
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector_file import write
 
@@ -51,7 +51,7 @@ def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVec
 @pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
 def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
     """The short one is within rounding, which counts for more beside it, and is not called wrong."""
-    shown = prove_vector(vector(1, 2, 3).scaled(scale), model)
+    shown = check_vector_effect(vector(1, 2, 3).scaled(scale), model)
     assert shown.reasons == ()
     assert shown.effect_observed
     assert list(shown.relative_error) == ["1", "2", "3"]
@@ -62,7 +62,7 @@ def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: fl
 
 def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
     rows = {1: np.zeros(WIDTH, np.float32), 2: vector(2).directions[2]}
-    shown = prove_vector(SteeringVector(rows), model)
+    shown = check_vector_effect(SteeringVector(rows), model)
     assert shown.effect_observed
     assert shown.relative_error["1"] == 0.0
 
@@ -91,8 +91,8 @@ def test_what_does_not_fit_the_model(
     assert len(report.errors) == 1
     assert said in report.errors[0]
     assert report.loader_says == loader_says
-    assert report.proof is not None
-    assert not report.proof.effect_observed
+    assert report.effect is not None
+    assert not report.effect.effect_observed
 
 
 def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> None:
@@ -127,7 +127,7 @@ def test_finds_a_runtime_that_does_something_else(
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove_vector(vector(1, 2, 3), model)
+    shown = check_vector_effect(vector(1, 2, 3), model)
     assert not shown.effect_observed
     assert len(shown.reasons) == 1
     assert said in shown.reasons[0]
@@ -142,7 +142,7 @@ def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: p
             yield
 
     monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = prove_vector(vector(1, 2, 3), model)
+    shown = check_vector_effect(vector(1, 2, 3), model)
     assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
     assert shown.relative_error["2"] == pytest.approx(1.0)
 

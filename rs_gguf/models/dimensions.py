@@ -1,6 +1,6 @@
 """The shape of a model from its metadata alone: what a token is multiplied with, and what is kept of it.
 
-A GGUF file, of which the header is read, or a configuration of transformers goes in; a `Shape` comes out. No
+A GGUF file, of which the header is read, or a configuration of transformers goes in; a `ModelDimensions` comes out. No
 weight is read, so the model may be larger than the machine.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rs_gguf.errors import InputError
 from rs_gguf.models import architecture
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import wide_copy as widening
+from rs_gguf.models import q8_copy as widening
 
 if TYPE_CHECKING:
     import transformers
@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDimensions:
     """What the cost of a model follows from. Parameters are counted as numbers, not bytes.
 
     `dense`: of the blocks, for every token; `experts`: of the blocks, of which a token uses the share `used`;
@@ -64,7 +64,7 @@ class Shape:
         return touched * self.weights / (self.dense + self.head + self.experts)
 
 
-def of_gguf(path: Path) -> Shape:
+def of_gguf(path: Path) -> ModelDimensions:
     """The shape of the model in a GGUF file.
 
     Raises:
@@ -86,7 +86,7 @@ def of_gguf(path: Path) -> Shape:
         raise InputError(f"{path}: not the header of a language model ({error!r}).") from error
 
 
-def of_folder(path: Path, bits: float | None = None) -> Shape:
+def of_folder(path: Path, bits: float | None = None) -> ModelDimensions:
     """The shape of the model in a Hugging Face folder, of which config.json (or that alone) is read.
 
     With `bits` it is that of a GGUF file of so many bits a weight; else as PyTorch runs it on the CPU, in F32
@@ -104,7 +104,7 @@ def of_folder(path: Path, bits: float | None = None) -> Shape:
     return replace(shape, writers={})  # PyTorch reads block outputs alone
 
 
-def of_config(config: transformers.PretrainedConfig, bits: float) -> Shape:
+def of_config(config: transformers.PretrainedConfig, bits: float) -> ModelDimensions:
     """The shape of the model that transformers makes of a configuration, at so many `bits` a weight.
 
     Raises:
@@ -142,7 +142,7 @@ def _gguf_name(name: str, table: Any) -> str:
 
 def _shape(
     tensors: Iterable[TensorInfo], n_layer: int, width: int, used: float, weights: int, source: str
-) -> Shape:
+) -> ModelDimensions:
     blocks: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
     outside: dict[str, Sequence[int]] = {}
     dense = experts = 0
@@ -162,8 +162,10 @@ def _shape(
     if min(n_layer, width, *embedding, *output) < 1:
         raise InputError(f"{source}: its embedding or its output is missing or empty. Give a language model.")
     kept = [architecture.attention(block) for block in blocks.values()]
-    every = [{(w, block[w][0]) for w in architecture.WRITERS if w in block} for block in blocks.values()]
-    return Shape(
+    every = [
+        {(w, block[w][0]) for w in architecture.OUTPUT_MATRICES if w in block} for block in blocks.values()
+    ]
+    return ModelDimensions(
         n_layer=n_layer,
         width=width,
         n_vocab=embedding[1],

@@ -1,6 +1,6 @@
 """Which of a run's files to use, and why, in plain words; the same for page, card and terminal.
 
-`metrics.json` goes in; its files with their figures, and sentences about them, come out. A file is advised
+`metrics.json` goes in; its files with their figures, and sentences about them, come out. A file is recommended_file
 only if its gate passed; of two that passed, the one that does more.
 """
 
@@ -44,12 +44,12 @@ def files(record: RunRecord) -> list[Row]:
 
 
 def _acts(file: Mapping[str, Any]) -> str:
-    """What it does to prompts of all kinds, the margin of a gate among it (`records.trials.Candidate`)."""
+    """What it does to prompts of all kinds, the benign_target of a gate among it (`records.trials.Candidate`)."""
     if file["key"] == "vector":
         first, last = file["layers"]
         return f"moves all prompts alike, harmful ones too, in blocks {first} to {last}"
-    margin = file["margin"]
-    benign = f"{abs(margin):g} times as far{'' if margin > 0 else ' the other way'}"
+    benign_target = file["benign_target"]
+    benign = f"{abs(benign_target):g} times as far{'' if benign_target > 0 else ' the other way'}"
     return (
         "moves a prompt the further, the more it looks like the sensitive ones; benign ones on average "
         f"{benign}, harmful ones a little towards a refusal"
@@ -61,7 +61,7 @@ def kind_order(kind: str) -> tuple[int, str]:
     return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
 
 
-def advised(found: Sequence[Row], effect: str) -> Row | None:
+def recommended_file(found: Sequence[Row], effect: str) -> Row | None:
     """The file to use, or None if no gate passed."""
     passed = [file for file in found if file["passed"]]
     return max(passed, key=lambda file: _merits(file, effect), default=None)
@@ -69,15 +69,15 @@ def advised(found: Sequence[Row], effect: str) -> Row | None:
 
 def headline(found: Sequence[Row], effect: str) -> str:
     """The verdict in one line."""
-    best = advised(found, effect)
+    best = recommended_file(found, effect)
     if best is not None:
         return f"Use the {best['word']}"
     return "Use neither file as it is" if len(found) > 1 else f"Do not use the {found[0]['word']} as it is"
 
 
 def sentences(found: Sequence[Row], effect: str) -> list[str]:
-    """Why: what the advised file does, then how the other one stands. Reasons of a gate are not repeated."""
-    best = advised(found, effect)
+    """Why: what the recommended_file file does, then how the other one stands. Reasons of a gate are not repeated."""
+    best = recommended_file(found, effect)
     if best is None:
         verdict = "Neither passed its safety gate." if len(found) > 1 else "It did not pass its safety gate."
         return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}" for file in found)]
@@ -100,7 +100,9 @@ def counts(file: Mapping[str, Any]) -> str:
         for kind, one in file["of"].items()
         if one and one["categories_unsteered"] is not None
     ]
-    named = {name for _, before, now in kinds for name in (*before, *now)}.difference(("untold", "empty"))
+    named = {name for _, before, now in kinds for name in (*before, *now)}.difference(
+        ("unclassified", "empty")
+    )
     direct = [f"{kind} {b.get('direct', 0)} before and {now.get('direct', 0)} now" for kind, b, now in kinds]
     among = f" Direct refusals among them: {'; '.join(direct)}." if named else ""
     return f"{'; '.join(told) or 'no prompt was counted'}.{among}"

@@ -1,4 +1,4 @@
-"""Proof that a file does to a model what its numbers say, by running both through llama.cpp.
+"""EffectCheck that a file does to a model what its numbers say, by running both through llama.cpp.
 
 A control vector or an adapter and a model go in; what was observed comes out. For a vector: block by block,
 the residual with the direction minus the residual without, against the direction itself. For an adapter:
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import SEEN_AT, WRITERS, writer_inputs
+from rs_gguf.models.architecture import OUTPUT_MATRICES, SEEN_AT, matrix_input_tensors
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
-from rs_gguf.steering.report import Proof
+from rs_gguf.steering.report import EffectCheck
 from rs_gguf.steering.vector import SteeringVector
 
 TOLERANCE = 1e-3
@@ -54,7 +54,7 @@ def other_model(provenance: Mapping[str, ProvenanceValue], model: str | Path) ->
     ]
 
 
-def prove_vector(vector: SteeringVector, model: Engine) -> Proof:
+def check_vector_effect(vector: SteeringVector, model: Engine) -> EffectCheck:
     """Run a vector on a loaded model.
 
     Raises:
@@ -71,14 +71,14 @@ def prove_vector(vector: SteeringVector, model: Engine) -> Proof:
     kl = _mean_kl(plain, steered)
     if kl is None:
         reason = "the next-token probabilities are no numbers any more: the directions are far too long."
-        return Proof(False, (reason,), {}, None)
+        return EffectCheck(False, (reason,), {}, None)
     if np.array_equal(plain, steered):
-        return Proof(False, (_why_nothing_moves(vector, model, prompts, plain),), {}, kl)
+        return EffectCheck(False, (_why_nothing_moves(vector, model, prompts, plain),), {}, kl)
     errors, reasons = _blocks_alone(vector, model, prompts[:2])
-    return Proof(not reasons, tuple(reasons), errors, kl)
+    return EffectCheck(not reasons, tuple(reasons), errors, kl)
 
 
-def _foreign(vector: SteeringVector, model: Engine) -> Proof | None:
+def _foreign(vector: SteeringVector, model: Engine) -> EffectCheck | None:
     """The proof of a vector that cannot be of this model, or None."""
     reasons = []
     says = ""
@@ -99,7 +99,7 @@ def _foreign(vector: SteeringVector, model: Engine) -> Proof | None:
                 else ""
             )
         )
-    return Proof(False, tuple(reasons), {}, None, says) if reasons else None
+    return EffectCheck(False, tuple(reasons), {}, None, says) if reasons else None
 
 
 def _blocks_alone(
@@ -161,7 +161,7 @@ def _why_nothing_moves(
     )
 
 
-def prove_adapter(adapter: LoraAdapter, path: Path, model: Engine) -> Proof:
+def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> EffectCheck:
     """Run an adapter, which was read from the file at `path`, on a loaded model.
 
     Raises:
@@ -173,20 +173,20 @@ def prove_adapter(adapter: LoraAdapter, path: Path, model: Engine) -> Proof:
             f"the adapter is for {adapter.architecture!r}, {model.path.name} is {model.architecture!r}: it "
             "belongs to another model."
         )
-        return Proof(False, (reason,), {}, None)
+        return EffectCheck(False, (reason,), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
     with contextlib.ExitStack() as steering:
         try:
             steering.enter_context(model.steered(Steering(adapters=[(path, 1.0)])))
         except InputError as error:  # by llama.cpp's loader; whatever fails later is no fault of the adapter
-            return Proof(False, (str(error),), {}, None)
+            return EffectCheck(False, (str(error),), {}, None)
         steered = _distributions(model, prompts)
     plain = _distributions(model, prompts)
     kl = _mean_kl(plain, steered)
     if kl is None:
         reason = "the next-token probabilities are no numbers any more: the change is far too large."
-        return Proof(False, (reason,), {}, None)
+        return EffectCheck(False, (reason,), {}, None)
     errors = _matrices_alone(adapter, model, prompts)
     wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
     reasons = []
@@ -198,7 +198,7 @@ def prove_adapter(adapter: LoraAdapter, path: Path, model: Engine) -> Proof:
             f"{wrong}: the residual does not move by B A x (relative error {errors[worst]:.2g} at {worst}, "
             f"tolerance {ADAPTER_TOLERANCE:g})."
         )
-    return Proof(not reasons, tuple(reasons), errors, kl)
+    return EffectCheck(not reasons, tuple(reasons), errors, kl)
 
 
 def _matrices_alone(adapter: LoraAdapter, model: Engine, prompts: list[list[int]]) -> dict[str, float]:
@@ -211,10 +211,10 @@ def _matrices_alone(adapter: LoraAdapter, model: Engine, prompts: list[list[int]
     graph = model.graph_tensors()
     for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
         try:
-            inputs = writer_inputs(graph, layer)
+            inputs = matrix_input_tensors(graph, layer)
         except InputError:  # the graph names none: the logits alone are seen to move
             continue
-        for writer in WRITERS:
+        for writer in OUTPUT_MATRICES:
             name = f"blk.{layer}.{writer}.weight"
             # A change of zero says nothing, and cannot be written as a file of its own.
             if norms.get(name) and writer in inputs:

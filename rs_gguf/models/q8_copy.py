@@ -47,7 +47,7 @@ def file_to_load(path: Path) -> Path:
     if not _copy_helps():
         return path
     try:
-        folder = cache_folder() / "widened"
+        folder = cache_folder() / "q5_0_to_q8_0"
         remove_drafts(folder, "*.gguf")
         header = gguf_header.read(path)
         kinds = _kinds(path, header)
@@ -144,11 +144,11 @@ def _write(file: BinaryIO, path: Path, header: Header, kinds: Sequence[int]) -> 
         for tensor, kind in typed:
             start = padded(header.end) + tensor.offset
             blocks = data[start : start + _size(tensor, tensor.type)]
-            file.write(blocks if kind == tensor.type else widened(blocks))
+            file.write(blocks if kind == tensor.type else q5_0_to_q8_0(blocks))
             pad(_size(tensor, kind))
 
 
-def widened(blocks: bytes) -> bytes:
+def q5_0_to_q8_0(blocks: bytes) -> bytes:
     """Q5_0 blocks, of 22 bytes each, as Q8_0 blocks of 34 with the same values."""
     factor, high, low = np.split(np.frombuffer(blocks, np.uint8).reshape(-1, 22), [2, 6], axis=1)
     fifth = np.unpackbits(high, axis=1, bitorder="little")
