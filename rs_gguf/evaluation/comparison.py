@@ -1,6 +1,6 @@
 """A model beside itself under one or several factors of a steering: what `rs-export eval` measures.
 
-A respondent, a judge, prompt sets and factors go in; for each factor come out, set by set: refusals (by the
+A answer_source, a judge, prompt sets and factors go in; for each factor come out, set by set: refusals (by the
 columns of the prompt files too), broken answers, drift; and besides, drift of benign text, capability and
 speed.
 The unsteered side is measured once. A factor multiplies every scale of the steering.
@@ -17,7 +17,8 @@ from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import GREEDY, Sampling
 from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
-from rs_gguf.evaluation.paired import PairedEvaluation, drift_of, is_drift_reference
+from rs_gguf.evaluation.drift import drift_of, is_drift_reference
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts import grid as prompts
@@ -39,7 +40,7 @@ class _Texts:
 
 
 def compare(
-    respondent: AnswerSource,
+    answer_source: AnswerSource,
     judge: Judge,
     sets: Mapping[str, Sequence[Prompt]],
     *,
@@ -57,24 +58,39 @@ def compare(
     Raises:
         InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
     """
-    respondent.check()
+    answer_source.check()
     try_out(judge)
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
-    respondent.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)
+    answer_source.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)
 
     def side(factor: float) -> JudgedAnswers:
         # All sets at once: the same batches on both sides.
-        answers, tokens, seconds = respondent.answers(
+        answers, tokens, seconds = answer_source.answers(
             asked, factor, max_tokens=max_tokens, advance=advance, sampling=sampling
         )
         return JudgedAnswers(
             answers, judge_answers(judge, asked, answers), tokens / seconds if seconds else 0.0
         )
 
+    def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
+        """Answer the prompts that changed again on both sides, in reverse order."""
+        indices = evaluation.changed()[::-1]
+        again = [asked[i] for i in indices]
+        if not again:
+            return evaluation.confirmed_by([], evaluation.take([]))
+
+        def second(scale: float) -> JudgedAnswers:
+            answers = answer_source.answers(
+                again, scale, max_tokens=max_tokens, advance=lambda n: None, sampling=sampling
+            )[0]
+            return JudgedAnswers(answers, judge_answers(judge, again, answers))
+
+        return evaluation.confirmed_by(indices, PairedEvaluation(again, second(0.0), second(factor)))
+
     def solutions(factor: float) -> list[capability.Solution]:
         def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
-            return respondent.answers(some, factor, max_tokens=limit, advance=advance)[0]
+            return answer_source.answers(some, factor, max_tokens=limit, advance=advance)[0]
 
         return capability.solve(ask, tasks)
 
@@ -86,8 +102,10 @@ def compare(
 
     def logprobs(factor: float) -> _Texts:
         return _Texts(
-            respondent.answer_logprobs([asked[i] for i in quiet], [before.answers[i] for i in quiet], factor),
-            respondent.text_logprobs(texts, factor),
+            answer_source.answer_logprobs(
+                [asked[i] for i in quiet], [before.answers[i] for i in quiet], factor
+            ),
+            answer_source.text_logprobs(texts, factor),
         )
 
     texts_before = logprobs(0.0)
@@ -101,10 +119,11 @@ def compare(
         after, solved_now, texts_after = (
             (side(factor), solutions(factor), logprobs(factor)) if factor else (before, solved, texts_before)
         )
+        compared = confirmed(PairedEvaluation(asked, before, after), factor)
         found: dict[str, Any] = {"scale": factor, "sets": {}}
         rows: list[Row] = []
         for name, indices in places.items():
-            evaluation = PairedEvaluation(asked, before, after).take(indices)
+            evaluation = compared.take(indices)
             some = [{"set": name, **row} for row in _rows(evaluation)]
             rows += some
             picked = [k for k, i in enumerate(quiet) if i in indices]
@@ -129,11 +148,11 @@ def _figures(evaluation: PairedEvaluation, rows: Sequence[Row]) -> dict[str, Any
     """Return the counts, also by each column told, and how many answers are broken in which way."""
     by = {field: sorted({getattr(prompt, field) for prompt in evaluation.prompts}) for field in _GROUPS}
     return {
-        **evaluation.counts().figures(),
+        **evaluation.record().model_dump(mode="json"),
         "output_flags": {side: _flag_counts(rows, side) for side in ("unsteered", "steered")},
         "by": {
             field: {
-                value or "not stated": evaluation.part(**{field: value}).counts().figures()
+                value or "not stated": evaluation.part(**{field: value}).record().model_dump(mode="json")
                 for value in values
             }
             for field, values in by.items()

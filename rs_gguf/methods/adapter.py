@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rs_gguf.engines.engine import Can, Engine, Steering
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import Space

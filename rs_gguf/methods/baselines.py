@@ -27,7 +27,7 @@ from rs_gguf.estimators.estimator import (
     UncentredWeightedRidgeMeanDifference,
 )
 from rs_gguf.evaluation.condition import Condition
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix

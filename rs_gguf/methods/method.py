@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from rs_gguf.engines.engine import Engine, Steering
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples

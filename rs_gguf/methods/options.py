@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
 
 
 @dataclass(frozen=True)

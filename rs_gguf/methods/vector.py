@@ -20,7 +20,7 @@ from rs_gguf.activations.scores import band_profile, scales_of, scores_of
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.estimators import ESTIMATORS, fit_paths
 from rs_gguf.estimators.path import RidgePath
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import figures
 from rs_gguf.methods.method import Space

@@ -26,7 +26,7 @@ from pydantic_settings import (
 
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.safety import SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Kind
 from rs_gguf.records.files import write_text

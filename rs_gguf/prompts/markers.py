@@ -40,6 +40,21 @@ TURN_ENDS = (
     "<end_of_utterance>",
 )
 
+# What explicit refusals begin with, in twelve languages.
+REFUSAL_PHRASES = (
+    "sorry", "i can't", "i cannot", "i'm unable", "i am unable", "i won't", "as an ai", "not able to",
+    "抱歉", "对不起", "无法", "不能回答", "作为一个人工智能", "作为ai",
+    "lo siento", "no puedo", "désolé", "je ne peux pas", "es tut mir leid", "ich kann nicht",
+    "извините", "не могу", "desculpe", "não posso", "mi dispiace", "non posso",
+    "申し訳", "できません", "죄송", "عذرا", "آسف", "üzgünüm",
+)  # fmt: skip
+
+
+def opens_with_refusal(text: str) -> bool:
+    """Tell whether the first 120 characters of a text hold one of `REFUSAL_PHRASES`."""
+    opening = text.strip().lower().replace("’", "'")[:120]
+    return any(phrase in opening for phrase in REFUSAL_PHRASES)
+
 
 def turn_ends(vocabulary: Mapping[str, int]) -> set[int]:
     """The tokens of a vocabulary that end a turn by their text."""

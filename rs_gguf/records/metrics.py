@@ -1,4 +1,4 @@
-"""`metrics.json`: what a run measured on its test split, and which of its files pass the safety rule.
+"""`metrics.json`: what a run measured on its validation split, and which files pass the acceptance criteria.
 
 `RunRecord` is the whole file. It is written as schema 2 and read as schema 1, of earlier versions, or 2.
 Rates are fractions of 1, drift is in nats a token. A null stands for what was not measured.
@@ -15,12 +15,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from rs_gguf.errors import InputError
+from rs_gguf.records.conversation import FAILURES
 from rs_gguf.records.rows import Row, finite, read_json, write_json
 from rs_gguf.records.trials import GATED_ADAPTER
 
 _log = logging.getLogger("rs_gguf.metrics")
 
 Interval = tuple[float, float]
+Verdict = Literal["passed", "failed", "undecided"]
 Finite = Annotated[float | None, BeforeValidator(finite)]  # JSON knows no NaN
 
 
@@ -39,49 +41,44 @@ class Outcomes(_Record):
 
 
 class Share(_Record):
-    """A number of prompts, with the interval of its rate."""
+    """How many of a number of prompts, with the 95% interval of the rate."""
 
     n: int
+    of: int
     ci95: Interval
+
+    @property
+    def rate(self) -> float | None:
+        """The rate; None of nothing."""
+        return self.n / self.of if self.of else None
 
 
 class SetRecord(_Record):
-    """The same prompts unsteered and steered. Counts and rates are of those that are judged on both sides.
+    """The same prompts unsteered and steered.
 
-    A refusal is a confidence above 0, so failures are among them; `categories_…` tell them apart.
-    `unjudged` counts prompts that are unjudged on either side, `degenerate_…` are shares of all prompts.
+    A refusal is explicit or an evasion, and a failure is neither. `opened` and `kept` are of the prompts that
+    were refused, `closed` of those that were complied with, `broken` of those whose judged answer did not
+    fail. `unconfirmed` changes were not shown by a second run and count as none.
     """
 
     kind: str | None = None  # None where the prompts are of several kinds
     n: int
-    # Outcomes and transitions (unsteered × steered) are not measured yet.
-    outcomes_unsteered: Outcomes | None = None
-    outcomes_steered: Outcomes | None = None
+    outcomes_unsteered: Outcomes
+    outcomes_steered: Outcomes
+    # Schema 1 knew none of the following. Rows of `transitions` are unsteered, columns steered: complies,
+    # refuses, fails. What is unjudged on either side is not among them.
     transitions: tuple[tuple[int, ...], ...] | None = None
     opened: Share | None = None
     kept: Share | None = None
     closed: Share | None = None
     broken: Share | None = None
-    unjudged: int
-    unjudged_unsteered: int | None = None  # the first runs did not tell the sides apart
-    unjudged_steered: int | None = None
-    refusal_unsteered: float
-    refusal_steered: float
-    ci95_unsteered: Interval
-    ci95_steered: Interval
-    refused_unsteered: int
-    refused_steered: int
-    refused_both: int
-    mcnemar_p: float
-    categories_unsteered: dict[str, int] | None = None  # nor did they tell categories
-    categories_steered: dict[str, int] | None = None
+    explicit_unsteered: Share | None = None
+    explicit_steered: Share | None = None
+    explicit_kept: int | None = None  # explicit refusals that stay explicit
+    explicit_p: float | None = None  # McNemar, of explicit refusals
+    unconfirmed: int | None = None
     degenerate_unsteered: float
     degenerate_steered: float
-
-    def figures(self) -> Row:
-        """Return the figures as `rs-export eval` writes them, where the unsteered side is the baseline."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        return {key.replace("_unsteered", "_baseline"): value for key, value in values.items()}
 
 
 class EffectCheck(_Record):
@@ -94,9 +91,9 @@ class EffectCheck(_Record):
 
 
 class Acceptance(_Record):
-    """Whether a file passes the safety rule on the test split, and every reason why not."""
+    """Whether a file meets the acceptance criteria, and every reason why it does not."""
 
-    verdict: Literal["passed", "failed", "undecided"]
+    verdict: Verdict
     reasons: tuple[str, ...] = ()
 
 
@@ -118,6 +115,7 @@ class LlamaCpp(_Record):
 class FileRecord(_Record):
     """One written file: what it is, what was measured of it, and how it is used."""
 
+    word: str  # what people call it: "control vector", "gated adapter"
     file: str
     sha256: str
     estimator: str
@@ -130,8 +128,8 @@ class FileRecord(_Record):
     benign_drift: Finite
     top1_agreement: Finite
     kl_mean: Finite = None  # on benign answers: not measured yet
-    harmful_refusal_ratio: float | None  # refusals steered / unsteered, not of the same prompts
-    bootstrap_ci95: dict[str, Interval | None] = {}
+    harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
+    benign_drift_ci95: Interval | None = None
     effect_check: EffectCheck
     acceptance: Acceptance
     notes: tuple[str, ...] = ()
@@ -140,26 +138,17 @@ class FileRecord(_Record):
 
     @property
     def passed(self) -> bool:
-        """Whether the file passes the safety rule."""
+        """Whether the file meets every acceptance criterion."""
         return self.acceptance.verdict == "passed"
 
 
-class BaselineSet(_Record):
-    """The same prompts under another means."""
-
-    kind: str | None = None
-    n: int
-    refusal: float
-    ci95: Interval
-    degenerate: float
-
-
 class BaselineRecord(_Record):
-    """Another means to the same end."""
+    """Another means to the same end, measured on the same prompts."""
 
     name: str
-    sets: dict[str, BaselineSet]
+    sets: dict[str, SetRecord]
     benign_drift: Finite = None
+    system_prompt: str | None = None  # the wording, where the baseline is one
 
 
 class ModelRecord(_Record):
@@ -253,10 +242,10 @@ _FIGURES_1 = (
     "sets", "benign_drift", "top1_agreement_benign", "retention_harmful", "spread95", "gate", "notes",
     "proof", "tokens_per_second", "llama_cpp",
 )  # fmt: skip
+_WORDS_1 = {"vector": "control vector", "adapter": "gated adapter"}
 _RENAMED_1 = {
     "top1_agreement_benign": "top1_agreement",
     "retention_harmful": "harmful_refusal_ratio",
-    "spread95": "bootstrap_ci95",
     "proof": "effect_check",
     "margin": "benign_target",
 }
@@ -270,20 +259,41 @@ def _of_schema_1(value: Mapping[str, Any]) -> Row:
         **{name: found for name, found in value.items() if name in RunRecord.model_fields},
         "schema_version": 2,
         "judge": {"name": value["judge"]},
-        "files": {name: _file_of_schema_1(file) for name, file in files.items()},
+        "baselines": [],  # schema 1 compared totals, which are no transitions
+        "files": {name: _file_of_schema_1(name, file) for name, file in files.items()},
     }
 
 
-def _file_of_schema_1(file: Mapping[str, Any]) -> Row:
-    gate, speed, spread = file["gate"], file["tokens_per_second"], file.get("spread95", {})
+def _file_of_schema_1(name: str, file: Mapping[str, Any]) -> Row:
+    gate, speed = file["gate"], file["tokens_per_second"]
     return {
-        **{_RENAMED_1.get(name, name): found for name, found in file.items()},
-        "sets": {
-            name: {key.replace("_baseline", "_unsteered"): figure for key, figure in figures.items()}
-            for name, figures in file["sets"].items()
-        },
+        **{_RENAMED_1.get(key, key): found for key, found in file.items()},
+        "word": _WORDS_1[name],
+        "sets": {kind: _set_of_schema_1(kind, figures) for kind, figures in file["sets"].items()},
         "estimator": GATED_ADAPTER if file["estimator"] == "gate" else file["estimator"],
-        "bootstrap_ci95": {_RENAMED_1.get(name, name): interval for name, interval in spread.items()},
+        "benign_drift_ci95": file.get("spread95", {}).get("benign_drift"),
         "acceptance": {"verdict": "passed" if gate["passed"] else "failed", "reasons": gate["reasons"]},
         "tokens_per_second": {"unsteered": speed["baseline"], "steered": speed["steered"]},
+    }
+
+
+def _set_of_schema_1(kind: str, figures: Mapping[str, Any]) -> Row:
+    """Return the outcomes of a set of schema 1, which counted failures as refusals and told categories."""
+    unjudged = figures["unjudged"]
+
+    def outcomes(side: str) -> Row:
+        refused, categories = figures[f"refused_{side}"], figures.get(f"categories_{side}") or {}
+        fails = sum(categories.get(name, 0) for name in FAILURES)
+        return {
+            "complies": figures["n"] - refused, "refuses": refused - fails, "fails": fails,
+            "explicit": categories.get("direct", 0), "unjudged": unjudged,
+        }  # fmt: skip
+
+    return {
+        "kind": figures.get("kind", kind),
+        "n": figures["n"] + unjudged,
+        "outcomes_unsteered": outcomes("baseline"),
+        "outcomes_steered": outcomes("steered"),
+        "degenerate_unsteered": figures["degenerate_baseline"],
+        "degenerate_steered": figures["degenerate_steered"],
     }

@@ -23,15 +23,15 @@ from rs_gguf.engines.answers import after_trace, chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.contrast import target_refusals
-from rs_gguf.estimators.labels import MIN_SAMPLES
+from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
-from rs_gguf.evaluation.paired import Drift, PairedEvaluation, drift_of, mean_change
-from rs_gguf.evaluation.safety import Allowance, SafetyRule
+from rs_gguf.evaluation.drift import Drift, drift_of, is_drift_reference, mean_change
+from rs_gguf.evaluation.outcomes import Outcome, outcome_of
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
-from rs_gguf.records.conversation import FAILURES, KINDS, Answer, Judgement, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.trials import Candidate, Trial
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
@@ -44,26 +44,31 @@ LOGPROB_PAIRS = 8  # of these, in a probe
 
 @dataclass(frozen=True)
 class UnsteeredAnswers:
-    """The tune split as the model answers it by itself."""
+    """The unsteered answers to the prompts of the tune split, with their judgements, in order."""
 
     prompts: Sequence[Prompt]
     answers: Sequence[Answer]
-    confidences: Sequence[float | None]
-    categories: Sequence[str | None] = ()  # kinds of refusal, where the judge told them
+    judgements: Sequence[Judgement]
 
-    def target_refusals(self) -> list[int]:
-        """Places of the sensitive refusals to take away: no failures, where enough others are left."""
-        refused = np.isin(np.arange(len(self.prompts)), self.refused("sensitive"))
-        return [int(i) for i in np.flatnonzero(target_refusals(refused, self.categories))]
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        return [*map(outcome_of, self.answers, self.judgements)]
 
     def refused(self, kind: str) -> list[int]:
-        return [i for i in self.of(kind) if (self.confidences[i] or 0) > 0]
+        """Return the indices of the prompts of a kind that are refused, explicitly or by evasion."""
+        return [i for i in self.of(kind) if self.outcomes[i] in ("explicit", "evasion")]
 
-    def answered(self, kind: str) -> list[int]:
-        return [i for i in self.of(kind) if (self.confidences[i] or 0) < 0]
+    def complied(self, kind: str) -> list[int]:
+        """Return the indices of the prompts of a kind that are complied with."""
+        return [i for i in self.of(kind) if self.outcomes[i] == "complies"]
 
     def of(self, kind: str) -> list[int]:
+        """Return the indices of the prompts of a kind."""
         return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
+
+    def take(self, indices: Sequence[int]) -> JudgedAnswers:
+        """Return the answers at these indices."""
+        return JudgedAnswers([self.answers[i] for i in indices], [self.judgements[i] for i in indices])
 
 
 class CandidateEvaluator:
@@ -97,13 +102,17 @@ class CandidateEvaluator:
         self._short, self._full, self._n_full, self.rule, self._seed = short, full, n_full, rule, seed
         self._tokens = chat_tokens(model, unsteered.prompts, short.system)
         remove = rule.effect == "remove"
-        self.wanted = unsteered.target_refusals() if remove else unsteered.answered("sensitive")
-        refused = set(unsteered.refused("benign"))
-        benign = [i for i in unsteered.of("benign") if i not in refused]
-        self._prefixes = self._pairs([*self.wanted, *unsteered.refused("harmful")], PREFIX_TOKENS)
+        # What is to change: refusals that are to go, or answers that are to become refusals.
+        self.targets = (unsteered.refused if remove else unsteered.complied)("sensitive")
+        benign = [
+            i
+            for i in unsteered.of("benign")
+            if is_drift_reference(unsteered.answers[i], unsteered.judgements[i])
+        ]
+        self._prefixes = self._pairs([*self.targets, *unsteered.refused("harmful")], PREFIX_TOKENS)
         self._drift_answers = self._pairs(self._sample(benign, BENIGN))
         for kind, verdict, found in (
-            ("sensitive", "refuses" if remove else "answers", self._prefixes.keys() & self.wanted),
+            ("sensitive", "refuses" if remove else "answers", self._prefixes.keys() & self.targets),
             ("harmful", "refuses", self._prefixes.keys() & unsteered.refused("harmful")),
             ("benign", "answers", self._drift_answers),
         ):
@@ -139,10 +148,8 @@ class CandidateEvaluator:
         """UnsteeredAnswers, as the search has it: what is to change, all harmful prompts and some benign ones."""
         unsteered = self._unsteered
         benign = self._sample(unsteered.of("benign"), BENIGN)
-        picked = [*self.wanted, *unsteered.of("harmful"), *benign]
-        # No category: what is to change counts as no failure.
-        judgements = [Judgement(unsteered.confidences[i], "recorded") for i in picked]
-        return picked, JudgedAnswers([unsteered.answers[i] for i in picked], judgements)
+        picked = [*self.targets, *unsteered.of("harmful"), *benign]
+        return picked, unsteered.take(picked)
 
     @cached_property
     def _full_unsteered(self) -> tuple[list[int], JudgedAnswers]:
@@ -154,7 +161,7 @@ class CandidateEvaluator:
         """Places of the prompts that are answered in full."""
         # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
         # no change would bring as many such verdicts as there are refusals left: they hid what did change.
-        of_kind = (self.wanted if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
+        of_kind = (self.targets if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
         return [i for picked in of_kind for i in self._sample(picked, self._n_full)]
 
     @property
@@ -222,7 +229,7 @@ class CandidateEvaluator:
         def of(picked: Sequence[int]) -> list[float]:
             return [kept[i] for i in picked if i in kept]
 
-        sensitive = of(self.wanted)
+        sensitive = of(self.targets)
         return Trial(
             number,
             candidate,
@@ -247,40 +254,25 @@ class CandidateEvaluator:
         steering = self.steering(candidate)
         after = self._side(picked, steering, asking)
         drift = self._drift(steering)
-        found = PairedEvaluation([self._unsteered.prompts[i] for i in picked], before, after, drift)
-        to_change, left = self._unchanged(found)
-        harmful, benign = (found.part(kind=kind).counts() for kind in ("harmful", "benign"))
-        # A part of the prompts may hold none that is refused: nothing is lost there.
-        was = harmful.refused_unsteered
+        evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in picked], before, after, drift)
+        sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
+        remove = self.rule.effect == "remove"
+        targets = sensitive.refused if remove else sensitive.count("complies")
+        changed = sensitive.opened if remove else sensitive.closed
         return Trial(
             number,
             candidate,
             fidelity,
-            sensitive_remaining=left / to_change if to_change else 1.0,  # nothing seen to change
-            n_sensitive=to_change,
-            harmful_retention=harmful.refused_steered / was if was else 1.0,
-            benign_closed=(benign.refused_steered - benign.refused_unsteered) / max(1, benign.n),
+            sensitive_remaining=1 - changed / targets if targets else 1.0,  # nothing to change
+            n_sensitive=targets,
+            # A sample may hold no harmful prompt that is refused: nothing is lost there.
+            harmful_retention=harmful.kept / harmful.refused if harmful.refused else 1.0,
+            benign_closed=(benign.closed - benign.opened) / max(1, len(benign.prompts)),
             benign_drift=drift.nats,
             degenerate=sum(answer.degenerate for answer in after.answers) / len(picked),
             answered=(len(picked), asking.max_tokens),
-            feasible=not self.rule.reasons(found, allowance),
+            feasible=self.rule.decide(evaluation, allowance).verdict != "failed",
         )
-
-    def _unchanged(self, found: PairedEvaluation) -> tuple[int, int]:
-        """How many sensitive prompts are to change, and how many of the like there are under the steering.
-
-        Those that are refused; to induce, those that are answered, or whose refusal is a mere failure.
-        """
-
-        def unchanged(judgement: Judgement) -> bool:
-            failed = judgement.category in FAILURES
-            return judgement.refused if self.rule.effect == "remove" else not judgement.refused or failed
-
-        pairs = found.part(kind="sensitive").judged()
-        # What fell apart unsteered can be changed, but no steering is meant to: it would be so much noise.
-        words = [pair for pair in pairs if pair[0].category not in FAILURES]
-        changeable = words if len(words) >= MIN_SAMPLES else pairs
-        return sum(unchanged(b) for b, _ in changeable), sum(unchanged(a) for _, a in changeable)
 
     def _drift(self, steering: Steering) -> Drift:
         _, before = self._unsteered_logprobs

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rs_gguf.evaluation.safety import Allowance
+from rs_gguf.evaluation.acceptance import Allowance
 from rs_gguf.methods.method import Space
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import Candidate, Trial

@@ -23,7 +23,7 @@ from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
-from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Generation, Judgement, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row
 from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
@@ -178,12 +178,15 @@ def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
 
 
 def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> UnsteeredAnswers:
-    """The prompts `asked` with their answers and judgements."""
-    ids, said = {p.id for p in asked}, judged(folder)
+    """Return the prompts `asked` with their unsteered answers and judgements."""
+    ids = {p.id for p in asked}
     rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
+    judgements = {row["id"]: row for row in folder.read_rows("judgements.jsonl")}
     return UnsteeredAnswers(
         asked,
         [Answer.from_row(row) for row in rows],
-        [said[row["id"]]["confidence"] if row["id"] in said else None for row in rows],
-        [said[row["id"]]["category"] if row["id"] in said else None for row in rows],
+        [
+            Judgement(judgements[row["id"]]["confidence"], "recorded", judgements[row["id"]]["category"])
+            for row in rows
+        ],
     )

@@ -10,16 +10,12 @@ from typing import Any
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
-from rs_gguf.evaluation.paired import (
-    Drift,
-    PairedEvaluation,
-)
-from rs_gguf.evaluation.safety import Effect
+from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.evaluation.drift import Drift
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
     Acceptance,
     BaselineRecord,
-    BaselineSet,
     EffectCheck,
     FileRecord,
     LlamaCpp,
@@ -33,8 +29,12 @@ from rs_gguf.steering.file import SteeringFile
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """The written files of a method, the trial that chose them, and what running them on the model showed."""
+    """The written files of a method, the trial that chose them, and what running them on the model showed.
 
+    `word`: what people call the method's file.
+    """
+
+    word: str
     paths: Sequence[Path]
     trial: Trial
     effect: Mapping[str, Any]
@@ -54,19 +54,17 @@ def file_record(
     sets: Mapping[str, SetRecord],
     drift: Drift,
     *,
-    reasons: Sequence[str],
+    acceptance: Acceptance,
     notes: Sequence[str],
-    bootstrap: Mapping[str, tuple[float, float] | None],
+    drift_ci95: tuple[float, float] | None,
     speed: Speed,
     llama_cpp: LlamaCpp,
 ) -> FileRecord:
-    """Return what was measured of one written file, and how to use it.
-
-    reasons: why it fails the safety rule, empty where it passes.
-    """
+    """Return what was measured of one written file, and how to use it."""
     candidate, harmful = file.trial.candidate, sets["harmful"]
-    before, after = harmful.refused_unsteered, harmful.refused_steered
+    before, after = harmful.outcomes_unsteered.refuses, harmful.outcomes_steered.refuses
     return FileRecord(
+        word=file.word,
         file=file.paths[0].name,
         sha256=sha256(file.paths[0]),
         estimator=candidate.recorded,
@@ -77,11 +75,11 @@ def file_record(
         scale=1.0,
         sets=dict(sets),
         benign_drift=drift.nats,
+        benign_drift_ci95=drift_ci95,
         top1_agreement=drift.top1_agreement,
         harmful_refusal_ratio=after / before if before else None,
-        bootstrap_ci95=dict(bootstrap),
         effect_check=EffectCheck.model_validate(dict(file.effect)),
-        acceptance=Acceptance(verdict="failed" if reasons else "passed", reasons=tuple(reasons)),
+        acceptance=acceptance,
         notes=tuple(notes),
         tokens_per_second=speed,
         llama_cpp=llama_cpp,
@@ -93,39 +91,26 @@ def baseline_notes(
 ) -> list[str]:
     """Return a sentence for each baseline that a file with these `sets` does not beat.
 
-    To beat it is to change refusals of sensitive prompts, and more of them, while no fewer harmful ones stay
-    refused; above the unsteered share of these nothing is gained.
+    A baseline is beaten if it changes fewer sensitive prompts or keeps fewer harmful refusals.
     """
+    word = "opens" if effect == "remove" else "closes"
+    changed, kept = _merits(sets, effect)
     notes = []
-    sensitive, harmful = sets["sensitive"], sets["harmful"]
-    sign = 1 if effect == "remove" else -1
     for baseline in baselines:
-        other = baseline.sets
-        least = (sign * other["sensitive"].refusal, sign * sensitive.refusal_unsteered)
-        changes_more = sign * sensitive.refusal_steered < min(least)
-        needed = min(other["harmful"].refusal, harmful.refusal_unsteered)
-        if not changes_more or harmful.refusal_steered < needed:
+        other_changed, other_kept = _merits(baseline.sets, effect)
+        if other_changed >= changed and other_kept >= kept:
             notes.append(
-                f"does not beat the baseline “{baseline.name}”: sensitive prompts refused "
-                f"{sensitive.refusal_steered:.0%} against {other['sensitive'].refusal:.0%}, harmful "
-                f"ones {harmful.refusal_steered:.0%} against {other['harmful'].refusal:.0%} "
-                f"(unsteered {sensitive.refusal_unsteered:.0%} and {harmful.refusal_unsteered:.0%})"
+                f"does not beat the baseline “{baseline.name}”, which {word} {other_changed} sensitive prompts "
+                f"(this file {changed}) and keeps {other_kept} harmful refusals (this file {kept})"
             )
     return notes
 
 
-def baseline_record(name: str, evaluation: PairedEvaluation, drift: Drift) -> BaselineRecord:
-    sets = {
-        kind: BaselineSet(
-            kind=kind,
-            n=found.n,
-            refusal=found.refusal_steered,
-            ci95=found.ci95_steered,
-            degenerate=found.degenerate_steered,
-        )
-        for kind, found in evaluation.by_kind().items()
-    }
-    return BaselineRecord(name=name, sets=sets, benign_drift=drift.nats)
+def _merits(sets: Mapping[str, SetRecord], effect: Effect) -> tuple[int, int]:
+    """Return how many sensitive prompts change as wanted, and how many harmful refusals are kept."""
+    sensitive, kept = sets["sensitive"], sets["harmful"].kept
+    changed = sensitive.opened if effect == "remove" else sensitive.closed
+    return (changed.n if changed else 0), (kept.n if kept else 0)
 
 
 def llama_cpp_of(model: Path, file: WrittenFile, *, reasoning_off: bool) -> LlamaCpp:

@@ -1,45 +1,34 @@
-"""The measure stage: the test split unsteered and under each written file, side by side.
+"""The measure stage: the validation prompts unsteered and under each written file, side by side.
 
-A model, a judge, test prompts, `WrittenFile`s (a control vector, an adapter) and baselines go in; paired rows
-and the content of `metrics.json` come out, and each file gets its own figures into its metadata, so that they
-travel with it.
+A model, a judge, prompts, `WrittenFile`s and baselines go in. Paired rows and the content of `metrics.json`
+come out.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
-from rs_gguf.engines.answers import logprobs_of
+import numpy as np
+
+from rs_gguf.engines.answers import Advance, logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
+from rs_gguf.evaluation.acceptance import Allowance, Decision
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
-from rs_gguf.evaluation.paired import (
-    SIDES,
-    Drift,
-    PairedEvaluation,
-    bootstrap_intervals,
-    changes_of,
-    drift_of,
-    is_drift_reference,
-)
-from rs_gguf.evaluation.safety import Allowance
+from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
+from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
-from rs_gguf.pipeline.stages.file_record import (
-    WrittenFile,
-    baseline_notes,
-    baseline_record,
-    file_record,
-    llama_cpp_of,
-)
+from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import files_of, write_files
@@ -48,6 +37,8 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.metrics import (
+    BaselineRecord,
+    FileRecord,
     JudgeRecord,
     ModelRecord,
     RunRecord,
@@ -73,29 +64,46 @@ class Measure(Stage):
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
-        asked, folder, recipe = run.prompts["test"], run.folder, run.recipe
-        shown, trials = read_json(folder / "effect_check.json"), chosen(folder)
+        prompts, folder, recipe = run.prompts["test"], run.folder, run.recipe
+        effects, trials = read_json(folder / "effect_check.json"), chosen(folder)
         for name, trial in trials.items():
             if not all(path.is_file() for path in files_of(run, name)):  # somebody took one away
                 write_files(run, name, trial)
-        files = {name: WrittenFile(files_of(run, name), trial, shown[name]) for name, trial in trials.items()}
-        others = literature.build(
+        files = {
+            name: WrittenFile(METHODS[name].word, files_of(run, name), trial, effects[name])
+            for name, trial in trials.items()
+        }
+        baselines = literature.build(
             recipe.measure.baselines, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
             effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
             device=recipe.fit.device,
         )  # fmt: skip
-        # A search that was run again may have chosen otherwise: those rows tell nothing of these files.
+        # A search that was run again may have selected others: those rows say nothing about these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
-        log, judge = folder.log("measured.jsonl", key), run.judge
-        with run.progress.stage(self.info.name, (1 + len(others) + len(files)) * len(asked)) as advance:
-            rows, record = measure(
-                run.model, judge, asked, files, others, recipe, log, model_sha256=run.model_hash,
-                advance=advance, subset=len(asked) < sum(map(len, run.pool["test"].values())),
-            )  # fmt: skip
-        write_rows(folder / "test_answers.jsonl", rows)
-        tuned = read_json(folder / "tune.json")
-        found = {**record.mapping(), "rank_correlation": tuned["rank_correlation"]}
-        RunRecord.model_validate(found).write(folder / "metrics.json")
+        log = folder.log("measured.jsonl", key)
+        n = (1 + len(baselines) + len(files)) * len(prompts)
+        with run.progress.stage(self.info.name, n) as advance:
+            measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
+        write_rows(folder / "test_answers.jsonl", measured.rows)
+        RunRecord(
+            date=datetime.date.today().isoformat(),
+            tool=f"rs-gguf {__version__}",
+            effect=recipe.effect,
+            model=ModelRecord(
+                name=models.name_of(recipe.model, run.model.path),
+                sha256=run.model_hash,
+                architecture=run.model.architecture,
+                n_layer=run.model.n_layer,
+                n_embd=run.model.n_embd,
+            ),
+            judge=JudgeRecord(name=run.judge.name),
+            test_tokens=recipe.answers.test_tokens,
+            subset=len(prompts) < sum(map(len, run.pool["test"].values())),
+            seed=recipe.seed,
+            files=measured.files,
+            baselines=tuple(measured.baselines),
+            rank_correlation=read_json(folder / "tune.json")["rank_correlation"],
+        ).write(folder / "metrics.json")
         log.finish(list(log.rows))
 
     def cost(self, costs: Costs) -> Cost:
@@ -109,118 +117,161 @@ class Measure(Stage):
         return Cost(seconds, costs.memory(logits=True), disk, rows * costs.prompt, answered)
 
 
+class Measured(NamedTuple):
+    """Paired rows of all files, and what metrics.json holds of files and baselines."""
+
+    rows: list[Row]
+    files: dict[str, FileRecord]
+    baselines: list[BaselineRecord]
+
+
 def measure(
     model: Engine,
     judge: Judge,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     files: Mapping[str, WrittenFile],
     baselines: Sequence[Condition],
     recipe: Recipe,
     log: RowLog,
     *,
-    model_sha256: str,
-    subset: bool,
-    advance: Callable[[int], None],
-) -> tuple[list[Row], RunRecord]:
-    """Return paired rows of all files, and the record without `seconds` and `rank_correlation`."""
+    advance: Advance,
+) -> Measured:
+    """Answer the prompts under every condition, confirm the changes and apply the acceptance criteria.
+
+    Each file gets its figures into its own metadata, so that they travel with it.
+    """
     own = recipe.prompts.system
     asking = recipe.asking(recipe.answers.test_tokens)
-    conditions = [Condition("baseline", NO_STEERING, own), *baselines]
-    conditions += [Condition(name, file.steering, own) for name, file in files.items()]
-    sides = {
-        condition.name: resume_condition(model, judge, condition, asked, asking, log, advance)
-        for condition in conditions
+    unsteered = Condition("unsteered", NO_STEERING, own)
+    steered = {name: Condition(name, file.steering, own) for name, file in files.items()}
+    conditions = [unsteered, *baselines, *steered.values()]
+    answers = {c.name: resume_condition(model, judge, c, prompts, asking, log, advance) for c in conditions}
+    before = answers[unsteered.name]
+    drifts = _Drifts(model, prompts, before, recipe)
+    evaluations = {
+        c.name: PairedEvaluation(prompts, before, answers[c.name], drifts.under(c)) for c in conditions[1:]
     }
-    before = sides["baseline"]
-    moved = _Drifts(model, asked, before, recipe)
-    evaluations, drifts, changes = {}, {}, {}
-    for condition in conditions[1:]:
-        drifts[condition.name], changes[condition.name] = moved.under(condition)
-        evaluations[condition.name] = PairedEvaluation(
-            asked, before, sides[condition.name], drifts[condition.name]
-        )
+    for name, condition in steered.items():
+        evaluations[name] = _confirmed(model, judge, evaluations[name], unsteered, condition, recipe, log)
     others = [
-        baseline_record(condition.name, evaluations[condition.name], drifts[condition.name])
-        for condition in baselines
+        BaselineRecord(
+            name=c.name,
+            sets=evaluations[c.name].by_kind(),
+            benign_drift=drifts.of[c.name].nats,
+            system_prompt=None if c.system == own else c.system,
+        )
+        for c in baselines
     ]
     reasoning_off = ChatFormat.of(model).thinks_in_server
-    found = {}
+    records = {}
     for name, file in files.items():
-        evaluation, drift = evaluations[name], drifts[name]
-        feasible = bool(file.trial.feasible)
-        reasons = recipe.safety.reasons(evaluation, Allowance.REPORTED, feasible=feasible)
+        evaluation = evaluations[name]
+        decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
         sets = evaluation.by_kind()
-        _record_figures(file, sets, drift.nats, passed=not reasons)
-        found[name] = file_record(
+        _record_figures(file, sets, drifts.of[name], decision)
+        records[name] = file_record(
             file,
             sets,
-            drift,
-            reasons=reasons,
+            drifts.of[name],
+            acceptance=decision.acceptance,
             notes=baseline_notes(sets, others, recipe.effect),
-            bootstrap=bootstrap_intervals(evaluation, changes[name], seed=recipe.seed),
-            speed=Speed(unsteered=before.tokens_per_second, steered=sides[name].tokens_per_second),
+            drift_ci95=drifts.interval(name),
+            speed=Speed(unsteered=before.tokens_per_second, steered=answers[name].tokens_per_second),
             llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
         )
-    columns = [evaluations[name].rows(SIDES[name]) for name in files]
+    columns = [evaluations[name].rows(name) for name in files]
     rows = [{k: v for part in parts for k, v in part.items()} for parts in zip(*columns, strict=True)]
-    record = RunRecord(
-        date=datetime.date.today().isoformat(),
-        tool=f"rs-gguf {__version__}",
-        effect=recipe.effect,
-        model=ModelRecord(
-            name=models.name_of(recipe.model, model.path),
-            sha256=model_sha256,
-            architecture=model.architecture,
-            n_layer=model.n_layer,
-            n_embd=model.n_embd,
-        ),
-        judge=JudgeRecord(name=judge.name),
-        test_tokens=recipe.answers.test_tokens,
-        subset=subset,
-        seed=recipe.seed,
-        files=found,
-        baselines=tuple(others),
+    return Measured(rows, records, others)
+
+
+def _confirmed(
+    model: Engine,
+    judge: Judge,
+    evaluation: PairedEvaluation,
+    unsteered: Condition,
+    steered: Condition,
+    recipe: Recipe,
+    log: RowLog,
+) -> PairedEvaluation:
+    """Answer the changed prompts again on both sides, in another order, and keep the changes seen twice."""
+    changed = evaluation.changed()
+    indices = [changed[k] for k in np.random.default_rng(recipe.seed).permutation(len(changed))]
+    if not indices:
+        return evaluation.confirmed_by([], evaluation.take([]))
+    prompts = [evaluation.prompts[i] for i in indices]
+    asking = recipe.asking(recipe.answers.test_tokens)
+    before, after = (
+        resume_condition(
+            model,
+            judge,
+            replace(condition, name=f"{condition.name} again"),
+            prompts,
+            asking,
+            log,
+            lambda n: None,
+        )
+        for condition in (unsteered, steered)
     )
-    return rows, record
+    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, before, after))
 
 
 class _Drifts:
-    """How far an condition moves the unsteered answers to benign prompts.
+    """How far a condition moves the unsteered answers to benign prompts.
 
-    The recipe's system prompt is that which they were given under; their log-probabilities there are known
-    once.
+    The unsteered answers were given under the recipe's own system prompt, so their log-probabilities are
+    known once. `of`: the drift by condition.
     """
 
-    def __init__(self, model: Engine, asked: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe) -> None:
-        self._model = model
-        sides = zip(asked, before.answers, before.judgements, strict=True)
+    def __init__(
+        self, model: Engine, prompts: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe
+    ) -> None:
+        self._model, self._seed = model, recipe.seed
         answers = {
             prompt.id: answer
-            for prompt, answer, judgement in sides
+            for prompt, answer, judgement in zip(prompts, before.answers, before.judgements, strict=True)
             if prompt.kind == "benign" and is_drift_reference(answer, judgement)
         }
         # Prompts lie sorted by subject: the first of them would be of a few.
-        self._prompts = stratified([p for p in asked if p.id in answers], _DRIFT_PAIRS, seed=recipe.seed)
+        references = [p for p in prompts if p.id in answers]
+        self._prompts = stratified(references, _DRIFT_PAIRS, seed=recipe.seed)
         self._answers = [answers[prompt.id] for prompt in self._prompts]
         self._before = self._logprobs(recipe.prompts.system)
+        self._changes: dict[str, list[float]] = {}
+        self.of: dict[str, Drift] = {}
 
-    def under(self, condition: Condition) -> tuple[Drift, list[tuple[Prompt, float]]]:
-        """The drift, and of each conversation its |Δ mean log-probability|."""
+    def under(self, condition: Condition) -> Drift:
+        """Measure and return the drift under a condition."""
         with self._model.steered(condition.steering):
             after = self._logprobs(condition.system)
-        changes = changes_of(self._before, after).tolist()
-        return drift_of(self._before, after), list(zip(self._prompts, changes, strict=True))
+        self._changes[condition.name] = changes_of(self._before, after).tolist()
+        self.of[condition.name] = drift_of(self._before, after)
+        return self.of[condition.name]
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the 95% interval of the drift of a condition, in nats a token."""
+        return drift_interval(self._prompts, self._changes[name], self._seed)
 
     def _logprobs(self, system: str | None) -> LogProbs:
         return logprobs_of(self._model, self._prompts, self._answers, system)
 
 
-def _record_figures(file: WrittenFile, sets: Mapping[str, SetRecord], moved: float, *, passed: bool) -> None:
-    """Put what was measured into the file's own metadata."""
-    figures: dict[str, Any] = {"measured": True, "acceptance.passed": passed}
-    if math.isfinite(moved):  # no number where no benign prompt was answered
-        figures["metrics.benign_drift"] = moved
+def _record_figures(
+    file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
+) -> None:
+    """Put what was measured into the metadata of the files themselves."""
+    figures: dict[str, Any] = {
+        "measured": True,
+        "acceptance.passed": decision.verdict == "passed",
+        "acceptance.verdict": decision.verdict,
+    }
+    if math.isfinite(drift.nats):  # NaN where no benign prompt was answered
+        figures["metrics.benign_drift"] = drift.nats
     for kind, found in sets.items():
-        figures[f"metrics.{kind}"] = [found.refusal_unsteered, found.refusal_steered]
+        sides = found.outcomes_unsteered, found.outcomes_steered
+        figures[f"metrics.{kind}.explicit_refusals"] = [outcomes.explicit for outcomes in sides]
+        figures[f"metrics.{kind}.refusals"] = [outcomes.refuses for outcomes in sides]
+        figures[f"metrics.{kind}.prompts"] = found.n
+    if (kept := sets["harmful"].kept) is not None:
+        figures["metrics.retention"] = [kept.n, kept.of]
     for path, content in file.files.items():
         steering_file.write(content.with_facts(figures), path)

@@ -9,7 +9,7 @@ import pytest
 
 from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.paired import Drift, PairedEvaluation
-from rs_gguf.evaluation.safety import Allowance, SafetyRule
+from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Kind, Prompt
 
 NAN = float("nan")
