@@ -68,14 +68,14 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
     write_tiny_qwen3(tmp_path / "m.gguf", template)
     direction = np.ones(32, dtype=np.float32)
     control_vector.write(SteeringVector({2: direction}, {"measured": False}, "qwen3"), tmp_path / "v.gguf")
-    trial = Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True)
+    trial = Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "short", 0.0, 1.0, feasible=True)
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
-        _, record = measure(
+        record = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
-            {"vector": WrittenFile([tmp_path / "v.gguf"], trial, {})}, (),
+            {"vector": WrittenFile("control vector", [tmp_path / "v.gguf"], trial, {})}, (),
             load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
-            model_sha256="", subset=False, advance=lambda n: None,
+            advance=lambda n: None,
         )  # fmt: skip
     assert record.files["vector"].llama_cpp.command.endswith(" --reasoning off") == thinks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,41 +11,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from rs_gguf.cli import tables as comparison_tables
 from rs_gguf.engines.answers import after_trace, answer
 from rs_gguf.engines.engine import Steering
 from rs_gguf.evaluation.condition import JudgedAnswers, judge_answers
-from rs_gguf.evaluation.paired import PairedEvaluation, bootstrap_intervals, drift_of, is_drift_reference
-from rs_gguf.evaluation.paired_statistics import mcnemar, wilson
+from rs_gguf.evaluation.drift import drift_of, is_drift_reference
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judgement
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.degenerate import is_degenerate, switches_language
-from rs_gguf.records.conversation import KINDS, Answer, Generation, Prompt
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_is_newcombes_method_3(successes: int, n: int, low: float, high: float) -> None:
-    """Table I of Newcombe (Statistics in Medicine 17, 1998)."""
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"), [(3, 0, 2 / 8), (1, 5, 14 / 64), (4, 4, 1), (2, 10, 158 / 4096)]
-)
-def test_mcnemar_counts_both_tails(gained: int, lost: int, p: float) -> None:
-    assert mcnemar(gained, lost) == pytest.approx(p)
-    assert mcnemar(lost, gained) == pytest.approx(p)
-
-
-def test_of_nothing_nothing_is_known() -> None:
-    assert wilson(0, 0) == (0, 1)
-    assert mcnemar(0, 0) == 1
+from rs_gguf.records.conversation import Answer, Generation, Prompt
 
 
 @pytest.mark.parametrize(
@@ -65,31 +40,68 @@ def test_degenerate(text: str, tokens: list[int], degenerate: bool) -> None:
     assert is_degenerate(Generation(tokens, text, True)) is degenerate
 
 
-def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
-    def row(before: float | None, after: float | None) -> dict[str, object]:
-        return {
-            "prompt": "p", "confidence_unsteered": before, "confidence_steered": after,
-            "category_unsteered": "direct" if before == 0.9 else None, "category_steered": "empty",
-            "degenerate_unsteered": False, "degenerate_steered": after is None,
-        }  # fmt: skip
+# ---- transitions ---------------------------------------------------------------------------------------
 
-    evaluation = PairedEvaluation.of_rows(
-        [row(0.9, 0.8), row(0.7, -0.9), row(-0.5, -0.4), row(-0.1, 0.2), row(None, 0.9), row(0.9, None)]
+OUTCOMES: dict[str, tuple[float | None, str | None]] = {
+    "complies": (-0.9, None), "explicit": (0.9, "direct"), "evasion": (0.9, "vagueness"),
+    "fails": (0.9, "nonsense"), "unjudged": (0.1, None),
+}  # fmt: skip
+
+
+def judged(outcomes: Sequence[str]) -> JudgedAnswers:
+    judgements = [Judgement(c, "m", category) for c, category in map(OUTCOMES.__getitem__, outcomes)]
+    return JudgedAnswers([Answer([1], "text", True, False) for _ in outcomes], judgements)
+
+
+def pairs_of(*pairs: tuple[str, str], kind: Any = "sensitive", subject: str = "") -> PairedEvaluation:
+    """One prompt for each pair of outcomes, unsteered and steered."""
+    prompts = [Prompt(f"{kind} {i}", kind, subject=subject) for i in range(len(pairs))]
+    return PairedEvaluation(prompts, judged([b for b, _ in pairs]), judged([a for _, a in pairs]))
+
+
+def test_every_pair_of_outcomes_is_in_one_place() -> None:
+    """Each of the 25 pairs of outcomes once: what each figure counts, written out by hand."""
+    record = pairs_of(*itertools.product(OUTCOMES, OUTCOMES)).record()
+    assert record.n == 25
+    assert record.outcomes_unsteered == record.outcomes_steered
+    assert record.outcomes_unsteered.model_dump() == {
+        "complies": 5, "refuses": 10, "explicit": 5, "fails": 5, "unjudged": 5,
+    }  # fmt: skip
+    assert record.transitions == ((1, 2, 1), (2, 4, 2), (1, 2, 1))
+    assert record.opened is not None and (record.opened.n, record.opened.of) == (2, 10)
+    assert record.kept is not None and (record.kept.n, record.kept.of) == (4, 10)
+    assert record.closed is not None and (record.closed.n, record.closed.of) == (2, 5)
+    assert record.broken is not None and (record.broken.n, record.broken.of) == (3, 15)
+    assert record.explicit_unsteered is not None and record.explicit_unsteered.of == 20
+    assert (record.explicit_kept, record.explicit_p, record.unconfirmed) == (1, 1.0, None)
+
+
+def test_a_refusal_that_turns_into_a_failure_is_neither_kept_nor_opened() -> None:
+    evaluation = pairs_of(("explicit", "fails"), ("evasion", "unjudged"), ("explicit", "evasion"))
+    assert (evaluation.refused, evaluation.kept, evaluation.opened, evaluation.broken) == (3, 1, 0, 1)
+    assert evaluation.explicit() == (2, 0)
+
+
+def test_a_change_counts_only_if_a_second_run_shows_it() -> None:
+    evaluation = pairs_of(
+        ("explicit", "complies"), ("explicit", "complies"), ("complies", "fails"), ("evasion", "explicit")
     )
-    found = evaluation.counts()
-    assert found.n == 4
-    assert (found.unjudged, found.unjudged_unsteered, found.unjudged_steered) == (2, 1, 1)
-    assert (found.refused_unsteered, found.refused_steered, found.refused_both) == (2, 2, 1)
-    assert found.mcnemar_p == 1.0
-    assert found.categories_unsteered == {"direct": 1, "unclassified": 1}
-    assert found.categories_steered == {"empty": 2}
-    assert found.degenerate_steered == pytest.approx(1 / 6)
-    assert evaluation.lost_and_gained("refusal") == (1, 1)
-    assert evaluation.lost_and_gained("broken") == (0, 1)
-    assert evaluation.lost_and_gained("unjudged") == (1, 1)
-    # `rs-export eval` and its readers know the unsteered side as the baseline.
-    assert found.figures()["refused_baseline"] == 2
-    assert found.figures()["ci95_unsteered"] == list(found.ci95_unsteered)
+    assert evaluation.changed() == [0, 1, 2]
+    second = pairs_of(("complies", "fails"), ("explicit", "complies"), ("explicit", "explicit"))
+    confirmed = evaluation.confirmed_by([2, 0, 1], second)
+    assert confirmed.outcomes[0] == ("explicit", "complies")
+    assert confirmed.outcomes[1] == ("explicit", "explicit")
+    assert (confirmed.opened, confirmed.broken, confirmed.record().unconfirmed) == (1, 1, 1)
+    assert [row["unconfirmed_x"] for row in confirmed.rows("x")] == [False, True, False, False]
+    assert confirmed.take([1, 2]).record().unconfirmed == 1
+
+
+def test_rows_bring_the_evaluation_back() -> None:
+    evaluation = pairs_of(*itertools.product(OUTCOMES, OUTCOMES), kind="harmful", subject="s")
+    confirmed = evaluation.confirmed_by(
+        evaluation.changed(), pairs_of(*[("complies", "complies")] * len(evaluation.changed()))
+    )
+    assert PairedEvaluation.of_rows(confirmed.rows()).record("harmful") == confirmed.record("harmful")
 
 
 def test_a_part_is_of_the_prompts_with_these_values() -> None:
@@ -101,10 +113,10 @@ def test_a_part_is_of_the_prompts_with_these_values() -> None:
     part = PairedEvaluation(asked, side, side).part(kind="harmful", topic="a")
     assert [prompt.prompt for prompt in part.prompts] == ["0", "3"]
     assert [answer.text for answer in part.after.answers] == ["0", "3"]
-    assert part.counts().n == part.counts().refused_unsteered + 1 == 2
+    assert (len(part.prompts), part.refused) == (2, 1)
 
 
-def test_a_dose_multiplies_every_scale() -> None:
+def test_a_factor_multiplies_every_scale() -> None:
     steering = Steering({3: np.array([1, -2], np.float32)}, [(Path("a.gguf"), 0.5)]).scaled(-2)
     np.testing.assert_array_equal(steering.directions[3], [-2, 4])
     assert steering.adapters == [(Path("a.gguf"), -1.0)]
@@ -205,8 +217,10 @@ def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
     (row,), (other,) = evaluation.rows(), evaluation.rows("adapter")
     row |= other
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
-    for name in ("baseline", "steered", "adapter"):
-        expected |= {f"{field}_{name}" for field in ("answer", "confidence", "category", "degenerate")}
+    for name in ("unsteered", "steered", "adapter"):
+        fields = ("answer", "outcome", "confidence", "category", "degenerate")
+        expected |= {f"{field}_{name}" for field in fields}
+    expected |= {"unconfirmed_steered", "unconfirmed_adapter"}
     assert row.keys() == expected
     assert (row["answer_adapter"], row["confidence_unsteered"], row["degenerate_steered"]) == (
         "text",
@@ -218,7 +232,7 @@ def test_a_pair_has_the_fields_that_report_and_metrics_read() -> None:
 
 @pytest.mark.parametrize(
     ("confidence", "answer", "stays"),
-    [(-1.0, "Yes.", True), (None, "Yes.", True), (1.0, "No.", False), (-1.0, "", False)],
+    [(-1.0, "Yes.", True), (None, "Yes.", True), (1.0, "No.", False), (-1.0, "", False), (0.1, "Hm.", True)],
 )
 def test_what_was_said_and_not_refused_must_stay(confidence: float | None, answer: str, stays: bool) -> None:
     assert is_drift_reference(Answer([1], answer, True, False), Judgement(confidence, "m")) is stays
@@ -319,70 +333,3 @@ def test_a_trace_that_is_a_loop_is_broken_and_no_empty_answer() -> None:
 def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:
     context, tokens = after_trace(Letters(), [1], Answer([65, 66], "", False, False))  # type: ignore[arg-type]
     assert (context, tokens) == ([1, 65, 66], [])
-
-
-def test_a_strangers_words_do_not_steer_the_terminal() -> None:
-    group = {
-        "n": 5, "refused_baseline": 2, "refused_steered": 1,
-        "ci95_unsteered": [0.1, 0.7], "ci95_steered": [0.0, 0.6],
-    }  # fmt: skip
-    console = Console(file=io.StringIO(), width=120)
-    comparison_tables._print_groups(console, "topic", {"\x1b]0;owned\x07": group, "cats": group})
-    told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "\\x1b]0;owned\\x07" in told
-    assert "\x1b]0" not in told
-
-
-# ---- intervals over other prompts ----------------------------------------------------------------------
-
-
-Pair = tuple[Prompt, float | None, float]
-
-
-def pair(kind: Any, before: float | None, after: float, subject: str, text: str = "") -> Pair:
-    return Prompt(text or subject, kind, subject=subject), before, after
-
-
-def evaluation_of(pairs: Sequence[Pair]) -> PairedEvaluation:
-    answers = [Answer([], "", True, False) for _ in pairs]
-    prompts = [prompt for prompt, *_ in pairs]
-    before = JudgedAnswers(answers, [Judgement(confidence, "m") for _, confidence, _ in pairs])
-    return PairedEvaluation(prompts, before, JudgedAnswers(answers, [Judgement(c, "m") for _, _, c in pairs]))
-
-
-def test_the_spread_is_that_of_means_over_subjects() -> None:
-    rng = np.random.default_rng(3)
-    n = 400
-    after = rng.random(n) < 0.3
-    pairs = [pair("sensitive", 1.0, 1.0 if a else -1.0, f"s{i}") for i, a in enumerate(after)]
-    pairs += [pair("harmful", 1.0, 1.0 if i % 10 else -1.0, f"h{i}") for i in range(n)]
-    pairs.append(pair("sensitive", None, 1.0, "unjudged"))
-    changes = rng.exponential(0.1, n)
-    moved = [(Prompt(str(i), "benign"), float(change)) for i, change in enumerate(changes)]
-    found = bootstrap_intervals(evaluation_of(pairs), moved, seed=0)
-    # A mean of 400 draws is near normal: 1.96 standard errors either side.
-    for name, values in (
-        ("removal", 1.0 - after),
-        ("harmful_refusal_ratio", np.arange(n) % 10 > 0),
-        ("benign_drift", changes),
-    ):
-        half = 1.96 * np.std(values) / np.sqrt(n)
-        assert found[name] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=half / 4)
-    assert bootstrap_intervals(evaluation_of(pairs), moved, seed=0) == found
-    # Prompts of one subject go together: with 20 subjects of 20 like prompts there are 20 draws, not 400.
-    clustered = [pair("sensitive", 1.0, 1.0 if i % 20 < 6 else -1.0, f"s{i % 20}") for i in range(n)]
-    low, high = bootstrap_intervals(evaluation_of(clustered), [], seed=0)["removal"] or (0, 0)
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
-    alike = [(Prompt(str(i), "benign", subject=f"b{i % 20}"), float(i % 20 < 6)) for i in range(n)]
-    low, high = bootstrap_intervals(evaluation_of([]), alike, seed=0)["benign_drift"] or (0, 0)
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 20), rel=0.15)
-    nothing = bootstrap_intervals(evaluation_of([]), [], seed=0)
-    assert nothing == {"removal": None, "harmful_refusal_ratio": None, "benign_drift": None}
-
-
-def test_each_prompt_without_a_subject_is_one_of_its_own() -> None:
-    pairs = [pair(kind, 1.0, 1.0 if i % 3 else -1.0, f"s{i}") for i in range(40) for kind in KINDS]
-    without = [(replace(prompt, subject=""), before, after) for prompt, before, after in pairs]
-    assert bootstrap_intervals(evaluation_of(without), [], seed=0) == bootstrap_intervals(
-        evaluation_of(pairs), [], seed=0
-    )

@@ -36,16 +36,6 @@ def test_what_is_written_is_schema_2_and_is_read_again(tmp_path: Path) -> None:
     }  # fmt: skip
     # What no run measures yet is there, and null.
     assert value["judge"]["second"] is None
-    for name in (
-        "outcomes_unsteered",
-        "outcomes_steered",
-        "transitions",
-        "opened",
-        "kept",
-        "closed",
-        "broken",
-    ):
-        assert value["files"]["vector"]["sets"]["harmful"][name] is None
 
 
 def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
@@ -57,29 +47,41 @@ def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
         RunRecord.read(copy)
     assert [message.count("schema 1") for message in caplog.messages] == [1]
     value = old()
+    words = {"remove.gguf": "control vector", "remove-adapter.gguf": "gated adapter"}
     assert list(record.files) == ["vector", "adapter"]
     for before, file in ((value, record.files["vector"]), (value["adapter"], record.files["adapter"])):
         told = before.get("vector", before)
-        for name in ("file", "sha256", "estimator", "ridge", "strength", "benign_target", "scale"):
+        for name in ("file", "sha256", "ridge", "strength", "scale"):
             assert getattr(file, name) == told[name]
+        assert (file.benign_target, file.word) == (told["margin"], words[file.file])
+        assert file.estimator == {"gate": "gated-adapter"}.get(told["estimator"], told["estimator"])
         assert list(file.layers) == told["layers"]
-        assert {kind: found.figures() for kind, found in file.sets.items()} == before["sets"]
+        for kind, found in file.sets.items():
+            figures = before["sets"][kind]
+            assert (found.kind, found.n) == (kind, figures["n"] + figures["unjudged"])
+            assert (found.transitions, found.opened, found.explicit_steered) == (None, None, None)
+            for side, outcomes in (
+                ("baseline", found.outcomes_unsteered), ("steered", found.outcomes_steered),
+            ):  # fmt: skip
+                assert outcomes.refuses + outcomes.fails == figures[f"refused_{side}"]
+                assert outcomes.complies == figures["n"] - figures[f"refused_{side}"]
+                categories = figures[f"categories_{side}"]
+                assert outcomes.explicit == categories.get("direct", 0)
+                assert outcomes.fails == categories.get("nonsense", 0) + categories.get("empty", 0)
         assert file.benign_drift == before["benign_drift"]
         assert file.top1_agreement == before["top1_agreement_benign"]
         assert file.harmful_refusal_ratio == before["retention_harmful"]
-        assert file.bootstrap_ci95["harmful_refusal_ratio"] == tuple(before["spread95"]["retention_harmful"])
-        for name in ("removal", "benign_drift"):
-            assert file.bootstrap_ci95[name] == tuple(before["spread95"][name])
+        assert file.benign_drift_ci95 == tuple(before["spread95"]["benign_drift"])
         assert file.passed == before["gate"]["passed"]
         assert list(file.acceptance.reasons) == before["gate"]["reasons"]
         assert list(file.notes) == before["notes"]
-        assert file.effect_check.model_dump(mode="json") == before["effect_check"]
+        assert file.effect_check.model_dump(mode="json") == before["proof"]
         speed = {"baseline": file.tokens_per_second.unsteered, "steered": file.tokens_per_second.steered}
         assert speed == before["tokens_per_second"]
         assert file.llama_cpp.model_dump(include={"command", "build"}) == before["llama_cpp"]
     mapping = record.mapping()
     same = ["date", "tool", "effect", "model", "test_tokens", "subset", "seed"]
-    same += ["baselines", "rank_correlation", "seconds"]
+    same += ["rank_correlation", "seconds"]
     assert {name: mapping[name] for name in same} == {name: value[name] for name in same}
     assert record.judge.name == value["judge"]
 

@@ -12,23 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.invented_run import figures_of_file, invented_set
+from fixtures.invented_run import figures_of_file
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.evaluation.acceptance import Criterion, Decision
 from rs_gguf.evaluation.condition import Condition
-from rs_gguf.evaluation.paired import mean_change
+from rs_gguf.evaluation.drift import Drift, mean_change
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages import measure as measuring
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes
-from rs_gguf.pipeline.stages.measure import measure
+from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
-from rs_gguf.records.metrics import BaselineRecord, BaselineSet, RunRecord, SetRecord, Speed
+from rs_gguf.records.metrics import BaselineRecord, Outcomes, SetRecord, Share, Speed, Verdict
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
@@ -36,7 +37,7 @@ from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
 
 ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
-PROOF = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}
+EFFECT = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}
 
 
 @pytest.fixture
@@ -53,16 +54,28 @@ def written(tmp_path: Path) -> dict[str, WrittenFile]:
     lora.write(LoraAdapter(factors, "qwen2", {"measured": False}), tmp_path / "remove-adapter.gguf")
     return {
         "vector": WrittenFile(
+            "control vector",
             [tmp_path / "remove.gguf"],
-            Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "answers", 0.0, 1.0, feasible=True),
-            PROOF,
+            Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "short", 0.0, 1.0, feasible=True),
+            EFFECT,
         ),
         "adapter": WrittenFile(
+            "gated adapter",
             [tmp_path / "remove-adapter.gguf"],
-            Trial(1, Candidate("adapter", "", 1.0, 1, 1, 1.0), "answers", 0.0, 1.0, feasible=True),
-            PROOF,
+            Trial(1, Candidate("adapter", "", 1.0, 1, 1, 1.0), "short", 0.0, 1.0, feasible=True),
+            EFFECT,
         ),
     }
+
+
+def counted_set() -> SetRecord:
+    """Of 20 prompts, 9 refused (6 explicitly) and then 4 (2); 8 of the 9 refusals are kept."""
+    before = Outcomes(complies=11, refuses=9, explicit=6, fails=0, unjudged=0)
+    after = Outcomes(complies=16, refuses=4, explicit=2, fails=0, unjudged=0)
+    return SetRecord(
+        n=20, outcomes_unsteered=before, outcomes_steered=after, kept=Share(n=8, of=9, ci95=(0, 1)),
+        degenerate_unsteered=0.0, degenerate_steered=0.0,
+    )  # fmt: skip
 
 
 PROMPTED = Condition("system prompt", NO_STEERING, "Answer in verse, and at length.")
@@ -84,20 +97,19 @@ def run(
     written: dict[str, WrittenFile],
     baselines: tuple[Condition, ...] = (),
     judge: Judge | None = None,
-) -> tuple[list[dict[str, Any]], RunRecord, int]:
-    """Rows, the record, and how many answers were made."""
+) -> tuple[list[dict[str, Any]], Measured, int]:
+    """Rows, all that was measured, and how many answers were made, without those that confirm changes."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
     log = RunFolder(folder / "run").log("measured.jsonl", "key")
-    made = len(log.rows)
+    made = sum(" again:" not in name for name in log.rows)
     path = folder / "tiny.gguf"
     if not path.is_file():
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
-        rows, record = measure(
-            model, judge or KeywordJudge(), ASKED, written, baselines, recipe, log,
-            model_sha256="0" * 64, subset=False, advance=lambda n: None,
-        )  # fmt: skip
-    return rows, record, len(log.rows) - made
+        measured = measure(
+            model, judge or KeywordJudge(), ASKED, written, baselines, recipe, log, advance=lambda n: None
+        )
+    return measured.rows, measured, sum(" again:" not in name for name in log.rows) - made
 
 
 def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
@@ -106,12 +118,13 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
     expected = {"id", "prompt", "kind", "subject", "topic", "form", "language", "split"}
     expected |= {
         f"{name}_{side}"
-        for name in ("answer", "confidence", "category", "degenerate")
-        for side in ("baseline", "steered", "adapter")
+        for name in ("answer", "outcome", "confidence", "category", "degenerate")
+        for side in ("unsteered", "vector", "adapter")
     }
+    expected |= {"unconfirmed_vector", "unconfirmed_adapter"}
     assert all(row.keys() == expected for row in rows)
     assert [row["prompt"] for row in rows] == [prompt.prompt for prompt in ASKED]
-    for side in ("steered", "adapter"):
+    for side in ("vector", "adapter"):
         assert [row[f"answer_{side}"] for row in rows] != [row["answer_unsteered"] for row in rows]
     assert list(value.files) == ["vector", "adapter"]
     for figures in value.files.values():
@@ -129,25 +142,51 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
 
 
 @pytest.mark.parametrize("name", ["vector", "adapter"])
-@pytest.mark.parametrize("passed", [True, False])
-def test_a_file_says_whether_it_passed_and_its_rates_before_and_after(
-    written: dict[str, WrittenFile], name: str, passed: bool
+@pytest.mark.parametrize("verdict", ["passed", "failed", "undecided"])
+def test_a_file_says_whether_it_passed_and_what_was_counted(
+    written: dict[str, WrittenFile], name: str, verdict: Verdict
 ) -> None:
-    sets: dict[str, SetRecord]
-    sets = {kind: invented_set(refusal_unsteered=0.75, refusal_steered=0.25) for kind in KINDS}
-    measuring._record_figures(written[name], sets, 0.125, passed=passed)
+    sets = {kind: counted_set() for kind in KINDS}
+    decision = Decision((Criterion("any", verdict, "why"),))
+    measuring._record_figures(written[name], sets, Drift(0.125, 0.9, 1.0, 1.0), decision)
     found = (control_vector.read if name == "vector" else lora.read)(written[name].paths[0]).provenance
-    assert (found["measured"], found["acceptance.passed"], found["metrics.benign_drift"]) == (
-        True,
-        passed,
-        0.125,
-    )
-    assert [found[f"metrics.{kind}"] for kind in KINDS] == [[0.75, 0.25]] * len(KINDS)
+    assert (found["measured"], found["acceptance.passed"]) == (True, verdict == "passed")
+    assert (found["acceptance.verdict"], found["metrics.benign_drift"]) == (verdict, 0.125)
+    for kind in KINDS:
+        assert found[f"metrics.{kind}.explicit_refusals"] == [6, 2]
+        assert found[f"metrics.{kind}.refusals"] == [9, 4]
+        assert found[f"metrics.{kind}.prompts"] == 20
+    assert found["metrics.retention"] == [8, 9]
+
+
+def test_changes_are_answered_again_and_unconfirmed_ones_do_not_count(
+    tmp_path: Path, written: dict[str, WrittenFile]
+) -> None:
+    """A judge that finds a refusal in one run and none in the next: nothing changes twice."""
+
+    class Fickle:
+        name = identity = "fickle"
+        usage = None
+        calls = 0
+
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            self.calls += 1
+            for i in range(len(pairs)):
+                yield i, Judgement(1.0 if self.calls == 1 else -1.0, "fickle", "direct")
+
+    rows, measured, _ = run(tmp_path, {"vector": written["vector"]}, judge=Fickle())
+    assert all(row["unconfirmed_vector"] for row in rows)
+    assert {row["outcome_vector"] for row in rows} == {"explicit"}
+    record = measured.files["vector"].sets["sensitive"]
+    assert (record.unconfirmed, record.opened and record.opened.n) == (2, 0)
+    again = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
+    assert sum(name.startswith("unsteered again:") for name in again) == len(ASKED)
+    assert sum(name.startswith("vector again:") for name in again) == len(ASKED)
 
 
 def test_a_refused_benign_answer_may_drift(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
     _, value, _ = run(tmp_path, {"vector": written["vector"]}, judge=Refused())
-    assert value.files["vector"].sets["benign"].refused_unsteered == 2
+    assert value.files["vector"].sets["benign"].outcomes_unsteered.refuses == 2
     assert value.files["vector"].harmful_refusal_ratio == 1.0
     assert value.files["vector"].benign_drift is None
 
@@ -177,7 +216,7 @@ def test_a_killed_stage_keeps_its_answers_and_an_adapter_may_be_absent(
     assert "answer_adapter" not in rows[0]
     again, more, made = run(tmp_path, written)
     assert made == len(ASKED)  # the adapter's only
-    assert [row["answer_steered"] for row in again] == [row["answer_steered"] for row in rows]
+    assert [row["answer_vector"] for row in again] == [row["answer_vector"] for row in rows]
     assert more.files["vector"].sets == value.files["vector"].sets
 
 
@@ -192,19 +231,18 @@ def test_baselines_are_answered_and_judged_like_the_files(
     assert {kind: one.n for kind, one in found.sets.items()} == dict.fromkeys(KINDS, 2)
     rows = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
     prompted, plain = (
-        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "baseline")
+        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "unsteered")
     )
     assert prompted != plain  # behind its own system prompt
     # Nobody is refused here, so nothing is beaten.
     file = value.files["vector"]
     (note,) = file.notes
     assert "system prompt" in note
-    assert file.bootstrap_ci95["harmful_refusal_ratio"] is None
-    low, high = file.bootstrap_ci95["benign_drift"] or (1, 0)
+    low, high = file.benign_drift_ci95 or (1, 0)
     assert low <= (file.benign_drift or 0) <= high
     # The drift is that of the unsteered answers, now behind the other system prompt.
-    benign = [p for p in ASKED if p.kind == "benign" and rows[f"baseline:{p.id}"]["tokens"]]
-    answers = [rows[f"baseline:{p.id}"]["tokens"] for p in benign]
+    benign = [p for p in ASKED if p.kind == "benign" and rows[f"unsteered:{p.id}"]["tokens"]]
+    answers = [rows[f"unsteered:{p.id}"]["tokens"] for p in benign]
     with LlamaModel(tmp_path / "tiny.gguf", n_threads=1) as model:
         before, after = (
             model.token_logprobs(list(zip(chat_tokens(model, benign, system), answers, strict=True)))
@@ -220,7 +258,7 @@ def test_the_nearest_of_infeasible_trials_does_not_pass(
     nearest = replace(vector, trial=replace(vector.trial, feasible=False))
     _, value, _ = run(tmp_path, {"vector": nearest})
     assert value.files["vector"].acceptance.verdict == "failed"
-    assert "no configuration held every limit" in value.files["vector"].acceptance.reasons[0]
+    assert "no candidate met every limit" in value.files["vector"].acceptance.reasons[0]
 
 
 @pytest.mark.parametrize("estimator", ["gate", "wrmd"])
@@ -270,39 +308,33 @@ def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
     assert found.model_dump()["tokens_per_second"] == {"unsteered": 40.0, "steered": 30.0}
 
 
-def rates(before: tuple[float, float], after: tuple[float, float]) -> dict[str, SetRecord]:
-    """Refusal of sensitive and of harmful prompts."""
-    return {
-        name: invented_set(refusal_unsteered=b, refusal_steered=a, ci95_steered=(a, a))
-        for name, b, a in zip(("sensitive", "harmful", "benign"), (*before, 0.2), (*after, 0.2), strict=True)
-    }
+def merits(changed: int, kept: int) -> dict[str, SetRecord]:
+    """So many of 20 sensitive prompts changed as wanted, and so many of 10 harmful refusals kept."""
+    change = Share(n=changed, of=20, ci95=(0, 1))
+    one = counted_set().model_copy(
+        update={"opened": change, "closed": change, "kept": Share(n=kept, of=10, ci95=(0, 1))}
+    )
+    return dict.fromkeys(KINDS, one)
 
 
+@pytest.mark.parametrize("effect", ["remove", "induce"])
 @pytest.mark.parametrize(
-    ("effect", "file", "other", "beaten"),
+    ("file", "other", "beaten"),
     [
-        ("remove", (0.1, 0.4), (0.3, 0.4), True),
-        ("remove", (0.1, 0.5), (0.3, 0.7), True),  # more refusals of harm than unsteered are no merit
-        ("remove", (0.1, 0.4), (0.3, 0.5), False),  # fewer refusals of harm kept
-        ("remove", (0.3, 0.5), (0.1, 0.2), False),
-        ("remove", (0.3, 0.5), (0.3, 0.5), False),
-        ("remove", (0.6, 0.5), (0.7, 0.5), False),  # nothing was removed
-        ("induce", (0.9, 0.5), (0.7, 0.5), True),
-        ("induce", (0.7, 0.5), (0.9, 0.5), False),
+        ((10, 10), (5, 10), True),
+        ((10, 10), (12, 9), True),  # which opens more, and keeps fewer
+        ((10, 9), (5, 10), True),
+        ((10, 9), (10, 10), False),
+        ((10, 9), (12, 9), False),
+        ((0, 10), (0, 10), False),  # nothing was changed
     ],
 )
-def test_a_baseline_is_beaten_by_more_of_the_effect_at_no_less_harm_kept(
-    effect: Any, file: tuple[float, float], other: tuple[float, float], beaten: bool
+def test_a_baseline_is_beaten_by_more_of_the_effect_or_more_harm_kept(
+    effect: Any, file: tuple[int, int], other: tuple[int, int], beaten: bool
 ) -> None:
-    before = (0.6, 0.5)
-    sets = {
-        kind: BaselineSet(n=one.n, refusal=one.refusal_steered, ci95=one.ci95_steered, degenerate=0.0)
-        for kind, one in rates(before, other).items()
-    }
-    notes = baseline_notes(
-        rates(before, file), [BaselineRecord(name="system prompt", sets=sets, benign_drift=0.3)], effect
-    )
+    baseline = BaselineRecord(name="system prompt", sets=merits(*other), benign_drift=0.3)
+    notes = baseline_notes(merits(*file), [baseline], effect)
     assert len(notes) == (not beaten)
     if notes:
         assert "does not beat the baseline “system prompt”" in notes[0]
-        assert f"{file[0]:.0%} against {other[0]:.0%}" in notes[0]
+        assert f"(this file {file[0]})" in notes[0]

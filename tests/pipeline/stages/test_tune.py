@@ -26,8 +26,8 @@ from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods import adapter, vector
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
