@@ -7,14 +7,14 @@ and `rs-export eval` apply this one rule (docs/limits.md, docs/finder.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.paired_statistics import lower_bound, mcnemar, noise_allowance
-from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.conversation import KINDS, Kind
 from rs_gguf.records.metrics import Acceptance, Verdict
 
 Effect = Literal["remove", "induce"]
@@ -260,28 +260,43 @@ def _induction(target: PairedEvaluation) -> Criterion:
 
 
 def _failures(evaluation: PairedEvaluation, slack: Slack) -> Criterion:
-    broken, mended, n = evaluation.broken, evaluation.mended, len(evaluation.prompts)
-    most = slack.holds(broken + mended, n)
-    if broken - mended <= most:
-        return Criterion("failures")
-    parts = {kind: evaluation.part(kind=kind) for kind in KINDS}
-    kinds = ", ".join(f"{kind} {part.broken}" for kind, part in parts.items() if part.broken)
-    reason = (
-        f"{broken} answers of {n} fail that did not fail before ({kinds}), and {mended} the other way; a net "
-        f"rise of at most {most:.3g} is accepted"
-    )
-    return Criterion("failures", "failed", reason)
+    changes = {kind: (part.broken, part.mended) for kind, part in _by_kind(evaluation)}
+    return _rise("failures", "answers fail that did not fail before", changes, evaluation, slack)
 
 
 def _unjudged(evaluation: PairedEvaluation, slack: Slack) -> Criterion:
     # An answer that can no longer be judged might be anything.
-    gone = sum(b != "unjudged" and a == "unjudged" for b, a in evaluation.classes)
-    back = sum(b == "unjudged" and a != "unjudged" for b, a in evaluation.classes)
-    most = slack.holds(gone + back, len(evaluation.prompts))
-    if gone - back <= most:
-        return Criterion("judgements")
+    changes = {
+        kind: (
+            sum(b != "unjudged" and a == "unjudged" for b, a in part.classes),
+            sum(b == "unjudged" and a != "unjudged" for b, a in part.classes),
+        )
+        for kind, part in _by_kind(evaluation)
+    }
+    return _rise("judgements", "answers can no longer be judged", changes, evaluation, slack)
+
+
+def _by_kind(evaluation: PairedEvaluation) -> Iterator[tuple[Kind, PairedEvaluation]]:
+    return ((kind, evaluation.part(kind=kind)) for kind in KINDS)
+
+
+def _rise(
+    name: str, what: str, changes: Mapping[Kind, tuple[int, int]], evaluation: PairedEvaluation, slack: Slack
+) -> Criterion:
+    """Limit a rise over all kinds together: of each kind alone so few change that 1% is chance.
+
+    What one kind gains does not pay for what another loses, so only the kinds that lose count.
+
+    changes: by kind, how many prompts changed for the worse and how many for the better.
+    """
+    losing = {kind: change for kind, change in changes.items() if change[0] > change[1]}
+    worse, better = (sum(change[side] for change in losing.values()) for side in (0, 1))
+    most = slack.holds(worse + better, len(evaluation.prompts))
+    if worse - better <= most:
+        return Criterion(name)
+    kinds = ", ".join(f"{kind} {change[0]}" for kind, change in losing.items())
     reason = (
-        f"{gone} answers can no longer be judged, and {back} the other way, of {len(evaluation.prompts)}; a "
-        f"net rise of at most {most:.3g} is accepted"
+        f"{worse} {what} ({kinds}), and {better} the other way, of {len(evaluation.prompts)} prompts; a net "
+        f"rise of at most {most:.3g} is accepted"
     )
-    return Criterion("judgements", "failed", reason)
+    return Criterion(name, "failed", reason)

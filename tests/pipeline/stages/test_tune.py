@@ -25,7 +25,7 @@ from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
+from rs_gguf.estimators.labels import Labels
 from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.judges.registry import Judgement, Pair
@@ -83,7 +83,14 @@ class Setting:
 
 
 def recipe(**tune: Any) -> Recipe:
-    values = {"trials": 6, "finalists": 4, "full": 0, "min_retention": 0.5, "max_benign_drift": 1.0, **tune}
+    values = {
+        "logprob_trials": 6,
+        "finalists": 4,
+        "full_prompts": 0,
+        "min_retention": 0.5,
+        "max_benign_drift": 1.0,
+        **tune,
+    }
     answers = Answers(tokens=8, test_tokens=16)
     return Recipe.model_construct(**dict(Recipe(tune=Tune(**values), answers=answers)))
 
@@ -122,7 +129,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         yield Setting(
             model,
             judge,
-            UnsteeredAnswers(prompts, answers, confidences),
+            UnsteeredAnswers(prompts, answers, judgements(confidences)),
             gates,
             {("md", 1.0): Directions(unit, np.full(LAYERS, 2.0))},
             recipe(),
@@ -135,12 +142,31 @@ def answered(
     return answer_condition(model, judge, Condition("any", steering), prompts, Asking(None, tokens))
 
 
+def judgements(confidences: Sequence[float]) -> list[Judgement]:
+    """As judged: what is refused is refused explicitly."""
+    return [Judgement(c, "invented", "direct" if c > 0 else None) for c in confidences]
+
+
+def with_confidences(setting: Setting, confidences: Sequence[float]) -> Setting:
+    return replace(setting, unsteered=replace(setting.unsteered, judgements=judgements(confidences)))
+
+
+def confidences_of(setting: Setting) -> list[float]:
+    return [judgement.confidence or 0.0 for judgement in setting.unsteered.judgements]
+
+
+def said(side: JudgedAnswers, sign: int) -> list[bool]:
+    """Which answers refuse (1) or comply (-1) without failing."""
+    pairs = zip(side.answers, side.judgements, strict=True)
+    return [sign * (j.confidence or 0) > 0 and not a.degenerate for a, j in pairs]
+
+
 def verdicts(refused: Mapping[int, bool | None], degenerate: Collection[int] = ()) -> JudgedAnswers:
     """Answers of these prompts, by their places, as they were judged and whether they are broken."""
     confidences = [None if said is None else 1.0 if said else -1.0 for said in refused.values()]
     return JudgedAnswers(
         [Answer([1], "text", True, i in degenerate) for i in refused],
-        [Judgement(confidence, "invented") for confidence in confidences],
+        [Judgement(None, "invented") if c is None else judgements([c])[0] for c in confidences],
     )
 
 
@@ -199,12 +225,16 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
 def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> None:
     search = finder(setting, tmp_path)
     trial = search.search(GATES)
-    prompts, before = setting.unsteered.prompts, setting.unsteered.confidences
+    prompts, before = setting.unsteered.prompts, confidences_of(setting)
     steering = evaluator(setting, tmp_path).steering(trial.candidate)
-    graded = answered(setting.model, setting.judge, prompts, steering, 8).judgements
-    for kind, found in (("sensitive", trial.sensitive_remaining), ("harmful", trial.harmful_retention)):
-        refused = [i for i, p in enumerate(prompts) if p.kind == kind and (before[i] or 0) > 0]
-        assert found == pytest.approx(sum((graded[i].confidence or 0) > 0 for i in refused) / len(refused))
+    side = answered(setting.model, setting.judge, prompts, steering, 8)
+    whole = [before[i] > 0 and not a.degenerate for i, a in enumerate(setting.unsteered.answers)]
+    for kind, rate, sign in (
+        ("sensitive", 1 - trial.sensitive_remaining, -1), ("harmful", trial.harmful_retention, 1),
+    ):  # fmt: skip
+        refused = [i for i, p in enumerate(prompts) if p.kind == kind and whole[i]]
+        after = said(side, sign)
+        assert rate == pytest.approx(sum(after[i] for i in refused) / len(refused))
     assert trial.benign_closed == 0  # the judge knows no refusal of a benign prompt
     assert trial.benign_drift is not None
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
@@ -221,8 +251,8 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
         {prompt: text for prompt, text in setting.judge.openings.items() if prompt not in some}
     )
     confidences = [1.0 if p.prompt in judge.openings else -1.0 for p in setting.unsteered.prompts]
-    changed = replace(setting, judge=judge, unsteered=replace(setting.unsteered, confidences=confidences))
-    values = recipe(full=5).model_copy(update={"effect": effect})
+    changed = replace(with_confidences(setting, confidences), judge=judge)
+    values = recipe(full_prompts=5).model_copy(update={"effect": effect})
     search = evaluator(changed, tmp_path, values)
     candidate = replace(GATES.start[0], strength=0.7)
     trial = search.measure("full", 0, candidate)
@@ -230,24 +260,27 @@ def test_in_full_what_is_to_change_answers_again(setting: Setting, tmp_path: Pat
     of_kind["sensitive"] = [p for p in of_kind["sensitive"] if (p.prompt in some) == (effect == "induce")]
     asked = [prompt for kind in KINDS for prompt in stratified(of_kind[kind], 5, seed=0)]
     assert len(asked) - 10 == (5 if effect == "remove" else 2)
-    found = []
-    for steering in (NO_STEERING, search.steering(candidate)):
-        side = answered(setting.model, judge, asked, steering, 16)
-        refused: list[tuple[str, bool]] = [
-            (p.kind, (j.confidence or 0) > 0) for p, j in zip(asked, side.judgements, strict=True)
-        ]
-        found.append((refused, sum(a.degenerate for a in side.answers)))
-    (before, _), (after, broken) = found
-    verdict = ("sensitive", effect == "remove")
-    assert trial.sensitive_remaining == pytest.approx(after.count(verdict) / max(1, before.count(verdict)))
-    assert trial.n_sensitive == before.count(verdict)
-    kept = [side.count(("harmful", True)) for side in (before, after)]
-    assert trial.harmful_retention == pytest.approx(kept[1] / kept[0])
-    assert trial.degenerate == pytest.approx(broken / len(asked))
+    sides = [
+        answered(setting.model, judge, asked, steering, 16)
+        for steering in (NO_STEERING, search.steering(candidate))
+    ]
+    (refused, refuses), (complied, complies) = ([said(side, sign) for side in sides] for sign in (1, -1))
+    kinds = [prompt.kind for prompt in asked]
+
+    def count(kind: str, before: list[bool], after: list[bool]) -> int:
+        return sum(k == kind and b and a for k, b, a in zip(kinds, before, after, strict=True))
+
+    before, after = (refused, complies) if effect == "remove" else (complied, refuses)
+    targets = count("sensitive", before, before)
+    turned = count("sensitive", before, after)
+    assert trial.n_sensitive == targets
+    assert trial.sensitive_remaining == pytest.approx(1 - turned / targets if targets else 1.0)
+    assert trial.harmful_retention == pytest.approx(
+        count("harmful", refused, refuses) / count("harmful", refused, refused)
+    )
+    assert trial.degenerate == pytest.approx(sum(a.degenerate for a in sides[1].answers) / len(asked))
     assert (trial.fidelity, trial.answered) == ("full", (len(asked), 16))
     assert search.full_size == trial.answered
-    turned = sum(b != a for b, a in zip(before, after, strict=True) if b[0] == "harmful")
-    assert trial.feasible == (kept[1] + max(1, turned**0.5) >= values.tune.min_retention * kept[0])
 
 
 @dataclass
@@ -261,13 +294,13 @@ class Doubting(OpeningJudge):
             yield i, found if pairs[i][1] in self.known else Judgement(None, "doubt")
 
 
-@pytest.mark.parametrize("fidelity", ["answers", "full"])
+@pytest.mark.parametrize("fidelity", ["short", "full"])
 def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: Path, fidelity: str) -> None:
     judge = Doubting(setting.judge.openings)
     for tokens in (8, 16):
         side = answered(setting.model, judge, setting.unsteered.prompts, NO_STEERING, tokens)
         judge = replace(judge, known=judge.known | {found.text for found in side.answers})
-    search = evaluator(replace(setting, judge=judge), tmp_path, recipe(full=EACH))
+    search = evaluator(replace(setting, judge=judge), tmp_path, recipe(full_prompts=EACH))
     trial = search.measure(fidelity, 0, replace(GATES.start[0], strength=5.0))
     assert trial.sensitive_remaining == 1.0  # no changed answer is known to be one
     assert not trial.feasible
@@ -279,7 +312,7 @@ def test_what_can_no_longer_be_judged_is_no_success(setting: Setting, tmp_path: 
 def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, now: int, feasible: bool
 ) -> None:
-    search = evaluator(setting, tmp_path, recipe(full=EACH))
+    search = evaluator(setting, tmp_path, recipe(full_prompts=EACH))
     sensitive, harmful = setting.unsteered.of("sensitive")[:6], setting.unsteered.of("harmful")[:now]
 
     def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
@@ -291,7 +324,7 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
-@pytest.mark.parametrize("fidelity", ["answers", "full"])
+@pytest.mark.parametrize("fidelity", ["short", "full"])
 @pytest.mark.parametrize("kind", ["harmful", "benign"])
 @pytest.mark.parametrize(("turned", "feasible"), [(1, True), (2, False)])
 def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
@@ -299,11 +332,11 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
     fidelity: str, kind: str, turned: int, feasible: bool,
 ) -> None:  # fmt: skip
     """A harmful prompt that is answered now, or a benign one that is refused."""
-    search = evaluator(setting, tmp_path, recipe(full=EACH, min_retention=0.95))
+    search = evaluator(setting, tmp_path, recipe(full_prompts=EACH, min_retention=0.95))
     places = setting.unsteered.of(kind)[:turned]
 
     def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
-        before = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
+        before = {i: confidences_of(setting)[i] > 0 for i in picked}
         now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
         return verdicts(now)
 
@@ -311,19 +344,21 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
     assert search.measure(fidelity, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
-@pytest.mark.parametrize(("fidelity", "feasible"), [("answers", False), ("full", True)])
-def test_only_of_full_answers_some_break_by_themselves(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fidelity: str, feasible: bool
-) -> None:
-    """Two that were broken are whole, and four others are broken: of so many changes two more are chance."""
+@pytest.mark.parametrize("fidelity", ["short", "full"])
+@pytest.mark.parametrize(("new", "feasible"), [(4, True), (8, False)])
+def test_some_answers_fail_by_themselves(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fidelity: str, new: int, feasible: bool,
+) -> None:  # fmt: skip
+    """Two that failed do not, and others do: of six changes two more are noise, of ten six more are not."""
     harmful = setting.unsteered.of("harmful")
-    was, now = set(harmful[:2]), set(harmful[2:6])
+    was, now = set(harmful[:2]), set([*harmful[2:], *setting.unsteered.of("benign")][:new])
     answers = [replace(a, degenerate=i in was) for i, a in enumerate(setting.unsteered.answers)]
     given = replace(setting, unsteered=replace(setting.unsteered, answers=answers))
-    search = evaluator(given, tmp_path, recipe(full=EACH))
+    search = evaluator(given, tmp_path, recipe(full_prompts=EACH))
 
     def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
-        refused = {i: (setting.unsteered.confidences[i] or 0) > 0 for i in picked}
+        refused = {i: confidences_of(setting)[i] > 0 for i in picked}
         return verdicts(refused, was if steering is NO_STEERING else now)
 
     monkeypatch.setattr(search, "_side", invented)
@@ -338,60 +373,42 @@ def test_a_model_that_gives_no_numbers_any_more_keeps_nothing(setting: Setting, 
 
 
 def with_failures(setting: Setting, failures: int) -> Setting:
-    """The setting with so many of the sensitive refusals fallen apart."""
+    """The setting where so many of the sensitive refusals are failures."""
     prompts = setting.unsteered.prompts
     fallen = frozenset([prompts[i].prompt for i in setting.unsteered.refused("sensitive")][:failures])
-    categories = ["nonsense" if p.prompt in fallen else "direct" for p in prompts]
+    failed = [
+        replace(j, category="nonsense") if p.prompt in fallen else j
+        for p, j in zip(prompts, setting.unsteered.judgements, strict=True)
+    ]
     return replace(
         setting,
         judge=OpeningJudge(setting.judge.openings, fallen),
-        unsteered=replace(setting.unsteered, categories=categories),
+        unsteered=replace(setting.unsteered, judgements=failed),
     )
 
 
-@pytest.mark.parametrize("fidelity", ["answers", "full"])
-def test_what_fell_apart_unsteered_is_not_to_change(setting: Setting, tmp_path: Path, fidelity: str) -> None:
+@pytest.mark.parametrize("fidelity", ["short", "full"])
+def test_a_failure_is_not_to_change(setting: Setting, tmp_path: Path, fidelity: str) -> None:
     refused = setting.unsteered.refused("sensitive")
-    assert len(refused) == EACH
-    candidate = replace(GATES.start[0], strength=0.7)
-    changed = with_failures(setting, 3)
-    search = evaluator(changed, tmp_path, recipe(full=EACH))
-    assert search.wanted == refused[3:]
-    trial = search.measure(fidelity, 0, candidate)
-    asked = [setting.unsteered.prompts[i] for i in refused[3:]]
-    tokens = 8 if fidelity == "short" else 16
-    graded = answered(setting.model, changed.judge, asked, search.steering(candidate), tokens).judgements
-    left = sum((found.confidence or 0) > 0 for found in graded)
-    assert 0 < left < len(asked)
-    assert trial.sensitive_remaining == pytest.approx(left / len(asked))
+    search = evaluator(with_failures(setting, 3), tmp_path, recipe(full_prompts=EACH))
+    assert search.targets == refused[3:]
+    trial = search.measure(fidelity, 0, replace(GATES.start[0], strength=0.7))
+    assert 0 < trial.n_sensitive <= len(refused) - 3
 
 
-@pytest.mark.parametrize("fidelity", ["answers", "full"])
-def test_where_little_else_is_left_failures_are_to_change(
-    setting: Setting, tmp_path: Path, fidelity: str
-) -> None:
-    changed = with_failures(setting, EACH - MIN_SAMPLES + 1)
-    search = evaluator(changed, tmp_path, recipe(full=EACH))
-    assert search.wanted == setting.unsteered.refused("sensitive")
-    candidate = replace(GATES.start[0], strength=0.7)
-    before = evaluator(setting, tmp_path, recipe(full=EACH)).measure(fidelity, 0, candidate)
-    assert search.measure(fidelity, 0, candidate).sensitive_remaining == before.sensitive_remaining < 1
-
-
-def test_nonsense_is_no_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
-    """All are answered unsteered, as the search has it, and refused under a steering that changes nothing."""
-    prompts = setting.unsteered.prompts
+def test_nonsense_is_not_a_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
+    """All are complied with unsteered, as the search has it, and fail under a steering of no strength."""
     confidences = [
         -1.0 if p.kind == "sensitive" else c
-        for p, c in zip(prompts, setting.unsteered.confidences, strict=True)
+        for p, c in zip(setting.unsteered.prompts, confidences_of(setting), strict=True)
     ]
-    answered = replace(setting, unsteered=replace(setting.unsteered, confidences=confidences))
+    complied = with_confidences(setting, confidences)
     induce = recipe().model_copy(update={"effect": "induce"})
     nothing = replace(GATES.start[0], strength=1e-6)
-    assert evaluator(answered, tmp_path, induce).measure("short", 0, nothing).sensitive_remaining == 0.0
-    fallen = replace(with_failures(setting, 3), unsteered=answered.unsteered)
+    assert evaluator(complied, tmp_path, induce).measure("short", 0, nothing).sensitive_remaining == 0.0
+    fallen = replace(with_failures(setting, 3), unsteered=complied.unsteered)
     found = evaluator(fallen, tmp_path, induce).measure("short", 0, nothing)
-    assert found.sensitive_remaining == pytest.approx(3 / EACH)
+    assert found.sensitive_remaining == pytest.approx(3 / found.n_sensitive)
 
 
 def test_the_model_is_left_unsteered(setting: Setting, tmp_path: Path) -> None:
@@ -506,10 +523,10 @@ def test_nothing_to_search_by_is_told(
 ) -> None:
     silent = [
         confidence if p.kind == kind else c
-        for p, c in zip(setting.unsteered.prompts, setting.unsteered.confidences, strict=True)
+        for p, c in zip(setting.unsteered.prompts, confidences_of(setting), strict=True)
     ]
     with pytest.raises(InputError, match=f"{verdict} none of the {EACH} {kind} prompts"):
-        finder(replace(setting, unsteered=replace(setting.unsteered, confidences=silent)), tmp_path)
+        finder(with_confidences(setting, silent), tmp_path)
 
 
 def test_empty_answers_are_no_refusals_to_search_by(setting: Setting, tmp_path: Path) -> None:
@@ -524,7 +541,7 @@ def test_empty_answers_are_no_refusals_to_search_by(setting: Setting, tmp_path: 
 
 def test_trials_survive_being_rows() -> None:
     trial = Trial(
-        3, Candidate("adapter", "", 0.3, 5, 22, 1.25), "answers", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True
+        3, Candidate("adapter", "", 0.3, 5, 22, 1.25), "short", 0.1, 0.95, 0.0, 0.02, 0.01, feasible=True
     )
     row = json.loads(json.dumps({"id": "3", **trial.to_row()}))
     assert load_trials([row]) == [trial]
@@ -541,23 +558,23 @@ def test_no_candidate_is_answered_twice(setting: Setting, tmp_path: Path) -> Non
 
 
 def test_a_search_to_induce_refusals_counts_answers_that_stay(setting: Setting, tmp_path: Path) -> None:
-    answered = replace(
-        setting.unsteered,
-        confidences=[
+    answered = with_confidences(
+        setting,
+        [
             -1.0 if p.kind == "sensitive" else c
-            for p, c in zip(setting.unsteered.prompts, setting.unsteered.confidences, strict=True)
+            for p, c in zip(setting.unsteered.prompts, confidences_of(setting), strict=True)
         ],
     )
-    induce = Recipe(effect="induce", **recipe(finalists=1, trials=1).model_dump(exclude={"effect"}))
+    induce = Recipe(effect="induce", **recipe(finalists=1, logprob_trials=1).model_dump(exclude={"effect"}))
     # To this judge the unsteered opening is a refusal: an answer stays one where it begins anew.
-    search = finder(replace(setting, unsteered=answered), tmp_path, recipe=induce)
+    search = finder(answered, tmp_path, recipe=induce)
     chosen = search.search(GATES)
     refused = chosen.harmful_retention * len(setting.unsteered.refused("harmful"))
     assert refused == pytest.approx(round(refused))
     assert 0 <= chosen.sensitive_remaining <= 1
-    silent = replace(answered, confidences=[1.0] * len(answered.prompts))
+    silent = with_confidences(setting, [1.0] * len(setting.unsteered.prompts))
     with pytest.raises(InputError, match="answers none of the"):
-        finder(replace(setting, unsteered=silent), tmp_path, recipe=induce)
+        finder(silent, tmp_path, recipe=induce)
 
 
 # ---- formulas in place of a model ----------------------------------------------------------------
@@ -573,7 +590,7 @@ class Formulas:
     """
 
     fitted = MappingProxyType({"vector": dict.fromkeys(SPACE.directions)})
-    wanted = tuple(range(40))
+    targets = tuple(range(40))
     full_size = (12, 64)
     n_in_full = 10_000
     n_harmful = 10_000
@@ -602,7 +619,7 @@ class Formulas:
             drift,
             0.0,
             feasible=kept >= 0.95 if fidelity == "short" else None,
-            n_sensitive=self.n_in_full if fidelity == "full" else len(self.wanted),
+            n_sensitive=self.n_in_full if fidelity == "full" else len(self.targets),
             seconds=1.0 if fidelity == "logprob" else 10.0,
         )
 
@@ -835,13 +852,13 @@ def test_a_search_that_is_ended_among_its_probes_answers_with_the_best_of_them()
     cut = formula_finder(Formulas(cut_after=35), budget=300.0)
     with pytest.raises(KeyboardInterrupt):
         cut.search(SPACE, 300.0)
-    assert {trial.fidelity for trial in cut.trials} == {"probe"}
+    assert {trial.fidelity for trial in cut.trials} == {"logprob"}
     ended = Formulas()
     best = formula_finder(ended, known=cut.trials, budget=0.0).search(SPACE, 0.0)
     middle = min(abs((t.candidate.first + t.candidate.last) / 2 - 14) for t in cut.trials)
     assert best.candidate.estimator == "good"
     assert abs((best.candidate.first + best.candidate.last) / 2 - 14) == middle
-    assert [fidelity for fidelity, _ in ended.asked] == ["answers"]
+    assert [fidelity for fidelity, _ in ended.asked] == ["short"]
 
 
 def test_an_interrupted_search_keeps_its_best_and_can_be_ended_there() -> None:
