@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Probes and finalists of each kind of file, or seconds in place of both.
+    """Numbers of trials for each method, or seconds in their place.
 
-    `full`: prompts of each kind that the chosen candidate answers at full length; 0 for none.
+    trials: candidates measured by one forward pass. finalists: candidates that give short answers. full:
+    prompts of each kind that the selected candidate answers at full length; 0 for none. seconds: None for no
+    limit in time.
     """
 
     trials: int

@@ -1,10 +1,9 @@
-"""What one candidate does on the tune split, by the three evaluator of the search (method §7).
+"""Evaluate one candidate on the tune split, at three fidelity levels (method §7).
 
-A loaded model, the unsteered answers and a `Candidate` go in; a `Trial` comes out. The *probe* asks in one
-forward pass whether the model still begins as it did unsteered, and how far benign answers drift; in the
-*answers* fidelity it answers briefly, and a judge grades; in the *full* fidelity it answers at the length that is
-reported, where answers that break down do so. Vectors and adapters are swapped on the one model, which is not
-loaded again.
+`logprob` runs one forward pass: how likely are the first tokens of the unsteered refusals still, and how far
+do benign answers drift? `short` generates answers of `answers.tokens` tokens and judges them. `full` generates
+`answers.test_tokens` tokens, because degenerate output often appears only then. A loaded model, its unsteered
+answers and a `Candidate` go in, a `Trial` comes out. The model is loaded once.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from rs_gguf.records.trials import Candidate, Trial
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
-_FAR = 1e9  # nats a token; an infinity is no JSON
-PREFIX_TOKENS = 6  # tokens of an unsteered answer that the probe looks for
-BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is taken
-LOGPROB_PAIRS = 8  # of these, in a probe
+_FAR = 1e9  # nats a token; JSON has no infinity
+PREFIX_TOKENS = 6  # first tokens of an unsteered refusal, whose probability `logprob` measures
+BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is measured
+LOGPROB_PAIRS = 8  # benign answers whose drift `logprob` measures
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,19 @@ class UnsteeredAnswers:
 
 
 class CandidateEvaluator:
-    """Measures candidates on one loaded model. Files that are tried are written below `folder`.
+    """Evaluate candidates on one loaded model.
 
-    `fitted` is what each method fitted, by its name.
-    `short` and `full` say how the evaluator `answers` and `full` ask; `full` asks `n_full` prompts of each kind.
-    `seed` is that of the samples of prompts.
+    Args:
+        unsteered: the tune split.
+        fitted: what each method fitted, by the method's name.
+        folder: where the files of candidates are written.
+        short, full: how prompts are asked at these levels.
+        n_full: prompts of each kind that `full` asks.
+        seed: of the samples of prompts.
 
     Raises:
-        InputError: no sensitive prompt to change, no harmful one that is refused, or no benign one answered.
+        InputError: no sensitive prompt to change, no harmful prompt that is refused, or no benign prompt that
+            is complied with.
     """
 
     def __init__(
@@ -111,72 +115,77 @@ class CandidateEvaluator:
         ]
         self._prefixes = self._pairs([*self.targets, *unsteered.refused("harmful")], PREFIX_TOKENS)
         self._drift_answers = self._pairs(self._sample(benign, BENIGN))
-        for kind, verdict, found in (
+        for kind, verdict, usable in (
             ("sensitive", "refuses" if remove else "answers", self._prefixes.keys() & self.targets),
             ("harmful", "refuses", self._prefixes.keys() & unsteered.refused("harmful")),
             ("benign", "answers", self._drift_answers),
         ):
-            if not found:
+            if not usable:
                 raise InputError(
-                    f"the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts of the tune "
-                    "split in words, so there is nothing to search by. Use other prompts or another model."
+                    f"cannot search: the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts "
+                    f"in the tune split; at least one is needed. Change prompts.{kind}, raise prompts.tune or "
+                    "use another model."
                 )
 
-    def _sample(self, picked: Sequence[int], size: int) -> list[int]:
-        """At most so many of these places, forms and subjects alike: prompts lie sorted by subject."""
-        place = {self._unsteered.prompts[i].id: i for i in picked}
-        chosen = stratified([self._unsteered.prompts[i] for i in picked], size, seed=self._seed)
-        return [place[prompt.id] for prompt in chosen]
+    def _sample(self, indices: Sequence[int], size: int) -> list[int]:
+        """Return at most `size` of these indices, stratified: prompts lie sorted by subject."""
+        index = {self._unsteered.prompts[i].id: i for i in indices}
+        sample = stratified([self._unsteered.prompts[i] for i in indices], size, seed=self._seed)
+        return [index[prompt.id] for prompt in sample]
 
-    def _pairs(self, picked: Sequence[int], length: int | None = None) -> dict[int, Pair]:
-        """Conversations with traces, and the beginnings of their unsteered answers, but for empty ones."""
-        pairs = {i: after_trace(self.model, self._tokens[i], self._unsteered.answers[i]) for i in picked}
+    def _pairs(self, indices: Sequence[int], length: int | None = None) -> dict[int, Pair]:
+        """Return by index the conversation, with any trace, and the first `length` tokens of its answer.
+
+        Empty answers are left out.
+        """
+        pairs = {i: after_trace(self.model, self._tokens[i], self._unsteered.answers[i]) for i in indices}
         return {i: (context, tokens[:length]) for i, (context, tokens) in pairs.items() if tokens}
 
     @cached_property
     def _unsteered_logprobs(self) -> tuple[LogProbs, LogProbs]:
-        """Of openings and of quiet answers, unsteered."""
+        """The unsteered log-probabilities of the refusal prefixes and of the drift answers."""
         return self._logprobs(self._prefixes), self._logprobs(self._drift_answers)
 
     @cached_property
     def _logprob_drift_answers(self) -> dict[int, Pair]:
-        """The quiet answers whose drift a probe takes."""
+        """The drift answers that `logprob` reads, by index."""
         return {i: self._drift_answers[i] for i in self._sample(list(self._drift_answers), LOGPROB_PAIRS)}
 
     @cached_property
     def _short_unsteered(self) -> tuple[list[int], JudgedAnswers]:
-        """UnsteeredAnswers, as the search has it: what is to change, all harmful prompts and some benign ones."""
+        """Indices and unsteered answers of what `short` asks: targets, harmful and some benign prompts."""
         unsteered = self._unsteered
         benign = self._sample(unsteered.of("benign"), BENIGN)
-        picked = [*self.targets, *unsteered.of("harmful"), *benign]
-        return picked, unsteered.take(picked)
+        indices = [*self.targets, *unsteered.of("harmful"), *benign]
+        return indices, unsteered.take(indices)
 
     @cached_property
     def _full_unsteered(self) -> tuple[list[int], JudgedAnswers]:
-        """UnsteeredAnswers, at full length: some of what is to change, and of the harmful and benign prompts."""
-        return self._full_prompt_indices, self._side(self._full_prompt_indices, NO_STEERING, self._full)
+        """Indices and unsteered answers, at full length, of what `full` asks."""
+        indices = self._full_prompt_indices
+        return indices, self._answers(indices, NO_STEERING, self._full)
 
     @cached_property
     def _full_prompt_indices(self) -> list[int]:
-        """Places of the prompts that are answered in full."""
-        # Of so weak a model one answer in six falls apart, whatever the steering. Sensitive prompts that need
-        # no change would bring as many such verdicts as there are refusals left: they hid what did change.
-        of_kind = (self.targets if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
-        return [i for picked in of_kind for i in self._sample(picked, self._n_full)]
+        """Indices of the prompts that are answered in full."""
+        # One answer in six of a weak model fails, whatever the steering. Sensitive prompts that need no
+        # change would add as many failures as there are refusals left, and so hide what did change.
+        by_kind = (self.targets if kind == "sensitive" else self._unsteered.of(kind) for kind in KINDS)
+        return [i for indices in by_kind for i in self._sample(indices, self._n_full)]
 
     @property
     def full_size(self) -> tuple[int, int]:
-        """Prompts that a full trial answers, and tokens of each answer: another size, another trial."""
+        """How many prompts a full trial answers, and with how many tokens each."""
         return len(self._full_prompt_indices), self._full.max_tokens
 
     @property
     def n_harmful(self) -> int:
-        """Harmful prompts that are refused unsteered, at least one."""
+        """How many harmful prompts are refused unsteered; at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _side(self, picked: Sequence[int], steering: Steering, asking: Asking) -> JudgedAnswers:
-        """What the prompts at these places are answered under a steering."""
-        prompts = [self._unsteered.prompts[i] for i in picked]
+    def _answers(self, indices: Sequence[int], steering: Steering, asking: Asking) -> JudgedAnswers:
+        """Answer the prompts at these indices under a steering, and judge the answers."""
+        prompts = [self._unsteered.prompts[i] for i in indices]
         condition = Condition("candidate", steering, asking.system)
         return answer_condition(self.model, self._judge, condition, prompts, asking)
 
@@ -184,32 +193,32 @@ class CandidateEvaluator:
         return self.model.token_logprobs(list(pairs.values()))
 
     def steering(self, candidate: Candidate) -> Steering:
-        """The candidate as it is put on the model."""
+        """Return what puts a candidate on the model."""
         method, fitted = METHODS[candidate.method], self.fitted[candidate.method]
         return method.steering(fitted, candidate, self.model.architecture, self._folder / "adapters")
 
     def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
-        """The trial of a candidate on the fidelity `probe`, `answers` or `full`, with the seconds it took."""
-        measured = {"logprob": self._logprob_trial, "short": self._short_trial, "full": self._full_trial}[
+        """Evaluate a candidate at the level `logprob`, `short` or `full`, and note the seconds it took."""
+        evaluate = {"logprob": self._logprob_trial, "short": self._short_trial, "full": self._full_trial}[
             fidelity
         ]
         start = time.perf_counter()
         _ = self._unsteered_logprobs
         if fidelity == "full":
             _ = self._full_unsteered
-        asked = time.perf_counter()
-        trial = measured(number, candidate)
+        started = time.perf_counter()
+        trial = evaluate(number, candidate)
         return replace(
             trial,
-            seconds=round(time.perf_counter() - asked, 2),
-            unsteered_seconds=round(asked - start, 2),
+            seconds=round(time.perf_counter() - started, 2),
+            unsteered_seconds=round(started - start, 2),
         )
 
     def _logprob_trial(self, number: int, candidate: Candidate) -> Trial:
-        openings, quiet = self._unsteered_logprobs
-        unmoved = [
-            found
-            for i, found in zip(self._drift_answers, quiet, strict=True)
+        prefixes, drift_answers = self._unsteered_logprobs
+        references = [
+            logprobs
+            for i, logprobs in zip(self._drift_answers, drift_answers, strict=True)
             if i in self._logprob_drift_answers
         ]
         with self.model.steered(self.steering(candidate)):
@@ -217,27 +226,27 @@ class CandidateEvaluator:
                 [*self._prefixes.values(), *self._logprob_drift_answers.values()]
             )
 
-        def kept_of(change: float) -> float:
-            """Of an opening, from its Δ log-probability; none where the model gives no numbers any more."""
+        def remaining(change: float) -> float:
+            """Return the probability ratio, at most 1, of a Δ log-probability; 0 where it is NaN."""
             return math.exp(min(0.0, change)) if math.isfinite(change) else 0.0
 
         kept = {
-            i: kept_of(float(now.sum()) - float(before.sum()))
-            for i, (before, _), (now, _) in zip(self._prefixes, openings, after, strict=False)
+            i: remaining(float(steered.sum()) - float(unsteered.sum()))
+            for i, (unsteered, _), (steered, _) in zip(self._prefixes, prefixes, after, strict=False)
         }
 
-        def of(picked: Sequence[int]) -> list[float]:
-            return [kept[i] for i in picked if i in kept]
+        def ratios(indices: Sequence[int]) -> list[float]:
+            return [kept[i] for i in indices if i in kept]
 
-        sensitive = of(self.targets)
+        sensitive = ratios(self.targets)
         return Trial(
             number,
             candidate,
             "logprob",
             float(np.mean(sensitive)),
-            float(np.mean(of(self._unsteered.refused("harmful")))),
+            float(np.mean(ratios(self._unsteered.refused("harmful")))),
             n_sensitive=len(sensitive),
-            benign_drift=_moved(unmoved, after[len(openings) :]),
+            benign_drift=_finite_change(references, after[len(prefixes) :]),
         )
 
     def _short_trial(self, number: int, candidate: Candidate) -> Trial:
@@ -247,14 +256,14 @@ class CandidateEvaluator:
         return self._compared("full", number, candidate, Allowance.FULL)
 
     def _compared(self, fidelity: str, number: int, candidate: Candidate, allowance: Allowance) -> Trial:
-        """What the candidate makes of the unsteered answers of the fidelity, with as many tokens."""
-        in_full = fidelity == "full"
-        asking = self._full if in_full else self._short
-        picked, before = self._full_unsteered if in_full else self._short_unsteered
+        """Answer under the candidate and compare with the unsteered answers of the same length."""
+        full = fidelity == "full"
+        asking = self._full if full else self._short
+        indices, before = self._full_unsteered if full else self._short_unsteered
         steering = self.steering(candidate)
-        after = self._side(picked, steering, asking)
+        after = self._answers(indices, steering, asking)
         drift = self._drift(steering)
-        evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in picked], before, after, drift)
+        evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in indices], before, after, drift)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
         remove = self.rule.effect == "remove"
         targets = sensitive.refused if remove else sensitive.count("complies")
@@ -269,19 +278,19 @@ class CandidateEvaluator:
             harmful_retention=harmful.kept / harmful.refused if harmful.refused else 1.0,
             benign_closed=(benign.closed - benign.opened) / max(1, len(benign.prompts)),
             benign_drift=drift.nats,
-            degenerate=sum(answer.degenerate for answer in after.answers) / len(picked),
-            answered=(len(picked), asking.max_tokens),
+            degenerate=sum(answer.degenerate for answer in after.answers) / len(indices),
+            answered=(len(indices), asking.max_tokens),
             feasible=self.rule.decide(evaluation, allowance).verdict != "failed",
         )
 
     def _drift(self, steering: Steering) -> Drift:
         _, before = self._unsteered_logprobs
         with self.model.steered(steering):
-            found = drift_of(before, self._logprobs(self._drift_answers))
-        return replace(found, nats=found.nats if math.isfinite(found.nats) else _FAR)
+            drift = drift_of(before, self._logprobs(self._drift_answers))
+        return replace(drift, nats=drift.nats if math.isfinite(drift.nats) else _FAR)
 
 
-def _moved(before: LogProbs, after: LogProbs) -> float:
-    """The drift, in nats a token; of a model that gives no numbers any more farther than any bound."""
-    found = mean_change(before, after)
-    return found if math.isfinite(found) else _FAR
+def _finite_change(before: LogProbs, after: LogProbs) -> float:
+    """Return the drift in nats a token; `_FAR`, above any bound, where it is NaN or infinite."""
+    nats = mean_change(before, after)
+    return nats if math.isfinite(nats) else _FAR

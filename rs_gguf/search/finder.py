@@ -1,10 +1,10 @@
-"""The search for estimator, ridge, layers and strength, on the tune split, with safety as a constraint.
+"""Search for estimator, ridge, layers and strength on the tune split, with safety as a constraint (method §7).
 
-A `Space` and the `CandidateEvaluator` that measure its candidates go in; the chosen trial comes out, and every trial is
-kept (method §7). TPE proposes estimator and blocks; probes bring each proposal to the strength at which as
-much harm is lost as with every other, so that they can be compared. The best of them then *answer*, and their
-strength is moved until a limit binds. The chosen one answers *in full*, with less strength until that holds
-the limits, and once more. Control vectors and gated adapters are searched alike.
+A `Space` and a `CandidateEvaluator` go in. The selected trial comes out, and every trial is kept. TPE proposes
+estimators and layers. Each proposal is brought to the strength at which it loses as much harm as every other, by
+trials at the level `logprob`, so that proposals can be compared. The best of them then give short answers, and
+their strength is moved until a limit binds. The selected candidate answers in full, at lower strengths until all
+limits hold, and once more. All methods are searched alike.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from rs_gguf.search.budget import Budget
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
 from rs_gguf.search.choice import least_infeasible, select_candidate, select_final
 
-_LEVEL = -math.log(0.9)  # nats of harm's openings that a candidate loses at the strength it is compared at
-_NEAR = 1.3  # times that level, or less: near enough
-_STEPS = 3  # probes at most that bring one proposal to the level
-_FARTHEST = 6.0  # that one of them may multiply or divide a strength by
-_IDLE = 20  # proposals in a row that bring nothing new: the space is exhausted
-_STEP = 1.5  # by which a strength grows while every limit holds
-_CLOSE = 1.15  # two strengths this near are one: answers of small sets do not tell them apart
-_PROBES, _ANSWERS = 0.25, 0.8  # share of a budget after which probes, and then answers, are enough
-_FULL = 3  # strengths at most that answer in full, each less by _STEP
-_COST = {"logprob": 1, "short": 10, "full": 10}  # about, in probes
+_LEVEL = -math.log(0.9)  # nats that harmful refusal prefixes lose at the strength of a comparison
+_NEAR = 1.3  # a loss within this factor of the level is near enough
+_STEPS = 3  # `logprob` trials that bring one proposal to the level, at most
+_FARTHEST = 6.0  # factor by which one of them may change a strength, at most
+_IDLE = 20  # proposals in a row without a new trial: the space is exhausted
+_STEP = 1.5  # factor by which a strength grows while every limit holds
+_CLOSE = 1.15  # strengths within this factor are the same: answers to small sets cannot separate them
+_LOGPROB_SHARE, _SHORT_SHARE = 0.25, 0.8  # of a budget: after it no more trials of that level begin
+_FULL = 3  # strengths that answer in full, at most, each lower by _STEP
+_COST = {"logprob": 1, "short": 10, "full": 10}  # of a trial, about, in `logprob` trials
 
 
 class Finder:
-    """Searches spaces with one loaded model.
+    """Search spaces with one loaded model.
 
-    Every measured trial is handed to `record` at once and taken from `known` when the search is resumed: the
-    sampler is seeded, so it proposes the same again. `advance` counts seconds where the budget has them,
-    else `effort`.
+    Every trial is handed to `record` at once, and taken from `known` when the search is resumed: the sampler
+    is seeded, so it proposes the same again. `advance` counts seconds if the budget has them, else `effort`.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Finder:
         record: Callable[[Trial], None] = lambda trial: None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self._rungs, self._budget, self._seed = evaluator, budget, seed
+        self._evaluator, self._budget, self._seed = evaluator, budget, seed
         self._known = {
             (trial.fidelity, trial.candidate): trial
             for trial in known
@@ -65,7 +64,7 @@ class Finder:
 
     @staticmethod
     def effort(budget: Budget, spaces: int) -> int:
-        """What `advance` counts up to."""
+        """Return what `advance` counts up to."""
         if budget.seconds is not None:
             return math.ceil(budget.seconds)
         effort = budget.trials * _COST["logprob"] + budget.finalists * (_COST["logprob"] + _COST["short"])
@@ -73,26 +72,24 @@ class Finder:
 
     @property
     def trials(self) -> list[Trial]:
-        """All that were measured, those of earlier runs included, in their order."""
+        """All trials in their order, also of earlier runs."""
         return list(self._known.values())
 
     def search(self, space: Space, seconds: float | None = None) -> Trial:
-        """Probe proposals, answer with the best, move the strength until a limit binds, answer in full.
+        """Search one space and return the selected trial.
 
-        Returns the chosen trial.
-
-        seconds: as much time for it, in place of the budget's numbers of trials; at least one answers.
+        seconds: time for it, in place of the budget's numbers of trials; at least one candidate answers.
         """
         start = self._spent
-        shares = (_PROBES, _ANSWERS if self._budget.full else 1.0)
+        shares = (_LOGPROB_SHARE, _SHORT_SHARE if self._budget.full else 1.0)
         until = [None if seconds is None else start + share * seconds for share in shares]
         proposals = self._proposals(space, until[0])
-        ranked = self._ranked([*proposals, *self._probed_before(space, proposals)], space)
+        ranked = self._ranked([*proposals, *self._of_longer_searches(space, proposals)], space)
         known = [
             candidate for fidelity, candidate in self._known if fidelity == "short" and space.holds(candidate)
         ]
         answered = [self._answered(candidate) for candidate in known]
-        # Answers from before the last proposal are a shorter search's, and leave the new ones their turn.
+        # Short trials from before the last proposal are of a shorter search, and do not use up this budget.
         newest = max(trial.number for trial in proposals)
         due = self._budget.finalists + sum(trial.number < newest for trial in answered)
         while self._goes_on(answered, due, until[1]):
@@ -100,48 +97,47 @@ class Finder:
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
-        chosen = select_candidate(answered)
-        if self._budget.full and chosen.feasible and self._changes(chosen):
-            self._answer_in_full(chosen, space, None if seconds is None else start + seconds)
-        mine = [trial for trial in self.trials if space.holds(trial.candidate)]
-        return select_final(mine)
+        selected = select_candidate(answered)
+        if self._budget.full and selected.feasible and self._changes(selected):
+            self._answer_in_full(selected, space, None if seconds is None else start + seconds)
+        return select_final([trial for trial in self.trials if space.holds(trial.candidate)])
 
-    def _changes(self, chosen: Trial) -> bool:
-        """Whether it changes more than a single prompt, so that full answers are worth their time."""
-        return (1 - chosen.sensitive_remaining) * chosen.n_sensitive > 1.5
+    def _changes(self, trial: Trial) -> bool:
+        """Tell whether a trial changes more than one prompt, so that full answers are worth their time."""
+        return (1 - trial.sensitive_remaining) * trial.n_sensitive > 1.5
 
-    def _answer_in_full(self, chosen: Trial, space: Space, until: float | None) -> None:
-        """Answer in full with the chosen candidate, with less strength until all limits hold, and once more.
+    def _answer_in_full(self, selected: Trial, space: Space, until: float | None) -> None:
+        """Answer in full with the selected candidate, at lower strengths until all limits hold, and once more.
 
-        What is too strong breaks long answers down. Within the limits it goes no lower than `space.least`.
+        Long answers degenerate under too much strength. A feasible strength below `space.least` is the last.
         """
         tried: list[Trial] = []
         for k in range(_FULL):
-            strength = round(chosen.candidate.strength / _STEP**k, 4)
-            held = [trial.feasible for trial in tried]
-            enough = any(held[:-1]) or (any(held) and strength < space.least)
+            strength = round(selected.candidate.strength / _STEP**k, 4)
+            feasible = [trial.feasible for trial in tried]
+            enough = any(feasible[:-1]) or (any(feasible) and strength < space.least)
             if tried and (enough or not self._goes_on(tried, _FULL, until)):
                 break
-            tried.append(self._measured("full", replace(chosen.candidate, strength=strength)))
+            tried.append(self._measured("full", replace(selected.candidate, strength=strength)))
         if self._budget.seconds is None:
             self._advance((_FULL - len(tried)) * _COST["full"])
 
     def _goes_on(self, done: Sequence[Trial], number: int, until: float | None) -> bool:
-        """Whether one more is due: up to a number, or while one of the mean cost so far is in time."""
+        """Tell whether one more trial is due: up to a number, or while one of mean cost ends in time."""
         if until is None or not done:
             return len(done) < number
         return self._spent + float(np.mean([trial.seconds for trial in done])) <= until
 
     def _answered(self, candidate: Candidate) -> Trial:
-        self._measured("logprob", candidate)  # for the correlation of the evaluator; it costs little
+        self._measured("logprob", candidate)  # for the rank correlation of both levels; it costs little
         return self._measured("short", candidate)
 
     def _measured(self, fidelity: str, candidate: Candidate) -> Trial:
         trial = self._known.get((fidelity, candidate))
         if trial is None:
             number = 1 + max((trial.number for trial in self._known.values()), default=-1)
-            trial = self._rungs.measure(fidelity, number, candidate)
-            # A resumed search asks the unsteered side again, which counts once.
+            trial = self._evaluator.measure(fidelity, number, candidate)
+            # A resumed search measures the unsteered side again, which counts once.
             if any((known.fidelity == "full") == (fidelity == "full") for known in self._known.values()):
                 trial = replace(trial, unsteered_seconds=0.0)
             self._known[fidelity, candidate] = trial
@@ -156,14 +152,14 @@ class Finder:
     # ---- candidates ------------------------------------------------------------------------------
 
     def _proposals(self, space: Space, until: float | None) -> list[Trial]:
-        """TPE over estimator, ridge and blocks, with retention and drift as its constraints.
+        """Run TPE over estimator, ridge and layers, with retention and drift as its constraints.
 
-        Of each proposal the probe that is nearest to the level.
+        Returns the trial of each proposal that is nearest to the level.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        last_block = max(FIRST_STEERABLE, self._rungs.model.n_layer - 2)
+        last_layer = max(FIRST_STEERABLE, self._evaluator.model.n_layer - 2)
         names = list(space.directions)
         sampler = optuna.samplers.TPESampler(seed=self._seed, n_startup_trials=len(space.start))
         study = optuna.create_study(sampler=sampler, direction="minimize")
@@ -176,23 +172,23 @@ class Finder:
                 }
             )
         strengths = {(point.estimator, point.ridge): point.strength for point in space.start}
-        probed: list[Trial] = []
+        trials: list[Trial] = []
         levelled: dict[Candidate, Trial] = {}
         idle = 0
-        while idle < _IDLE and self._goes_on(probed, self._budget.trials, until):
+        while idle < _IDLE and self._goes_on(trials, self._budget.trials, until):
             trial, before = study.ask(), len(self._counted)
             name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
             first = trial.suggest_int("first", *space.first)
             length = trial.suggest_int("length", *space.length)
-            last = max(first, min(first + length - 1, last_block))
-            # What brought this direction to the level in other blocks is the best guess in these.
+            last = max(first, min(first + length - 1, last_layer))
+            # The strength that brought this direction to the level in other layers is the best guess here.
             strength = strengths.get(name, next(iter(strengths.values())))
             candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.benign_target)
             if candidate.without_strength() in levelled:
                 candidate = levelled[candidate.without_strength()].candidate
             steps = self._level(candidate, space)
             idle = 0 if len(self._counted) > before else idle + 1
-            probed += steps if idle == 0 else []
+            trials += steps if idle == 0 else []
             best = min(steps, key=self._distance)
             strengths[name] = best.candidate.strength
             levelled[best.candidate.without_strength()] = best
@@ -201,7 +197,7 @@ class Finder:
         return list(levelled.values())
 
     def _level(self, candidate: Candidate, space: Space) -> list[Trial]:
-        """Probes of one proposal, whose strength closes in on the level; a strength of the space's range."""
+        """Return the trials that bring one proposal to the level, each strength within the space's range."""
         steps: list[Trial] = []
         while len(steps) < _STEPS:
             low, high = space.strength
@@ -220,17 +216,17 @@ class Finder:
             candidate = replace(candidate, strength=candidate.strength * factor)
         return steps
 
-    def _distance(self, probe: Trial) -> float:
-        """From the level, as the logarithm of a factor."""
-        return abs(math.log(self._loss(probe)))
+    def _distance(self, trial: Trial) -> float:
+        """Return the distance from the level, as the logarithm of a factor."""
+        return abs(math.log(self._loss(trial)))
 
-    def _loss(self, probe: Trial) -> float:
-        """What harm loses, or benign answers drift, as a multiple of what is compared at; above 0."""
-        harm = -math.log(max(probe.harmful_retention, 1e-6)) / _LEVEL
-        return max(harm, (probe.benign_drift or 0.0) / self._rungs.rule.max_benign_drift, 1e-3)
+    def _loss(self, trial: Trial) -> float:
+        """Return the loss of harmful refusals, or the drift, as a positive multiple of the level."""
+        harm = -math.log(max(trial.harmful_retention, 1e-6)) / _LEVEL
+        return max(harm, (trial.benign_drift or 0.0) / self._evaluator.rule.max_benign_drift, 1e-3)
 
-    def _probed_before(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
-        """What an earlier, longer search probed in other blocks: of each the probe nearest to the level."""
+    def _of_longer_searches(self, space: Space, proposals: Sequence[Trial]) -> list[Trial]:
+        """Return the trials of an earlier, longer search in other layers that are nearest to the level."""
         closest: dict[Candidate, Trial] = {}
         for (fidelity, candidate), trial in self._known.items():
             if fidelity == "logprob" and space.holds(candidate):
@@ -240,28 +236,27 @@ class Finder:
             closest.pop(trial.candidate.without_strength(), None)
         return list(closest.values())
 
-    def _ranked(self, probes: Sequence[Trial], space: Space) -> list[Candidate]:
-        """Candidates in the order in which they deserve answers: what sensitive loses for what harm loses.
+    def _ranked(self, trials: Sequence[Trial], space: Space) -> list[Candidate]:
+        """Return candidates, best first, by what sensitive refusals lose for what harmful ones lose.
 
-        Each at the strength of its probe, or the least that the space answers with.
+        Each has the strength of its trial, but at least `space.least`.
         """
 
         def strong_enough(candidate: Candidate) -> Candidate:
             return replace(candidate, strength=max(candidate.strength, space.least))
 
         def merit(trial: Trial) -> float:
-            # No merit in losing less than the level: early blocks do, and change little at any strength.
+            # Losing less than the level has no merit: early layers do, and change little at any strength.
             return -math.log(max(trial.sensitive_remaining, 1e-6)) / max(1.0, self._loss(trial))
 
-        return [strong_enough(trial.candidate) for trial in sorted(probes, key=merit, reverse=True)]
+        return [strong_enough(trial.candidate) for trial in sorted(trials, key=merit, reverse=True)]
 
     def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate], most: float) -> Candidate | None:
-        """What to answer with next: more strength while all limits hold, less where harm is not kept.
+        """Return the next candidate: more strength while all limits hold, less if retention is too low.
 
-        Where more strength changed no more than chance does, it is not raised again: short answers do not
-        show how a model that is pushed too far breaks down later. Nor is it beyond `most`. Where harm is kept
-        and another limit is not, other blocks come first: less strength would cost removal. Where that did
-        not help, the strength it is.
+        Strength is not raised beyond `most`, nor again if the last rise changed no more than noise: short
+        answers do not show the failures that too much strength causes later. If only another limit than
+        retention is broken, other layers come first, since less strength would cost removal.
         """
         tried = {t.candidate.without_strength() for t in answered}
         untried = next((c for c in ranked if c.without_strength() not in tried), None)
@@ -302,18 +297,18 @@ class Finder:
         if best.strength / _CLOSE < strength < best.strength * _CLOSE:
             return untried
         candidate = replace(best, strength=round(strength, 4))
-        # Where not even next to nothing is within the limits, less will not be.
+        # If next to no strength is still outside the limits, less will be, too.
         ended = candidate.strength == 0 or any(candidate == trial.candidate for trial in answered)
         return untried if ended else candidate
 
     def _keeps_harm(self, trial: Trial) -> bool:
-        """Whether short answers hold the limit on harm, which one prompt less does not break."""
-        n = self._rungs.n_harmful
-        return self._rungs.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.SHORT)
+        """Tell whether short answers keep enough harmful refusals; one prompt is granted."""
+        n = self._evaluator.n_harmful
+        return self._evaluator.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.SHORT)
 
     def _weaker(self, trial: Trial) -> float:
-        """What to multiply an infeasible trial's strength by: as much as harm is short, to first order."""
+        """Return the factor for an infeasible trial's strength: what retention lacks, to first order."""
         if self._keeps_harm(trial):
-            return 1 / _STEP  # another limit is not held
-        kept, wanted = max(trial.harmful_retention, 0.01), self._rungs.rule.min_retention
+            return 1 / _STEP  # another limit is broken
+        kept, wanted = max(trial.harmful_retention, 0.01), self._evaluator.rule.min_retention
         return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))

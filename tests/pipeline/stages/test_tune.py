@@ -320,7 +320,7 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
         refused = {i: None if what == "unjudged" and i in of else True for i in picked}
         return verdicts(refused, of if what == "degenerate" else ())
 
-    monkeypatch.setattr(search, "_side", invented)
+    monkeypatch.setattr(search, "_answers", invented)
     assert search.measure("full", 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
@@ -340,7 +340,7 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
         now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
         return verdicts(now)
 
-    monkeypatch.setattr(search, "_side", invented)
+    monkeypatch.setattr(search, "_answers", invented)
     assert search.measure(fidelity, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
@@ -361,7 +361,7 @@ def test_some_answers_fail_by_themselves(
         refused = {i: confidences_of(setting)[i] > 0 for i in picked}
         return verdicts(refused, was if steering is NO_STEERING else now)
 
-    monkeypatch.setattr(search, "_side", invented)
+    monkeypatch.setattr(search, "_answers", invented)
     assert search.measure(fidelity, 0, replace(GATES.start[0], strength=0.0)).feasible == feasible
 
 
