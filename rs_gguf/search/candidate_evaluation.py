@@ -1,9 +1,9 @@
 """Evaluate one candidate on the tune split, at three fidelity levels (method §7).
 
 `logprob` runs one forward pass: how likely are the first tokens of the unsteered refusals still, and how far
-do benign answers drift? `short` generates answers of `answers.tokens` tokens and judges them. `full` generates
-`answers.test_tokens` tokens, because degenerate output often appears only then. A loaded model, its unsteered
-answers and a `Candidate` go in, a `Trial` comes out. The model is loaded once.
+do benign answers drift? `short` generates answers of `answers.tokens` tokens and judges them. `full`
+generates `answers.test_tokens` tokens, because degenerate output often appears only then. A loaded model, its
+unsteered answers and a `Candidate` go in, a `Trial` comes out. The model is loaded once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rs_gguf.records.trials import Candidate, Trial
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
 _FAR = 1e9  # nats a token; JSON has no infinity
-PREFIX_TOKENS = 6  # first tokens of an unsteered refusal, whose probability `logprob` measures
+PREFIX_TOKENS = 6  # first tokens of an unsteered refusal, whose probability `logprob` reads
 BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is measured
 LOGPROB_PAIRS = 8  # benign answers whose drift `logprob` measures
 
@@ -122,9 +122,9 @@ class CandidateEvaluator:
         ):
             if not usable:
                 raise InputError(
-                    f"cannot search: the model {verdict} none of the {len(unsteered.of(kind))} {kind} prompts "
-                    f"in the tune split; at least one is needed. Change prompts.{kind}, raise prompts.tune or "
-                    "use another model."
+                    f"cannot search: the model {verdict} none of the {len(unsteered.of(kind))} {kind} "
+                    f"prompts in the tune split; at least one is needed. Change prompts.{kind}, raise "
+                    "prompts.tune or use another model."
                 )
 
     def _sample(self, indices: Sequence[int], size: int) -> list[int]:

@@ -1,10 +1,10 @@
-"""Search for estimator, ridge, layers and strength on the tune split, with safety as a constraint (method §7).
+"""Search for estimator, ridge, layers and strength on the tune split, with safety as a constraint.
 
-A `Space` and a `CandidateEvaluator` go in. The selected trial comes out, and every trial is kept. TPE proposes
-estimators and layers. Each proposal is brought to the strength at which it loses as much harm as every other, by
-trials at the level `logprob`, so that proposals can be compared. The best of them then give short answers, and
-their strength is moved until a limit binds. The selected candidate answers in full, at lower strengths until all
-limits hold, and once more. All methods are searched alike.
+A `Space` and a `CandidateEvaluator` go in. The selected trial comes out, and every trial is kept. TPE
+proposes estimators and layers. Each proposal is brought to the strength at which it loses as much harm as
+every other, by trials at the level `logprob`, so that proposals can be compared. The best of them then give
+short answers, and their strength is moved until a limit binds. The selected candidate answers in full, at
+lower strengths until all limits hold, and once more. All methods are searched alike.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Finder:
         return (1 - trial.sensitive_remaining) * trial.n_sensitive > 1.5
 
     def _answer_in_full(self, selected: Trial, space: Space, until: float | None) -> None:
-        """Answer in full with the selected candidate, at lower strengths until all limits hold, and once more.
+        """Answer in full with the selected candidate, at lower strengths until all limits hold, then once.
 
         Long answers degenerate under too much strength. A feasible strength below `space.least` is the last.
         """

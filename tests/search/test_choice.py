@@ -31,7 +31,7 @@ def trial(
     retention: float,
     drift: float = 0.1,
     *,
-    fidelity: str = "answers",
+    fidelity: str = "short",
     feasible: bool | None = True,
     candidate: Candidate | None = None,
     n: int = 40,
