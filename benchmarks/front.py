@@ -73,7 +73,7 @@ def main() -> None:
                 evaluator.fitted["adapter"], evaluator.model.n_layer, recipe.effect
             )
             gates = [replace(gate, strength=s) for gate in space.start for s in GATE_STRENGTHS]
-            answered += [measured("answers", gate) for gate in track(gates, "GatedAdapterFit")]
+            answered += [measured("short", gate) for gate in track(gates, "GatedAdapterFit")]
     print_table(answered)
 
 
@@ -85,13 +85,13 @@ def at_level(measured: Measured, candidate: Candidate) -> Trial:
 
 def along(measured: Measured, candidate: Candidate, wanted: float) -> Iterator[Trial]:
     """Answers with more and more strength until half of harm's refusals are lost, and with less."""
-    first = trial = measured("answers", candidate)
+    first = trial = measured("short", candidate)
     yield trial
     while trial.harmful_retention >= 0.5 and trial.candidate.strength < 4 * candidate.strength:
-        trial = measured("answers", replace(candidate, strength=2 * trial.candidate.strength))
+        trial = measured("short", replace(candidate, strength=2 * trial.candidate.strength))
         yield trial
     if first.harmful_retention < wanted:
-        yield measured("answers", replace(candidate, strength=candidate.strength / 2))
+        yield measured("short", replace(candidate, strength=candidate.strength / 2))
 
 
 def print_table(answered: list[Trial]) -> None:

@@ -104,7 +104,7 @@ def test_its_space_holds_its_candidates_alone(fit: Fit) -> None:
 
 def test_its_candidates_survive_being_rows(fit: Fit) -> None:
     for candidate in fit.candidates():
-        trial = Trial(1, candidate, "answers", 0.5, 1.0)
+        trial = Trial(1, candidate, "short", 0.5, 1.0)
         assert load_trials([json.loads(json.dumps(trial.to_row()))]) == [trial]
 
 

@@ -208,7 +208,7 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     model, folder = tmp_path / "tiny.gguf", RunFolder(tmp_path / "out")
     write_tiny_qwen2(model)
     chosen = recipe.load(None, [*SMALL, f"model={model}", "judge=keywords"])
-    trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 2.0), "answers", 0.0, 1.0)
+    trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 2.0), "short", 0.0, 1.0)
     write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
     unit = np.random.default_rng(0).standard_normal((3, 32))
     directions = {"contrast-wrmd@1/unit": unit, "contrast-wrmd@1/scales": np.ones(3)}
@@ -465,7 +465,7 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
     (tmp_path / "remove.gguf").touch()
     chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
     for strength in (2.0, 2.0, 3.0):
-        trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, strength), "answers", 0.0, 1.0)
+        trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, strength), "short", 0.0, 1.0)
         write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
         with open_run(chosen, folder) as one, pytest.raises(KeyboardInterrupt):
             one.stages["measure"].work(one, "key")

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     gates = {"ridges": np.array([0.5]), "contrast": rng.standard_normal((4, 8)), **reads}
     save_arrays(tmp_path / "gated_adapter.safetensors", gates)
     for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
-        trial = Trial(0, candidate, "answers", 0.0, 1.0)
+        trial = Trial(0, candidate, "short", 0.0, 1.0)
         writing.write([tmp_path / name], trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
     return tmp_path
 
@@ -68,7 +68,7 @@ def test_a_direction_without_a_ridge_claims_none(tmp_path: Path) -> None:
     directions = {"md@0/unit": np.eye(4, 8), "md@0/scales": np.ones(4)}
     save_arrays(tmp_path / "directions.safetensors", directions)
     recipe = Recipe(fit=Fit(estimators=["md"]))
-    trial = Trial(0, Candidate("vector", "md", 0.0, 1, 2, 1.0), "answers", 0.0, 1.0)
+    trial = Trial(0, Candidate("vector", "md", 0.0, 1, 2, 1.0), "short", 0.0, 1.0)
     writing.write([tmp_path / "v.gguf"], trial, recipe, tmp_path, "qwen2", {})
     provenance = control_vector.read(tmp_path / "v.gguf").provenance
     assert provenance["estimator"] == "md"
