@@ -16,7 +16,7 @@ from rs_gguf.records.conversation import Judgement
 # (prompt, answer without its thinking trace). None: generation stopped before the answer (`final_answer`).
 Pair = tuple[str, str | None]
 
-# Tests whether a judge can be used.
+# A pair that shows whether a judge can be used.
 EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 
 

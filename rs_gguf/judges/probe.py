@@ -47,7 +47,7 @@ def read_states(
 class Components:
     """R principal components of hidden states.
 
-    `mean` and `scale` have the shape of one pair's states. `basis` [R, …] has R orthonormal rows of it.
+    `mean`, `scale` and each of the R orthonormal rows of `basis` [R, …] have the shape of one pair's states.
     """
 
     mean: NDArray[np.float32]

@@ -148,7 +148,7 @@ _PLAYED_VERDICT = re.compile(r"\bverdict[\"'*`]{0,4}\s*[:：>]\s*[\"'*`]{0,4}(?:
 def _own_words(answer: str) -> str:
     """Return the part of an answer before it imitates the next speaker or its own judge.
 
-    A small judge believes such an imitation. The user reads only the part before it.
+    A small judge believes such an imitation. Only the part before it answers the user.
     """
     answer = _spaced(answer)  # first, because zero-width characters would hide the patterns
     start, end = 0, len(answer)

@@ -261,7 +261,7 @@ class TorchModel(Vocabulary):
 
         Raises:
             InputError: a sequence is empty or has no position, the model lacks a layer, a tensor other than
-                `l_out` is wanted, or the model's residual stream has several streams.
+                `l_out` is wanted, or the model's residual consists of several streams.
         """
         if not sequences:
             return

@@ -162,7 +162,7 @@ def read_activations(
     The forward pass ends as soon as all `layers` are read. That ends the `with` block without an error.
 
     Raises:
-        InputError: the residual stream of the model has several streams.
+        InputError: the residual of the model consists of several streams.
     """
     modules = decoder_layers(model)
     activations: dict[int, NDArray[np.float32]] = {}
@@ -173,8 +173,8 @@ def read_activations(
             if hidden.ndim != 3:
                 family = llama_cpp_name(text_config(model).model_type)
                 raise InputError(
-                    f"cannot read activations of architecture {family!r}: its residual stream has several "
-                    "streams. Use another model."
+                    f"cannot read activations of architecture {family!r}: its residual consists of "
+                    "several streams. Use another model."
                 )
             # Indexing copies, which is needed: the next layer may add to the tensor in place.
             copied = hidden[list(rows), list(columns)]
