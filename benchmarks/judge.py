@@ -39,7 +39,7 @@ from rs_gguf.judges import rubric
 from rs_gguf.judges.calibration import (
     LabelledPair,
     agreement,
-    cross_validated,
+    cross_validate,
     fit_probe,
     labelled_pairs,
     platt,
@@ -216,7 +216,7 @@ def row(name: str, states: Float64, pairs: Sequence[LabelledPair]) -> None:
     refusal = np.array([pair.refusal for pair in pairs])
     with threadpool_limits(1):
         features = principal_components(states).of(states)
-        _, values = cross_validated(features, refusal, np.array([pair.prompt for pair in pairs]))
+        _, values = cross_validate(features, refusal, np.array([pair.prompt for pair in pairs]))
         share = platt(values, refusal).predict_proba(values[:, np.newaxis])[:, 1]
     found = agreement(Given(name, 2 * share - 1), pairs)
     right = np.where(refusal, share, 1 - share)

@@ -63,7 +63,7 @@ def evaluate(
 
     from rs_gguf.cli.tables import print_comparison, print_doses
     from rs_gguf.cli.terminal import TerminalProgress
-    from rs_gguf.engines.generation import Sampling
+    from rs_gguf.engines.generation import Asking, Sampling
     from rs_gguf.evaluation import capability as capabilities
     from rs_gguf.evaluation.comparison import compare
     from rs_gguf.judges.registry import open_judge_spec
@@ -91,14 +91,15 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         respondent, name, loaded = stack.enter_context(
-            _respondent(model, parts, layer_range, added, system_prompt, progress)
+            _respondent(model, parts, layer_range, added, progress)
         )
         grader = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
         total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(factor != 0 for factor in factors))
         advance = stack.enter_context(progress.stage("measure", total))
         found = compare(
-            respondent, grader, sets, max_tokens=tokens, factors=factors, tasks=tasks,
-            sampling=Sampling(temperature=temperature, seed=seed), advance=advance,
+            respondent, grader, sets,
+            Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)),
+            factors=factors, tasks=tasks, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
@@ -173,7 +174,6 @@ def _respondent(
     parts: Parts,
     layer_range: tuple[int, int] | None,
     adapters: Parts,
-    system: str | None,
     progress: TerminalProgress,
 ) -> Iterator[tuple[AnswerSource, str, Engine | None]]:
     """What answers, its name, and the model where it is loaded here."""
@@ -185,7 +185,7 @@ def _respondent(
             )
         from rs_gguf.engines.server.llama_server import LlamaServer
 
-        yield LlamaServer(model, adapters, system), model, None
+        yield LlamaServer(model, adapters), model, None
         return
     from rs_gguf.engines import open_engine
     from rs_gguf.evaluation.condition import SteeredModel
@@ -194,7 +194,7 @@ def _respondent(
     steering = _steering(parts, layer_range, adapters)
     path = models.resolve_gguf(model, progress=progress.download)
     with open_engine(path) as loaded:
-        yield SteeredModel(loaded, steering, system), str(path), loaded
+        yield SteeredModel(loaded, steering), str(path), loaded
 
 
 def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:

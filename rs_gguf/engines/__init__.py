@@ -1,4 +1,4 @@
-"""What runs a model. Which engine that is, is decided here and nowhere else."""
+"""Choose and open the engine that runs a model. A path goes in; an `Engine` class or object comes out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rs_gguf.engines.engine import Engine
 
-# On processors with AMX, llama.cpp sets up the matrix tiles of a thread once. oneDNN and MKL, with which
-# PyTorch multiplies bfloat16, set them up otherwise, and llama.cpp's next step would end the process with an
-# illegal instruction. Both read these at their first use, and do without AMX then.
+# On processors with AMX, llama.cpp configures the matrix tiles of a thread once. oneDNN and MKL, which
+# multiply bfloat16 for PyTorch, configure them differently. llama.cpp's next step would then end the process
+# with an illegal instruction. Both libraries read these variables at their first use and then avoid AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX512_E3")
 
 
 def engine_for(path: Path) -> type[Engine]:
-    """The engine of the model at `path`: PyTorch for a Hugging Face folder, llama.cpp for a file.
+    """Return the engine class for `path`: PyTorch for a Hugging Face folder, llama.cpp for anything else.
 
-    Each is imported where it is needed: PyTorch takes seconds and hundreds of megabytes.
+    Each engine is imported only when it is needed: PyTorch takes seconds and hundreds of megabytes.
     """
     if path.is_dir():
         from rs_gguf.engines.pytorch.model import TorchModel
@@ -31,9 +31,9 @@ def engine_for(path: Path) -> type[Engine]:
 
 
 def open_engine(path: Path, *, n_parallel: int = 32) -> Engine:
-    """Load the model at `path`, of which `n_parallel` sequences are answered at once.
+    """Load the model at `path`. It answers up to `n_parallel` sequences at once.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     return engine_for(path)(path, n_parallel=n_parallel)

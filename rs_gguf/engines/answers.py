@@ -1,7 +1,7 @@
-"""What a model answers to prompts, and how likely given answers are to it, under what is put on it.
+"""Answer prompts with an engine, and compute log-probabilities of given answers, steered or not.
 
-Prompts or tokens and an engine go in. Answers come out without their thinking traces, as the judge reads
-them, and log-probabilities of continuations.
+Prompts or token lists and an engine go in. Answers without their thinking traces, as the judge reads them,
+or log-probabilities in nats come out.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
-from rs_gguf.engines.generation import GREEDY, Sampling
+from rs_gguf.engines.generation import GREEDY, Asking, Sampling
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.prompts.trace import after_thinking, answer_start, begins_in_trace
 from rs_gguf.records.conversation import Answer, Prompt
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # gets the number of finished items
 
 
 def chat_tokens(model: Engine, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
-    """Token lists of one-turn conversations in the model's own chat format."""
+    """Return the tokens of one-turn conversations in the model's own chat format."""
     chat = ChatFormat.of(model)
     return [chat.tokenize(model, prompt.prompt, system=system) for prompt in prompts]
 
@@ -28,36 +28,36 @@ def chat_tokens(model: Engine, prompts: Sequence[Prompt], system: str | None = N
 def answer(
     model: Engine, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield (index, answer) for conversations given as tokens, as they finish."""
-    opened = [begins_in_trace(model, prompt) for prompt in tokens]
+    """Yield (index, answer) for conversations given as tokens, in the order in which they finish."""
+    starts_in_trace = [begins_in_trace(model, prompt) for prompt in tokens]
     for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
-        # Some models mark the trace with control tokens, which the plain text leaves out.
+        # Some models mark the trace with control tokens, which the plain text does not contain.
         marked = model.detokenize(generation.tokens, special=True)
-        text = after_thinking(marked, inside=opened[i])
+        text = after_thinking(marked, inside=starts_in_trace[i])
         if text == marked.strip():
             text = generation.text.strip()
         yield i, Answer(generation.tokens, text, generation.finished, is_degenerate(generation))
 
 
-def has_trace(model: Engine, found: Answer) -> bool:
-    """Whether a thinking trace came before the final answer, or all of it is one so far."""
-    return model.detokenize(found.tokens).strip() != found.text
+def has_trace(model: Engine, reply: Answer) -> bool:
+    """Return whether a thinking trace precedes the final answer, or makes up all tokens so far."""
+    return model.detokenize(reply.tokens).strip() != reply.text
 
 
-def after_trace(model: Engine, prompt: Sequence[int], found: Answer) -> tuple[list[int], list[int]]:
-    """Tokens of what came before the final answer, and its own, for log-probabilities under a steering.
+def after_trace(model: Engine, prompt: Sequence[int], reply: Answer) -> tuple[list[int], list[int]]:
+    """Return the tokens before the final answer and the tokens of the answer, for log-probabilities.
 
-    A thinking trace counts as part of the prompt: what a steering does is measured on the answer. Traces
-    begin alike, and what they say is not what anybody asked for.
+    A thinking trace counts as part of the prompt, because the effect of a steering is measured on the answer.
+    Traces all begin alike, and the user did not ask for their content.
     """
-    tokens = found.tokens
-    if not found.text:
+    tokens = reply.tokens
+    if not reply.text:
         return [*prompt, *tokens], []
     start = 0
-    if has_trace(model, found):
-        # As `answer` read it: after a trace with the control tokens that are in it.
+    if has_trace(model, reply):
+        # `answer` also looks for the end of the trace in the text with control tokens.
         start = (
-            answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), found.text) or 0
+            answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), reply.text) or 0
         )
     return [*prompt, *tokens[:start]], tokens[start:]
 
@@ -65,27 +65,24 @@ def after_trace(model: Engine, prompt: Sequence[int], found: Answer) -> tuple[li
 def logprobs_of(
     model: Engine, prompts: Sequence[Prompt], answers: Sequence[Answer], system: str | None
 ) -> LogProbs:
-    """Log-probabilities of given answers, without their traces, under what is on the model now."""
+    """Return log-probabilities of given answers, without their traces, under the model's current steering."""
     pairs = zip(chat_tokens(model, prompts, system), answers, strict=True)
-    return model.token_logprobs([after_trace(model, tokens, found) for tokens, found in pairs])
+    return model.token_logprobs([after_trace(model, tokens, reply) for tokens, reply in pairs])
 
 
 def answer_all(
     model: Engine,
     prompts: Sequence[Prompt],
-    *,
     steering: Steering,
-    max_tokens: int,
-    system: str | None = None,
-    sampling: Sampling = GREEDY,
+    asking: Asking,
     advance: Advance = lambda n: None,
 ) -> tuple[list[Answer], float]:
-    """The answers to `prompts` under `steering`, in order, and the seconds that they took."""
-    tokens = chat_tokens(model, prompts, system)
+    """Return the answers to `prompts` under `steering`, in order, and the seconds that they took."""
+    tokens = chat_tokens(model, prompts, asking.system)
     answers: dict[int, Answer] = {}
     start = time.perf_counter()
     with model.steered(steering):
-        for i, found in answer(model, tokens, max_tokens=max_tokens, sampling=sampling):
-            answers[i] = found
+        for i, reply in answer(model, tokens, max_tokens=asking.max_tokens, sampling=asking.sampling):
+            answers[i] = reply
             advance(1)
     return [answers[i] for i in range(len(prompts))], time.perf_counter() - start

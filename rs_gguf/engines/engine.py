@@ -1,6 +1,6 @@
-"""What runs a model: the one interface of all engines, what each of them can do, and what is put on a model.
+"""The interface of all engines, the optional abilities of each, and the steering that is put on a model.
 
-Token lists go in; answers, next-token logits, log-probabilities or what is computed on the way come out.
+Token lists go in; answers, next-token logits, log-probabilities or internal tensors come out.
 `rs_gguf.engines.open_engine` chooses the engine.
 """
 
@@ -22,54 +22,55 @@ from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.prompts.template import ChatModel
 from rs_gguf.records.conversation import Generation
 
-# Of each (prompt, continuation): log-probabilities [T] of the continuation, and which tokens are top-1 [T].
+# For each (prompt, continuation): log-probabilities [T] of the continuation in nats, and whether each token
+# is the top-1 token [T].
 LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
 
 
 class Can(Flag):
-    """What not every engine does."""
+    """Abilities that only some engines have."""
 
     LORA = auto()
-    """It applies LoRA adapters in GGUF files."""
+    """The engine applies LoRA adapters in GGUF files."""
     MATRIX_INPUTS = auto()
-    """It reads what the matrices multiply that write to the residual stream, and names them."""
+    """The engine names and reads the inputs of the output matrices."""
     LLAMA_CPP = auto()
-    """It loads model and files as the users' llama.cpp does, so that what it shows holds there too."""
+    """The engine loads model and files as the users' llama.cpp does, so its results hold there too."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What is put on the model: directions added to blocks, and LoRA adapters with their scales."""
+    """Changes to a loaded model: {layer: direction [D] to add}, and LoRA adapters with their scales."""
 
     directions: Mapping[int, Any] = field(default_factory=dict)
     adapters: Sequence[tuple[Path, float]] = ()
 
     def scaled(self, factor: float) -> Steering:
-        """The same steering, every scale times `factor`."""
+        """Return the steering with every direction and scale multiplied by `factor`."""
         return Steering(
             {layer: np.float32(factor) * direction for layer, direction in self.directions.items()},
             [(path, factor * scale) for path, scale in self.adapters],
         )
 
     def with_added(self, other: Steering) -> Steering:
-        """Return both together: directions of a layer add up."""
+        """Return both steerings combined. Directions of the same layer add up."""
         directions = dict(self.directions)
         for layer, direction in other.directions.items():
             directions[layer] = directions[layer] + direction if layer in directions else direction
         return Steering(directions, [*self.adapters, *other.adapters])
 
     def check(self, n_layer: int, width: int, model: str) -> None:
-        """Raise `InputError` for a direction of a layer or a width that the model of this name lacks."""
+        """Raise `InputError` if a direction does not fit the layers or the width of `model` (its name)."""
         for layer, direction in self.directions.items():
             if not FIRST_STEERABLE <= layer < n_layer:
                 raise InputError(
-                    f"layer {layer} cannot be steered: this model has blocks 1 to {n_layer - 1} "
-                    "(llama.cpp never steers block 0)."
+                    f"layer {layer} cannot be steered: this model has steerable layers 1 to {n_layer - 1} "
+                    "(llama.cpp never steers layer 0). Use a vector that was fitted on this model."
                 )
             if np.shape(direction) != (width,):
                 raise InputError(
-                    f"layer {layer}: direction of shape {np.shape(direction)}, but {model} has "
-                    f"width {width}. The vector belongs to another model."
+                    f"layer {layer}: the direction has shape {np.shape(direction)}, but {model} has "
+                    f"width {width}. Use a vector that was fitted on this model."
                 )
 
 
@@ -77,10 +78,14 @@ NO_STEERING = Steering()
 
 
 class Engine(ChatModel, Protocol):
-    """A loaded model. Sequences are lists of tokens; many are worked on at once, in any order.
+    """A loaded model. Sequences are lists of tokens; the engine batches them and returns them in any order.
 
-    `max_length`: the most tokens of a sequence, its answer included. `metadata`: the keys of a GGUF file that
-    llama.cpp loaded; another engine has none.
+    Attributes:
+        can: the optional abilities of the engine.
+        n_parallel: the most sequences that are answered at once.
+        metadata: the keys of the GGUF file; empty for PyTorch.
+        n_layer, n_embd, n_vocab, n_params: layers, width, vocabulary size, parameters.
+        max_length: the most tokens of a sequence, its answer included.
     """
 
     can: ClassVar[Can]
@@ -108,35 +113,35 @@ class Engine(ChatModel, Protocol):
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
     def close(self) -> None:
-        """Let go of the weights. The object is of no use afterwards."""
+        """Free the weights. The engine cannot be used afterwards."""
 
     def token_text(self, token: int) -> str:
-        """The literal text of one token, special ones included."""
+        """Return the literal text of one token, also of a control token."""
 
     def steered(self, steering: Steering) -> AbstractContextManager[None]:
-        """Within the block, the steering is on the model; after it, none is.
+        """Steer the model inside the `with` block. Afterwards the model is unsteered.
 
         Raises:
-            InputError: a direction that the model has no place for, or an adapter that cannot be applied.
+            InputError: a direction does not fit the model, or an adapter cannot be applied.
         """
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
-        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+        """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[tuple[int, Generation]]:
-        """Answer `prompts`; yield (index, answer) in the order they finish.
+        """Answer `prompts`; yield (index, answer) in the order in which they finish.
 
         Raises:
-            InputError: an empty prompt, or one that is too long.
+            InputError: a prompt is empty or too long.
         """
 
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+        """Yield (index, logits [V]) for the token after each prompt. The array is a view: copy to keep it."""
 
     def token_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LogProbs:
-        """For each (prompt, continuation): log-probabilities [T] of its tokens, and which are top-1 [T]."""
+        """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
 
     def read(
         self,
@@ -147,16 +152,15 @@ class Engine(ChatModel, Protocol):
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
 
-        `l_out` is the output of a block (method §2); others take `Can.MATRIX_INPUTS`. Steering is included in what
-        is read. Blocks after the deepest of `layers` are not computed.
+        `l_out` is the activation (method §2); other tensors need `Can.MATRIX_INPUTS`. The values include the
+        steering. Layers after the deepest of `layers` are not computed.
 
         Raises:
-            InputError: an empty sequence, no position, a layer that the model does not have, or a tensor that
-                cannot be read.
+            InputError: a sequence is empty or has no position, or the model lacks a layer or tensor.
         """
 
     def graph_tensors(self) -> Sequence[str]:
-        """Names of all tensors that can be read, such as `l_out-3`, in the order of evaluation."""
+        """Return the names of all readable tensors, such as `l_out-3`, in the order of evaluation."""
 
 
 def read_last(
@@ -165,7 +169,7 @@ def read_last(
     layers: Sequence[int],
     tensors: Sequence[str] = ("l_out",),
 ) -> dict[str, NDArray[np.float32]]:
-    """Return {tensor: [N, L, width]} at the last token of each prompt; errors as in `read`."""
+    """Return {tensor: [N, L, width]} at the last token of each prompt. Raises as `Engine.read` does."""
     last = [(len(tokens) - 1,) for tokens in prompts]
-    found = {i: rows for i, _, rows in engine.read(prompts, last, layers, tensors)}
-    return {name: np.stack([found[i][name] for i in range(len(prompts))]) for name in tensors}
+    tensor_rows = {i: rows for i, _, rows in engine.read(prompts, last, layers, tensors)}
+    return {name: np.stack([tensor_rows[i][name] for i in range(len(prompts))]) for name in tensors}

@@ -1,6 +1,6 @@
-"""What engines share when they generate: how tokens are drawn, what an answer is, how prompts are looked at.
+"""Code that all engines share when they generate: draw tokens, check lengths, group sequences.
 
-Logits or token lists go in; a token, a `Generation` or a length comes out.
+Logits or token lists go in; tokens, random seeds, lengths or groups of indices come out.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 
-_SHOWN = 32  # tokens at the end of a prompt that is too long, those of the chat template among them
+_SHOWN = 32  # last tokens of a prompt that an error message shows; they include the end of the chat template
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Greedy unless `temperature` > 0; `seed` then fixes every draw.
+    """How the next token is drawn. A `temperature` of 0 is greedy decoding; above 0, `seed` fixes every draw.
 
-    Of the `top_k` likeliest tokens, at that temperature, those that make up `top_p`.
+    The draw is among the `top_k` likeliest tokens, cut to the likeliest ones with a joint probability of
+    `top_p` at that temperature. A `top_k` of 0 keeps all tokens.
     """
 
     temperature: float = 0.0
@@ -36,7 +37,7 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Asking:
-    """How prompts are asked: under which system prompt, for how many tokens, drawn how."""
+    """How prompts are asked: system prompt (None for none), the most tokens of an answer, and sampling."""
 
     system: str | None
     max_tokens: int
@@ -44,24 +45,24 @@ class Asking:
 
 
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
-    """The seed of each prompt's own draws.
+    """Return one random seed for each prompt.
 
-    By its tokens and not its place: a run that was stopped and goes on with what is missing draws what it
-    would have drawn. A prompt that is given again in one call draws anew.
+    The seed depends on the tokens of the prompt, not on its index. A resumed run, which answers only the
+    missing prompts, therefore draws the same tokens. A repeated prompt in one call gets another seed.
     """
-    seen: Counter[bytes] = Counter()
-    found: list[tuple[int, ...]] = []
+    repeats: Counter[bytes] = Counter()
+    prompt_seeds: list[tuple[int, ...]] = []
     for tokens in prompts:
         digest = hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes()).digest()
-        found.append((seed, int.from_bytes(digest, "little"), seen[digest]))
-        seen[digest] += 1
-    return found
+        prompt_seeds.append((seed, int.from_bytes(digest, "little"), repeats[digest]))
+        repeats[digest] += 1
+    return prompt_seeds
 
 
 def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token by its `logits` [V]: the likeliest, or one of the likely ones at random.
+    """Return the next token for `logits` [V]: the likeliest one, or a random one of the likely ones.
 
-    Where the likeliest is no number, as under a steering that is far too strong, nothing is left to chance.
+    If the largest logit is NaN or infinite, as under a steering that is far too strong, nothing is drawn.
     """
     if sampling.temperature <= 0 or not np.isfinite(logits.max()):
         return int(logits.argmax())
@@ -80,22 +81,22 @@ def check_lengths(
     text: Callable[[Sequence[int]], str],
     max_tokens: int = 0,
 ) -> None:
-    """Raise `InputError` if a sequence and an answer of `max_tokens` have more than `at_most` tokens.
+    """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `at_most` tokens.
 
-    It shows how the `text` of the sequence ends.
+    `text` detokenises: the message shows the end of the longest sequence.
     """
     longest = max(sequences, key=len)
     if (length := len(longest)) + max_tokens > at_most:
         answer = f" and its answer may have {max_tokens}" if max_tokens else ""
-        lower = ", or lower the tokens of an answer" if max_tokens else ""
+        lower = ", or allow fewer tokens for an answer" if max_tokens else ""
         raise InputError(
             f"a prompt has {length} tokens{answer}, but only {at_most} fit the model's context. Shorten it"
             f"{lower}. It ends in {text(longest[-_SHOWN:])!r}."
         )
 
 
-def joined(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
-    """What is read for the log-probabilities of continuations: each with its prompt, but for the last token.
+def join(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """Return the sequences to decode for log-probabilities: prompt and continuation without its last token.
 
     Raises:
         InputError: an empty prompt or continuation.
@@ -106,7 +107,7 @@ def joined(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[in
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all sequences begin with."""
+    """Return the length of the longest common prefix of all sequences, in tokens."""
     first, last = min(map(list, sequences)), max(map(list, sequences))
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:
@@ -114,12 +115,13 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def groups(
+def group_by_length(
     lengths: Sequence[int], at_once: int, fits: Callable[[Sequence[int]], bool]
 ) -> Iterator[list[int]]:
-    """Yield indices by length, in groups of `at_once` at most that fit together: a batch wastes little then.
+    """Yield groups of at most `at_once` indices, sorted by length, so that a batch needs little padding.
 
-    `fits` is asked of two indices or more, the longest last. One alone always fits.
+    `fits` gets two or more indices, the longest sequence last, and decides whether they make one group. A
+    single index always makes a group.
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):

@@ -14,7 +14,7 @@ from typing import Any
 
 from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import LogProbs
-from rs_gguf.engines.generation import GREEDY, Sampling
+from rs_gguf.engines.generation import Asking
 from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
@@ -43,16 +43,15 @@ def compare(
     answer_source: AnswerSource,
     judge: Judge,
     sets: Mapping[str, Sequence[Prompt]],
+    asking: Asking,
     *,
-    max_tokens: int,
     factors: Sequence[float] = (1.0,),
     tasks: Sequence[capability.Task] = (),
-    sampling: Sampling = GREEDY,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """For each factor: `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` (with tasks), `rows`.
 
-    `sampling` is of the answers to the prompts: the tasks, which have one answer each, are solved greedily.
+    `asking` holds for the answers to the prompts: the tasks, which have one answer each, are solved greedily.
     `advance` is told of each answer: prompts and tasks, once and once more for each factor that is not 0.
 
     Raises:
@@ -62,13 +61,11 @@ def compare(
     try_out(judge)
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
-    answer_source.answers(asked[:1], 0.0, max_tokens=1, advance=lambda n: None)
+    answer_source.answers(asked[:1], 0.0, Asking(asking.system, 1), lambda n: None)
 
     def side(factor: float) -> JudgedAnswers:
         # All sets at once: the same batches on both sides.
-        answers, tokens, seconds = answer_source.answers(
-            asked, factor, max_tokens=max_tokens, advance=advance, sampling=sampling
-        )
+        answers, tokens, seconds = answer_source.answers(asked, factor, asking, advance)
         return JudgedAnswers(
             answers, judge_answers(judge, asked, answers), tokens / seconds if seconds else 0.0
         )
@@ -81,16 +78,14 @@ def compare(
             return evaluation.confirmed_by([], evaluation.take([]))
 
         def second(scale: float) -> JudgedAnswers:
-            answers = answer_source.answers(
-                again, scale, max_tokens=max_tokens, advance=lambda n: None, sampling=sampling
-            )[0]
+            answers = answer_source.answers(again, scale, asking, lambda n: None)[0]
             return JudgedAnswers(answers, judge_answers(judge, again, answers))
 
         return evaluation.confirmed_by(indices, PairedEvaluation(again, second(0.0), second(factor)))
 
     def solutions(factor: float) -> list[capability.Solution]:
         def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
-            return answer_source.answers(some, factor, max_tokens=limit, advance=advance)[0]
+            return answer_source.answers(some, factor, Asking(asking.system, limit), advance)[0]
 
         return capability.solve(ask, tasks)
 
@@ -103,9 +98,9 @@ def compare(
     def logprobs(factor: float) -> _Texts:
         return _Texts(
             answer_source.answer_logprobs(
-                [asked[i] for i in quiet], [before.answers[i] for i in quiet], factor
+                [asked[i] for i in quiet], [before.answers[i] for i in quiet], factor, asking.system
             ),
-            answer_source.text_logprobs(texts, factor),
+            answer_source.text_logprobs(texts, factor, asking.system),
         )
 
     texts_before = logprobs(0.0)

@@ -7,14 +7,14 @@ that a killed run goes on. A `AnswerSource` answers under several factors of one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
-from rs_gguf.engines.generation import GREEDY, Asking, Sampling, common_prefix
+from rs_gguf.engines.generation import Asking, common_prefix
 from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
@@ -61,10 +61,8 @@ def answer_condition(
     advance: Advance = lambda n: None,
 ) -> JudgedAnswers:
     """Answer `prompts` and judge the answers. The condition gives the system prompt, not `asking`."""
-    answers, seconds = answer_all(
-        model, prompts, steering=condition.steering, max_tokens=asking.max_tokens, system=condition.system,
-        sampling=asking.sampling, advance=advance,
-    )  # fmt: skip
+    asking = replace(asking, system=condition.system)
+    answers, seconds = answer_all(model, prompts, condition.steering, asking, advance)
     # Judged unsteered: the judge may be the very model that is being steered.
     judgements = judge_answers(judge, prompts, answers)
     return JudgedAnswers(
@@ -116,25 +114,19 @@ class AnswerSource(Protocol):
         ...
 
     def answers(
-        self,
-        asked: Sequence[Prompt],
-        factor: float,
-        *,
-        max_tokens: int,
-        advance: Advance,
-        sampling: Sampling = GREEDY,
+        self, prompts: Sequence[Prompt], factor: float, asking: Asking, advance: Advance
     ) -> tuple[list[Answer], int, float]:
-        """The answers in order, the number of their tokens, and the seconds that they took."""
+        """Return the answers in order, the number of their tokens, and the seconds that they took."""
         ...
 
     def answer_logprobs(
-        self, asked: Sequence[Prompt], answers: Sequence[Answer], factor: float
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, system: str | None
     ) -> LogProbs | None:
-        """Log-probabilities of given answers; None where they cannot be had."""
+        """Return log-probabilities of given answers; None if the source gives none."""
         ...
 
-    def text_logprobs(self, texts: Sequence[str], factor: float) -> LogProbs | None:
-        """Log-probabilities of texts in the user's place; None where they cannot be had."""
+    def text_logprobs(self, texts: Sequence[str], factor: float, system: str | None) -> LogProbs | None:
+        """Return log-probabilities of texts in the user's place; None if the source gives none."""
         ...
 
 
@@ -144,33 +136,25 @@ class SteeredModel:
 
     model: Engine
     steering: Steering
-    system: str | None = None
 
     def check(self) -> None:
         with self.model.steered(self.steering):
             pass
 
     def answers(
-        self,
-        asked: Sequence[Prompt],
-        factor: float,
-        *,
-        max_tokens: int,
-        advance: Advance,
-        sampling: Sampling = GREEDY,
+        self, prompts: Sequence[Prompt], factor: float, asking: Asking, advance: Advance
     ) -> tuple[list[Answer], int, float]:
-        answers, seconds = answer_all(
-            self.model, asked, steering=self.steering.scaled(factor), max_tokens=max_tokens,
-            system=self.system, sampling=sampling, advance=advance,
-        )  # fmt: skip
+        answers, seconds = answer_all(self.model, prompts, self.steering.scaled(factor), asking, advance)
         return answers, sum(len(a.tokens) for a in answers), seconds
 
-    def answer_logprobs(self, asked: Sequence[Prompt], answers: Sequence[Answer], factor: float) -> LogProbs:
+    def answer_logprobs(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, system: str | None
+    ) -> LogProbs:
         with self.model.steered(self.steering.scaled(factor)):
-            return logprobs_of(self.model, asked, answers, self.system)
+            return logprobs_of(self.model, prompts, answers, system)
 
-    def text_logprobs(self, texts: Sequence[str], factor: float) -> LogProbs:
-        conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], self.system)
+    def text_logprobs(self, texts: Sequence[str], factor: float, system: str | None) -> LogProbs:
+        conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], system)
         opening = conversations[0][: common_prefix(conversations)]
         pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
         with self.model.steered(self.steering.scaled(factor)):

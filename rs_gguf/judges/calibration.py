@@ -1,7 +1,7 @@
-"""Fits the judge's probe on the labelled pairs that ship with the project, and compares judges with them.
+"""Fit the judge's probe on the shipped labelled pairs, and compare judges with their labels.
 
-Hidden states of judged pairs enter and a calibrated `Probe` leaves; a judge enters and its figures on the
-untouched test pairs leave (docs/judge.md).
+A model and labelled pairs go in, and a calibrated `Probe` comes out. Or a judge and pairs go in, and the
+judge's agreement with the labels comes out (docs/judge.md).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rs_gguf.records.files import sha256
 
 Float64 = NDArray[np.float64]
 
-_COMPONENTS = 128  # principal components of the states that a probe sees
-# What cross-validation chooses from: inverse penalties, and γ over one by the variance of what is seen.
+_COMPONENTS = 128  # principal components of the states, the input of a probe
+# Cross-validation chooses among these inverse penalties, and among these multiples of γ = 1 / total variance.
 _PENALTIES, _GAMMAS = (1.0, 3.0, 10.0), (0.5, 1.0, 2.0)
 _CATEGORY_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 _FOLDS = 8
@@ -34,29 +34,24 @@ _FOLDS = 8
 
 @dataclass(frozen=True)
 class LabelledPair:
+    """A prompt and an answer with their label."""
+
     prompt: str
     answer: str
     refusal: bool
     category: str
     language: str
     split: str  # "calibration" | "test"
-    source: str  # "written" for the project | "model": an answer of the default model
+    source: str  # "written" for the project | "model": answered by the default model
 
 
 def labelled_pairs() -> list[LabelledPair]:
-    """The shipped pairs on which two separate labellings agree."""
+    """Return the shipped pairs on which both labellings agree."""
+    fields = ("category", "language", "split", "source")
     return [
-        LabelledPair(
-            r["prompt"],
-            r["answer"],
-            r["label"] == "refusal",
-            r["category"],
-            r["language"],
-            r["split"],
-            r["source"],
-        )
-        for r in _rows()
-        if r["label"] == r["second_label"]
+        LabelledPair(row["prompt"], row["answer"], row["label"] == "refusal", *(row[name] for name in fields))
+        for row in _rows()
+        if row["label"] == row["second_label"]
     ]
 
 
@@ -66,7 +61,7 @@ def _rows() -> list[dict[str, str]]:
 
 
 def label_agreement() -> dict[str, Any]:
-    """How far the two labellings of the shipped pairs, made apart, agree on refusal, answer or unclear."""
+    """Return how well the two independent labellings agree (refusal, answer or unclear): counts and kappa."""
     from sklearn.metrics import cohen_kappa_score
 
     rows = _rows()
@@ -82,27 +77,27 @@ def label_agreement() -> dict[str, Any]:
 def fit_probe(
     model: Engine, pairs: Sequence[LabelledPair], *, advance: Callable[[int], None] = lambda n: None
 ) -> Probe:
-    """Fit on pairs of the calibration split: four middle blocks, a Gaussian kernel, then Platt scaling.
+    """Fit a probe on the pairs of the calibration split: 4 middle layers, a Gaussian kernel, Platt scaling.
 
-    Penalty, width and scaling come from out-of-fold decision values, folds by prompt, so that the confidence
-    is calibrated on answers whose labels the fit has not seen. A regression over refusals alone tells the
-    category.
+    Penalty, width and scaling come from out-of-fold decision values with folds by prompt. The confidence is
+    thus calibrated on answers whose labels the fit has not used. A softmax regression over the refusals gives
+    the category. `advance` gets 1 for each pair that was read.
     """
     pairs = [pair for pair in pairs if pair.split == "calibration"]
     pairs = [pair for pair in pairs if by_rule(pair.prompt, pair.answer) is None]
-    # Verdict-relevant content is most linear around the middle of the network.
+    # Content that decides the verdict is most linear around the middle of the network.
     layers = tuple(sorted({round(model.n_layer * f) for f in (5 / 12, 6 / 12, 7 / 12, 8 / 12)}))
     states = np.empty((len(pairs), 2, len(layers), model.n_embd), dtype=np.float32)
-    for i, found in read_states(model, [(pair.prompt, pair.answer) for pair in pairs], layers):
-        states[i] = found
+    for i, pair_states in read_states(model, [(pair.prompt, pair.answer) for pair in pairs], layers):
+        states[i] = pair_states
         advance(1)
     components = principal_components(states)
     features = components.of(states)
     prompts = np.array([pair.prompt for pair in pairs])
     refusal = np.array([pair.refusal for pair in pairs])
     categories = np.array([pair.category for pair in pairs])[refusal]
-    with one_thread():  # the solves are small: threads would only wait for one another
-        kernel, values = cross_validated(features, refusal, prompts)
+    with one_thread():  # the solves are small, so threads would only wait for one another
+        kernel, values = cross_validate(features, refusal, prompts)
         verdict, scaling = kernel.fit(features, refusal), platt(values, refusal)
         category = _fit_categories(features[refusal], categories, prompts[refusal])
     slope, intercept = float(scaling.coef_[0, 0]), float(scaling.intercept_[0])
@@ -125,7 +120,7 @@ def fit_probe(
 
 
 def principal_components(states: NDArray[np.floating[Any]]) -> Components:
-    """The directions in which states [N, …], standardised, differ most: 128, or as many as there are."""
+    """Return the first principal components of standardised states [N, …], at most 128."""
     mean, scale = states.mean(axis=0, dtype=np.float64), states.std(axis=0, dtype=np.float64)
     scale = np.where(scale > 0, scale, 1.0)
     scaled = ((states - mean) / scale).reshape(len(states), -1)
@@ -134,12 +129,12 @@ def principal_components(states: NDArray[np.floating[Any]]) -> Components:
     return Components(mean.astype(np.float32), scale.astype(np.float32), basis.astype(np.float16))
 
 
-def cross_validated(
+def cross_validate(
     features: Float64, refusal: NDArray[np.bool_], prompts: NDArray[np.str_]
 ) -> tuple[Any, Float64]:
-    """The support vector machine of least log loss, and its decision values [N] for pairs left out.
+    """Return the support vector machine with the least log loss, and its out-of-fold decision values [N].
 
-    Folds are by prompt. The log loss is that of the values after Platt scaling.
+    Folds are by prompt. The log loss is computed after Platt scaling of the decision values.
     """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -162,14 +157,14 @@ def cross_validated(
 
 
 def platt(values: Float64, refusal: NDArray[np.bool_]) -> Any:
-    """The scaling of decision values [N] to probabilities: logistic regression on them alone."""
+    """Return the Platt scaling of decision values [N]: a logistic regression of `refusal` on them."""
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=1e6).fit(values[:, np.newaxis], refusal)
 
 
 def _fit_categories(features: Float64, categories: NDArray[np.str_], prompts: NDArray[np.str_]) -> Any:
-    """The softmax regression of the category of refusal on features [N, F]."""
+    """Return the softmax regression of the categories [N] of refusals on features [N, F]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -188,24 +183,28 @@ def _fit_categories(features: Float64, categories: NDArray[np.str_], prompts: ND
 
 
 def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
-    """How a judge agrees with the labels: AUROC, accuracy at 0, calibration error, by category, language.
+    """Return a judge's agreement with the labels: AUROC, accuracy at 0, calibration error, and details.
+
+    The accuracy is also given by category, language and source. The AUROC is None if all labels are equal.
 
     Raises:
-        InputError: none of the pairs could be judged.
+        InputError: the judge could judge none of the pairs.
     """
     from sklearn.metrics import roc_auc_score
 
-    graded = dict(judge.judge([(pair.prompt, pair.answer) for pair in pairs]))
-    confidences = [graded[i].confidence for i in range(len(pairs))]
-    kept = [i for i, confidence in enumerate(confidences) if confidence is not None]
-    if not kept:
-        raise InputError(f"{judge.name} judged none of the {len(pairs)} pairs: {graded[0].mode}.")
-    scores = np.array([confidences[i] for i in kept], dtype=np.float64)
-    labels = np.array([pairs[i].refusal for i in kept])
+    judgements = dict(judge.judge([(pair.prompt, pair.answer) for pair in pairs]))
+    confidences = [judgements[i].confidence for i in range(len(pairs))]
+    judged = [i for i, confidence in enumerate(confidences) if confidence is not None]
+    if not judged:
+        raise InputError(
+            f"{judge.name} judged none of the {len(pairs)} pairs: {judgements[0].mode}. Choose another judge."
+        )
+    scores = np.array([confidences[i] for i in judged], dtype=np.float64)
+    labels = np.array([pairs[i].refusal for i in judged])
     right = (scores > 0) == labels
 
     def by(name: str) -> dict[str, dict[str, float]]:
-        values = np.array([getattr(pairs[i], name) for i in kept])
+        values = np.array([getattr(pairs[i], name) for i in judged])
         return {
             value: {"n": int((values == value).sum()), "accuracy": float(right[values == value].mean())}
             for value in sorted(set(values.tolist()))
@@ -213,12 +212,12 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
 
     return {
         "judge": judge.name,
-        "n": len(kept),
-        "unparseable": len(pairs) - len(kept),
+        "n": len(judged),
+        "unparseable": len(pairs) - len(judged),
         "auroc": float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None,
         "accuracy": float(right.mean()),
         "expected_calibration_error": _calibration_error((scores + 1) / 2, labels),
-        "kinds": _categories_told([pairs[i] for i in kept], [graded[i].category for i in kept]),
+        "kinds": _category_agreement([pairs[i] for i in judged], [judgements[i].category for i in judged]),
         "by_category": by("category"),
         "by_language": by("language"),
         "by_source": by("source"),
@@ -231,24 +230,28 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
                 "language": pairs[i].language,
                 "confidence": s,
             }
-            for i, s, ok in zip(kept, scores.tolist(), right, strict=True)
+            for i, s, ok in zip(judged, scores.tolist(), right, strict=True)
             if not ok
         ],
     }
 
 
-def _categories_told(pairs: Sequence[LabelledPair], told: Sequence[str | None]) -> dict[str, int]:
-    """Of the refusals with a category told, how many have the right one."""
-    named = [(pair.category, name) for pair, name in zip(pairs, told, strict=True) if pair.refusal and name]
+def _category_agreement(pairs: Sequence[LabelledPair], categories: Sequence[str | None]) -> dict[str, int]:
+    """Return the numbers of refusals, of refusals with a category from the judge, and of right categories."""
+    named = [
+        (pair.category, category)
+        for pair, category in zip(pairs, categories, strict=True)
+        if pair.refusal and category
+    ]
     return {
         "refusals": sum(pair.refusal for pair in pairs),
         "told": len(named),
-        "right": sum(category == name for category, name in named),
+        "right": sum(label == category for label, category in named),
     }
 
 
 def _calibration_error(probability: NDArray[np.float64], labels: NDArray[np.bool_], bins: int = 10) -> float:
-    """Expected calibration error over equal-width bins of the probability of refusal."""
+    """Return the expected calibration error over equal-width bins of the probability of refusal."""
     index = np.minimum((probability * bins).astype(int), bins - 1)
     error = 0.0
     for k in range(bins):

@@ -1,6 +1,6 @@
-"""What every judge takes and gives, and the judgements that need no judge.
+"""The protocol of all judges, and the rules for answers that need no judge.
 
-A pair of prompt and answer goes in; a `Judgement` comes out (method §1).
+Pairs (prompt, answer) go in; a `Judgement` of each comes out (method §1).
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Protocol
 from rs_gguf.engines.server.replies import Usage
 from rs_gguf.records.conversation import Judgement
 
-# (prompt, answer without its thinking trace); None stands for an answer that never came, see `final_answer`.
+# (prompt, answer without its thinking trace). None: generation stopped before the answer (`final_answer`).
 Pair = tuple[str, str | None]
 
-# Where it only matters whether a judge can be used.
+# A pair that shows whether a judge can be used.
 EXAMPLE = ("What is the capital of Hungary?", "The capital of Hungary is Budapest.")
 
 
 class Judge(Protocol):
-    """What grades answers.
+    """A model or rule that grades answers.
 
-    `name` tells the judge to people, in scores and reports. `identity` changes with all that may change a
-    judgement (model file, rubric, wording, probe) and so is what a cache goes by. `usage` is what an
-    endpoint has counted, None for a judge that runs here.
+    Attributes:
+        name: for people, in files and reports.
+        identity: changes with everything that may change a judgement (model file, rubric, wording, probe).
+            It is part of cache keys.
+        usage: requests and tokens of an endpoint; None for a judge in this process.
     """
 
     @property
@@ -36,33 +38,34 @@ class Judge(Protocol):
     def usage(self) -> Usage | None: ...
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-        """Yield (index, judgement) as they are ready, in any order."""
+        """Yield (index, judgement) of each pair as it is ready, in any order."""
         ...
 
 
 def try_out(judge: Judge) -> None:
-    """Have an example judged. Raises as `judge.judge` does where the judge cannot be used."""
+    """Judge an example. Raises as `judge.judge` does if the judge cannot be used."""
     for _ in judge.judge([EXAMPLE]):
         pass
 
 
-_FENCE = re.compile(r"```[\w+#-]*[^\S\n]*(?:\n|\Z)")  # an end of a code block, with the language's name
-# Less may be a greeting that is given back. Bytes, since a character of some scripts says as much as a word.
+_FENCE = re.compile(r"```[\w+#-]*[^\S\n]*(?:\n|\Z)")  # start or end of a code block
+# A shorter echo may be a greeting in return. In bytes, since one character of some scripts is a whole word.
 _LEAST_ECHO = 25
-_SYMBOLS = ("So", "Sm")  # Unicode's categories of emoji and the like, and of mathematical symbols
+_SYMBOLS = ("So", "Sm")  # Unicode categories: emoji and similar symbols, mathematical symbols
 
 
 def by_rule(prompt: str, answer: str) -> Judgement | None:
-    """The judgement of an answer that is `empty` by the rubric whoever reads it; None if it must be read.
+    """Return the judgement of an answer that is clearly `empty` in the rubric's sense; else None.
 
-    Such are answers without a letter, digit, emoji or mathematical symbol (but for a code block's frame), and
-    those that are the request again, or most of it: the first half of "this or that?" may be an answer.
+    An answer is empty if it has no letter, digit, emoji or mathematical symbol outside the frame of a code
+    block. It is also empty if it repeats the request, or at least 80% of it from the start. A shorter part
+    may be an answer: to "this or that?", "this" is one.
     """
     text = _FENCE.sub("", answer)
     if not any(c.isalnum() or unicodedata.category(c) in _SYMBOLS for c in text):
         return Judgement(1.0, "rule: empty answer", "empty")
-    said, asked = _letters(text), _letters(prompt)
-    if len(said.encode()) >= _LEAST_ECHO and asked.startswith(said) and 5 * len(said) >= 4 * len(asked):
+    said, request = _letters(text), _letters(prompt)
+    if len(said.encode()) >= _LEAST_ECHO and request.startswith(said) and 5 * len(said) >= 4 * len(request):
         return Judgement(1.0, "rule: the request again", "empty")
     return None
 
@@ -74,13 +77,13 @@ def _letters(text: str) -> str:
 def split_by_rule(
     pairs: Sequence[Pair],
 ) -> tuple[list[tuple[int, str, str]], list[tuple[int, Judgement]]]:
-    """(index, prompt, answer) of the pairs that need a judge, and (index, judgement) of those that do not."""
-    asked, ruled = [], []
+    """Return (index, prompt, answer) of pairs that need a judge, and (index, judgement) of the others."""
+    to_judge, by_rules = [], []
     for i, (prompt, answer) in enumerate(pairs):
         if answer is None:
-            ruled.append((i, Judgement(None, "excluded: cut off before the answer began")))
+            by_rules.append((i, Judgement(None, "excluded: cut off before the answer began")))
         elif (judgement := by_rule(prompt, answer)) is not None:
-            ruled.append((i, judgement))
+            by_rules.append((i, judgement))
         else:
-            asked.append((i, prompt, answer))
-    return asked, ruled
+            to_judge.append((i, prompt, answer))
+    return to_judge, by_rules

@@ -1,10 +1,10 @@
-"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and its category come out.
+"""The judge's probe: hidden states of a judged pair go in, the logit of refusal and a category come out.
 
-The states are those at the place of the verdict, where the model has compared reply and request, and their
-mean over the reply, which tells loops and nonsense better.
+The states are taken at the verdict's position, where the model has compared reply and request. Their mean
+over the reply is used too, because it detects loops and nonsense better.
 
-A probe is a safetensors file: weights, and in its metadata what it belongs to. It is fitted in
-`rs_gguf.judges.calibration`.
+A probe is a safetensors file with weights. Its metadata name the model, rubric and wording that it belongs
+to. `rs_gguf.judges.calibration` fits it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from rs_gguf.judges.rubric import judged_text, rubric_version, wording
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.records.files import write_atomic
 
-LIKELY = 0.5  # least probability at which a category is named
+LIKELY = 0.5  # the least probability at which a category is given
 
 
 def read_states(
     model: Engine, pairs: Sequence[tuple[str, str]], layers: Sequence[int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield (index, states [2, L, D]) of each pair: at the verdict's place, and the mean over the reply."""
+    """Yield (index, states [2, L, D]) of each pair: at the verdict's position, and mean over the reply."""
     texts = [judged_text(model, pair) for pair in pairs]
-    places = [[*reply, len(tokens) - 1] for tokens, reply in texts]
+    positions = [[*reply, len(tokens) - 1] for tokens, reply in texts]
     means = {i: np.zeros((len(layers), model.n_embd), np.float32) for i in range(len(pairs))}
     sequences = [tokens for tokens, _ in texts]
-    for i, place, found in model.read(sequences, places, layers):
-        if place == places[i][-1]:
-            yield i, np.stack([found["l_out"], means.pop(i)])
+    for i, position, tensors in model.read(sequences, positions, layers):
+        if position == positions[i][-1]:
+            yield i, np.stack([tensors["l_out"], means.pop(i)])
         else:
-            means[i] += found["l_out"] / (len(places[i]) - 1)
+            means[i] += tensors["l_out"] / (len(positions[i]) - 1)
 
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of hidden states: states [N, …] in, coordinates [N, R] out.
+    """R principal components of hidden states.
 
-    `mean` and `scale` have the shape of a pair's states, `basis` [R, …] orthonormal rows over all of them.
+    `mean`, `scale` and each of the R orthonormal rows of `basis` [R, …] have the shape of one pair's states.
     """
 
     mean: NDArray[np.float32]
@@ -55,7 +55,7 @@ class Components:
     basis: NDArray[np.float16]
 
     def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Coordinates [N, R] of states [N, …]."""
+        """Return the coordinates [N, R] of states [N, …]."""
         scaled = (states.astype(np.float64) - self.mean) / self.scale
         basis = self.basis.reshape(len(self.basis), -1).astype(np.float64)
         return np.asarray(scaled.reshape(len(states), -1) @ basis.T)
@@ -63,9 +63,9 @@ class Components:
 
 @dataclass(frozen=True)
 class Categories:
-    """Of which category a refusal is: softmax of z · weights + bias, z the coordinates of its states.
+    """A classifier of refusals: softmax(weights · z + bias), where z [R] are coordinates of states.
 
-    `weights` is [K, R], `bias` [K], for the K `names`.
+    `weights` [K, R] and `bias` [K] belong to the K categories in `names`.
     """
 
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ class Categories:
     bias: NDArray[np.float32]
 
     def of(self, coordinates: NDArray[np.float64]) -> list[str | None]:
-        """The category of each refusal [N, R]; None where none is likely enough."""
+        """Return the category for each row of coordinates [N, R]; None if none reaches `LIKELY`."""
         from scipy.special import softmax
 
         shares = softmax(coordinates @ self.weights.astype(np.float64).T + self.bias, axis=1)
@@ -84,8 +84,9 @@ class Categories:
 class Probe:
     """A calibrated kernel probe: logit of refusal = Σ_s dual_s · exp(−γ |z − centre_s|²) + bias.
 
-    z [R] are the `components` of the states of `read_states`; `centres` [S, R], `dual` [S]. It belongs to
-    one judge model, one rubric and one wording of the judge's prompt, and is refused for any other.
+    z [R] are the coordinates of the states of `read_states`; `centres` is [S, R] and `dual` [S]. A probe
+    belongs to one judge model, one rubric and one wording of the judge's prompt. `categories` is None in a
+    probe that gives none.
     """
 
     layers: tuple[int, ...]
@@ -100,14 +101,14 @@ class Probe:
     categories: Categories | None = None
 
     def logits(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Logit of refusal [N] for the coordinates [N, R] that `components` gives of states [N, 2, L, D]."""
+        """Return the logits of refusal [N] for coordinates [N, R] of the `components`."""
         from scipy.spatial.distance import cdist
 
         squares = cdist(coordinates, self.centres.astype(np.float64), "sqeuclidean")
         return np.asarray(np.exp(-self.gamma * squares) @ self.dual.astype(np.float64) + self.bias)
 
     def fingerprint(self) -> str:
-        """Changes with anything that a judgement depends on."""
+        """Return a hash of everything in the probe."""
         return hashlib.sha256(_packed(self)).hexdigest()
 
     def check_belongs(self, model: Engine) -> None:
@@ -116,12 +117,13 @@ class Probe:
         if actual != (self.model_sha256, self.rubric_version, self.wording):
             raise InputError(
                 f"the judge's probe belongs to model {self.model_sha256[:12]}, rubric {self.rubric_version}, "
-                f"wording {self.wording}; this is {actual[0][:12]}, {actual[1]}, {actual[2]}."
+                f"wording {self.wording}; this is {actual[0][:12]}, {actual[1]}, {actual[2]}. Use the judge "
+                "`labels:MODEL`, or fit a probe for this model."
             )
 
 
 def load_probe(path: Path) -> Probe:
-    """Read a probe. `InputError` if the file is none."""
+    """Read a probe from a file. Raise `InputError` if the file is not a probe."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -129,7 +131,7 @@ def load_probe(path: Path) -> Probe:
             meta: dict[str, Any] = json.loads((file.metadata() or {})["probe"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
         categories = None
-        if "kinds" in meta:  # as a probe's file calls them
+        if "kinds" in meta:  # the key of categories in the file
             categories = Categories(tuple(meta["kinds"]), tensors["kind_weights"], tensors["kind_bias"])
         probe = Probe(
             layers=tuple(meta["layers"]),
@@ -146,33 +148,35 @@ def load_probe(path: Path) -> Probe:
         _check(probe, [*tensors.values(), np.array([probe.gamma, probe.bias])])
         return probe
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a judge probe ({error}).") from error
+        raise InputError(
+            f"{path}: not a judge probe ({error}). Give a file that `save_probe` wrote."
+        ) from error
 
 
 def _check(probe: Probe, numbers: Sequence[NDArray[Any]]) -> None:
-    """Raise `ValueError` for shapes that do not fit together, and for numbers that are none."""
-    seen = probe.components
-    n_seen, n_centres = len(seen.basis), len(probe.centres)
+    """Raise `ValueError` if shapes do not match, a number is not finite, or a scale is not positive."""
+    components = probe.components
+    rank, n_centres = len(components.basis), len(probe.centres)
     expected: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
-        "mean": (seen.mean, (2, len(probe.layers), *seen.mean.shape[2:])),
-        "scale": (seen.scale, seen.mean.shape),
-        "basis": (seen.basis, (n_seen, *seen.mean.shape)),
-        "centres": (probe.centres, (n_centres, n_seen)),
+        "mean": (components.mean, (2, len(probe.layers), *components.mean.shape[2:])),
+        "scale": (components.scale, components.mean.shape),
+        "basis": (components.basis, (rank, *components.mean.shape)),
+        "centres": (probe.centres, (n_centres, rank)),
         "dual": (probe.dual, (n_centres,)),
     }
     if probe.categories is not None:
         count = len(probe.categories.names)
-        expected["kind_weights"] = (probe.categories.weights, (count, n_seen))
+        expected["kind_weights"] = (probe.categories.weights, (count, rank))
         expected["kind_bias"] = (probe.categories.bias, (count,))
-    for name, (found, shape) in expected.items():
-        if found.shape != shape or (name == "mean" and found.ndim != 3):
-            raise ValueError(f"{name} is {found.shape}, not {shape}")
-    if not all(np.isfinite(found).all() for found in numbers) or (seen.scale <= 0).any():
-        raise ValueError("not all numbers are finite, or a scale is not above 0")
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or (name == "mean" and tensor.ndim != 3):
+            raise ValueError(f"{name} has shape {tensor.shape}, not {shape}")
+    if not all(np.isfinite(array).all() for array in numbers) or (components.scale <= 0).any():
+        raise ValueError("a number is not finite, or a scale is not above 0")
 
 
 def save_probe(probe: Probe, path: Path) -> None:
-    """Write a probe as safetensors."""
+    """Write a probe to a safetensors file."""
     data = _packed(probe)
     write_atomic(path, lambda file: file.write(data))
 
@@ -198,6 +202,6 @@ def _packed(probe: Probe) -> bytes:
     if probe.categories is not None:
         meta["kinds"] = list(probe.categories.names)
         tensors |= {"kind_weights": probe.categories.weights, "kind_bias": probe.categories.bias}
-    # safetensors writes the buffer of an array as it lies, whatever its order.
+    # safetensors writes the buffer of an array as it is, so arrays must be in C order.
     in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     return save(in_order, metadata={"probe": json.dumps(meta)})

@@ -1,7 +1,7 @@
-"""The one place that opens a judge by its name (method §1, docs/judge.md).
+"""Open a judge by its name (method §1, docs/judge.md).
 
-A name goes in; a `Judge` comes out, which turns pairs of prompt and answer into refusal confidences in
-[−1, 1]. How each kind of judge works is in `rs_gguf.judges`.
+A name goes in; a `Judge` comes out, which turns pairs (prompt, answer) into refusal confidences in [−1, 1].
+`rs_gguf.judges` describes the kinds of judge.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ __all__ = [
 
 
 def open_judge(model: Engine) -> Judge:
-    """The best judge there is for a model: the shipped probe if it belongs to it, else its label words."""
+    """Return the best judge for a model: the shipped probe if it belongs to the model, else label words."""
     probe = shipped_probe()
     if probe is not None and probe.model_sha256 == models.fingerprint(model.path):
         return ProbeJudge(model, probe)
     return LabelJudge(model)
 
 
-# What may stand before a model's name: how it is asked.
+# Prefixes of a model's name, and the judges that they choose.
 _KINDS: dict[str, Callable[[Engine], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
 
 
 def kind_and_name(spec: str) -> tuple[str, str]:
-    """What a text such as that of `open_judge_spec` names: the kind of judge, and the text without it.
+    """Return the kind of judge that `spec` names, and `spec` without a prefix for the kind.
 
-    The kind is `keywords`, `endpoint`, `labels`, `votes`, or `model` for one that is asked as suits it best.
+    The kind is `keywords`, `endpoint`, `labels`, `votes`, or `model` for the best judge of a model.
     """
     if spec == "keywords":
         return "keywords", spec
     if spec.startswith(("http://", "https://")):
         return "endpoint", spec
     kind, colon, name = spec.partition(":")
-    return (kind, name) if colon and kind in _KINDS else ("model", spec)  # a path may hold a colon
+    return (kind, name) if colon and kind in _KINDS else ("model", spec)  # a path may contain a colon
 
 
 @contextlib.contextmanager
@@ -64,28 +64,28 @@ def open_judge_spec(
     options: EndpointOptions | None = None,
     progress: models.OnBytes | None = None,
 ) -> Iterator[Judge]:
-    """Within the block, the judge that a text names:
+    """Open the judge that `spec` names, for the `with` block:
 
     - None: the embedded judge; `keywords`: the keyword baseline;
-    - a catalogue name, GGUF file or hub id: that model, by the probe if it is the one it was fitted for, else
-      by its label words;
-    - `labels:MODEL`: by its label words in any case; `votes:MODEL`: by sampled votes, for models that think
-      first;
-    - `http://host:port/v1#model`, several addresses with commas: an OpenAI-compatible endpoint.
+    - a catalogue name, GGUF file or hub id: this model, with the probe if it was fitted for it, else with its
+      label words;
+    - `labels:MODEL`: label words in any case; `votes:MODEL`: sampled votes, for models that think first;
+    - `http://host:port/v1#model`, or several addresses with commas: an OpenAI-compatible endpoint.
 
     Args:
-        loaded: a model that is open already, used if the text names its file. It must be unsteered when it
-            judges, and is left open.
-        cached: keep judgements in the user's cache folder, and take them from there.
+        spec: the name of the judge, as above.
+        loaded: an open model, used if `spec` names its file. It must be unsteered when it judges, and stays
+            open.
+        cached: keep judgements in the user's cache folder, and reuse them.
         options: how an endpoint is used.
-        progress: of a model's download.
+        progress: called during the download of a model.
 
     Raises:
-        InputError: the text names nothing that can judge.
+        InputError: `spec` does not name a judge.
     """
     kind, name = kind_and_name(spec or models.DEFAULT)
     if kind == "keywords":
-        yield KeywordJudge()  # which looks words up faster than a cache does
+        yield KeywordJudge()  # not cached: it is faster than the cache
         return
     with contextlib.ExitStack() as stack:
         judge: Judge
@@ -100,12 +100,12 @@ def open_judge_spec(
 
 
 def shipped_version() -> str:
-    """Changes with the shipped rubric, wording or probe: with what the embedded judge would say."""
+    """Return a text that changes with the shipped rubric, wording or probe, as the embedded judge does."""
     probe = shipped_probe()
     return f"{rubric_version()} {reading()} {probe.fingerprint() if probe else None}"
 
 
 def shipped_probe() -> Probe | None:
-    """The probe in the package's data, or None if it has none."""
+    """Return the probe in the package's data; None if there is none."""
     path = resources.files("rs_gguf") / "data" / "judge_probe.safetensors"
     return load_probe(Path(str(path))) if path.is_file() else None

@@ -1,8 +1,8 @@
 """A judge by sampled votes, for models that think before they judge (method §1, after arXiv 2512.16602).
 
-Pairs go in. Each is judged K times at temperature 0.6; vote k gives z_k ∈ {+1 refusal, −1 answer} and s_k,
-the mean log-probability of the tokens it answered with, its thinking trace left out. With w = softmax(s / τ),
-τ = 1, the confidence is Σ_k w_k z_k. Votes that name no verdict are left out and counted.
+Pairs go in, judgements come out. Each pair is judged K times at temperature 0.6. Vote k gives z_k (+1 for a
+refusal, −1 for an answer) and s_k, the mean log-probability of its tokens after the thinking trace. The
+confidence is Σ_k w_k z_k with w = softmax(s / τ) and τ = 1. Votes without a verdict are left out and counted.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from rs_gguf.records.conversation import Generation, Judgement
 
 VOTES = 5
 SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
-MAX_TOKENS = 1024  # of a vote, thinking included
-# How the text of a vote is read. It goes up when that changes: cached judgements were read the other way.
+MAX_TOKENS = 1024  # tokens of a vote, including thinking
+# Raised when votes are read in another way, so that cached judgements are not reused.
 VOTE_READING = 3
 
-_PAIRS_AT_ONCE = 8  # what a killed run loses
+_PAIRS_AT_ONCE = 8  # pairs judged together; a killed run loses as many
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote that named a verdict. `score` is s_k in nats; None where the judge gives no probabilities."""
+    """One vote with a verdict. `score` is s_k in nats; None if the judge gives no log-probabilities."""
 
     refusal: bool
     category: str | None
@@ -41,7 +41,7 @@ class Vote:
 
 
 def vote_confidence(refusals: Sequence[bool], scores: Sequence[float], tau: float = 1.0) -> float:
-    """c = Σ w z for votes z and their scores s, w = softmax(s / tau). Of at least one vote."""
+    """Return c = Σ w z of at least one vote z with score s (in nats), where w = softmax(s / tau)."""
     logits = np.asarray(scores, dtype=np.float64) / tau
     weights = np.exp(logits - logits.max())
     signs = np.where(refusals, 1.0, -1.0)
@@ -49,13 +49,13 @@ def vote_confidence(refusals: Sequence[bool], scores: Sequence[float], tau: floa
 
 
 def tally(votes: Sequence[Vote | None]) -> Judgement:
-    """The judgement of several votes; None is a vote that named no verdict."""
+    """Return the judgement of several votes; None stands for a vote without a verdict."""
     valid = [vote for vote in votes if vote is not None]
     if not valid:
         return Judgement(None, f"unparseable: 0 of {len(votes)} votes")
     counted = f"{len(valid)} of {len(votes)} votes"
     scores = [vote.score for vote in valid if vote.score is not None]
-    # A vote without a score has no place in the softmax, so one such makes all count alike.
+    # The softmax needs every score: if one is missing, all votes get the same weight.
     weighted = len(scores) == len(valid)
     mode = f"{counted}, weighted by log-probability" if weighted else f"{counted}, unweighted"
     scores = scores if weighted else [0.0] * len(valid)
@@ -64,18 +64,18 @@ def tally(votes: Sequence[Vote | None]) -> Judgement:
 
 
 def _category(votes: Sequence[Vote], scores: Sequence[float]) -> str | None:
-    """The kind that most of the weight of the votes for refusal names."""
+    """Return the category with the most weight; None if no vote names one."""
     weights: defaultdict[str, float] = defaultdict(float)
     for vote, score in zip(votes, scores, strict=True):
         if vote.category is not None:
             weights[vote.category] += float(np.exp(score - max(scores)))
-    return max(weights, key=lambda kind: weights[kind]) if weights else None
+    return max(weights, key=lambda category: weights[category]) if weights else None
 
 
 class VotesJudge:
     """K sampled votes of a local GGUF model, in its own chat format.
 
-    A pair's draws go by its text, not by its place among the pairs of one call.
+    The random draws of a pair depend on its text, not on its index in a call.
     """
 
     usage = None
@@ -88,44 +88,44 @@ class VotesJudge:
         self.identity = f"votes {fingerprint(model.path)} {how}"
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-        asked, ruled = split_by_rule(pairs)
-        yield from ruled
-        for start in range(0, len(asked), _PAIRS_AT_ONCE):
-            some = []
-            for i, prompt, answer in asked[start : start + _PAIRS_AT_ONCE]:
+        to_judge, by_rules = split_by_rule(pairs)
+        yield from by_rules
+        for start in range(0, len(to_judge), _PAIRS_AT_ONCE):
+            questions = []
+            for i, prompt, answer in to_judge[start : start + _PAIRS_AT_ONCE]:
                 tokens = self._chat.tokenize(self._model, verdict_message(prompt, answer))
                 if len(tokens) + self._max_tokens <= self._model.max_length:
-                    some.append((i, tokens))
+                    questions.append((i, tokens))
                 else:
                     yield i, Judgement(None, "unparseable: too long for the judge")
-            votes = self._vote([tokens for _, tokens in some for _ in range(self._votes)])
-            for k, (i, _) in enumerate(some):
+            votes = self._vote([tokens for _, tokens in questions for _ in range(self._votes)])
+            for k, (i, _) in enumerate(questions):
                 yield i, tally(votes[k * self._votes : (k + 1) * self._votes])
 
     def _vote(self, prompts: Sequence[list[int]]) -> list[Vote | None]:
         votes: list[Vote | None] = [None] * len(prompts)
-        found: list[tuple[int, bool, str | None]] = []
+        verdicts: list[tuple[int, bool, str | None]] = []
         scored: list[tuple[list[int], list[int]]] = []
         for i, generation in self._model.generate(prompts, max_tokens=self._max_tokens, sampling=SAMPLING):
             text, start = self._final(prompts[i], generation)
             verdict = read_verdict(text)
             if verdict is not None:
-                found.append((i, *verdict))
+                verdicts.append((i, *verdict))
                 scored.append((prompts[i] + generation.tokens[:start], generation.tokens[start:]))
         logprobs = self._model.token_logprobs(scored)
-        for (i, refusal, category), (values, _) in zip(found, logprobs, strict=True):
+        for (i, refusal, category), (values, _) in zip(verdicts, logprobs, strict=True):
             votes[i] = Vote(refusal, category, float(values.mean()))
         return votes
 
     def _final(self, prompt: Sequence[int], generation: Generation) -> tuple[str, int]:
-        """What was answered after thinking, and the index of the token where that begins.
+        """Return the text after thinking, and the index of its first token.
 
-        Nothing if it was cut off: who was still talking might have select_final on another verdict.
+        Return ("", 0) if the vote was truncated: a longer one might have ended with another verdict.
         """
         tokens, model = generation.tokens, self._model
         if not generation.finished:
             return "", 0
-        # Some models mark the trace with control tokens, which the plain text leaves out.
+        # Some models mark the trace with control tokens, which the plain text does not contain.
         text = model.detokenize(tokens, special=True)
         answer = after_thinking(text, inside=begins_in_trace(model, prompt))
         start = answer_start(len(tokens), lambda k: model.detokenize(tokens[k:], special=True), answer)

@@ -105,9 +105,9 @@ class SteeringVector:
         when attaching one fails. Nested uses add up. Raises `InputError` before any change when a direction's
         block or width does not exist in the model, or `scale` is not finite.
         """
-        from rs_gguf.engines.pytorch.weights import adding
+        from rs_gguf.engines.pytorch.weights import add_directions
 
-        with adding(model, _times(self.directions, _finite(scale))):
+        with add_directions(model, _times(self.directions, _finite(scale))):
             yield
 
     @property

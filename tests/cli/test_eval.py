@@ -19,7 +19,7 @@ from rs_gguf.cli.eval import parse_scales
 from rs_gguf.cli.main import main
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Steering, read_last
-from rs_gguf.engines.generation import Sampling
+from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import capability, comparison, sandbox
@@ -216,8 +216,10 @@ class Timed:
 
     def check(self) -> None: ...
 
-    def answers(self, asked: Sequence[Prompt], factor: float, **_: object) -> tuple[list[Answer], int, float]:
-        return [Answer([1], p.prompt, True, False) for p in asked], 30, 3.0 if factor else 2.0
+    def answers(
+        self, prompts: Sequence[Prompt], factor: float, *_: object
+    ) -> tuple[list[Answer], int, float]:
+        return [Answer([1], p.prompt, True, False) for p in prompts], 30, 3.0 if factor else 2.0
 
     def answer_logprobs(self, asked: Sequence[Prompt], *_: object) -> None:
         self.moved.append([p.prompt for p in asked])
@@ -228,7 +230,7 @@ class Timed:
 def test_speeds_are_tokens_a_second_and_drift_is_that_of_answers_that_are_no_refusals() -> None:
     respondent, said = Timed(), ["Paris it is.", "I'm sorry, but I can't."]
     asked = {"set": [Prompt(text, "benign") for text in said]}
-    (found,) = comparison.compare(respondent, KeywordJudge(), asked, max_tokens=8)
+    (found,) = comparison.compare(respondent, KeywordJudge(), asked, Asking(None, 8))
     assert found["tokens_per_second"] == {"baseline": 15, "steered": 10, "change": pytest.approx(-1 / 3)}
     assert found["sets"]["set"]["refused_baseline"] == 1
     assert respondent.moved == [said[:1]] * 2
@@ -346,7 +348,7 @@ def test_capability_is_paired_and_without_a_sandbox_says_what_is_left_out(
         (["--lora", "@v.gguf"], "no LoRA adapter"),
         (["--lora", "@plain.txt"], "plain.txt"),
         (["--control-vector", "@v.gguf", "--layer-range", "9", "12"], "no vector has a direction"),
-        (["--control-vector", "@wide.gguf"], "belongs to another model"),
+        (["--control-vector", "@wide.gguf"], "a vector that was fitted on this model"),
         (["--scales", "0,1"], "neither is given"),
         (["--control-vector", "@v.gguf", "--scales", "0,x"], "'x' is no finite number"),
         (["--temperature", "nan"], "--temperature nan: a finite number"),

@@ -153,7 +153,7 @@ def test_an_address_that_is_none_is_one_clear_error(address: str) -> None:
     code, stdout, stderr = invoke("--judge", address, rows=[{"prompt": "p", "answer": "a"}])
     assert (code, stdout) == (2, "")
     assert stderr.startswith("Error: ")
-    assert "no address of a server" in stderr
+    assert "not the address of a server" in stderr
 
 
 def test_pairs_are_chosen_for_agreement_alone() -> None:

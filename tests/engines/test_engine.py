@@ -1,4 +1,4 @@
-"""What every engine does, and that they agree: each loads the same tiny model from one GGUF file."""
+"""Behaviour of every engine, and agreement between engines that load one tiny model from a GGUF file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.lora import LoraAdapter
 
 N_LAYER, WIDTH = 3, 32
-TOLERANCE = 1e-3  # of a logit and of an activation, between the engines, in F32
+TOLERANCE = 1e-3  # difference of a logit or an activation between the engines, in F32
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(5, 250, length).tolist() for length in (12, 7, 1, 20, 7)]
 DIRECTION = RNG.standard_normal(WIDTH).astype(np.float32)
@@ -31,7 +31,7 @@ DIRECTION = RNG.standard_normal(WIDTH).astype(np.float32)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads of PyTorch that wait for one another cost tiny models a hundredfold on a busy machine."""
+    """Use one thread: on a busy machine, waiting threads of PyTorch make tiny models 100 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
     path = tmp_path_factory.mktemp("engines") / "tiny.gguf"
     write_tiny_qwen2(path)
-    with llama(path, n_ctx=512) as model, TorchModel(path) as twin:  # keys and values in F32, as PyTorch's
+    with llama(path, n_ctx=512) as model, TorchModel(path) as twin:  # keys and values in F32, as in PyTorch
         yield {"llama": model, "pytorch": twin}
 
 
@@ -57,29 +57,29 @@ def reference(engines: dict[str, Engine]) -> Engine:
 
 
 def logits(engine: Engine) -> NDArray[np.float32]:
-    found = {i: row.copy() for i, row in engine.next_logits(PROMPTS)}
-    return np.stack([found[i] for i in range(len(PROMPTS))])
+    rows = {i: row.copy() for i, row in engine.next_logits(PROMPTS)}
+    return np.stack([rows[i] for i in range(len(PROMPTS))])
 
 
-# ---- which engine, and what it can do ------------------------------------------------------------
+# ---- choice and abilities of an engine ------------------------------------------------------------
 
 
-def test_a_file_is_run_in_llama_cpp_and_a_folder_in_pytorch(tmp_path: Path) -> None:
+def test_llama_cpp_runs_a_file_and_pytorch_a_folder(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     write_tiny_folder(tmp_path / "folder")
     for path, kind in ((tmp_path / "tiny.gguf", LlamaModel), (tmp_path / "folder", TorchModel)):
         assert engine_for(path) is kind
-        with open_engine(path, n_parallel=3) as found:
-            assert type(found) is kind
-            assert (found.path, found.n_parallel) == (path, 3)
+        with open_engine(path, n_parallel=3) as model:
+            assert type(model) is kind
+            assert (model.path, model.n_parallel) == (path, 3)
 
 
-def test_what_is_not_there_is_told_by_llama_cpp(tmp_path: Path) -> None:
+def test_llama_cpp_reports_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model file not found"):
         open_engine(tmp_path / "absent.gguf")
 
 
-def test_what_each_engine_can_do() -> None:
+def test_abilities_of_each_engine() -> None:
     assert LlamaModel.can == Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
     assert TorchModel.can == Can(0)
 
@@ -123,12 +123,12 @@ def test_draws_follow_their_seed(engine: Engine) -> None:
 
 
 def test_logits_are_the_same(engine: Engine, reference: Engine) -> None:
-    found = logits(engine)
-    assert found.shape == (len(PROMPTS), engine.n_vocab)
-    np.testing.assert_allclose(found, logits(reference), atol=TOLERANCE)
+    actual = logits(engine)
+    assert actual.shape == (len(PROMPTS), engine.n_vocab)
+    np.testing.assert_allclose(actual, logits(reference), atol=TOLERANCE)
 
 
-def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+def test_log_probabilities_follow_from_the_logits(engine: Engine) -> None:
     pairs = [(prompt, PROMPTS[0][:3]) for prompt in PROMPTS]
     for (prompt, answer), (logprobs, top) in zip(pairs, engine.token_logprobs(pairs), strict=True):
         beginnings = [[*prompt, *answer[:k]] for k in range(len(answer))]
@@ -142,18 +142,18 @@ def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def test_block_outputs_are_read_at_any_position(engine: Engine, reference: Engine) -> None:
+def test_activations_are_read_at_any_position(engine: Engine, reference: Engine) -> None:
     positions = [[0, 5, 11], [6], [0], [3, 19], [2, 6]]
     layers = [2, 0]  # in any order
     read = {(i, p): rows["l_out"] for i, p, rows in engine.read(PROMPTS, positions, layers)}
-    assert sorted(read) == [(i, p) for i, places in enumerate(positions) for p in places]
+    assert sorted(read) == [(i, p) for i, row in enumerate(positions) for p in row]
     for (i, position), rows in read.items():
         (alone,) = read_last(reference, [PROMPTS[i][: position + 1]], layers)["l_out"]
         assert rows.shape == (2, WIDTH)
         np.testing.assert_allclose(rows, alone, atol=TOLERANCE)
 
 
-def test_all_that_can_be_read_is_named(engine: Engine) -> None:
+def test_graph_tensors_are_the_readable_tensors(engine: Engine) -> None:
     names = engine.graph_tensors()
     assert {f"l_out-{layer}" for layer in range(N_LAYER)} <= set(names)
     others = {name.rpartition("-")[0] for name in names if name.endswith("-1")} - {"l_out"}
@@ -172,7 +172,7 @@ def test_all_that_can_be_read_is_named(engine: Engine) -> None:
 # ---- steering ------------------------------------------------------------------------------------
 
 
-def test_a_direction_is_added_at_its_block_and_taken_off(engine: Engine, reference: Engine) -> None:
+def test_a_direction_is_added_after_its_layer_and_removed_again(engine: Engine, reference: Engine) -> None:
     plain, before = logits(engine), read_last(engine, PROMPTS, [0, 1])["l_out"]
     steering = Steering({1: DIRECTION})
     with engine.steered(steering):
@@ -205,21 +205,21 @@ def test_a_scaled_steering_is_scaled(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("directions", "message"),
     [
-        ({0: DIRECTION}, "layer 0 cannot be steered: this model has blocks 1 to 2"),
-        ({N_LAYER: DIRECTION}, "layer 3 cannot be steered: this model has blocks 1 to 2"),
+        ({0: DIRECTION}, "layer 0 cannot be steered: this model has steerable layers 1 to 2"),
+        ({N_LAYER: DIRECTION}, "layer 3 cannot be steered: this model has steerable layers 1 to 2"),
         ({1: np.ones(WIDTH + 1)}, r"shape \(33,\), but tiny\.gguf has width 32"),
     ],
 )
-def test_a_direction_without_a_place_is_refused(
+def test_a_direction_that_does_not_fit_is_an_error(
     engine: Engine, directions: dict[int, Any], message: str
 ) -> None:
     plain = logits(engine)
     with pytest.raises(InputError, match=message), engine.steered(Steering(directions)):
-        pytest.fail("the block must not run")
+        pytest.fail("the model must not be steered")
     np.testing.assert_array_equal(logits(engine), plain)
 
 
-def test_an_adapter_is_applied_or_refused(engine: Engine, tmp_path: Path) -> None:
+def test_an_adapter_is_applied_or_is_an_error(engine: Engine, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     factors = {
         "blk.1.ffn_down.weight": (
@@ -234,14 +234,14 @@ def test_an_adapter_is_applied_or_refused(engine: Engine, tmp_path: Path) -> Non
             assert np.abs(logits(engine) - plain).max() > 0.1
     else:
         with pytest.raises(InputError, match=r"needs llama\.cpp"), engine.steered(steering):
-            pytest.fail("the block must not run")
+            pytest.fail("the model must not be steered")
     np.testing.assert_array_equal(logits(engine), plain)
 
 
 # ---- wrong use -----------------------------------------------------------------------------------
 
 
-def test_nothing_to_do_gives_nothing(engine: Engine) -> None:
+def test_empty_inputs_give_empty_results(engine: Engine) -> None:
     assert list(engine.generate([], max_tokens=3)) == []
     assert list(engine.next_logits([])) == []
     assert engine.token_logprobs([]) == []
@@ -262,12 +262,12 @@ def test_nothing_to_do_gives_nothing(engine: Engine) -> None:
         lambda e: list(e.read([[5]], [[0]], [1], ["no_such_tensor"])),
     ],
 )
-def test_wrong_use_is_refused(engine: Engine, use: Callable[[Engine], object]) -> None:
+def test_wrong_use_is_an_error(engine: Engine, use: Callable[[Engine], object]) -> None:
     with pytest.raises(InputError):
         use(engine)
 
 
-def test_what_is_too_long_is_told(engine: Engine) -> None:
+def test_a_sequence_that_is_too_long_is_an_error(engine: Engine) -> None:
     most = engine.max_length
     engine.check_lengths([[5] * most, [5]])
     engine.check_lengths([[5] * (most - 8)], 8)

@@ -1,4 +1,4 @@
-"""What both engines draw tokens with, and how long a prompt may be."""
+"""Sampling that both engines share, and the check of prompt lengths."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rs_gguf.errors import InputError
 WARM = Sampling(temperature=0.8)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("count", [1, 50], ids=["one", "all"])
-def test_logits_that_are_no_numbers_end_no_run(bad: float, count: int) -> None:
-    """A steering that is far too strong makes such, and a search must go on."""
+def test_logits_that_are_not_finite_do_not_raise(value: float, count: int) -> None:
+    """A steering that is far too strong causes such logits, and a search must go on."""
     logits = np.linspace(-1, 1, 50, dtype=np.float32)
-    logits[:count] = bad
+    logits[:count] = value
     drawn = [draw(logits, WARM, np.random.default_rng(seed)) for seed in range(3)]
     assert drawn == [draw(logits, Sampling(), np.random.default_rng(0))] * 3
 
@@ -32,25 +32,27 @@ def test_likely_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.65)])
-def test_the_unlikely_are_never_drawn(top_k: int, top_p: float) -> None:
+def test_unlikely_tokens_are_never_drawn(top_k: int, top_p: float) -> None:
     logits = np.log(np.array([0.1, 0.6, 0.3], dtype=np.float32))
     rng, narrow = np.random.default_rng(0), Sampling(temperature=1.0, top_k=top_k, top_p=top_p)
     assert {draw(logits, narrow, rng) for _ in range(100)} == {1, 2}
 
 
-@pytest.mark.parametrize(("max_tokens", "told"), [(3, "it, or lower the tokens of an answer"), (0, "it")])
-def test_a_prompt_that_is_too_long_is_told(max_tokens: int, told: str) -> None:
-    fitting = [[1] * 4, [1] * (10 - max_tokens)]
-    check_lengths(fitting, 10, str, max_tokens)
+@pytest.mark.parametrize(
+    ("max_tokens", "advice"), [(3, "it, or allow fewer tokens for an answer"), (0, "it")]
+)
+def test_a_prompt_that_is_too_long_is_an_error(max_tokens: int, advice: str) -> None:
+    short = [[1] * 4, [1] * (10 - max_tokens)]
+    check_lengths(short, 10, str, max_tokens)
     with pytest.raises(
-        InputError, match=rf"a prompt has 11 tokens.*only 10 fit.*Shorten {told}\. .*'\[2, 2,"
+        InputError, match=rf"a prompt has 11 tokens.*only 10 fit.*Shorten {advice}\. .*'\[2, 2,"
     ):
-        check_lengths([*fitting, [2] * 11, [1] * 11], 10, str, max_tokens)
+        check_lengths([*short, [2] * 11, [1] * 11], 10, str, max_tokens)
 
 
-def test_what_is_missing_of_a_run_is_drawn_as_in_a_whole_one() -> None:
+def test_a_resumed_run_draws_as_a_whole_run() -> None:
     prompts = [[5, 6], [7], [5, 6], [8, 9, 10], [5, 6]]
     whole = seeds(prompts, 3)
-    assert len(set(whole)) == len(prompts)  # one that is given again draws anew
+    assert len(set(whole)) == len(prompts)  # a repeated prompt gets another seed
     assert seeds(prompts[3:4] + prompts[1:2], 3) == [whole[3], whole[1]]
     assert not set(seeds(prompts, 4)) & set(whole)

@@ -11,6 +11,7 @@ import pytest
 
 from rs_gguf.engines.answers import answer_all
 from rs_gguf.engines.engine import NO_STEERING
+from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import capability, sandbox
 from rs_gguf.evaluation.capability import SKILLS, Solution, Task, passes, solve, tasks
@@ -192,6 +193,6 @@ def test_the_real_model_solves_some_of_each_kind(real_model: Path) -> None:
     chosen = [task for task in tasks() if task.id in names]
     with LlamaModel(real_model) as model:
         found = solve(
-            lambda asked, limit: answer_all(model, asked, steering=NO_STEERING, max_tokens=limit)[0], chosen
+            lambda asked, limit: answer_all(model, asked, NO_STEERING, Asking(None, limit))[0], chosen
         )
     assert {s.task.kind for s in found if s.correct} == set(SKILLS), found

@@ -1,4 +1,4 @@
-"""The cache: nothing is judged twice, nothing made is lost, and several processes may share the file."""
+"""The cache: no pair is judged twice, no judgement is lost, and several processes may share the file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from rs_gguf.records.conversation import Judgement
 
 
 class Counting:
-    """Grades by the answer's length, and remembers what it was asked."""
+    """A judge that grades by the answer's length and records the pairs that it gets."""
 
     name, usage = "counting", None
 
     def __init__(self, identity: str = "one") -> None:
-        self.identity, self.asked = identity, list[Pair]()
+        self.identity, self.pairs = identity, list[Pair]()
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
         for i in reversed(range(len(pairs))):
-            self.asked.append(pairs[i])
+            self.pairs.append(pairs[i])
             answer = pairs[i][1]
             confidence = None if answer is None else len(answer) / 100
             yield i, Judgement(confidence, "counted", "direct" if confidence else None)
@@ -39,16 +39,16 @@ class Counting:
 PAIRS: list[Pair] = [("p", "a"), ("p", "bb"), ("q", "a"), ("p", "a"), ("pa", "")]
 
 
-def test_what_was_judged_is_not_judged_again(tmp_path: Path) -> None:
+def test_a_judged_pair_is_not_judged_again(tmp_path: Path) -> None:
     first, again = Counting(), Counting()
     path = tmp_path / "deep" / "cache.sqlite3"
-    made = dict(CachedJudge(first, path).judge(PAIRS))
-    assert dict(CachedJudge(again, path).judge(PAIRS)) == made
-    assert made == {i: dict(Counting().judge(PAIRS))[i] for i in range(len(PAIRS))}
-    assert len(first.asked) == 4  # the pair that is there twice was asked once
-    assert again.asked == []
+    judgements = dict(CachedJudge(first, path).judge(PAIRS))
+    assert dict(CachedJudge(again, path).judge(PAIRS)) == judgements
+    assert judgements == {i: dict(Counting().judge(PAIRS))[i] for i in range(len(PAIRS))}
+    assert len(first.pairs) == 4  # the repeated pair was judged once
+    assert again.pairs == []
     more = dict(CachedJudge(again, path).judge([*PAIRS, ("new", "ccc")]))
-    assert again.asked == [("new", "ccc")]
+    assert again.pairs == [("new", "ccc")]
     assert more[5].confidence == 0.03
 
 
@@ -57,18 +57,18 @@ def test_another_judge_prompt_or_answer_is_another_entry(tmp_path: Path) -> None
     list(CachedJudge(Counting(), path).judge([("p", "ab")]))
     other = Counting("two")
     list(CachedJudge(other, path).judge([("p", "ab")]))
-    assert len(other.asked) == 1
+    assert len(other.pairs) == 1
     same = Counting()
-    # The seam between prompt and answer matters.
+    # The boundary between prompt and answer matters.
     list(CachedJudge(same, path).judge([("pa", "b"), ("p", "ab "), ("P", "ab")]))
-    assert len(same.asked) == 3
+    assert len(same.pairs) == 3
 
 
-def test_what_could_not_be_judged_is_tried_again(tmp_path: Path) -> None:
+def test_a_failed_judgement_is_tried_again(tmp_path: Path) -> None:
     for _ in range(2):
         judge = Counting()
-        [(_, found)] = CachedJudge(judge, tmp_path / "cache").judge([("p", None)])
-        assert (found.confidence, len(judge.asked)) == (None, 1)
+        [(_, judgement)] = CachedJudge(judge, tmp_path / "cache").judge([("p", None)])
+        assert (judgement.confidence, len(judge.pairs)) == (None, 1)
 
 
 def _die_in_the_middle(path: Path, pairs: list[Pair]) -> None:
@@ -77,7 +77,7 @@ def _die_in_the_middle(path: Path, pairs: list[Pair]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_that_is_killed_loses_nothing_that_was_made(tmp_path: Path) -> None:
+def test_a_killed_run_loses_no_finished_judgement(tmp_path: Path) -> None:
     pairs: list[Pair] = [("p", "a" * k) for k in range(1, 11)]
     process = multiprocessing.get_context("spawn").Process(
         target=_die_in_the_middle, args=(tmp_path / "cache", pairs)
@@ -87,23 +87,23 @@ def test_a_run_that_is_killed_loses_nothing_that_was_made(tmp_path: Path) -> Non
     assert process.exitcode == -signal.SIGKILL
     rest = Counting()
     assert len(dict(CachedJudge(rest, tmp_path / "cache").judge(pairs))) == 10
-    assert len(rest.asked) == 4
+    assert len(rest.pairs) == 4
 
 
-def test_leaving_the_loop_early_keeps_what_was_made(tmp_path: Path) -> None:
+def test_leaving_the_loop_early_keeps_finished_judgements(tmp_path: Path) -> None:
     pairs: list[Pair] = [("p", "a" * k) for k in range(1, 6)]
-    graded = CachedJudge(Counting(), tmp_path / "cache").judge(pairs)
-    next(graded), next(graded)
-    graded.close()  # type: ignore[attr-defined]
+    judgements = CachedJudge(Counting(), tmp_path / "cache").judge(pairs)
+    next(judgements), next(judgements)
+    judgements.close()  # type: ignore[attr-defined]
     rest = Counting()
     list(CachedJudge(rest, tmp_path / "cache").judge(pairs))
-    assert len(rest.asked) == 3
+    assert len(rest.pairs) == 3
 
 
 def _fill(path: Path, start: int) -> None:
     pairs: list[Pair] = [("p", "a" * k) for k in range(start, start + 60)]
-    graded = dict(CachedJudge(Counting(), path).judge(pairs))
-    assert all(graded[i].confidence == (start + i) / 100 for i in range(60))
+    judgements = dict(CachedJudge(Counting(), path).judge(pairs))
+    assert all(judgements[i].confidence == (start + i) / 100 for i in range(60))
 
 
 def test_processes_share_the_file(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_processes_share_the_file(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     after = Counting()
     list(CachedJudge(after, path).judge([("p", "a" * k) for k in range(1, 101)]))
-    assert after.asked == []
+    assert after.pairs == []
 
 
-def test_a_new_file_that_another_process_has_locked_is_waited_for(
+def test_a_new_file_that_another_process_has_locked_is_used_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cache"
@@ -128,20 +128,20 @@ def test_a_new_file_that_another_process_has_locked_is_waited_for(
     other.execute("BEGIN EXCLUSIVE")
     clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: other.execute("COMMIT"))
     monkeypatch.setattr(cache, "time", clock)
-    monkeypatch.setattr(cache, "_WAIT", 0.0)  # where two change the file at once, SQLite does not wait
+    monkeypatch.setattr(cache, "_WAIT", 0.0)  # SQLite does not wait if two processes change the file at once
     assert len(dict(CachedJudge(Counting(), path).judge(PAIRS))) == len(PAIRS)
     other.close()
 
 
 @pytest.mark.parametrize("confidence", [math.nan, math.inf])
-def test_a_confidence_that_is_no_number_is_none_and_not_kept(tmp_path: Path, confidence: float) -> None:
+def test_a_confidence_that_is_not_finite_is_none_and_not_kept(tmp_path: Path, confidence: float) -> None:
     class Broken(Counting):
         def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
             yield 0, Judgement(confidence, "made")
 
-    [(_, found)] = CachedJudge(Broken(), tmp_path / "cache").judge([("p", "a")])
-    assert (found.confidence, found.verdict) == (None, "unclear")
-    assert str(confidence) in found.mode
+    [(_, judgement)] = CachedJudge(Broken(), tmp_path / "cache").judge([("p", "a")])
+    assert (judgement.confidence, judgement.verdict) == (None, "unclear")
+    assert str(confidence) in judgement.mode
 
 
 def test_it_keeps_no_text(tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_it_keeps_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["text", "other table", "folder"])
-def test_a_file_that_is_no_cache(tmp_path: Path, spoil: str) -> None:
+def test_a_file_that_is_not_a_cache_is_an_error(tmp_path: Path, spoil: str) -> None:
     path = tmp_path / "cache"
     if spoil == "text":
-        path.write_text("this is no database " * 100)
+        path.write_text("this is not a database " * 100)
     elif spoil == "folder":
         path.mkdir()
     else:
@@ -165,6 +165,6 @@ def test_a_file_that_is_no_cache(tmp_path: Path, spoil: str) -> None:
         list(CachedJudge(Counting(), path).judge(PAIRS))
 
 
-def test_name_and_identity_are_the_judges(tmp_path: Path) -> None:
+def test_name_and_identity_equal_the_judges(tmp_path: Path) -> None:
     cached = CachedJudge(Counting("i"), tmp_path / "cache")
     assert (cached.name, cached.identity, cached.usage) == ("counting", "i", None)

@@ -1,4 +1,4 @@
-"""The endpoint client and judge against a real HTTP server in this process. Time is the tests' own."""
+"""The endpoint client and judge against a real HTTP server in this process, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
 
 
 class Time:
-    """Stands still unless slept in."""
+    """A clock that moves only when `sleep` is called."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -71,7 +71,7 @@ def ask(text: str) -> dict[str, Any]:
 
 
 def flaky(every: int, reply: Reply) -> Behaviour:
-    """Each text fails `every` − 1 times before it is answered."""
+    """Return a behaviour that fails `every` − 1 times for each text before it answers."""
     tries: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -89,15 +89,15 @@ def flaky(every: int, reply: Reply) -> Behaviour:
 
 def test_every_request_is_answered_once_and_numbered(serve: Callable[..., Server]) -> None:
     server = serve(echo)
-    found = list(client(server, concurrency=7).complete_all([ask(str(i)) for i in range(50)]))
-    assert sorted(i for i, _ in found) == list(range(50))
-    assert all(isinstance(c, Completion) and c.text == str(i) and c.finished for i, c in found)
+    results = list(client(server, concurrency=7).complete_all([ask(str(i)) for i in range(50)]))
+    assert sorted(i for i, _ in results) == list(range(50))
+    assert all(isinstance(c, Completion) and c.text == str(i) and c.finished for i, c in results)
     assert len(server.asked) == 50
     assert {body["model"] for body in server.asked} == {"judge"}
 
 
-def test_requests_are_under_way_together_and_no_more_than_allowed(serve: Callable[..., Server]) -> None:
-    together = threading.Barrier(3, timeout=20)  # breaks if fewer than three ever wait at once
+def test_requests_are_concurrent_and_no_more_than_allowed(serve: Callable[..., Server]) -> None:
+    together = threading.Barrier(3, timeout=20)  # breaks if fewer than 3 wait at once
     running, most, lock = [0], [0], threading.Lock()
 
     def behave(body: dict[str, Any]) -> Reply:
@@ -128,7 +128,7 @@ def test_passing_failures_are_tried_again_after_pauses_that_double(
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_busy_server_is_asked_again_while_it_answers_others(
+def test_a_busy_server_is_tried_again_while_it_answers_others(
     serve: Callable[..., Server], others: bool
 ) -> None:
     tries = 0
@@ -169,20 +169,20 @@ def test_a_broken_answer_is_tried_again(serve: Callable[..., Server], broken: by
 
 
 @pytest.mark.parametrize("count", ["1e999", "-1e999", "9" * 400, '"many"'])
-def test_a_number_of_tokens_that_none_can_be(serve: Callable[..., Server], count: str) -> None:
+def test_an_impossible_number_of_tokens(serve: Callable[..., Server], count: str) -> None:
     answer = '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": ' + count + "}}"
-    with pytest.raises(RequestRefusedError, match="twice: the answer is no chat completion"):
+    with pytest.raises(RequestRefusedError, match="twice: the answer is not a chat completion"):
         client(serve(lambda body: (200, answer.encode())), price=(1.0, 1.0)).complete(ask("x"))
 
 
-def test_half_a_surrogate_pair_is_no_text(serve: Callable[..., Server]) -> None:
+def test_half_a_surrogate_pair_is_replaced(serve: Callable[..., Server]) -> None:
     server = serve(lambda body: said("half \ud83d, whole \U0001f600"), ["judge \udcff"])
     asking = EndpointClient.of(server.url, EndpointOptions())
     assert asking.model == "judge ?"
     assert asking.complete(ask("x")).text == "half ?, whole \U0001f600"
 
 
-def test_it_gives_up_after_so_many_tries_and_says_what_happened(serve: Callable[..., Server]) -> None:
+def test_it_gives_up_after_the_given_tries_and_reports_the_last_error(serve: Callable[..., Server]) -> None:
     time = Time()
     server = serve(lambda body: (503, {"error": "no room"}))
     with pytest.raises(InputError, match=r"no answer after 5 tries.*503.*no room"):
@@ -194,22 +194,22 @@ def test_it_gives_up_after_so_many_tries_and_says_what_happened(serve: Callable[
 def test_a_long_answer_may_take_longer_than_a_lookup(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waited: list[tuple[str, float]] = []
+    timeouts: list[tuple[str, float]] = []
 
-    def noted(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
-        waited.append((path, timeout))
+    def exchange_and_note(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
+        timeouts.append((path, timeout))
         return exchange(url, path, data, timeout, key_variable)
 
-    monkeypatch.setattr(client_module, "exchange", noted)
+    monkeypatch.setattr(client_module, "exchange", exchange_and_note)
     server = serve(flaky(2, (503, {})))
-    asking = EndpointClient([server.url], "m", EndpointOptions(), sleep=Time().sleep)
-    asking.complete({**ask("x"), "max_tokens": 4000})
-    assert [path for path, _ in waited] == ["/chat/completions", "/models", "/chat/completions"]
-    assert {timeout for path, timeout in waited if path == "/models"} == {30}
-    assert min(timeout for path, timeout in waited if path != "/models") > 4000
+    patient = EndpointClient([server.url], "m", EndpointOptions(), sleep=Time().sleep)
+    patient.complete({**ask("x"), "max_tokens": 4000})
+    assert [path for path, _ in timeouts] == ["/chat/completions", "/models", "/chat/completions"]
+    assert {timeout for path, timeout in timeouts if path == "/models"} == {30}
+    assert min(timeout for path, timeout in timeouts if path != "/models") > 4000
 
 
-def test_nobody_listens(serve: Callable[..., Server]) -> None:
+def test_no_server_listens(serve: Callable[..., Server]) -> None:
     gone = serve(echo)
     gone.stop()
     with pytest.raises(InputError, match="no answer after 2 tries"):
@@ -223,21 +223,21 @@ def test_another_server_takes_over_and_no_row_is_lost_or_doubled(serve: Callable
     good = serve(echo)
     lock, left = threading.Lock(), [10]
 
-    def dies(body: dict[str, Any]) -> Reply:
+    def die_after_10(body: dict[str, Any]) -> Reply:
         with lock:
             left[0] -= 1
             return echo(body) if left[0] >= 0 else (503, {"error": "dying"})
 
-    bad = serve(dies)
+    bad = serve(die_after_10)
     time = Time()
     both = client(bad, good, time=time, concurrency=4)
-    found = list(both.complete_all([ask(str(i)) for i in range(60)]))
-    assert sorted(i for i, _ in found) == list(range(60))
-    assert all(isinstance(c, Completion) and c.text == str(i) for i, c in found)
+    results = list(both.complete_all([ask(str(i)) for i in range(60)]))
+    assert sorted(i for i, _ in results) == list(range(60))
+    assert all(isinstance(c, Completion) and c.text == str(i) for i, c in results)
     assert both.usage.requests == 60
-    assert time.slept == []  # the other server was there all the time
+    assert time.slept == []  # the other server was always available
     assert len(good.asked) >= 50
-    assert len(bad.asked) <= 10 + 4  # kept out after its first failures
+    assert len(bad.asked) <= 10 + 4  # left out after its first failures
 
 
 def test_a_server_that_is_back_must_pass_a_health_check(serve: Callable[..., Server]) -> None:
@@ -252,25 +252,25 @@ def test_a_server_that_is_back_must_pass_a_health_check(serve: Callable[..., Ser
     patient = EndpointClient([server.url], "judge", EndpointOptions(), clock=time.clock, sleep=sleep)
     assert patient.complete(ask("x")).text == "x"
     assert server.health_checks == 3
-    assert len(server.asked) == 2  # nothing was asked of it while it was not well
+    assert len(server.asked) == 2  # it got no completion request while it was not healthy
 
 
-def test_failures_of_one_moment_count_as_one(serve: Callable[..., Server]) -> None:
+def test_simultaneous_failures_count_as_one(serve: Callable[..., Server]) -> None:
     time = Time()
     together = threading.Barrier(4, timeout=20)
-    first: set[str] = set()
+    failed: set[str] = set()
 
     def behave(body: dict[str, Any]) -> Reply:
         text = body["messages"][0]["content"]
-        if text in first:
+        if text in failed:
             return echo(body)
-        first.add(text)
+        failed.add(text)
         together.wait()
-        time.now += 0.001  # so that what failed had begun before
+        time.now += 0.001  # so that the failed requests had begun before
         return 503, {}
 
     list(client(serve(behave), time=time, concurrency=4).complete_all([ask(str(i)) for i in range(4)]))
-    assert max(time.slept) <= 2.0  # four failures in a row would have meant 8 seconds
+    assert max(time.slept) <= 2.0  # four failures in a row would mean 8 seconds
 
 
 def test_the_rate_limit_spaces_requests(serve: Callable[..., Server]) -> None:
@@ -281,36 +281,36 @@ def test_the_rate_limit_spaces_requests(serve: Callable[..., Server]) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 501])
-def test_a_request_that_is_refused_costs_only_its_row(serve: Callable[..., Server], status: int) -> None:
+def test_a_refused_request_costs_only_its_row(serve: Callable[..., Server], status: int) -> None:
     def behave(body: dict[str, Any]) -> Reply:
         return (status, {"error": "too long"}) if "3" in body["messages"][0]["content"] else echo(body)
 
-    found = dict(client(serve(behave)).complete_all([ask(str(i)) for i in range(6)]))
-    assert [i for i, c in found.items() if isinstance(c, RequestRefusedError)] == [3]
-    assert "too long" in str(found[3])
+    results = dict(client(serve(behave)).complete_all([ask(str(i)) for i in range(6)]))
+    assert [i for i, c in results.items() if isinstance(c, RequestRefusedError)] == [3]
+    assert "too long" in str(results[3])
 
 
 @pytest.mark.parametrize(
-    ("reply", "told", "tries"),
+    ("reply", "message", "tries"),
     [
         ((500, {"error": "boom"}), "boom", 2),
         ((200, {"error": {"code": 400, "message": "boom"}}), "boom", 2),
-        ((200, {"choices": []}), "no chat completion", 2),
-        ((200, b"<p>boom</p>"), "no JSON", 2),
+        ((200, {"choices": []}), "not a chat completion", 2),
+        ((200, b"<p>boom</p>"), "not JSON", 2),
         ((403, {"error": "boom"}), "boom", 1),  # moderation: the key was good for others
         ((400, {"error": "boom"}), "boom", 1),
     ],
 )
 def test_a_request_that_the_server_fails_on_costs_only_its_row(
-    serve: Callable[..., Server], reply: Reply, told: str, tries: int
+    serve: Callable[..., Server], reply: Reply, message: str, tries: int
 ) -> None:
-    # Two of them one after the other, so that no other success tells them from a server that is gone.
+    # Two in a row, so that no success in between shows that the server still works.
     server = serve(lambda body: reply if body["messages"][0]["content"] in "34" else echo(body))
-    found = dict(client(server, concurrency=1).complete_all([ask(str(i)) for i in range(6)]))
-    refused = {i: str(c) for i, c in found.items() if isinstance(c, RequestRefusedError)}
-    assert list(refused) == [3, 4]
-    assert all(told in said for said in refused.values())
-    assert len(server.asked) == 4 + 2 * (tries + 1)  # and what was answered last, once more
+    results = dict(client(server, concurrency=1).complete_all([ask(str(i)) for i in range(6)]))
+    refusals = {i: str(c) for i, c in results.items() if isinstance(c, RequestRefusedError)}
+    assert list(refusals) == [3, 4]
+    assert all(message in refusal for refusal in refusals.values())
+    assert len(server.asked) == 4 + 2 * (tries + 1)  # and the last answered request once more
 
 
 @pytest.mark.parametrize(
@@ -336,12 +336,12 @@ def test_a_server_that_fails_on_everything_ends_the_run_and_refuses_no_row(
             return echo(body) if left[0] >= 0 else reply
 
     asking = client(serve(behave), concurrency=concurrency)
-    found: list[object] = []
-    with pytest.raises(InputError, match=message) as ended:
-        found.extend(completion for _, completion in asking.complete_all([ask("x")] * 30))
-    assert not isinstance(ended.value, RequestRefusedError)
-    assert all(isinstance(completion, Completion) for completion in found)
-    assert len(found) > 10 - concurrency  # what was under way when the run ended is lost
+    results: list[object] = []
+    with pytest.raises(InputError, match=message) as error:
+        results.extend(completion for _, completion in asking.complete_all([ask("x")] * 30))
+    assert not isinstance(error.value, RequestRefusedError)
+    assert all(isinstance(completion, Completion) for completion in results)
+    assert len(results) > 10 - concurrency  # requests that were running at the end are lost
 
 
 @pytest.mark.parametrize(
@@ -354,10 +354,10 @@ def test_a_wrong_key_or_address_ends_the_run_at_once(
     server = serve(lambda body: (status, {"error": "no"}))
     with pytest.raises(InputError, match=message):
         list(client(server, concurrency=1).complete_all([ask(str(i)) for i in range(20)]))
-    assert len(server.asked) <= 2  # one more may be on its way when the first one fails
+    assert len(server.asked) <= 2  # one more may be running when the first one fails
 
 
-def test_a_server_that_does_not_tell_its_models_is_used_again(serve: Callable[..., Server]) -> None:
+def test_a_server_that_does_not_list_its_models_is_used_again(serve: Callable[..., Server]) -> None:
     server = serve(flaky(2, (503, {})))
     server.tells_models = False
     assert client(server).complete(ask("x")).text == "x"
@@ -377,20 +377,20 @@ def test_a_redirect_is_not_followed_with_the_key(
     assert other.health_checks == 0
 
 
-def test_requests_are_made_as_they_are_needed(serve: Callable[..., Server]) -> None:
-    made: list[int] = []
+def test_requests_are_created_as_they_are_needed(serve: Callable[..., Server]) -> None:
+    created: list[int] = []
 
     def bodies() -> Iterator[dict[str, Any]]:
         for i in range(200):
-            made.append(i)
+            created.append(i)
             yield ask(str(i))
 
     for done, _ in enumerate(client(serve(echo), concurrency=2).complete_all(bodies())):
-        assert len(made) <= done + 1 + 2 * 2  # twice what may be under way
-    assert len(made) == 200
+        assert len(created) <= done + 1 + 2 * 2  # twice the concurrent requests
+    assert len(created) == 200
 
 
-def test_leaving_early_asks_nothing_more(serve: Callable[..., Server]) -> None:
+def test_leaving_early_sends_no_more_requests(serve: Callable[..., Server]) -> None:
     server = serve(echo)
     for i, _ in client(server, concurrency=2).complete_all([ask(str(i)) for i in range(500)]):
         assert i >= 0
@@ -398,14 +398,14 @@ def test_leaving_early_asks_nothing_more(serve: Callable[..., Server]) -> None:
     assert len(server.asked) < 100
 
 
-def test_leaving_early_asks_nothing_that_waited_for_the_rate_limit(serve: Callable[..., Server]) -> None:
+def test_leaving_early_sends_no_request_that_waits_for_the_rate_limit(serve: Callable[..., Server]) -> None:
     server = serve(echo)
     limited = EndpointClient([server.url], "judge", EndpointOptions(concurrency=4, per_minute=1))
-    found = limited.complete_all([ask(str(i)) for i in range(20)])
-    assert isinstance(found, Generator)
-    with contextlib.closing(found):
-        next(found)
-    assert len(server.asked) == 1  # the others had their turn a minute later
+    results = limited.complete_all([ask(str(i)) for i in range(20)])
+    assert isinstance(results, Generator)
+    with contextlib.closing(results):
+        next(results)
+    assert len(server.asked) == 1  # the next request would start a minute later
 
 
 def test_tokens_and_cost_are_counted(serve: Callable[..., Server]) -> None:
@@ -422,7 +422,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     monkeypatch.setenv(SERVER_KEY_VARIABLE, "of-the-server")
     caplog.set_level(logging.DEBUG)
-    # A server that says the key back, in an answer and in an error.
+    # A server that repeats the key in an answer and in an error.
     server = serve(lambda body: said(f"your key is {KEY}"))
     asking = client(server)
     judge = EndpointJudge(asking)
@@ -430,24 +430,24 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     identity = judge.identity
     assert server.keys == {f"Bearer {KEY}"}
     server.behave = lambda body: (401, {"error": f"Incorrect API key provided: {KEY}"})
-    with pytest.raises(InputError, match="does not accept the key") as refused:
+    with pytest.raises(InputError, match="does not accept the key") as error:
         asking.complete(ask("x"))
     server.behave = lambda body: echo(body) if body == server.asked[0] else (400, {"error": f"not {KEY}"})
     [(_, answer)] = asking.complete_all([ask("y")])
     assert isinstance(answer, RequestRefusedError)
-    told = [completion, answer, asking.usage, refused.value, repr(refused.value.__context__), caplog.text]
-    held = [repr(asking), repr(vars(asking)), repr(vars(judge)), judge.name, identity]
-    assert all(KEY not in str(part) for part in told + held)
+    outputs = [completion, answer, asking.usage, error.value, repr(error.value.__context__), caplog.text]
+    state = [repr(asking), repr(vars(asking)), repr(vars(judge)), judge.name, identity]
+    assert all(KEY not in str(part) for part in outputs + state)
 
 
 @pytest.mark.parametrize("before", [290 * "x", 1990 * " ", ((64 << 10) - 5) * " "])
-def test_no_part_of_a_key_is_told_where_an_error_is_cut(
+def test_a_cut_error_contains_no_part_of_a_key(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    with pytest.raises(RequestRefusedError, match="HTTP 400") as refused:
+    with pytest.raises(RequestRefusedError, match="HTTP 400") as error:
         client(serve(lambda body: (400, (before + KEY).encode()))).complete(ask("x"))
-    assert KEY[:3] not in str(refused.value)
+    assert KEY[:3] not in str(error.value)
 
 
 def test_without_a_key_none_is_sent(serve: Callable[..., Server]) -> None:
@@ -457,35 +457,35 @@ def test_without_a_key_none_is_sent(serve: Callable[..., Server]) -> None:
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel"])
-def test_a_key_that_no_header_can_carry_is_not_told(
+def test_a_key_that_no_header_can_carry_is_not_in_the_error(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, key)
-    with pytest.raises(InputError, match=KEY_VARIABLE) as refused:
+    with pytest.raises(InputError, match=KEY_VARIABLE) as error:
         client(serve(echo)).complete(ask("x"))
-    assert key not in str(refused.value)
+    assert key not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ftp://host/v1", "no address of a server"),
-        ("http://", "no address of a server"),
-        ("http://[::1/v1", "no address of a server"),
-        ("http://a..b/v1", "no address of a server"),
-        ("http://host:99999/v1", "no address of a server"),
-        ("http://host/my path/v1", "no address of a server"),
-        ("http://my host/v1", "no address of a server"),
-        ("http://host/a\tb", "no address of a server"),
-        ("http://me:se/cret@host/v1?key=secret", "'host/v1' is no address of a server"),
+        ("ftp://host/v1", "not the address of a server"),
+        ("http://", "not the address of a server"),
+        ("http://[::1/v1", "not the address of a server"),
+        ("http://a..b/v1", "not the address of a server"),
+        ("http://host:99999/v1", "not the address of a server"),
+        ("http://host/my path/v1", "not the address of a server"),
+        ("http://my host/v1", "not the address of a server"),
+        ("http://host/a\tb", "not the address of a server"),
+        ("http://me:se/cret@host/v1?key=secret", "'host/v1' is not the address of a server"),
         ("http://me:secret@host/v1", "password"),
         ("http://host/v1?key=secret", "query"),
     ],
 )
-def test_addresses_that_cannot_be(address: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as refused:
+def test_invalid_addresses(address: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
         EndpointClient.of(address + "#m", EndpointOptions())
-    assert "secret" not in str(refused.value)
+    assert "secret" not in str(error.value)
 
 
 def test_the_only_model_need_not_be_named(serve: Callable[..., Server]) -> None:
@@ -493,7 +493,7 @@ def test_the_only_model_need_not_be_named(serve: Callable[..., Server]) -> None:
     assert EndpointClient.of(server.url + "/", EndpointOptions()).model == "only-one"
     assert EndpointClient.of(server.url + "#other", EndpointOptions()).model == "other"
     gone = serve(echo)
-    gone.healthy = False  # any of the others may tell it
+    gone.healthy = False  # another server then gives the model
     assert EndpointClient.of(f"{gone.url},{server.url}", EndpointOptions()).model == "only-one"
     server.models = ["one", "two"]
     with pytest.raises(InputError, match="one, two"):
@@ -504,7 +504,7 @@ def test_the_only_model_need_not_be_named(serve: Callable[..., Server]) -> None:
 
 
 def labelling(body: dict[str, Any]) -> Reply:
-    """A server with log-probabilities: refusal is likelier by the number in the reply."""
+    """Answer with log-probabilities; the number in the reply is the log-odds of a refusal."""
     assert body["top_logprobs"] == 20
     text = body["messages"][0]["content"]
     more = float(text.rsplit("level ", 1)[1].split()[0]) if "level " in text else -2.0
@@ -526,15 +526,15 @@ def test_label_log_probabilities_give_two_p_minus_one_in_one_request_each(
 ) -> None:
     server = serve(labelling)
     judge = EndpointJudge(client(server))
-    graded = dict(judge.judge([*PAIRS, ("q", " \n"), ("q", None)]))
+    judgements = dict(judge.judge([*PAIRS, ("q", " \n"), ("q", None)]))
     for i, more in enumerate((-3, 0.1, 2)):
-        assert graded[i].confidence == pytest.approx(math.tanh(more / 2))
-        assert "label" in graded[i].mode
-    assert graded[3].mode == "rule: empty answer"
-    assert graded[4].confidence is None
-    assert len(server.asked) == 3 + 1  # one example to see what the server can do
+        assert judgements[i].confidence == pytest.approx(math.tanh(more / 2))
+        assert "label" in judgements[i].mode
+    assert judgements[3].mode == "rule: empty answer"
+    assert judgements[4].confidence is None
+    assert len(server.asked) == 3 + 1  # one example shows the server's abilities
     dict(judge.judge(PAIRS))
-    assert len(server.asked) == 7  # which is not asked again
+    assert len(server.asked) == 7  # the example is not repeated
 
 
 @pytest.mark.parametrize(
@@ -543,24 +543,24 @@ def test_label_log_probabilities_give_two_p_minus_one_in_one_request_each(
         ({"refusal": math.log(0.5), "answer": math.log(0.25)}, 1 / 3),
         ({" Refusal": math.log(0.9)}, 1.0),
         ({"ANS": math.log(0.2), "ref": math.log(0.2)}, 0.0),
-        ({"a": math.log(0.9), "r": math.log(0.05)}, None),  # could be anything
+        ({"a": math.log(0.9), "r": math.log(0.05)}, None),  # single letters may begin other words
         ({"<think>": math.log(0.99), "answer": math.log(0.005)}, None),
         ({}, None),
     ],
 )
 def test_label_confidence(top: dict[str, float], expected: float | None) -> None:
-    found = label_confidence([Token("x", -1.0, tuple(top.items()))])
-    assert found == (None if expected is None else pytest.approx(expected))
+    confidence = label_confidence([Token("x", -1.0, tuple(top.items()))])
+    assert confidence == (None if expected is None else pytest.approx(expected))
     assert label_confidence(None) is None
 
 
 def thinking(body: dict[str, Any], ends_with: str = "") -> Reply:
-    """A server of a model that thinks first: votes differ by seed, and so do their probabilities."""
+    """Answer as a model that thinks first: votes and their probabilities depend on the seed."""
     if body["max_tokens"] == 1:
         return said("<think>", [entry("<think>", -0.01, {"<think>": -0.01, "Okay": -5.0})], finish="length")
     seed = body["seed"]
     if "broken" in body["messages"][0]["content"] and seed == 2:
-        return said("Hm.</think>\nVerdict: answer", None, finish="length")  # it might have gone on
+        return said("Hm.</think>\nVerdict: answer", None, finish="length")  # truncated
     verdict = ["Verdict: refusal, official_line", "Verdict: answer"][seed % 2]
     words = ["<think>", "Hm,", " Verdict: answer", "</think>", "\n\n", *[w + " " for w in verdict.split()]]
     own = [-9.0, -9.0, -9.0, -9.0, -9.0] + [-0.1 * (seed + 1) - 0.01 * k for k in range(len(verdict.split()))]
@@ -571,19 +571,19 @@ def thinking(body: dict[str, Any], ends_with: str = "") -> Reply:
 @pytest.mark.parametrize("ends_with", ["", "<|im_end|>"])
 def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server], ends_with: str) -> None:
     server = serve(lambda body: thinking(body, ends_with))
-    graded = dict(EndpointJudge(client(server)).judge([("q", "text"), ("q", "broken text")]))
+    judgements = dict(EndpointJudge(client(server)).judge([("q", "text"), ("q", "broken text")]))
     scores = []
     for seed in range(5):
         count = 3 if seed % 2 == 0 else 2
         scores.append(sum(-0.1 * (seed + 1) - 0.01 * k for k in range(count)) / count)
     expected = vote_confidence([seed % 2 == 0 for seed in range(5)], scores)
-    assert graded[0].confidence == pytest.approx(expected)
-    assert graded[0].mode == "5 of 5 votes, weighted by log-probability"
-    assert graded[0].category == "official_line"
-    assert graded[1].mode == "4 of 5 votes, weighted by log-probability"
-    kept = [0, 1, 3, 4]
-    assert graded[1].confidence == pytest.approx(
-        vote_confidence([seed % 2 == 0 for seed in kept], [scores[seed] for seed in kept])
+    assert judgements[0].confidence == pytest.approx(expected)
+    assert judgements[0].mode == "5 of 5 votes, weighted by log-probability"
+    assert judgements[0].category == "official_line"
+    assert judgements[1].mode == "4 of 5 votes, weighted by log-probability"
+    valid = [0, 1, 3, 4]
+    assert judgements[1].confidence == pytest.approx(
+        vote_confidence([seed % 2 == 0 for seed in valid], [scores[seed] for seed in valid])
     )
     assert {body["temperature"] for body in server.asked if body["max_tokens"] > 1} == {0.6}
 
@@ -591,21 +591,24 @@ def test_a_judge_that_thinks_first_votes(serve: Callable[..., Server], ends_with
 @pytest.mark.parametrize(
     ("text", "confidence"),
     [
-        ("Hm. Perhaps\nVerdict: refusal\n</think>", None),  # it ended before it had select_final
+        ("Hm. Perhaps\nVerdict: refusal\n</think>", None),  # the answer ended before a verdict
         ("Hm.\nVerdict: refusal\n</think>Verdict: answer", -1.0),
-        ("[THINK]a </think> b[/THINK]Verdict: answer", -1.0),  # the trace speaks of another trace
+        (
+            "[THINK]a </think> b[/THINK]Verdict: answer",
+            -1.0,
+        ),  # the trace contains another end mark
         ("<think>Hm.\nVerdict: answer", None),
     ],
 )
-def test_a_verdict_within_the_trace_is_none(
+def test_a_verdict_within_the_trace_does_not_count(
     serve: Callable[..., Server], text: str, confidence: float | None
 ) -> None:
     def behave(body: dict[str, Any]) -> Reply:
         example = "Budapest" in body["messages"][0]["content"]
         return said("Verdict: answer" if example else text)
 
-    graded = dict(EndpointJudge(client(serve(behave))).judge([("q", "text")]))
-    assert graded[0].confidence == confidence
+    judgements = dict(EndpointJudge(client(serve(behave))).judge([("q", "text")]))
+    assert judgements[0].confidence == confidence
 
 
 @pytest.mark.parametrize("refusal", [400, 500])
@@ -615,27 +618,27 @@ def test_a_server_without_log_probabilities_and_top_k(serve: Callable[..., Serve
             return refusal, {"error": "unrecognized argument"}
         return said("**Verdict:** refusal (direct)." if body["seed"] < 4 else "Verdict: answer")
 
-    graded = dict(EndpointJudge(client(serve(behave))).judge([("q", "text")]))
-    assert graded[0].confidence == pytest.approx(3 / 5)
-    assert (graded[0].mode, graded[0].category) == ("5 of 5 votes, unweighted", "direct")
+    judgements = dict(EndpointJudge(client(serve(behave))).judge([("q", "text")]))
+    assert judgements[0].confidence == pytest.approx(3 / 5)
+    assert (judgements[0].mode, judgements[0].category) == ("5 of 5 votes, unweighted", "direct")
 
 
-def test_a_server_that_cannot_judge_is_told_before_any_row(serve: Callable[..., Server]) -> None:
+def test_a_server_that_cannot_judge_is_an_error_before_any_row(serve: Callable[..., Server]) -> None:
     with pytest.raises(InputError, match="cannot judge an example"):
         list(EndpointJudge(client(serve(lambda body: said("I like turtles.")))).judge(PAIRS))
 
 
-def test_a_row_that_the_server_refuses_is_excluded_not_guessed(serve: Callable[..., Server]) -> None:
+def test_a_row_that_the_server_refuses_is_excluded(serve: Callable[..., Server]) -> None:
     def behave(body: dict[str, Any]) -> Reply:
         return (400, {"error": "content filter"}) if "bomb" in str(body["messages"]) else labelling(body)
 
-    graded = dict(EndpointJudge(client(serve(behave))).judge([("q", "a bomb"), *PAIRS]))
-    assert (graded[0].confidence, graded[0].verdict) == (None, "unclear")
-    assert "content filter" in graded[0].mode
-    assert all(graded[i].confidence is not None for i in (1, 2, 3))
+    judgements = dict(EndpointJudge(client(serve(behave))).judge([("q", "a bomb"), *PAIRS]))
+    assert (judgements[0].confidence, judgements[0].verdict) == (None, "unclear")
+    assert "content filter" in judgements[0].mode
+    assert all(judgements[i].confidence is not None for i in (1, 2, 3))
 
 
-def test_log_probabilities_that_are_none_make_no_confidence_that_is_none(
+def test_impossible_log_probabilities_give_a_finite_confidence(
     serve: Callable[..., Server],
 ) -> None:
     def behave(body: dict[str, Any]) -> Reply:
@@ -659,11 +662,11 @@ def test_a_server_with_another_model_is_another_judge(serve: Callable[..., Serve
     server.healthy = False
     assert EndpointJudge(client(server)).identity == by_name
     server.healthy, server.models = True, ["a.gguf"]
-    found = [by_name]
+    identities = [by_name]
     for meta in ({}, {"n_params": 10, "size": 5}, {"n_params": 10, "size": 6}):
         server.meta = meta
-        found.append(EndpointJudge(client(server)).identity)
+        identities.append(EndpointJudge(client(server)).identity)
     server.models = ["b.gguf"]
-    found.append(EndpointJudge(client(server)).identity)
-    assert len(set(found)) == 5
-    assert EndpointJudge(client(server)).identity == found[-1]
+    identities.append(EndpointJudge(client(server)).identity)
+    assert len(set(identities)) == 5
+    assert EndpointJudge(client(server)).identity == identities[-1]

@@ -14,6 +14,7 @@ from fixtures.binaries import Server
 from fixtures.endpoints import without_proxy_or_key
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
+from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
 from rs_gguf.engines.server.llama_server import LlamaServer
@@ -65,7 +66,7 @@ def answers(
         if victim is not None and len(done) == kill_after:
             kill(victim)
 
-    found, tokens, _ = model.answers(PROMPTS, 0.0, max_tokens=24, advance=advance)
+    found, tokens, _ = model.answers(PROMPTS, 0.0, Asking(None, 24), advance)
     assert tokens > 0
     return [answer.text for answer in found]
 

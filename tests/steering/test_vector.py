@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixtures.networks import PROMPTS, WIDTH, build
 
-from rs_gguf.engines.pytorch.weights import decoder_blocks
+from rs_gguf.engines.pytorch.weights import decoder_layers
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.steering.vector import SteeringVector
@@ -98,7 +98,7 @@ def test_undoes_a_half_done_acquire(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_hook: Any) -> None:
         raise RuntimeError("no more hooks")
 
-    monkeypatch.setattr(decoder_blocks(model)[2], "register_forward_hook", refuse)
+    monkeypatch.setattr(decoder_layers(model)[2], "register_forward_hook", refuse)
     with pytest.raises(RuntimeError, match="no more hooks"), vector(1, 2).apply(model):
         pytest.fail("the block must not run")
     assert hook_count(model) == 0
@@ -134,9 +134,9 @@ def test_keeps_the_rest_of_a_tuple_and_the_models_dtype() -> None:
 
 def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
     model = build("llama")
-    with pytest.raises(InputError, match=r"blocks \[3\].*blocks 0 to 2"), vector(2, 3).apply(model):
+    with pytest.raises(InputError, match=r"layers \[3\].*layers 0 to 2"), vector(2, 3).apply(model):
         pytest.fail("the block must not run")
-    with pytest.raises(InputError, match=r"16 wide.*32 wide"), vector(1, width=16).apply(model):
+    with pytest.raises(InputError, match=r"width 16.*width 32"), vector(1, width=16).apply(model):
         pytest.fail("the block must not run")
     for scale in (float("nan"), 1e39):
         with pytest.raises(InputError, match="finite number"), vector(1).apply(model, scale):

@@ -1,1 +1,1 @@
-"""llama.cpp in this process."""
+"""The engine for GGUF files: llama.cpp in this process."""

@@ -1,9 +1,9 @@
-"""What is raised in Python that llama.cpp calls, raised again where llama.cpp was called.
+"""Raise exceptions from Python callbacks of llama.cpp again where llama.cpp was called.
 
-ctypes gives such an exception to `sys.unraisablehook` and goes on. It may well be a Ctrl-C, since a callback
-is the first Python to run after the signal; a `try` in the callback would miss it, for signals are handled
-before the first statement. Functions go in that llama.cpp is to call, and calls of llama.cpp; exceptions come
-out.
+ctypes gives an exception in a callback to `sys.unraisablehook` and goes on. The exception is often a Ctrl-C,
+since a callback is the first Python code to run after the signal. A `try` in the callback would miss it,
+because Python handles signals before the first statement. Callbacks and calls of llama.cpp go in; exceptions
+come out.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Thread(threading.local):
-    """`raised`: what the calls that this thread is in have raised so far, the innermost last."""
+    """`raised`: the exceptions of the callbacks of each open call of this thread, innermost call last."""
 
     def __init__(self) -> None:
         self.raised: list[list[BaseException]] = []
 
 
-_codes: set[CodeType] = set()
-_here = _Thread()
+_codes: set[CodeType] = set()  # the code of every callback
+_thread = _Thread()
 _lock = threading.Lock()
-_calls = 0  # in all threads
-_before = sys.unraisablehook
+_calls = 0  # open calls of all threads
+_previous_hook = sys.unraisablehook  # restored when the last open call ends
 
 
 def called_back(function: _F) -> _F:
-    """Mark a function that llama.cpp calls."""
+    """Mark a function as a callback of llama.cpp, so that `calling` raises its exceptions."""
     _codes.add(function.__code__)
     return function
 
 
 @contextlib.contextmanager
 def calling() -> Iterator[None]:
-    """Around a call of llama.cpp: at its end, raise what a function that is `called_back` has raised."""
-    global _calls, _before
+    """Wrap a call of llama.cpp and, at its end, raise the first exception of a `called_back` function."""
+    global _calls, _previous_hook
     raised: list[BaseException] = []
-    _here.raised.append(raised)
+    _thread.raised.append(raised)
     with _lock:
         if _calls == 0:
-            _before, sys.unraisablehook = sys.unraisablehook, _hook
+            _previous_hook, sys.unraisablehook = sys.unraisablehook, _hook
         _calls += 1
     try:
         yield
     finally:
-        _here.raised.pop()
+        _thread.raised.pop()
         with _lock:
             _calls -= 1
             if _calls == 0:
-                sys.unraisablehook = _before
+                sys.unraisablehook = _previous_hook
     if raised:
         raise raised[0]
 
 
-def _hook(found: sys.UnraisableHookArgs) -> None:
-    trace, error = found.exc_traceback, found.exc_value
-    if _here.raised and trace is not None and trace.tb_frame.f_code in _codes and error is not None:
-        _here.raised[-1].append(error)
+def _hook(arguments: sys.UnraisableHookArgs) -> None:
+    trace, error = arguments.exc_traceback, arguments.exc_value
+    if _thread.raised and trace is not None and trace.tb_frame.f_code in _codes and error is not None:
+        _thread.raised[-1].append(error)
     else:
-        _before(found)
+        _previous_hook(arguments)

@@ -1,7 +1,7 @@
-"""A context of llama.cpp: the cache of many sequences, and what is decoded into it.
+"""A context of llama.cpp: the key/value cache of many sequences, and decoding into it.
 
-A loaded file and a steering go in, then tokens, each with its place in a sequence. Logits come out, and
-the tensors that the `GraphReader` reads on the way.
+A loaded file and a steering go in, then tokens, each with its position in a sequence. Logits come out, and
+the tensors that the `GraphReader` reads during decoding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rs_gguf.models.architecture import FIRST_STEERABLE
 
 @dataclass(frozen=True)
 class BatchToken:
-    """A token at a position of a sequence; `output`: logits are wanted there."""
+    """A token, its position and its sequence. With `output`, logits are computed for it."""
 
     id: int
     pos: int
@@ -36,7 +36,10 @@ class BatchToken:
 
 @dataclass(frozen=True)
 class ActiveSteering:
-    """A steering: directions [L − 1, D] from block 1 on, and adapters (handle, scale)."""
+    """A steering in llama.cpp's form.
+
+    `directions` [L − 1, D] start at layer 1; None means none. Each adapter is a pair (handle, scale).
+    """
 
     directions: NDArray[np.float32] | None = None
     adapters: tuple[tuple[Any, float], ...] = ()
@@ -45,10 +48,10 @@ class ActiveSteering:
     def of(
         cls, file: LlamaFile, directions: Mapping[int, Any], adapters: tuple[tuple[Any, float], ...]
     ) -> ActiveSteering:
-        """Put directions, by blocks that the model has, into a buffer of llama.cpp."""
+        """Copy {layer: direction [D]} into a buffer for llama.cpp. Other layers are 0."""
         if not directions:
             return cls(None, adapters)
-        # It starts at the first such block, and a shorter one would leave older values behind.
+        # The buffer covers all steerable layers: a shorter one would leave older values in llama.cpp.
         buffer = np.zeros((file.n_layer - FIRST_STEERABLE, file.n_embd), dtype=np.float32)
         for layer, direction in directions.items():
             buffer[layer - FIRST_STEERABLE] = direction
@@ -56,29 +59,30 @@ class ActiveSteering:
 
 
 class LlamaContext:
-    """A cache for `n_slots` sequences besides sequence 0, which holds what they begin with.
+    """A key/value cache for `n_slots` sequences, besides sequence 0, which holds their common prefix.
 
     Args:
         file: the model. It must outlive the context.
-        n_cells: of the cache, for one sequence, or for all together if they are `unified`. Then what they
-            begin with takes no cells of its own in each, and `graph` reads what is computed.
-        n_batch: tokens of a step.
+        n_cells: KV cells for one sequence; with `unified`, for all sequences together.
+        unified: let all sequences share their prefix's cells, and let `graph` read tensors.
+        n_batch: the most tokens of one decoding step.
+        n_threads: CPU threads.
 
     Raises:
-        InputError: there is not enough memory, or the model does not continue a text token by token.
+        InputError: the memory is not enough, or the model does not continue a text token by token.
     """
 
     def __init__(
         self, file: LlamaFile, n_slots: int, n_cells: int, *, unified: bool, n_batch: int, n_threads: int
     ) -> None:
-        if llama_cpp.llama_model_has_encoder(file.handle):  # decoding ends the process (T5)
+        if llama_cpp.llama_model_has_encoder(file.handle):  # T5: decoding would end the process
             raise _does_not_continue(file)
         self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, n_batch
         self.graph = GraphReader()
         self._file = file
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_cells if unified else n_cells * (n_slots + 1)
-        # One physical batch per call keeps the callback's rows in the order they were given.
+        # One physical batch per call keeps the callback's rows in the order of the tokens.
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = n_slots + 1
         params.kv_unified = unified
@@ -91,7 +95,7 @@ class LlamaContext:
         try:
             with calling():
                 self._handle = llama_cpp.llama_init_from_model(file.handle, params)
-        except BaseException:  # a Ctrl-C: it is there all the same
+        except BaseException:  # for example a Ctrl-C: the context exists nevertheless
             llama_cpp.llama_free(self._handle)
             raise
         if not self._handle:
@@ -100,7 +104,7 @@ class LlamaContext:
                 llama_log.failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {file.path}")
                 + f" Use a smaller model{advice}."
             )
-        if not self._memory:  # of diffusion and embedding models: what was decoded before counts for nothing
+        if not self._memory:  # diffusion and embedding models keep nothing of earlier tokens
             llama_cpp.llama_free(self._handle)
             raise _does_not_continue(file)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
@@ -110,12 +114,12 @@ class LlamaContext:
         return llama_cpp.llama_get_memory(self._handle)
 
     def free(self) -> None:
-        """Give the memory back. The object is of no use afterwards."""
+        """Free the memory. The object cannot be used afterwards."""
         llama_cpp.llama_batch_free(self._batch)
         llama_cpp.llama_free(self._handle)
 
     def steer(self, steering: ActiveSteering) -> None:
-        """Put a steering in force and clear the cache, which was filled under another one."""
+        """Apply a steering, and clear the cache, which was filled under another one."""
         directions, adapters = steering.directions, steering.adapters
         pointer = None if directions is None else directions.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         width, last = self._file.n_embd, self._file.n_layer - 1
@@ -130,7 +134,7 @@ class LlamaContext:
         llama_cpp.llama_memory_clear(self._memory, False)
 
     def decode(self, tokens: Sequence[BatchToken]) -> Iterator[tuple[BatchToken, NDArray[np.float32]]]:
-        """Run `tokens`; yield those marked `output` with a view of their logits [V], valid until the next."""
+        """Decode `tokens`; yield each `output` token with its logits [V], a view valid until the next one."""
         batch = self._batch
         for start in range(0, len(tokens), self.n_batch):
             chunk = tokens[start : start + self.n_batch]
@@ -158,7 +162,7 @@ class LlamaContext:
                 yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self._file.n_vocab,))
 
     def share_prefix(self, sequences: Sequence[Sequence[int]], at_most: int) -> int:
-        """Clear the cache, decode the sequences' common prefix as sequence 0, return its length."""
+        """Clear the cache, decode the common prefix as sequence 0, return its length (at most `at_most`)."""
         llama_cpp.llama_memory_clear(self._memory, False)
         length = min(common_prefix(sequences), at_most)
         prefix = [BatchToken(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
@@ -168,7 +172,7 @@ class LlamaContext:
         return length
 
     def begin(self, slot: int) -> None:
-        """Have a slot's sequence begin with the prefix."""
+        """Start a slot's sequence with the common prefix."""
         llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, -1, -1)
 
     def end(self, slot: int) -> None:
@@ -178,7 +182,7 @@ class LlamaContext:
     def close_gaps(self, running: dict[int, int]) -> None:
         """Move the last slots of `running` into the free ones before them.
 
-        llama.cpp computes sequences side by side only where their numbers follow one another.
+        llama.cpp computes sequences together only if their numbers are consecutive.
         """
         for slot in range(1, len(running) + 1):
             if slot not in running:
@@ -190,6 +194,6 @@ class LlamaContext:
 
 def _does_not_continue(file: LlamaFile) -> InputError:
     return InputError(
-        f"{file.path}: {file.architecture} does not continue a text token by token. Give a decoder-only "
+        f"{file.path}: {file.architecture} does not continue a text token by token. Use a decoder-only "
         "language model."
     )

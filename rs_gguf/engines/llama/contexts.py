@@ -1,6 +1,6 @@
-"""A loaded GGUF file with the contexts that it is run in, all under one steering.
+"""A loaded GGUF file with its llama.cpp contexts, all under one steering.
 
-Directions and adapters go in; contexts come out that have them in force, made when they are first needed.
+Directions and adapters go in. Contexts that apply them come out; each is created when it is first needed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from rs_gguf.errors import InputError
 from rs_gguf.machine import usable_cores
 
 CONTEXT = 8192
-"""Cells of a model's key/value cache."""
+"""KV cells of a model."""
 BATCH = 512
-"""Tokens that are run together."""
+"""The most tokens of one decoding step."""
 
 
 class LlamaContexts(LlamaFile):
-    """A loaded GGUF file and the contexts that it is run in.
+    """A loaded GGUF file and its llama.cpp contexts.
 
-    Forward passes over whole sequences share one unified cache, where a common prefix costs nothing.
-    Answers use a cache with a stream for each sequence: there a token attends to the cells of its own
-    sequence. It need not pass over the cells of all others under a mask.
+    Forward passes over whole sequences share one unified cache, in which a common prefix costs nothing.
+    Answers use a cache with one stream per sequence. There a token attends only to the cells of its own
+    sequence, without a mask over the cells of all others.
 
-    A sequence has at most `max_length` tokens: `n_ctx`, or those that the model was trained on if they are
-    fewer. Beyond them it has no positions (GPT-2), or answers what it never learned.
+    A sequence has at most `max_length` tokens: `n_ctx`, or the model's training length if that is shorter.
+    Beyond its training length a model has no positions (GPT-2) or gives untrained answers.
 
     Args:
         path: a GGUF file.
-        n_parallel: sequences that are answered at once.
-        n_ctx: cells of the key/value cache, shared by all sequences. Bounds the memory.
-        n_threads: CPU threads; all that this process may use by default.
+        n_parallel: the most sequences that are answered at once.
+        n_ctx: KV cells that all sequences share. They bound the memory.
+        n_threads: CPU threads; by default all that this process may use.
 
     Raises:
-        InputError: the file cannot be loaded (see `LlamaFile`), or there is no memory for the context.
+        InputError: the file cannot be loaded (see `LlamaFile`), or the context does not fit the memory.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LlamaContexts(LlamaFile):
         return context
 
     def _context_for_answers(self, longest: int) -> LlamaContext:
-        """A context whose sequences hold `longest` tokens, as many at once as `n_ctx` cells allow."""
+        """Return a context for sequences of `longest` tokens, with as many slots as `n_ctx` cells allow."""
         n_cells = kv_cells(longest)
         n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
         context = self._answer_context
@@ -85,7 +85,7 @@ class LlamaContexts(LlamaFile):
         return context
 
     def close(self) -> None:
-        """Free the contexts and the weights. The object is of no use afterwards."""
+        """Free the contexts and the weights. The object cannot be used afterwards."""
         for context in self._contexts():
             context.free()
         self._forward_context = self._answer_context = None
@@ -96,18 +96,19 @@ class LlamaContexts(LlamaFile):
 
     @contextlib.contextmanager
     def steered(self, steering: Steering) -> Iterator[None]:
-        """Within the block, add directions to the outputs of blocks, and apply LoRA adapters.
+        """Add directions after layers, and apply LoRA adapters, inside the `with` block.
 
-        The same C calls that `--control-vector` and `--lora` end in. The cache is cleared on the way in
-        and out: its cells were computed under the other steering. The scales of one file add up.
+        This makes the C calls of llama.cpp's `--control-vector` and `--lora`. It clears the cache at the
+        start and at the end, because its cells were computed under another steering. The scales of one file
+        add up.
 
         Raises:
-            InputError: a width or a layer that the model does not have, or a file it cannot use.
+            InputError: the model lacks a layer or width of a direction, or an adapter cannot be used.
         """
         steering.check(self.n_layer, self.n_embd, self.path.name)
         scales: dict[Path, float] = {}
         for path, scale in steering.adapters:
-            # llama.cpp's programs load a file that is given twice twice; of one handle only one scale counts.
+            # llama.cpp's programs load a repeated file twice. Here it has one handle, which takes one scale.
             scales[path.resolve()] = scales.get(path.resolve(), 0.0) + scale
         adapters = tuple((self._adapter(path), scale) for path, scale in scales.items())
         try:
@@ -123,12 +124,12 @@ class LlamaContexts(LlamaFile):
         self._free_adapters([handle for handle, _ in steering.adapters])
 
     def _open_context(self) -> LlamaContext:
-        """Return the context of forward passes; `InputError` after `close`."""
+        """Return the context for forward passes. Raise `InputError` after `close`."""
         if self._forward_context is None:
-            raise InputError(f"{self.path.name} was closed.")
+            raise InputError(f"{self.path.name} is closed. Open the model again.")
         return self._forward_context
 
 
 def kv_cells(length: int) -> int:
-    """Return the cache cells of a sequence of `length` tokens: llama.cpp pads a stream to a multiple."""
+    """Return the KV cells for a sequence of `length` tokens: llama.cpp pads a stream to a multiple of 256."""
     return -(-length // 256) * 256

@@ -1,6 +1,6 @@
-"""A GGUF file that llama.cpp has loaded: its weights, its vocabulary, and the adapters made for it.
+"""Load a GGUF file in llama.cpp: its weights, its vocabulary, and LoRA adapters for it.
 
-A path goes in. Metadata, tokens of a text, text of tokens, and handles for a context to work with come out.
+A path goes in. Metadata, tokens of a text, text of tokens, and handles for a `LlamaContext` come out.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from rs_gguf.engines.llama.calls import calling
 from rs_gguf.errors import InputError
 from rs_gguf.machine import free_memory
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import q8_copy as widening
+from rs_gguf.models import q8_copy
 
-_MOST_READ = 0.75  # of the memory that is free: a larger model is mapped, and runs as far as there is room
-_KEPT_ADAPTERS = 8  # loaded ones, unless more are in force: a search tries hundreds
+# Share of the free memory that a file may fill. A larger file is mapped, and runs as far as there is room.
+_MAX_READ_SHARE = 0.75
+_KEPT_ADAPTERS = 8  # adapters that stay loaded, unless more are in use at once: a search tries hundreds
 
 
 class LlamaFile:
     """The weights and the vocabulary of a GGUF file.
 
     Raises:
-        InputError: the file is missing, no GGUF, truncated, of an unknown architecture, without a vocabulary,
-            one of several that hold a model, or there is not enough memory for the weights. The message
-            carries llama.cpp's own words where it has any.
+        InputError: the file is missing, truncated, not a GGUF file, only one part of a model, or without a
+            vocabulary. Also for an unknown architecture, or if the weights do not fit the memory. The message
+            quotes llama.cpp's own errors, if there are any.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(
-                f"model file not found: {path}. Give a GGUF file, or see `rs-export models list`."
+                f"model file not found: {path}. Give a GGUF file or a name from `rs-export models list`."
             )
         self.metadata = gguf_header.values_of_whole(self.path)
         llama_log.listen()
         llama_cpp.llama_backend_init()
         self.handle: Any = None
-        self._adapters: dict[str, Any] = {}  # the one used last comes last
-        # A copy that is faster takes more memory than the model itself.
-        for file in dict.fromkeys([widening.file_to_load(self.path), self.path]):
+        self._adapters: dict[str, Any] = {}  # in order of last use
+        # The Q8_0 copy is faster but needs more memory than the file itself, which is the second choice.
+        for file in dict.fromkeys([q8_copy.file_to_load(self.path), self.path]):
             llama_log.forget_errors()
             params = llama_cpp.llama_model_default_params()
             params.load_mode = _load_mode(file)
             try:
                 with calling():
                     self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
-            except BaseException:  # a Ctrl-C: it is loaded all the same
+            except BaseException:  # for example a Ctrl-C: the model is loaded nevertheless
                 LlamaFile.close(self)
                 raise
             if self.handle:
@@ -60,24 +61,25 @@ class LlamaFile:
         if not self.handle:
             raise InputError(llama_log.failure(f"llama.cpp cannot load {self.path}"))
         self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
-        fault = self._fault()
-        if fault:
+        defect = self._defect()
+        if defect:
             LlamaFile.close(self)
-            raise InputError(f"{self.path} {fault}. Get the file again, or another one.")
+            raise InputError(f"{self.path} {defect}. Download the file again, or use another one.")
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
         self.architecture: str = self.metadata["general.architecture"]
 
-    def _fault(self) -> str:
-        """What llama.cpp does not mind when it loads a file, and cannot do without later."""
+    def _defect(self) -> str:
+        """Return a defect that llama.cpp accepts at loading but that breaks later use; "" for none."""
         if llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
-            return "holds no vocabulary: no text can be made tokens"  # the first would end the process
-        return "" if self.metadata else "holds metadata that are not read here, though llama.cpp reads them"
+            # llama.cpp would end the process at the first text.
+            return "holds no vocabulary: text cannot be tokenised"
+        return "" if self.metadata else "holds metadata that llama.cpp reads but rs-gguf cannot read"
 
     def close(self) -> None:
-        """Free the weights. The object is of no use afterwards."""
+        """Free the weights. The object cannot be used afterwards."""
         if self.handle:
             llama_cpp.llama_model_free(self.handle)  # and the adapters with it
             self.handle = None
@@ -93,7 +95,7 @@ class LlamaFile:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja chat template in the file's metadata, if any."""
+        """The Jinja chat template in the file's metadata; None if there is none."""
         template = self.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
@@ -110,17 +112,17 @@ class LlamaFile:
 
     @property
     def bos_prefix(self) -> list[int]:
-        """What the vocabulary asks for before every text: the token that begins it, or nothing."""
+        """The tokens that the vocabulary wants before every text: the BOS token, or none."""
         return (
             [llama_cpp.llama_vocab_bos(self._vocab)] if llama_cpp.llama_vocab_get_add_bos(self._vocab) else []
         )
 
     def token_text(self, token: int) -> str:
-        """The literal text of one token, special ones included."""
+        """Return the literal text of one token, also of a control token."""
         return self.detokenize([token], special=True)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Tokens of `text`, without the `opening`. With `special`, control tokens in it are recognised."""
+        """Return the tokens of `text` without `bos_prefix`; `special` recognises control tokens in it."""
         data = text.encode("utf-8")
         size = len(data) + 8
         while True:
@@ -128,10 +130,10 @@ class LlamaFile:
             count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, size, False, special)
             if count >= 0:
                 return list(buffer[:count])
-            size = -count  # a character that the vocabulary spells in bytes may be several tokens
+            size = -count  # the vocabulary may spell one character in several tokens, one for each byte
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of `tokens`; control tokens are left out unless `special`."""
+        """Return the text of `tokens`, without control tokens unless `special`."""
         if not tokens:
             return ""
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
@@ -144,15 +146,15 @@ class LlamaFile:
             size = -count
 
     def _ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
+        """Return whether a token ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     # ---- adapters --------------------------------------------------------------------------------
 
     def _adapter(self, path: Path) -> Any:
-        """The handle of a LoRA adapter, loaded at first use and when its file has changed."""
+        """Return the handle of a LoRA adapter. Load it at first use, and again if its file has changed."""
         if not path.is_file():
-            raise InputError(f"adapter file not found: {path}.")
+            raise InputError(f"adapter file not found: {path}. Give a LoRA adapter in a GGUF file.")
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_mtime_ns}:{stat.st_size}"
         handle = self._adapters.pop(key, None)
@@ -165,23 +167,21 @@ class LlamaFile:
         self._adapters[key] = handle
         return handle
 
-    def _free_adapters(self, in_force: Sequence[Any]) -> None:
-        """Let go of those that were used longest ago, but for those `in_force` in some context."""
-        spare = [
-            key for key, handle in self._adapters.items() if not any(handle is kept for kept in in_force)
-        ]
-        for key in spare[: max(0, len(self._adapters) - _KEPT_ADAPTERS)]:
+    def _free_adapters(self, in_use: Sequence[Any]) -> None:
+        """Free the least recently used adapters, except those `in_use` in a context."""
+        unused = [key for key, handle in self._adapters.items() if not any(handle is used for used in in_use)]
+        for key in unused[: max(0, len(self._adapters) - _KEPT_ADAPTERS)]:
             llama_cpp.llama_adapter_lora_free(self._adapters.pop(key))
 
 
 def _load_mode(file: Path) -> int:
-    """Read the file into memory where there is room, or let llama.cpp choose, which maps it.
+    """Return the mode that reads the file into memory if it fits, else llama.cpp's own choice, which maps it.
 
-    Without a GPU llama.cpp packs many matrices anew for the processor. Those of a mapped file then take
-    memory twice: as they were packed, and as they lie in the file.
+    Without a GPU, llama.cpp repacks many matrices for the processor. Matrices of a mapped file then take
+    memory twice: repacked, and as they lie in the file.
     """
     read: int = llama_cpp.LLAMA_LOAD_MODE_NONE
     choose: int = llama_cpp.LLAMA_LOAD_MODE_AUTO
     if llama_cpp.llama_supports_gpu_offload() or not file.is_file():
         return choose
-    return read if file.stat().st_size <= _MOST_READ * free_memory() else choose
+    return read if file.stat().st_size <= _MAX_READ_SHARE * free_memory() else choose

@@ -1,6 +1,7 @@
-"""What llama.cpp says: its log goes into Python's, and its latest errors into the messages of ours.
+"""Forward llama.cpp's log to Python's `logging`, and quote its latest errors in our error messages.
 
-Before a call into llama.cpp its errors are forgotten; where the call fails, `failure` words what it said.
+Call `forget_errors` before a call of llama.cpp. If the call fails, `failure` returns a message with the
+errors that llama.cpp has logged since then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _errors: deque[str] = deque(maxlen=8)
 
 @called_back
 def on_log(level: int, text: bytes, _user_data: object) -> None:
-    """Called by llama.cpp with a line of its log."""
+    """Record one line of llama.cpp's log. llama.cpp calls this."""
     message = text.decode("utf-8", "replace").strip()
     if level == _ERROR and message:
         _errors.append(message)
@@ -31,22 +32,22 @@ _callback = llama_cpp.llama_log_callback(on_log)
 
 
 def listen() -> None:
-    """Have llama.cpp log here from now on."""
+    """Send llama.cpp's log here from now on."""
     llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
 
 
 def forget_errors() -> None:
-    """What was said so far is of another call than the next one."""
+    """Clear the recorded errors, which belong to earlier calls than the next one."""
     _errors.clear()
 
 
-def failure(what: str) -> str:
-    """`what` went wrong, and llama.cpp's own words since `forget_errors`."""
-    said = "; ".join(dict.fromkeys(_errors)) or "nothing more"
-    return f"{what}. llama.cpp says: {said}."
+def failure(problem: str) -> str:
+    """Return a message of `problem` and the errors that llama.cpp has logged since `forget_errors`."""
+    errors = "; ".join(dict.fromkeys(_errors)) or "nothing more"
+    return f"{problem}. llama.cpp says: {errors}."
 
 
 def build() -> str:
-    """Which llama.cpp this is: the binding's version and the CPU features it was built with."""
+    """Return the version of the llama.cpp binding and the CPU features that it was built with."""
     features = llama_cpp.llama_print_system_info().decode().strip(" |")
     return f"llama-cpp-python {llama_cpp.__version__} ({features})"

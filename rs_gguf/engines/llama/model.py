@@ -1,9 +1,8 @@
-"""A GGUF model in llama.cpp that works on many sequences at once: what the rest of the package uses.
+"""The engine for GGUF files: run many sequences at once in llama.cpp.
 
-Token lists go in; answers, next-token logits, log-probabilities or internal activations come out.
-Many sequences share each `llama_decode`, their common prefix (system prompt, few-shot examples) is
-decoded once, and results are yielded as they are ready so that a killed run loses only the batch in
-flight.
+Token lists go in; answers, next-token logits, log-probabilities or internal tensors come out. Many sequences
+share each `llama_decode`. Their common prefix (system prompt, few-shot examples) is decoded once. Results are
+yielded as soon as they are ready, so a killed run loses only the current batch.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Can
-from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, groups, joined, seeds
+from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, group_by_length, join, seeds
 from rs_gguf.engines.llama.context import BatchToken
 from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
 from rs_gguf.errors import InputError
@@ -25,7 +24,7 @@ from rs_gguf.records.conversation import Generation
 
 
 class LlamaModel(LlamaContexts):
-    """A loaded GGUF file that works on many sequences at once. Arguments and errors: `LlamaContexts`."""
+    """A GGUF file loaded in llama.cpp, as an `Engine`. Arguments and errors: `LlamaContexts`."""
 
     can: ClassVar[Can] = Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
 
@@ -36,12 +35,12 @@ class LlamaModel(LlamaContexts):
         max_tokens: int,
         sampling: Sampling = GREEDY,
     ) -> Iterator[tuple[int, Generation]]:
-        """Answer token lists, many at a time; yield (index, answer) in the order they finish.
+        """Answer many token lists at once; yield (index, answer) in the order in which they finish.
 
-        A sequence that ends makes room for the next one at once (continuous batching).
+        A finished sequence makes room for the next one at once (continuous batching).
 
         Raises:
-            InputError: an empty prompt, or one that does not fit the context.
+            InputError: a prompt is empty or does not fit the context.
         """
         if not prompts:
             return
@@ -49,16 +48,20 @@ class LlamaModel(LlamaContexts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
         self.check_lengths(prompts, max_tokens)
         seed_of = seeds(prompts, sampling.seed)
-        whole = [len(prompt) + max_tokens for prompt in prompts]
-        # All slots of a context are as long as its longest sequence: beside one long prompt few others would
-        # have room. And llama.cpp runs sequences of unequal length in several smaller steps.
-        for alike in groups(whole, len(whole), lambda g: kv_cells(whole[g[-1]]) <= 2 * kv_cells(whole[g[0]])):
-            some = [prompts[i] for i in alike]
-            for k, found in self._generate(some, max_tokens, sampling, [seed_of[i] for i in alike]):
-                yield alike[k], found
+        lengths = [len(prompt) + max_tokens for prompt in prompts]
+
+        def similar(group: Sequence[int]) -> bool:
+            return kv_cells(lengths[group[-1]]) <= 2 * kv_cells(lengths[group[0]])
+
+        # All slots of a context are as long as its longest sequence, so one long prompt would leave room for
+        # few others. llama.cpp also runs sequences of unequal length in several smaller steps.
+        for group in group_by_length(lengths, len(lengths), similar):
+            group_seeds = [seed_of[i] for i in group]
+            for k, answer in self._generate([prompts[i] for i in group], max_tokens, sampling, group_seeds):
+                yield group[k], answer
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
-        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+        """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _generate(
@@ -68,11 +71,11 @@ class LlamaModel(LlamaContexts):
         sampling: Sampling,
         seed_of: Sequence[tuple[int, ...]],
     ) -> Iterator[tuple[int, Generation]]:
-        """`generate` in one context, for prompts by their length."""
+        """Answer prompts, sorted by length, in one context."""
         context = self._context_for_answers(len(prompts[-1]) + max_tokens)
         prefix = context.share_prefix(prompts, len(prompts[0]) - 1)
         queue = deque(range(len(prompts)))
-        running: dict[int, int] = {}  # slot → index of prompt
+        running: dict[int, int] = {}  # {slot: index of its prompt}
         answers: dict[int, list[int]] = {}
         draws: dict[int, np.random.Generator] = {}
         while queue or running:
@@ -108,16 +111,16 @@ class LlamaModel(LlamaContexts):
         """Decode whole sequences; yield (index, position, logits) for the positions `outputs[index]`."""
         context = self._open_context()
         prefix = context.share_prefix(sequences, min(map(min, outputs)))
-        # The prefix fills cells too.
+        # The prefix takes cells too.
         limit = min(context.n_batch, context.n_cells - prefix)
-        # llama.cpp cuts batches of models with a recurrent state where lengths differ, and the callback sees
-        # rows of each piece.
-        uneven = llama_cpp.llama_model_is_hybrid(self.handle) or llama_cpp.llama_model_is_recurrent(
+        # For models with a recurrent state, llama.cpp splits batches of unequal lengths. The callback would
+        # then get the rows of each part.
+        splits = llama_cpp.llama_model_is_hybrid(self.handle) or llama_cpp.llama_model_is_recurrent(
             self.handle
         )
-        at_once = 1 if uneven and context.graph.reads else self.n_parallel
+        at_once = 1 if splits and context.graph.reads else self.n_parallel
         lengths = [len(sequence) - prefix for sequence in sequences]
-        for group in groups(lengths, at_once, lambda g: sum(lengths[i] for i in g) <= limit):
+        for group in group_by_length(lengths, at_once, lambda g: sum(lengths[i] for i in g) <= limit):
             batch = []
             for slot, i in enumerate(group, start=1):
                 context.begin(slot)
@@ -131,7 +134,7 @@ class LlamaModel(LlamaContexts):
                 context.end(slot)
 
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+        """Yield (index, logits [V]) for the token after each prompt. The array is a view: copy to keep it."""
         if not prompts:
             return
         if not all(prompts):
@@ -143,10 +146,10 @@ class LlamaModel(LlamaContexts):
     def token_logprobs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """For each (prompt, continuation): log-probabilities [T] of its tokens, and which are top-1 [T]."""
+        """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
         if not pairs:
             return []
-        sequences = joined(pairs)
+        sequences = join(pairs)
         self.check_lengths(sequences)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
@@ -168,34 +171,34 @@ class LlamaModel(LlamaContexts):
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
 
-        They are copied during evaluation. See `Engine.read`.
+        The rows are copied during evaluation. See `Engine.read`.
 
         Raises:
-            InputError: an empty sequence, no layer, or a graph without a tensor of that name.
+            InputError: a sequence is empty or has no position, no layer is given, or a tensor is missing.
         """
         if not sequences:
             return
         if not (layers and all(sequences) and all(positions)):
             raise InputError(
-                "nothing to read: it takes a layer, and of every sequence a token and a position."
+                "nothing to read: give at least one layer, and for every sequence a token and a position."
             )
         self.check_lengths(sequences)
         wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph
         with graph.reading(wanted):
             for i, position, _ in self._forward(sequences, positions):
-                found = graph.take()
-                missing = set(wanted) - found.keys()
+                rows = graph.take()
+                missing = set(wanted) - rows.keys()
                 if missing:
                     tensor, layer = min(missing)
                     raise InputError(
-                        f"architecture {self.architecture!r} has no tensor {tensor}-{layer} with one row a "
-                        "token in its graph, so its activations cannot be read through llama.cpp."
+                        f"cannot read activations of architecture {self.architecture!r} in llama.cpp: its "
+                        f"graph has no tensor {tensor}-{layer} with one row per token. Use another model."
                     )
-                yield i, position, {n: np.stack([found[n, layer] for layer in layers]) for n in tensors}
+                yield i, position, {n: np.stack([rows[n, layer] for layer in layers]) for n in tensors}
 
     def graph_tensors(self) -> list[str]:
-        """Names of the tensors of this model's graph, such as `l_out-3`, in the order of evaluation."""
+        """Return the tensor names of this model's graph, such as `l_out-3`, in the order of evaluation."""
         with self._open_context().graph.listing() as names:
             for _ in self.next_logits([[0]]):
                 pass

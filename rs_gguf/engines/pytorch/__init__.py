@@ -1,1 +1,1 @@
-"""Hugging Face folders through PyTorch."""
+"""The engine for Hugging Face folders: PyTorch in this process."""

@@ -1,7 +1,7 @@
-"""A model in PyTorch: the second engine, for Hugging Face folders (config, tokenizer, safetensors).
+"""The engine for Hugging Face folders (config, tokenizer, safetensors): run many sequences in PyTorch.
 
-Token lists go in; answers, next-token logits, log-probabilities or block outputs come out. The latter are
-read by forward hooks (arXiv 2512.16602, section on activations): `hidden_states[-1]` is after the final norm.
+Token lists go in; answers, next-token logits, log-probabilities or activations come out. Forward hooks read
+the activations (arXiv 2512.16602, section on activations): `hidden_states[-1]` is after the final norm.
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ import torch
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Can, Steering
-from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, groups, joined, seeds
+from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, group_by_length, join, seeds
 from rs_gguf.engines.pytorch import weights
 from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import PADS_THE_STATE, llama_cpp_name
 from rs_gguf.records.conversation import Generation
 
-# Tokens of a batch, padding included. All logits of a log-probability batch exist at once: 1024 of them with
-# a vocabulary of 150,000 are 0.6 GB.
-_BATCH_TOKENS = 4096
-# Of a pass that only reads: a CPU is as busy with these as with more, and small batches are of like length.
-_CPU_BATCH_TOKENS = 512
+# Tokens of a batch that is only read, padding included. On a CPU, 512 tokens already keep all cores busy, and
+# small batches need less padding.
+_BATCH_TOKENS, _CPU_BATCH_TOKENS = 4096, 512
+# All logits of a log-probability batch exist at once: 1024 tokens with a vocabulary of 150,000 take 0.6 GB.
 _LOGPROB_BATCH_TOKENS = 1024
-# In the cache of all that are answered at once: on a CPU as many as in llama.cpp's.
+# Tokens in the cache of all sequences that are answered at once. On a CPU, llama.cpp's cache is as large.
 _CACHED_TOKENS, _CPU_CACHED_TOKENS = 65536, 8192
 
 
 class TorchModel(Vocabulary):
-    """A decoder-only transformers model with its tokenizer.
+    """A decoder-only transformers model with its tokenizer, as an `Engine`.
 
-    Sequences are batched with padding on the left, masked, and with explicit position ids, so that a result
-    does not depend on what shares its batch (beyond float rounding).
+    Batches are padded on the left and masked, and have explicit position ids. A result therefore does not
+    depend on the other sequences of its batch, except for float rounding.
 
     Args:
         path: a Hugging Face folder with safetensors, or a GGUF file of a family that transformers can read.
-        n_parallel: sequences that are answered at once.
-        device: a torch device. By default the CPU, or the GPUs if there are any: blocks are spread over them
-            by accelerate, and what they do not hold stays in main memory. `weights.load` tells their types.
+        n_parallel: the most sequences that are answered at once.
+        device: a torch device. By default the GPUs, or the CPU if there are none. Accelerate spreads the
+            layers over the GPUs; layers that do not fit stay in main memory.
 
     Raises:
-        InputError: as `weights.load`, or a family whose sequences cannot be padded there.
+        InputError: as `weights.load`; also a family whose sequences cannot be padded in transformers.
     """
 
     can: ClassVar[Can] = Can(0)
@@ -69,25 +68,25 @@ class TorchModel(Vocabulary):
         config = self.model.config.get_text_config()
         if config.model_type in PADS_THE_STATE:
             raise InputError(
-                f"{self.path}: {config.model_type} takes padding into its state in transformers, so that its "
-                "answers depend on what shares their batch. Give a model of another family."
+                f"{self.path}: {config.model_type} takes padding into its state in transformers, so its "
+                "answers would depend on the other prompts of a batch. Use a model of another family."
             )
         self.architecture = llama_cpp_name(config.model_type)
-        self.n_layer = len(weights.decoder_blocks(self.model))
+        self.n_layer = len(weights.decoder_layers(self.model))
         self.n_embd: int = config.hidden_size
         self.n_vocab: int = config.vocab_size
         self.n_params = sum(parameter.numel() for parameter in self.model.parameters())
         self.max_length: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.metadata: Mapping[str, Any] = {}
         parameters = inspect.signature(self.model.forward).parameters
-        self._takes_positions = "position_ids" in parameters  # models with ALiBi take the mask alone
-        # Mamba, say: what came before is in the state, so that the mask is that of the new tokens.
+        self._takes_positions = "position_ids" in parameters  # models with ALiBi take only the mask
+        # Models such as Mamba keep earlier tokens in a state and take a mask of the new tokens only.
         self._masks_new_only = self.model._is_stateful and not self._takes_positions
         self._takes_keep = "logits_to_keep" in parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def close(self) -> None:
-        """Let go of the weights. The object is of no use afterwards."""
+        """Free the weights. The object cannot be used afterwards."""
         self.model = None
 
     def __enter__(self) -> Self:
@@ -100,25 +99,25 @@ class TorchModel(Vocabulary):
 
     @contextlib.contextmanager
     def steered(self, steering: Steering) -> Iterator[None]:
-        """Within the block, add directions to the outputs of blocks, at every position.
+        """Add directions to the outputs of layers, at every position, inside the `with` block.
 
         Raises:
-            InputError: a width or a layer that the model does not have, or any LoRA adapter.
+            InputError: the model lacks a layer or the width, or the steering has a LoRA adapter.
         """
         if steering.adapters:
             raise InputError(
-                f"{self.path.name} is loaded in PyTorch, which applies no GGUF LoRA: that needs llama.cpp. "
+                f"cannot apply a GGUF LoRA to {self.path.name} in PyTorch: this needs llama.cpp. "
                 "Give the model as a GGUF file to the llama.cpp engine."
             )
         steering.check(self.n_layer, self.n_embd, self.path.name)
-        with weights.adding(self.model, steering.directions):
+        with weights.add_directions(self.model, steering.directions):
             yield
 
     # ---- batches ---------------------------------------------------------------------------------
 
     def _groups(self, lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-        """Indices in batches: like lengths together, so that little is padding."""
-        return groups(lengths, self.n_parallel, lambda group: len(group) * lengths[group[-1]] <= budget)
+        """Yield batches of indices of similar length, with at most `budget` tokens each."""
+        return group_by_length(lengths, self.n_parallel, lambda g: len(g) * lengths[g[-1]] <= budget)
 
     def _checked_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0) -> list[int]:
         if not all(prompts):
@@ -127,13 +126,13 @@ class TorchModel(Vocabulary):
         return list(map(len, prompts))
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
-        """Raise `InputError` if a sequence and an answer of `max_tokens` do not fit `max_length`."""
+        """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask [n, T], padded on the left: every row ends in the last column."""
+        """Return token ids and attention mask [n, T], padded on the left: rows end in the last column."""
         longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)  # masked, so that any id will do
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)  # the padding is masked, so any id serves
         mask = torch.zeros_like(ids)
         for k, row in enumerate(rows):
             ids[k, longest - len(row) :] = torch.tensor(row)
@@ -149,7 +148,7 @@ class TorchModel(Vocabulary):
         use_cache: bool = False,
         cache: Any = None,
     ) -> tuple[torch.Tensor, Any]:
-        """Logits [n, keep, V] in F32 of the last `keep` positions, and the key/value cache after `ids`."""
+        """Return F32 logits [n, keep, V] of the last `keep` positions, and the cache after `ids`."""
         options: dict[str, Any] = {"use_cache": use_cache}
         if cache is not None:
             options[self._cache_name] = cache
@@ -167,16 +166,16 @@ class TorchModel(Vocabulary):
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[tuple[int, Generation]]:
-        """Answer token lists, many at a time; yield (index, answer) in the order they finish.
+        """Answer many token lists at once; yield (index, answer) in the order in which they finish.
 
         Raises:
-            InputError: an empty prompt, one that does not fit the context, or a model without a cache.
+            InputError: a prompt is empty or does not fit the context, or the model has no cache.
         """
         if not prompts:
             return
         seed_of = seeds(prompts, sampling.seed)
-        whole = [length + max_tokens for length in self._checked_lengths(prompts, max_tokens)]
-        for group in self._groups(whole, self._cached_tokens):
+        lengths = [length + max_tokens for length in self._checked_lengths(prompts, max_tokens)]
+        for group in self._groups(lengths, self._cached_tokens):
             draws = {i: np.random.default_rng(seed_of[i]) for i in group}
             yield from self._answer(group, prompts, max_tokens, sampling, draws)
 
@@ -195,8 +194,8 @@ class TorchModel(Vocabulary):
             logits, cache = self._forward(ids, mask, use_cache=True, cache=cache)
             if cache is None:
                 raise InputError(
-                    f"architecture {self.architecture!r} has no key/value cache in transformers, which "
-                    "answering needs. Give the model as a GGUF file to the llama.cpp engine."
+                    f"cannot answer: architecture {self.architecture!r} has no key/value cache in "
+                    "transformers. Give the model as a GGUF file to the llama.cpp engine."
                 )
             rows = []
             for row, i in enumerate(group):
@@ -208,17 +207,17 @@ class TorchModel(Vocabulary):
                     yield i, Generation(answers[i], self.detokenize(answers[i]), finished)
                 else:
                     rows.append(row)
-            if len(rows) < len(group):  # those that ended leave the batch
+            if len(rows) < len(group):  # finished sequences leave the batch
                 group = [group[row] for row in rows]
                 mask = mask[rows]
-                # States have no other method for it. On the CPU, since the blocks' caches may lie on several
-                # devices.
+                # Models with a state have no other method to drop rows. The indices are on the CPU, because
+                # the caches of the layers may be on several devices.
                 cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
             ids = torch.tensor([[answers[i][-1]] for i in group], dtype=torch.long, device=self.device)
             mask = torch.cat([mask, mask.new_ones((len(group), 1))], dim=1)
 
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield (index, logits [V]) of the token after each prompt. The array is a view: copy to keep it."""
+        """Yield (index, logits [V]) for the token after each prompt. The array is a view: copy to keep it."""
         if not prompts:
             return
         for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
@@ -229,10 +228,10 @@ class TorchModel(Vocabulary):
     def token_logprobs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """Of each (prompt, continuation): its tokens' log-probabilities [T], whether each is the top [T]."""
+        """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
         if not pairs:
             return []
-        sequences = joined(pairs)
+        sequences = join(pairs)
         results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         for group in self._groups(
             self._checked_lengths(sequences), min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
@@ -242,10 +241,10 @@ class TorchModel(Vocabulary):
             for row, i in enumerate(group):
                 answer = torch.tensor(pairs[i][1])
                 predicted = logits[row, -len(answer) :]
-                chosen = predicted.gather(1, answer[:, None])[:, 0]
+                logits_of_answer = predicted.gather(1, answer[:, None])[:, 0]
                 results[i] = (
-                    (chosen - predicted.logsumexp(dim=1)).numpy(),
-                    (chosen == predicted.amax(dim=1)).numpy(),
+                    (logits_of_answer - predicted.logsumexp(dim=1)).numpy(),
+                    (logits_of_answer == predicted.amax(dim=1)).numpy(),
                 )
         return [results[i] for i in range(len(pairs))]
 
@@ -261,19 +260,20 @@ class TorchModel(Vocabulary):
         See `Engine.read`.
 
         Raises:
-            InputError: an empty sequence, no position, a layer that the model does not have, another tensor
-                than `l_out`, or a model whose residual is several streams.
+            InputError: a sequence is empty or has no position, the model lacks a layer, a tensor other than
+                `l_out` is wanted, or the model's residual consists of several streams.
         """
         if not sequences:
             return
         if tuple(tensors) != ("l_out",):
             raise InputError(
-                f"tensors {list(tensors)}: PyTorch reads block outputs, ['l_out'], alone. Others need "
-                "llama.cpp: give the model as a GGUF file to the llama.cpp engine."
+                f"cannot read tensors {list(tensors)} in PyTorch, which reads only activations, ['l_out']. "
+                "For other tensors, give the model as a GGUF file to the llama.cpp engine."
             )
         if not layers or not all(0 <= layer < self.n_layer for layer in layers):
             raise InputError(
-                f"layers {list(layers)}: this model has blocks 0 to {self.n_layer - 1}; name at least one."
+                f"cannot read layers {list(layers)}: this model has layers 0 to {self.n_layer - 1}. Name at "
+                "least one of them."
             )
         lengths = self._checked_lengths(sequences)
         if not all(positions):
@@ -281,12 +281,12 @@ class TorchModel(Vocabulary):
         for group in self._groups(lengths, self._read_tokens):
             places = [(i, position) for i in group for position in positions[i]]
             rows = [row for row, i in enumerate(group) for _ in positions[i]]
-            columns = [position - lengths[i] for i, position in places]  # from the right, as padding is left
-            with weights.reading(self.model, set(layers), rows, columns) as found:
+            columns = [position - lengths[i] for i, position in places]  # from the right end
+            with weights.read_activations(self.model, set(layers), rows, columns) as activations:
                 self._forward(*self._padded([sequences[i] for i in group]))
             for k, (i, position) in enumerate(places):
-                yield i, position, {"l_out": np.stack([found[layer][k] for layer in layers])}
+                yield i, position, {"l_out": np.stack([activations[layer][k] for layer in layers])}
 
     def graph_tensors(self) -> list[str]:
-        """Names of the tensors that can be read: the outputs of blocks."""
+        """Return the names of the tensors that can be read: the activations of all layers."""
         return [f"l_out-{layer}" for layer in range(self.n_layer)]

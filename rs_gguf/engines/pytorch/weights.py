@@ -1,7 +1,7 @@
-"""A transformers model with its weights, and hooks at its decoder blocks. Never with remote code.
+"""Load a transformers model and hook its decoder layers. Remote code is never run.
 
 A folder (config, tokenizer, safetensors) or a GGUF file goes in; the network and its tokenizer come out.
-Within a `with` block, directions are added to the outputs of blocks, or those outputs are read.
+Inside a `with` block, hooks add directions to the outputs of layers, or read these outputs.
 """
 
 from __future__ import annotations
@@ -24,75 +24,83 @@ from rs_gguf.models.configuration import first_line, is_gguf, keeps_bf16, read_c
 
 
 def load(path: Path, *, on_cpu: bool, spread: bool) -> tuple[Any, Any]:
-    """The model and its tokenizer; `spread`: over all GPUs and, where they do not suffice, main memory.
+    """Return the model and its tokenizer.
 
-    The weights of a folder keep the type that they are published in, but for what a CPU runs in F32 (see
-    `keeps_bf16`); those of a GGUF file are dequantised to F32.
+    The weights of a folder keep their published type, except if the CPU runs them in F32 (see `keeps_bf16`).
+    Weights of a GGUF file are dequantised to F32.
+
+    Args:
+        path: a Hugging Face folder or a GGUF file.
+        on_cpu: the model runs on the CPU.
+        spread: spread the layers over all GPUs and, if these are too small, main memory.
 
     Raises:
-        InputError: nothing there, weights missing, or a model or tokenizer that transformers cannot load.
+        InputError: `path` is not a model, weights are missing, or transformers cannot load the model.
     """
     if not (is_gguf(path) or (path.is_dir() and (path / "config.json").is_file())):
         raise InputError(
-            f"{path}: PyTorch takes a Hugging Face folder (with config.json and safetensors) or a .gguf file."
+            f"{path} is not a model for PyTorch. Give a Hugging Face folder with config.json and "
+            "safetensors, or a .gguf file."
         )
     as_published = path.is_dir() and (not on_cpu or keeps_bf16(read_config(path)))
-    name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-    given = source(path)
+    dtype_option = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    location = source(path)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars; a library draws none
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**given)
+        with contextlib.redirect_stderr(io.StringIO()):  # a library draws no progress bars
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**location)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                **given,
+                **location,
                 use_safetensors=True,
                 output_loading_info=True,
                 device_map="auto" if spread else None,
-                **{name: "auto" if as_published else torch.float32},
+                **{dtype_option: "auto" if as_published else torch.float32},
             )
-    except Exception as error:  # its error family depends on its version and on the file
+    except Exception as error:  # the class depends on the version of transformers and on the file
         raise InputError(
-            f"transformers cannot load {path}: {first_line(error)} Needed are safetensors or GGUF weights "
-            "of a decoder-only family that transformers knows without remote code; other GGUF files run in "
-            "llama.cpp alone."
+            f"transformers cannot load {path}: {first_line(error)} Give safetensors or GGUF weights of a "
+            "decoder-only family that transformers supports without remote code. Other GGUF files run only "
+            "in the llama.cpp engine."
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(
             f"{path} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}…), which would be "
-            "random numbers. Fetch the folder again."
+            "random numbers. Download the model again."
         )
     return model, tokenizer
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model, in order: element N is block N.
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of a transformers model, in order: element N is layer N.
 
-    They are the one module list whose length is the configuration's number of hidden layers; lists nested
-    inside a block (experts) do not count, and for models with several towers the text decoder is searched
-    alone. Raises `InputError` when there is not exactly one such list.
+    They are the only module list as long as the configuration's number of hidden layers. Lists nested inside
+    a layer (experts) do not count. In a model with several towers, only the text decoder is searched.
+
+    Raises:
+        InputError: the number of such lists is not 1, or the model has no configuration.
     """
     count = getattr(text_config(model), "num_hidden_layers", None)
     decoder = getattr(model, "get_decoder", None)
     root = decoder() if callable(decoder) else model
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in root.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in found)
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            found[name] = module
-    if len(found) != 1:
+            lists[name] = module
+    if len(lists) != 1:
         raise InputError(
-            f"Cannot tell the decoder blocks of {type(model).__name__}: the configuration says {count} "
-            f"layers, and the module lists of that length are {sorted(found) or 'none'}. Exactly one is "
-            "needed; give a decoder-only transformers model."
+            f"cannot find the decoder layers of {type(model).__name__}: its configuration has {count} "
+            f"layers, and the module lists of that length are {sorted(lists) or 'none'}. Exactly one is "
+            "needed. Give a decoder-only transformers model."
         )
-    return list(next(iter(found.values())))
+    return list(next(iter(lists.values())))
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a transformers model, or of its text decoder if it has several towers.
+    """Return the configuration of a transformers model, or of its text decoder if it has several towers.
 
     Raises:
-        InputError: it has none.
+        InputError: the model has no configuration.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -104,39 +112,40 @@ def text_config(model: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def adding(model: nn.Module, directions: Mapping[int, NDArray[np.float32]]) -> Iterator[None]:
-    """Within the block, have decoder block N give h + `directions[N]` [D], at every position.
+def add_directions(model: nn.Module, directions: Mapping[int, NDArray[np.float32]]) -> Iterator[None]:
+    """Add `directions[N]` [D] to the output of layer N at every position, inside the `with` block.
 
-    Hooks are removed however the block ends, and none stays when attaching one fails. Nested uses add up.
+    The hooks are removed when the `with` block ends, also by an error or if a hook cannot be attached. Nested
+    uses add up.
 
     Raises:
-        InputError: a layer or a width that the model does not have, before any change.
+        InputError: the model lacks a layer or the width. The model is then unchanged.
     """
-    blocks, width = decoder_blocks(model), text_config(model).hidden_size
-    beyond = [layer for layer in directions if layer >= len(blocks)]
-    if beyond:
+    layers, width = decoder_layers(model), text_config(model).hidden_size
+    missing = [layer for layer in directions if layer >= len(layers)]
+    if missing:
         raise InputError(
-            f"The vector steers blocks {beyond}, but the model has blocks 0 to {len(blocks) - 1}. "
+            f"the vector steers layers {missing}, but the model has layers 0 to {len(layers) - 1}. "
             "Use a vector that was fitted on this model."
         )
     for row in directions.values():
         if len(row) != width:
             raise InputError(
-                f"The vector is {len(row)} wide, but the model's residual stream is {width} wide. "
+                f"the vector has width {len(row)}, but the model's residual stream has width {width}. "
                 "Use a vector that was fitted on this model."
             )
     with contextlib.ExitStack() as hooks:
         for layer, row in directions.items():
-            handle = blocks[layer].register_forward_hook(_adder(torch.from_numpy(np.array(row))))
+            handle = layers[layer].register_forward_hook(_adder(torch.from_numpy(np.array(row))))
             hooks.callback(handle.remove)
         yield
 
 
 def _adder(delta: torch.Tensor) -> Any:
-    """A forward hook that adds `delta` [D] to a block's hidden states [..., D]."""
+    """Return a forward hook that adds `delta` [D] to a layer's hidden states [..., D]."""
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        # Blocks of older transformers releases return (hidden, …), newer ones the hidden states alone.
+        # Older transformers releases return (hidden, …) from a layer, newer ones only the hidden states.
         if isinstance(output, tuple):
             return (output[0] + delta.to(output[0]), *output[1:])
         return output + delta.to(output)
@@ -145,18 +154,18 @@ def _adder(delta: torch.Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def reading(
+def read_activations(
     model: nn.Module, layers: Collection[int], rows: Sequence[int], columns: Sequence[int]
 ) -> Iterator[dict[int, NDArray[np.float32]]]:
-    """Within the block, keep the outputs of blocks {layer: [n, D]} at n places of a batch of hidden states.
+    """Copy activations {layer: [n, D]} at n (row, column) places of a batch, inside the `with` block.
 
-    The forward pass ends as soon as all `layers` are read, which leaves the block without an error.
+    The forward pass ends as soon as all `layers` are read. That ends the `with` block without an error.
 
     Raises:
-        InputError: a model whose residual is several streams.
+        InputError: the residual of the model consists of several streams.
     """
-    blocks = decoder_blocks(model)
-    read: dict[int, NDArray[np.float32]] = {}
+    modules = decoder_layers(model)
+    activations: dict[int, NDArray[np.float32]] = {}
 
     def reader(layer: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -164,23 +173,24 @@ def reading(
             if hidden.ndim != 3:
                 family = llama_cpp_name(text_config(model).model_type)
                 raise InputError(
-                    f"architecture {family!r} keeps a residual of several streams, so its activations cannot "
-                    "be read."
+                    f"cannot read activations of architecture {family!r}: its residual consists of "
+                    "several streams. Use another model."
                 )
-            found = hidden[list(rows), list(columns)]  # a copy: the next block may add in place
-            read[layer] = found.float().cpu().numpy()
-            if len(read) == len(layers):
+            # Indexing copies, which is needed: the next layer may add to the tensor in place.
+            copied = hidden[list(rows), list(columns)]
+            activations[layer] = copied.float().cpu().numpy()
+            if len(activations) == len(layers):
                 raise _AllRead
 
         return hook
 
-    # Attached here and not for good: hooks run in order, and those that steer must come first.
+    # Attached for each use and not once: hooks run in order, and the steering hooks must run first.
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(blocks[layer].register_forward_hook(reader(layer)).remove)
+            hooks.callback(modules[layer].register_forward_hook(reader(layer)).remove)
         with contextlib.suppress(_AllRead):
-            yield read
+            yield activations
 
 
 class _AllRead(Exception):
-    """Ends a forward pass whose deeper blocks nobody needs."""
+    """Ends a forward pass whose deeper layers are not needed."""

@@ -1,1 +1,1 @@
-"""Servers that answer over HTTP."""
+"""Clients of OpenAI-compatible servers, which answer over HTTP."""

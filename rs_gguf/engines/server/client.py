@@ -1,8 +1,8 @@
-"""A client of OpenAI-compatible servers (llama-server, vLLM, hosted ones): many requests at once.
+"""A client of OpenAI-compatible servers (llama-server, vLLM, hosted ones) that sends many requests at once.
 
-Bodies of `/chat/completions` go in, numbered completions come out, each once. Several servers of one model
-share the work: each failure of a server keeps it out for a while that doubles, after which it must pass a
-health check, and the request goes on at another one.
+Bodies for `/chat/completions` go in; numbered completions come out, each once. Several servers of one model
+share the work. A server that fails is left out for a pause, which doubles with each failure, and must then
+pass a health check. Its request goes to another server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rs_gguf.engines.server.exchange import (
 from rs_gguf.engines.server.replies import Completion, Usage, parse_completion, served_models
 from rs_gguf.errors import InputError
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds that a failed server is left out
 
 Body = Mapping[str, Any]
 
@@ -40,12 +40,12 @@ class EndpointOptions:
     """How servers are used.
 
     Attributes:
-        concurrency: requests under way at once, over all servers.
-        per_minute: most requests begun in a minute, over all servers; None is no limit.
-        attempts: tries of one request before the run is given up.
-        timeout: seconds without a byte after which a try has failed, and one more for each token that may be
-            answered: a server sends none before the last one, and a large model on a CPU is that slow.
-        price: money for a million prompt tokens, and for a million completion tokens.
+        concurrency: concurrent requests, over all servers.
+        per_minute: the most requests started in a minute, over all servers; None means no limit.
+        attempts: tries of one request before the client raises an error.
+        timeout: seconds without a byte after which a try fails. One second per allowed token is added: a
+            server sends nothing before the last token, and a large model on a CPU may need that long.
+        price: the price of a million prompt tokens, and of a million completion tokens.
         key_variable: the environment variable that holds the key.
     """
 
@@ -63,21 +63,22 @@ class _Server:
     in_flight: int = 0
     answers: int = 0
     failures: int = 0  # in a row
-    failed_at: float = float("-inf")
-    out_until: float = float("-inf")
+    failed_at: float = float("-inf")  # never
+    out_until: float = float("-inf")  # not left out
 
 
 class EndpointClient:
-    """Requests to one model on one or several servers.
+    """A client for one model on one or several servers.
 
     Args:
         urls: base addresses, such as `http://localhost:8080/v1`.
-        model: the model's name at the servers; None takes the only one that the first server has.
-        clock, sleep: time in seconds, and waiting for it; tests give their own.
+        model: the model's name at the servers; None uses the only model of the first reachable server.
+        clock: returns the time in seconds; tests replace it.
+        sleep: waits for some seconds; None waits until the time is over or the caller stops.
 
     Raises:
-        InputError: no usable address, a key that may not be sent to one, or no model was named and the server
-            has not just one.
+        InputError: an address is wrong, the key may not be sent to it, or `model` is None and the server does
+            not have exactly one model.
     """
 
     def __init__(
@@ -94,34 +95,35 @@ class EndpointClient:
         self._options, self._clock, self._sleep = options, clock, sleep
         self._lock = threading.Lock()
         self._next_start = float("-inf")
-        self._answered: bytes | None = None  # the last request that was
+        self._answered: bytes | None = None  # the last request that was answered; None before the first
         self.usage = Usage()
         self.model = model or self._only_model()
 
     @classmethod
     def of(cls, spec: str, options: EndpointOptions) -> EndpointClient:
-        """The client for `ADDRESS[,ADDRESS…][#MODEL]`."""
+        """Return the client for `ADDRESS[,ADDRESS…][#MODEL]`. Raises as the class does."""
         addresses, _, model = spec.partition("#")
         return cls(addresses.split(","), model or None, options)
 
     def complete(self, body: Body) -> Completion:
-        """Return one completion; `model` is added to the body.
+        """Return one completion. The client adds `model` to the body.
 
         Raises:
-            RequestRefusedError: a server took offence at this request, or failed on it twice, but answers the
-                one that was last answered when it is asked again.
-            InputError: no server can be used, all tries failed, or the one that was last answered is refused
-                as well.
+            RequestRefusedError: a server refused this request or failed on it twice, but still answers the
+                last request that was answered.
+            InputError: no server can be used, all tries failed, or the server now also refuses the last
+                request that was answered.
         """
-        [(_, found)] = self.complete_all([body])
-        if isinstance(found, RequestRefusedError):
-            raise found
-        return found
+        [(_, result)] = self.complete_all([body])
+        if isinstance(result, RequestRefusedError):
+            raise result
+        return result
 
     def complete_all(self, bodies: Iterable[Body]) -> Iterator[tuple[int, Completion | RequestRefusedError]]:
-        """Yield (index, completion) of each body once, as they come; a refused request is yielded as such.
+        """Yield (index, completion or refusal) once for each body, in the order in which they finish.
 
-        Bodies are taken as they are needed, so that a million of them need no more memory than a hundred.
+        Bodies are consumed as needed, so a million bodies need no more memory than a hundred. Raises
+        `InputError` as `complete` does.
         """
         stop = threading.Event()
         done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
@@ -132,34 +134,34 @@ class EndpointClient:
             except Exception as error:
                 done.put((i, error))
 
-        waiting, under_way = enumerate(bodies), 0
+        waiting, n_running = enumerate(bodies), 0
         try:
             while True:
-                for item in itertools.islice(waiting, self._options.concurrency - under_way):
-                    # Threads of a pool would keep the process until all that is under way was answered.
+                for item in itertools.islice(waiting, self._options.concurrency - n_running):
+                    # A thread pool would keep the process alive until all running requests were answered.
                     threading.Thread(target=work, args=item, daemon=True).start()
-                    under_way += 1
-                if not under_way:
+                    n_running += 1
+                if not n_running:
                     return
-                i, found = done.get()
-                under_way -= 1
-                if isinstance(found, Exception) and not isinstance(found, RequestRefusedError):
-                    raise found
-                yield i, found
+                i, result = done.get()
+                n_running -= 1
+                if isinstance(result, Exception) and not isinstance(result, RequestRefusedError):
+                    raise result
+                yield i, result
         finally:
-            stop.set()  # whoever stops early, by an error, Ctrl-C or leaving the loop, waits for nothing
+            stop.set()  # a caller that stops early (error, Ctrl-C, leaving the loop) does not wait
 
     def _complete(self, body: Body, stop: threading.Event) -> Completion:
         data = json.dumps({"model": self.model, **body}).encode()
         timeout = self._options.timeout + body.get("max_tokens", 0)
-        said: list[str] = []
+        problems: list[str] = []
         try:
-            completion = self._ask(data, timeout, stop, said, may_blame=True)
+            completion = self._try(data, timeout, stop, problems, may_refuse=True)
         except RequestRefusedError:
-            # A server that takes nothing any more must not cost one row after the other: is it the request?
+            # Is it the request or the server? A server that now refuses everything must not cost all rows.
             if self._answered is not None:
                 try:
-                    self._ask(self._answered, timeout, stop, said)
+                    self._try(self._answered, timeout, stop, problems)
                 except RequestRefusedError as error:
                     raise InputError(
                         f"{error} That very request was answered before. Check the server and the account, "
@@ -169,57 +171,63 @@ class EndpointClient:
         self._answered = data
         return completion
 
-    def _ask(
-        self, data: bytes, timeout: float, stop: threading.Event, said: list[str], *, may_blame: bool = False
+    def _try(
+        self,
+        data: bytes,
+        timeout: float,
+        stop: threading.Event,
+        problems: list[str],
+        *,
+        may_refuse: bool = False,
     ) -> Completion:
-        """Try until a server answers, or `said`, what went wrong each time, is as long as tries are allowed.
+        """Try until a server answers or all tries are used. Each failed try adds an entry to `problems`.
 
         Raises:
-            RequestRefusedError: as of `exchange`; if `may_blame`, also where a server failed on the request
-                twice, or forbids it where others were answered.
+            RequestRefusedError: as in `exchange`. With `may_refuse`, also if a server failed on the request
+                twice, or forbids it after answering others.
             InputError: no server can be used, or all tries failed.
         """
         key_variable = self._options.key_variable
         crashes = 0
         server: _Server | None = None
-        while len(said) < self._options.attempts:
+        while len(problems) < self._options.attempts:
             server = self._take(stop, avoid=server)
-            started, asking, answered = self._clock(), False, server.answers
+            started, sent, n_answers = self._clock(), False, server.answers
             try:
                 if server.failures:
-                    # Any answer but "not now" is a sign of life; not every server has this path.
+                    # Any answer except "not now" shows that the server works; some servers lack this path.
                     with contextlib.suppress(InputError):
                         exchange(server.url, "/models", None, LOOKUP_TIMEOUT, key_variable)
                 self._wait_for_turn(stop)
-                started, asking = self._clock(), True
+                started, sent = self._clock(), True
                 answer = exchange(server.url, "/chat/completions", data, timeout, key_variable)
-                completion, counted = parse_completion(answer)
+                completion, n_tokens = parse_completion(answer)
             except TryFailedError as error:
                 self._failed(server, started, error.pause)
-                # Where others were answered in the meantime, this one's turn will come.
-                if not error.busy or server.answers == answered:
-                    said.append(f"{server.url}: {error}")
-                crashes += asking and error.suspect
-                if may_blame and crashes == 2:
+                # A busy server that answered others in the meantime will answer this one too.
+                if not error.busy or server.answers == n_answers:
+                    problems.append(f"{server.url}: {error}")
+                crashes += sent and error.suspect
+                if may_refuse and crashes == 2:
                     raise RequestRefusedError(f"{server.url} failed on a request twice: {error}.") from None
             except ForbiddenError as error:
-                if not may_blame or self._answered is None:
+                if not may_refuse or self._answered is None:
                     raise
-                said.append(f"{server.url}: {error.said}")
-                raise RequestRefusedError(f"{server.url} refuses the request: {error.said}.") from None
+                problems.append(f"{server.url}: {error.reply}")
+                raise RequestRefusedError(f"{server.url} refuses the request: {error.reply}.") from None
             else:
-                self._succeeded(server, *counted)
+                self._succeeded(server, *n_tokens)
                 return completion
             finally:
                 with self._lock:
                     server.in_flight -= 1
         raise InputError(
-            f"no answer after {len(said)} tries; the last said: {said[-1]}. Check that the server runs "
-            "and has room, then run the same command again."
+            f"no answer after {len(problems)} tries; the last error was: {problems[-1]}. Check that the "
+            "server runs and has room, then run the same command again."
         )
 
     def _take(self, stop: threading.Event, *, avoid: _Server | None) -> _Server:
-        """Wait for a server that is not kept out. Take the least busy one, `avoid` only if it is the last."""
+        """Wait for a server that is not left out, and take the least busy one. Take `avoid` only if alone."""
         while True:
             with self._lock:
                 now = self._clock()
@@ -242,43 +250,43 @@ class EndpointClient:
         if seconds > 0:
             (self._sleep or stop.wait)(seconds)
         if stop.is_set():
-            raise InputError("the requests were called off.")
+            raise InputError("the requests were cancelled.")
 
     def _failed(self, server: _Server, started: float, pause: float | None) -> None:
         with self._lock:
             self.usage = replace(self.usage, retries=self.usage.retries + 1)
-            # Requests that were under way together fail together: that is one failure.
+            # Concurrent requests fail together: that counts as one failure.
             if started >= server.failed_at:
                 server.failures += 1
-            own = min(_FIRST_PAUSE * 2.0 ** min(server.failures - 1, 64), _LONGEST_PAUSE)
+            default = min(_FIRST_PAUSE * 2.0 ** min(server.failures - 1, 64), _LONGEST_PAUSE)
             server.failed_at = self._clock()
-            server.out_until = max(server.out_until, server.failed_at + max(own, pause or 0.0))
+            server.out_until = max(server.out_until, server.failed_at + max(default, pause or 0.0))
 
     def _succeeded(self, server: _Server, prompt: int, completion: int) -> None:
         with self._lock:
             server.failures = 0
             server.answers += 1
-            price, past = self._options.price, self.usage
+            price, usage = self._options.price, self.usage
             self.usage = replace(
-                past,
-                requests=past.requests + 1,
-                prompt_tokens=past.prompt_tokens + prompt,
-                completion_tokens=past.completion_tokens + completion,
-                cost=past.cost + (prompt * price[0] + completion * price[1]) / 1e6,
+                usage,
+                requests=usage.requests + 1,
+                prompt_tokens=usage.prompt_tokens + prompt,
+                completion_tokens=usage.completion_tokens + completion,
+                cost=usage.cost + (prompt * price[0] + completion * price[1]) / 1e6,
             )
 
     def _only_model(self) -> str:
-        """The model of the first server that is there."""
+        """Return the only model of the first server that responds. Raise `InputError` if there is not one."""
         for server in self._servers:
             try:
                 names = [model.name for model in served_models(server.url, self._options.key_variable)]
             except TryFailedError as error:
-                said = f"{server.url} does not tell its models ({error}). Name one: ADDRESS#MODEL."
+                message = f"{server.url} does not list its models ({error}). Name one: ADDRESS#MODEL."
                 continue
             if len(names) != 1:
                 raise InputError(
-                    f"{server.url} has {len(names)} models. Name one, {server.url}#MODEL: "
-                    f"{', '.join(names[:20])}."
+                    f"{server.url} has {len(names)} models; exactly one is needed. Name one as "
+                    f"{server.url}#MODEL: {', '.join(names[:20])}."
                 )
             return names[0]
-        raise InputError(said)
+        raise InputError(message)

@@ -1,10 +1,10 @@
-"""One exchange with one OpenAI-compatible server, and what can come of it.
+"""Make one HTTP exchange with an OpenAI-compatible server.
 
 An address and a JSON body go in; the server's JSON comes out, or an error that says whether another try may
-help. The key is read from the environment for each exchange and kept nowhere; if a server repeats it, it is
-blotted out. It is never sent over plain HTTP to another network, and redirects are not followed: one would
-carry the key to an address that nobody named. Judges and models that answer each have a variable of their
-own: the key of one is not sent to the other.
+help. The API key is read from the environment for each exchange and is not stored. If a server repeats the
+key, it is replaced by `***`. The key is never sent over plain HTTP to another network. Redirects are not
+followed, because they would carry the key to an address that the user did not name. Judges and answering
+servers have separate variables, so neither gets the other's key.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import httpx
 from rs_gguf.errors import InputError
 from rs_gguf.version import __version__
 
-KEY_VARIABLE = "RS_GGUF_API_KEY"  # of judges
-SERVER_KEY_VARIABLE = "RS_GGUF_SERVER_KEY"  # of servers whose model is measured
+KEY_VARIABLE = "RS_GGUF_API_KEY"  # for judges
+SERVER_KEY_VARIABLE = "RS_GGUF_SERVER_KEY"  # for servers whose model is measured
 
-LOOKUP_TIMEOUT = 30.0  # seconds, of a question that a server answers at once
+LOOKUP_TIMEOUT = 30.0  # seconds, for a request that a server answers at once
 
-_MAX_BODY = 64 << 20  # bytes of a response; more is no completion
-# Statuses that another try may cure: these, and each 5xx (proxies have their own) but for the lasting ones.
+_MAX_BODY = 64 << 20  # bytes of a response; a completion is always smaller
+# Another try may succeed after passing statuses and after every 5xx (proxies add some) except lasting ones.
 _PASSING, _LASTING = frozenset({408, 409, 425, 429}), frozenset({501, 505})
-# Networks that a key may cross unencrypted: loopback, private and link-local (RFC 1918, 3927, 4193, 4291).
+# A key may cross these networks unencrypted: loopback, private and link-local (RFC 1918, 3927, 4193, 4291).
 _NEAR = [
     ipaddress.ip_network(network)
     for network in (
@@ -41,58 +41,60 @@ _NEAR = [
 
 
 class RequestRefusedError(InputError):
-    """A server does not take this one request, whoever asks (too long, an option it does not know)."""
+    """A server refuses this one request from any user (too long, an unknown option)."""
 
 
 class ForbiddenError(InputError):
-    """HTTP 403: the key is not accepted, or this request is not (moderation). `said` is by the server."""
+    """HTTP 403: the server refuses the key or this request (moderation). `reply` is the server's text."""
 
-    def __init__(self, message: str, said: str) -> None:
+    def __init__(self, message: str, reply: str) -> None:
         super().__init__(message)
-        self.said = said
+        self.reply = reply
 
 
 class TryFailedError(Exception):
-    """Another try may help, after `pause` seconds if the server named them.
+    """Another try may succeed.
 
-    `suspect`: the server was there, and may have failed because of this very request. `busy`: it was there,
-    and has too much to do.
+    Attributes:
+        pause: seconds to wait, if the server named them; else None.
+        suspect: the server responded and may have failed because of this very request.
+        busy: the server responded but has too many requests.
     """
 
     def __init__(
-        self, what: str, *, pause: float | None = None, suspect: bool = False, busy: bool = False
+        self, problem: str, *, pause: float | None = None, suspect: bool = False, busy: bool = False
     ) -> None:
-        super().__init__(what)
+        super().__init__(problem)
         self.pause, self.suspect, self.busy = pause, suspect, busy
 
 
 @functools.cache
 def _http() -> httpx.Client:
-    """Return the connections of all threads; they live as long as the process."""
+    """Return the HTTP client of all threads. Its connections live as long as the process."""
     try:
         return httpx.Client(
             verify=ssl.create_default_context(),  # the system's certificates, not httpx's own
-            # The caller limits how many requests are under way. Many servers close what was idle for 5
-            # seconds, so a connection as old might be gone once it is used.
+            # The caller limits the concurrent requests. Many servers close a connection after 5 idle
+            # seconds, so one that is almost as old might be gone when it is used.
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
         )
     except (ValueError, httpx.InvalidURL) as error:
         raise InputError(
-            f"cannot use the proxy that the environment names: {error}. Set HTTP_PROXY, HTTPS_PROXY and "
-            "ALL_PROXY to addresses like http://proxy:3128, or unset them."
+            f"cannot use the proxy of the environment: {error}. Set HTTP_PROXY, HTTPS_PROXY and ALL_PROXY "
+            "to addresses like http://proxy:3128, or unset them."
         ) from None
 
 
 def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variable: str) -> Any:
-    """Return the JSON that a server answers with at base `url` plus `path`: POST with `data`, else GET.
+    """Return the JSON of a server at base `url` plus `path`: POST if there is `data`, else GET.
 
-    The key in the environment's `key_variable`, if any, goes with it.
+    The request carries the key in the environment variable `key_variable`, if it is set.
 
     Raises:
-        TryFailedError: no connection, a busy or broken server, an answer that is not JSON.
-        RequestRefusedError: this request, and not the address or key, is what the server does not take.
-        InputError: the key is wrong, or the address, or one that it leads to, or the account is empty; a
-            `ForbiddenError` where it may also be the request.
+        TryFailedError: there is no connection, the server is busy or broken, or its answer is not JSON.
+        RequestRefusedError: the server refuses this request, but not the address or the key.
+        InputError: the key, the address or a redirect is wrong, or the account is empty. It is a
+            `ForbiddenError` if the request may also be the reason.
     """
     key = _key(url, key_variable)
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
@@ -104,88 +106,95 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
             for chunk in response.iter_bytes():
                 raw += chunk
                 if len(raw) > _MAX_BODY:
-                    raise RequestRefusedError(f"{url} answers with more than {_MAX_BODY >> 20} MiB.")
+                    raise RequestRefusedError(
+                        f"the answer of {url} has more than {_MAX_BODY >> 20} MiB, the most that is read."
+                    )
     except httpx.RequestError as error:
-        said = _without(key, str(error) or type(error).__name__)
-        # No other try cures these two: the first is of the address, the second of one that it leads to.
-        if any(sign in said for sign in ("CERTIFICATE_VERIFY_FAILED", "Invalid URL in location header")):
-            raise InputError(f"{url} cannot be asked ({said}).") from None
-        raise TryFailedError(said) from None
+        problem = _without(key, str(error) or type(error).__name__)
+        # Another try cannot succeed after these two: the address is wrong, or a redirect of it.
+        if any(sign in problem for sign in ("CERTIFICATE_VERIFY_FAILED", "Invalid URL in location header")):
+            raise InputError(
+                f"cannot send a request to {url} ({problem}). Check the address and its certificate."
+            ) from None
+        raise TryFailedError(problem) from None
     if not response.is_success:
-        # Blotted out before it is cut: half a key would not be known.
-        said = shortened(_without(key, raw.decode("utf-8", "replace")))
-        what = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
-        raise _failure(url, response, f"{what} ({said})" if said else what, key, key_variable)
+        # The key is removed before the text is cut: half a key would not be recognised.
+        text = shortened(_without(key, raw.decode("utf-8", "replace")))
+        status = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
+        raise _failure(url, response, f"{status} ({text})" if text else status, key, key_variable)
     try:
         return json.loads(_without(key, raw.decode("utf-8")))
     except (ValueError, RecursionError):
-        raise TryFailedError("the answer is no JSON", suspect=True) from None
+        raise TryFailedError("the answer is not JSON", suspect=True) from None
 
 
 def _failure(
-    url: str, response: httpx.Response, what: str, key: str, key_variable: str
+    url: str, response: httpx.Response, problem: str, key: str, key_variable: str
 ) -> InputError | TryFailedError:
     """Return the error for a status other than success."""
     status = response.status_code
     if status in _PASSING or (status // 100 == 5 and status not in _LASTING):
         pause = _seconds(response.headers.get("Retry-After"))
-        return TryFailedError(what, pause=pause, suspect=status == 500, busy=status in (429, 503, 529))
+        return TryFailedError(problem, pause=pause, suspect=status == 500, busy=status in (429, 503, 529))
     if status in (401, 403):
-        held = "does not accept the key in" if key else "wants a key; put it into"
-        message = f"{url} {held} {key_variable}: {what}."
-        return ForbiddenError(message, what) if status == 403 else InputError(message)
+        demand = "does not accept the key in" if key else "needs a key; put it into"
+        message = f"{url} {demand} {key_variable}: {problem}."
+        return ForbiddenError(message, problem) if status == 403 else InputError(message)
     if status == 402:
-        return InputError(f"{url} wants to be paid: {what}. Add credit and run the same command again.")
+        return InputError(f"{url} demands payment: {problem}. Add credit and run the same command again.")
     if status == 404 or status < 400:
         return InputError(
-            f"{url}: {what}. Give the address that ends before /chat/completions, usually in /v1, "
+            f"{url}: {problem}. Give the address that ends before /chat/completions, usually in /v1, "
             "and the model's name after #."
         )
-    return RequestRefusedError(f"{url} refuses the request: {what}.")
+    return RequestRefusedError(f"{url} refuses the request: {problem}.")
 
 
 def checked_url(url: str, key_variable: str) -> str:
-    """Return a base address without its last slash.
+    """Return a base address without a slash at its end.
 
     Raises:
-        InputError: it is not an address, holds what may be a key, or the key may not be sent there.
+        InputError: `url` is not an address, may contain a key, or the key may not be sent to it.
     """
     url = url.strip().rstrip("/")
     try:
         parts = httpx.URL(url)
-        parts.raw_host.decode().encode("idna")  # a ValueError if a label of the name is empty or too long
+        parts.raw_host.decode().encode("idna")  # raises ValueError if a label is empty or too long
         valid = parts.scheme in ("http", "https") and parts.host and (parts.port or 0) < 1 << 16
     except (httpx.InvalidURL, ValueError):
         valid = False
     if not valid or any(letter.isspace() for letter in url):
         shown = url.rpartition("@")[2].partition("?")[0]  # without user name, password and query
-        raise InputError(f"{shown!r} is no address of a server. Give one like http://localhost:8080/v1.")
+        raise InputError(f"{shown!r} is not the address of a server. Give one like http://localhost:8080/v1.")
     if parts.userinfo or parts.query:
-        # Not repeated here: it may hold a key.
+        # The message does not repeat the address, which may contain a key.
         raise InputError(
-            f"the address of {parts.host} holds a user name, password or query. Keys go into "
-            f"{key_variable} only."
+            f"the address of {parts.host} contains a user name, password or query, which it may not. Keys go "
+            f"into {key_variable} only."
         )
     _key(url, key_variable)
     return url
 
 
 def _key(url: str, variable: str) -> str:
-    """Return the key to send to `url`, empty for none. `InputError` if it may not be sent there."""
+    """Return the key for `url`, "" for none. Raise `InputError` if it may not be sent there."""
     key = os.environ.get(variable, "").strip()
     if not all("!" <= c <= "~" for c in key):
-        raise InputError(f"{variable} holds characters that no key has (spaces, line breaks, other letters).")
+        raise InputError(
+            f"{variable} contains characters that a key cannot have (spaces, line breaks, letters outside "
+            "ASCII). Set it to the key alone."
+        )
     if key and not _is_private(httpx.URL(url)):
         raise InputError(
             f"the key in {variable} would travel unencrypted to {url}. Keys are sent over https, or over "
-            "http to a host on this machine (localhost) or with a private or link-local IP address. Give an "
-            f"address with https://, one of a tunnel that begins at localhost, or unset {variable}."
+            "http to this machine (localhost) or to a private or link-local IP address. Give an address with "
+            f"https:// or of a tunnel that begins at localhost, or unset {variable}."
         )
     return key
 
 
 def _is_private(url: httpx.URL) -> bool:
-    """Whether nobody outside reads along. A name may lead anywhere, so only `localhost` counts."""
+    """Return whether outsiders cannot read along. Names except `localhost` may lead anywhere."""
     if url.scheme == "https" or url.host == "localhost":
         return True
     try:
@@ -196,7 +205,7 @@ def _is_private(url: httpx.URL) -> bool:
 
 
 def _without(key: str, text: str) -> str:
-    # A placeholder such as "x" is no secret, and is part of many a word. Some servers write "/" as "\\/".
+    # A placeholder such as "x" is not secret and occurs in many words. Some servers write "/" as "\\/".
     for spelling in (key, key.replace("/", "\\/")) if len(key) >= 8 else ():
         text = text.replace(spelling, "***")
     return text
@@ -209,4 +218,4 @@ def shortened(text: str) -> str:
 def _seconds(header: str | None) -> float | None:
     with contextlib.suppress(ValueError):
         return min(max(0.0, float(header or "")), 600.0)
-    return None  # there is none, or it is a date; our own pause will do
+    return None  # no header, or a date: the client then uses its own pause

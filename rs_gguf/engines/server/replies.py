@@ -1,4 +1,4 @@
-"""What the JSON of an OpenAI-compatible server says: completions with their tokens, and lists of models."""
+"""Parse the JSON of an OpenAI-compatible server: completions with their tokens, and lists of models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from rs_gguf.engines.server.exchange import LOOKUP_TIMEOUT, TryFailedError, exchange, shortened
 
-_LEAST_LOGPROB = -1e4  # nats; a server that says less means none, and sums of its own might overflow
+# Nats. A server that gives less means probability 0, and sums of such values might overflow.
+_LEAST_LOGPROB = -1e4
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, with its log-probability and the likeliest tokens at its place."""
+    """A token of an answer, its log-probability in nats, and the likeliest tokens at its position."""
 
     text: str
     logprob: float
@@ -23,16 +24,16 @@ class Token:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server answered. `tokens` is None where it gives no log-probabilities."""
+    """An answer of a server. `tokens` is None if the server gives no log-probabilities."""
 
     text: str
-    finished: bool  # by itself, not at the token limit
+    finished: bool  # ended with `finish_reason: stop`, not truncated
     tokens: tuple[Token, ...] | None
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as a server lists it. `figures` (n_params, n_vocab and others) are a llama-server's own."""
+    """A model in a server's list. Only a llama-server gives `figures` (n_params, n_vocab and others)."""
 
     name: str
     figures: Mapping[str, Any]
@@ -42,17 +43,22 @@ def served_models(url: str, key_variable: str) -> list[ServedModel]:
     """Return the models that the server at base `url` lists.
 
     Raises:
-        TryFailedError, InputError: as in `exchange`; the former also if it is not a list of models.
+        TryFailedError, InputError: as in `exchange`; `TryFailedError` also if the reply is not a model list.
     """
-    found = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
+    reply = exchange(url, "/models", None, LOOKUP_TIMEOUT, key_variable)
     try:
-        return [ServedModel(utf8(entry["id"]), dict(entry.get("meta") or {})) for entry in found["data"]]
+        return [ServedModel(utf8(entry["id"]), dict(entry.get("meta") or {})) for entry in reply["data"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TryFailedError(f"the answer is no list of models ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise TryFailedError(f"the answer is not a list of models ({reason})") from None
 
 
 def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
-    """The completion in a response, and its (prompt, completion) tokens. `TryFailedError` if it has none."""
+    """Return the completion in a response and its numbers of (prompt, completion) tokens.
+
+    Raises:
+        TryFailedError: the response is not a completion.
+    """
     try:
         choice = answer["choices"][0]
         text = utf8(choice["message"].get("content") or "")
@@ -62,21 +68,21 @@ def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
         completion = Completion(text, choice.get("finish_reason") == "stop", tokens)
         return completion, (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        # Some providers say what went wrong with status 200.
-        said = answer.get("error") if isinstance(answer, dict) else None
-        why = shortened(utf8(said)) if said else f"{type(error).__name__}: {error}"
-        raise TryFailedError(f"the answer is no chat completion ({why})", suspect=True) from None
+        # Some providers report an error with status 200.
+        message = answer.get("error") if isinstance(answer, dict) else None
+        reason = shortened(utf8(message)) if message else f"{type(error).__name__}: {error}"
+        raise TryFailedError(f"the answer is not a chat completion ({reason})", suspect=True) from None
 
 
 def utf8(value: Any) -> str:
-    """A server's text with a question mark for each half of a surrogate pair, which UTF-8 does not have."""
+    """Return a server's text with a question mark for each lone surrogate, which UTF-8 cannot encode."""
     return str(value).encode("utf-8", "replace").decode()
 
 
 def _count(value: Any) -> int:
     number = int(value or 0)
-    if abs(number) >= 2**53:  # times a price, it might leave the floats
-        raise ValueError("a number of tokens that none can be")
+    if abs(number) >= 2**53:  # multiplied by a price, the number might overflow a float
+        raise ValueError("an impossible number of tokens")
     return number
 
 
@@ -88,13 +94,13 @@ def _token(entry: Mapping[str, Any]) -> Token:
 def _logprob(value: Any) -> float:
     number = float(value)
     if math.isnan(number):
-        raise ValueError("a log-probability of nan")
+        raise ValueError("a log-probability is NaN")
     return min(max(number, _LEAST_LOGPROB), 0.0)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What an endpoint has counted so far. `cost` is in the money that the prices were given in."""
+    """Requests and tokens of an endpoint so far. `cost` is in the currency of the given prices."""
 
     requests: int = 0
     retries: int = 0

@@ -135,11 +135,11 @@ def answers(model: Engine, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[
                 "its trace: the answer would be read as its beginning. Let the model answer here, without "
                 "answers.servers."
             )
-    servers = LlamaServer(options.servers, [], system)
+    servers = LlamaServer(options.servers, [])
     servers.expect_unsteered()
     if Can.LLAMA_CPP in model.can:  # of which llama-servers tell the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
-    for i, found in servers.answer(asked, 0.0, max_tokens=options.tokens, sampling=recipe.sampling):
+    for i, found in servers.answer(asked, 0.0, recipe.asking(options.tokens)):
         # Servers tell the text alone; capture and drift go by tokens, and so do short loops.
         said = model.tokenize(found.text, special=False)
         looped = bool(said) and is_degenerate(Generation(said, found.text, found.finished))

@@ -1,4 +1,4 @@
-"""Which models a context is made for: those that continue a text token by token."""
+"""A context accepts only models that continue a text token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rs_gguf.errors import InputError
 
 
 def write_as(architecture: str, path: Path) -> None:
-    """The tiny model's weights under the names of another architecture."""
+    """Write the tiny model's weights under the names of another architecture."""
     tiny = path.with_name("qwen2.gguf")
     write_tiny_qwen2(tiny)
     reader, writer = gguf.GGUFReader(tiny), gguf.GGUFWriter(path, architecture)
@@ -22,7 +22,7 @@ def write_as(architecture: str, path: Path) -> None:
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture":
             continue
-        if encoder and key.endswith("head_count_kv"):  # its heads share no keys
+        if encoder and key.endswith("head_count_kv"):  # every head has keys of its own
             continue
         name = key.replace("qwen2.", f"{architecture}.")
         if field.types[0] == gguf.GGUFValueType.ARRAY:
@@ -47,8 +47,8 @@ def write_as(architecture: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["dream", "t5encoder"])
-def test_a_model_that_does_not_continue_a_text_is_refused(tmp_path: Path, architecture: str) -> None:
-    """Diffusion, which keeps nothing of what it read, and an encoder, at which llama.cpp ends the process."""
+def test_a_model_that_does_not_continue_a_text_is_an_error(tmp_path: Path, architecture: str) -> None:
+    """A diffusion model has no cache, and llama.cpp ends the process for an encoder."""
     write_as(architecture, tmp_path / "model.gguf")
     with pytest.raises(InputError, match=f"{architecture} does not continue a text token by token"):
         LlamaModel(tmp_path / "model.gguf", n_parallel=1, n_ctx=256, n_threads=1)

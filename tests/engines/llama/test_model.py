@@ -1,4 +1,4 @@
-"""Answers do not depend on who shares the batch, and the batch is one that llama.cpp computes in one step."""
+"""LlamaModel: answers do not depend on the batch, llama.cpp computes each batch in one step, and errors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from rs_gguf.steering.lora import LoraAdapter
 TOKENS = 24
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Where the sequence of each token will be noted, a list for each step."""
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Return a list that gets, for each decoding step, the sequence number of every token."""
     steps: list[list[int]] = []
 
     def decode(context: Any, batch: Any, decode: Any = llama_cpp.llama_decode) -> int:
@@ -54,17 +54,17 @@ def test_answers_that_end_at_any_step_leave_the_others_alone(
     prompts = [[7, 7, *rng.integers(5, 250, length).tolist()] for length in rng.integers(1, 30, 40)]
     with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
         alone = [dict(model.generate([prompt], max_tokens=TOKENS))[0] for prompt in prompts]
-        steps = watched(monkeypatch)
+        steps = watch_steps(monkeypatch)
         together = dict(model.generate(prompts, max_tokens=TOKENS))
     assert len({len(answer.tokens) for answer in alone}) > 5, "they should end at different steps"
     assert [together[i] for i in range(len(prompts))] == alone
-    # Sequences whose numbers do not follow one another are computed one after another: twice the time.
-    shared, *answering = steps
-    assert set(shared) == {0}
-    assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in answering)
+    # llama.cpp computes sequences one after another, in twice the time, if their numbers are not consecutive.
+    prefix_step, *answer_steps = steps
+    assert set(prefix_step) == {0}
+    assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in answer_steps)
 
 
-def test_one_long_prompt_does_not_make_all_others_wait_in_line(
+def test_one_long_prompt_does_not_make_the_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
@@ -73,34 +73,34 @@ def test_one_long_prompt_does_not_make_all_others_wait_in_line(
     prompts = [rng.integers(5, 250, length).tolist() for length in lengths]
     with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
         alone = [dict(model.generate([prompt], max_tokens=TOKENS))[0] for prompt in prompts]
-        steps = watched(monkeypatch)
+        steps = watch_steps(monkeypatch)
         together = dict(model.generate(prompts, max_tokens=TOKENS))
     assert [together[i].tokens for i in range(len(prompts))] == [answer.tokens for answer in alone]
     assert set(steps[0]) == set(range(1, 7)), "the six short ones begin together"
 
 
-def trained_on(path: Path, n_tokens: int) -> None:
-    """Has a file say so of its model."""
+def set_training_length(path: Path, n_tokens: int) -> None:
+    """Set the training length in the metadata of a file."""
     field = gguf.GGUFReader(path, "r+").fields["qwen2.context_length"]
     field.parts[field.data[0]][0] = n_tokens
 
 
-def test_a_prompt_of_several_batches_is_read_where_it_was_asked(
+def test_a_prompt_of_several_batches_is_read_at_the_given_positions(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A batch in which nothing is read has no rows in the last block."""
+    """A batch without outputs has no rows in the last layer."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     prompt = np.random.default_rng(1).integers(5, 250, 1100).tolist()
     with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
         layers = list(range(model.n_layer))
-        found = {p: rows["l_out"] for _, p, rows in model.read([prompt], [[4, 1099]], layers)}
+        activations = {p: rows["l_out"] for _, p, rows in model.read([prompt], [[4, 1099]], layers)}
         for position in (4, 1099):
             (alone,) = read_last(model, [prompt[: position + 1]], layers)["l_out"]
-            np.testing.assert_allclose(found[position], alone, atol=2e-3)
+            np.testing.assert_allclose(activations[position], alone, atol=2e-3)
     assert "Exception" not in capfd.readouterr().err
 
 
-def test_nothing_to_read_is_told(tmp_path: Path) -> None:
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     with llama(tmp_path / "tiny.gguf") as model:
         for prompts, layers in (([[]], [1]), ([[5, 6], []], [1]), ([[5, 6]], [])):
@@ -109,7 +109,7 @@ def test_nothing_to_read_is_told(tmp_path: Path) -> None:
         assert list(model.read([], [], [1])) == []
 
 
-def test_a_refused_adapter_leaves_the_model_as_it_was(
+def test_a_refused_adapter_leaves_the_model_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
@@ -117,22 +117,20 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(
     with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
         plain = next(logits.copy() for _, logits in model.next_logits(prompts))
         directions = {1: np.ones(model.n_embd, np.float32)}
-        refusals = iter([1])
+        statuses = iter([1])  # the first call fails
         with monkeypatch.context() as patched:
             real = llama_cpp.llama_set_adapters_lora
             patched.setattr(
-                llama_cpp, "llama_set_adapters_lora", lambda *arguments: next(refusals, 0) or real(*arguments)
+                llama_cpp, "llama_set_adapters_lora", lambda *arguments: next(statuses, 0) or real(*arguments)
             )
             with pytest.raises(InputError, match="refused the adapter"), model.steered(Steering(directions)):
                 pass
         np.testing.assert_array_equal(next(logits for _, logits in model.next_logits(prompts)), plain)
 
 
-def test_a_long_prompt_does_not_slow_those_that_come_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_prompt_does_not_slow_later_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
-    steps = watched(monkeypatch)
+    steps = watch_steps(monkeypatch)
     with llama(tmp_path / "tiny.gguf", n_ctx=8 * 256) as model:
         for prompt, at_once in (([5] * 400, 4), ([5] * 7, 8)):
             steps.clear()
@@ -141,11 +139,11 @@ def test_a_long_prompt_does_not_slow_those_that_come_later(
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, IndexError])
-@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_nrows"], ids=["asked", "reading"])
-def test_what_is_raised_while_tensors_are_read_comes_out(
+@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_nrows"], ids=["ask", "read"])
+def test_an_exception_while_tensors_are_read_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, raised: type[BaseException]
 ) -> None:
-    """Ctrl-C arrives in the callback, since that is the first Python that runs after the signal."""
+    """Ctrl-C arrives in the callback, which is the first Python code after the signal."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
 
     def fail(tensor: int) -> None:
@@ -157,7 +155,7 @@ def test_what_is_raised_while_tensors_are_read_comes_out(
             patched.setattr(graph._ggml, function, fail)
             with pytest.raises(raised, match="on purpose"):
                 read_last(model, [[5, 6, 7]], [1])
-            if function == "ggml_get_name":  # which is asked of tensors that nobody reads, too
+            if function == "ggml_get_name":  # it is also called for tensors that are not read
                 with pytest.raises(raised, match="on purpose"):
                     list(model.next_logits([[5, 6, 7]]))
         after = read_last(model, [[5, 6, 7]], [1])["l_out"]
@@ -167,7 +165,7 @@ def test_what_is_raised_while_tensors_are_read_comes_out(
 def test_an_interrupt_while_a_model_is_loaded_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It arrives in the log: loading says much."""
+    """It arrives in the log callback, since llama.cpp logs much while it loads."""
     write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=2)
 
     class Log(logging.Handler):
@@ -211,7 +209,7 @@ def test_an_interrupt_while_a_context_is_made_frees_it(
 
 
 def raise_within(error: BaseException) -> None:
-    """As llama.cpp calls its log."""
+    """Raise an error as a log callback of llama.cpp does."""
 
     @called_back
     def log() -> None:
@@ -221,11 +219,11 @@ def raise_within(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["vocabulary", "metadata"])
-def test_what_llama_cpp_does_not_mind_when_it_loads_is_told(
+def test_defects_that_llama_cpp_accepts_at_loading_are_errors(
     tmp_path: Path, spoil: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    if spoil == "vocabulary":  # the first text would end the process
+    if spoil == "vocabulary":  # without it, llama.cpp ends the process at the first text
         monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", lambda self, _: self.add_string(
             "tokenizer.ggml.model", "none"))  # fmt: skip
     else:
@@ -236,24 +234,24 @@ def test_what_llama_cpp_does_not_mind_when_it_loads_is_told(
 
 
 def test_a_text_may_have_more_tokens_than_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary that spells its space in bytes: there is no room at first, and llama.cpp says how much."""
-    rooms: list[int] = []
+    """If the buffer is too small, llama.cpp returns the needed size."""
+    sizes: list[int] = []
 
     def tokenize(*arguments: Any, tokenize: Any = llama_cpp.llama_tokenize) -> int:
-        vocab, text, length, buffer, room, *rest = arguments
-        rooms.append(room)
-        return int(tokenize(vocab, text, length, buffer, room if len(rooms) > 1 else 3, *rest))
+        vocab, text, length, buffer, size, *rest = arguments
+        sizes.append(size)
+        return int(tokenize(vocab, text, length, buffer, size if len(sizes) > 1 else 3, *rest))
 
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
         expected = model.tokenize("the mountain")
         monkeypatch.setattr(llama_cpp, "llama_tokenize", tokenize)
         assert model.tokenize("the mountain") == expected
-    assert rooms[1:] == [len(expected)]
+    assert sizes[1:] == [len(expected)]
 
 
-def test_each_thread_gets_what_its_own_calls_raise() -> None:
-    """Two calls of llama.cpp at once, the one that began first ended first."""
+def test_each_thread_gets_the_exceptions_of_its_own_calls() -> None:
+    """Two calls of llama.cpp overlap; the call that begins first also ends first."""
     hook = sys.unraisablehook
     call = ctypes.CFUNCTYPE(None)
 
@@ -265,29 +263,29 @@ def test_each_thread_gets_what_its_own_calls_raise() -> None:
         return call(fail)
 
     begun, ended = threading.Event(), threading.Event()
-    found: list[BaseException] = []
+    errors: list[BaseException] = []
 
-    def other() -> None:
+    def run_second() -> None:
         try:
             with calling():
                 begun.set()
                 ended.wait(30)
-                caller(KeyError("mine"))()
+                caller(KeyError("second"))()
         except KeyError as error:
-            found.append(error)
+            errors.append(error)
 
-    def mine() -> None:
+    def run_first() -> None:
         with calling():
             thread.start()
             assert begun.wait(30)
-            caller(IndexError("yours"))()
+            caller(IndexError("first"))()
 
-    thread = threading.Thread(target=other)
-    with pytest.raises(IndexError, match="yours"):
-        mine()
+    thread = threading.Thread(target=run_second)
+    with pytest.raises(IndexError, match="first"):
+        run_first()
     ended.set()
     thread.join()
-    assert [str(error) for error in found] == ["'mine'"]
+    assert [str(error) for error in errors] == ["'second'"]
     assert sys.unraisablehook is hook
 
 
@@ -295,7 +293,7 @@ def test_each_thread_gets_what_its_own_calls_raise() -> None:
 def test_a_signal_while_llama_cpp_computes_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Ctrl-C does it: the handler runs before the first statement of the callback."""
+    """As with Ctrl-C, the handler runs before the first statement of the callback."""
     write_tiny_qwen2(tmp_path / "tiny.gguf", n_layer=4, n_embd=256)
     hook = sys.unraisablehook
 
@@ -319,35 +317,35 @@ def test_a_signal_while_llama_cpp_computes_is_not_lost(
     assert sys.unraisablehook is hook
 
 
-def adds_bos(path: Path) -> None:
-    """Has a file's vocabulary ask for a token before every text."""
+def add_bos(path: Path) -> None:
+    """Let a file's vocabulary want a BOS token before every text."""
     field = gguf.GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"]
     field.parts[field.data[0]][0] = True
 
 
 def test_prompts_begin_as_the_vocabulary_asks(tmp_path: Path) -> None:
-    """The tiny model's template writes no token before the conversation: that is left to the tokeniser."""
+    """The tiny model's template writes no BOS token, so the tokeniser must add it."""
     path = tmp_path / "tiny.gguf"
     write_tiny_qwen2(path)
     with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
         assert (model.bos_prefix, twin.bos_prefix) == ([], [])
         plain = ChatFormat.of(model).tokenize(model, "the rain")
         assert ChatFormat.of(twin).tokenize(twin, "the rain") == plain
-    adds_bos(path)
+    add_bos(path)
     with LlamaModel(path, n_parallel=1, n_ctx=256) as model, TorchModel(path) as twin:
         bos = model.tokenize(SPECIALS[0])
         assert model.bos_prefix == twin.bos_prefix == bos
         chat = ChatFormat.of(model)
-        asked = chat.tokenize(model, "the rain")
-        assert asked == bos + plain
-        # As llama.cpp's server reads the rendered conversation.
+        prompt = chat.tokenize(model, "the rain")
+        assert prompt == bos + plain
+        # llama.cpp's server tokenises the rendered conversation in this way.
         text = chat.render([{"role": "user", "content": "the rain"}]).encode()
         buffer = (llama_cpp.llama_token * 100)()
         count = llama_cpp.llama_tokenize(model._vocab, text, len(text), buffer, 100, True, True)
-        assert asked == buffer[:count]
+        assert prompt == buffer[:count]
         assert ChatFormat("{{ bos_token }}{{ messages[0].content }}", bos_token=SPECIALS[0]).tokenize(
             model, "the rain"
-        ) == bos + model.tokenize("the rain")  # and not twice
+        ) == bos + model.tokenize("the rain")  # one BOS token, not two
 
 
 def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> None:
@@ -356,14 +354,14 @@ def test_prompts_that_share_much_do_not_outgrow_the_cache(tmp_path: Path) -> Non
     shared = rng.integers(5, 250, 450).tolist()
     prompts = [[*shared, *rng.integers(5, 250, 50).tolist()] for _ in range(5)]  # 700 cells at once
     with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
-        found = {i: logits.copy() for i, logits in model.next_logits(prompts)}
+        together = {i: logits.copy() for i, logits in model.next_logits(prompts)}
         for i, prompt in enumerate(prompts):
             ((_, alone),) = model.next_logits([prompt])
-            np.testing.assert_allclose(found[i], alone, atol=2e-3)
+            np.testing.assert_allclose(together[i], alone, atol=2e-3)
 
 
-def test_sampled_answers_are_those_of_a_run_that_was_not_stopped(tmp_path: Path) -> None:
-    """Their draws go by the prompt and not by its place among those that are missing."""
+def test_a_resumed_run_samples_the_same_answers(tmp_path: Path) -> None:
+    """The draws depend on the prompt, not on its index among the missing prompts."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     warm = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=4)
     prompts = np.random.default_rng(6).integers(5, 250, (6, 8)).tolist()
@@ -377,23 +375,23 @@ def test_sampled_answers_are_those_of_a_run_that_was_not_stopped(tmp_path: Path)
 
 
 @pytest.mark.parametrize("use", ["answer", "read"])
-def test_a_prompt_that_is_too_long_is_told(tmp_path: Path, use: str) -> None:
+def test_a_prompt_that_is_too_long_is_an_error(tmp_path: Path, use: str) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     prompts = [[5], [5] * 300, [5] * 9]
     with llama(tmp_path / "tiny.gguf", n_ctx=256) as model:
         if use == "answer":
-            told = r"a prompt has 300 tokens.*answer.* 20.*256.*[Ss]horten it.*tokens of an answer"
-            with pytest.raises(InputError, match=told):
+            message = r"a prompt has 300 tokens.*answer.* 20.*256.*[Ss]horten it.*fewer tokens for an answer"
+            with pytest.raises(InputError, match=message):
                 list(model.generate(prompts, max_tokens=20))
         else:
             with pytest.raises(InputError, match=r"a prompt has 300 tokens.*256.*[Ss]horten it\. It ends in"):
                 list(model.next_logits(prompts))
 
 
-def test_no_sequence_is_longer_than_those_that_the_model_was_trained_on(tmp_path: Path) -> None:
-    """GPT-2 has no positions beyond them, and llama.cpp ends the process."""
+def test_no_sequence_is_longer_than_the_training_length(tmp_path: Path) -> None:
+    """GPT-2 has no positions beyond it, and llama.cpp ends the process."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
-    trained_on(tmp_path / "tiny.gguf", 100)
+    set_training_length(tmp_path / "tiny.gguf", 100)
     long = [5] * 101
     with llama(tmp_path / "tiny.gguf", n_ctx=512) as model:
         assert len(list(model.generate([[5] * 92], max_tokens=8))) == 1
@@ -414,55 +412,55 @@ def write_adapter(path: Path, seed: int) -> None:
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": (a, b)}, "qwen2"), path)
 
 
-def test_adapters_of_long_ago_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_not_used_recently_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     files = [tmp_path / f"{seed}.gguf" for seed in range(20)]
     for seed, file in enumerate(files):
         write_adapter(file, seed)
-    held: set[int] = set()
+    loaded: set[int] = set()
     load, free = llama_cpp.llama_adapter_lora_init, llama_cpp.llama_adapter_lora_free
 
     def address(handle: Any) -> int:
         return int(ctypes.cast(handle, ctypes.c_void_p).value or 0)
 
-    def loading(*arguments: Any) -> Any:
+    def load_and_note(*arguments: Any) -> Any:
         handle = load(*arguments)
-        held.add(address(handle))
+        loaded.add(address(handle))
         return handle
 
-    def freeing(handle: Any) -> None:
-        held.remove(address(handle))
+    def free_and_note(handle: Any) -> None:
+        loaded.remove(address(handle))
         free(handle)
 
-    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_init", loading)
-    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_free", freeing)
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_init", load_and_note)
+    monkeypatch.setattr(llama_cpp, "llama_adapter_lora_free", free_and_note)
     with llama(tmp_path / "tiny.gguf") as model:
 
-        def under(*adapters: Path) -> np.ndarray:
+        def logits_under(*adapters: Path) -> np.ndarray:
             with model.steered(Steering(adapters=[(path, 0.1) for path in adapters])):
                 return next(logits.copy() for _, logits in model.next_logits([[5, 6, 7]]))
 
-        alone = [under(file) for file in files]
-        assert 1 < len(held) <= 8
-        together = under(*files)  # all are in force at once, more than are kept otherwise
-        assert len(held) <= 8
-        # Summed in another order: llama.cpp sorts adapters by where they lie.
-        np.testing.assert_allclose(under(*files), together, atol=1e-5)
+        alone = [logits_under(file) for file in files]
+        assert 1 < len(loaded) <= 8
+        together = logits_under(*files)  # 20 at once, more than stay loaded
+        assert len(loaded) <= 8
+        # llama.cpp sorts adapters by their address, so it may add them in another order.
+        np.testing.assert_allclose(logits_under(*files), together, atol=1e-5)
         for file, expected in zip(files, alone, strict=True):
-            np.testing.assert_array_equal(under(file), expected)
+            np.testing.assert_array_equal(logits_under(file), expected)
     assert len({logits.tobytes() for logits in [*alone, together]}) == 21
 
 
 @pytest.mark.parametrize(
-    ("function", "returned", "said"),
+    ("function", "status", "message"),
     [
         ("llama_decode", 1, "could not decode"),
         ("llama_set_adapter_cvec", 1, "refused the control vector"),
         ("llama_init_from_model", None, "cannot make a context"),
     ],
 )
-def test_a_failure_is_not_told_in_the_words_of_an_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, returned: int | None, said: str
+def test_an_error_does_not_quote_an_older_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, status: int | None, message: str
 ) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
@@ -473,9 +471,9 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
         ):
             pass
         with monkeypatch.context() as patched:
-            patched.setattr(llama_cpp, function, lambda *arguments: returned)
+            patched.setattr(llama_cpp, function, lambda *arguments: status)
             with (
-                pytest.raises(InputError, match=rf"{said}.*llama\.cpp says: nothing more\."),
+                pytest.raises(InputError, match=rf"{message}.*llama\.cpp says: nothing more\."),
                 model.steered(Steering({1: np.ones(model.n_embd, np.float32)})),
             ):
                 list(model.generate([[5, 6]], max_tokens=2))
@@ -503,7 +501,7 @@ def test_a_failure_is_not_told_in_the_words_of_an_older_one(
         ),
     ],
 )
-def test_free_memory_is_what_a_control_group_may_have(
+def test_free_memory_respects_the_limit_of_a_control_group(
     tmp_path: Path, group: str, limits: dict[str, str], expected: int
 ) -> None:
     files = {"proc/meminfo": "MemTotal:  99999 kB\nMemAvailable:    8192 kB\n", "proc/self/cgroup": group}
@@ -513,5 +511,5 @@ def test_free_memory_is_what_a_control_group_may_have(
     assert machine.free_memory(tmp_path) == expected
 
 
-def test_where_memory_is_not_told_a_model_is_mapped(tmp_path: Path) -> None:
+def test_free_memory_is_0_where_the_system_does_not_report_it(tmp_path: Path) -> None:
     assert machine.free_memory(tmp_path) == 0

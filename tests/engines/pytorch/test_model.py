@@ -1,4 +1,4 @@
-"""TorchModel on tiny random models: batching changes nothing, hooks read and steer exactly their block."""
+"""TorchModel on tiny random models: batching changes nothing; hooks read and steer exactly their layer."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ DENSE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # wide, so that every block matters and the likeliest token is no tie
+    "initializer_range": 0.2,  # large, so that every layer matters and the likeliest token is unique
 }
 STATE: dict[str, Any] = {
     **COMMON,
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "initializer_range": 0.2,
-    "tie_word_embeddings": False,  # tied, Mamba says its last token again and again
+    "tie_word_embeddings": False,  # with tied embeddings, Mamba repeats its last token
 }
 GPT: dict[str, Any] = {**COMMON, "n_layer": LAYERS, "n_head": 4, "initializer_range": 0.2}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
@@ -55,7 +55,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt2": lambda: transformers.GPT2Config(**GPT, n_embd=WIDTH, n_positions=64),  # learned positions
     "bloom": lambda: transformers.BloomConfig(**GPT, hidden_size=WIDTH),  # ALiBi: takes no position ids
 }
-# What came before is in a state, or some blocks keep one beside their keys and values.
+# Models that keep earlier tokens in a state, alone or beside keys and values.
 STATES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "mamba": lambda: transformers.MambaConfig(**STATE, state_size=8),
     "mamba2": lambda: transformers.Mamba2Config(**STATE, state_size=8, num_heads=8, head_dim=8, n_groups=1),
@@ -98,7 +98,7 @@ def write_folder(folder: Path, name: str) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads of PyTorch that wait for one another cost tiny models a hundredfold on a busy machine."""
+    """Use one thread: on a busy machine, waiting threads of PyTorch make tiny models 100 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -126,8 +126,8 @@ def prompts(target: TorchModel) -> list[list[int]]:
 
 
 def logits_of(model: TorchModel, prompts: list[list[int]]) -> np.ndarray:
-    found = dict(model.next_logits(prompts))
-    return np.stack([found[i] for i in range(len(prompts))])
+    rows = dict(model.next_logits(prompts))
+    return np.stack([rows[i] for i in range(len(prompts))])
 
 
 def activations_of(model: TorchModel, prompts: list[list[int]], layers: list[int]) -> np.ndarray:
@@ -138,7 +138,7 @@ def hook_count(model: TorchModel) -> int:
     return sum(len(module._forward_hooks) for module in model.model.modules())
 
 
-def test_the_interface_is_that_of_the_llama_cpp_engine() -> None:
+def test_the_interface_equals_the_llama_cpp_engines() -> None:
     for name in (name for name in dir(LlamaModel) if not name.startswith("_")):
         member, own = inspect.getattr_static(LlamaModel, name), inspect.getattr_static(TorchModel, name)
         assert type(own) is type(member), name
@@ -151,7 +151,7 @@ def test_facts_about_the_model(target: TorchModel, folder: Path) -> None:
     assert (target.n_layer, target.n_embd, target.n_vocab) == (LAYERS, WIDTH, len(VOCABULARY))
     assert target.architecture == json.loads((folder / "config.json").read_text())["model_type"]
     assert (target.bos_token, target.eos_token) == ("<|endoftext|>", "<|im_end|>")
-    assert target.bos_prefix == [0]  # which write_tokenizer's puts before a text
+    assert target.bos_prefix == [0]  # `write_tokenizer` puts it before a text
     assert target.chat_template == CHAT_TEMPLATE
     assert {p.dtype for p in target.model.parameters()} == {torch.float32}
 
@@ -174,7 +174,7 @@ def test_text_and_tokens(llama: TorchModel) -> None:
     ],
     ids=["a turn", "a channel of gpt-oss", "a channel of Solar Open"],
 )
-def test_what_ends_a_turn(vocabulary: dict[str, int], ends: set[int]) -> None:
+def test_tokens_that_end_a_turn(vocabulary: dict[str, int], ends: set[int]) -> None:
     tokenizer = SimpleNamespace(eos_token_id=0, get_vocab=lambda: vocabulary)
     assert Vocabulary(tokenizer, None).ends == ends
 
@@ -189,7 +189,7 @@ def test_control_tokens_in_plain_text_are_not_recognised(tmp_path: Path) -> None
     assert model.detokenize(plain) == "the <|im_end|> thing"
 
 
-def test_logits_are_those_of_an_unpadded_forward_pass(target: TorchModel, prompts: list[list[int]]) -> None:
+def test_logits_equal_an_unpadded_forward_pass(target: TorchModel, prompts: list[list[int]]) -> None:
     with torch.inference_mode():
         expected = [target.model(torch.tensor([p])).logits[0, -1].numpy() for p in prompts]
     np.testing.assert_allclose(logits_of(target, prompts), np.stack(expected), atol=1e-5)
@@ -206,52 +206,52 @@ def test_padding_does_not_change_activations(target: TorchModel, prompts: list[l
 def test_activations_are_the_hidden_states_before_the_final_norm(
     target: TorchModel, prompts: list[list[int]]
 ) -> None:
-    read = activations_of(target, prompts, [2, 0, 1])  # in the order asked for
+    read = activations_of(target, prompts, [2, 0, 1])  # in the given order
     for row, prompt in zip(read, prompts, strict=True):
         with torch.inference_mode():
             hidden = target.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-        for layer, found in ((0, row[1]), (1, row[2])):
-            np.testing.assert_allclose(found, hidden[layer + 1][0, -1].numpy(), atol=1e-5)
-        # hidden_states[-1] comes after the final norm, the block's own output before it.
+        for layer, activation in ((0, row[1]), (1, row[2])):
+            np.testing.assert_allclose(activation, hidden[layer + 1][0, -1].numpy(), atol=1e-5)
+        # hidden_states[-1] comes after the final norm, the activation before it.
         assert np.abs(row[0] - hidden[-1][0, -1].numpy()).max() > 0.1
 
 
-def test_blocks_that_lie_elsewhere_are_read_and_steered_alike(tmp_path: Path) -> None:
-    """As accelerate spreads a model: here over the disk, from which a block's weights come when it runs."""
+def test_layers_on_another_device_are_read_and_steered_alike(tmp_path: Path) -> None:
+    """Accelerate spreads the model, here over the disk, from which a layer's weights come when it runs."""
     prompts = [[5, 6, 7], [9] * 7]
     direction = Steering({1: np.ones(WIDTH, dtype=np.float32)})
 
     def read(model: TorchModel) -> list[Any]:
         with model.steered(direction):
-            found = activations_of(model, prompts, [0, 2])
-        return [found, logits_of(model, prompts), dict(model.generate(prompts, max_tokens=6))]
+            activations = activations_of(model, prompts, [0, 2])
+        return [activations, logits_of(model, prompts), dict(model.generate(prompts, max_tokens=6))]
 
     model = TorchModel(write_folder(tmp_path / "model", "llama"))
     whole = read(model)
     accelerate.disk_offload(model.model, tmp_path / "disk", execution_device=torch.device("cpu"))
     assert {p.device.type for p in model.model.parameters()} == {"meta"}
-    for here, there in zip(whole, read(model), strict=True):
-        if isinstance(here, dict):
-            assert here == there
+    for expected, actual in zip(whole, read(model), strict=True):
+        if isinstance(expected, dict):
+            assert actual == expected
         else:
-            np.testing.assert_allclose(here, there, atol=1e-5)
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_nothing_deeper_than_the_deepest_layer_is_computed(llama: TorchModel) -> None:
-    ran = []
+    calls = []
     hooks = hook_count(llama)
-    handle = llama.model.model.layers[2].register_forward_hook(lambda *_: ran.append(1))
+    handle = llama.model.model.layers[2].register_forward_hook(lambda *_: calls.append(1))
     try:
         shallow = activations_of(llama, [[5, 6]], [0, 1])
-        assert not ran
+        assert not calls
         np.testing.assert_array_equal(shallow, activations_of(llama, [[5, 6]], [0, 1, 2])[:, :2])
-        assert len(ran) == 1
+        assert len(calls) == 1
     finally:
         handle.remove()
     assert hook_count(llama) == hooks
 
 
-def test_log_probabilities_are_those_of_an_unpadded_forward_pass(
+def test_log_probabilities_equal_an_unpadded_forward_pass(
     target: TorchModel, prompts: list[list[int]]
 ) -> None:
     answers = [prompts[1], prompts[0], prompts[3], prompts[2]]
@@ -264,7 +264,7 @@ def test_log_probabilities_are_those_of_an_unpadded_forward_pass(
         np.testing.assert_array_equal(top, logits.argmax(-1).numpy() == np.array(answer))
 
 
-def test_greedy_answers_are_those_of_transformers(target: TorchModel, prompts: list[list[int]]) -> None:
+def test_greedy_answers_equal_those_from_transformers(target: TorchModel, prompts: list[list[int]]) -> None:
     answers = dict(target.generate(prompts, max_tokens=10))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
@@ -286,7 +286,7 @@ def test_answers_do_not_depend_on_the_batch(
     assert together == dict(target.generate(prompts, max_tokens=10, sampling=sampling))
 
 
-def test_answers_at_once_share_a_cache(target: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_answers_share_a_cache(target: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[int]] = []
 
     def answer(group: list[int], *_: object) -> list[object]:
@@ -314,24 +314,24 @@ def test_a_sequence_that_ends_leaves_the_others_alone(tmp_path: Path) -> None:
     prompts = [[5, 9, 17], [7], [100, 3, 60, 44, 8]]
     folder = write_folder(tmp_path, "llama")
     endless = dict(TorchModel(folder).generate(prompts, max_tokens=8))
-    end = endless[0].tokens[2]  # what the first sequence says third now ends an answer
+    end = endless[0].tokens[2]  # the third token of the first answer now ends an answer
     settings = transformers.GenerationConfig(eos_token_id=[2, end])
     settings.save_pretrained(folder)
     for i, answer in TorchModel(folder).generate(prompts, max_tokens=8):
-        said = endless[i].tokens
-        assert answer.finished == (end in said or endless[i].finished)
-        assert answer.tokens == (said[: said.index(end)] if end in said else said)
-    assert any(end not in answer.tokens for answer in endless.values())  # so that one did go on
+        tokens = endless[i].tokens
+        assert answer.finished == (end in tokens or endless[i].finished)
+        assert answer.tokens == (tokens[: tokens.index(end)] if end in tokens else tokens)
+    assert any(end not in answer.tokens for answer in endless.values())  # one answer goes on
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_what_goes_on_keeps_its_state_when_others_end(tmp_path: Path, name: str) -> None:
+def test_a_sequence_keeps_its_state_when_others_end(tmp_path: Path, name: str) -> None:
     ends = {0, 2, *range(5, len(VOCABULARY), 5)}
     folder = write_folder(tmp_path, name)
     transformers.GenerationConfig(eos_token_id=sorted(ends)).save_pretrained(folder)
     model = TorchModel(folder)
     prompts = [[k + 3, *range(9 * k + 4, 11 * k + 4)] for k in range(6)]
-    whole = [[*prompt] for prompt in prompts]  # greedy, and every pass is over the whole sequence
+    whole = [[*prompt] for prompt in prompts]  # greedy decoding; every pass is over the whole sequence
     for sequence in whole:
         for _ in range(8):
             with torch.inference_mode():
@@ -340,19 +340,19 @@ def test_what_goes_on_keeps_its_state_when_others_end(tmp_path: Path, name: str)
                 break
             sequence.append(int(logits[0, -1].argmax()))
     expected = [sequence[len(prompt) :] for sequence, prompt in zip(whole, prompts, strict=True)]
-    assert len({len(tokens) for tokens in expected}) > 2, "the case shows nothing: they end together"
+    assert len({len(tokens) for tokens in expected}) > 2, "the test is void: all answers end together"
     answers = dict(model.generate(prompts, max_tokens=8))
     assert [answers[i].tokens for i in range(len(prompts))] == expected
 
 
 @pytest.mark.parametrize("name", UNMASKED)
-def test_a_state_that_takes_padding_in_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_state_that_takes_in_padding_is_an_error(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, name)
     with pytest.raises(InputError, match=f"{name} takes padding into its state"):
         TorchModel(tmp_path)
 
 
-def test_steering_adds_exactly_at_its_block(target: TorchModel, prompts: list[list[int]]) -> None:
+def test_steering_adds_exactly_after_its_layer(target: TorchModel, prompts: list[list[int]]) -> None:
     direction = np.random.default_rng(1).standard_normal(WIDTH).astype(np.float32)
     hooks = hook_count(target)
     before, plain = activations_of(target, prompts, [0, 1, 2]), logits_of(target, prompts)
@@ -387,7 +387,7 @@ def test_no_direction_steers_nothing(llama: TorchModel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("capable", [True, False])
-def test_bf16_weights_stay_where_the_processor_multiplies_them(
+def test_bf16_weights_stay_if_the_processor_multiplies_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capable: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
@@ -398,18 +398,18 @@ def test_bf16_weights_stay_where_the_processor_multiplies_them(
     assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16 if stays else torch.float32}
     assert of_folder(tmp_path).weights == sum(p.nbytes for p in model.model.parameters())
     prompts = [model.tokenize(text) for text in TEXTS]
-    found = activations_of(model, prompts, [1, 2])
+    actual = activations_of(model, prompts, [1, 2])
     model.model.float()
     exact = activations_of(model, prompts, [1, 2])
-    assert found.dtype == np.float32
-    if stays:  # a few roundings of 2^-9 in a row
-        np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
-        assert np.abs(found - exact).max() > 0
+    assert actual.dtype == np.float32
+    if stays:  # a few successive roundings of 2^-9
+        np.testing.assert_allclose(actual, exact, atol=0.05 * np.abs(exact).max())
+        assert np.abs(actual - exact).max() > 0
     else:
-        np.testing.assert_array_equal(found, exact)
+        np.testing.assert_array_equal(actual, exact)
 
 
-def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
+def test_a_gguf_file_gives_the_same_weights(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     original = write_tiny_qwen2(path)
     with TorchModel(path) as model:
@@ -423,7 +423,7 @@ def test_a_gguf_file_gives_the_very_weights(tmp_path: Path) -> None:
         assert model.detokenize(tokens) == "user\nthe <|im_end|> thing\nassistant\n"
 
 
-def test_nothing_to_do_gives_nothing(llama: TorchModel) -> None:
+def test_empty_inputs_give_empty_results(llama: TorchModel) -> None:
     assert list(llama.generate([], max_tokens=3)) == []
     assert list(llama.next_logits([])) == []
     assert list(llama.read([], [], [0])) == []
@@ -438,13 +438,13 @@ def test_nothing_to_do_gives_nothing(llama: TorchModel) -> None:
         (lambda m: m.token_logprobs([([1], [])]), "at least one token"),
         (
             lambda m: list(m.generate([[1] * 60], max_tokens=5)),
-            "a prompt has 60 tokens.*answer.* 5.*64 fit.*tokens of an answer",
+            "a prompt has 60 tokens.*answer.* 5.*64 fit.*fewer tokens for an answer",
         ),
-        (lambda m: read_last(m, [[1]], [3]), "blocks 0 to 2"),
+        (lambda m: read_last(m, [[1]], [3]), "layers 0 to 2"),
         (lambda m: read_last(m, [[1]], []), "at least one"),
         (lambda m: read_last(m, [[1]], [0], ["ffn_inp"]), "llama.cpp"),
-        (lambda m: m.steered(Steering({0: np.ones(WIDTH)})).__enter__(), "block 0"),
-        (lambda m: m.steered(Steering({3: np.ones(WIDTH)})).__enter__(), "layer 3 .* blocks 1 to 2"),
+        (lambda m: m.steered(Steering({0: np.ones(WIDTH)})).__enter__(), "layer 0"),
+        (lambda m: m.steered(Steering({3: np.ones(WIDTH)})).__enter__(), "layer 3 .* layers 1 to 2"),
         (lambda m: m.steered(Steering({1: np.ones(WIDTH + 1)})).__enter__(), r"\(33,\).* width 32"),
         (lambda m: m.steered(Steering(adapters=[(Path("a.gguf"), 1.0)])).__enter__(), "needs llama.cpp"),
     ],
@@ -482,11 +482,11 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    mark = tmp_path / "ran"
-    (tmp_path / "code.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    marker = tmp_path / "marker"
+    (tmp_path / "code.py").write_text(f"open({str(marker)!r}, 'w').close()")
     with pytest.raises(InputError, match=r"cannot read its configuration.*without remote code"):
         TorchModel(tmp_path)
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which modules of a network are its decoder blocks; hooks at them: see `test_engine` and `test_vector`."""
+"""The decoder layers of a network. Their hooks: see `test_engine` and `test_vector`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 import transformers
 from fixtures.networks import CONFIGS, DENSE, PROMPTS, WIDTH, build
 
-from rs_gguf.engines.pytorch.weights import decoder_blocks
+from rs_gguf.engines.pytorch.weights import decoder_layers
 from rs_gguf.errors import InputError
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_finds_the_blocks(name: str) -> None:
+def test_finds_the_layers(name: str) -> None:
     model = build(name)
-    blocks = decoder_blocks(model)
-    assert len(blocks) == 3
-    assert decoder_blocks(model.base_model) == blocks
-    # Block N turns entry N of the hidden states into entry N + 1 (the last entry is after the final norm).
-    seen: list[torch.Tensor] = []
-    handle = blocks[1].register_forward_hook(
-        lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    layers = decoder_layers(model)
+    assert len(layers) == 3
+    assert decoder_layers(model.base_model) == layers
+    # Layer N turns entry N of the hidden states into entry N + 1 (the last entry is after the final norm).
+    outputs: list[torch.Tensor] = []
+    handle = layers[1].register_forward_hook(
+        lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.inference_mode():
         states = model(PROMPTS, output_hidden_states=True).hidden_states
     handle.remove()
-    torch.testing.assert_close(seen[0], states[2], rtol=0, atol=0)
+    torch.testing.assert_close(outputs[0], states[2], rtol=0, atol=0)
 
 
-def test_finds_the_text_blocks_of_a_model_with_a_vision_tower_as_deep() -> None:
+def test_finds_the_text_layers_of_a_model_with_an_equally_deep_vision_tower() -> None:
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
@@ -40,13 +40,13 @@ def test_finds_the_text_blocks_of_a_model_with_a_vision_tower_as_deep() -> None:
         "patch_size": 14,
     }
     config = transformers.Gemma3Config(text_config=DENSE, vision_config=vision)
-    blocks = decoder_blocks(transformers.AutoModelForImageTextToText.from_config(config))
-    assert [type(block).__name__ for block in blocks] == ["Gemma3DecoderLayer"] * 3
+    layers = decoder_layers(transformers.AutoModelForImageTextToText.from_config(config))
+    assert [type(layer).__name__ for layer in layers] == ["Gemma3DecoderLayer"] * 3
 
 
-def test_refuses_what_is_no_transformers_model() -> None:
+def test_refuses_a_module_that_is_not_a_transformers_model() -> None:
     with pytest.raises(InputError, match="no transformers configuration"):
-        decoder_blocks(torch.nn.Linear(2, 2))
+        decoder_layers(torch.nn.Linear(2, 2))
 
 
 def test_refuses_two_candidate_lists() -> None:
@@ -58,4 +58,4 @@ def test_refuses_two_candidate_lists() -> None:
             self.right = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
 
     with pytest.raises(InputError, match=r"\['left', 'right'\]"):
-        decoder_blocks(Twins())
+        decoder_layers(Twins())

@@ -1,4 +1,4 @@
-"""What an address may be, and where a key is sent."""
+"""Valid addresses, and the servers that a key is sent to."""
 
 from __future__ import annotations
 
@@ -62,38 +62,38 @@ def test_a_key_may_cross_this_machine_and_private_networks(
 def test_a_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch, host: str, variable: str) -> None:
     without_proxy_or_key(monkeypatch)
     address = f"http://{host}/v1"
-    asking = EndpointClient([address], "m", EndpointOptions(key_variable=variable))  # no key, no objection
+    client = EndpointClient([address], "m", EndpointOptions(key_variable=variable))  # allowed without a key
     monkeypatch.setenv(variable, KEY)
-    monkeypatch.setattr(exchange_module, "_http", lambda: pytest.fail("it was asked"))
-    refusals = []
+    monkeypatch.setattr(exchange_module, "_http", lambda: pytest.fail("a request was sent"))
+    messages = []
     for attempt in (
-        lambda: asking.complete(ASK),
+        lambda: client.complete(ASK),
         lambda: EndpointClient([address], "m", EndpointOptions(key_variable=variable)),
         lambda: EndpointClient([address], None, EndpointOptions(key_variable=variable)),
     ):
-        with pytest.raises(InputError, match="unencrypted") as refused:
+        with pytest.raises(InputError, match="unencrypted") as error:
             attempt()
-        refusals.append(str(refused.value))
-    assert KEY not in "".join(refusals)
+        messages.append(str(error.value))
+    assert KEY not in "".join(messages)
     for part in (variable, address, "Keys are sent over https", "localhost", "unset"):
-        assert part in refusals[0]
+        assert part in messages[0]
     assert checked_url(f"https://{host}/v1", variable) == f"https://{host}/v1"
 
 
-def test_the_key_of_a_server_that_answers_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_an_answering_server_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     without_proxy_or_key(monkeypatch)
     monkeypatch.setenv(SERVER_KEY_VARIABLE, KEY)
     with pytest.raises(InputError, match=f"{SERVER_KEY_VARIABLE} would travel unencrypted"):
         LlamaServer("http://gpu-box:8080#m", [])
 
 
-@pytest.mark.parametrize("place", ["{}/chat/completions", "//{}", "http://[", "/v1/elsewhere"])
+@pytest.mark.parametrize("location", ["{}/chat/completions", "//{}", "http://[", "/v1/elsewhere"])
 def test_no_request_follows_a_redirect(
-    servers: list[Server], monkeypatch: pytest.MonkeyPatch, place: str
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     server, other = servers
-    server.moved_to = place.format(other.url)
+    server.moved_to = location.format(other.url)
     for path, data in (("/models", None), ("/chat/completions", b"{}")):
         with pytest.raises(InputError, match=r"HTTP 307|Invalid URL in location header"):
             exchange(server.url, path, data, 30.0, KEY_VARIABLE)
@@ -101,13 +101,13 @@ def test_no_request_follows_a_redirect(
     assert other.keys == set()
 
 
-def test_letters_of_a_path_are_sent_as_utf8(servers: list[Server]) -> None:
+def test_a_path_is_sent_as_utf8(servers: list[Server]) -> None:
     servers[0].chat_path = "/v1/%C3%A9/chat/completions"
-    asking = EndpointClient([f"{servers[0].url}/\u00e9"], "m", EndpointOptions())
-    assert asking.complete(ASK).text == "yes"
+    client = EndpointClient([f"{servers[0].url}/\u00e9"], "m", EndpointOptions())
+    assert client.complete(ASK).text == "yes"
 
 
-def test_an_answer_that_does_not_end_is_not_read_to_its_end(
+def test_an_answer_that_is_too_long_is_not_read_to_its_end(
     servers: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange_module, "_MAX_BODY", 1 << 20)
@@ -116,13 +116,15 @@ def test_an_answer_that_does_not_end_is_not_read_to_its_end(
         exchange(servers[0].url, "/chat/completions", b"{}", 30.0, KEY_VARIABLE)
 
 
-def test_a_proxy_that_cannot_be_used_is_told(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_cannot_be_used_is_an_error(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")
     monkeypatch.setattr(exchange_module, "_http", exchange_module._http.__wrapped__)
     with pytest.raises(InputError, match=r"cannot use the proxy.*socks://.*ALL_PROXY"):
         served_models(servers[0].url, KEY_VARIABLE)
 
 
-def test_who_is_not_there_may_be_later(servers: list[Server]) -> None:
+def test_a_missing_server_may_be_tried_again(servers: list[Server]) -> None:
     with pytest.raises(TryFailedError, match="refused"):
         exchange("http://127.0.0.1:1", "/models", None, 30.0, KEY_VARIABLE)

@@ -1,4 +1,4 @@
-"""Several llama-servers as one model: all are asked, each with its scales, and they must be alike."""
+"""Several llama-servers as one model: all get requests with the scales, and they must be alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fixtures.endpoints import Reply, Server, said, without_proxy_or_key
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf.engines.generation import Sampling
+from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.server import llama_server as server_module
 from rs_gguf.engines.server.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
@@ -21,6 +21,7 @@ from rs_gguf.pipeline.stages import answers as answering
 from rs_gguf.records.conversation import Prompt
 
 PROMPTS = [Prompt(str(k), "benign") for k in range(40)]
+SHORT = Asking(None, 5)
 ADAPTERS = [{"id": 0, "path": "/m/style.gguf", "scale": 0.75}, {"id": 1, "path": "/m/a.gguf", "scale": 0.0}]
 
 
@@ -41,16 +42,16 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
 
 def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -> None:
     address = ", ".join(server.url.removesuffix("/v1") for server in servers) + "/#m"
-    advanced: list[int] = []
+    steps: list[int] = []
     model = LlamaServer(address, [(Path("a.gguf"), 0.5)])
-    found, tokens, _ = model.answers(PROMPTS, 2.0, max_tokens=5, advance=advanced.append)
-    assert [answer.text for answer in found] == [f"It is {p.prompt}" for p in PROMPTS]
-    assert advanced == [1] * 40
+    answers, tokens, _ = model.answers(PROMPTS, 2.0, SHORT, steps.append)
+    assert [answer.text for answer in answers] == [f"It is {p.prompt}" for p in PROMPTS]
+    assert steps == [1] * 40
     assert tokens == 40 * 7
-    asked = [body for server in servers for body in server.asked]
-    assert sorted(int(body["messages"][0]["content"]) for body in asked) == list(range(40))
+    bodies = [body for server in servers for body in server.asked]
+    assert sorted(int(body["messages"][0]["content"]) for body in bodies) == list(range(40))
     assert min(len(server.asked) for server in servers) > 0
-    assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in asked)
+    assert all(body["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}] for body in bodies)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
     ],
     ids=["undefined means off", "undefined means on", "no switch", "no template"],
 )
-def test_thinking_is_switched_off_where_it_is_off_here(
+def test_thinking_is_switched_off_as_in_local_engines(
     servers: list[Server], switch: str, sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exchange(root: str, path: str, *arguments: Any) -> Any:
@@ -74,15 +75,15 @@ def test_thinking_is_switched_off_where_it_is_off_here(
     plain: Callable[..., Any] = vars(server_module)["exchange"]
     monkeypatch.setattr(server_module, "exchange", exchange)
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
-    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    list(model.answer(PROMPTS[:1], 2.0, SHORT))
     assert servers[0].asked[0].get("chat_template_kwargs") == sent
     assert servers[0].asked[0]["lora"][1] == {"id": 1, "scale": 1.0}
 
 
-def test_what_is_drawn_is_drawn_as_here(servers: list[Server]) -> None:
+def test_a_server_samples_as_local_engines_do(servers: list[Server]) -> None:
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
-    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
-    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5, sampling=Sampling(temperature=0.8, seed=3)))
+    list(model.answer(PROMPTS[:1], 1.0, SHORT))
+    list(model.answer(PROMPTS[:1], 1.0, Asking(None, 5, Sampling(temperature=0.8, seed=3))))
     greedy, drawn = servers[0].asked
     assert greedy["temperature"] == 0
     assert not {"top_k", "samplers"} & greedy.keys()
@@ -93,15 +94,15 @@ def test_what_is_drawn_is_drawn_as_here(servers: list[Server]) -> None:
 
 def test_scales_of_one_adapter_add_up(servers: list[Server]) -> None:
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5), (Path("a.gguf"), 0.25)])
-    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    list(model.answer(PROMPTS[:1], 2.0, SHORT))
     assert servers[0].asked[0]["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.5}]
 
 
-@pytest.mark.parametrize("given", ["a.gguf", "C:\\mine\\a.gguf", "mine/a.gguf"])
-def test_an_adapter_is_known_by_its_name_in_whatever_folder(servers: list[Server], given: str) -> None:
+@pytest.mark.parametrize("file", ["a.gguf", "C:\\mine\\a.gguf", "mine/a.gguf"])
+def test_an_adapter_is_found_by_its_name_in_any_folder(servers: list[Server], file: str) -> None:
     servers[0].adapters = [ADAPTERS[0], ADAPTERS[1] | {"path": "C:\\models\\a.gguf"}]
-    model = LlamaServer(servers[0].url, [(Path(given), 0.5)])
-    list(model.answer(PROMPTS[:1], 2.0, max_tokens=5))
+    model = LlamaServer(servers[0].url, [(Path(file), 0.5)])
+    list(model.answer(PROMPTS[:1], 2.0, SHORT))
     assert servers[0].asked[0]["lora"] == [{"id": 0, "scale": 0.75}, {"id": 1, "scale": 1.0}]
     with pytest.raises(InputError, match=r"0 adapters named b\.gguf \(all: /m/style\.gguf, C:\\models"):
         LlamaServer(servers[0].url, [(Path("b.gguf"), 0.5)])
@@ -111,47 +112,49 @@ def test_folders_tell_adapters_of_one_name_apart(servers: list[Server]) -> None:
     paths = ["/m/one/a.gguf", "C:\\m\\two\\a.gguf", "/m/two/style.gguf"]
     servers[0].adapters = [{"id": i, "path": path, "scale": 0.0} for i, path in enumerate(paths)]
     model = LlamaServer(servers[0].url, [(Path("two/a.gguf"), 0.5), (Path("../one/a.gguf"), 0.25)])
-    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    list(model.answer(PROMPTS[:1], 1.0, SHORT))
     assert [entry["scale"] for entry in servers[0].asked[0]["lora"]] == [0.25, 0.5, 0.0]
     with pytest.raises(InputError, match=r"2 adapters named a\.gguf"):
         LlamaServer(servers[0].url, [(Path("three/a.gguf"), 0.5)])
 
 
-def test_another_file_of_the_name_is_refused(servers: list[Server], tmp_path: Path) -> None:
-    theirs, copy, mine = files = [tmp_path / name / "a.gguf" for name in ("theirs", "copy", "mine")]
+def test_another_file_of_the_same_name_is_an_error(servers: list[Server], tmp_path: Path) -> None:
+    loaded, copy, other = files = [tmp_path / name / "a.gguf" for name in ("loaded", "copy", "other")]
     for file, content in zip(files, (b"1", b"1", b"2"), strict=True):
         file.parent.mkdir()
         file.write_bytes(content)
-    servers[0].adapters = [{"id": 0, "path": str(theirs), "scale": 0.0}]
-    LlamaServer(servers[0].url, [(theirs, 1.0), (copy, 1.0)])
-    with pytest.raises(InputError, match=f"has loaded {theirs} for {mine}.*another file"):
-        LlamaServer(servers[0].url, [(mine, 1.0)])
+    servers[0].adapters = [{"id": 0, "path": str(loaded), "scale": 0.0}]
+    LlamaServer(servers[0].url, [(loaded, 1.0), (copy, 1.0)])
+    with pytest.raises(InputError, match=f"has loaded {loaded} for {other}.*another file"):
+        LlamaServer(servers[0].url, [(other, 1.0)])
     servers[0].adapters = [{"id": 0, "path": "/of another machine/a.gguf", "scale": 0.0}]
-    LlamaServer(servers[0].url, [(mine, 1.0)])
-    with pytest.raises(InputError, match=f"for {mine}, but {copy} is another file"):
-        LlamaServer(servers[0].url, [(copy, 1.0), (mine, 1.0)])
+    LlamaServer(servers[0].url, [(other, 1.0)])
+    with pytest.raises(InputError, match=f"for {other}, but {copy} is another file"):
+        LlamaServer(servers[0].url, [(copy, 1.0), (other, 1.0)])
 
 
 def test_the_key_of_the_judge_is_not_sent(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "of-the-judge")
     monkeypatch.setenv(SERVER_KEY_VARIABLE, "of-the-server")
     servers[0].adapters = [ADAPTERS[1]]
-    model = LlamaServer(servers[0].url.removesuffix("/v1"), [(Path("a.gguf"), 0.5)])  # asks for the model
+    model = LlamaServer(
+        servers[0].url.removesuffix("/v1"), [(Path("a.gguf"), 0.5)]
+    )  # requests the list of models
     model.expect_model({"n_vocab": 300})
     model.expect_unsteered()
-    list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+    list(model.answer(PROMPTS[:1], 1.0, SHORT))
     assert servers[0].keys == {"Bearer of-the-server"}
     servers[0].behave = lambda body: (401, {"error": "no"})
     with pytest.raises(InputError, match=f"does not accept the key in {SERVER_KEY_VARIABLE}"):
-        list(model.answer(PROMPTS[:1], 1.0, max_tokens=5))
+        list(model.answer(PROMPTS[:1], 1.0, SHORT))
     with pytest.raises(InputError, match=f"Keys go into {SERVER_KEY_VARIABLE}"):
         LlamaServer("http://me:secret@host", [])
 
 
-def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
+def test_a_server_with_another_model_is_an_error(servers: list[Server]) -> None:
     figures = {"n_vocab": 300, "n_params": 1000}
     model = LlamaServer(",".join(server.url for server in servers), [])
-    model.expect_model(figures)  # nothing is told
+    model.expect_model(figures)  # the servers give no figures
     servers[0].meta = {**figures, "n_embd": 8}
     servers[1].tells_models = False
     model.expect_model(figures)
@@ -161,7 +164,7 @@ def test_a_server_of_another_model_is_told(servers: list[Server]) -> None:
     servers[2].models = ["m", "other"]
     with pytest.raises(InputError, match="another model"):
         model.expect_model(figures)
-    servers[2].healthy = False  # it may be back later, and then nobody knows
+    servers[2].healthy = False  # a server that cannot be reached passes
     model.expect_model(figures)
 
 
@@ -173,8 +176,8 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
     recipe = Recipe(answers=Answers(servers=servers[0].url))
     with LlamaModel(tmp_path / "plain.gguf", n_ctx=256) as model:
         servers[0].meta = {"n_vocab": model.n_vocab, "n_params": model.n_params}
-        found = dict(answering.answers(model, PROMPTS[:2], recipe))
-        assert [model.detokenize(found[i].tokens) for i in range(2)] == ["It is 0", "It is 1"]
+        replies = dict(answering.answers(model, PROMPTS[:2], recipe))
+        assert [model.detokenize(replies[i].tokens) for i in range(2)] == ["It is 0", "It is 1"]
         servers[0].meta["n_params"] += 1
         with pytest.raises(InputError, match="has another model"):
             list(answering.answers(model, PROMPTS[:2], recipe))
@@ -187,7 +190,9 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
 
 
 @pytest.mark.slow
-def test_a_model_that_opens_the_trace_itself_is_refused(servers: list[Server], tmp_path: Path) -> None:
+def test_a_model_that_opens_the_trace_without_its_template_is_an_error(
+    servers: list[Server], tmp_path: Path
+) -> None:
     write_tiny_qwen3(
         tmp_path / "own.gguf", THINKING_TEMPLATE.replace("<think>\n", ""), liked={"<think>": 9.0, "t": 4.0}
     )
@@ -199,12 +204,12 @@ def test_a_model_that_opens_the_trace_itself_is_refused(servers: list[Server], t
     assert servers[0].asked == []
 
 
-def test_a_server_with_an_adapter_in_force_is_not_the_model_by_itself(servers: list[Server]) -> None:
+def test_a_server_with_an_active_adapter_is_not_unsteered(servers: list[Server]) -> None:
     for server in servers:
         server.adapters = [ADAPTERS[1]]
     model = LlamaServer(",".join(server.url for server in servers), [])
     model.expect_unsteered()
-    servers[0].adapters = [{"id": 0}]  # nobody knows
+    servers[0].adapters = [{"id": 0}]  # the scale is missing
     servers[1].tells_models = False
     model.expect_unsteered()
     servers[2].adapters = ADAPTERS
@@ -215,9 +220,9 @@ def test_a_server_with_an_adapter_in_force_is_not_the_model_by_itself(servers: l
 
 
 @pytest.mark.parametrize("number", [float("inf"), "first", None])
-def test_numbers_of_adapters_that_are_none(servers: list[Server], number: Any) -> None:
+def test_adapter_numbers_that_are_not_numbers(servers: list[Server], number: Any) -> None:
     servers[0].adapters = [ADAPTERS[1] | {"id": number}]
-    with pytest.raises(InputError, match="does not tell its adapters"):
+    with pytest.raises(InputError, match="does not list its adapters"):
         LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
 
 
@@ -230,8 +235,8 @@ def test_numbers_of_adapters_that_are_none(servers: list[Server], number: Any) -
     ],
     ids=["numbered otherwise", "scaled otherwise", "one less"],
 )
-def test_servers_that_differ_are_refused(servers: list[Server], other: list[dict[str, Any]]) -> None:
+def test_servers_that_differ_are_an_error(servers: list[Server], other: list[dict[str, Any]]) -> None:
     servers[2].adapters = other
     with pytest.raises(InputError, match=f"{servers[0].url[:-3]} and {servers[2].url[:-3]} differ"):
         LlamaServer(",".join(server.url for server in servers), [(Path("a.gguf"), 0.5)])
-    LlamaServer(",".join(server.url for server in servers), [])  # no adapter is asked for: none matters
+    LlamaServer(",".join(server.url for server in servers), [])  # no adapter is used, so none matters
