@@ -1,9 +1,9 @@
 """Fit a gated adapter in closed form: a rank-1 LoRA whose effect depends on the input (method §8).
 
 Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
-`GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a gives gate
-activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
-harmful one. Elsewhere it gives as little as possible: minimum-variance beamforming under linear constraints
+`GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
+activation 1 on the mean sensitive prompt and m, the benign target, on the mean benign one. It is −m/4 on the
+mean harmful one. Elsewhere the gate vector gives as little as possible: minimum-variance beamforming under linear constraints
 (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The output vector d is what the layer adds to
 the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which moves every prompt equally.
 """
@@ -42,9 +42,9 @@ class GatedAdapterFit:
     """Gate vectors for R ridges and L layers, and the refusal contrast that gives the output vectors.
 
     ridges: [R], relative.
-    sensitive_gate: [R, L, W] float64 by output matrix; its activation is 1 on the mean sensitive input and 0
+    sensitive_gate: [R, L, W] float64 by output matrix. Its activation is 1 on the mean sensitive input and 0
         on the means of the other kinds.
-    benign_gate: [R, L, W] float64 by output matrix; its activation is 1 on the mean benign input,
+    benign_gate: [R, L, W] float64 by output matrix. Its activation is 1 on the mean benign input,
         `HARMFUL_TARGET_RATIO` on the mean harmful one and 0 on the mean sensitive one.
     contrast: [L, D], activations of refused minus answered sensitive prompts at equal groups; to induce,
         activations of answered minus refused prompts. Benign prompts replace answered sensitive ones if the
@@ -108,11 +108,11 @@ def fit_gated_adapter(
 
     Args:
         inputs: inputs of each output matrix, at the N samples of `activations` and at more samples after
-            them, which are neither refused nor answered (confidence 0).
+            them. The latter are neither refused nor answered (confidence 0).
         activations: [N, L, D] array or tensor, or `Activations`.
         labels: labels of the samples of `inputs`. The gate vectors separate their kinds; judged confidence
             weights the samples of the contrast. `groups` are topics, forms and languages. The gate activation
-            on the mean harmful and benign input of each group is kept small, and the contrast leaves out what
+            is kept small on the mean harmful and benign input of each group. The contrast leaves out what
             activations owe to a group.
         ridges: [R], relative to the mean diagonal of the metric.
         induce: move prompts towards refusal; else move sensitive prompts away from it.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fixtures.fit_samples import samples_in
 
-from rs_gguf.methods import samples as module
+from rs_gguf.methods import samples as samples_module
 
 
 def test_activations_are_copied_to_a_gpu_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_activations_are_copied_to_a_gpu_once(tmp_path: Path, monkeypatch: pytes
         copies.append(rows)
         return object()
 
-    monkeypatch.setattr(module, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(module.torch, "tensor", copy)
+    monkeypatch.setattr(samples_module, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch, "tensor", copy)
     assert samples.rows_on("cuda") is samples.rows_on("auto")
     assert len(copies) == 1
