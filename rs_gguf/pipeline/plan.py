@@ -83,7 +83,9 @@ def model_file(recipe: Recipe) -> Path:
 
 
 def model_dimensions(path: Path, bits: float | None = None) -> ModelDimensions:
-    """Return the dimensions of a model; with `bits` per weight, those of a GGUF file of a configuration.
+    """Return the dimensions of a model.
+
+    bits: bits per weight; a configuration then gives the dimensions of a GGUF file.
 
     Raises:
         InputError: the model cannot be read, or `bits` is given for a GGUF file.

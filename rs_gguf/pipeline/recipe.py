@@ -141,8 +141,8 @@ class Tune(_Section):
         default=16,
         ge=0,
         description="prompts of each kind that the selected candidate answers at full length "
-        "(`answers.test_tokens`), then at lower strengths until it is within all limits, and at one more; "
-        "0 for none",
+        "(`answers.test_tokens`); 0 for none. It answers again at lower strengths until it is within all "
+        "limits, and at one more",
     )
     budget: Annotated[float | None, BeforeValidator(settings.seconds)] = Field(
         default=None,
@@ -204,7 +204,7 @@ class Recipe(BaseSettings):
 
     @property
     def estimators(self) -> Sequence[str]:
-        """Return the names of the estimators to fit: those of the recipe, or the defaults of its effect."""
+        """Return the names of the estimators to fit, which depend on the effect by default."""
         return self.fit.estimators or _ESTIMATORS[self.effect]
 
     @property

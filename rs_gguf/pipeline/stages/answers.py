@@ -119,13 +119,13 @@ def answers(model: Engine, prompts: Sequence[Prompt], recipe: Recipe) -> Iterato
     """Yield (index, answer) of the unsteered model as answers are ready, from here or the recipe's servers.
 
     Raises:
-        InputError: no server can be used, a server has another model or an active adapter, or the model
-            thinks before it answers on a server, which does not return the tokens of the trace.
+        InputError: no server can be used, or a server has another model or an active adapter. Or the model
+            thinks before it answers, and servers do not return the tokens of the trace.
     """
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
-        tokens = chat_tokens(model, prompts, system)
-        yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
+        conversations = chat_tokens(model, prompts, system)
+        yield from answer(model, conversations, max_tokens=options.tokens, sampling=recipe.sampling)
         return
     # The beginning of an answer shows whether it has a trace, which the template or the model itself opens.
     for _, beginning in answer(model, chat_tokens(model, prompts[:1], system), max_tokens=_BEGINNING):
