@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = RunRecord.read(options.run / "metrics.json").files["adapter"]
     samples = samples_of(open_run(recipes.load(options.run / "recipe.toml"), RunFolder(options.run)))
-    every, labels = [*samples.prompts, *samples.others], samples.labels()
+    every, labels = [*samples.prompts, *samples.gate_only], samples.labels()
     kinds = np.array([prompt.kind for prompt in every])
     first, last = chosen.layers
     inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -20,11 +20,16 @@ from rs_gguf.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+"""Where a fit computes; `auto` is CUDA if PyTorch sees a CUDA device, else the CPU."""
+
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 # A process waits for rank 0 while that answers, judges or searches alone. torch's default is 30 minutes.
 _PATIENCE = timedelta(days=30)
+
+_MATRICES = 4  # float64 matrices [width, width] that the fit of one layer holds at its peak
 
 
 def usable_cores() -> int:
@@ -95,6 +100,18 @@ def on_all_cores(work: Callable[[Item], T], items: Iterable[Item], *, workers: i
             yield from pool.map(work, items)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def layers_at_once(width: int) -> int:
+    """Return how many layers of `width` columns are fitted at a time on the CPU.
+
+    One layer per core, or fewer where the free memory holds fewer. The results do not depend on the number.
+    """
+    free = free_memory()
+    if not free:  # unknown
+        return usable_cores()
+    layer = 2 * _MATRICES * 8 * width**2  # bytes; half of the free memory is left to everything else
+    return max(1, min(usable_cores(), free // layer))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The directions of refusal: one unit vector a layer, fitted in PyTorch (docs/estimators.md)."""
+"""Refusal directions: one unit vector per layer, fitted in PyTorch (docs/estimators.md)."""
 
 from rs_gguf.estimators.constrained import ContrastRidge, ResidualRidge, SafeRidge, SensitiveRidge
 from rs_gguf.estimators.estimator import (
@@ -25,7 +25,7 @@ ESTIMATORS: dict[str, type[DirectionEstimator]] = {
         ResidualRidge,
     )
 }
-"""Every estimator by the name that recipes give it."""
+"""Every estimator, by its name in recipes."""
 
 __all__ = [
     "ESTIMATORS",

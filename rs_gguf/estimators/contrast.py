@@ -1,9 +1,9 @@
-"""What a gate takes away: refused against answered prompts, with all else that they have in common left out.
+"""Weigh samples for the refusal contrast of a gated adapter (method §8).
 
-Labels and the judged kinds of refusal go in; the weight of each sample in the contrast comes out. The
-difference of means that control vectors are made of (method §3) holds the subjects, the
-forms of request and the languages that are refused more often; this is the coefficient of the refusal beside
-them.
+The refusal contrast is the difference of activations between refused and answered prompts at equal topic,
+form and language. Labels and the refusal categories of the judge go in; the weight of each sample in the
+contrast comes out. The difference of means that control vectors use (method §3) also holds the topics, forms
+and languages that are refused more often. Here the regression coefficient of the refusal replaces it.
 """
 
 from __future__ import annotations
@@ -20,61 +20,67 @@ from rs_gguf.records.conversation import FAILURES, NEUTRAL
 
 
 def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, induce: bool) -> Float64:
-    """Weights [N] of the samples: 1 in all on the one side of the contrast, −1 on the other.
+    """Return weights [N] of the samples: they add up to 1 in the first class and to −1 in the second.
 
-    categories: kinds of refusal by the rubric of the first samples; None, or beyond them, where unknown.
+    To remove refusals, the first class holds refused sensitive prompts and the second answered ones. To
+    induce, the first class holds answered prompts and the second refused ones.
 
-    What samples have of their topic, form and language is not to be taken away with the refusal. So this is
-    the least-squares coefficient of the side, beside one for each cell that both sides have samples of; a
-    ridge of one sample a cell keeps rare cells from it. Residuals of the side on the cells are such weights
-    (the theorem of Frisch, Waugh and Lovell). Without cells: mean of one side minus mean of the other.
+    categories: refusal category of each sample by the rubric; None, or a shorter list, where it is unknown.
+
+    An adapter must not remove what the samples owe to their topic, form and language. The weights therefore
+    give the least-squares coefficient of the class beside one coefficient for each group that both classes
+    have samples of. A ridge of one sample per group keeps small groups from fitting the refusal. The weights
+    are the residuals of the class on the groups (theorem of Frisch, Waugh and Lovell). Without groups they
+    give the difference of the two class means.
 
     Raises:
-        InputError: a side without samples.
+        InputError: a class has no sample.
     """
-    one, other = _sides(labels, categories, induce)
-    side = one.astype(np.float64) - other
-    weights = labels.weighted(one | other, by_confidence=True)
-    columns = [np.ones(len(side))]
+    first, second = _classes(labels, categories, induce)
+    sign = first.astype(np.float64) - second
+    weights = labels.weighted(first | second, by_confidence=True)
+    columns = [np.ones(len(sign))]
     for names in labels.groups.T:
-        for cell in sorted(set(names[one].tolist()) & set(names[other].tolist()) - {""}):
-            columns.append((names == cell).astype(np.float64))
+        for group in sorted(set(names[first].tolist()) & set(names[second].tolist()) - {""}):
+            columns.append((names == group).astype(np.float64))
     design = np.stack(columns, axis=1)
     weighted = design * weights[:, np.newaxis]
     gram = weighted.T @ design + np.diag([0.0] + [1.0] * (len(columns) - 1))
-    shared = torch.linalg.solve(torch.from_numpy(gram), torch.from_numpy(weighted.T @ side)).numpy()
-    residual = weights * side - weighted @ shared
-    found: Float64 = 2 * residual / (residual @ side)
-    return found
+    coefficients = torch.linalg.solve(torch.from_numpy(gram), torch.from_numpy(weighted.T @ sign)).numpy()
+    residual = weights * sign - weighted @ coefficients
+    contrast: Float64 = 2 * residual / (residual @ sign)
+    return contrast
 
 
-def _sides(labels: Labels, categories: Sequence[str | None], induce: bool) -> tuple[Mask, Mask]:
-    """The samples [N] on either side of the contrast: the writes lead from the first to the second."""
+def _classes(labels: Labels, categories: Sequence[str | None], induce: bool) -> tuple[Mask, Mask]:
+    """Return masks [N] of the two classes; the adapter moves prompts from the first to the second."""
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
-    if induce:  # the topic need not be refused yet
+    if induce:  # the model may answer every sensitive prompt so far, so refusals of all kinds count
         refused = target_refusals(refused, categories, direct=True)
-        sides = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
+        classes = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
     else:
-        # What the subjects have of their own is on both sides, so that a gate leaves it alone.
+        # With sensitive prompts in both classes, their subjects are not part of the contrast.
         enough = np.count_nonzero(sensitive & answered) >= MIN_SAMPLES
         kind = "sensitive" if enough else "benign"
-        sides = {
+        classes = {
             "refused sensitive": target_refusals(sensitive & refused, categories),
             f"answered {kind}": labels.kind(kind) & answered,
         }
-    for verdict, mask in sides.items():
+    for name, mask in classes.items():
         if not labels.weights[mask].any():
-            raise InputError(f"gated adapter: no {verdict} prompt to fit on; add some.")
-    one, other = sides.values()
-    return one, other
+            raise InputError(f"gated adapter: no {name} prompt to fit on; at least one is needed. Add some.")
+    first, second = classes.values()
+    return first, second
 
 
 def target_refusals(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
-    """Of the refusals [N] those that a steering leads away from, or, to induce, leads to: no mere failures.
+    """Return a mask [N] of the refusals to remove (or to imitate, when inducing), without failures.
 
-    categories: as of `contrast_weights`. `direct`: in so many words, as a user who induces refusals wants
-    them. Where too few are such, more are taken: in the end all.
+    Each rule applies only if at least 4 refusals (`MIN_SAMPLES`) remain: else failures count too.
+
+    categories: as for `contrast_weights`.
+    direct: keep explicit refusals alone, which are what a user who induces refusals wants.
     """
     known = np.full(len(refused), "", dtype="<U32")
     known[: len(categories)] = [category or "" for category in categories]

@@ -1,19 +1,18 @@
-"""Where a fit computes: on the CPU or on a GPU of CUDA."""
+"""Where a fit computes: on the CPU or on a CUDA device.
+
+A device name of the recipe goes in; a `torch.device`, and the number of layers to fit at a time, come out.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 
 from rs_gguf.errors import InputError
-from rs_gguf.machine import ALONE, Processes, free_memory, usable_cores
-
-Device: TypeAlias = Literal["auto", "cpu", "cuda"]
-
-_MATRICES = 4  # of float64, as wide as the layer, that one fit holds at its peak
+from rs_gguf.machine import ALONE, Device, Processes, layers_at_once
 
 _log = logging.getLogger("rs_gguf.estimators")
 
@@ -22,7 +21,7 @@ def resolve_device(device: Device) -> torch.device:
     """Return the device that `device` names; "auto" is CUDA if present, else the CPU.
 
     Raises:
-        InputError: another name, or CUDA where there is none.
+        InputError: `device` is another name, or "cuda" without a CUDA device.
     """
     check_device(device)
     has_cuda = torch.cuda.is_available()
@@ -32,30 +31,28 @@ def resolve_device(device: Device) -> torch.device:
             "of PyTorch with CUDA."
         )
     if device == "auto" and not has_cuda and torch.backends.mps.is_available():
-        _say_why_not_mps()
+        _warn_about_mps()
     return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
 
 
 @functools.cache
-def _say_why_not_mps() -> None:
-    """Say it once: a run asks for the device at every stage."""
+def _warn_about_mps() -> None:
+    """Log once, although every stage of a run resolves the device."""
     _log.warning("The fit runs on the CPU: MPS has no float64.")
 
 
 def check_device(device: str) -> None:
-    """Raise `InputError` unless `device` is a name that is accepted."""
+    """Raise `InputError` unless `device` is an accepted name."""
     if device not in get_args(Device):
         raise InputError(f"device {device!r}: {', '.join(get_args(Device))} are accepted")
 
 
 def workers(device: torch.device, width: int, processes: Processes = ALONE) -> int:
-    """Return how many layers of `width` columns are fitted at a time: one a core, as far as there is memory.
+    """Return how many layers of `width` columns are fitted at a time: `layers_at_once` on the CPU.
 
-    One on a GPU, which is fast enough for one; and one where processes add up their sums, since all of them
-    must do so in the same order. The results do not depend on it.
+    It is 1 on a GPU, which one layer keeps busy. It is also 1 with several processes: they add up their sums,
+    and all must do so in the same order.
     """
     if device.type != "cpu" or processes.count > 1:
         return 1
-    free = free_memory()
-    room = max(1, free // (2 * _MATRICES * 8 * width**2)) if free else usable_cores()
-    return min(usable_cores(), room)
+    return layers_at_once(width)

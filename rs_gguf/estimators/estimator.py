@@ -1,9 +1,9 @@
-"""The directions of refusal: MD, WMD, RMD, WRMD, one unit vector a layer, and their path over the ridge.
+"""Fit refusal directions with MD, WMD, RMD or WRMD: one unit vector per layer, for one ridge or several.
 
-Activations [N, L, D] and refusal confidence [N] enter; directions [L, D] and offsets [L, D] leave. Method §3,
-after García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each
-estimator names its classes as weight vectors and turns their means, and a `RidgeSystem` where it uses a
-covariance, into a direction; `rs_gguf.estimators.path` does the rest, in PyTorch.
+Activations [N, L, D] and refusal confidence [N] go in; directions [L, D] and offsets [L, D] come out. Method
+§3, after García-Ferrero et al. (arXiv 2512.16602); WMD is from Cyberey and Evans (arXiv 2504.17130). Each
+estimator names its classes as weight vectors. It turns their means into a direction, with a `RidgeSystem` if
+it uses a covariance. `rs_gguf.estimators.path` does the rest, in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import torch
 from torch import Tensor
 
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import Device, check_device
+from rs_gguf.estimators.device import check_device
 from rs_gguf.estimators.labels import Labels, Mask
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import RidgePath, solve_paths
 from rs_gguf.estimators.ridge import RidgeSystem, check_ridges
-from rs_gguf.machine import ALONE, Processes
+from rs_gguf.machine import ALONE, Device, Processes
 from rs_gguf.records.conversation import NEUTRAL
 
 Means = Mapping[str, Tensor]
 
-# A neutral band of less total weight gives an offset that is mostly noise; the midpoint is used instead.
 MIN_NEUTRAL = 8
+"""A neutral band of less total weight gives an offset that is mostly noise; the midpoint replaces it."""
 
 
 @dataclass(kw_only=True)
 class DirectionEstimator:
-    """Base of all estimators; parameters and fitted attributes are the same for each.
+    """Base class of all estimators, with their common parameters and fitted attributes.
 
-    ridge: λ > 0; MD and WMD have none and ignore it.
-    ridge_scale: "relative" multiplies λ by tr(Σ)/D, so that it means the same in every model and layer;
-        "absolute" takes it as it is (the paper: 0.01).
-    neutral: |c| up to this is neither refused nor answered.
-    offset: what projections are measured from: the mean of the "neutral" band, of "benign" answered samples
-        (needs kinds), or the "midpoint" of the two class means; "auto" is neutral if it holds 8 samples of
-        weight 1 or more, else midpoint. It changes no direction but WMD's.
+    ridge: λ > 0. MD and WMD have no ridge and ignore it.
+    ridge_scale: "relative" multiplies λ by tr(Σ)/D, which makes it comparable between models and layers.
+        "absolute" uses λ unchanged, as the paper does (0.01).
+    neutral: samples with |c| up to this value are neither refused nor answered.
+    offset: the point from which projections are measured. It is the mean of the "neutral" band, the mean of
+        "benign" answered samples (needs kinds), or the "midpoint" of the two class means. "auto" is the
+        neutral mean if that band has a total weight of 8 or more, else the midpoint. WMD alone depends on it.
     device: where the fit computes, "cpu" or "cuda"; "auto" is CUDA if present.
 
-    After `fit`: `directions_` [L, D] fp64 unit rows on which refused samples project higher than answered
-    ones, zeros where there is no direction; `offset_` [L, D], `ridges_` [L] absolute, `harm_cosine_` and
-    `contrast_cosine_` [L] (`RidgePath`).
+    `fit` sets `directions_` [L, D], float64 unit rows on which refused samples project higher than answered
+    ones. A row is zero if its layer has no direction. `fit` also sets `offset_` [L, D], `ridges_` [L]
+    (absolute), `harm_cosine_` [L] and `contrast_cosine_` [L], as in `RidgePath`.
     """
 
     ridge: float = 1.0
@@ -75,7 +75,7 @@ class DirectionEstimator:
             raise InputError(f"neutral {self.neutral!r}: a number from 0 to below 1 is accepted")
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments by name; with it scikit-learn's `clone` works."""
+        """Return the constructor's arguments by name, as scikit-learn's `clone` needs them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def fit(
@@ -102,11 +102,17 @@ class DirectionEstimator:
         return self
 
     def masks(self, labels: Labels) -> dict[str, Mask]:
-        """Who is in each class; always "refused" (P) and "answered" (N, whose covariance is used)."""
+        """Return the members of each class: "refused" (P) and "answered" (N, whose covariance is used)."""
         return {"refused": labels.refused(self.neutral), "answered": labels.answered(self.neutral)}
 
     def classes(self, labels: Labels) -> dict[str, Float64]:
-        """Weight vectors [N] of the classes, with the harmful contrast and the offset where there are any."""
+        """Return the weights [N] of each class.
+
+        Beside "refused" and "answered" there may be "offset", and "harmful" and "benign" if kinds are known.
+
+        Raises:
+            InputError: a required class has no sample with a weight.
+        """
         masks = self.masks(labels)
         if labels.kinds is not None:
             masks["harmful"] = labels.kind("harmful") & labels.refused(self.neutral)
@@ -114,28 +120,30 @@ class DirectionEstimator:
         weights = {k: labels.weighted(m, by_confidence=self.by_confidence) for k, m in masks.items()}
         undecided = labels.weighted(labels.undecided(self.neutral), by_confidence=False)
         if self.offset == "benign":
-            labels.kind("benign")  # the error that asks for kinds
+            labels.kind("benign")  # raises the error that asks for kinds
             weights["offset"] = weights["benign"]
         elif self.offset == "neutral" or (self.offset == "auto" and undecided.sum() >= MIN_NEUTRAL):
             weights["offset"] = undecided
         for required in ("refused", "answered", "offset"):
             if required in weights and not weights[required].any():
                 raise InputError(
-                    f"{self.name}: no sample with a weight is in the class '{required}' (refused is c > "
-                    f"{self.neutral}, answered is c < -{self.neutral}); add such samples or change `neutral`"
+                    f"{self.name}: no sample with a weight is in the class '{required}' (refused: c > "
+                    f"{self.neutral}, answered: c < -{self.neutral}). Add such samples or change `neutral`"
                 )
         return weights
 
     def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
-        """Return directions [R, D] of one layer, of any length, from its class means and covariance.
+        """Return directions [R, D] of one layer for R ridges, not normalised: (Σ + λI)⁻¹ (μ_P − μ_N).
 
-        (Σ + λI)⁻¹ (μ_P − μ_N), the classes being the estimator's own; those without a covariance override it.
+        means: [D] of each class that `classes` names, and of "offset".
+        system: factorised covariance; None for estimators without one, which override this method.
+        ridges: [R], absolute.
         """
         assert system is not None  # uses_covariance
         return system.solve((means["refused"] - means["answered"])[:, None], ridges)[:, :, 0]
 
     def ridge_unit(self, system: RidgeSystem) -> float:
-        """The λ that a relative ridge of 1 means: tr/D of the matrix that is inverted; 1 if that is 0."""
+        """Return the λ of a relative ridge of 1: tr/D of the matrix to invert, or 1 if that is 0."""
         return system.trace / len(system.mean) or 1.0
 
 
@@ -152,23 +160,23 @@ class MeanDifference(DirectionEstimator):
 
 @dataclass(kw_only=True)
 class WeightedMeanDifference(DirectionEstimator):
-    """WMD: m₊/‖m₊‖ − m₋/‖m₋‖, m± the |c|-weighted class means measured from the offset."""
+    """WMD: m₊/‖m₊‖ − m₋/‖m₋‖, where m± are the |c|-weighted class means minus the offset."""
 
     name = "wmd"
     by_confidence = True
     uses_covariance = False
 
     def direct(self, means: Means, system: RidgeSystem | None, ridges: Tensor) -> Tensor:
-        sides = [means[name] - means["offset"] for name in ("refused", "answered")]
-        lengths = [float(side.norm()) for side in sides]
-        # A class whose mean is the offset itself has no side to point to, so it adds nothing.
-        plus, minus = (s / n if n > 0 else s for s, n in zip(sides, lengths, strict=True))
+        shifts = [means[name] - means["offset"] for name in ("refused", "answered")]
+        lengths = [float(shift.norm()) for shift in shifts]
+        # If the mean of a class is the offset itself, its shift is zero and adds nothing.
+        plus, minus = (s / n if n > 0 else s for s, n in zip(shifts, lengths, strict=True))
         return (plus - minus).expand(len(ridges), -1)
 
 
 @dataclass(kw_only=True)
 class RidgeMeanDifference(DirectionEstimator):
-    """RMD: (Σ_N + λI)⁻¹ (μ_P − μ_N), Σ_N the covariance of the answered class about its mean."""
+    """RMD: (Σ_N + λI)⁻¹ (μ_P − μ_N), where Σ_N is the covariance of the answered class about its mean."""
 
     name = "rmd"
 
@@ -183,10 +191,10 @@ class WeightedRidgeMeanDifference(RidgeMeanDifference):
 
 @dataclass(kw_only=True)
 class UncentredWeightedRidgeMeanDifference(RidgeMeanDifference):
-    """WRMD as the paper's Eq. 4 prints it: Σ_N about zero instead of the mean, that is Σ + μμᵀ.
+    """WRMD as the paper's Eq. 4 prints it: Σ_N about zero instead of about the mean, which is Σ + μμᵀ.
 
-    The result is almost orthogonal to μ_N, which WRMD's is not; kept to compare with published numbers.
-    Sherman and Morrison's formula gives it from the factorisation of Σ.
+    Its result is almost orthogonal to μ_N; the result of WRMD is not. It is kept for comparison with
+    published numbers. Sherman and Morrison's formula computes it from the factorisation of Σ.
     """
 
     name = "wrmd-uncentred"
@@ -214,25 +222,25 @@ def fit_paths(
     device: Device = "auto",
     processes: Processes = ALONE,
 ) -> list[RidgePath]:
-    """Return the `RidgePath` of each estimator over `ridges` [R], or over its own ridge where they are None.
+    """Return the `RidgePath` of each estimator over `ridges` [R], or over its own ridge if they are None.
 
-    Layers are fitted in parallel, each on one thread, so that the same input gives the same bytes on one
-    machine whatever the number of threads.
+    Layers are fitted in parallel, each on one thread. The same input therefore gives the same bytes on one
+    machine for any number of threads.
 
     Args:
-        activations: [N, L, D] array, memory map or tensor of any float type, or `Activations`; read a layer
-            and some samples at a time.
+        activations: [N, L, D] array, memory map or tensor of any float type, or `Activations`. They are read
+            layer by layer, some samples at a time.
         confidence: [N] in [-1, 1].
         kinds: [N] of "sensitive", "harmful", "benign".
         sample_weight: [N] ≥ 0.
-        device: where the fit computes; moments and solutions are float64 there.
-        processes: those that share the samples (torchrun). The other arguments are this process's share.
-            Every process must call alike and gets the result that one process would. An error in one, such as
-            NaN in its share, leaves the others waiting: end them all.
+        device: where the fit computes; means, covariances and solutions are float64.
+        processes: the processes that share the samples (torchrun). The other arguments are the share of this
+            process. All processes must make the same call; each gets the result that one process would get.
+            If one process raises an error, such as NaN in its share, the others wait: end them all.
 
     Raises:
-        InputError: bad shapes or values, an empty class, NaN or Inf (naming the layer), no direction at any
-            layer.
+        InputError: shapes or values are wrong, a class is empty, a layer holds NaN or Inf, or an estimator
+            has no direction at any layer.
     """
     labels = Labels.of(confidence, kinds, sample_weight=sample_weight, processes=processes)
     jobs = [(estimator, labels) for estimator in estimators]

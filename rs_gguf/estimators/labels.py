@@ -1,8 +1,8 @@
-"""What is known of each sample besides its activations: confidence, kind, groups, weight.
+"""Hold what is known of each sample besides its activations: confidence, kind, groups, weight.
 
-Plain arrays of the caller enter, `Labels` leaves: checked, of one length, and, over several processes, of
-all samples, so that every process sees the same classes. A class is a vector of non-negative weights [N];
-0 means that a sample is not in it. Classes by refusal confidence: method §3.
+Plain arrays of the caller go in; `Labels` comes out, checked and of one length. With several processes it
+holds the samples of all of them, so that every process forms the same classes. A class is a vector of
+non-negative weights [N]; 0 means that a sample is not in the class. Classes by refusal confidence: method §3.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from rs_gguf.estimators.moments import Float64
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.records.conversation import KINDS
 
-MIN_SAMPLES = 4  # below which a mean is noise
+MIN_SAMPLES = 4
+"""Fewer samples give a mean that is mostly noise."""
 Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Confidence [N], kinds [N] or None, groups [N, G] (G may be 0), weights [N], `local` part of them."""
+    """The labels of N samples.
+
+    confidence: refusal confidence [N] in [−1, 1].
+    kinds: [N], or None if the caller gave none.
+    groups: names [N, G] for G groupings; G may be 0, and "" puts a sample outside a grouping.
+    weights: [N] ≥ 0.
+    local: the samples whose activations this process has.
+    """
 
     confidence: Float64
     kinds: npt.NDArray[np.str_] | None
@@ -41,22 +49,26 @@ class Labels:
         *,
         processes: Processes = ALONE,
     ) -> Labels:
-        """Check what this process has and gather that of all. `InputError` names the array."""
-        score = np.asarray(confidence, dtype=np.float64)
-        if score.ndim != 1 or not (np.abs(score) <= 1).all():
+        """Check the arrays of this process and return the labels of all processes.
+
+        Raises:
+            InputError: an array has a wrong shape or value; the message names the array.
+        """
+        scores = np.asarray(confidence, dtype=np.float64)
+        if scores.ndim != 1 or not (np.abs(scores) <= 1).all():
             raise InputError(
-                f"confidence of shape {score.shape} with range {np.min(score, initial=1)} … "
-                f"{np.max(score, initial=-1)}: one number in [-1, 1] a sample is accepted"
+                f"confidence of shape {scores.shape} with range {np.min(scores, initial=1)} … "
+                f"{np.max(scores, initial=-1)}: one number in [-1, 1] per sample is accepted"
             )
-        count = len(score)
+        count = len(scores)
         weights = np.ones(count) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
-            raise InputError(f"sample_weight must be {count} finite numbers ≥ 0, one a sample")
+            raise InputError(f"sample_weight must be {count} finite numbers ≥ 0, one per sample")
         kind = None if kinds is None else np.asarray(kinds, dtype=np.str_)
         if kind is not None and (kind.shape != (count,) or not np.isin(kind, KINDS).all()):
             raise InputError(
                 f"kinds of shape {kind.shape} with the values {sorted(set(kind.ravel().tolist()))[:6]}: "
-                f"{count} of {', '.join(KINDS)} are accepted, one a sample"
+                f"{count} of {', '.join(KINDS)} are accepted, one per sample"
             )
         group = np.empty((count, 0), dtype=np.str_) if groups is None else np.asarray(groups, dtype=np.str_)
         group = group.reshape(-1, 1) if group.ndim == 1 else group
@@ -65,9 +77,9 @@ class Labels:
                 f"groups have the shape {group.shape}: [{count}] or [{count}, groupings] of names is "
                 "accepted, with '' for a sample outside a grouping"
             )
-        parts = processes.gather((score, kind, group, weights))
+        parts = processes.gather((scores, kind, group, weights))
         if len({part[1] is None for part in parts}) > 1:
-            raise InputError("kinds were given by some processes and not by others: all or none must")
+            raise InputError("some processes gave kinds and others did not: all or none must give them")
         start = sum(len(part[0]) for part in parts[: processes.rank])
         return cls(
             np.concatenate([part[0] for part in parts]),
@@ -78,16 +90,19 @@ class Labels:
         )
 
     def refused(self, neutral: float) -> Mask:
+        """Return the mask [N] of the samples with confidence above `neutral`."""
         return self.confidence > neutral
 
     def answered(self, neutral: float) -> Mask:
+        """Return the mask [N] of the samples with confidence below −`neutral`."""
         return self.confidence < -neutral
 
     def undecided(self, neutral: float) -> Mask:
+        """Return the mask [N] of the samples with |confidence| up to `neutral`."""
         return np.abs(self.confidence) <= neutral
 
     def kind(self, name: str) -> Mask:
-        """Samples of one kind; `InputError` when no kinds were given."""
+        """Return the mask [N] of the samples of one kind; raise `InputError` if the caller gave no kinds."""
         if self.kinds is None:
             raise InputError(
                 f"this estimator needs the kind of each sample; pass kinds=[…] with one of {', '.join(KINDS)}"
@@ -96,10 +111,10 @@ class Labels:
         return mask
 
     def weighted(self, mask: Mask, *, by_confidence: bool) -> Float64:
-        """The weight vector [N] of the samples in `mask`: their own weight, times |c| when asked."""
+        """Return weights [N], times |confidence| if `by_confidence`; 0 outside `mask`."""
         weights = self.weights * np.abs(self.confidence) if by_confidence else self.weights
         return np.where(mask, weights, 0.0)
 
     def reweighted(self, weights: Float64) -> Labels:
-        """The same samples with other weights [N]."""
+        """Return the same samples with other weights [N]."""
         return replace(self, weights=weights)

@@ -1,7 +1,8 @@
-"""Weighted means and covariances of one layer, in float64 on the device of the fit.
+"""Compute weighted means and covariances of one layer, in float64 on the device of the fit.
 
-Two passes over the samples, 256 at a time: means first, then products of what is left about them. Processes
-that share the samples add their sums, so that each has the moments of all (arXiv 2512.16602 needs no more).
+Activations and sample weights go in; means [M, D] and covariances [D, D] come out. Two passes read the
+samples, 256 at a time: the first for the means, the second for the products of the centred rows. Processes
+that share the samples add their sums, so that each gets the moments of all samples. No estimator needs more.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from rs_gguf.machine import ALONE, Processes
 
 Float64 = npt.NDArray[np.float64]
 
-# Columns of a product that are computed at once. A matrix is symmetric, so only its blocks on and below the
-# diagonal are; torch has no function for that.
+# Columns of a product that are computed at once. The product is symmetric, so only its blocks on and below
+# the diagonal are computed; torch has no function for that.
 _BLOCK = 512
 
 
@@ -44,14 +45,14 @@ def weighted_means(
     *,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Return the weighted means [M, D] of M classes at `layer`; a class without weight has the mean 0.
+    """Return the weighted means [M, D] of M classes at `layer`; the mean of a class without weight is 0.
 
     Args:
         activations: the samples of this process.
-        weights: [M, n] ≥ 0 of these samples, on the device of the fit.
+        weights: [M, n] ≥ 0 for these samples, on the device of the fit.
     """
     totals = processes.sum(weights.sum(dim=1))
-    # Shares of the total, so that the mean of a single sample is that sample to the last bit.
+    # Weights are divided by their total first, so that the mean of a single sample is exactly that sample.
     shares = weights / torch.where(totals > 0, totals, 1.0)[:, None]
     members = np.flatnonzero((weights > 0).any(dim=0).cpu().numpy())
     means = weights.new_zeros((len(weights), activations.shape[2]))
@@ -68,12 +69,12 @@ def covariance(
     *,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Return Σ s (h − μ)(h − μ)ᵀ [D, D] at `layer`, correct on and below the diagonal.
+    """Return Σ s (h − μ)(h − μ)ᵀ [D, D] over the samples h at `layer`, correct on and below the diagonal.
 
     Args:
         activations: the samples of this process.
-        shares: s [n] ≥ 0 of these samples. Over all processes they add up to 1.
-        mean: μ [D], of all processes.
+        shares: s [n] ≥ 0 for these samples. Over all processes they add up to 1.
+        mean: μ [D] over all processes.
     """
     total = mean.new_zeros((len(mean), len(mean)))
     for rows in centred_chunks(activations, layer, shares, mean):
@@ -89,17 +90,17 @@ def centred_rows(
     *,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Return √s (h − μ) [n, D] of the samples with a share, of all processes; arguments of `covariance`."""
-    found = mean.new_empty((int((shares > 0).sum()), len(mean)))
+    """Return √s (h − μ) [n, D] for the samples with s > 0 of all processes; arguments as for `covariance`."""
+    centred = mean.new_empty((int((shares > 0).sum()), len(mean)))
     filled = 0
     for rows in centred_chunks(activations, layer, shares, mean):
-        found[filled : filled + len(rows)] = rows
+        centred[filled : filled + len(rows)] = rows
         filled += len(rows)
-    return processes.concatenate(found)
+    return processes.concatenate(centred)
 
 
 def centred_chunks(activations: Activations, layer: int, shares: Tensor, mean: Tensor) -> Iterator[Tensor]:
-    """Yield √s (h − μ) [n, D] of the samples with a share, some at a time; arguments of `covariance`."""
+    """Yield √s (h − μ) [n, D] for the local samples with s > 0, at most 256 rows at a time."""
     members = np.flatnonzero((shares > 0).cpu().numpy())
     for part, rows in activations.chunks(layer, members, shares.device):
         rows -= mean

@@ -1,8 +1,8 @@
-"""The walk over layers that every fit is: class means, one factorisation, all estimators and all ridges.
+"""Fit all estimators and all ridges layer by layer: class means, then one factorisation per covariance.
 
-Activations [N, L, D] and pairs of estimator and `Labels` enter; a `RidgePath` for each leaves. A layer is
-read once for the means of all classes and once for each distinct covariance, and is never held whole in
-float64 unless its answered samples are fewer than D. Estimators with the same negative class share its
+Activations [N, L, D] and pairs of estimator and `Labels` go in; a `RidgePath` for each pair comes out. A
+layer is read once for the means of all classes and once for each distinct covariance. It is held whole in
+float64 only if it has fewer answered samples than D. Estimators with the same negative class share its
 factorisation. Layers are fitted in parallel, each on one thread. Method §3.
 """
 
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from rs_gguf.activations.activations import Activations
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import Device, resolve_device, workers
+from rs_gguf.estimators.device import resolve_device, workers
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.estimators.moments import Float64, weighted_means
 from rs_gguf.estimators.ridge import RidgeSystem, check_ridges, layer_system
-from rs_gguf.machine import ALONE, Processes, on_all_cores
+from rs_gguf.machine import ALONE, Device, Processes, on_all_cores
 
 ROUNDING = 1e-6
-"""Means that differ by less, relative to their length, are the same: a model computes in float32."""
+"""Means that differ by less, relative to their length, count as equal: a model computes in float32."""
 
 
 class Estimator(Protocol):
-    """What the walk asks of an estimator (`rs_gguf.estimators.estimator.DirectionEstimator`)."""
+    """What `solve_paths` needs of an estimator (`rs_gguf.estimators.estimator.DirectionEstimator`)."""
 
     ridge: float
     ridge_scale: Literal["relative", "absolute"]
@@ -50,15 +50,21 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class RidgePath:
-    """Directions of one estimator for R ridges: `directions` [R, L, D] float64 unit rows, `offset` [L, D].
+    """Directions of one estimator for R ridges.
 
-    A layer whose two class means are the same has rows of zeros: before the first attention, say, a
-    convolution may have seen nothing but the end of the chat template. So has one whose means differ, for any
-    of the ridges, only in what the estimator must not respond to. `ridges` [R, L] are absolute, 0 where there
-    is none. With kinds given, `harm_cosine` [R, L] is the cosine of each direction with the harmful
-    contrast (mean of refused harmful minus mean of answered benign), and `contrast_cosine` [L] that of the
-    difference of the estimator's own two class means with it; else, or where there is no such sample or no
-    direction, they are NaN.
+    A layer has rows of zeros if its two class means are equal. This happens before the first attention, where
+    a convolution may see nothing except the end of the chat template. It also has rows of zeros if the means
+    differ, at some ridge, only in the harmful contrast that the estimator must not respond to. The harmful
+    contrast is the mean of refused harmful minus the mean of answered benign samples.
+
+    ridges: [R, L], absolute; 0 for an estimator without a ridge and for a layer without a direction.
+    directions: [R, L, D], float64 unit rows.
+    offset: [L, D], the point from which projections are measured.
+    harm_cosine: [R, L], cosine of each direction with the harmful contrast.
+    contrast_cosine: [L], cosine of the difference of the two class means with the harmful contrast.
+
+    Both cosines are NaN if kinds are not known, the harmful contrast is zero or has an empty class, or the
+    layer has no direction.
     """
 
     ridges: Float64
@@ -70,12 +76,14 @@ class RidgePath:
 
 @dataclass(frozen=True)
 class _Classes:
-    """The classes of every job, each distinct weight vector once."""
+    """The classes of all jobs: each distinct weight vector is held once.
+
+    weights: [M, N], on the device of the fit.
+    names: the row of `weights` for each class of each job; classes without weight are left out.
+    """
 
     weights: Tensor
-    """[M, N], on the device of the fit."""
     names: Sequence[dict[str, int]]
-    """For each job its classes by name, as rows of `weights`; classes without weight are left out."""
 
     @classmethod
     def of(cls, jobs: Sequence[tuple[Estimator, Labels]], device: torch.device) -> _Classes:
@@ -103,19 +111,19 @@ def solve_paths(
     device: Device = "auto",
     processes: Processes = ALONE,
 ) -> list[RidgePath]:
-    """Return the path of each estimator under its own `Labels` of the same samples; see `fit_paths`."""
+    """Return the path of each estimator with its own `Labels` of the same samples; see `fit_paths`."""
     samples = Activations.of(activations)
     count, n_layers, width = samples.shape
     local = jobs[0][1].local
     if local.stop - local.start != count:
         raise InputError(
             f"{count} samples of activations and {local.stop - local.start} of confidence: one confidence "
-            "for each sample is needed"
+            "per sample is needed"
         )
     grid = None if ridges is None else check_ridges(ridges)
-    where = resolve_device(device)
-    classes = _Classes.of(jobs, where)
-    # Jobs by their covariance, so that one factorisation is held at a time.
+    torch_device = resolve_device(device)
+    classes = _Classes.of(jobs, torch_device)
+    # Jobs are grouped by their covariance, so that one factorisation is held at a time.
     systems: dict[int | None, list[int]] = {}
     for index, (estimator, _) in enumerate(jobs):
         answered = classes.names[index]["answered"] if estimator.uses_covariance else None
@@ -139,25 +147,25 @@ def solve_paths(
                 of_job = {name: means[row] for name, row in classes.names[index].items()}
                 of_job.setdefault("offset", (of_job["refused"] + of_job["answered"]) / 2)
                 _fill(paths[index], layer, jobs[index][0], of_job, system, grid)
-            system = None  # freed before the next is made: it is as large as a layer
+            system = None  # as large as a layer: free it before the next one is computed
 
-    for _ in on_all_cores(fit_layer, range(n_layers), workers=workers(where, width, processes)):
+    for _ in on_all_cores(fit_layer, range(n_layers), workers=workers(torch_device, width, processes)):
         pass
     for (estimator, _), path in zip(jobs, paths, strict=True):
         if not path.directions.any():
             raise InputError(
                 f"{estimator.name} has no direction at any layer: its classes have the same mean, or differ "
-                "only in what it must not respond to; check that the activations vary"
+                "only in the harmful contrast, which it must not respond to. Check that the activations vary"
             )
     return paths
 
 
-def _empty_path(count: int, n_layers: int, width: int) -> RidgePath:
+def _empty_path(n_ridges: int, n_layers: int, width: int) -> RidgePath:
     return RidgePath(
-        np.zeros((count, n_layers)),
-        np.zeros((count, n_layers, width)),
+        np.zeros((n_ridges, n_layers)),
+        np.zeros((n_ridges, n_layers, width)),
         np.empty((n_layers, width)),
-        np.full((count, n_layers), np.nan),
+        np.full((n_ridges, n_layers), np.nan),
         np.full(n_layers, np.nan),
     )
 
@@ -170,7 +178,7 @@ def _fill(
     system: RidgeSystem | None,
     grid: Float64 | None,
 ) -> None:
-    """Write one layer of a path: directions of unit length, offset, cosines with the harmful contrast."""
+    """Write one layer of a path: unit directions, offset and cosines with the harmful contrast."""
     path.offset[layer] = means["offset"].cpu().numpy()
     difference = means["refused"] - means["answered"]
     size = difference.norm()

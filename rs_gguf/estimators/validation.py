@@ -1,8 +1,8 @@
-"""The ridge λ chosen by K-fold validation, for any estimator.
+"""Choose the ridge λ of an estimator by K-fold validation.
 
-Activations [N, L, D], confidence [N] and a grid of ridges enter; scores [R, L] on held-out samples and the
-best ridge leave. García-Ferrero et al. (arXiv 2512.16602) fix λ = 0.01; what that means depends on the model,
-so it is measured here.
+Activations [N, L, D], confidence [N] and R ridges go in; scores [R, L] on held-out samples and the best ridge
+come out. García-Ferrero et al. (arXiv 2512.16602) fix λ = 0.01. The effect of that value depends
+on the model, so it is measured here.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy.typing as npt
 from rs_gguf.activations.activations import Activations
 from rs_gguf.activations.scores import layer_auroc
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import Device, resolve_device, workers
+from rs_gguf.estimators.device import resolve_device, workers
 from rs_gguf.estimators.estimator import DirectionEstimator
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.path import solve_paths
 from rs_gguf.estimators.ridge import check_ridges
-from rs_gguf.machine import on_all_cores
+from rs_gguf.machine import Device, on_all_cores
 
 
 @dataclass(frozen=True)
 class RidgeChoice:
-    """`best` is the ridge with the highest mean AUROC over layers.
+    """The held-out scores of a grid of ridges, and the best ridge.
 
-    `scores` [R, L] belong to `ridges` [R], in the estimator's own `ridge_scale`. Equal scores go to the
-    larger ridge, the calmer direction.
+    ridges: [R], ascending, in the `ridge_scale` of the estimator.
+    scores: [R, L], AUROC on held-out samples.
+    best: the ridge with the highest mean score over layers; of equal ones the largest, which varies least.
     """
 
     ridges: Float64
@@ -49,21 +50,21 @@ def choose_ridge(
     kinds: npt.ArrayLike | None = None,
     device: Device = "auto",
 ) -> RidgeChoice:
-    """Score each of `ridges` [R] by the AUROC of held-out projections, on the estimator's own classes.
+    """Score each of `ridges` [R] by the AUROC of held-out projections on the estimator's own classes.
 
     Raises:
-        InputError: as `fit_paths`, or a class with fewer samples than folds.
+        InputError: as in `fit_paths`, or a class has fewer samples than folds.
     """
     labels = Labels.of(confidence, kinds)
     grid = np.sort(check_ridges(ridges))
     masks = estimator.masks(labels)
-    # +1 and −1 for the estimator's classes, 0 for the samples outside them.
-    side = masks["refused"].astype(np.float64) - masks["answered"]
+    # +1 for refused, −1 for answered samples, 0 for samples outside both classes.
+    signs = masks["refused"].astype(np.float64) - masks["answered"]
     samples = Activations.of(activations)
     scores: Float64 = np.mean(
         [
-            _fold_scores(samples, labels, part, grid, estimator, side, device)
-            for part in _folds(side, folds, seed)
+            _fold_scores(samples, labels, held_out, grid, estimator, signs, device)
+            for held_out in _folds(signs, folds, seed)
         ],
         axis=0,
     )
@@ -71,15 +72,15 @@ def choose_ridge(
     return RidgeChoice(grid, scores, float(grid[np.flatnonzero(mean >= mean.max() - 1e-12)[-1]]))
 
 
-def _folds(side: Float64, folds: int, seed: int) -> list[npt.NDArray[np.intp]]:
-    """Return the held-out samples of each fold, both classes spread evenly over the folds."""
-    smallest = int(min((side > 0).sum(), (side < 0).sum()))
+def _folds(signs: Float64, folds: int, seed: int) -> list[npt.NDArray[np.intp]]:
+    """Return the indices of the held-out samples of each fold; both classes are spread evenly over folds."""
+    smallest = int(min((signs > 0).sum(), (signs < 0).sum()))
     if not 2 <= folds <= smallest:
         raise InputError(f"folds = {folds}: 2 to {smallest}, the size of the smaller class, are accepted")
     rng = np.random.default_rng(seed)
-    fold = np.empty(len(side), dtype=np.intp)
-    for value in (-1, 0, 1):
-        members = np.flatnonzero(side == value)
+    fold = np.empty(len(signs), dtype=np.intp)
+    for sign in (-1, 0, 1):
+        members = np.flatnonzero(signs == sign)
         fold[rng.permutation(members)] = np.arange(len(members)) % folds
     return [np.flatnonzero(fold == index) for index in range(folds)]
 
@@ -87,22 +88,22 @@ def _folds(side: Float64, folds: int, seed: int) -> list[npt.NDArray[np.intp]]:
 def _fold_scores(
     activations: Activations,
     labels: Labels,
-    part: npt.NDArray[np.intp],
+    held_out: npt.NDArray[np.intp],
     grid: Float64,
     estimator: DirectionEstimator,
-    side: Float64,
+    signs: Float64,
     device: Device,
 ) -> Float64:
-    """Return the AUROC [R, L] on the held-out `part` of directions that are fitted on the rest."""
+    """Return the AUROC [R, L] on the `held_out` samples of directions that are fitted on the others."""
     weights = labels.weights.copy()
-    weights[part] = 0.0
+    weights[held_out] = 0.0
     jobs = [(estimator, labels.reweighted(weights))]
     path = solve_paths(activations, jobs, ridges=grid, device=device)[0]
-    told = part[side[part] != 0]
+    members = held_out[signs[held_out] != 0]
 
     def score(layer: int) -> Float64:
-        projections = activations.block(layer, told).numpy() @ path.directions[:, layer].T
-        return layer_auroc(projections, side[told])
+        projections = activations.block(layer, members).numpy() @ path.directions[:, layer].T
+        return layer_auroc(projections, signs[members])
 
     layers = range(path.directions.shape[1])
     cores = workers(resolve_device(device), path.directions.shape[2])

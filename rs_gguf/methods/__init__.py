@@ -1,4 +1,4 @@
-"""Ways to make a steering file. To add one: a module in this package, and its line here."""
+"""Methods that make steering files. To add one, write a module in this package and add it to `METHODS`."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from rs_gguf.methods.method import SteeringMethod
 from rs_gguf.methods.vector import ControlVector
 
 METHODS: Mapping[str, SteeringMethod[Any]] = {"vector": ControlVector(), "adapter": GatedAdapter()}
-"""By name, in the order in which they are fitted, searched and reported."""
+"""All methods by name, in the order in which they are fitted, searched and reported."""

@@ -1,8 +1,8 @@
-"""The gated adapter: gates in closed form, as a LoRA that llama.cpp loads.
+"""Make a gated adapter: gate vectors in closed form, as a LoRA that llama.cpp loads.
 
-`Samples` of the fit split enter. What leaves is kept in `gated_adapter.safetensors`: reads for every matrix, ridge
-and block, and the contrast that the writes are made of. A candidate of the search becomes an adapter. The
-search begins with long bands.
+`Samples` of the fit split go in. The fit is kept in `gated_adapter.safetensors`: gate vectors for every
+output matrix, ridge and layer, and the refusal contrast that gives the output vectors. A candidate of the
+search becomes a `LoraAdapter`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Can, Engine, Steering
 from rs_gguf.evaluation.acceptance import Effect
@@ -29,9 +30,11 @@ from rs_gguf.steering import lora_file
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 
+_GATES = ("sensitive_gate", "benign_gate")  # names of arrays in the artefact, before that of the matrix
+
 
 class GatedAdapter:
-    """Changes of matrices that act on prompts which resemble the sensitive ones."""
+    """The method that changes output matrices so that mainly prompts like the sensitive ones are affected."""
 
     name: ClassVar[str] = "adapter"
     word: ClassVar[str] = "gated adapter"
@@ -52,16 +55,16 @@ class GatedAdapter:
         processes: Processes = ALONE,
         advance: Callable[[int], None] = lambda n: None,
     ) -> GatedAdapterFit | None:
-        """Fit gates for every block and ridge. `advance` counts blocks."""
+        """Fit gate vectors for every layer and ridge; return None without inputs. `advance` counts layers."""
         if not samples.inputs:
             return None
-        mine = samples.share(processes)
-        known = [*mine.categories, *[None] * (len(mine.prompts) - len(mine.categories))]
-        shares = processes.gather([*known, *[None] * len(mine.others)])
+        local = samples.share(processes)
+        known = [*local.categories, *[None] * (len(local.prompts) - len(local.categories))]
+        shares = processes.gather([*known, *[None] * len(local.gate_only)])
         return fit_gated_adapter(
-            mine.inputs,
-            mine.activations,
-            mine.labels(processes),
+            local.inputs,
+            local.activations,
+            local.labels(processes),
             ridges=options.gate_ridges,
             induce=options.effect == "induce",
             categories=list(itertools.chain.from_iterable(shares)),
@@ -79,18 +82,13 @@ class GatedAdapter:
         *,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Draw nothing: there are no figures of gates."""
+        """Draw nothing: gate vectors have no figures."""
 
     def save(self, fitted: GatedAdapterFit, folder: Path) -> dict[str, Any]:
-        reads = {
-            f"{name}/{output_matrix}": rows.astype(np.float32)
-            for name, found in (
-                ("sensitive_gate", fitted.sensitive_gate),
-                ("benign_gate", fitted.benign_gate),
-            )
-            for output_matrix, rows in found.items()
-        }
-        arrays = {"ridges": fitted.ridges, "contrast": fitted.contrast, **reads}
+        arrays: dict[str, NDArray[Any]] = {"ridges": fitted.ridges, "contrast": fitted.contrast}
+        for gate, rows_of in zip(_GATES, (fitted.sensitive_gate, fitted.benign_gate), strict=True):
+            for output_matrix, rows in rows_of.items():
+                arrays[f"{gate}/{output_matrix}"] = rows.astype(np.float32)
         save_arrays(folder / self.artefact, arrays)
         return {}
 
@@ -101,11 +99,11 @@ class GatedAdapter:
         arrays = load_arrays(path)
         sensitive_gate, benign_gate = (
             {
-                name.removeprefix(way): a.astype(np.float64)
-                for name, a in arrays.items()
-                if name.startswith(way)
+                name.removeprefix(f"{gate}/"): rows.astype(np.float64)
+                for name, rows in arrays.items()
+                if name.startswith(f"{gate}/")
             }
-            for way in ("sensitive_gate/", "benign_gate/")
+            for gate in _GATES
         )
         return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"])
 
@@ -115,12 +113,15 @@ class GatedAdapter:
     def steering(
         self, fitted: GatedAdapterFit, candidate: Candidate, architecture: str, scratch: Path
     ) -> Steering:
-        """Return the adapter at unit strength, a file in `scratch`, scaled: strengths share the file."""
+        """Return the adapter of unit strength, as a file in `scratch`, with the strength as its scale.
+
+        Candidates that differ in strength alone share the file.
+        """
         unit = replace(candidate, strength=1.0)
         path = scratch / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.benign_target:g}.gguf"
         if not path.exists():
-            (found,) = self.files(fitted, unit, architecture, {})
-            lora_file.write(found, path)
+            (adapter,) = self.files(fitted, unit, architecture, {})
+            lora_file.write(adapter, path)
         return Steering({}, [(path, candidate.strength)])
 
     def files(
@@ -137,16 +138,16 @@ class GatedAdapter:
 
 
 def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
-    """Long bands, since a gate sensitive_gate a little in each block and four blocks alone remove little.
+    """Return a search space of long layer ranges: each layer adds a little, and 4 layers alone remove little.
 
-    The first third is left alone at first: a change there reaches everything that follows.
+    The search starts behind the first third of the layers, since a change there affects all later layers.
     """
     first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
-    # With less, more benign prompts are refused than before; to induce, fewer harmful ones.
+    # A smaller value closes more benign prompts; when inducing, it opens more harmful ones.
     benign_target = -0.4 if induce else 0.4
-    # Half of the contrast is halfway from the mean of one side to that of the other, and less turns few
-    # verdicts over. The whole takes a refused prompt all the way: far beyond it short answers still get
-    # better, and full ones break.
+    # Strength is measured in refusal contrasts: 0.5 shifts the mean sensitive prompt by half of the
+    # difference between refused and answered prompts. Weaker gates flip few verdicts. Far above 1, short
+    # answers still improve, but full-length answers degenerate.
     least = 0.5
     most = 2.5 if induce else 1.5
     strength = 1.25 if induce else least

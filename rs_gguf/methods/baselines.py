@@ -1,7 +1,7 @@
-"""What a found steering is held against: a system prompt, and the methods of the literature without a search.
+"""Make the baselines of a run: a system prompt, and methods of the literature without a search.
 
-An effect, the judged samples of the fit split and a model go in; `Condition`s, which answer the test prompts as
-the written files do, come out.
+An effect, the judged samples of the fit split and a model go in. `Condition`s come out, under which the model
+answers the test prompts as it does with the written files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rs_gguf.activations.projection import project
 from rs_gguf.activations.scores import calibration_scales, flat_profile, layer_auroc, layer_scores
 from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import Device
 from rs_gguf.estimators.estimator import (
     DirectionEstimator,
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
 )
-from rs_gguf.evaluation.condition import Condition
 from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.evaluation.condition import Condition
+from rs_gguf.machine import Device
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
@@ -49,19 +49,19 @@ _CLOSED = (
     "whatever its form, and answer all others as usual:"
 )
 NO_ABLATION = (
-    "measure.baselines: ablation takes refusals away from a GGUF model; leave it out to induce them, or with "
-    "a Hugging Face folder."
+    "measure.baselines: ablation can only remove refusals, and only from a GGUF model. Leave it out to "
+    "induce refusals, or with a Hugging Face folder."
 )
-_EXAMPLES = 6  # requests that tell a model what to decline
-_SHOWN = 200  # characters of each at most: whole ones may be longer than the model's context
+_EXAMPLES = 6  # prompts that show a model what to decline
+_SHOWN = 200  # most characters of each: whole ones may be longer than the model's context
 _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602
-_PAPER_STRENGTH = 3.0  # k·|α|, the middle of its prior from 2 to 4
-_DEEPEST = 0.8  # of the blocks: Arditi et al. (arXiv 2406.11717) take no direction from behind it
+_PAPER_STRENGTH = 3.0  # k·|α|, the middle of the paper's range from 2 to 4
+_DEEPEST = 0.8  # of the layers: Arditi et al. (arXiv 2406.11717) take no direction from deeper ones
 
 
 def build(
     names: Sequence[str],
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     samples: Callable[[], Samples],
     model: Engine,
     folder: Path,
@@ -71,17 +71,22 @@ def build(
     seed: int,
     device: Device = "auto",
 ) -> list[Condition]:
-    """Those of these `names`; `asked` are the fit prompts, `samples` what was read of them.
+    """Return the baselines of these `names`, in their order.
 
-    A model whose chat template knows no system prompt does without that baseline, and one whose blocks write
-    through experts or a recurrent state without ablation.
+    The system prompt is left out if the model's chat template takes none. Ablation is left out if layers also
+    add to the residual stream through experts or a recurrent state.
+
+    prompts: the fit prompts.
+    samples: returns the samples of the fit split; called once, and only if a baseline needs them.
+    folder: the run folder, for the file of ablation.
+    system: the system prompt of the recipe.
 
     Raises:
-        InputError: ablation of a model that is no GGUF file, or to induce refusals.
+        InputError: ablation is named, but the model is not a GGUF file or the effect is to induce.
     """
     samples = cache(samples)
-    made: dict[str, Callable[[], Condition]] = {
-        "system-prompt": lambda: system_prompt(asked, effect, system, seed=seed),
+    builders: dict[str, Callable[[], Condition]] = {
+        "system-prompt": lambda: system_prompt(prompts, effect, system, seed=seed),
         "md": lambda: mean_difference(samples(), effect, system),
         "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system, device),
         "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, effect, system, device),
@@ -89,36 +94,41 @@ def build(
     }
     names = list(names)
     if "system-prompt" in names and not ChatFormat.of(model).takes_system:
-        _log.warning("%s takes no system prompt, so that baseline is left out.", model.path.stem)
+        _log.warning("%s takes no system prompt: the baseline system-prompt is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and Can.LORA in model.can:
         others = [t.name for t in gguf_header.read(model.path).tensors if is_other_output_matrix(t.name)]
         if others:
-            _log.warning("%s also writes through %s, so ablation is left out.", model.path.stem, others[0])
+            _log.warning(
+                "%s also adds to the residual stream through %s: the baseline ablation is left out.",
+                model.path.stem,
+                others[0],
+            )
             names.remove("ablation")
-    return [made[name]() for name in names]
+    return [builders[name]() for name in names]
 
 
-def system_prompt(asked: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Condition:
-    """One that asks for openness, or to induce refusals for them, after `system` if there is one.
+def system_prompt(prompts: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Condition:
+    """Return a system prompt that asks for openness, or to induce for refusals; it follows `system`.
 
-    `asked` are the fit prompts, of which some tell what is to be refused.
+    To induce, 6 of the sensitive `prompts` show what to decline.
     """
     text = _OPEN
     if effect == "induce":
-        wanted = [p for p in asked if p.kind == "sensitive"]
-        shown = stratified(wanted, _EXAMPLES, seed=seed)
-        text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in shown)])
+        sensitive = [p for p in prompts if p.kind == "sensitive"]
+        examples = stratified(sensitive, _EXAMPLES, seed=seed)
+        text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in examples)])
     return Condition("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
 
 
 def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Condition:
-    """The difference of the means of refused and answered prompts, taken from one block and at that block.
+    """Return the difference of the means of refused and answered prompts, of one layer and added there.
 
-    Activation addition as in Arditi et al. (arXiv 2406.11717), at the block that tells the two best.
+    This is activation addition as in Arditi et al. (arXiv 2406.11717), at the layer that separates the two
+    best.
     """
     layer, difference = _best_difference(samples)
-    return Condition("md, one block", Steering({layer: _added(effect) * difference}), system)
+    return Condition("md, one block", Steering({layer: _sign(effect) * difference}), system)
 
 
 def as_printed(
@@ -128,26 +138,28 @@ def as_printed(
     system: str | None,
     device: Device,
 ) -> Condition:
-    """RMD or WRMD with λ and k·|α| of the paper, on a third of the blocks, the best by its layer score."""
+    """Return RMD or WRMD with the λ and k·|α| of the paper, on the third of the layers that scores best."""
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute", device=device)
     estimator.fit(samples.activations, samples.confidence)
-    unit = estimator.directions_  # [L, D]
-    projections = project(samples.rows, unit[:, np.newaxis], estimator.offset_)[:, :, 0]
+    directions = estimator.directions_  # [L, D], unit rows
+    projections = project(samples.rows, directions[:, np.newaxis], estimator.offset_)[:, :, 0]
     induce, remove = calibration_scales(projections, samples.confidence)
     scales = remove if effect == "remove" else induce
     count = max(1, len(scales) // 3)
     weights = flat_profile(layer_scores(projections, samples.confidence), count)
-    rows = (_added(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * unit
-    directions = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
-    return Condition(f"{estimator.name}, as printed", Steering(directions), system)
+    rows = (_sign(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * directions
+    added = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
+    return Condition(f"{estimator.name}, as printed", Steering(added), system)
 
 
 def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, system: str | None) -> Condition:
-    """Directional ablation as in Arditi et al.: no block writes along the difference of the means any more.
+    """Return directional ablation as in Arditi et al.: no layer adds along the difference of the means.
 
-    W' = (I − r rᵀ) W for every matrix that writes to the residual stream, as a LoRA of rank 1 in `folder`.
-    The embedding, which llama.cpp's adapters cannot change where the output shares it, is left as it is, and
-    so are biases.
+    W' = (I − r rᵀ) W for every output matrix, as a rank-1 LoRA in `folder`. Biases stay unchanged. The
+    embedding does too: adapters of llama.cpp cannot change it if the model's output shares it.
+
+    Raises:
+        InputError: the model is not a GGUF file, or the effect is to induce.
     """
     if effect == "induce" or Can.LORA not in model.can:
         raise InputError(NO_ABLATION)
@@ -164,16 +176,16 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
 
 
 def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
-    """The block whose difference of means tells refused from answered best, and that difference [D]."""
+    """Return the layer that separates refused from answered prompts best, and the difference of means [D]."""
     refused, answered = samples.confidence > NEUTRAL, samples.confidence < -NEUTRAL
-    means = [samples.rows[side].mean(axis=0, dtype=np.float64) for side in (refused, answered)]
+    means = [samples.rows[mask].mean(axis=0, dtype=np.float64) for mask in (refused, answered)]
     difference = means[0] - means[1]
     unit = difference / np.maximum(np.linalg.norm(difference, axis=1, keepdims=True), 1e-30)
-    found = layer_auroc(project(samples.rows, unit[:, np.newaxis])[:, :, 0], samples.confidence)
-    layer = 1 + int(found[1 : max(2, int(_DEEPEST * len(found)))].argmax())
+    auroc = layer_auroc(project(samples.rows, unit[:, np.newaxis])[:, :, 0], samples.confidence)
+    layer = 1 + int(auroc[1 : max(2, int(_DEEPEST * len(auroc)))].argmax())
     return layer, difference[layer].astype(np.float32)
 
 
-def _added(effect: Effect) -> int:
-    """Return the sign with which a direction of refusal is added."""
+def _sign(effect: Effect) -> int:
+    """Return the sign with which a refusal direction is added."""
     return -1 if effect == "remove" else 1

@@ -1,6 +1,7 @@
-"""A way to make steering files: how one is fitted, where a search looks for the best one, what is written.
+"""Define the interface of a method that makes steering files: fit, search space, files.
 
-Samples of the fit split go in; whatever the method fits, `Candidate`s of its `Space`, and files come out.
+Samples of the fit split go in. The fit, the `Space` of its candidates and the files of a `Candidate` come
+out.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ Fitted = TypeVar("Fitted")
 
 
 class SteeringMethod(Protocol[Fitted]):
-    """One way to make steering files. Fitting and search ask nothing else of it.
+    """One method that makes steering files. Fitting and search use nothing else of it.
 
-    `name`: its key in `METHODS` and in results. `word`: for people. `suffixes`: of the names of the files
-    that it writes, after the effect. `artefact`: the file of a run folder that holds what was fitted.
+    name: its key in `METHODS` and in results.
+    word: its name in text.
+    suffixes: ends of the names of its files, after the effect; one per file.
+    artefact: the file of a run folder that holds the fit.
     """
 
     name: ClassVar[str]
@@ -36,10 +39,10 @@ class SteeringMethod(Protocol[Fitted]):
     artefact: ClassVar[str]
 
     def suits(self, engine: Engine) -> bool:
-        """Whether the engine can read what a fit needs."""
+        """Return whether the engine can read what the fit needs."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
-        """Return how far `fit` and `draw` advance together."""
+        """Return the number of steps by which `fit` and `draw` together advance."""
 
     def fit(
         self,
@@ -49,10 +52,10 @@ class SteeringMethod(Protocol[Fitted]):
         processes: Processes = ALONE,
         advance: Callable[[int], None] = lambda n: None,
     ) -> Fitted | None:
-        """Fit all that the options name; None where the samples hold nothing that it could be fitted on.
+        """Fit what the options name; return None if the samples lack what the method needs.
 
-        Several `processes` call this together, each with all samples, and share the moments. What ranks above
-        0 return is not complete.
+        Several `processes` call this together, each with all samples, and share the sums. The result is
+        complete on rank 0 only.
         """
 
     def draw(
@@ -64,19 +67,19 @@ class SteeringMethod(Protocol[Fitted]):
         *,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Draw what was just fitted, as figures in `folder`."""
+        """Draw figures of a fit that was just made, in `folder`."""
 
     def save(self, fitted: Fitted, folder: Path) -> dict[str, Any]:
-        """Write what was fitted to a run folder; return what `fit.json` says of it."""
+        """Write the fit to `folder`; return its entries for `fit.json`."""
 
     def load(self, folder: Path, options: FitOptions) -> Fitted | None:
-        """Read what `save` wrote; None where nothing was fitted."""
+        """Read the fit that `save` wrote; return None if there is none."""
 
     def space(self, fitted: Fitted, n_layer: int, effect: Effect) -> Space:
-        """Return where a search looks."""
+        """Return the search space of the candidates."""
 
     def steering(self, fitted: Fitted, candidate: Candidate, architecture: str, scratch: Path) -> Steering:
-        """Return what puts a candidate on an engine, of which files may lie in the folder `scratch`."""
+        """Return the steering of a candidate for an engine. Its files, if any, lie in `scratch`."""
 
     def files(
         self,
@@ -85,15 +88,21 @@ class SteeringMethod(Protocol[Fitted]):
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
     ) -> tuple[SteeringFile, ...]:
-        """Return what is written of a candidate, with `facts` as provenance; a file for each suffix."""
+        """Return the files of a candidate, one per suffix, with `facts` as provenance."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where a search looks, for one method: the pairs of estimator and ridge, inclusive ranges of the rest.
+    """The search space of one method; ranges include both ends.
 
-    `first` and `length` are in blocks; all have the same `benign_target`. The points of `start` are tried before all
-    others. A candidate answers first with a strength of `least` at least, and never with more than `most`.
+    directions: pairs of estimator and ridge; the estimator is "" if the method has none.
+    first: range of the first layer.
+    length: range of the number of layers.
+    strength: range of the strength.
+    start: candidates that are tried before all others.
+    benign_target: the same for all candidates.
+    least: lowest strength at which a candidate first generates answers.
+    most: highest strength at which a candidate generates answers.
     """
 
     method: str
@@ -107,5 +116,5 @@ class Space:
     most: float = math.inf
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether the candidate is one of this space's kind: methods are searched apart."""
+        """Return whether the candidate has a method, estimator and ridge of this space."""
         return candidate.method == self.method and (candidate.estimator, candidate.ridge) in self.directions

@@ -1,20 +1,25 @@
-"""What a recipe asks of the fit."""
+"""The options of the fit, as a recipe sets them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.machine import Device
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What is fitted, and where: the effect, names in `ESTIMATORS`, relative ridges of both kinds of file."""
+    """What to fit, and where.
+
+    estimators: names in `ESTIMATORS`, for the control vector.
+    ridges: λ of these estimators, relative to the mean variance.
+    gate_ridges: λ of the gated adapter, relative to the mean diagonal of its metric.
+    """
 
     effect: Effect
     estimators: Sequence[str]
     ridges: Sequence[float]
     gate_ridges: Sequence[float]
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"

@@ -1,4 +1,4 @@
-"""The prompts of the fit split with what was read of them: what every method is fitted on."""
+"""Hold the prompts of the fit split and what was captured at them: the input of every method's fit."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import Device, resolve_device
+from rs_gguf.estimators.device import resolve_device
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.machine import ALONE, Processes
+from rs_gguf.machine import ALONE, Device, Processes
 from rs_gguf.records.conversation import NEUTRAL, Prompt
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The prompts of the fit split, and what was read of them.
+    """N judged prompts of the fit split, G more prompts for gate vectors, and what was captured at them.
 
-    `prompts`: the judged ones; `activations` [N, L, D], an array or `Activations`; `confidence` [N];
-    `inputs` by matrix, empty where the engine cannot read them. `folder`: where activations that are not one
-    array are mapped to a file. `others`: prompts that were not answered, or whose answers could not be
-    judged; their inputs come after the inputs of `prompts`, and only gates learn from them. `categories`
-    [N]: category of each refusal, where the judge gives one. `contexts`: names of what stood around the
-    `others`, "" for nothing.
+    prompts: [N], the judged prompts.
+    activations: [N, L, D], an array or `Activations`.
+    confidence: [N], refusal confidence.
+    inputs: inputs of each output matrix at the N prompts, then at the G others; empty if the engine cannot
+        capture them.
+    folder: where activations that are not one array are mapped to a file.
+    gate_only: [G], prompts that were not answered, or whose answers could not be judged.
+    categories: [N], rubric category of each refusal; None, or an empty list, where the judge gives none.
+    contexts: [G], name of the context of each gate-only prompt; "" for none.
     """
 
     prompts: Sequence[Prompt]
@@ -37,70 +40,77 @@ class Samples:
     confidence: NDArray[np.float64]
     inputs: Mapping[str, MatrixInputs]
     folder: Path
-    others: Sequence[Prompt] = ()
+    gate_only: Sequence[Prompt] = ()
     categories: Sequence[str | None] = ()
     contexts: Sequence[str] = ()
 
     @cached_property
     def rows(self) -> NDArray[Any]:
-        """The activations as one array, for the projection kernel."""
+        """Return the activations as one array [N, L, D], for the projection kernel."""
         return Activations.of(self.activations).array(self.folder)
 
     def rows_on(self, device: Device) -> Any:
-        """Return `rows`, as a tensor where PyTorch projects them, on a GPU; the kernel takes an array."""
-        where = resolve_device(device)
-        return self.rows if where.type == "cpu" else torch.tensor(self.rows, device=where)
+        """Return `rows`: on a GPU as a tensor, which PyTorch projects, else as the array for the kernel."""
+        return self.rows if resolve_device(device).type == "cpu" else self._rows_on_gpu
+
+    @cached_property
+    def _rows_on_gpu(self) -> torch.Tensor:
+        return torch.tensor(self.rows, device="cuda")
 
     def share(self, processes: Processes) -> Samples:
-        """Return the part of them that this process reads."""
+        """Return the share of the samples that this process reads."""
         if processes.count == 1:
             return self
-        mine, rest = processes.share(len(self.prompts)), processes.share(len(self.others))
-        places = np.arange(len(self.prompts) + len(self.others))
-        read = np.concatenate([places[: len(self.prompts)][mine], places[len(self.prompts) :][rest]])
+        judged, others = processes.share(len(self.prompts)), processes.share(len(self.gate_only))
+        indices = np.arange(len(self.prompts) + len(self.gate_only))
+        local = np.concatenate([indices[: len(self.prompts)][judged], indices[len(self.prompts) :][others]])
         return Samples(
-            self.prompts[mine],
-            Activations.of(self.activations).take(mine),
-            self.confidence[mine],
-            {name: rows.share(read, processes) for name, rows in self.inputs.items()},
+            self.prompts[judged],
+            Activations.of(self.activations).take(judged),
+            self.confidence[judged],
+            {name: rows.share(local, processes) for name, rows in self.inputs.items()},
             self.folder,
-            self.others[rest],
-            self.categories[mine],
-            self.contexts[rest],
+            self.gate_only[others],
+            self.categories[judged],
+            self.contexts[others],
         )
 
     @cached_property
     def kinds(self) -> list[str]:
+        """Return the kind [N] of each judged prompt."""
         return [prompt.kind for prompt in self.prompts]
 
     def labels(self, processes: Processes = ALONE) -> Labels:
-        """Return the labels of all samples, as a gate takes them: of the `others` kind and cells alone count.
+        """Return the labels of all N + G samples, for gate vectors; with several `processes`, of all of them.
 
-        With several `processes`, of the samples of all of them.
+        Gate-only prompts have confidence 0, so they are in no class. The groups are topic, form, language and
+        context.
         """
-        every = [*self.prompts, *self.others]
-        confidence = np.concatenate([self.confidence, np.zeros(len(self.others))])
+        prompts = [*self.prompts, *self.gate_only]
+        confidence = np.concatenate([self.confidence, np.zeros(len(self.gate_only))])
         contexts = [""] * len(self.prompts) + [*self.contexts]
-        cells = [[p.topic, p.form, p.language, name] for p, name in zip(every, contexts, strict=True)]
-        names = np.array(cells, dtype=np.str_).reshape(len(every), 4)  # also where a rank has no share
-        return Labels.of(confidence, [prompt.kind for prompt in every], names, processes=processes)
+        names = [[p.topic, p.form, p.language, name] for p, name in zip(prompts, contexts, strict=True)]
+        # Reshaped, so that a process without a share has four columns too.
+        groups = np.array(names, dtype=np.str_).reshape(len(prompts), 4)
+        return Labels.of(confidence, [prompt.kind for prompt in prompts], groups, processes=processes)
 
     def counts(self, kind: str) -> dict[str, int]:
-        """How many of a kind were refused, answered and neither."""
-        values = self.confidence[np.array([k == kind for k in self.kinds])]
+        """Return how many prompts of a kind were refused, answered and neutral."""
+        confidence = self.confidence[np.array([k == kind for k in self.kinds])]
         return {
-            "refused": int((values > NEUTRAL).sum()),
-            "answered": int((values < -NEUTRAL).sum()),
-            "neutral": int((np.abs(values) <= NEUTRAL).sum()),
+            "refused": int((confidence > NEUTRAL).sum()),
+            "answered": int((confidence < -NEUTRAL).sum()),
+            "neutral": int((np.abs(confidence) <= NEUTRAL).sum()),
         }
 
     def check_classes(self, effect: str) -> None:
-        """Raise `InputError` unless each class that is fitted on has a sample."""
-        changed = ("sensitive", "refused" if effect == "remove" else "answered")
-        for kind, side in (changed, ("benign", "answered"), ("harmful", "refused")):
+        """Raise `InputError` unless every class of the fit has a sample."""
+        target = ("sensitive", "refused" if effect == "remove" else "answered")
+        for kind, verdict in (target, ("benign", "answered"), ("harmful", "refused")):
             counts = self.counts(kind)
-            if counts[side] == 0:
+            if counts[verdict] == 0:
                 raise InputError(
-                    f"fit: none of the {sum(counts.values())} {kind} prompts was {side}: no class to fit on. "
-                    f"Use more or other {kind} prompts (prompts.fit, prompts.{kind}) or another model."
+                    f"fit: none of the {sum(counts.values())} {kind} prompts was {verdict}; at least one is "
+                    f"needed. Use more or other {kind} prompts (prompts.fit, prompts.{kind}), or another "
+                    "model."
                 )

@@ -1,8 +1,8 @@
-"""The control vector: directions of the estimators, calibrated, as llama.cpp adds them to blocks.
+"""Make a control vector: calibrated directions of the estimators, which llama.cpp adds to activations.
 
-`Samples` of the fit split enter. One unit direction and calibration a layer leave for each estimator and
-ridge (`directions.safetensors`). A candidate of the search becomes a vector. The search begins at the paper's
-prior (method §7).
+`Samples` of the fit split go in. The fit is kept in `directions.safetensors`: one unit direction and its
+calibration per layer, for each estimator and ridge. A candidate of the search becomes a `SteeringVector`. The
+search starts at the strengths of the paper (method §7).
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ from rs_gguf.steering.vector import SteeringVector
 
 @dataclass(frozen=True)
 class Directions:
-    """Unit directions of one estimator and ridge, towards refusal, and their calibration, one row a layer.
+    """Unit directions towards refusal of one estimator and ridge, with their calibration.
 
-    `scales` [L]: activation units for one unit of confidence, s⁻ of method §5 to remove, s⁺ to induce.
-    `sign`: 1 for a vector that removes refusals, -1 for one that induces them.
-    `offset` [L, D], from which projections are measured, and `record`, the row of `fit.json`, are known when
-    they were just fitted, and not when they were read.
+    unit: [L, D]; a layer without a direction has a row of zeros.
+    scales: [L], activation units per unit of confidence: s⁻ of method §5 to remove, s⁺ to induce.
+    sign: 1 for a vector that removes refusals, −1 for one that induces them.
+    offset: [L, D], the point from which projections are measured; None if the directions were read from disk.
+    record: the entry of `fit.json`; empty if the directions were read from disk.
     """
 
-    unit: NDArray[np.float64]  # [L, D], rows of zeros where there is no direction
-    scales: NDArray[np.float64]  # [L]
+    unit: NDArray[np.float64]
+    scales: NDArray[np.float64]
     sign: int = 1
     offset: NDArray[np.float64] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def steering(self, candidate: Candidate) -> dict[int, NDArray[np.float32]]:
-        """What is added to each block: α·s_l·v_l over the band, α = −sign · strength / number of blocks.
+        """Return the row [D] that is added to each layer of the candidate's range, in float32.
 
-        Blocks that the fit found no direction for are left out, and do not count.
+        The row is α·s_l·v_l with α = −sign · strength / number of layers. Layers without a direction are left
+        out and do not count.
         """
         profile = band_profile(len(self.unit), candidate.first, candidate.last) * self.unit.any(axis=1)
         alpha = -self.sign * candidate.strength / max(1, profile.sum())
@@ -63,11 +65,11 @@ class Directions:
 
 
 Fitted = Mapping[tuple[str, float], Directions]
-"""By estimator and ridge; a ridge of 0 stands for none."""
+"""Directions by estimator and ridge; the ridge is 0 for an estimator without one."""
 
 
 class ControlVector:
-    """Directions that are added to the outputs of blocks, whatever the prompt."""
+    """The method that adds one direction per layer to the activations of every prompt."""
 
     name: ClassVar[str] = "vector"
     word: ClassVar[str] = "control vector"
@@ -88,24 +90,24 @@ class ControlVector:
         processes: Processes = ALONE,
         advance: Callable[[int], None] = lambda n: None,
     ) -> Fitted:
-        """Fit and calibrate all estimators and ridges that the options name."""
-        mine, names = samples.share(processes), options.estimators
-        paths = fit_paths(  # all in one call: estimators with the same classes share a factorisation
-            mine.activations,
-            mine.confidence,
+        """Fit and calibrate all estimators and ridges of the options; return {} on ranks above 0."""
+        local, names = samples.share(processes), options.estimators
+        paths = fit_paths(  # in one call, so that estimators with the same classes share a factorisation
+            local.activations,
+            local.confidence,
             [ESTIMATORS[name]() for name in names],
             ridges=options.ridges,
-            kinds=mine.kinds,
+            kinds=local.kinds,
             device=options.device,
             processes=processes,
         )
         if processes.rank > 0:
             return {}
         rows = samples.rows_on(options.device)
-        found: dict[tuple[str, float], Directions] = {}
+        fitted: dict[tuple[str, float], Directions] = {}
         for name, path in zip(names, paths, strict=True):
-            found |= _calibrated(name, path, rows, samples.confidence, options)
-        return found
+            fitted |= _calibrate(name, path, rows, samples.confidence, options)
+        return fitted
 
     def draw(
         self,
@@ -116,28 +118,29 @@ class ControlVector:
         *,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Draw each estimator at its ridge of the best AUROC. `advance` counts estimators."""
+        """Draw each estimator at the ridge of its best AUROC. `advance` counts estimators."""
         rows = samples.rows_on(options.device)
-        shown: dict[str, NDArray[np.float64]] = {}
+        best: dict[str, NDArray[np.float64]] = {}
         for name in options.estimators:
-            own = [(ridge, found) for (other, ridge), found in fitted.items() if other == name]
-            auroc = np.array([found.record["auroc"] for _, found in own])
-            best, layer = (int(index) for index in np.unravel_index(auroc.argmax(), auroc.shape))
-            ridge, found = own[best]
-            shown[f"{name}@{ridge:g}"] = found.unit
-            projected = project(rows, found.unit[:, np.newaxis], found.offset)[:, :, 0]
-            figures.save_estimator(samples, name, projected, found.unit, layer, options, folder)
-            if len(shown) == 1:
+            candidates = [(ridge, found) for (other, ridge), found in fitted.items() if other == name]
+            auroc = np.array([directions.record["auroc"] for _, directions in candidates])
+            index, layer = (int(i) for i in np.unravel_index(auroc.argmax(), auroc.shape))
+            ridge, directions = candidates[index]
+            best[f"{name}@{ridge:g}"] = directions.unit
+            projected = project(rows, directions.unit[:, np.newaxis], directions.offset)[:, :, 0]
+            figures.save_estimator(samples, name, projected, directions.unit, layer, options, folder)
+            if len(best) == 1:
                 figures.save_pca(folder / "pca.svg", samples.rows, layer, samples.confidence)
             advance(1)
-        figures.save_cosines(folder / "cosines.svg", shown)
+        figures.save_cosines(folder / "cosines.svg", best)
 
     def save(self, fitted: Fitted, folder: Path) -> dict[str, Any]:
         arrays: dict[str, NDArray[Any]] = {}
-        for (name, ridge), found in fitted.items():
-            arrays |= {f"{name}@{ridge:g}/unit": found.unit, f"{name}@{ridge:g}/scales": found.scales}
+        for (name, ridge), directions in fitted.items():
+            arrays[f"{name}@{ridge:g}/unit"] = directions.unit
+            arrays[f"{name}@{ridge:g}/scales"] = directions.scales
         save_arrays(folder / self.artefact, arrays)
-        return {"directions": [found.record for found in fitted.values()]}
+        return {"directions": [directions.record for directions in fitted.values()]}
 
     def load(self, folder: Path, options: FitOptions) -> Fitted:
         arrays = load_arrays(folder / self.artefact)
@@ -167,7 +170,10 @@ class ControlVector:
 
 
 def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
-    """Middle blocks, begun at the low end of the paper's prior for k·|α|, 2 to 4; bands take turns."""
+    """Return a search space of middle layers, which starts at k·|α| = 2, the lower end of the paper's 2 to 4.
+
+    The start candidates alternate between three layer ranges.
+    """
     firsts = [max(FIRST_STEERABLE, n_layer * sixths // 6) for sixths in (2, 3, 4)]
     start = [
         Candidate(
@@ -191,16 +197,16 @@ def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     )
 
 
-def _calibrated(
+def _calibrate(
     name: str, path: RidgePath, rows: Any, confidence: NDArray[np.float64], options: FitOptions
 ) -> dict[tuple[str, float], Directions]:
-    """The directions of one estimator by (name, ridge): calibration, and what they tell of the samples."""
-    # All ridges at once: the activations are read but once, and no projections are kept.
+    """Return the directions of one estimator by (name, ridge), with calibration, scores and cosines."""
+    # All ridges at once: the activations are read only once, and no projections are kept.
     ridges = _ridges(name, options)
     directions = path.directions[: len(ridges)].swapaxes(0, 1)
-    merit = project_statistics(rows, directions, confidence, path.offset, neutral=NEUTRAL)
-    scores, auroc = scores_of(merit).T, merit.auroc.T  # [ridges, L]
-    to_induce, to_remove = scales_of(merit, confidence)
+    statistics = project_statistics(rows, directions, confidence, path.offset, neutral=NEUTRAL)
+    scores, auroc = scores_of(statistics).T, statistics.auroc.T  # [R, L]
+    to_induce, to_remove = scales_of(statistics, confidence)
     scales = (to_remove if options.effect == "remove" else to_induce).T
     return {
         (name, ridge): Directions(
@@ -213,8 +219,8 @@ def _calibrated(
                 "ridge": ridge,
                 "score": scores[k].tolist(),
                 "auroc": auroc[k].tolist(),
-                "mean_refused": merit.mean_refused[:, k].tolist(),
-                "mean_answered": merit.mean_answered[:, k].tolist(),
+                "mean_refused": statistics.mean_refused[:, k].tolist(),
+                "mean_answered": statistics.mean_answered[:, k].tolist(),
                 "harm_cosine": [finite(cosine) for cosine in path.harm_cosine[k]],
                 "contrast_cosine": [finite(cosine) for cosine in path.contrast_cosine],
             },
@@ -224,7 +230,7 @@ def _calibrated(
 
 
 def _ridges(name: str, options: FitOptions) -> Sequence[float]:
-    """Return the ridges to fit: without a covariance there is none, for which 0 stands."""
+    """Return the ridges to fit. The placeholder 0.0 stands for the missing ridge of MD and WMD."""
     return options.ridges if ESTIMATORS[name].uses_covariance else [0.0]
 
 

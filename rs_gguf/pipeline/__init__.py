@@ -1,1 +1,1 @@
-"""Runs and their folder."""
+"""Run the stages of a recipe in a folder, and plan what they cost."""

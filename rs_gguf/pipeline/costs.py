@@ -1,8 +1,8 @@
-"""What a run costs, in the parts that its stages add up: tokens read and answered, judgements, memory.
+"""Estimate the parts of a run's cost: tokens read and answered, judgements, memory.
 
-A recipe, the prompts it chooses from, the `ModelDimensions` of its model and the `Speed` of the machine go in. Each
-stage makes its `Cost` of them, beside its work. Prompts are counted in bytes, so that no tokenizer is needed.
-How far off plans were is in docs/lab/scaling.md.
+A recipe, the prompts that it chooses from, the `ModelDimensions` of its model and the `Speed` of the machine
+go in; `Costs` comes out. Each stage computes its `Cost` from it, beside its work. Prompts are measured in
+bytes, so no tokenizer is needed. The errors of earlier plans are in docs/lab/scaling.md.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from rs_gguf.records.conversation import Prompt
 Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 # Assumptions about models and prompts.
-CHANGED, KEPT = 0.5, 0.6  # shares of sensitive prompts to change, and of harmful ones that are refused
-NEW = 0.6  # share of the steered answers that are new to the judge, which keeps its judgements
-_LENGTH = 85  # mean tokens of an answer that ends without a limit
+CHANGED, KEPT = 0.5, 0.6  # share of sensitive prompts whose verdict to change; of harmful ones refused
+NEW = 0.6  # share of the steered answers that the judge has not judged before; it caches its judgements
+_LENGTH = 85  # mean tokens of an answer without a limit
 _PREFIX, _TEMPLATE = 25, 6  # tokens that a chat template puts before all prompts, and after each
-_PYTHON = 0.6e9  # bytes of a process that has loaded its libraries, without a model
+_PYTHON = 0.6e9  # bytes of a process with its libraries but without a model
 
-# Bytes of a row with its prompt, and for each token of an answer.
-ROW, ROW_TOKEN = 320, 11
+ROW, ROW_TOKEN = 320, 11  # bytes of a row with its prompt, and of each token of its answer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, the most bytes of memory, and bytes left on disk; tokens read and answered."""
+    """The cost of a stage: seconds, peak memory in bytes, disk space in bytes, tokens read and answered."""
 
     seconds: float
     memory: float
@@ -44,32 +43,35 @@ class Cost:
 
 
 class Costs:
-    """The parts of a run's cost. `pool` holds the prompts that it chooses from, by split and kind."""
+    """The parts of a run's cost.
+
+    pool: the prompts that the run chooses from, by split and kind.
+    judge: the judge, if it is a model on this machine; None if judging costs this machine nothing.
+    """
 
     def __init__(
         self, recipe: Recipe, pool: Pool, model: ModelDimensions, speed: Speed, judge: JudgeModel | None
     ) -> None:
         self.recipe, self.model, self.speed, self._judge = recipe, model, speed, judge
         self.sizes = {
-            split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in found.items()}
-            for split, found in pool.items()
+            split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in kinds.items()}
+            for split, kinds in pool.items()
         }
         read = recipe.prompts.gate_only if model.writers else 0
         self.gate_only: int = sum(
             min(read, len(rows) - self.sizes["fit"][kind]) for kind, rows in pool["fit"].items()
         )
-        rows = [row for kinds in pool.values() for found in kinds.values() for row in found]
-        lengths = [tokens_of(row.prompt) for row in rows]
+        lengths = [tokens_of(p.prompt) for kinds in pool.values() for rows in kinds.values() for p in rows]
         self.prefix = _PREFIX + tokens_of(recipe.prompts.system or "")
         self.text = fmean(lengths)
         self.prompt = self.text + _TEMPLATE
         self._longest = max(lengths) + _TEMPLATE + self.prefix
-        self.files = 2 if model.writers else 1  # a control vector, and an adapter where there can be one
+        self.files = 2 if model.writers else 1  # a control vector, and an adapter if the model can have one
         self.inputs = model.n_layer * sum(model.writers.values())
-        """Numbers that the fit of an adapter reads of a token."""
+        """Inputs of all output matrices at one token, in numbers."""
 
     def count(self, *splits: str) -> int:
-        """Return how many prompts these splits have."""
+        """Return the number of prompts of these splits."""
         return sum(sum(self.sizes[split].values()) for split in splits)
 
     def answers(self, n: float, limit: int) -> float:
@@ -77,7 +79,7 @@ class Costs:
         return n * (self.prompt * self.speed.begin + (mean_length(limit) - 1) * self.speed.answer)
 
     def reading(self, tokens: float) -> float:
-        """Return the seconds to read so many tokens."""
+        """Return the seconds to read `tokens` tokens."""
         return tokens * self.speed.read
 
     def drift(self, n: float, limit: int) -> float:
@@ -93,29 +95,29 @@ class Costs:
         return pair_tokens(self.text, mean_length(limit))
 
     def memory(self, *, logits: bool = False) -> float:
-        """Return the bytes of the process with its models, and with the logits of half a batch, twice."""
+        """Return the bytes of the process with its models; `logits` adds two copies for half a batch."""
         model, answers = self.model, self.recipe.answers
-        held: int = kv_cells(math.ceil(self._longest + max(answers.tokens, answers.test_tokens)))
-        slots = max(1, min(answers.parallel, CONTEXT // held))
-        total: float = _PYTHON + model.weights + 2 * model.cache * (CONTEXT + (slots + 1) * held)
+        cells: int = kv_cells(math.ceil(self._longest + max(answers.tokens, answers.test_tokens)))
+        slots = max(1, min(answers.parallel, CONTEXT // cells))
+        total: float = _PYTHON + model.weights + 2 * model.cache * (CONTEXT + (slots + 1) * cells)
         if self._judge is not None and self._judge.model != model:
             total += self._judge.model.weights + 2 * self._judge.model.cache * CONTEXT
         return total + (2 * 4 * BATCH / 2 * model.n_vocab if logits else 0)
 
     def other_tokens(self) -> float:
-        """Return how many tokens of prompts and answers are read besides the last one of each prompt.
+        """Return the number of tokens of prompts and answers to read besides the last one of each prompt.
 
-        Where a sensitive prompt is refused its answer is not read: a gate may open there.
+        The answer of a refused sensitive prompt is not read, since the gate may be active there.
         """
         answered = self.count("fit")
         return answered + self.gate_only + ANSWER_TOKENS * (1 - CHANGED / 3) * answered
 
     def adapter(self) -> float:
-        """Return the bytes of an adapter for two layers of three."""
+        """Return the bytes of an adapter for two thirds of the layers."""
         outputs = self.model.n_layer * self.model.width * len(self.model.writers)
         return 4 * (self.inputs + outputs) * 2 / 3
 
 
 def mean_length(limit: int) -> float:
-    """Return the mean tokens of answers that end at a constant rate, or at a limit."""
+    """Return the mean tokens of answers that end at a constant rate, or at `limit` tokens."""
     return _LENGTH * (1 - math.exp(-limit / _LENGTH))

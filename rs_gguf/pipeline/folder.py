@@ -1,7 +1,8 @@
-"""The run folder: what is done, from which inputs, and rows that survive a kill.
+"""Keep a run folder: which stages are done, from which inputs, and rows that survive a kill.
 
-A stage is done when `state.json` holds its key, a hash of everything it depends on. Row files grow line by
-line in a `.part` file and take their final name when complete, so an interrupted stage goes on where it was.
+A folder and the keys of stages go in; the state of the stages and their rows come out. A stage is done when
+`state.json` holds its key, a hash of all its inputs. Row files grow line by line in a `.part` file and take
+their final name when they are complete. An interrupted stage therefore continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ from rs_gguf.records.rows import Row, RowLog, read_json, read_rows, write_json
 
 
 def key_of(*parts: Any) -> str:
-    """A hash of JSON values: the same inputs give the same key."""
+    """Return a hash of JSON values, as 16 hexadecimal digits: equal inputs give equal keys."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RunFolder:
-    """One run's files."""
+    """The files of one run.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._finished: list[Path] = []  # logs of rows that are in their final file, their stage not yet done
+        self._finished: list[Path] = []  # logs whose rows are in the final file, of stages not yet done
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -43,7 +48,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out. Raises `InputError` if one is at work."""
+        """Hold the lock of the folder.
+
+        Raises:
+            InputError: another process holds it, or the folder is not writable.
+        """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -61,9 +70,9 @@ class RunFolder:
             lock.release()
 
     def forget_all(self) -> None:
-        """Forget what the stages of an earlier run left. Vectors and report stay until replaced."""
-        left = [name for info in STAGES.values() for name in info.leaves if name not in RESULTS]
-        for name in ("state.json", *left):
+        """Delete the files of all stages, except the results, which stay until they are replaced."""
+        names = [name for info in STAGES.values() for name in info.leaves if name not in RESULTS]
+        for name in ("state.json", *names):
             path = self / name.rstrip("/")
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -72,23 +81,23 @@ class RunFolder:
                 (self / f"{name}.part").unlink(missing_ok=True)
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` ended with exactly these inputs."""
+        """Return whether `stage` was finished with exactly these inputs."""
         return bool(self._state().get(stage, {}).get("key") == key)
 
     def mark_done(self, stage: str, key: str, seconds: float) -> None:
-        """From here on `stage` is done; the logs of the rows that it finished are not needed any more."""
+        """Mark `stage` as done, and delete the logs of its finished row files."""
         write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})
         while self._finished:
             self._finished.pop().unlink(missing_ok=True)
 
     def forget(self, *stages: str) -> None:
-        """Have these stages done again, whatever their inputs."""
+        """Mark these stages as not done."""
         state = self._state()
         if state.keys() & set(stages):
             write_json(self / "state.json", {k: v for k, v in state.items() if k not in stages})
 
     def seconds(self) -> dict[str, float]:
-        """How long each stage took when it was last run."""
+        """Return the seconds that each stage took when it was last run."""
         return {stage: entry["seconds"] for stage, entry in self._state().items()}
 
     def _state(self) -> dict[str, Any]:
@@ -97,9 +106,9 @@ class RunFolder:
         return state
 
     def read_rows(self, name: str) -> list[Row]:
-        """Rows of a finished file."""
+        """Return the rows of a finished file."""
         return read_rows(self / name)
 
     def log(self, name: str, key: str) -> RowLog:
-        """Return the log of a file's rows. It is removed when its stage is marked as done."""
+        """Return the log of a file's rows; `mark_done` deletes it."""
         return RowLog(self / name, key, self._finished.append)

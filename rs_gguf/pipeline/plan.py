@@ -1,7 +1,7 @@
-"""What a run will cost before it is run: seconds, memory and disk, stage by stage.
+"""Plan what a run costs, stage by stage: seconds, memory and disk space.
 
 A recipe goes in; a `Plan` comes out. Nothing is downloaded. The metadata of the model is enough: its weights
-are read only when the speed of this machine is to be measured on them.
+are read only to measure the speed of this machine.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rs_gguf.engines import open_engine
+from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.llama.contexts import CONTEXT, kv_cells
 from rs_gguf.errors import InputError
-from rs_gguf.judges.registry import kind_and_name, shipped_probe
+from rs_gguf.judges.registry import kind_and_name, open_judge_spec, shipped_probe
 from rs_gguf.machine import usable_cores
-from rs_gguf.models import dimensions as shapes
+from rs_gguf.models import dimensions
 from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline.costs import Cost, Costs
@@ -29,35 +31,41 @@ from rs_gguf.records.files import from_home
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages in their order, and what the figures follow from; sizes are bytes."""
+    """The cost of each stage in order, and the assumptions of the plan.
+
+    prompts: number of prompts by split, and of `gate_only` prompts.
+    """
 
     stages: Mapping[str, Cost]
-    prompts: Mapping[str, int]  # by split, and those that are only read
+    prompts: Mapping[str, int]
     model: ModelDimensions
     speed: Speed
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of all stages."""
         return sum(stage.seconds for stage in self.stages.values())
 
     @property
     def memory(self) -> float:
+        """Return the peak memory in bytes."""
         return max(stage.memory for stage in self.stages.values())
 
     @property
     def disk(self) -> float:
+        """Return the disk space in bytes."""
         return sum(stage.disk for stage in self.stages.values())
 
     def to_row(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the plan as JSON values."""
         return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, **asdict(self)}
 
 
 def plan(recipe: Recipe, model: ModelDimensions, speed: Speed, judge: JudgeModel | None) -> Plan:
-    """What running `recipe` on `model` takes. Without `judge`, judging costs this machine nothing.
+    """Return what `recipe` costs on `model`. Without `judge`, judging costs this machine nothing.
 
     Raises:
-        InputError: a prompt file of the recipe that cannot be read.
+        InputError: a prompt file of the recipe cannot be read.
     """
     costs = Costs(recipe, prompts.pool(recipe.prompts.files), model, speed, judge)
     stages = {stage.info.name: cost for stage in IN_ORDER if (cost := stage.cost(costs)) is not None}
@@ -66,90 +74,92 @@ def plan(recipe: Recipe, model: ModelDimensions, speed: Speed, judge: JudgeModel
 
 
 def model_file(recipe: Recipe) -> Path:
-    """Where the recipe's model is: a GGUF file, a Hugging Face folder or a config.json.
+    """Return the path of the recipe's model: a GGUF file, a Hugging Face folder or a config.json.
 
     Raises:
-        InputError: it is not on this machine.
+        InputError: the model is not on this machine.
     """
-    return _here(recipe.model)
+    return _local_path(recipe.model)
 
 
 def model_dimensions(path: Path, bits: float | None = None) -> ModelDimensions:
-    """The shape of the model there; `bits` turn a configuration into that of a GGUF file.
+    """Return the dimensions of a model.
+
+    bits: bits per weight; a configuration then gives the dimensions of a GGUF file.
 
     Raises:
-        InputError: nothing that can be read, or `bits` for a GGUF file.
+        InputError: the model cannot be read, or `bits` is given for a GGUF file.
     """
     if path.is_dir() or path.suffix == ".json":
-        return shapes.of_folder(path, bits)
+        return dimensions.of_folder(path, bits)
     if bits is not None:
-        raise InputError(f"bits a weight are for a config.json; {path.name} has its own.")
-    return shapes.of_gguf(path)
+        raise InputError(
+            f"--bits: {path.name} is a GGUF file, whose bits per weight are known. Give --bits only with a "
+            "config.json or a Hugging Face folder."
+        )
+    return dimensions.of_gguf(path)
 
 
 def judge_of(recipe: Recipe) -> JudgeModel | None:
-    """The model that judges on this machine, if one does.
+    """Return the judge, if it is a model on this machine; None for keywords and endpoints.
 
     Raises:
-        InputError: it is not here, or thinks for nobody knows how long.
+        InputError: the judge's model is not on this machine, or the judge is `votes:`, whose time is unknown.
     """
     kind, name = kind_and_name(recipe.judge or models.DEFAULT)
     if kind in ("keywords", "endpoint"):
         return None
     if kind == "votes":
         raise InputError(
-            f"judge {recipe.judge}: how long a judge thinks cannot be planned. Plan with another judge."
+            f"judge {recipe.judge}: it is not known how long this judge thinks. Plan with another judge, as "
+            "with `--set judge=keywords`."
         )
     try:
-        path = _here(name)
+        path = _local_path(name)
     except InputError as error:
         raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
-    model = shapes.of_gguf(path)
+    model = dimensions.of_gguf(path)
     probe = shipped_probe()
-    # The probe belongs to the default model, whose deeper blocks it does not need.
+    # The probe belongs to the default model, and does not need its deeper layers.
     if probe is None or kind == "labels" or path != models.CATALOGUE[models.DEFAULT].path:
         return JudgeModel(model)
     return JudgeModel(model, (max(probe.layers) + 1) / model.n_layer)
 
 
 def stored(recipe: Recipe, model: ModelDimensions, judge: JudgeModel | None) -> Speed:
-    """The speed of as many cores like those that this project is measured on as this process may use."""
+    """Return the stored speed of a server core, times the cores that this process may use."""
     return stored_speed(usable_cores(), model, judge, _at_once(recipe))
 
 
 def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
-    """The speed of this machine on the recipe's model, loaded from `path`, and on its judge if it has one.
+    """Measure the speed of this machine on the recipe's model, loaded from `path`, and on its judge.
 
     Raises:
-        InputError: one of them cannot be loaded.
+        InputError: the model or the judge cannot be loaded.
     """
-    from rs_gguf.engines import open_engine
-    from rs_gguf.engines.answers import chat_tokens
-    from rs_gguf.judges.registry import open_judge_spec
-
     count = _at_once(recipe)
-    rows = [row for kind in prompts.pool(recipe.prompts.files)["fit"].values() for row in kind]
-    some = rows[:: max(1, len(rows) // count)][:count]
+    fit = [row for rows in prompts.pool(recipe.prompts.files)["fit"].values() for row in rows]
+    sample = fit[:: max(1, len(fit) // count)][:count]
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(open_engine(path, n_parallel=len(some)))
-        asked = chat_tokens(model, some, recipe.prompts.system)
-        grades = None
+        model = opened.enter_context(open_engine(path, n_parallel=len(sample)))
+        conversations = chat_tokens(model, sample, recipe.prompts.system)
+        loaded = None
         if judge is not None:
-            grades = opened.enter_context(open_judge_spec(recipe.judge, loaded=model, cached=False))
-        return measured_speed(model, grades, some, asked)
+            loaded = opened.enter_context(open_judge_spec(recipe.judge, loaded=model, cached=False))
+        return measured_speed(model, loaded, sample, conversations)
 
 
 def _at_once(recipe: Recipe) -> int:
-    """How many prompts are answered at once, where they are not too long."""
+    """Return how many short prompts are answered at once."""
     return min(recipe.answers.parallel, CONTEXT // kv_cells(1))
 
 
-def _here(model: str) -> Path:
+def _local_path(model: str) -> Path:
     if model in models.CATALOGUE:
         return models.path_of(model)
     if not from_home(model).exists():
         raise InputError(
-            f"no file or folder {model}. A plan downloads nothing: give a GGUF file or a Hugging Face "
-            "folder, of which config.json alone will do."
+            f"no file or folder {model}. A plan downloads nothing: give a GGUF file, a config.json or a "
+            "Hugging Face folder."
         )
     return models.resolve(model)

@@ -1,4 +1,4 @@
-"""The pipeline: prompts → answers → scores → activations → directions → strength → GGUF → before/after.
+"""Run the pipeline: answer, score, capture, fit, tune, write, measure, report.
 
 A recipe and a run folder go in; `remove.gguf` and `remove-adapter.gguf` (or `induce…`), `metrics.json`,
 `report.html` and `card.md` come out.
@@ -24,48 +24,51 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages up to `until` in the folder `out` and return the metrics (empty before `measure`).
 
-    Resumes by itself: what an earlier call with the same recipe finished is not done again. Where the model,
-    a prompt file or the judge cannot be had, the folder stays as it was.
+    A call resumes: stages that an earlier call finished with the same recipe are not repeated. If the model,
+    a prompt file or the judge is not available, the folder stays unchanged.
 
-    Several processes (torchrun) share the stages `capture` and `fit`. Rank 0 runs the others; the other ranks
-    return nothing once the fit is done.
+    Several processes (torchrun) share the stages `capture` and `fit`. Rank 0 runs the other stages; the other
+    ranks return an empty dictionary after the fit.
+
+    fresh: begin again, and delete what the stages of earlier calls left.
 
     Raises:
-        InputError: something in the recipe, its files or the machine does not serve; the message says what.
-        VerificationError: a written file's effect could not be observed on the model, or it was read back otherwise.
+        InputError: the recipe, its files or the machine cannot be used; the message names the reason.
+        VerificationError: the effect of a written file was not observed on the model, or the file was read
+            back with other contents.
     """
     folder = RunFolder(out)
     with Processes.of_torchrun() as processes:
         if processes.rank > 0:
-            with open_run(recipe, folder, processes=processes) as one:
-                one.follow()
+            with open_run(recipe, folder, processes=processes) as opened:
+                opened.follow()
             return {}
-        with folder.locked(), open_run(recipe, folder, progress, processes) as one:
-            return _run(one, fresh, until)
+        with folder.locked(), open_run(recipe, folder, progress, processes) as opened:
+            return _run(opened, fresh, until)
 
 
 def open_run(
     recipe: Recipe, folder: RunFolder, progress: Progress | None = None, processes: Processes = ALONE
 ) -> Run:
-    """Return the run of `recipe` in `folder`, a context manager, before any stage is done."""
+    """Return the run of `recipe` in `folder`, as a context manager; no stage is done yet."""
     return Run(recipe, folder, progress or Silent(), processes, stages=IN_ORDER)
 
 
-def _run(one: Run, fresh: bool, until: str) -> dict[str, Any]:
-    # What is mistyped or out of reach must cost nothing. The key needs the model and the prompts.
-    key = one.key("score")
-    if until != "answer" and (fresh or not one.folder.is_done("score", key)):
-        try_out(one.judge)
-    resolve_device(one.recipe.fit.device)
-    dump(one.recipe, one.folder / "recipe.toml")
+def _run(opened: Run, fresh: bool, until: str) -> dict[str, Any]:
+    # A typo or a missing file must raise before anything changes. The key needs the model and the prompts.
+    key = opened.key("score")
+    if until != "answer" and (fresh or not opened.folder.is_done("score", key)):
+        try_out(opened.judge)
+    resolve_device(opened.recipe.fit.device)
+    dump(opened.recipe, opened.folder / "recipe.toml")
     if fresh:
-        one.folder.forget_all()
-    names = list(one.stages)
-    wanted = names[: names.index(until) + 1]
-    shared = max(index for index, stage in enumerate(one.stages.values()) if stage.shared) + 1
-    for name in wanted[:shared]:
-        one.do(name)
-    one.release()
-    for name in wanted[shared:]:
-        one.do(name)
-    return RunRecord.read(one.folder / "metrics.json").mapping() if "measure" in wanted else {}
+        opened.folder.forget_all()
+    names = list(opened.stages)
+    names = names[: names.index(until) + 1]
+    shared = max(index for index, stage in enumerate(opened.stages.values()) if stage.shared) + 1
+    for name in names[:shared]:
+        opened.do(name)
+    opened.release()
+    for name in names[shared:]:
+        opened.do(name)
+    return RunRecord.read(opened.folder / "metrics.json").mapping() if "measure" in names else {}

@@ -1,46 +1,47 @@
-"""Seconds for one unit of each kind of work: stored ones of a server core, or timed here on small batches.
+"""Estimate the seconds of one unit of each sort of work: stored for a server core, or measured here.
 
-The shapes of a model and its judge and a number of cores go in, or both of them loaded and some prompts; a
-`Speed` comes out, with which the stages multiply what they do.
+For the stored speed, the dimensions of a model and its judge and a number of cores go in. For the measured
+speed, the loaded model, its judge and a few prompts go in. A `Speed` comes out, by which stages multiply
+their units of work.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rs_gguf.engines.engine import Engine
+from rs_gguf.engines.generation import common_prefix
 from rs_gguf.estimators.ridge import RidgeSystem
 from rs_gguf.judges.judge import try_out
+from rs_gguf.judges.registry import Judge
 from rs_gguf.judges.rubric import MAX_PROMPT
 from rs_gguf.machine import one_thread, usable_cores
 from rs_gguf.models.dimensions import ModelDimensions
+from rs_gguf.records.conversation import Prompt
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+# Work of a server core per second (docs/scaling.md).
+_READING = 80e9  # operations on tokens that are read together
+_ANSWERING = 60e9  # operations on prompts and answers where prompts are answered
+_BANDWIDTH = 9e9  # bytes of weights in a decoding step
+_ALGEBRA = 52e9  # float64 operations of the fit
+_CONTEXT = 100  # mean number of tokens before a token that is read or generated
 
-    from rs_gguf.engines.engine import Engine
-    from rs_gguf.judges.registry import Judge
-    from rs_gguf.records.conversation import Prompt
-
-# What a server core does in a second (docs/scaling.md): operations on tokens that are read together and
-# where prompts are answered, bytes of weights in a step of answers, operations of the fit in float64.
-_READING, _ANSWERING, _BANDWIDTH, _ALGEBRA = 80e9, 60e9, 9e9, 52e9
-_CONTEXT = 100  # tokens before one that is read or answered, in the mean
-
-BYTES_PER_TOKEN = 4.3  # of UTF-8, in any language
+BYTES_PER_TOKEN = 4.3
+"""Bytes of UTF-8 per token, averaged over languages."""
 _ITEM = 8  # tokens around a prompt and its answer, for the judge
 
-_TIMED, _TOKENS = 16, 12  # prompts that are timed, and tokens of the answers that are
-_SAMPLES, _WIDTH = 512, 1024  # of the factorisation that is timed
+_TIMED, _TOKENS = 16, 12  # prompts to time, and tokens per answer to time
+_SAMPLES, _WIDTH = 512, 1024  # rows and columns of the factorisation to time
 
 
 @dataclass(frozen=True)
 class JudgeModel:
-    """A judge that is a model of this machine, and the share of its layers that a judgement needs."""
+    """A judge that is a model on this machine, and the share of its layers that a judgement needs."""
 
     model: ModelDimensions
     depth: float = 1.0
@@ -48,12 +49,14 @@ class JudgeModel:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a unit of work takes with a model and a judge on a machine.
+    """The time of one unit of work with a model and a judge on a machine.
 
-    Seconds for a token: `read`, of prompts that are read together; `begin`, of prompts that are answered;
-    `answer`, of answers, as many at once as the recipe wants; `judge`, of judged prompts and answers.
-    `algebra`: floating-point operations a second of the fit, in float64 on all cores. `source`: where the
-    figures come from.
+    read: seconds per token of prompts that are read together.
+    begin: seconds per token of prompts that are answered.
+    answer: seconds per token of answers, with as many at once as the recipe sets.
+    judge: seconds per token of judged prompts and answers.
+    algebra: float64 operations per second of the fit, on all cores.
+    source: where the figures come from.
     """
 
     read: float
@@ -65,9 +68,10 @@ class Speed:
 
 
 def stored_speed(cores: int, model: ModelDimensions, judge: JudgeModel | None, at_once: int) -> Speed:
-    """Return the speed of so many cores like those that this project is measured on.
+    """Return the speed of `cores` cores like those on which this project was measured.
 
-    A step of `at_once` answers reads all weights besides its arithmetic; of experts, those that any uses.
+    A decoding step of `at_once` answers reads the weights once, besides its arithmetic. Of experts, it reads
+    those that at least one of the answers uses.
     """
     flops = model.flops(_CONTEXT)
     weights = model.bytes_read(at_once) / at_once / _BANDWIDTH
@@ -77,69 +81,68 @@ def stored_speed(cores: int, model: ModelDimensions, judge: JudgeModel | None, a
         answer=((flops + 2 * model.head) / _ANSWERING + weights) / cores,
         judge=judge.depth * judge.model.flops(_CONTEXT) / _READING / cores if judge else 0.0,
         algebra=_ALGEBRA * cores,
-        source=f"{cores} times that of a server core; yours may take half or twice as long (--measure)",
+        source=f"{cores} server cores; this machine may take half or twice as long (use --measure)",
     )
 
 
 def measured_speed(
     model: Engine, judge: Judge | None, prompts: Sequence[Prompt], conversations: Sequence[Sequence[int]]
 ) -> Speed:
-    """Return the speed of this machine, timed on `prompts` and, for answers, on all their `conversations`."""
-    from rs_gguf.engines.generation import common_prefix
-
+    """Return the speed of this machine, timed on `prompts` and their `conversations` (tokens)."""
     prefix = common_prefix(conversations)
-    some = conversations[:_TIMED]
-    tokens = sum(map(len, some)) - (len(some) - 1) * prefix
-    # Hardly a prompt before them, so that answers alone are timed.
-    begun = [one[: prefix + 1] for one in conversations]
-    answered: list[int] = []
+    timed = conversations[:_TIMED]
+    tokens = sum(map(len, timed)) - (len(timed) - 1) * prefix
+    # Prompts of one token after the common prefix, so that answers alone are timed.
+    starts = [conversation[: prefix + 1] for conversation in conversations]
+    lengths: list[int] = []
 
     def answer() -> None:
-        answered[:] = [len(g.tokens) + g.finished for _, g in model.generate(begun, max_tokens=_TOKENS)]
+        lengths[:] = [len(g.tokens) + g.finished for _, g in model.generate(starts, max_tokens=_TOKENS)]
 
-    _drain(model.next_logits(some[:2]))  # what is made at the first call is made
-    _drain(model.generate(begun[:2], max_tokens=1))
-    read = _timed(lambda: _drain(model.next_logits(some))) / tokens
-    begin = _timed(lambda: _drain(model.generate(some, max_tokens=1))) / tokens
-    step = _timed(answer) / max(1, sum(answered))
-    graded = 0.0
+    _drain(model.next_logits(timed[:2]))  # warm-up: the first call allocates memory
+    _drain(model.generate(starts[:2], max_tokens=1))
+    read = _seconds(lambda: _drain(model.next_logits(timed))) / tokens
+    begin = _seconds(lambda: _drain(model.generate(timed, max_tokens=1))) / tokens
+    step = _seconds(answer) / max(1, sum(lengths))
+    judging = 0.0
     if judge is not None:
-        try_out(judge)  # what it reads before all pairs is read
-        # Of what it takes for an answer only the length matters; the prompt itself it would not read.
+        try_out(judge)  # warm-up: it reads its instructions once for all pairs
+        # Only the length of an answer matters, so the text of the next prompt serves as one. A judge does not
+        # read an answer that repeats its prompt.
         texts = [prompt.prompt for prompt in prompts[:_TIMED]]
         pairs = list(zip(texts, [*texts[1:], texts[0]], strict=True))
-        taken = _timed(lambda: _drain(judge.judge(pairs)))
-        graded = taken / sum(pair_tokens(tokens_of(text), tokens_of(answer)) for text, answer in pairs)
-    return Speed(read, begin, step, graded, _algebra(), "measured on this machine")
+        pair_lengths = [pair_tokens(tokens_of(prompt), tokens_of(text)) for prompt, text in pairs]
+        judging = _seconds(lambda: _drain(judge.judge(pairs))) / sum(pair_lengths)
+    return Speed(read, begin, step, judging, _algebra(), "measured on this machine")
 
 
 def tokens_of(text: str) -> float:
-    """Return about how many tokens a text has."""
+    """Return an estimate of the number of tokens of a text."""
     return len(text.encode()) / BYTES_PER_TOKEN
 
 
 def pair_tokens(prompt: float, answer: float) -> float:
-    """Return the tokens that a judge reads of a prompt and an answer of so many tokens."""
+    """Return the tokens that a judge reads of a prompt and an answer of `prompt` and `answer` tokens."""
     return min(prompt, MAX_PROMPT / BYTES_PER_TOKEN) + answer + _ITEM
 
 
 def factorisation(rows: float, width: float) -> float:
-    """Return the operations for the smaller of a covariance and its Gram matrix, and its eigenvectors.
+    """Return the operations for the smaller of a covariance and its Gram matrix, and its eigendecomposition.
 
-    An eigendecomposition takes as long as 13 n³ operations of the product before it.
+    An eigendecomposition takes as long as 13 n³ operations of a matrix product.
     """
     small, large = sorted((rows, width))
     return small * small * large + 13 * small**3
 
 
 def cholesky(rows: float, width: float) -> float:
-    """Return the operations for such a matrix and its Cholesky factor, which takes as long as n³ of them."""
+    """Return the operations for the smaller matrix and its Cholesky factor, which takes as long as n³."""
     small, large = sorted((rows, width))
     return small * small * large + small**3
 
 
 def _algebra() -> float:
-    """Operations a second of all cores, each of which factorises matrices of its own."""
+    """Return the operations per second of all cores, if each factorises its own matrices."""
     rows = np.random.default_rng(0).standard_normal((_SAMPLES, _WIDTH))
 
     def factorise() -> None:
@@ -147,15 +150,15 @@ def _algebra() -> float:
 
     with one_thread():  # as the fit does
         factorise()
-        return usable_cores() * factorisation(_SAMPLES, _WIDTH) / min(_timed(factorise) for _ in range(3))
+        return usable_cores() * factorisation(_SAMPLES, _WIDTH) / min(_seconds(factorise) for _ in range(3))
 
 
-def _drain(items: Any) -> None:
+def _drain(items: Iterable[Any]) -> None:
     for _ in items:
         pass
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -1,7 +1,8 @@
-"""A stage of a run, the run that it works on, and where a run tells how far it is.
+"""Define a stage, the run that it works on, and how a run reports progress.
 
-A recipe, a run folder and the stages go in; each stage reads the files of those before it and is skipped
-while its inputs are the same. `rs_gguf.cli.terminal` draws the progress; the library's own is silent.
+A recipe, a run folder and the stages go in; files of the run folder come out. Each stage reads the files of
+earlier stages, and is skipped while its inputs are unchanged. `rs_gguf.cli.terminal` draws the progress; the
+library alone is silent.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ from rs_gguf.records.files import from_home
 
 
 class Progress(Protocol):
-    """What a run calls."""
+    """The receiver of a run's progress."""
 
     def stage(self, name: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Enter a stage of `total` items; the value advances the count."""
+        """Enter a stage of `total` items; the context's value is a function that advances the count."""
         ...
 
     def skipped(self, name: str) -> None:
-        """A stage was done before."""
+        """Report a stage that is already done."""
         ...
 
     def download(self, done: int, total: int) -> None:
-        """Bytes of a model download."""
+        """Report the bytes of a model download."""
         ...
 
 
 class Silent:
-    """Tells nothing."""
+    """Progress that reports nothing."""
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -66,29 +67,34 @@ class Silent:
 
 
 class Stage(Protocol):
-    """One stage: what it depends on and what it does."""
+    """One stage: its inputs, its work and its cost.
+
+    shared: all processes of torchrun do the stage together; rank 0 alone does the other stages.
+    always: the stage is done even if its inputs are unchanged.
+    replaces_at_end: the files of an earlier recipe stay valid until `work` calls `run.forget_from(self)`.
+    """
 
     info: StageInfo
     shared: bool = False
-    """All processes of torchrun do it together. Rank 0 alone does the others."""
     always: bool = False
-    """It is done even if its inputs are the same."""
     replaces_at_end: bool = False
-    """What an earlier recipe left, hours of work, counts until `work` calls `run.forget_from(self)`."""
 
     def inputs(self, run: Run) -> list[Any]:
-        """Return all that it depends on besides what the stages before it depend on, as JSON values.
+        """Return the inputs that earlier stages do not have, as JSON values.
 
-        Of later stages nothing is read: a file that is not a model then fails when it is loaded.
+        Read nothing that only later stages need. A file that is not a model then fails at loading.
         """
         ...
 
     def work(self, run: Run, key: str) -> None:
-        """Do it, and leave what `info` says in the run's folder. `key` is a hash of the inputs so far."""
+        """Do the stage, and leave the files of `info` in the run folder.
+
+        key: hash of the inputs of this stage and all earlier ones.
+        """
         ...
 
     def cost(self, costs: Costs) -> Cost | None:
-        """Return what it costs; None if that is seconds."""
+        """Return the cost of the stage; None if it takes only seconds."""
         ...
 
 
@@ -96,6 +102,9 @@ class Run:
     """One run: what its stages work on, and which of them are done.
 
     Models are loaded when a stage first needs them; leaving the context closes them.
+
+    Raises:
+        InputError: an estimator of the recipe does not exist, or a baseline is not possible.
     """
 
     def __init__(
@@ -111,7 +120,7 @@ class Run:
         if unknown:
             raise InputError(
                 f"recipe: fit.estimators: no estimator {', '.join(unknown)}; "
-                f"there are {', '.join(ESTIMATORS)}."
+                f"{', '.join(ESTIMATORS)} are accepted."
             )
         self.recipe, self.folder, self.progress, self.processes = recipe, folder, progress, processes
         self.stages = {stage.info.name: stage for stage in stages}
@@ -132,18 +141,18 @@ class Run:
     # ---- stages ----------------------------------------------------------------------------------
 
     def key(self, name: str) -> str:
-        """Hash of all that matters up to this stage: recipe sections, prompts, model, judge, version."""
+        """Return a hash of the inputs of this stage and all earlier ones."""
         names = list(self.stages)
-        wanted = names[: names.index(name) + 1]
-        return key_of([(before, self.stages[before].inputs(self)) for before in wanted])
+        names = names[: names.index(name) + 1]
+        return key_of([(before, self.stages[before].inputs(self)) for before in names])
 
     def do(self, name: str) -> None:
-        """Do one stage unless it is done with the same inputs."""
+        """Do one stage, unless it is already done with the same inputs."""
         stage, key = self.stages[name], self.key(name)
         if not stage.always and self.folder.is_done(name, key):
             self.progress.skipped(name)
             return
-        # What it and later stages left may be of another recipe: it counts no more once it is replaced.
+        # Files of this and later stages may belong to another recipe. They are not valid once replaced.
         if not stage.replaces_at_end:
             self.forget_from(stage)
         start = time.monotonic()
@@ -153,40 +162,41 @@ class Run:
         self.folder.mark_done(name, key, time.monotonic() - start)
 
     def forget_from(self, stage: Stage) -> None:
-        """Have this stage and those after it done again."""
+        """Mark this stage and all later ones as not done."""
         names = list(self.stages)
         self.folder.forget(*names[names.index(stage.info.name) :])
 
     def follow(self) -> None:
-        """Do this rank's part of the stages that rank 0 begins, until it releases the others.
+        """Do this rank's part of the stages that rank 0 starts, until rank 0 calls `release`.
 
         Raises:
-            InputError: rank 0 ended before it released this one.
+            InputError: rank 0 ended without `release`.
         """
-        while (begun := self._begun()) is not None:
-            name, key = begun
+        while (started := self._next_shared()) is not None:
+            name, key = started
             self.stages[name].work(self, key)
 
-    def _begun(self) -> tuple[str, str] | None:
+    def _next_shared(self) -> tuple[str, str] | None:
+        """Return name and key of the next stage that rank 0 starts; None after `release`."""
         try:
             return self.processes.from_first(None)
         except RuntimeError as error:  # the connection is closed
-            raise InputError("the process of rank 0 has ended; its own message says why.") from error
+            raise InputError("the process of rank 0 has ended; its message names the reason.") from error
 
     def release(self) -> None:
-        """Let the other ranks go."""
+        """End `follow` on the other ranks."""
         self.processes.from_first(None)
 
     # ---- what they work on -----------------------------------------------------------------------
 
     @cached_property
     def pool(self) -> dict[str, dict[str, list[Prompt]]]:
-        """All prompts that the run may choose from, by split and kind."""
+        """Return all prompts that the run can choose from, by split and kind."""
         return prompts.pool(self.recipe.prompts.files)
 
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
-        """Prompts by split, each kind cut to the recipe's size."""
+        """Return the prompts of each split, sampled to the recipe's size per kind."""
         return {
             split: [
                 prompt
@@ -200,45 +210,49 @@ class Run:
 
     @cached_property
     def gate_only(self) -> list[Prompt]:
-        """More prompts to fit on, which are not answered: for gates, if the model can have any.
+        """Return more fit prompts, for gate vectors, which are not answered; none without an adapter.
 
-        They are read `in_contexts`.
+        Their activations are captured `in_contexts`.
         """
         can = engine_for(self.model_path).can
         if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).writers:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.gate_only, self.recipe.seed
-        others = ([p for p in rows if p.id not in answered] for rows in self.pool["fit"].values())
-        return [prompt for rows in others for prompt in prompts.stratified(rows, size, seed=seed)]
+        unused = ([p for p in rows if p.id not in answered] for rows in self.pool["fit"].values())
+        return [prompt for rows in unused for prompt in prompts.stratified(rows, size, seed=seed)]
 
     @cached_property
     def in_contexts(self) -> list[tuple[Prompt, Context]]:
-        """The gate-only prompts in the order in which they are read, with what stands around each."""
+        """Return the gate-only prompts, each with its context, in the order in which they are captured."""
         return contexts.spread(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
 
     @cached_property
     def model_path(self) -> Path:
+        """Return the path of the model, which is downloaded if necessary."""
         return models.resolve(self.recipe.model, progress=self.progress.download)
 
     @cached_property
     def model_hash(self) -> str:
+        """Return the fingerprint of the model."""
         return models.fingerprint(self.model_path)
 
     @cached_property
     def model(self) -> Engine:
+        """Return the loaded model."""
         model = open_engine(self.model_path, n_parallel=self.recipe.answers.parallel)
         self._open.callback(model.close)
         return model
 
     @cached_property
     def judge_hash(self) -> str | None:
-        """Of a judge that the recipe names by its file, in whose place another one may be put."""
+        """Return the fingerprint of the judge's file, since a file may be replaced; None without a file."""
         _, name = kind_and_name(self.recipe.judge or "")
         path = from_home(name)
         return models.fingerprint(path) if path.is_file() else None
 
     @cached_property
     def judge(self) -> Judge:
+        """Return the loaded judge."""
         opened = open_judge_spec(self.recipe.judge, loaded=self.model, progress=self.progress.download)
         return self._open.enter_context(opened)

@@ -1,4 +1,4 @@
-"""Which samples a gate's contrast is made of: refusals that were meant, by what the judge told of them."""
+"""Test which samples form the refusal contrast, by the refusal categories of the judge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.judges.rubric import rubric
 from rs_gguf.records.conversation import FAILURES
 
-COUNT = 12  # of each kind: the first half is refused
+COUNT = 12  # samples of each kind; the first half is refused
 
 
 def labels() -> Labels:
@@ -20,34 +20,34 @@ def labels() -> Labels:
 
 
 def refused(weights: np.ndarray, kind: int) -> np.ndarray:
-    """Weights of the refused samples of a kind."""
+    """Return the weights of the refused samples of a kind."""
     return weights[kind * COUNT : kind * COUNT + COUNT // 2]
 
 
-def test_kinds_of_refusal_are_those_of_the_rubric() -> None:
+def test_categories_are_in_the_rubric() -> None:
     assert {"direct", *FAILURES} <= {category["id"] for category in rubric()["refusal"]}
 
 
-def test_an_answer_that_fell_apart_is_no_refusal_to_take_away() -> None:
-    kinds = ["nonsense", "direct", None, "official_line", "empty", "deflection"]
-    weights = contrast_weights(labels(), kinds, induce=False)
+def test_a_failure_is_not_a_refusal_to_remove() -> None:
+    categories = ["nonsense", "direct", None, "official_line", "empty", "deflection"]
+    weights = contrast_weights(labels(), categories, induce=False)
     np.testing.assert_allclose(refused(weights, 0), [0, 1 / 4, 1 / 4, 1 / 4, 0, 1 / 4], atol=1e-12)
     np.testing.assert_allclose(weights.sum(), 0, atol=1e-12)
-    # Where nothing is known, all of them.
+    # If no category is known, all refusals count.
     np.testing.assert_allclose(refused(contrast_weights(labels(), induce=False), 0), 1 / 6)
 
 
 @pytest.mark.parametrize("failures", [3, 6])
-def test_where_hardly_any_other_refusal_is_left_failures_count(failures: int) -> None:
-    """Of another kind of prompt there may be as many as you like: sensitive prompts are what is steered."""
-    kinds = [*["empty"] * failures, *["direct"] * (COUNT - failures)]
-    weights = contrast_weights(labels(), kinds, induce=False)
+def test_if_fewer_than_4_other_refusals_are_left_failures_count(failures: int) -> None:
+    """Refusals of harmful prompts do not matter here: the adapter acts on sensitive prompts."""
+    categories = [*["empty"] * failures, *["direct"] * (COUNT - failures)]
+    weights = contrast_weights(labels(), categories, induce=False)
     np.testing.assert_allclose(refused(weights, 0), 1 / 6)
 
 
 @pytest.mark.parametrize("direct", [MIN_SAMPLES, MIN_SAMPLES - 1])
-def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) -> None:
-    """Of any kind of prompt; else all that did not fall apart."""
+def test_induced_refusals_are_explicit_ones_if_there_are_4(direct: int) -> None:
+    """Refusals of all kinds of prompt count; with fewer explicit ones, all refusals except failures."""
     categories: list[str | None] = [None] * (3 * COUNT)
     categories[:4] = ["direct", "direct", "nonsense", "deflection"]
     categories[COUNT : COUNT + 4] = [*["direct"] * (direct - 2), *["empty"] * (6 - direct)]
@@ -58,9 +58,9 @@ def test_induced_refusals_are_direct_ones_where_there_are_enough(direct: int) ->
     assert weights[weights > 0].sum() == pytest.approx(1)
 
 
-def test_a_side_without_samples_is_named() -> None:
+def test_a_class_without_samples_is_named() -> None:
     none = Labels.of(np.full(3, -0.9), ["sensitive", "harmful", "benign"])
     weightless = Labels.of([0.9, -0.9], ["sensitive"] * 2, sample_weight=[0, 1])
-    for found in (none, weightless):
+    for empty in (none, weightless):
         with pytest.raises(InputError, match="no refused sensitive prompt"):
-            contrast_weights(found, induce=False)
+            contrast_weights(empty, induce=False)

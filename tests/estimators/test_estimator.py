@@ -1,4 +1,4 @@
-"""Every estimator against a direct inverse in fp64, its invariances, its limits and its errors."""
+"""Test every estimator against a direct inverse in float64, and its invariances, limits and errors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rs_gguf import machine
 from rs_gguf.activations.activations import MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import device
@@ -61,7 +62,7 @@ SAFE: list[type[DirectionEstimator]] = [SensitiveRidge, ContrastRidge, SafeRidge
 
 
 def planted(n: int = 120, n_layers: int = 3, width: int = 10, seed: int = 0) -> tuple[Float64, Float64]:
-    """Activations [n, L, D] that move along a fixed direction with confidence, on correlated noise."""
+    """Return activations [n, L, D] that move along a direction with confidence [n], plus correlated noise."""
     rng = np.random.default_rng(seed)
     confidence = rng.choice([-1, 1], n) * rng.uniform(0.2, 1, n)
     confidence[: n // 10] = rng.uniform(-0.15, 0.15, n // 10)
@@ -72,7 +73,7 @@ def planted(n: int = 120, n_layers: int = 3, width: int = 10, seed: int = 0) -> 
 
 
 def labelled(n: int = 240, width: int = 12, seed: int = 0) -> tuple[Float64, Float64, Names, Names]:
-    """As `planted`, with kinds and two groupings; harm moves along a direction of its own."""
+    """Return `planted` samples with kinds and two groupings; harmful ones move along their own direction."""
     activations, confidence = planted(n, 2, width, seed)
     rng = np.random.default_rng(seed + 100)
     kinds = rng.choice(["sensitive", "harmful", "benign"], n)
@@ -94,7 +95,7 @@ def reference(
     ridge: float,
     weights: Float64 | None = None,
 ) -> Float64:
-    """The formulas as written: covariance by np.cov, then np.linalg.solve, for each layer on its own."""
+    """Compute the formulas literally: covariance by np.cov, then np.linalg.solve, layer by layer."""
     weights = np.ones(len(confidence)) if weights is None else weights
     if estimator.by_confidence:
         weights = weights * np.abs(confidence)
@@ -136,7 +137,7 @@ def test_equals_direct_solve(
 
 
 def eliminate(matrix: Extended, right: Extended) -> Extended:
-    """matrix⁻¹ right by Gaussian elimination; NumPy's solvers would go back to fp64."""
+    """Return matrix⁻¹ right by Gaussian elimination; NumPy's solvers would convert to float64."""
     matrix, right = matrix.copy(), right.copy()
     for k in range(len(matrix)):
         factor = matrix[k + 1 :, k] / matrix[k, k]
@@ -148,12 +149,12 @@ def eliminate(matrix: Extended, right: Extended) -> Extended:
 
 
 @pytest.mark.skipif(
-    bool(np.finfo(np.longdouble).eps > 1e-18), reason="no type wider than fp64 on this platform"
+    bool(np.finfo(np.longdouble).eps > 1e-18), reason="no type wider than float64 on this platform"
 )
 @pytest.mark.parametrize("width", [10, 54, 200], ids=["n>D", "n~D", "n<D"])
 @pytest.mark.parametrize("centred", [True, False])
 def test_tiny_ridges_equal_elimination_in_extended_precision(centred: bool, width: int) -> None:
-    # Here a solve in fp64 itself is wrong in the eighth digit, so it can be no reference.
+    # A solution in float64 is wrong in the eighth digit here, so it cannot be the reference.
     activations, confidence = planted(n_layers=1, width=width)
     kind = WeightedRidgeMeanDifference if centred else UncentredWeightedRidgeMeanDifference
     ridges = [1e-8, 1e-6]
@@ -209,7 +210,7 @@ def test_invariances(kind: type[DirectionEstimator], seed: int, width: int) -> N
     )
 
     gap = activations[confidence > 0.15].mean(axis=0) - activations[confidence < -0.15].mean(axis=0)
-    if not kind.by_confidence:  # the guarantee is about the estimator's own, here unweighted, means
+    if not kind.by_confidence:  # the guarantee holds for the estimator's own means, which are unweighted here
         assert (np.einsum("ld,ld->l", fit, gap) > 0).all()
 
 
@@ -273,7 +274,7 @@ def test_large_ridge_gives_the_mean_difference() -> None:
 def test_small_ridge_gives_linear_discriminant_analysis() -> None:
     rng = np.random.default_rng(4)
     half = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
-    # Both classes have one scatter, so that LDA's pooled covariance is the answered one.
+    # Both classes have the same scatter, so that LDA's pooled covariance is the one of the answered class.
     activations = np.concatenate([half, half + rng.normal(size=6)])[:, None]
     confidence = np.repeat([-1.0, 1.0], 300)
     ours = RidgeMeanDifference(ridge=1e-12).fit(activations, confidence).directions_[0]
@@ -306,7 +307,7 @@ def test_constant_features_and_a_single_answered_sample() -> None:
     activations[:, :, 2] = 3.0
     direction = RidgeMeanDifference(ridge=0.1).fit(activations, confidence).directions_
     np.testing.assert_allclose(direction[:, 2], 0, atol=1e-12)
-    # One answered sample has no spread: any ridge then gives the mean difference.
+    # One answered sample has no spread: every ridge then gives the mean difference.
     keep = (confidence > 0.15) | (np.arange(120) == np.flatnonzero(confidence < -0.15)[0])
     few, score = activations[keep], confidence[keep]
     np.testing.assert_allclose(
@@ -322,8 +323,8 @@ def test_constant_features_and_a_single_answered_sample() -> None:
 def test_one_sample_a_class(kind: type[DirectionEstimator]) -> None:
     activations, _ = planted(n=2)
     fitted = kind().fit(activations, [0.8, -0.6])
-    # Without a spread there is no metric: the line through the two points, but for the two forms that measure
-    # from a point of their own. That of WMD is the midpoint here, on the same line.
+    # Without a spread there is no metric, so the direction is the line through the two points. WMD measures
+    # from the midpoint, which is on this line; the uncentred form measures from zero, which is not.
     if kind is not UncentredWeightedRidgeMeanDifference:
         np.testing.assert_allclose(fitted.directions_, unit(activations[0] - activations[1]), atol=1e-12)
     assert (np.einsum("ld,ld->l", fitted.directions_, activations[0] - activations[1]) > 0).all()
@@ -361,7 +362,7 @@ def test_same_bytes_for_any_number_of_threads_and_cores(width: int, monkeypatch:
     before = torch.get_num_threads()
     results = set()
     for threads, cores in ((1, 1), (2, 1), (2, 2), (1, 4)):
-        monkeypatch.setattr(device, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(machine, "usable_cores", lambda cores=cores: cores)
         torch.set_num_threads(threads)
         try:
             path = fit_paths(activations, confidence, [WeightedRidgeMeanDifference()], ridges=[0.01, 1])[0]
@@ -373,7 +374,7 @@ def test_same_bytes_for_any_number_of_threads_and_cores(width: int, monkeypatch:
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are alive, and the most there were at a time."""
+    """Counts the bytes of the tensors that are alive, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -381,8 +382,8 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self.known:
@@ -390,7 +391,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
                     self.most = max(self.most, self.now)
-        return found
+        return result
 
     def _free(self, pointer: int, size: int) -> None:
         self.known.discard(pointer)
@@ -404,7 +405,7 @@ def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(
 ) -> None:
     activations, confidence = planted(shape[0], 2, shape[1])
     half = activations.astype(np.float16)
-    monkeypatch.setattr(device, "usable_cores", lambda: 1)  # each core works on a layer of its own
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)  # each core works on its own layer
     with Held() as held:
         fit_paths(half, confidence, [kind() for kind in FIVE], ridges=np.geomspace(1e-3, 1e2, 32))
     assert activations[:, 0].nbytes / 4 < held.most < 1.5 * activations[:, 0].nbytes
@@ -412,11 +413,11 @@ def test_a_path_takes_one_and_a_half_layers_beyond_input_and_result(
 
 def test_wide_layers_are_fitted_one_at_a_time_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, two = torch.device("cpu"), Processes(0, 2)
-    monkeypatch.setattr(device, "usable_cores", lambda: 8)
-    monkeypatch.setattr(device, "free_memory", lambda: 16 << 30)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "free_memory", lambda: 16 << 30)
     assert [device.workers(cpu, width) for width in (896, 10_000, 40_000)] == [8, 2, 1]
     assert device.workers(cpu, 896, two) == device.workers(torch.device("cuda"), 896) == 1
-    monkeypatch.setattr(device, "free_memory", lambda: 0)  # unknown
+    monkeypatch.setattr(machine, "free_memory", lambda: 0)  # unknown
     assert device.workers(cpu, 40_000) == 8
 
 
@@ -427,12 +428,12 @@ def test_cuda_where_there_is_none() -> None:
         MeanDifference(device="cuda").fit(*planted())
 
 
-def test_apple_machines_are_told_that_the_cpu_computes(
+def test_apple_machines_get_a_warning_that_the_cpu_computes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    device._say_why_not_mps.cache_clear()
+    device._warn_about_mps.cache_clear()
     assert device.resolve_device("auto").type == "cpu"
     device.resolve_device("auto")
     assert caplog.text.count("MPS has no float64") == 1
@@ -520,7 +521,7 @@ def test_bad_parameters(options: dict[str, Any]) -> None:
 def contrasts(
     activations: Float64, confidence: Float64, kinds: Names, layer: int, inside: Mask | None = None
 ) -> tuple[Float64, Float64]:
-    """δ and h of one layer, |c|-weighted, by np.average."""
+    """Return δ and h of one layer, |c|-weighted, by np.average."""
     h = activations[:, layer]
 
     def mean(mask: Mask) -> Float64:
@@ -586,20 +587,21 @@ def test_residual_directions() -> None:
     np.testing.assert_allclose(np.abs(hard.directions_[0] @ expected), 1, atol=1e-10)
 
 
-def test_harm_cosine_is_that_of_the_mean_contrasts() -> None:
+def test_harm_cosine_is_the_cosine_of_the_mean_contrasts() -> None:
     activations, confidence, kinds, _ = labelled()
     fitted = SensitiveRidge(ridge=1e9).fit(activations, confidence, kinds=kinds)
     delta, harm = contrasts(activations, confidence, kinds, 1)
     assert fitted.contrast_cosine_[1] == pytest.approx(unit(delta) @ unit(harm), abs=1e-12)
     assert fitted.harm_cosine_[1] == pytest.approx(fitted.contrast_cosine_[1], abs=1e-6)
     assert np.isnan(MeanDifference().fit(activations, confidence).harm_cosine_).all()
-    # Kinds are given, but no harmful sample is refused: there is no contrast.
+    # Kinds are known, but no harmful sample is refused: there is no harmful contrast.
     none = np.where(np.array(kinds) == "harmful", -np.abs(confidence), confidence)
-    found = MeanDifference().fit(activations, none, kinds=kinds)
-    assert np.isnan([found.harm_cosine_, found.contrast_cosine_]).all()
+    without = MeanDifference().fit(activations, none, kinds=kinds)
+    assert np.isnan([without.harm_cosine_, without.contrast_cosine_]).all()
 
 
-ROUNDED = 1 + 1e-7 * np.random.default_rng(3).standard_normal((240, 12))  # by what shares a batch
+# Equal rows up to float32 rounding, which depends on the other rows of a batch.
+ROUNDED = 1 + 1e-7 * np.random.default_rng(3).standard_normal((240, 12))
 
 
 @pytest.mark.parametrize("same", [np.ones((240, 12)), ROUNDED], ids=["same", "rounded"])
@@ -609,41 +611,40 @@ def test_a_layer_whose_classes_have_the_same_mean_has_no_direction(
 ) -> None:
     activations, confidence, kinds, _ = labelled()
     fitted = kind().fit(activations, confidence, kinds=kinds)
-    broken = np.insert(activations, 1, same, axis=1)
-    found = kind().fit(broken, confidence, kinds=kinds)
-    assert not found.directions_[1].any()
-    np.testing.assert_array_equal(found.directions_[[0, 2]], fitted.directions_)
-    assert np.isnan([found.harm_cosine_[1], found.contrast_cosine_[1]]).all()
-    assert np.isfinite(found.offset_).all()
+    broken = kind().fit(np.insert(activations, 1, same, axis=1), confidence, kinds=kinds)
+    assert not broken.directions_[1].any()
+    np.testing.assert_array_equal(broken.directions_[[0, 2]], fitted.directions_)
+    assert np.isnan([broken.harm_cosine_[1], broken.contrast_cosine_[1]]).all()
+    assert np.isfinite(broken.offset_).all()
 
 
 @pytest.mark.parametrize("kind", [SafeRidge, ResidualRidge])
 def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind: type[DirectionEstimator]) -> None:
     activations, confidence, kinds, _ = labelled()
     rng = np.random.default_rng(7)
-    # Two values only, as where a block sees but the last token; far from zero, as outlier dimensions are.
+    # Two values, as if a layer sees only the last token; far from zero, as outlier dimensions are.
     one, other = 100 + rng.normal(size=(2, 12))
     two = np.where(rng.random(240)[:, None] < 0.5, one, other)
     options: dict[str, Any] = {"ridges": [1e-3, 1.0], "kinds": kinds}
     (fitted,) = fit_paths(activations, confidence, [kind()], **options)
-    (found,) = fit_paths(np.insert(activations, 1, two, axis=1), confidence, [kind()], **options)
-    assert not found.directions[:, 1].any()
-    assert not found.ridges[:, 1].any()
-    np.testing.assert_array_equal(found.directions[:, [0, 2]], fitted.directions)
-    assert np.isnan([*found.harm_cosine[:, 1], found.contrast_cosine[1]]).all()
+    (path,) = fit_paths(np.insert(activations, 1, two, axis=1), confidence, [kind()], **options)
+    assert not path.directions[:, 1].any()
+    assert not path.ridges[:, 1].any()
+    np.testing.assert_array_equal(path.directions[:, [0, 2]], fitted.directions)
+    assert np.isnan([*path.harm_cosine[:, 1], path.contrast_cosine[1]]).all()
     with pytest.raises(InputError, match=f"{kind.name} has no direction at any layer.*must not respond"):
         kind().fit(two[:, None], confidence, kinds=kinds)
 
 
-def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Path) -> None:
-    """As in LFM2, whose first convolutions see nothing but the end of the chat template."""
+def test_a_layer_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Path) -> None:
+    """LFM2 has such layers: its first convolutions see only the end of the chat template."""
     activations, confidence, kinds, _ = labelled()
     activations = np.insert(activations, 0, np.ones((2, 240, 12)), axis=1).astype(np.float32)
-    asked = [Prompt(str(i), kind) for i, kind in enumerate(kinds)]
+    prompts = [Prompt(str(i), kind) for i, kind in enumerate(kinds)]
     inputs = MatrixInputs(activations, activations[:8], activations[:0], activations[:2])
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5], gate_ridges=[1.0]))
     fit(
-        Samples(asked, activations, confidence, {"ffn_down": inputs}, tmp_path),
+        Samples(prompts, activations, confidence, {"ffn_down": inputs}, tmp_path),
         recipe.fit_options,
         tmp_path,
         advance=lambda _: None,
@@ -668,9 +669,9 @@ def test_a_block_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Pa
 
 def test_safe_errors() -> None:
     activations, confidence, kinds, _ = labelled()
-    with pytest.raises(InputError, match="'harmful'"):
+    with pytest.raises(InputError, match="no sample of kind 'harmful' is refused"):
         SafeRidge().fit(activations, confidence, kinds=np.where(kinds == "harmful", "benign", kinds))
-    with pytest.raises(InputError, match="'benign'"):
+    with pytest.raises(InputError, match="no sample of kind 'benign' is answered"):
         ResidualRidge().fit(activations, confidence, kinds=np.where(kinds == "benign", "sensitive", kinds))
 
 
@@ -689,12 +690,12 @@ from rs_gguf.machine import Processes
 folder = sys.argv[1]
 dist.init_process_group("gloo")
 data = np.load(f"{folder}/in.npz")
-cut = slice(0, 97) if dist.get_rank() == 0 else slice(97, None)
+share = slice(0, 97) if dist.get_rank() == 0 else slice(97, None)
 estimators = [WeightedMeanDifference(), RidgeMeanDifference(), WeightedRidgeMeanDifference(), SafeRidge(),
               UncentredWeightedRidgeMeanDifference()]
 for name in ("narrow", "wide"):
-    mine = [data[key][cut] for key in (name, "confidence", "kinds")]
-    paths = fit_paths(mine[0], mine[1], estimators, kinds=mine[2], processes=Processes.joined())
+    activations, confidence, kinds = (data[key][share] for key in (name, "confidence", "kinds"))
+    paths = fit_paths(activations, confidence, estimators, kinds=kinds, processes=Processes.joined())
     np.save(f"{folder}/{name}-{dist.get_rank()}.npy", np.stack([p.directions for p in paths]))
 dist.destroy_process_group()
 """

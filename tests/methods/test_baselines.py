@@ -1,4 +1,4 @@
-"""The baselines: planted differences are found, ablation ablates, and prompts ask for what is wanted."""
+"""Test the baselines: planted differences are recovered, ablation ablates, prompts ask for the effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(*names: str, effect: str = "remove", system: str | None = None) -> Re
 
 
 def samples(layers: int = LAYERS) -> Samples:
-    """Refused differ from answered along one axis, in block 4 most but for block 9, which is too deep."""
+    """Return samples: refused ones differ along one axis, most in layer 9, which is too deep, then in 4."""
     rng = np.random.default_rng(0)
     refused = np.arange(N) % 2 == 0
     activations = rng.standard_normal((N, layers, WIDTH)).astype(np.float32)
@@ -42,17 +42,17 @@ def samples(layers: int = LAYERS) -> Samples:
 
 
 def templated(template: str) -> Any:
-    """All of a model that a system prompt needs."""
+    """Return the parts of a model that a system prompt needs."""
     return SimpleNamespace(path=Path("tiny.gguf"), chat_template=template, bos_token="", eos_token="")
 
 
 def build(
-    found: Samples, chosen: Recipe, model: LlamaModel | None = None, folder: Path = Path()
+    fit_samples: Samples, chosen: Recipe, model: LlamaModel | None = None, folder: Path = Path()
 ) -> Sequence[Condition]:
     return baselines.build(
         chosen.measure.baselines,
-        found.prompts,
-        lambda: found,
+        fit_samples.prompts,
+        lambda: fit_samples,
         model,  # type: ignore[arg-type]
         folder,
         effect=chosen.effect,
@@ -62,55 +62,57 @@ def build(
 
 
 @pytest.mark.parametrize(("effect", "sign"), [("remove", -1), ("induce", 1)])
-def test_the_mean_difference_is_taken_where_it_tells_most(effect: str, sign: int) -> None:
-    found = samples()
-    (baseline,) = build(found, recipe("md", effect=effect))
-    refused = found.confidence > 0
-    expected = found.activations[refused, 4].mean(axis=0) - found.activations[~refused, 4].mean(axis=0)
+def test_the_mean_difference_is_taken_where_it_separates_best(effect: str, sign: int) -> None:
+    fit_samples = samples()
+    (baseline,) = build(fit_samples, recipe("md", effect=effect))
+    refused, rows = fit_samples.confidence > 0, fit_samples.activations[:, 4]
+    expected = rows[refused].mean(axis=0) - rows[~refused].mean(axis=0)
     assert list(baseline.steering.directions) == [4]
     np.testing.assert_allclose(baseline.steering.directions[4], sign * expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["rmd", "wrmd"])
 def test_as_printed_adds_up_to_the_papers_strength(name: str) -> None:
-    found = samples()
-    (remove,) = build(found, recipe(name))
-    (induce,) = build(found, recipe(name, effect="induce"))
+    fit_samples = samples()
+    (remove,) = build(fit_samples, recipe(name))
+    (induce,) = build(fit_samples, recipe(name, effect="induce"))
     added = remove.steering.directions
     assert len(added) == LAYERS // 3
     assert 4 in added
     assert 0 not in added
-    # Away from refusal, along the planted axis of the block; to induce it the other way round.
+    # Away from refusal along the planted axis of the layer; the opposite way to induce.
     assert added[4][4] < 0 < induce.steering.directions[4][4]
     assert abs(added[4][4]) > 0.75 * np.linalg.norm(added[4])
     # α·s with k·|α| = 3 and s = |Q₀.₀₅(p)/Q₀.₀₅(c)| of the answered samples.
     direction = added[4] / np.linalg.norm(added[4])
-    answered = found.confidence < 0
-    middle = 0.5 * sum(found.activations[side, 4].mean(axis=0) for side in (answered, ~answered))
-    low = np.quantile((found.activations[answered, 4] - middle) @ -direction, 0.05) / -0.9
+    answered, rows = fit_samples.confidence < 0, fit_samples.activations[:, 4]
+    middle = 0.5 * sum(rows[mask].mean(axis=0) for mask in (answered, ~answered))
+    low = np.quantile((rows[answered] - middle) @ -direction, 0.05) / -0.9
     assert np.linalg.norm(added[4]) == pytest.approx(3 / 3 * abs(low), rel=0.05)
 
 
 def test_a_system_prompt_asks_for_the_effect() -> None:
-    found, model = samples(), templated("{{ messages | map(attribute='content') | join }}")
-    (opened,) = build(found, recipe("system-prompt"), model)
-    assert opened.steering is NO_STEERING
-    assert "openly" in (opened.system or "")
-    (own,) = build(found, recipe("system-prompt", system="You are a pirate."), model)
-    assert own.system == f"You are a pirate.\n\n{opened.system}"
-    (closed,) = build(found, recipe("system-prompt", effect="induce"), model)
-    listed = [line.removeprefix("- ") for line in (closed.system or "").split("\n")[1:]]
-    wanted = {p.prompt for p in found.prompts if p.kind == "sensitive"}
-    assert len(set(listed)) == 6
-    assert set(listed) <= wanted
+    fit_samples, model = samples(), templated("{{ messages | map(attribute='content') | join }}")
+    (remove,) = build(fit_samples, recipe("system-prompt"), model)
+    assert remove.steering is NO_STEERING
+    assert "openly" in (remove.system or "")
+    (own,) = build(fit_samples, recipe("system-prompt", system="You are a pirate."), model)
+    assert own.system == f"You are a pirate.\n\n{remove.system}"
+    (induce,) = build(fit_samples, recipe("system-prompt", effect="induce"), model)
+    examples = [line.removeprefix("- ") for line in (induce.system or "").split("\n")[1:]]
+    sensitive = {p.prompt for p in fit_samples.prompts if p.kind == "sensitive"}
+    assert len(set(examples)) == 6
+    assert set(examples) <= sensitive
 
 
-def test_of_a_long_request_the_beginning_is_shown() -> None:
-    asked = [Prompt(f"Case {k}.\n" + "The patient takes a medicine. " * 200, "sensitive") for k in range(10)]
-    shown = (baselines.system_prompt(asked, "induce", None, seed=0).system or "").split("\n- ")[1:]
-    assert len(shown) == 6
-    assert all(" ".join(asked[int(line[5])].prompt.split()).startswith(line) for line in shown)
-    assert {len(line) for line in shown} == {200}
+def test_the_beginning_of_a_long_prompt_is_shown() -> None:
+    prompts = [
+        Prompt(f"Case {k}.\n" + "The patient takes a medicine. " * 200, "sensitive") for k in range(10)
+    ]
+    examples = (baselines.system_prompt(prompts, "induce", None, seed=0).system or "").split("\n- ")[1:]
+    assert len(examples) == 6
+    assert all(" ".join(prompts[int(line[5])].prompt.split()).startswith(line) for line in examples)
+    assert {len(line) for line in examples} == {200}
 
 
 @pytest.mark.parametrize(
@@ -124,19 +126,19 @@ def test_a_template_without_a_system_prompt_does_without_that_baseline(
     template: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = templated(template)
-    found = build(samples(), recipe("system-prompt", "md"), model)
-    assert [side.name for side in found] == ["md, one block"]
+    conditions = build(samples(), recipe("system-prompt", "md"), model)
+    assert [condition.name for condition in conditions] == ["md, one block"]
     assert "tiny takes no system prompt" in caplog.text
 
 
-def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> None:
+def test_after_ablation_no_layer_adds_along_the_direction(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_tiny_qwen2(path, n_layer=LAYERS, n_embd=WIDTH)
-    found = samples()
-    (difference,) = build(found, recipe("md"))
+    fit_samples = samples()
+    (difference,) = build(fit_samples, recipe("md"))
     unit = -difference.steering.directions[4] / np.linalg.norm(difference.steering.directions[4])
     with LlamaModel(path, n_threads=1) as model:
-        (ablated,) = build(found, recipe("ablation"), model, tmp_path)
+        (ablated,) = build(fit_samples, recipe("ablation"), model, tmp_path)
         prompt = [[5, 9, 17, 30]]
 
         def along() -> np.ndarray:
@@ -145,26 +147,26 @@ def test_after_ablation_no_block_writes_along_the_direction(tmp_path: Path) -> N
         before = along()
         with model.steered(ablated.steering):
             after = along()
-    # What the embedding put there stays, and nothing is added to it.
+    # The part of the embedding stays, and no layer adds to it.
     assert np.ptp(after) < 1e-3 * np.ptp(before)
 
 
-def test_ablation_that_would_leave_the_experts_is_left_out(
+def test_ablation_is_left_out_for_a_model_of_experts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "experts.gguf"
     write_tiny_qwen3(path, THINKING_TEMPLATE, experts=4, n_layer=3)
-    found = samples(layers=3)
+    fit_samples = samples(layers=3)
     with LlamaModel(path, n_parallel=2, n_ctx=256) as model:
-        assert build(found, recipe("ablation"), model, tmp_path) == []
+        assert build(fit_samples, recipe("ablation"), model, tmp_path) == []
     assert "ffn_down_exps" in caplog.text
 
 
 def test_ablation_is_for_removal_from_a_gguf_file(tmp_path: Path) -> None:
-    found = samples()
+    fit_samples = samples()
     gguf, folder = (cast("LlamaModel", SimpleNamespace(can=can)) for can in (Can.LORA, Can(0)))
     with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
-        baselines.ablation(found, gguf, tmp_path, "induce", None)
+        baselines.ablation(fit_samples, gguf, tmp_path, "induce", None)
     for effect in ("remove", "induce"):
         with pytest.raises(InputError, match=r"measure\.baselines: ablation"):
-            build(found, recipe("ablation", effect=effect), folder)
+            build(fit_samples, recipe("ablation", effect=effect), folder)

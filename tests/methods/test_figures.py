@@ -1,4 +1,4 @@
-"""Each figure is a readable image, repeats byte for byte and shows what it is given; the fit stage draws."""
+"""Test that each figure is a readable image with the same bytes each time, and that the fit stage draws."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_png_and_svg_repeat(draw: Draw, name: str, tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "new"]  # no left-overs
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "new"]  # no other file
 
 
 def test_a_failed_figure_leaves_the_old_file(draw: Draw, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_principal_components_equal_the_svd(shape: tuple[int, int]) -> None:
 
 
 def samples(n: int) -> Samples:
-    """Judged prompts of all kinds, refused and answered in turn, that differ along the first dimension."""
+    """Return judged prompts of all kinds; refused and answered ones differ along the first dimension."""
     rng = np.random.default_rng(2)
     confidence = np.resize([0.9, 0.8, 0.7, -0.9, -0.8, -0.7], n) + rng.uniform(-0.1, 0.1, n)
     activations = rng.normal(size=(n, 3, 24)).astype(np.float32)
@@ -101,66 +101,66 @@ def fit(given: Samples, folder: Path, estimators: list[str]) -> dict[str, bytes]
 
 
 def test_the_fit_stage_draws_and_repeats_for_any_thread_count(tmp_path: Path) -> None:
-    # Large enough that BLAS would share out a product over the samples.
+    # Large enough that BLAS would split a product over threads.
     given, results = samples(3600), []
     for threads in (1, 2):
         with threadpool_limits(threads):
             results.append(fit(given, tmp_path / str(threads), ["contrast-wrmd", "md"]))
     drawn = {name for name in results[0] if name.startswith("figures")}
-    of_each = [f"{e}-{n}" for e in ("contrast-wrmd", "md") for n in ("scores", "projections", "mass")]
-    names = [*of_each, "contrast-wrmd-ridge", "pca", "cosines"]  # md has no ridge
+    names = [f"{e}-{n}" for e in ("contrast-wrmd", "md") for n in ("scores", "projections", "mass")]
+    names += ["contrast-wrmd-ridge", "pca", "cosines"]  # md has no ridge
     assert drawn == {f"figures/{name}.svg" for name in names}
     assert all(ElementTree.fromstring(results[0][name]).tag.endswith("svg") for name in drawn)
     assert results[0] == results[1]
 
 
-def test_too_few_refusals_of_harm_to_hold_any_out_leave_the_fit_as_it_is(tmp_path: Path) -> None:
+def test_a_class_with_fewer_samples_than_folds_gets_a_fit_without_a_ridge_figure(tmp_path: Path) -> None:
     given = samples(60)
     harmful = np.flatnonzero([p.kind == "harmful" for p in given.prompts])
     given.confidence[harmful[1:]] = -0.9
-    given.confidence[harmful[0]] = 0.9  # of five folds, one has to do without it
-    left = fit(given, tmp_path, ["safe-wrmd"])
-    assert "directions.safetensors" in left
-    assert "figures/safe-wrmd-ridge.svg" not in left
+    given.confidence[harmful[0]] = 0.9  # the fold that holds it out has no refused harmful sample
+    files = fit(given, tmp_path, ["safe-wrmd"])
+    assert "directions.safetensors" in files
+    assert "figures/safe-wrmd-ridge.svg" not in files
 
 
-def test_figures_of_an_earlier_fit_go_and_small_classes_do_without_a_ridge_path(tmp_path: Path) -> None:
+def test_figures_of_an_earlier_fit_are_removed_and_small_classes_have_no_ridge_figure(tmp_path: Path) -> None:
     fit(samples(60), tmp_path, ["wrmd", "md"])
     assert (tmp_path / "figures" / "wrmd-ridge.svg").is_file()
-    left = fit(samples(6), tmp_path, ["wrmd"])  # three of a class: five folds are not to be had
-    assert {name for name in left if name.startswith("figures")} == {
+    files = fit(samples(6), tmp_path, ["wrmd"])  # 3 samples per class are too few for 5 folds
+    assert {name for name in files if name.startswith("figures")} == {
         f"figures/{name}.svg" for name in ("cosines", "pca", "wrmd-mass", "wrmd-projections", "wrmd-scores")
     }
 
 
-def test_adapters_that_a_search_tried_go_with_the_fit_that_they_are_made_of(tmp_path: Path) -> None:
+def test_a_new_fit_removes_the_adapters_of_an_earlier_search(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "gate-1-1-2-0.gguf").touch()
     fit(samples(6), tmp_path, ["md"])
     assert not (tmp_path / "adapters").exists()
 
 
-def test_a_vector_is_calibrated_on_the_side_that_it_moves_towards(tmp_path: Path) -> None:
-    """s⁻ of the answered to remove, s⁺ of the refused to induce (method §5)."""
+def test_a_vector_is_calibrated_on_the_class_that_it_moves_towards(tmp_path: Path) -> None:
+    """To remove, s⁻ of the answered samples; to induce, s⁺ of the refused ones (method §5)."""
     given = samples(600)
     given.activations[given.confidence > 0] *= 3.0
     cases: list[tuple[Literal["remove", "induce"], int, int]] = [("remove", 1, 1), ("induce", 0, -1)]
-    for effect, side, sign in cases:
+    for effect, index, sign in cases:
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
         fitting.fit(given, recipe.fit_options, tmp_path / effect, advance=lambda _: None)
-        found = ControlVector().load(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
-        assert found.sign == sign
+        directions = ControlVector().load(tmp_path / effect, recipe.fit_options)["wrmd", 0.5]
+        assert directions.sign == sign
         offset = ESTIMATORS["wrmd"](ridge=0.5).fit(given.activations, given.confidence).offset_
-        v, o = found.unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
+        v, o = directions.unit[:, np.newaxis].astype(np.float32), offset.astype(np.float32)
         projections = numpy_projections(given.activations, v, o)[:, :, 0]
         expected = calibration_scales(projections, given.confidence)
-        np.testing.assert_allclose(found.scales, expected[side], rtol=1e-4)
+        np.testing.assert_allclose(directions.scales, expected[index], rtol=1e-4)
         assert not np.allclose(expected[0], expected[1], rtol=0.1)
 
 
 def test_without_a_covariance_one_ridge_is_enough(tmp_path: Path) -> None:
     recipe = Recipe(fit=Fit(estimators=["md", "wrmd"], ridges=[0.5, 2.0]))
     fitting.fit(samples(60), recipe.fit_options, tmp_path, advance=lambda _: None)
-    found = ControlVector().load(tmp_path, recipe.fit_options)
-    assert set(found) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}
+    fitted = ControlVector().load(tmp_path, recipe.fit_options)
+    assert set(fitted) == {("md", 0.0), ("wrmd", 0.5), ("wrmd", 2.0)}

@@ -1,4 +1,4 @@
-"""What every method of making steering files does, from samples of the fit split to a file."""
+"""Test what every method does, from samples of the fit split to a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fit:
 
 @pytest.fixture(scope="module", params=METHODS)
 def fit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fit:
-    """What a method fitted, drew and saved."""
+    """Fit, save and draw with one method."""
     method, folder = METHODS[request.param], tmp_path_factory.mktemp(request.param)
     samples, advanced = samples_in(folder), list[int]()
     fitted = method.fit(samples, OPTIONS, advance=advanced.append)
@@ -67,21 +67,21 @@ def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
     assert fit.method.suits(SimpleNamespace(can=Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP))  # type: ignore[arg-type]
 
 
-def test_it_advances_as_far_as_it_says(fit: Fit) -> None:
+def test_it_advances_by_its_steps(fit: Fit) -> None:
     assert sum(fit.advanced) == fit.method.steps(OPTIONS, LAYERS)
 
 
-def test_what_is_saved_is_a_file_that_is_read(fit: Fit) -> None:
+def test_a_fit_is_saved_and_loaded(fit: Fit) -> None:
     assert (fit.folder / fit.method.artefact).is_file()
     assert json.loads(json.dumps(fit.record, allow_nan=False)) == fit.record
     loaded = fit.method.load(fit.folder, OPTIONS)
     for candidate in fit.candidates():
-        for found, again in zip(
+        for file, again in zip(
             files(fit, candidate), files(replace(fit, fitted=loaded), candidate), strict=True
         ):
-            assert found.provenance == again.provenance
-            assert found.cosines(again) == pytest.approx(dict.fromkeys(found.norms, 1.0))
-            assert found.norms == pytest.approx(again.norms)
+            assert file.provenance == again.provenance
+            assert file.cosines(again) == pytest.approx(dict.fromkeys(file.norms, 1.0))
+            assert file.norms == pytest.approx(again.norms)
 
 
 def test_the_same_samples_give_the_same_bytes(fit: Fit, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_its_space_holds_its_candidates_alone(fit: Fit) -> None:
             assert not space.holds(replace(space.start[0], method=other.name))
 
 
-def test_its_candidates_survive_being_rows(fit: Fit) -> None:
+def test_its_candidates_are_read_back_from_rows(fit: Fit) -> None:
     for candidate in fit.candidates():
         trial = Trial(1, candidate, "short", 0.5, 1.0)
         assert load_trials([json.loads(json.dumps(trial.to_row()))]) == [trial]
@@ -113,11 +113,11 @@ def files(fit: Fit, candidate: Candidate) -> tuple[steering_file.SteeringFile, .
 
 
 def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp_path: Path) -> None:
-    """That of the search is at unit strength, scaled: equal up to rounding."""
+    """The search scales a file of unit strength, so both are equal up to rounding."""
     candidate = replace(fit.candidates()[0], strength=0.5)
-    found = files(fit, candidate)
-    assert len(found) == len(fit.method.suffixes)
-    for suffix, file in zip(fit.method.suffixes, found, strict=True):
+    written = files(fit, candidate)
+    assert len(written) == len(fit.method.suffixes)
+    for suffix, file in zip(fit.method.suffixes, written, strict=True):
         assert (file.architecture, file.provenance) == ("qwen2", {"effect": "remove"})
         assert set(file.layers) <= set(range(candidate.first, candidate.last + 1))
         steering_file.write(file, tmp_path / f"remove{suffix}")
@@ -127,26 +127,26 @@ def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp
         with model.steered(steering):
             return next(model.next_logits(prompt))[1].copy()
 
-    searched = logits(fit.method.steering(fit.fitted, candidate, "qwen2", tmp_path / "scratch"))
-    (written,) = (
+    of_search = logits(fit.method.steering(fit.fitted, candidate, "qwen2", tmp_path / "scratch"))
+    (of_file,) = (
         logits(file.steering(tmp_path / f"remove{suffix}"))
-        for suffix, file in zip(fit.method.suffixes, found, strict=True)
+        for suffix, file in zip(fit.method.suffixes, written, strict=True)
     )
-    plain = next(model.next_logits(prompt))[1].copy()
-    assert not np.array_equal(searched, plain)
-    np.testing.assert_allclose(searched, written, atol=1e-3 * np.abs(searched - plain).max() + 1e-5)
+    unsteered = next(model.next_logits(prompt))[1].copy()
+    assert not np.array_equal(of_search, unsteered)
+    np.testing.assert_allclose(of_search, of_file, atol=1e-3 * np.abs(of_search - unsteered).max() + 1e-5)
 
 
-def test_inducing_has_a_space_and_files_of_its_own(fit: Fit) -> None:
+def test_inducing_has_its_own_space_and_files(fit: Fit) -> None:
     options = replace(OPTIONS, effect="induce")
     fitted = fit.method.fit(fit.samples, options)
     candidate = fit.method.space(fitted, LAYERS, "induce").start[0]
-    (found,) = fit.method.files(fitted, candidate, "qwen2", {})
-    (other,) = files(fit, candidate)
-    assert all(cosine < 0 for cosine in found.cosines(other).values())
+    (induce,) = fit.method.files(fitted, candidate, "qwen2", {})
+    (remove,) = files(fit, candidate)
+    assert all(cosine < 0 for cosine in induce.cosines(remove).values())
 
 
-def test_nothing_is_loaded_where_nothing_can_be_fitted(tmp_path: Path) -> None:
+def test_without_inputs_no_adapter_is_fitted_or_loaded(tmp_path: Path) -> None:
     samples = replace(samples_in(tmp_path), inputs={})
     assert METHODS["adapter"].fit(samples, OPTIONS) is None
     assert METHODS["adapter"].load(tmp_path, OPTIONS) is None

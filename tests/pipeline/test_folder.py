@@ -1,4 +1,4 @@
-"""Rows survive a kill at any byte; keys decide what is done."""
+"""Test that rows survive a kill at any byte, and that keys decide which stages are done."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_rows_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
 
 
 def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
-    """A kill between the final file and the mark does not have the stage done once more."""
+    """After a kill between the final file and the mark, the rows of the stage are not lost."""
     folder = RunFolder(tmp_path)
     log = folder.log("answers.jsonl", "k")
     log.append({"id": "1", "answer": "yes"})
@@ -40,7 +40,7 @@ def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "state.json"]
 
 
-def test_half_a_surrogate_pair_is_kept_as_it_came(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     row = {"id": "1", "answer": "half \ud83d, whole 😀"}
     log = folder.log("answers.jsonl", "k")
@@ -50,7 +50,7 @@ def test_half_a_surrogate_pair_is_kept_as_it_came(tmp_path: Path) -> None:
     assert folder.read_rows("answers.jsonl") == [row]
 
 
-def test_rows_of_other_inputs_are_not_taken(tmp_path: Path) -> None:
+def test_rows_of_other_inputs_are_not_used(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log("judgements.jsonl", "old").append({"id": "1"})
     assert folder.log("judgements.jsonl", "new").rows == {}
@@ -69,7 +69,7 @@ def test_a_stage_is_done_for_its_own_inputs_only(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).seconds() == {"score": 2.5}
 
 
-def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:
+def test_only_files_of_stages_are_forgotten(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_done("answer", "key", 1.5)
     folder.log("judgements.jsonl", "key").append({"id": "1"})
@@ -77,12 +77,12 @@ def test_what_is_forgotten_is_what_the_stages_left(tmp_path: Path) -> None:
     elsewhere.mkdir()
     folder.path.joinpath("activations").symlink_to(elsewhere)
     (tmp_path / "adapters").mkdir()
-    mine = [tmp_path / "mine.jsonl", tmp_path / "model.safetensors", tmp_path / "remove.gguf"]
-    for path in mine:
+    kept = [tmp_path / "own.jsonl", tmp_path / "model.safetensors", tmp_path / "remove.gguf"]
+    for path in kept:
         path.touch()
     folder.forget_all()
     assert folder.seconds() == {}
-    assert sorted(tmp_path.iterdir()) == sorted([*mine, elsewhere])
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, elsewhere])
 
 
 @pytest.mark.parametrize("text", [None, '{"id": "1"}\n{"id"\n'], ids=["missing", "damaged"])
@@ -99,11 +99,11 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_error_of_the_run_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_error_of_the_run_passes_the_lock_unchanged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(PermissionError, match="elsewhere"), folder.locked():
         raise PermissionError(13, "Permission denied", "elsewhere")
-    with folder.locked():  # and the lock is free again
+    with folder.locked():  # the lock is free again
         pass
 
 

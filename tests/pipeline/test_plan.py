@@ -1,5 +1,7 @@
-"""A plan counts what the stages do: shapes against PyTorch and published sizes, prompts and bytes against
-a run, seconds against machines of known speed.
+"""Test that a plan counts what the stages do.
+
+Dimensions are compared with PyTorch and published sizes, prompts and bytes with a run, and seconds with
+machines of known speed.
 """
 
 from __future__ import annotations
@@ -27,8 +29,7 @@ from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.models import catalogue
-from rs_gguf.models import dimensions as shapes
+from rs_gguf.models import catalogue, dimensions
 from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline import costs, recipe
@@ -43,7 +44,7 @@ from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32
 UNIT = Speed(read=1e-3, begin=1e-3, answer=1e-3, judge=1e-3, algebra=math.inf, source="")
-PLANNED = list(STAGES)[:-1]  # the report takes seconds
+PLANNED = list(STAGES)[:-1]  # the report takes only seconds
 
 
 @pytest.fixture(scope="module")
@@ -58,51 +59,51 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrained
     return write_tiny_qwen2(tmp_path_factory.mktemp("plan") / "same.gguf", n_layer=N_LAYER, n_embd=WIDTH)
 
 
-# ---- shapes ------------------------------------------------------------------------------------------
+# ---- dimensions --------------------------------------------------------------------------------------
 
 
-def test_the_shape_of_a_file_is_that_of_its_network(tiny: Path, network: Any) -> None:
-    found = shapes.of_gguf(tiny)
+def test_dimensions_of_a_file_are_those_of_its_network(tiny: Path, network: Any) -> None:
+    result = dimensions.of_gguf(tiny)
     blocks = sum(p.numel() for n, p in network.named_parameters() if ".layers." in n)
-    assert (found.n_layer, found.width, found.n_vocab) == (N_LAYER, WIDTH, network.config.vocab_size)
-    assert (found.dense, found.experts, found.head) == (blocks, 0, network.lm_head.weight.numel())
-    assert found.writers == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
-    assert found.weights == tiny.stat().st_size
+    assert (result.n_layer, result.width, result.n_vocab) == (N_LAYER, WIDTH, network.config.vocab_size)
+    assert (result.dense, result.experts, result.head) == (blocks, 0, network.lm_head.weight.numel())
+    assert result.writers == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+    assert result.weights == tiny.stat().st_size
     with torch.inference_mode():
         output = network(torch.zeros((1, 5), dtype=torch.long), use_cache=True)
-    kept = output.get("cache") or output.get("past_key_values")  # as versions of transformers name it
-    assert found.cache * 5 == sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
+    kept = output.get("cache") or output.get("past_key_values")  # by the version of transformers
+    assert result.cache * 5 == sum(layer.keys.numel() + layer.values.numel() for layer in kept.layers)
 
 
-def test_the_same_model_has_one_shape(tiny: Path, network: Any) -> None:
-    assert shapes.of_config(network.config, 32) == replace(
-        shapes.of_gguf(tiny), weights=4 * sum(p.numel() for p in network.parameters())
+def test_a_file_and_its_configuration_have_the_same_dimensions(tiny: Path, network: Any) -> None:
+    assert dimensions.of_config(network.config, 32) == replace(
+        dimensions.of_gguf(tiny), weights=4 * sum(p.numel() for p in network.parameters())
     )
 
 
 def parameters(model: LlamaModel) -> int:
-    """All of a loaded model's, as llama.cpp counts them."""
+    """Return the number of parameters of a loaded model, as llama.cpp counts them."""
     return int(llama_cpp.llama_model_n_params(model.handle))
 
 
-def total(found: ModelDimensions) -> int:
-    """The same from a shape: with an embedding, and the norm before an output matrix of its own."""
-    return found.dense + found.experts + found.head + found.n_vocab * found.width + found.width
+def total(result: ModelDimensions) -> int:
+    """Return the same number from dimensions, with the embedding and the norm before the output."""
+    return result.dense + result.experts + result.head + result.n_vocab * result.width + result.width
 
 
 def test_llama_cpp_counts_the_same(tiny: Path) -> None:
     with LlamaModel(tiny, n_parallel=1, n_ctx=256) as model:
-        assert parameters(model) == total(shapes.of_gguf(tiny))
+        assert parameters(model) == total(dimensions.of_gguf(tiny))
 
 
-def test_operations_are_those_that_pytorch_counts(network: Any) -> None:
+def test_operations_equal_those_that_pytorch_counts(network: Any) -> None:
     tokens = 7
     network = transformers.AutoModelForCausalLM.from_config(network.config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.zeros((1, tokens), dtype=torch.long))
-    found = shapes.of_config(network.config, 32)
+    result = dimensions.of_config(network.config, 32)
     vectors = sum(p.numel() for p in network.model.layers.parameters() if p.ndim == 1)  # no products
-    planned = tokens * (found.flops(tokens) + 2 * found.head - 2 * vectors)
+    planned = tokens * (result.flops(tokens) + 2 * result.head - 2 * vectors)
     assert planned == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
@@ -111,7 +112,7 @@ _QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embed
 
 @pytest.mark.parametrize(
     ("config", "stored", "active", "cache"),
-    [  # billions of parameters without embeddings, and with those in use, as their makers tell them
+    [  # billions of parameters without embeddings, and of active ones with embeddings, as published
         (
             transformers.Qwen3Config(
                 **_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
@@ -141,18 +142,20 @@ _QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embed
 def test_published_sizes_of_large_models(
     config: transformers.PretrainedConfig, stored: float, active: float, cache: int
 ) -> None:
-    found = shapes.of_config(config, 4.85)
-    assert (found.dense + found.experts) / 1e9 == pytest.approx(stored, rel=0.01)
-    assert (found.active + 2 * found.head) / 1e9 == pytest.approx(active, rel=0.03)
-    assert found.cache == cache
-    assert found.weights == pytest.approx((found.dense + found.experts + 2 * found.head) * 4.85 / 8, rel=1e-3)
-    # Experts get no gate, and blocks of two kinds no adapter.
-    assert set(found.writers) == {
+    result = dimensions.of_config(config, 4.85)
+    assert (result.dense + result.experts) / 1e9 == pytest.approx(stored, rel=0.01)
+    assert (result.active + 2 * result.head) / 1e9 == pytest.approx(active, rel=0.03)
+    assert result.cache == cache
+    assert result.weights == pytest.approx(
+        (result.dense + result.experts + 2 * result.head) * 4.85 / 8, rel=1e-3
+    )
+    # Experts get no gate vector, and models with two sorts of layers get no adapter.
+    assert set(result.writers) == {
         "qwen3": {"attn_output", "ffn_down"}, "qwen3_moe": {"attn_output"}, "qwen3_next": set(),
     }[config.model_type]  # fmt: skip
 
 
-def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
+def test_a_step_reads_the_experts_that_at_least_one_token_uses() -> None:
     shape = ModelDimensions(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 32):
@@ -164,7 +167,7 @@ def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
 
 
 def _file(path: Path, family: str, tensors: dict[str, tuple[int, ...]], **values: float) -> Path:
-    """A header with tensors of these shapes (outputs first) and nothing behind it."""
+    """Write a header with tensors of these shapes (outputs first), without data."""
     writer = GGUFWriter(path, family)
     for key, value in values.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{family}.{key}", value)
@@ -185,31 +188,31 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     one = {f"blk.0.{name}": shape for name, shape in block.items()} | {"blk.0.attn_qkv.weight": (40, 16)}
     two = {f"blk.1.{name}": shape for name, shape in block.items()} | {"blk.1.attn_kv_a_mqa.weight": (5, 16)}
     sizes = {"block_count": 2, "embedding_length": 16, "expert_count": 4, "expert_used_count": 1}
-    found = shapes.of_gguf(
+    result = dimensions.of_gguf(
         _file(tmp_path / "m.gguf", "moe", {"token_embd.weight": (99, 16), **one, **two}, **sizes)
     )
-    assert found.experts == 2 * 2 * 4 * 8 * 16
-    assert found.dense == 2 * (16 * 24 + 4 * 16 + 16 * 8) + 40 * 16 + 5 * 16
-    assert found.active == found.dense + found.experts / 4
-    assert found.cache == (40 - 24) + 5
-    assert (found.attention, found.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
-    assert found.writers == {"attn_output": 24}
+    assert result.experts == 2 * 2 * 4 * 8 * 16
+    assert result.dense == 2 * (16 * 24 + 4 * 16 + 16 * 8) + 40 * 16 + 5 * 16
+    assert result.active == result.dense + result.experts / 4
+    assert result.cache == (40 - 24) + 5
+    assert (result.attention, result.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
+    assert result.writers == {"attn_output": 24}
 
 
 @pytest.mark.parametrize(
     ("first", "second", "writers"),
     [
-        (  # DeepSeek: experts from the second block on
+        (  # DeepSeek: experts from the second layer on
             {"attn_output": (16, 24), "ffn_down": (16, 48)},
             {"attn_output": (16, 24), "ffn_down_exps": (4, 16, 8)},
             {"attn_output": 24},
         ),
-        (  # LFM2: convolutions in place of attention
+        (  # LFM2: convolutions instead of attention
             {"shortconv.out_proj": (16, 16), "ffn_down": (16, 48)},
             {"attn_output": (16, 16), "ffn_down": (16, 48)},
             {"ffn_down": 48},
         ),
-        (  # OpenELM: every block as wide as it likes
+        (  # OpenELM: layers of different widths
             {"attn_output": (16, 12), "ffn_down": (16, 32)},
             {"attn_output": (16, 16), "ffn_down": (16, 48)},
             {},
@@ -217,7 +220,7 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
         ({"ssm_out": (16, 16)}, {"attn_output": (16, 16)}, {}),
     ],
 )  # fmt: skip
-def test_an_adapter_changes_what_every_block_has(
+def test_an_adapter_changes_matrices_that_every_layer_has(
     first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]], writers: dict[str, int],
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -225,23 +228,25 @@ def test_an_adapter_changes_what_every_block_has(
         f"blk.{n}.{name}.weight": s for n, block in enumerate((first, second)) for name, s in block.items()
     }
     tensors = {"token_embd.weight": (99, 16), **blocks}
-    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16))
-    assert found.writers == writers
+    result = dimensions.of_gguf(
+        _file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16)
+    )
+    assert result.writers == writers
 
 
-def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
-    """The last one guesses a token further ahead."""
+def test_layers_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
+    """The last layer predicts one more token ahead."""
     block = {"attn_output.weight": (16, 24), "ffn_down.weight": (16, 48)}
     tensors: dict[str, tuple[int, ...]] = {
         f"blk.{n}.{name}": shape for n in range(2) for name, shape in block.items()
     }
     tensors |= {"token_embd.weight": (99, 16), "blk.2.nextn.eh_proj.weight": (16, 32)}
     values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
-    found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
-    assert (found.n_layer, found.dense) == (2, 2 * (16 * 24 + 16 * 48))
-    assert found.writers == {"attn_output": 24, "ffn_down": 48}
+    result = dimensions.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
+    assert (result.n_layer, result.dense) == (2, 2 * (16 * 24 + 16 * 48))
+    assert result.writers == {"attn_output": 24, "ffn_down": 48}
 
-    # llama.cpp does without that block's tensors.
+    # llama.cpp loads a file without the tensors of that layer.
     reader, writer = GGUFReader(tiny), GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in ("general.architecture", "qwen2.block_count"):
@@ -252,21 +257,21 @@ def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path
         writer.add_tensor(tensor.name, tensor.data)
     finish(writer)
     with LlamaModel(tmp_path / "tiny.gguf", n_parallel=1, n_ctx=256) as model:
-        assert model.n_layer == shapes.of_gguf(model.path).n_layer == N_LAYER
+        assert model.n_layer == dimensions.of_gguf(model.path).n_layer == N_LAYER
 
 
-def test_a_header_cut_anywhere_is_one_error_or_the_shape(tiny: Path, tmp_path: Path) -> None:
+def test_a_header_cut_anywhere_is_one_error_or_gives_the_dimensions(tiny: Path, tmp_path: Path) -> None:
     data = tiny.read_bytes()
     reader = GGUFReader(tiny)
     end = reader.data_offset
-    expected = shapes.of_gguf(tiny)
+    expected = dimensions.of_gguf(tiny)
     path = tmp_path / "cut.gguf"
-    path.write_bytes(data[:end])  # the weights are not there
-    assert replace(shapes.of_gguf(path), weights=expected.weights) == expected
+    path.write_bytes(data[:end])  # without the weights
+    assert replace(dimensions.of_gguf(path), weights=expected.weights) == expected
     for size in [0, 3, 8, 20, *range(24, end - 64, 97)]:
         path.write_bytes(data[:size])
         with pytest.raises(InputError, match=r"cut\.gguf"):
-            shapes.of_gguf(path)
+            dimensions.of_gguf(path)
 
 
 @pytest.mark.parametrize(
@@ -294,10 +299,10 @@ def test_a_header_without_a_language_model(
     tensors: dict[str, tuple[int, ...]], values: dict[str, float], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"m\.gguf"):
-        shapes.of_gguf(_file(tmp_path / "m.gguf", "none", tensors, **values))
+        dimensions.of_gguf(_file(tmp_path / "m.gguf", "none", tensors, **values))
 
 
-def test_a_header_that_lies_is_one_error(tiny: Path, tmp_path: Path) -> None:
+def test_a_wrong_header_is_one_error(tiny: Path, tmp_path: Path) -> None:
     data = tiny.read_bytes()[: GGUFReader(tiny).data_offset]
     rng = np.random.default_rng(0)
     path = tmp_path / "wrong.gguf"
@@ -307,10 +312,10 @@ def test_a_header_that_lies_is_one_error(tiny: Path, tmp_path: Path) -> None:
             wrong[place] = rng.integers(256)
         path.write_bytes(wrong)
         with contextlib.suppress(InputError):  # any other exception fails the test
-            shapes.of_gguf(path)
+            dimensions.of_gguf(path)
 
 
-# ---- what is counted ---------------------------------------------------------------------------------
+# ---- counts ------------------------------------------------------------------------------------------
 
 
 def planned(
@@ -321,31 +326,31 @@ def planned(
 
 @pytest.fixture(scope="module")
 def shape(tiny: Path) -> ModelDimensions:
-    return shapes.of_gguf(tiny)
+    return dimensions.of_gguf(tiny)
 
 
 @pytest.mark.slow
-def test_tokens_and_bytes_are_those_of_a_run(tiny: Path, shape: ModelDimensions, tmp_path: Path) -> None:
+def test_tokens_and_bytes_equal_those_of_a_run(tiny: Path, shape: ModelDimensions, tmp_path: Path) -> None:
     wanted = [f"model={tiny}", "prompts.fit=40", "prompts.gate_only=20", "prompts.tune=8"]
     wanted += ["answers.tokens=8", "judge=keywords"]
     run(recipe.load(None, wanted), tmp_path, until="capture")
-    found = planned(shape, *wanted)
+    result = planned(shape, *wanted)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().split("\n")[:-1]]
-    assert found.prompts["fit"] + found.prompts["tune"] == len(rows) == 144
-    assert found.prompts["unanswered"] == 60
-    answer = found.stages["answer"]
-    # Random weights hardly ever end an answer; what is taken for granted of a trained model is 13 % less.
+    assert result.prompts["fit"] + result.prompts["tune"] == len(rows) == 144
+    assert result.prompts["gate_only"] == 60
+    answer = result.stages["answer"]
+    # Random weights hardly ever end an answer; the plan assumes 13% fewer tokens, for a trained model.
     assert answer.answered == pytest.approx(sum(len(row["tokens"]) for row in rows), rel=0.2)
     assert answer.disk == pytest.approx((tmp_path / "answers.jsonl").stat().st_size, rel=0.2)
     captured = sum(file.stat().st_size for file in (tmp_path / "activations").iterdir())
-    assert found.stages["capture"].disk == pytest.approx(captured, rel=0.1)
+    assert result.stages["capture"].disk == pytest.approx(captured, rel=0.1)
 
 
 @pytest.mark.real
-def test_the_default_model_is_as_it_is_counted() -> None:
+def test_parameters_of_the_default_model_are_counted() -> None:
     path = models.pull(models.DEFAULT)
     with LlamaModel(path, n_parallel=1, n_ctx=256) as model:
-        assert parameters(model) == total(shapes.of_gguf(path))
+        assert parameters(model) == total(dimensions.of_gguf(path))
         texts = [prompt.prompt for prompt in prompts.grid()]
         tokens = sum(len(model.tokenize(text)) for text in texts)
     size = sum(len(text.encode()) for text in texts)
@@ -364,10 +369,10 @@ def test_the_default_model_is_as_it_is_counted() -> None:
         (("answers.servers=http://a:1",), {"answer": 0.0, "score": 1.0, "tune": 1.0}),
     ],
 )
-def test_stages_grow_with_what_they_are_given(
+def test_costs_of_stages_grow_with_their_inputs(
     shape: ModelDimensions, changed: tuple[str, ...], growth: dict[str, float]
 ) -> None:
-    before, after = (planned(shape, "prompts.gate_only=0", *some) for some in ((), changed))
+    before, after = (planned(shape, "prompts.gate_only=0", *values) for values in ((), changed))
     for stage, factor in growth.items():
         assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
     if "tune.budget=2h" in changed:
@@ -375,14 +380,14 @@ def test_stages_grow_with_what_they_are_given(
 
 
 def test_full_answers_of_the_search_are_counted(shape: ModelDimensions) -> None:
-    """Of 0, 8 and 16 prompts a kind: unsteered and with both files at two strengths, so many tokens each."""
-    none, some, more = (
+    """0, 8 and 16 prompts per kind are answered unsteered, and with both files at two strengths."""
+    none, few, more = (
         planned(shape, f"tune.full_prompts={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
     )
-    assert more.seconds > some.seconds > none.seconds
-    assert (some.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs.mean_length(200))
+    assert more.seconds > few.seconds > none.seconds
+    assert (few.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs.mean_length(200))
     assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs.mean_length(200))
-    # No budget is too small for them.
+    # The budget does not limit them.
     least = planned(shape, "tune.budget=0", "tune.full_prompts=16", "answers.test_tokens=200").stages["tune"]
     assert 0 < least.seconds < more.seconds - none.seconds + 1e-6
 
@@ -392,30 +397,30 @@ def test_seconds_follow_the_machine(shape: ModelDimensions) -> None:
     for stage in set(PLANNED) - {"fit"}:
         before, after = (planned(shape, speed=speed).stages[stage] for speed in (UNIT, slow))
         assert after.seconds == pytest.approx(2 * before.seconds)
-    # So many tokens of answers: the first of each comes with its prompt.
+    # The first token of each answer comes with its prompt.
     answers = replace(UNIT, read=0.0, begin=0.0, judge=0.0)
     steps = 3 * (90 + 60) * (costs.mean_length(24) - 1)
     assert planned(shape, speed=answers).stages["answer"].seconds == pytest.approx(1e-3 * steps)
 
 
 def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: ModelDimensions) -> None:
-    """Its figures aside, it grows with the layers and with the speed of all cores together."""
+    """Without its figures, it grows with the number of layers and shrinks with the speed of all cores."""
     deep = replace(shape, n_layer=2 * shape.n_layer)
     figures = planned(shape).stages["fit"].seconds
     once, twice, slow, ungated = (
-        planned(found, speed=replace(UNIT, algebra=rate)).stages["fit"].seconds - figures
-        for found, rate in ((shape, 2e9), (deep, 2e9), (shape, 1e9), (replace(shape, writers={}), 2e9))
+        planned(result, speed=replace(UNIT, algebra=rate)).stages["fit"].seconds - figures
+        for result, rate in ((shape, 2e9), (deep, 2e9), (shape, 1e9), (replace(shape, writers={}), 2e9))
     )
     assert 0 < ungated < once
     assert (twice, slow) == pytest.approx((2 * once, 2 * once))
 
 
-def test_a_larger_file_takes_as_much_more_memory(shape: ModelDimensions) -> None:
+def test_memory_grows_with_the_size_of_the_file(shape: ModelDimensions) -> None:
     before, after = (planned(replace(shape, weights=weights)).memory for weights in (0, 10**9))
     assert after == pytest.approx(before + 10**9)
 
 
-def test_a_judge_costs_what_its_blocks_cost(shape: ModelDimensions) -> None:
+def test_the_cost_of_a_judge_grows_with_its_layers(shape: ModelDimensions) -> None:
     judges = (None, JudgeModel(shape, 0.5), JudgeModel(shape))
     none, half, whole = (planned(shape, judge=j, speed=speeds.stored_speed(1, shape, j, 32)) for j in judges)
     assert none.stages["score"].seconds == 0
@@ -433,14 +438,14 @@ def test_judges_that_cost_this_machine_nothing(spec: str) -> None:
 def test_a_judge_that_thinks_cannot_be_planned(tiny: Path) -> None:
     with pytest.raises(InputError, match="thinks"):
         judge_of(recipe.load(None, [f"judge=votes:{tiny}"]))
-    assert judge_of(recipe.load(None, [f"judge=labels:{tiny}"])) == JudgeModel(shapes.of_gguf(tiny))
+    assert judge_of(recipe.load(None, [f"judge=labels:{tiny}"])) == JudgeModel(dimensions.of_gguf(tiny))
 
 
 # ---- the speed of the machine ------------------------------------------------------------------------
 
 
 class Machine:
-    """A model and its judge on a clock of their own, which knows what a token takes."""
+    """A model and its judge with their own clock, which advances by a known time per token."""
 
     def __init__(self, speed: Speed) -> None:
         self._speed, self.now = speed, 0.0
@@ -467,28 +472,28 @@ class Machine:
 
     @staticmethod
     def _tokens(conversations: Sequence[Sequence[int]]) -> int:
-        return sum(map(len, conversations)) - (len(conversations) - 1)  # one token begins them all
+        return sum(map(len, conversations)) - (len(conversations) - 1)  # the first token is shared
 
 
 @pytest.mark.parametrize("judge", [0.0, 0.1])
-def test_a_measured_speed_is_that_of_the_machine(judge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_speed_is_correct(judge: float, monkeypatch: pytest.MonkeyPatch) -> None:
     true = Speed(read=0.2, begin=0.3, answer=0.5, judge=judge, algebra=7.0, source="")
     machine: Any = Machine(true)
     monkeypatch.setattr(speeds, "_algebra", lambda: 7.0)
     monkeypatch.setattr("rs_gguf.pipeline.speed.time.perf_counter", lambda: machine.now)
     asked = [Prompt(20 * i * "long ", "benign") for i in range(4, 12)]
     conversations = [[1, i, *range(i)] for i in range(4, 12)]
-    found = speeds.measured_speed(machine, machine if judge else None, asked, conversations)
-    figures = [getattr(found, name) for name in ("read", "begin", "answer", "judge", "algebra")]
+    speed = speeds.measured_speed(machine, machine if judge else None, asked, conversations)
+    figures = [getattr(speed, name) for name in ("read", "begin", "answer", "judge", "algebra")]
     assert figures == pytest.approx([0.2, 0.3, 0.5, judge, 7.0], rel=1e-6)
 
 
-def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: ModelDimensions) -> None:
+def test_one_sequence_is_limited_by_the_weights_and_many_by_the_arithmetic(shape: ModelDimensions) -> None:
     one, many = (speeds.stored_speed(2, shape, None, at_once).answer for at_once in (1, 10**6))
     arithmetic = (shape.flops(100) + 2 * shape.head) / 120e9
     assert one == pytest.approx(shape.weights / 18e9 + arithmetic)
     assert many == pytest.approx(arithmetic, rel=1e-3)
-    # Of experts, a step reads those that any of its answers uses.
+    # A step reads the experts that at least one of its answers uses.
     experts = replace(shape, experts=9 * shape.dense, used=0.1)
     for at_once in (1, 8):
         step = speeds.stored_speed(1, experts, None, at_once).answer
@@ -499,8 +504,8 @@ def test_one_sequence_waits_for_the_weights_and_many_for_the_arithmetic(shape: M
 def test_a_real_model_is_measured(tiny: Path) -> None:
     asked = [Prompt(f"Say {i}.", "benign") for i in range(4)]
     with LlamaModel(tiny, n_parallel=4, n_threads=1) as model:
-        found = speeds.measured_speed(model, KeywordJudge(), asked, [[1, 2, 3 + i] for i in range(4)])
-    figures = (found.read, found.begin, found.answer, found.judge, found.algebra)
+        speed = speeds.measured_speed(model, KeywordJudge(), asked, [[1, 2, 3 + i] for i in range(4)])
+    figures = (speed.read, speed.begin, speed.answer, speed.judge, speed.algebra)
     assert all(0 < value < math.inf for value in figures)
 
 
@@ -527,12 +532,12 @@ def test_the_command_needs_no_weights(tiny: Path, tmp_path: Path) -> None:
     assert max(map(len, stdout.splitlines())) <= 80
 
 
-def test_a_configuration_alone_will_do(network: Any, tmp_path: Path) -> None:
+def test_a_configuration_alone_is_enough(network: Any, tmp_path: Path) -> None:
     network.config.save_pretrained(tmp_path)
     wanted = ["--json", "--set", f"model={tmp_path}", "--set", "judge=keywords"]
     rows = [json.loads(command(*wanted, *more)[1]) for more in ((), ("--bits", "8"))]
     assert rows[0]["model"]["weights"] == 4 * rows[1]["model"]["weights"]
-    # PyTorch makes no adapter, a GGUF file may.
+    # A Hugging Face folder has no adapter; a GGUF file may have one.
     assert rows[0]["model"]["writers"] == {}
     assert rows[1]["model"]["writers"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
 
@@ -546,7 +551,7 @@ def test_the_command_measures(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--set", "model=./missing.gguf"], "downloads nothing"),
         (["--set", "model=owner/name"], "downloads nothing"),
@@ -557,20 +562,20 @@ def test_the_command_measures(tiny: Path) -> None:
         (["--set", "prompts.fits=3"], "prompts.fits"),
     ],
 )
-def test_bad_input_is_one_error(arguments: list[str], said: str, tiny: Path) -> None:
+def test_bad_input_is_one_error(arguments: list[str], message: str, tiny: Path) -> None:
     code, stdout, stderr = command(*(word.replace("TINY", str(tiny)) for word in arguments))
     assert (code, stdout, stderr.count("Error:")) == (2, "", 1)
-    assert said in stderr
+    assert message in stderr
 
 
-def test_a_model_that_is_not_here_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_downloads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)
     code, _, stderr = command()
     assert code == 2
     assert f"rs-export models pull {models.DEFAULT}" in stderr
 
 
-def test_a_judge_that_is_not_here_is_named_before_measuring(
+def test_a_judge_that_is_not_downloaded_is_named_before_measuring(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path)

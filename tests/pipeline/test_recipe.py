@@ -1,4 +1,4 @@
-"""The recipe: which source wins, that typos are errors, and that a run can be written down and repeated."""
+"""Test the recipe: order of sources, errors for typos, and a dump that loads as the same recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_options_win_over_the_environment_over_the_file_over_defaults(
     path = recipe_file(tmp_path, "seed = 1\n[tune]\ntrials = 2\nfinalists = 2\nmin_retention = 0.5\n")
     assert (load(path).seed, load(path).tune.logprob_trials) == (1, 2)
     monkeypatch.setenv("RS_GGUF_TUNE__LOGPROB_TRIALS", "5")
-    monkeypatch.setenv("rs_gguf_tune__finalists", "6")  # as pydantic-settings reads it, in any case
+    monkeypatch.setenv("rs_gguf_tune__finalists", "6")  # pydantic-settings ignores case
     recipe = load(path, ["tune.logprob_trials=7"])
     assert recipe.tune.logprob_trials == 7
     assert recipe.tune.finalists == 6
@@ -85,7 +85,7 @@ def test_a_typo_in_the_environment_is_an_error(name: str, monkeypatch: pytest.Mo
         load()
 
 
-def test_variables_of_the_kernel_are_not_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_kernel_do_not_belong_to_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RS_GGUF_KERNEL", "scalar")
     assert load() == Recipe()
 
@@ -113,7 +113,7 @@ def test_values_that_cannot_work_are_errors(override: str) -> None:
         load(None, [override])
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_toml(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="recipe not found"):
         load(tmp_path / "absent.toml")
     with pytest.raises(InputError, match="recipe not found"):
@@ -125,7 +125,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
         load(tmp_path / "latin.toml")
 
 
-def test_a_variable_that_is_not_json_where_a_list_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_of_a_section_that_is_not_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RS_GGUF_FIT", "{oops")
     with pytest.raises(InputError, match="fit"):
         load()
@@ -169,7 +169,7 @@ def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
     [
         (["tune.budget=none"], None),
         (["tune.budget="], None),
-        (["tune.logprob_trials=60"], None),  # beside a budget it would count for nothing
+        (["tune.logprob_trials=60"], None),  # with a budget, it would have no effect
         (["tune.finalists=6"], None),
         (["tune.logprob_trials=60", "tune.budget=1h"], 3600),
         (["tune.full_prompts=32"], 7200),
@@ -185,7 +185,7 @@ def test_a_kept_budget_ends(overrides: list[str], budget: float | None, tmp_path
     ["model=a\udcff.gguf", "prompts.benign=['a\udcff.csv']", 'prompts.system="\ud83d"', "judge=\udcff"],
 )
 def test_text_that_is_not_utf_8_is_refused(override: str) -> None:
-    """Half a surrogate pair is what Python makes of an argument's bytes that are no UTF-8."""
+    """Python represents bytes of an argument that are not UTF-8 as halves of surrogate pairs."""
     with pytest.raises(InputError, match=r"^recipe: .*[\udcff\ud83d].* is not UTF-8"):
         load(None, [override])
 
@@ -196,7 +196,7 @@ def test_variables_that_are_not_utf_8_are_refused(monkeypatch: pytest.MonkeyPatc
         load()
 
 
-def test_the_largest_seed_is_taken_by_every_generator() -> None:
+def test_every_generator_accepts_the_largest_seed() -> None:
     seed = load(None, ["seed=4294967294"]).seed
     optuna.samplers.TPESampler(seed=seed)
     np.random.default_rng((seed, 0))
@@ -208,16 +208,16 @@ def test_the_last_of_two_overrides_wins() -> None:
 
 @pytest.mark.parametrize("override", ["tune.logprob_trials", "", "=3", " = 3"])
 def test_set_without_a_key_or_a_value(override: str) -> None:
-    with pytest.raises(InputError, match=r"expected KEY=VALUE, for example tune\.trials=8"):
+    with pytest.raises(InputError, match=r"expected KEY=VALUE, for example tune\.logprob_trials=8"):
         load(None, [override])
 
 
 def test_set_of_a_value_and_of_a_part_of_it() -> None:
-    with pytest.raises(InputError, match="tune was set to a value, so it has no trials"):
+    with pytest.raises(InputError, match="tune was set to a value, so it has no logprob_trials"):
         load(None, ["tune=3", "tune.logprob_trials=8"])
 
 
-def test_what_is_dumped_loads_as_the_same_recipe(tmp_path: Path) -> None:
+def test_a_dump_loads_as_the_same_recipe(tmp_path: Path) -> None:
     recipe = load(
         None,
         [
@@ -241,7 +241,7 @@ def test_what_is_dumped_loads_as_the_same_recipe(tmp_path: Path) -> None:
 def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
     dump(load(), tmp_path / "recipe.toml")
     text = (tmp_path / "recipe.toml").read_text(encoding="utf-8")
-    optional = {"judge", "system", "budget", "servers"}  # unset means the default; TOML has no null
+    optional = {"judge", "system", "budget", "servers"}  # None is left out: TOML has no null
     for name in Recipe.model_fields:
         section = getattr(Recipe(), name)
         keys = type(section).model_fields if hasattr(type(section), "model_fields") else [name]

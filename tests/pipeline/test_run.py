@@ -1,7 +1,7 @@
-"""The whole pipeline on tiny random models: one that always thinks first, and one of experts.
+"""Test the whole pipeline on tiny random models: one that always thinks first, and one of experts.
 
-The judge is a stand-in at an endpoint that goes by the prompt, so that every class has its samples; it notes
-what it was given to judge.
+The judge is a stand-in at an endpoint. It decides by the prompt, so that every class has samples, and records
+what it judged.
 """
 
 from __future__ import annotations
@@ -66,22 +66,22 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_inputs(one: Run, places: Sequence[int]) -> None:
-    """The samples' block outputs and inputs of one matrix are those of their prompts, read once more."""
-    found = samples(one)
-    every = [*found.prompts, *found.others]
+    """Check that activations and inputs of one matrix belong to their prompts, by capturing them again."""
+    captured = samples(one)
+    every = [*captured.prompts, *captured.gate_only]
     chat = ChatFormat.of(one.model)
     fit = one.prompts["fit"]
     read = dict(zip([p.id for p in fit], chat_tokens(one.model, fit, None), strict=True))
     read |= {p.id: c.tokens(chat, one.model, p.prompt, None) for p, c in one.in_contexts}
-    inputs = found.inputs["attn_output"].last_token.block(1, np.arange(len(every))).numpy()
-    kept = {"kqv_out": inputs, "l_out": found.activations.block(1).numpy()}  # of the judged alone
+    inputs = captured.inputs["attn_output"].last_token.block(1, np.arange(len(every))).numpy()
+    kept = {"kqv_out": inputs, "l_out": captured.activations.block(1).numpy()}  # l_out: of judged ones only
     for place in places:
         tokens = read[every[place].id]
         again = read_last(one.model, [tokens], range(2), tuple(kept))
         for name in [name for name, rows in kept.items() if place < len(rows)]:
-            away = np.linalg.norm(kept[name] - again[name][0, 1], axis=1)
-            assert away.argmin() == place
-            assert away[place] < 1e-2 * np.linalg.norm(again[name][0, 1])
+            distance = np.linalg.norm(kept[name] - again[name][0, 1], axis=1)
+            assert distance.argmin() == place
+            assert distance[place] < 1e-2 * np.linalg.norm(again[name][0, 1])
 
 
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
@@ -94,32 +94,32 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     with LlamaModel(model, n_ctx=512) as loaded:
         texts = {i: loaded.detokenize(row["tokens"]) for i, row in answers.items()}
     closed = {i for i, text in texts.items() if "</think>" in text}
-    assert 40 < len(closed) < len(answers)  # so that both cases are there
+    assert 40 < len(closed) < len(answers)  # both cases occur
     for i, row in answers.items():
         assert row["answer"] == (texts[i].partition("</think>")[2].strip() if i in closed else "")
     for row in rows(tmp_path / "out" / "judgements.jsonl"):
-        # Cut off within the trace, or ended there: nobody knows, or an empty answer.
-        told = row["id"] in closed or answers[row["id"]]["finished"] or answers[row["id"]]["degenerate"]
-        assert (row["confidence"] is not None) == told, row
+        # An answer that was truncated within the trace is not judged; one that ended there is empty.
+        judged = row["id"] in closed or answers[row["id"]]["finished"] or answers[row["id"]]["degenerate"]
+        assert (row["confidence"] is not None) == judged, row
     traces = {text.partition("</think>")[0].strip() for text in texts.values()}
     assert not [text for text in judge.judged if any(len(t) > 8 and t in text for t in traces)]
 
-    # What could not be judged, and what was not answered, comes last, each with what was read of it.
+    # Prompts without a judgement come last, each with its own inputs.
     with open_run(chosen, RunFolder(tmp_path / "out")) as one:
-        found, asked = samples(one), {p.id for p in one.prompts["fit"]}
-        unjudged = [p for p in found.others if p.id in asked]
+        captured, asked = samples(one), {p.id for p in one.prompts["fit"]}
+        unjudged = [p for p in captured.gate_only if p.id in asked]
         assert 0 < len(unjudged) < 40
-        assert len(found.prompts) + len(unjudged) == len(found.activations) + len(unjudged) == 72
-        unanswered = [p for p in found.others if p.id not in asked]
+        assert len(captured.prompts) + len(unjudged) == len(captured.activations) + len(unjudged) == 72
+        unanswered = [p for p in captured.gate_only if p.id not in asked]
         assert len(unanswered) == 24
         assert not {p.id for p in unanswered} & answers.keys()
         assert {p.split for p in unanswered} == {"fit"}
-        around = dict(zip((p.id for p in found.others), found.contexts, strict=True))
-        assert {around[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
-        assert {around[p.id] for p in unjudged} == {""}
-        # Each context is a cell of its own, which a gate has to stay shut for.
-        assert set(found.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
-        n = len(found.prompts)
+        names = dict(zip((p.id for p in captured.gate_only), captured.contexts, strict=True))
+        assert {names[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
+        assert {names[p.id] for p in unjudged} == {""}
+        # Each context is a group, for which the gate must stay closed.
+        assert set(captured.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
+        n = len(captured.prompts)
         check_inputs(one, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
 
     assert metrics["model"]["architecture"] == "qwen3"
@@ -127,13 +127,13 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     assert list(metrics["files"]) == ["vector", "adapter"]
     for file in metrics["files"].values():
         assert file["effect_check"]["effect_observed"] is True
-    assert sum(found["n"] for found in metrics["files"]["vector"]["sets"].values()) > 0
+    assert sum(one_set["n"] for one_set in metrics["files"]["vector"]["sets"].values()) > 0
     assert control_vector.read(tmp_path / "out" / "remove.gguf").architecture == "qwen3"
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
-    """And what was captured of it is damaged before the fit, which then has it captured again."""
+    """The store is damaged before the fit, so that the next run captures it again."""
     model, out = tmp_path / "experts.gguf", tmp_path / "out"
     write_tiny_qwen3(model, PLAIN_TEMPLATE, experts=4, liked={**LIKED, "</think>": 0.0}, seed=2)
     chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
@@ -147,33 +147,33 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     assert shard.read_bytes() == before
 
     assert metrics["model"]["architecture"] == "qwen3moe"
-    assert [found["n"] for found in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
+    assert [one_set["n"] for one_set in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
     assert list(metrics["files"]) == ["vector", "adapter"]
     for file in metrics["files"].values():
         assert file["effect_check"]["effect_observed"] is True
-    # There is no one matrix of an expert block that a gate could be put on: attention is left.
+    # Expert layers have no single ffn_down for a gate vector: only attn_output is left.
     factors = lora.read(out / "remove-adapter.gguf").factors
     assert factors
     assert all(".attn_output." in name for name in factors)
 
-    # What was moved away is not said to be there.
+    # A file that was moved is reported as missing.
     (out / "remove.gguf").rename(out / "moved.gguf")
-    with pytest.raises(InputError, match=r"remove\.gguf, which this run wrote, is gone"):
+    with pytest.raises(InputError, match=r"remove\.gguf, which this run wrote, is missing"):
         run(chosen, out)
     more = recipe.load(None, [*SMALL, "prompts.test=6", f"model={model}", f"judge={judge.url}"])
-    run(more, out)  # which is measured anew: it is written anew for that
+    run(more, out)  # it measures again, and writes the missing file for that
     written, moved = control_vector.read(out / "remove.gguf"), control_vector.read(out / "moved.gguf")
     np.testing.assert_equal(dict(written.directions), dict(moved.directions))
     (out / "moved.gguf").unlink()
 
-    # To begin afresh forgets all that the stages leave for one another, and nothing else.
+    # --fresh deletes all files that stages leave for each other, and no others.
     RunFolder(out).forget_all()
     kept = {"recipe.toml", "remove.gguf", "remove-adapter.gguf", "report.html", "card.md"}
     assert {path.name for path in out.iterdir()} - {".lock"} == kept
 
 
 def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
-    """A control vector alone, since no adapter can be fitted there, and no effect, which is llama.cpp's."""
+    """It gets a control vector without an adapter, and no effect check, which needs llama.cpp."""
     write_tiny_folder(tmp_path / "model")
     fewer = [
         "prompts.fit=8",
@@ -188,7 +188,7 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     metrics = run(chosen, out)
 
     assert (metrics["model"]["architecture"], metrics["model"]["n_layer"]) == ("qwen2", 3)
-    assert [found["n"] for found in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
+    assert [one_set["n"] for one_set in metrics["files"]["vector"]["sets"].values()] == [4, 4, 4]
     assert "adapter" not in metrics["files"]
     assert not (out / "remove-adapter.gguf").exists()
     effect = metrics["files"]["vector"]["effect_check"]
@@ -204,7 +204,7 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
 
 
 def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before the stage is made up here."""
+    """The files of earlier stages are invented."""
     model, folder = tmp_path / "tiny.gguf", RunFolder(tmp_path / "out")
     write_tiny_qwen2(model)
     chosen = recipe.load(None, [*SMALL, f"model={model}", "judge=keywords"])
@@ -237,10 +237,10 @@ def test_a_file_without_its_effect_ends_the_run(tmp_path: Path, monkeypatch: pyt
     assert read_json(folder / "effect_check.json")["vector"]["effect_observed"] is True
 
 
-def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
+def test_the_recipes_system_prompt_precedes_every_prompt(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some contexts have their own, and the baseline goes on after it."""
+    """Some contexts have their own system prompt; the baseline's text follows the recipe's."""
     read: dict[str, list[Sequence[int]]] = {"generate": [], "token_logprobs": [], "read": []}
 
     def spied(name: str) -> Callable[..., Any]:
@@ -254,7 +254,7 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
 
     for name in read:
         monkeypatch.setattr(LlamaModel, name, spied(name))
-    monkeypatch.setattr(writing, "effects_of", lambda *_: {})  # which has prompts of its own
+    monkeypatch.setattr(writing, "effects_of", lambda *_: {})  # the effect check has its own prompts
     write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
     values = [*SMALL, f"model={tmp_path / 'plain.gguf'}", f"judge={judge.url}", "prompts.system=Be kind."]
     fewer = [
@@ -267,7 +267,7 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
     run(recipe.load(None, values + fewer), tmp_path / "out", until="measure")
 
     with LlamaModel(tmp_path / "plain.gguf", n_parallel=1, n_ctx=256) as model:
-        said = {name: [model.detokenize(t, special=True) for t in found] for name, found in read.items()}
+        said = {name: [model.detokenize(t, special=True) for t in tokens] for name, tokens in read.items()}
     own = [f"<|im_start|>system\n{c.system}" for c in contexts.shipped() if c.system]
     for name, texts in said.items():
         others = [text for text in texts if not text.startswith("<|im_start|>system\nBe kind.")]
@@ -276,21 +276,21 @@ def test_the_recipes_system_prompt_stands_before_all_that_is_asked(
     assert any("Be kind.\n\nYou are a helpful assistant." in text for text in said["generate"])
 
 
-def test_a_model_that_never_stops_thinking_is_told(judge: Judge, tmp_path: Path) -> None:
+def test_a_model_that_never_stops_thinking_is_an_error(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "lost.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
-    hot = "answers.temperature=4.0"  # so that no trace is a loop, which would be judged
+    hot = "answers.temperature=4.0"  # no trace is then a loop, which would be judged
     chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
         run(chosen, tmp_path / "out")
-    assert set(judge.judged) == {EXAMPLE[1]}  # whether it can judge at all
+    assert set(judge.judged) == {EXAMPLE[1]}  # the trial before the run
 
 
 def kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
+def test_after_a_kill_before_the_mark_nothing_is_answered_twice(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
@@ -303,31 +303,31 @@ def test_a_kill_before_a_stage_is_marked_has_nothing_answered_twice(
             run(chosen, tmp_path / "out", until="answer")
     counted = Counted()
     run(chosen, tmp_path / "out", until="answer", progress=counted)
-    assert counted.steps == {"answer": [96]}  # all of them known at once
+    assert counted.steps == {"answer": [96]}  # all answers were in the log
     assert not list((tmp_path / "out").glob("*.part"))
 
 
-def test_a_wrong_recipe_can_be_taken_back_while_it_answers(
+def test_a_user_can_return_from_a_wrong_recipe_while_it_answers(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
     write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
-    mine, wrong = (
+    right, wrong = (
         recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}", f"seed={seed}"]) for seed in (1, 2)
     )
 
-    run(mine, tmp_path / "out", until="score")
+    run(right, tmp_path / "out", until="score")
     with monkeypatch.context() as patch:
         patch.setattr(answering, "answers", kill)
         with pytest.raises(KeyboardInterrupt):
             run(wrong, tmp_path / "out", until="score")
     counted = Counted()
-    run(mine, tmp_path / "out", until="score", progress=counted)
+    run(right, tmp_path / "out", until="score", progress=counted)
     assert counted.steps == {}
 
 
-@pytest.mark.parametrize("spare", [0, 40], ids=["by itself", "with the baseline's system prompt"])
-def test_a_prompt_that_is_too_long_for_a_later_stage_is_told_of_at_once(
+@pytest.mark.parametrize("spare", [0, 40], ids=["alone", "with the baseline's system prompt"])
+def test_a_prompt_that_is_too_long_for_a_later_stage_is_an_error_at_once(
     spare: int, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "plain.gguf"
@@ -346,7 +346,7 @@ def test_a_prompt_that_is_too_long_for_a_later_stage_is_told_of_at_once(
 
 
 class Counted(Silent):
-    """What each stage advanced by; a bar of a download may not be drawn within that of a stage."""
+    """Records the steps of each stage; a download must not show its bar within the bar of a stage."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[int]] = {}
@@ -365,7 +365,7 @@ class Counted(Silent):
 def test_a_judge_is_fetched_before_its_stage_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two live displays at once are an error of older versions of rich."""
+    """Older versions of rich cannot show two live displays at once."""
     opened: list[str] = []
 
     @contextlib.contextmanager
@@ -391,7 +391,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
 
 
 @pytest.mark.parametrize("override", ["effect=induce", "model=@folder"])
-def test_a_baseline_that_cannot_be_is_told_before_anything_is_done(override: str, tmp_path: Path) -> None:
+def test_an_impossible_baseline_is_an_error_before_any_work(override: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
     chosen = recipe.load(None, ["measure.baselines=['ablation']", override.replace("@", f"{tmp_path}/")])
@@ -402,7 +402,7 @@ def test_a_baseline_that_cannot_be_is_told_before_anything_is_done(override: str
 
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("mistyped", ["model=@none.gguf", "prompts.sensitive=['@none.jsonl']"])
-def test_a_mistyped_file_leaves_the_folder_as_it_was(mistyped: str, fresh: bool, tmp_path: Path) -> None:
+def test_a_mistyped_file_leaves_the_folder_unchanged(mistyped: str, fresh: bool, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     values = [f"model={tmp_path / 'model.gguf'}", mistyped.replace("@", f"{tmp_path}/")]
     out = tmp_path / "out"
@@ -416,7 +416,7 @@ def test_a_mistyped_file_leaves_the_folder_as_it_was(mistyped: str, fresh: bool,
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tmp_path: Path) -> None:
+def test_a_judge_that_cannot_be_used_leaves_the_folder_unchanged(fresh: bool, tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
     out = tmp_path / "out"
     out.mkdir()
@@ -434,7 +434,7 @@ def test_a_judge_that_cannot_be_used_leaves_the_folder_as_it_was(fresh: bool, tm
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_comments_of_a_recipe_are_not_written_over(fresh: bool, tmp_path: Path) -> None:
+def test_comments_of_a_recipe_are_not_overwritten(fresh: bool, tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "model.gguf", PLAIN_TEMPLATE)
     out = tmp_path / "out"
     out.mkdir()
@@ -446,14 +446,14 @@ def test_comments_of_a_recipe_are_not_written_over(fresh: bool, tmp_path: Path) 
     assert {path.name: path.read_text("utf-8") for path in out.iterdir() if path.name != ".lock"} == kept
 
 
-def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
+def test_rows_of_a_file_that_is_no_longer_selected_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[list[str]] = []
+    logged: list[list[str]] = []
 
     def killed(*arguments: Any, **_: object) -> None:
         log = arguments[6]
-        found.append(list(log.rows))
+        logged.append(list(log.rows))
         log.append({"id": "vector:a"})
         raise KeyboardInterrupt
 
@@ -469,11 +469,11 @@ def test_rows_of_a_file_that_is_no_longer_the_chosen_one_are_not_taken(
         write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
         with open_run(chosen, folder) as one, pytest.raises(KeyboardInterrupt):
             one.stages["measure"].work(one, "key")
-    assert found == [[], ["vector:a"], []]
+    assert logged == [[], ["vector:a"], []]
 
 
-def test_reading_what_another_recipe_captured_changes_nothing(tmp_path: Path) -> None:
-    """A benchmark on a finished run must not cost its activations."""
+def test_reading_activations_of_another_recipe_changes_nothing(tmp_path: Path) -> None:
+    """A benchmark on a finished run must not delete its activations."""
     write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
     out = tmp_path / "out"
     folder = RunFolder(out)

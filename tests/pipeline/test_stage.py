@@ -1,4 +1,4 @@
-"""What every stage must do: leave what it declares, in the order of the table, under a key of its inputs."""
+"""Test every stage: its files, its place in the table, and the key of its inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BY_NAME = pytest.mark.parametrize("stage", IN_ORDER, ids=lambda stage: stage.inf
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Names that each stage of a tiny run added to its folder; a folder's with a slash."""
+    """Return the names that each stage of a tiny run added to the run folder; folders end with a slash."""
     folder = tmp_path_factory.mktemp("stages")
     judge = Judge()
     server = Server(judge, ["judge"])
@@ -43,34 +43,34 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         values += ["tune.logprob_trials=1", "tune.full_prompts=0", "measure.baselines=['ablation']"]
         values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
         chosen = recipe.load(None, values)
-        found: dict[str, set[str]] = {}
+        added: dict[str, set[str]] = {}
         before = {".lock", "recipe.toml", "state.json"}
         for name in STAGES:
             run(chosen, folder / "out", until=name)
             after = {path.name + "/" * path.is_dir() for path in (folder / "out").iterdir()}
-            found[name], before = after - before, before | after
+            added[name], before = after - before, before | after
     server.stop()
-    return found
+    return added
 
 
 def test_the_stages_are_those_of_the_table_in_its_order() -> None:
     assert [stage.info for stage in IN_ORDER] == list(STAGES.values())
     shared = [stage.shared for stage in IN_ORDER]
-    # Rank 0 releases the others once, after the last one that is shared.
+    # Rank 0 releases the other ranks once, after the last shared stage.
     assert [info.info.name for info, is_shared in zip(IN_ORDER, shared, strict=True) if is_shared] == [
         "capture", "fit",
     ]  # fmt: skip
 
 
 @BY_NAME
-def test_a_stage_leaves_what_it_declares(stage: Stage, left: dict[str, set[str]]) -> None:
-    found, patterns = left[stage.info.name], stage.info.leaves
-    assert {name for name in found if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
-    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in found)} == set()
+def test_a_stage_writes_the_files_that_it_declares(stage: Stage, left: dict[str, set[str]]) -> None:
+    names, patterns = left[stage.info.name], stage.info.leaves
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)} == set()
 
 
 @BY_NAME
-def test_a_stage_that_is_forgotten_leaves_nothing_but_results(stage: Stage, tmp_path: Path) -> None:
+def test_after_a_stage_is_forgotten_only_results_are_left(stage: Stage, tmp_path: Path) -> None:
     folder, kept = RunFolder(tmp_path), []
     for pattern in stage.info.leaves:
         path = tmp_path / pattern.replace("*", "any").rstrip("/")
@@ -106,7 +106,7 @@ class Fake(Stage):
             raise KeyboardInterrupt
 
 
-def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path: Path) -> None:
+def test_files_of_later_stages_are_not_valid_once_a_stage_begins_again(tmp_path: Path) -> None:
     ran: list[str] = []
     stages = [Fake(name, ran) for name in ("tune", "write", "measure")]
     one = Run(recipe.load(), RunFolder(tmp_path), Silent(), stages=stages)
@@ -114,7 +114,7 @@ def test_what_later_stages_left_counts_no_more_once_a_stage_begins_anew(tmp_path
         one.do(name)
     stages[0].recipe = "b"
     with pytest.raises(KeyboardInterrupt):
-        one.do("tune")  # tune.json may be that of b now
+        one.do("tune")  # tune.json may belong to b now
     stages[0].recipe = "a"
     ran.clear()
     for name in one.stages:
@@ -131,7 +131,7 @@ def keys(folder: Path, *values: str, stages: Sequence[str] = ("answer", "score")
 
 
 def test_the_keys_of_answers_and_scores_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders with hours of answers go on: a new version may begin them anew, and nothing else."""
+    """Folders with hours of answers stay valid, except with a new version."""
     monkeypatch.setattr(answers, "__version__", "0.1.0")
     monkeypatch.setattr(answers, "shipped_version", lambda: "logprob")
     (tmp_path / "model.gguf").write_text("model")
@@ -176,10 +176,10 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("prompts.test=5", "measure"),
     ],
 )
-def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
+def test_each_choice_changes_keys_from_the_first_stage_that_depends_on_it(
     changed: str, stage: str, two_models: Path, tmp_path: Path
 ) -> None:
-    # A seed would choose other prompts, and a search answers as long as the test does.
+    # With all prompts, a seed changes no sample; without full prompts, the search ignores test_tokens.
     alike = {"answer": ["prompts.fit=9999", "prompts.tune=9999"], "measure": ["tune.full_prompts=0"]}
     before = [f"model={two_models / 'one.gguf'}", "judge=keywords", *alike.get(stage, [])]
     after = [*before, changed.replace("@", f"{two_models}/")]
@@ -188,7 +188,7 @@ def test_each_choice_counts_from_the_first_stage_on_that_it_changes(
 
 
 @pytest.mark.parametrize("how", ["", "labels:", "votes:"])
-def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path) -> None:
+def test_the_key_of_judgements_depends_on_answers_and_judge(how: str, tmp_path: Path) -> None:
     for name in ("model.gguf", "judge.gguf", "answers.jsonl"):
         (tmp_path / name).write_text("one")
     values = [f"model={tmp_path / 'model.gguf'}", f"judge={how}{tmp_path / 'judge.gguf'}"]
@@ -202,7 +202,7 @@ def test_judgements_are_of_these_answers_by_this_judge(how: str, tmp_path: Path)
         (tmp_path / name).write_text("one")
 
 
-def test_a_key_reads_nothing_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_reads_no_file_of_later_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     def fingerprint(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The stages of a run."""
+"""The stages of a run, in order."""
 
 from rs_gguf.pipeline.stage import Stage
 from rs_gguf.pipeline.stages.answers import Answers, Scores

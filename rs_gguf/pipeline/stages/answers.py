@@ -1,7 +1,7 @@
 """The answer and score stages: the unsteered answers to the fit and tune prompts, and their judgements.
 
-`answers.jsonl` and `judgements.jsonl` come out, row by row as they are ready. What later stages need of these
-files is read here too.
+Prompts, a model and a judge go in; the rows of `answers.jsonl` and `judgements.jsonl` come out. Later stages
+read these files with functions of this module.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.version import __version__
 
 COUNTED = ("refused", "answered", "not judged")
-_BEGINNING = 16  # tokens of an answer, in which a thinking trace begins if there is one
+_BEGINNING = 16  # tokens of an answer; a thinking trace, if any, begins within them
 
 
 class Answers(Stage):
-    """The unsteered answers to the fit and tune prompts."""
+    """The stage that lets the unsteered model answer the fit and tune prompts."""
 
     info = STAGES["answer"]
-    replaces_at_end = True  # hours of answers: a wrong recipe can be taken back before
+    replaces_at_end = True  # answers take hours: a user can return from a wrong recipe without loss
 
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
@@ -47,17 +47,17 @@ class Answers(Stage):
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
-        asked = run.prompts["fit"] + run.prompts["tune"]
+        prompts = run.prompts["fit"] + run.prompts["tune"]
         log = run.folder.log("answers.jsonl", key)
-        missing = [p for p in asked if p.id not in log.rows]
+        missing = [p for p in prompts if p.id not in log.rows]
         _check_lengths(run)
-        with run.progress.stage(self.info.name, len(asked)) as advance:
-            advance(len(asked) - len(missing))
-            for i, found in answers(run.model, missing, run.recipe):
-                log.append({**missing[i].to_row(), **found.to_row()})
+        with run.progress.stage(self.info.name, len(prompts)) as advance:
+            advance(len(prompts) - len(missing))
+            for i, one in answers(run.model, missing, run.recipe):
+                log.append({**missing[i].to_row(), **one.to_row()})
                 advance(1)
         run.forget_from(self)
-        log.finish([p.id for p in asked])
+        log.finish([p.id for p in prompts])
 
     def cost(self, costs: Costs) -> Cost:
         n, answers = costs.count("fit", "tune"), costs.recipe.answers
@@ -71,22 +71,22 @@ class Answers(Stage):
 
 
 class Scores(Stage):
-    """What the judge says of these answers."""
+    """The stage that judges these answers."""
 
     info = STAGES["score"]
     replaces_at_end = True
 
     def inputs(self, run: Run) -> list[Any]:
-        # The answers count: the same recipe may get others, from servers or in other batches.
+        # The answers are an input: servers or other batches may give other answers with the same recipe.
         path = run.folder / "answers.jsonl"
-        answered = sha256(path) if path.is_file() else None
-        return [run.recipe.judge, run.judge_hash, shipped_version(), answered]
+        answers_hash = sha256(path) if path.is_file() else None
+        return [run.recipe.judge, run.judge_hash, shipped_version(), answers_hash]
 
     def work(self, run: Run, key: str) -> None:
         rows = run.folder.read_rows("answers.jsonl")
         log = run.folder.log("judgements.jsonl", key)
         missing = [row for row in rows if row["id"] not in log.rows]
-        judge = run.judge  # before the stage is drawn: its download has a bar of its own
+        judge = run.judge  # loaded before the progress bar starts, since its download has another bar
         with run.progress.stage(self.info.name, len(rows)) as advance:
             advance(len(rows) - len(missing))
             for row in scores(judge, missing):
@@ -101,92 +101,93 @@ class Scores(Stage):
 
 
 def _check_lengths(run: Run) -> None:
-    """Raise `InputError` for a prompt that some stage could not read: the last ones come hours later."""
+    """Raise `InputError` if a prompt is too long for any stage; the last stages come hours later."""
     recipe, model = run.recipe, run.model
-    tokens, full = recipe.answers.tokens, recipe.answers.test_tokens
-    most = {"fit": tokens, "tune": max(tokens, full) if recipe.tune.full_prompts else tokens, "test": full}
+    short, full = recipe.answers.tokens, recipe.answers.test_tokens
+    limits = {"fit": short, "tune": max(short, full) if recipe.tune.full_prompts else short, "test": full}
     system, chat = recipe.prompts.system, ChatFormat.of(model)
-    for split, max_tokens in most.items():
+    for split, max_tokens in limits.items():
         model.check_lengths(chat_tokens(model, run.prompts[split], system), max_tokens)
     if "system-prompt" in recipe.measure.baselines and chat.takes_system:
-        longer = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed).system
-        model.check_lengths(chat_tokens(model, run.prompts["test"], longer), full)
+        baseline = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed)
+        model.check_lengths(chat_tokens(model, run.prompts["test"], baseline.system), full)
     if run.gate_only:
         model.check_lengths([c.tokens(chat, model, p.prompt, system) for p, c in run.in_contexts])
 
 
-def answers(model: Engine, asked: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
-    """Yield (index, answer) of the model by itself, here or on the recipe's servers, as they come.
+def answers(model: Engine, prompts: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
+    """Yield (index, answer) of the unsteered model as answers are ready, from here or the recipe's servers.
 
     Raises:
-        InputError: no server can be used, one has another model or an adapter in force, or the model thinks
-            before it answers, which servers do not tell.
+        InputError: no server can be used, or a server has another model or an active adapter. Or the model
+            thinks before it answers, and servers do not return the tokens of the trace.
     """
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
-        tokens = chat_tokens(model, asked, system)
-        yield from answer(model, tokens, max_tokens=options.tokens, sampling=recipe.sampling)
+        conversations = chat_tokens(model, prompts, system)
+        yield from answer(model, conversations, max_tokens=options.tokens, sampling=recipe.sampling)
         return
-    # A trace shows in how an answer begins, whether the chat template opens it or the model itself does.
-    for _, begun in answer(model, chat_tokens(model, asked[:1], system), max_tokens=_BEGINNING):
-        if has_trace(model, begun):
+    # The beginning of an answer shows whether it has a trace, which the template or the model itself opens.
+    for _, beginning in answer(model, chat_tokens(model, prompts[:1], system), max_tokens=_BEGINNING):
+        if has_trace(model, beginning):
             raise InputError(
-                "answers.servers: the model thinks before it answers, and servers do not tell the tokens of "
-                "its trace: the answer would be read as its beginning. Let the model answer here, without "
-                "answers.servers."
+                "answers.servers: the model thinks before it answers, but servers do not return the tokens "
+                "of the trace. Only models without a trace are accepted. Let the model answer on this "
+                "machine (answers.servers=none)."
             )
     servers = LlamaServer(options.servers, [])
     servers.expect_unsteered()
-    if Can.LLAMA_CPP in model.can:  # of which llama-servers tell the same figures
+    if Can.LLAMA_CPP in model.can:  # only then do both report the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
-    for i, found in servers.answer(asked, 0.0, recipe.asking(options.tokens)):
-        # Servers tell the text alone; capture and drift go by tokens, and so do short loops.
-        said = model.tokenize(found.text, special=False)
-        looped = bool(said) and is_degenerate(Generation(said, found.text, found.finished))
-        yield i, replace(found, tokens=said, degenerate=found.degenerate or looped)
+    for i, text_only in servers.answer(prompts, 0.0, recipe.asking(options.tokens)):
+        # Servers return text alone; capture, drift and the detection of short loops need tokens.
+        tokens = model.tokenize(text_only.text, special=False)
+        looped = bool(tokens) and is_degenerate(Generation(tokens, text_only.text, text_only.finished))
+        yield i, replace(text_only, tokens=tokens, degenerate=text_only.degenerate or looped)
 
 
 def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the judgement of each row of `answers.jsonl` as it comes, in any order."""
+    """Yield the judgement of each row of `answers.jsonl` when it is ready, in any order."""
     pairs = [(row["prompt"], Answer.from_row(row).to_judge) for row in rows]
-    for i, found in judge.judge(pairs):
+    for i, judgement in judge.judge(pairs):
         yield {
             "id": rows[i]["id"],
-            "confidence": None if found.confidence is None else round(found.confidence, 6),
-            "verdict": found.verdict,
-            "mode": found.mode,
-            "category": found.category,
+            "confidence": None if judgement.confidence is None else round(judgement.confidence, 6),
+            "verdict": judgement.verdict,
+            "mode": judgement.mode,
+            "category": judgement.category,
             "judge": judge.name,
         }
 
 
 def judged(folder: RunFolder) -> dict[str, Row]:
-    """What the judge said of answers, by the prompt's id; those that could not be judged are left out."""
+    """Return the rows of `judgements.jsonl` by prompt id, without answers that could not be judged."""
     rows = folder.read_rows("judgements.jsonl")
     return {row["id"]: row for row in rows if row["confidence"] is not None}
 
 
 def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
-    """By kind how many prompts of fit and tune are refused, answered and not judged."""
-    said = judged(folder)
-    found: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
+    """Return by kind how many fit and tune prompts were refused, answered and not judged."""
+    judgements = judged(folder)
+    numbers: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
     for row in folder.read_rows("answers.jsonl"):
-        score = said.get(row["id"])
-        verdict = "not judged" if score is None else "refused" if score["confidence"] > 0 else "answered"
-        found[row["kind"]][verdict] += 1
-    return found
+        judgement = judgements.get(row["id"])
+        if judgement is None:
+            verdict = "not judged"
+        else:
+            verdict = "refused" if judgement["confidence"] > 0 else "answered"
+        numbers[row["kind"]][verdict] += 1
+    return numbers
 
 
-def unsteered(folder: RunFolder, asked: Sequence[Prompt]) -> UnsteeredAnswers:
-    """Return the prompts `asked` with their unsteered answers and judgements."""
-    ids = {p.id for p in asked}
+def unsteered(folder: RunFolder, prompts: Sequence[Prompt]) -> UnsteeredAnswers:
+    """Return these prompts with their unsteered answers and judgements."""
+    ids = {p.id for p in prompts}
     rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
     judgements = {row["id"]: row for row in folder.read_rows("judgements.jsonl")}
+    of_rows = [judgements[row["id"]] for row in rows]
     return UnsteeredAnswers(
-        asked,
+        prompts,
         [Answer.from_row(row) for row in rows],
-        [
-            Judgement(judgements[row["id"]]["confidence"], "recorded", judgements[row["id"]]["category"])
-            for row in rows
-        ],
+        [Judgement(row["confidence"], "recorded", row["category"]) for row in of_rows],
     )

@@ -1,4 +1,4 @@
-"""The capture stage: what the model computes at the fit prompts and their answers, kept in shards."""
+"""The capture stage: the activations of the model at the fit prompts and their answers, kept in shards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rs_gguf.pipeline.stages.answers import judged
 from rs_gguf.prompts import contexts
 from rs_gguf.records.artefacts import STAGES
 
-_AROUND = 15  # tokens of a context around a prompt, beside what is read once for several
+_AROUND = 15  # tokens of a context around a prompt, besides those that several prompts share
 
 
 class Capture(Stage):
-    """The activations of the fit prompts and the inputs of the matrices that a gate reads, in the store."""
+    """The stage that stores the activations of the fit prompts and the inputs of the output matrices."""
 
     info = STAGES["capture"]
     shared = True
@@ -27,13 +27,13 @@ class Capture(Stage):
         return [[p.id for p in run.gate_only], [asdict(c) for c in contexts.shipped()]]
 
     def work(self, run: Run, key: str) -> None:
-        asked, others = run.prompts["fit"], run.in_contexts
+        prompts, gate_only = run.prompts["fit"], run.in_contexts
         answers = {row["id"]: row["tokens"] for row in run.folder.read_rows("answers.jsonl")}
         refused = {name for name, row in judged(run.folder).items() if row["confidence"] > 0}
-        with run.progress.stage(self.info.name, len(asked) + len(others)) as advance:
+        with run.progress.stage(self.info.name, len(prompts) + len(gate_only)) as advance:
             system = run.recipe.prompts.system
-            read, prefix = conversations(run.model, asked, system, answers, refused, others)
-            ids = [p.id for p in asked] + [p.id for p, _ in others]
+            read, prefix = conversations(run.model, prompts, system, answers, refused, gate_only)
+            ids = [p.id for p in prompts] + [p.id for p, _ in gate_only]
             store = store_of(run.folder, key)
             capture_all(run.model, ids, read, prefix, store, processes=run.processes, advance=advance)
 
@@ -42,12 +42,12 @@ class Capture(Stage):
         n, model = answered + costs.gate_only, costs.model
         read = n * costs.prompt + costs.gate_only * _AROUND
         if model.writers:
-            # Up to the last of some tokens at random, of answers that a gate is to stay shut for.
+            # Answers at which the gate must stay closed are read up to the last of a few random tokens.
             depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * mean_length(costs.recipe.answers.tokens)
             read += answered * (1 - CHANGED / 3) * depth
-        rows = n + costs.other_tokens() + 2 * costs.prefix  # the template's tokens are kept in F32
+        rows = n + costs.other_tokens() + 2 * costs.prefix  # tokens of the template are kept in F32
         outputs = model.n_layer * model.width
-        # A shard in F32, and the copies of one matrix that are made of it; at last the template's tokens.
+        # A shard in F32 and the copies of one matrix that are made of it; the last shard holds the template.
         shard = max(min(SHARD, n) * (rows / n if n else 0), 2 * costs.prefix)
         working = 4 * shard * (2 * costs.inputs + outputs)
         disk = 4 * n * outputs + 2 * rows * costs.inputs
@@ -55,5 +55,5 @@ class Capture(Stage):
 
 
 def store_of(folder: RunFolder, key: str) -> ActivationStore:
-    """Return the activations in `folder`, as those captured under `key`."""
+    """Return the store of activations in `folder`; reading it fails if it has another key."""
     return ActivationStore(folder / "activations", key)

@@ -1,8 +1,8 @@
-"""The fit stage: from captured arrays and judged answers to what each method fits, as files of a run folder.
+"""The fit stage: fit each method on the captured activations and judged answers.
 
-`Samples` of the fit split enter; `directions.safetensors` (one unit direction and calibration a layer, for
-each estimator and ridge), `gated_adapter.safetensors` (the adapter's reads and writes), `fit.json` and `figures/`
-leave.
+`Samples` of the fit split go in. `directions.safetensors` (a unit direction and its calibration per layer,
+estimator and ridge), `gated_adapter.safetensors` (gate vectors and contrast), `fit.json` and `figures/` come
+out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rs_gguf.activations.store import DamagedStoreError
 from rs_gguf.engines.engine import Can
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.device import resolve_device
-from rs_gguf.machine import ALONE, Processes, usable_cores
+from rs_gguf.machine import ALONE, Processes, layers_at_once
 from rs_gguf.methods import METHODS
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
@@ -32,15 +32,15 @@ from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import write_json
 
-# What a fit costs besides its products and factorisations.
-_NUMBER = 1500  # operations of the fit's speed to read a number, convert and weight it
+# Costs of a fit besides its products and factorisations.
+_NUMBER = 1500  # operations to read, convert and weight one number
 _FIGURES = 1.5  # seconds for the figures of an estimator, on one core
 _CLASS = 2 / 3  # share of the samples in the class whose covariance is used
-_FITS = 1 + 5 * 0.8  # of an estimator: on all samples, and on four fifths of them for each fold
+_FITS = 1 + 5 * 0.8  # fits of an estimator: one on all samples, one on four fifths for each of 5 folds
 
 
 class Fit(Stage):
-    """Directions of all estimators, and gates where the engine can read what they need."""
+    """The stage that fits directions, and gate vectors if the engine can capture inputs of matrices."""
 
     info = STAGES["fit"]
     shared = True
@@ -50,9 +50,9 @@ class Fit(Stage):
         fit = recipe.fit.model_dump(exclude={"device"})
         return [
             recipe.effect,
-            # Runs from before there was a device were fitted on the CPU: they are still done.
+            # Older recipes have no device and were fitted on the CPU: their keys must stay valid.
             fit if device == "cpu" else {**fit, "device": device},
-            # Subjects, topics and forms count: a gate weighs by them, and a search samples by them.
+            # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
         ]
 
@@ -64,8 +64,10 @@ class Fit(Stage):
             fit(samples(run), options, run.folder.path, processes=run.processes, advance=advance)
 
     def cost(self, costs: Costs) -> Cost:
-        """Return the cost of all layers, in parallel: an eigendecomposition for each estimator and fold,
-        and a Cholesky factor for each matrix that a gate reads, on the CPU.
+        """Return the cost on the CPU, with layers in parallel.
+
+        Each layer needs an eigendecomposition per estimator and fold, and a Cholesky factor per output
+        matrix.
         """
         n, model, choices = costs.count("fit"), costs.model, costs.recipe.fit
         estimators = len(costs.recipe.estimators)
@@ -75,12 +77,12 @@ class Fit(Stage):
         )
         operations += sum(cholesky(rows, width) + rows * width * _NUMBER for width in model.writers.values())
         seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
-        # Every core has the samples of a layer's matrix in float64 twice, and so its product.
+        # A layer holds two float64 copies of its samples and two of their product while it is fitted.
         widest = max([model.width, *model.writers.values()])
         layer = 8 * (2 * rows * widest + 2 * min(rows, widest) ** 2)
         arrays = 8 * estimators * len(choices.ridges) * model.n_layer * model.width
         arrays += 2 * 4 * len(choices.gate_ridges) * costs.inputs
-        return Cost(seconds, costs.memory() + min(usable_cores(), model.n_layer) * layer, arrays)
+        return Cost(seconds, costs.memory() + min(layers_at_once(widest), model.n_layer) * layer, arrays)
 
 
 def fit(
@@ -91,10 +93,13 @@ def fit(
     processes: Processes = ALONE,
     advance: Callable[[int], None],
 ) -> None:
-    """Fit and draw all that the options name, write the files. `advance` counts steps of the methods.
+    """Fit and draw all methods, and write the files of the stage. `advance` counts steps of the methods.
 
-    Several `processes` call this together, each with all samples. They share the moments; rank 0 does the
-    rest and writes.
+    Several `processes` call this together, each with all samples. They share the sums over samples; rank 0
+    does the rest and writes.
+
+    Raises:
+        InputError: a class has no sample, or the samples cannot be fitted.
     """
     samples.check_classes(options.effect)
     fitted = {
@@ -103,60 +108,62 @@ def fit(
     }
     if processes.rank > 0:
         return
-    for stale in ("adapters", "figures"):  # of a search, or of estimators, that are no more
+    for stale in ("adapters", "figures"):  # of an earlier search, and of estimators of an earlier fit
         shutil.rmtree(folder / stale, ignore_errors=True)
     record: dict[str, Any] = {}
     for name, method in METHODS.items():
-        found = fitted[name]
-        if found is None:
+        fit_of_method = fitted[name]
+        if fit_of_method is None:
             (folder / method.artefact).unlink(missing_ok=True)
             continue
-        record |= method.save(found, folder)
-        method.draw(found, samples, options, folder / "figures", advance=advance)
+        record |= method.save(fit_of_method, folder)
+        method.draw(fit_of_method, samples, options, folder / "figures", advance=advance)
     counts = {kind: samples.counts(kind) for kind in KINDS}
-    read = {kind: sum(prompt.kind == kind for prompt in samples.others) for kind in KINDS}
-    write_json(folder / "fit.json", {"samples": counts, "others": read, **record})
+    others = {kind: sum(prompt.kind == kind for prompt in samples.gate_only) for kind in KINDS}
+    write_json(folder / "fit.json", {"samples": counts, "others": others, **record})
 
 
 def load(folder: Path, options: FitOptions) -> dict[str, Any]:
-    """Return what each method fitted, by its name; a method that was not fitted is left out."""
+    """Return the fit of each method by its name, without methods that were not fitted."""
     loaded = {name: method.load(folder, options) for name, method in METHODS.items()}
-    return {name: found for name, found in loaded.items() if found is not None}
+    return {name: fitted for name, fitted in loaded.items() if fitted is not None}
 
 
 def samples(run: Run) -> Samples:
-    """Return the fit prompts with what was captured of them, those first whose answers could be judged.
+    """Return the fit prompts with their captured activations; prompts with a judged answer come first.
 
     Raises:
         InputError: no answer could be judged.
-        DamagedStoreError: what was captured was changed, or belongs to another recipe or version.
+        DamagedStoreError: the captured activations were changed, or belong to another recipe or version.
     """
-    asked, scores = [(p, "") for p in run.prompts["fit"]], judged(run.folder)
-    asked += [(p, context.name) for p, context in run.in_contexts]
-    known = np.array([p.id in scores for p, _ in asked])
-    those_judged, others = np.flatnonzero(known), np.flatnonzero(~known)
-    if not those_judged.size:
+    prompts = [(p, "") for p in run.prompts["fit"]]  # with the name of the context
+    prompts += [(p, context.name) for p, context in run.in_contexts]
+    judgements = judged(run.folder)
+    is_judged = np.array([p.id in judgements for p, _ in prompts])
+    judged_indices, other_indices = np.flatnonzero(is_judged), np.flatnonzero(~is_judged)
+    if not judged_indices.size:
         raise InputError(
-            f"fit: none of the {len(run.prompts['fit'])} answers could be judged; judgements.jsonl says "
-            "why. Answers that end within a thinking trace need more room: raise answers.tokens."
+            f"fit: none of the {len(run.prompts['fit'])} answers could be judged; at least one is needed. "
+            "judgements.jsonl gives the reasons. If answers end within a thinking trace, raise "
+            "answers.tokens."
         )
     key = run.key("capture")
     try:
         activations, inputs = captured(
-            store_of(run.folder, key), len(asked), inputs=Can.MATRIX_INPUTS in run.model.can
+            store_of(run.folder, key), len(prompts), inputs=Can.MATRIX_INPUTS in run.model.can
         )
     except DamagedStoreError:
-        # Not that of another recipe or version: what is there is whole for it.
+        # A store of another recipe or version is not damaged: only a store of this key is captured again.
         if run.folder.is_done("capture", key):
             run.folder.forget("capture")
         raise
     return Samples(
-        [asked[i][0] for i in those_judged],
-        activations.take(those_judged),
-        np.array([scores[asked[i][0].id]["confidence"] for i in those_judged]),
-        {name: rows.of(np.concatenate([those_judged, others])) for name, rows in inputs.items()},
+        [prompts[i][0] for i in judged_indices],
+        activations.take(judged_indices),
+        np.array([judgements[prompts[i][0].id]["confidence"] for i in judged_indices]),
+        {name: rows.of(np.concatenate([judged_indices, other_indices])) for name, rows in inputs.items()},
         run.folder.path,
-        [asked[i][0] for i in others],
-        [scores[asked[i][0].id]["category"] for i in those_judged],
-        [asked[i][1] for i in others],
+        [prompts[i][0] for i in other_indices],
+        [judgements[prompts[i][0].id]["category"] for i in judged_indices],
+        [prompts[i][1] for i in other_indices],
     )

@@ -1,4 +1,7 @@
-"""The report stage: what was measured, as pages for people (`rs_gguf.report`)."""
+"""The report stage: write the measured results as pages for people (`rs_gguf.report`).
+
+The files of a run folder go in; `report.html` and `card.md` come out.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from rs_gguf.report.page import write_card, write_report
 
 
 class Report(Stage):
-    """`report.html` and `card.md`: written in seconds, and they show what others put into the folder too."""
+    """The stage that writes `report.html` and `card.md`."""
 
     info = STAGES["report"]
-    always = True
+    always = True  # it takes seconds, and also shows files that other commands put into the folder
 
     def inputs(self, run: Run) -> list[Any]:
         return []
@@ -27,9 +30,9 @@ class Report(Stage):
         for path in (path for name in chosen(run.folder) for path in files_of(run, name)):
             if not path.is_file():
                 raise InputError(
-                    f"{path}, which this run wrote, is gone. Put it back, or run again with --fresh."
+                    f"{path}, which this run wrote, is missing. Put it back, or run again with --fresh."
                 )
-        # The times of all stages before are known only now.
+        # The seconds of all earlier stages are known only now.
         path = run.folder / "metrics.json"
         RunRecord.read(path).model_copy(update={"seconds": run.folder.seconds()}).write(path)
         with run.progress.stage(self.info.name, 2) as advance:

@@ -1,7 +1,7 @@
-"""The write stage: a chosen trial as a file that llama.cpp loads, and the proof that the file has its effect.
+"""The write stage: write the selected trial as files that llama.cpp loads, and check their effect.
 
-The trial, what the fit left and facts of the run go in; `remove.gguf`, `remove-adapter.gguf` (or `induce…`)
-and what was observed come out.
+The trial, the fit and facts of the run go in; `remove.gguf`, `remove-adapter.gguf` (or `induce…`) and
+`effect_check.json` come out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rs_gguf.version import __version__
 
 
 class Write(Stage):
-    """The files, each loaded again and its effect on the model observed."""
+    """The stage that writes the files, loads each again and checks its effect on the model."""
 
     info = STAGES["write"]
 
@@ -35,34 +35,34 @@ class Write(Stage):
 
     def work(self, run: Run, key: str) -> None:
         trials = chosen(run.folder)
-        shown: dict[str, Any] = {}
+        checks: dict[str, Any] = {}
         with run.progress.stage(self.info.name, len(trials)) as advance:
             for name, trial in trials.items():
                 write_files(run, name, trial)
-                shown[name] = effects_of(files_of(run, name), run.model)
+                checks[name] = effects_of(files_of(run, name), run.model)
                 advance(1)
-        write_json(run.folder / "effect_check.json", shown)
+        write_json(run.folder / "effect_check.json", checks)
 
     def cost(self, costs: Costs) -> Cost:
-        """Return the cost of the files, and of what each is observed with.
+        """Return the cost of the files and of their effect checks.
 
-        Those are whole passes, and some that end at the layer they look at, half of them all in the mean.
+        A check runs whole passes, and passes that end at the observed layer: half of the layers on average.
         """
         n_layer, file = costs.model.n_layer, 2 * (costs.prefix + 4 * costs.prompt)
         read = costs.files * file + (n_layer / 3 + 1) * (costs.prefix + 2 * costs.prompt) / 2
         if costs.model.writers:
-            read += 6 * file / 2  # six matrices, with and without the change
+            read += 6 * file / 2  # six matrices, steered and unsteered
         vector = 4 * n_layer / 3 * costs.model.width
         return Cost(costs.reading(read), costs.memory(logits=True), vector + costs.adapter(), read)
 
 
 def files_of(run: Run, name: str) -> list[Path]:
-    """Return where the files of a method are written."""
+    """Return the paths of the files of a method."""
     return [run.folder / f"{run.recipe.effect}{suffix}" for suffix in METHODS[name].suffixes]
 
 
 def write_files(run: Run, name: str, trial: Trial) -> None:
-    """Write the files of the chosen trial of this method."""
+    """Write the files of the selected trial of a method."""
     recipe = run.recipe
     facts = {
         "effect": recipe.effect,
@@ -80,54 +80,57 @@ def write(
     architecture: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the files of a trial at scale 1.0, with their provenance.
+    """Write the files of a trial for scale 1.0, with their provenance.
 
-    What they are made of is what the fit left in `folder`; `facts` are those of the run.
+    folder: the run folder with the fit.
+    facts: facts of the run, for the provenance.
     """
     candidate, method = trial.candidate, METHODS[trial.candidate.method]
     fitted = method.load(folder, recipe.fit_options)
-    found = method.files(fitted, candidate, architecture, _provenance(trial, facts))
-    for path, file in zip(paths, found, strict=True):
+    files = method.files(fitted, candidate, architecture, _provenance(trial, facts))
+    for path, file in zip(paths, files, strict=True):
         steering_file.write(file, path)
 
 
 def effects_of(paths: Sequence[Path], model: Engine) -> dict[str, Any]:
-    """What running each of the files of a trial on the model showed, as JSON.
+    """Check the effect of each file of a trial on the model; return the result as JSON values.
+
+    The values are None with a Hugging Face folder, which does not load the files.
 
     Raises:
-        VerificationError: the effect of one was not observed.
+        VerificationError: the effect of a file was not observed.
     """
     if Can.LLAMA_CPP not in model.can:
         reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
         return {
             "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
         }  # fmt: skip
-    shown = []
+    checks = []
     for path in paths:
-        found = steering_file.check_effect(path, model)
-        if not found.effect_observed:
-            raise VerificationError(f"{path}: " + " ".join(found.reasons))
-        shown.append(found)
-    farthest = max(shown, key=lambda found: found.largest_relative_error)
+        check = steering_file.check_effect(path, model)
+        if not check.effect_observed:
+            raise VerificationError(f"{path}: " + " ".join(check.reasons))
+        checks.append(check)
+    worst = max(checks, key=lambda check: check.largest_relative_error)
     return {
         "effect_observed": True,
-        "largest_relative_error": finite(farthest.largest_relative_error),
-        "kl_mean": farthest.kl_mean,
-        "reasons": list(farthest.reasons),
+        "largest_relative_error": finite(worst.largest_relative_error),
+        "kl_mean": worst.kl_mean,
+        "reasons": list(worst.reasons),
     }
 
 
 def _provenance(trial: Trial, facts: Mapping[str, Any]) -> dict[str, Any]:
-    place = trial.candidate
+    candidate = trial.candidate
     return {
         "tool": f"rs-gguf {__version__}",
         "method": "Refusal Steering, arXiv 2512.16602",
         **facts,
-        "estimator": place.recorded,
-        **({"ridge.relative": place.ridge} if place.ridge else {}),  # 0: of an estimator that has none
-        "layers": [place.first, place.last],
-        "strength": place.strength,
-        "benign_target": place.benign_target,
+        "estimator": candidate.recorded,
+        **({"ridge.relative": candidate.ridge} if candidate.ridge else {}),  # 0: the estimator has no ridge
+        "layers": [candidate.first, candidate.last],
+        "strength": candidate.strength,
+        "benign_target": candidate.benign_target,
         "calibration": "scale 1.0 is the strength chosen on the tune split",
         "measured": False,
     }

@@ -1,4 +1,4 @@
-"""The fit stage: each method's part of it, in one process or several."""
+"""Test the fit stage with every method, in one process and in two."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from rs_gguf.machine import Processes
 from rs_gguf.pipeline.stages.fit import fit
 folder = Path(sys.argv[1])
 with Processes.of_torchrun() as processes:
-    mine = folder / str(processes.rank)
-    mine.mkdir()
-    fit(samples_in(mine, WIDE), OPTIONS, mine, processes=processes, advance=lambda n: None)
+    own = folder / str(processes.rank)
+    own.mkdir()
+    fit(samples_in(own, WIDE), OPTIONS, own, processes=processes, advance=lambda n: None)
 """
 
 
-def test_every_method_leaves_its_file_and_is_loaded(tmp_path: Path) -> None:
+def test_every_method_writes_its_file_and_is_loaded(tmp_path: Path) -> None:
     advanced: list[int] = []
     fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=advanced.append)
     assert sum(advanced) == sum(method.steps(OPTIONS, LAYERS) for method in METHODS.values())
     assert all((tmp_path / method.artefact).is_file() for method in METHODS.values())
     assert list(load(tmp_path, OPTIONS)) == list(METHODS)
-    found = json.loads((tmp_path / "fit.json").read_text())
-    assert list(found) == ["samples", "others", "directions"]
-    assert [row["estimator"] for row in found["directions"]] == ["md", "wrmd", "wrmd"]
+    record = json.loads((tmp_path / "fit.json").read_text())
+    assert list(record) == ["samples", "others", "directions"]
+    assert [row["estimator"] for row in record["directions"]] == ["md", "wrmd", "wrmd"]
 
 
-def test_a_method_that_has_nothing_to_fit_leaves_nothing(tmp_path: Path) -> None:
+def test_a_method_without_its_inputs_writes_nothing(tmp_path: Path) -> None:
     fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=lambda _: None)
     fit(replace(samples_in(tmp_path), inputs={}), OPTIONS, tmp_path, advance=lambda _: None)
     assert list(load(tmp_path, OPTIONS)) == ["vector"]
@@ -71,6 +71,6 @@ def test_two_processes_fit_what_one_does_and_the_first_writes(tmp_path: Path) ->
         alone, shared = (load_arrays(folder / method.artefact) for folder in (one, tmp_path / "0"))
         assert list(alone) == list(shared)
         for name, rows in alone.items():
-            # Directions and the contrast are kept in float64, what gates read in float32.
+            # Directions and the contrast are kept in float64, gate vectors in float32.
             tolerance = 1e-10 if rows.dtype == np.float64 else 1e-6 * np.abs(rows).max()
             np.testing.assert_allclose(shared[name], rows, rtol=0, atol=tolerance, err_msg=name)

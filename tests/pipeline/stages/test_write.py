@@ -1,4 +1,4 @@
-"""Fresh files: what they do is what was chosen, and what they say of themselves is that."""
+"""Test that written files have the selected candidate's effect and provenance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline.recipe import Fit, Recipe
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.records.files import save_arrays
-from rs_gguf.records.trials import Candidate, Trial
+from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.file import SteeringFile
@@ -26,22 +26,23 @@ VECTOR, ADAPTER = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a fit leaves, of a model of 4 blocks; and both files, written from it."""
+    """Write the fit of a model of 4 layers, and both files from it."""
     rng = np.random.default_rng(0)
     directions = {"wrmd@0.5/unit": rng.standard_normal((4, 8)), "wrmd@0.5/scales": np.arange(1.0, 5.0)}
     save_arrays(tmp_path / "directions.safetensors", directions)
-    reads = {f"{way}/ffn_down": rng.standard_normal((1, 4, 16)) for way in ("opens", "guards")}
-    gates = {"ridges": np.array([0.5]), "contrast": rng.standard_normal((4, 8)), **reads}
-    save_arrays(tmp_path / "gated_adapter.safetensors", gates)
+    names = ("sensitive_gate/ffn_down", "benign_gate/ffn_down")
+    gates = {name: rng.standard_normal((1, 4, 16)) for name in names}
+    arrays = {"ridges": np.array([0.5]), "contrast": rng.standard_normal((4, 8)), **gates}
+    save_arrays(tmp_path / "gated_adapter.safetensors", arrays)
     for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
         trial = Trial(0, candidate, "short", 0.0, 1.0)
         writing.write([tmp_path / name], trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
     return tmp_path
 
 
-def test_both_files_say_what_they_are(folder: Path) -> None:
-    found: list[SteeringFile] = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
-    for file, candidate, estimator in zip(found, (VECTOR, ADAPTER), ("wrmd", "gate"), strict=True):
+def test_both_files_have_their_provenance(folder: Path) -> None:
+    files: list[SteeringFile] = [control_vector.read(folder / "v.gguf"), lora.read(folder / "a.gguf")]
+    for file, candidate, estimator in zip(files, (VECTOR, ADAPTER), ("wrmd", GATED_ADAPTER), strict=True):
         expected = {
             "model.name": "tiny",
             "estimator": estimator,
@@ -55,7 +56,7 @@ def test_both_files_say_what_they_are(folder: Path) -> None:
         assert file.architecture == "qwen2"
 
 
-def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
+def test_both_files_are_the_selected_candidates_at_scale_1(folder: Path) -> None:
     vector = ControlVector().load(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
     gates = GatedAdapter().load(folder, RECIPE.fit_options)
@@ -64,7 +65,7 @@ def test_both_files_are_the_chosen_candidates_at_scale_1(folder: Path) -> None:
     np.testing.assert_equal(dict(lora.read(folder / "a.gguf").factors), expected)
 
 
-def test_a_direction_without_a_ridge_claims_none(tmp_path: Path) -> None:
+def test_an_estimator_without_a_ridge_has_none_in_its_provenance(tmp_path: Path) -> None:
     directions = {"md@0/unit": np.eye(4, 8), "md@0/scales": np.ones(4)}
     save_arrays(tmp_path / "directions.safetensors", directions)
     recipe = Recipe(fit=Fit(estimators=["md"]))
