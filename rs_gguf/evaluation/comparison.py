@@ -1,9 +1,8 @@
-"""A model beside itself under one or several factors of a steering: what `rs-export eval` measures.
+"""Compare a model with itself under a steering, as `rs-export eval` does.
 
-A answer_source, a judge, prompt sets and factors go in; for each factor come out, set by set: refusals (by the
-columns of the prompt files too), broken answers, drift; and besides, drift of benign text, capability and
-speed.
-The unsteered side is measured once. A factor multiplies every scale of the steering.
+An `AnswerSource`, a judge, sets of prompts and scale factors go in. For each factor come out, by set: outcomes
+and transitions, output flags and drift; and for all sets drift of benign text, capability and speed. The
+unsteered side is measured once.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ OUTPUT_FLAGS = ("empty", "loop", "language_switch", "truncated")
 
 @dataclass(frozen=True)
 class _Texts:
-    """Log-probabilities under one factor, of the unsteered answers that must stay, and of benign texts."""
+    """Log-probabilities at one factor: of unsteered answers, and of benign texts. None if not given."""
 
     answers: LogProbs | None
     benign: LogProbs | None
@@ -49,13 +48,13 @@ def compare(
     tasks: Sequence[capability.Task] = (),
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """For each factor: `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` (with tasks), `rows`.
+    """Return for each factor `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` and `rows`.
 
-    `asking` holds for the answers to the prompts: the tasks, which have one answer each, are solved greedily.
-    `advance` is told of each answer: prompts and tasks, once and once more for each factor that is not 0.
+    asking: how the prompts are asked. Tasks, which have one right answer each, are solved greedily.
+    advance: called for each answer to a prompt or task, unsteered and at each factor other than 0.
 
     Raises:
-        InputError: the steering does not fit the model, or the judge cannot be used: told before the answers.
+        InputError: before the first answer, if the steering does not fit the model or the judge cannot be used.
     """
     answer_source.check()
     try_out(judge)

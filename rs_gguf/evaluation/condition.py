@@ -1,7 +1,8 @@
-"""One way to answer, and what came of it: answers to a list of prompts, their judgements, and the speed.
+"""Answer prompts under one condition and judge the answers.
 
-A model, a judge, an `Condition` and prompts go in; a `JudgedAnswers` comes out. `resume_condition` keeps what it has in a log, so
-that a killed run goes on. A `AnswerSource` answers under several factors of one steering, here or on a server.
+A model, a judge, a `Condition` and prompts go in; `JudgedAnswers` come out. `resume_condition` keeps each answer
+in a log, so that a killed run goes on. An `AnswerSource` answers at several scale factors of one steering, on
+this machine or on a server.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
 
-_PART = 64  # prompts that are answered and judged together, and lost at most when a run is killed
+_PART = 64  # prompts answered and judged together; a killed run loses at most as many
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to answer: what is put on the model, and the system prompt that it gets."""
+    """One way to answer: the steering on the model, and the system prompt; None for the template's own."""
 
     name: str
     steering: Steering
@@ -33,23 +34,23 @@ class Condition:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Answers to a list of prompts, in order, with their judgements and the tokens answered per second."""
+    """Answers to a list of prompts in order, their judgements, and the speed in answer tokens per second."""
 
     answers: Sequence[Answer]
     judgements: Sequence[Judgement]
     tokens_per_second: float = 0.0
 
     def take(self, indices: Sequence[int]) -> JudgedAnswers:
-        """Return the side of these prompts alone."""
+        """Return the answers at these indices."""
         return JudgedAnswers(
             [self.answers[i] for i in indices], [self.judgements[i] for i in indices], self.tokens_per_second
         )
 
 
 def judge_answers(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
-    """Return what a judge says of each answer, in order."""
-    graded = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
-    return [graded[i] for i in range(len(prompts))]
+    """Return the judgement of each answer, in order."""
+    judgements = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
+    return [judgements[i] for i in range(len(prompts))]
 
 
 def answer_condition(
@@ -63,7 +64,7 @@ def answer_condition(
     """Answer `prompts` and judge the answers. The condition gives the system prompt, not `asking`."""
     asking = replace(asking, system=condition.system)
     answers, seconds = answer_all(model, prompts, condition.steering, asking, advance)
-    # Judged unsteered: the judge may be the very model that is being steered.
+    # The judge may be the model that was steered, so the steering is off by now.
     judgements = judge_answers(judge, prompts, answers)
     return JudgedAnswers(
         answers, judgements, sum(len(a.tokens) for a in answers) / seconds if seconds else 0.0
@@ -79,23 +80,23 @@ def resume_condition(
     log: RowLog,
     advance: Advance,
 ) -> JudgedAnswers:
-    """Answer in parts the `prompts` that `log` does not have yet, and return the whole side from it.
+    """Answer the prompts that `log` does not have yet, in parts, and return all answers from it.
 
-    A row has the id `ARM:PROMPT`. The speed is the median over the prompts of the speed of their part.
+    A row has the id `CONDITION:PROMPT`. The speed is the median over the prompts of the speed of their part.
     """
     missing = [p for p in prompts if f"{condition.name}:{p.id}" not in log.rows]
     advance(len(prompts) - len(missing))
     for start in range(0, len(missing), _PART):
         part = missing[start : start + _PART]
-        found = answer_condition(model, judge, condition, part, asking, advance)
-        for prompt, answer, judgement in zip(part, found.answers, found.judgements, strict=True):
+        judged = answer_condition(model, judge, condition, part, asking, advance)
+        for prompt, answer, judgement in zip(part, judged.answers, judged.judgements, strict=True):
             log.append(
                 {
                     "id": f"{condition.name}:{prompt.id}",
                     **answer.to_row(),
                     "confidence": judgement.confidence,
                     "category": judgement.category,
-                    "tokens_per_second": round(found.tokens_per_second, 1),
+                    "tokens_per_second": round(judged.tokens_per_second, 1),
                 }
             )
     rows = [log.rows[f"{condition.name}:{p.id}"] for p in prompts]
@@ -107,7 +108,7 @@ def resume_condition(
 
 
 class AnswerSource(Protocol):
-    """What is measured: it answers under a factor of its steering, 0 being none; in between it is unsteered."""
+    """What is measured: a model, and a steering whose scales a factor multiplies; 0 is unsteered."""
 
     def check(self) -> None:
         """Raise `InputError` if the steering does not fit the model, before anything is measured."""
@@ -132,7 +133,7 @@ class AnswerSource(Protocol):
 
 @dataclass(frozen=True)
 class SteeredModel:
-    """A model in this process, as a `AnswerSource`."""
+    """A model in this process."""
 
     model: Engine
     steering: Steering
@@ -155,8 +156,8 @@ class SteeredModel:
 
     def text_logprobs(self, texts: Sequence[str], factor: float, system: str | None) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], system)
-        opening = conversations[0][: common_prefix(conversations)]
-        pairs = [(opening, self.model.tokenize(text, special=False)) for text in texts]
+        prefix = conversations[0][: common_prefix(conversations)]
+        pairs = [(prefix, self.model.tokenize(text, special=False)) for text in texts]
         with self.model.steered(self.steering.scaled(factor)):
-            # Without an opening the first token has nothing before it.
-            return self.model.token_logprobs([(o, t) if o else (t[:1], t[1:]) for o, t in pairs])
+            # Without a prefix no token stands before the first one, so it has no probability.
+            return self.model.token_logprobs([(p, t) if p else (t[:1], t[1:]) for p, t in pairs])

@@ -1,7 +1,7 @@
 """The same prompts unsteered and steered: outcomes, transitions between them, and drift.
 
-Prompts and two `JudgedAnswers` go in. Counts with intervals, and rows of both sides, come out. The search, the
-measure stage and `rs-export eval` all use this one evaluation.
+Prompts and two `JudgedAnswers` go in. Counts with intervals, and rows of both sides, come out. The search,
+the measure stage and `rs-export eval` all use this one evaluation.
 """
 
 from __future__ import annotations

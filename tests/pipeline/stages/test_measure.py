@@ -146,7 +146,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
 def test_a_file_says_whether_it_passed_and_what_was_counted(
     written: dict[str, WrittenFile], name: str, verdict: Verdict
 ) -> None:
-    sets = {kind: counted_set() for kind in KINDS}
+    sets: dict[str, SetRecord] = {kind: counted_set() for kind in KINDS}
     decision = Decision((Criterion("any", verdict, "why"),))
     measuring._record_figures(written[name], sets, Drift(0.125, 0.9, 1.0, 1.0), decision)
     found = (control_vector.read if name == "vector" else lora.read)(written[name].paths[0]).provenance
