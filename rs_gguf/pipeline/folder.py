@@ -62,7 +62,7 @@ class RunFolder:
 
     def forget_all(self) -> None:
         """Forget what the stages of an earlier run left. Vectors and report stay until replaced."""
-        left = [name for info in STAGES.values() for name in info.leaves if name not in RESULTS]
+        left = [name for info in STAGES.values() for name in info.artefacts if name not in RESULTS]
         for name in ("state.json", *left):
             path = self / name.rstrip("/")
             if path.is_dir() and not path.is_symlink():
