@@ -54,7 +54,7 @@ class Costs:
             split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in found.items()}
             for split, found in pool.items()
         }
-        read = recipe.prompts.gate_only if model.writers else 0
+        read = recipe.prompts.gate_only if model.output_matrices else 0
         self.gate_only: int = sum(
             min(read, len(rows) - self.sizes["fit"][kind]) for kind, rows in pool["fit"].items()
         )
@@ -64,8 +64,10 @@ class Costs:
         self.text = fmean(lengths)
         self.prompt = self.text + _TEMPLATE
         self._longest = max(lengths) + _TEMPLATE + self.prefix
-        self.files = 2 if model.writers else 1  # a control vector, and an adapter where there can be one
-        self.inputs = model.n_layer * sum(model.writers.values())
+        self.files = (
+            2 if model.output_matrices else 1
+        )  # a control vector, and an adapter where there can be one
+        self.inputs = model.n_layer * sum(model.output_matrices.values())
         """Numbers that the fit of an adapter reads of a token."""
 
     def count(self, *splits: str) -> int:
@@ -112,7 +114,7 @@ class Costs:
 
     def adapter(self) -> float:
         """Return the bytes of an adapter for two layers of three."""
-        outputs = self.model.n_layer * self.model.width * len(self.model.writers)
+        outputs = self.model.n_layer * self.model.width * len(self.model.output_matrices)
         return 4 * (self.inputs + outputs) * 2 / 3
 
 

@@ -205,7 +205,7 @@ class Run:
         They are read `in_contexts`.
         """
         can = engine_for(self.model_path).can
-        if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).writers:
+        if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).output_matrices:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.gate_only, self.recipe.seed
@@ -215,7 +215,7 @@ class Run:
     @cached_property
     def in_contexts(self) -> list[tuple[Prompt, Context]]:
         """The gate-only prompts in the order in which they are read, with what stands around each."""
-        return contexts.spread(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
+        return contexts.assign(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
 
     @cached_property
     def model_path(self) -> Path:

@@ -66,7 +66,7 @@ def test_the_shape_of_a_file_is_that_of_its_network(tiny: Path, network: Any) ->
     blocks = sum(p.numel() for n, p in network.named_parameters() if ".layers." in n)
     assert (found.n_layer, found.width, found.n_vocab) == (N_LAYER, WIDTH, network.config.vocab_size)
     assert (found.dense, found.experts, found.head) == (blocks, 0, network.lm_head.weight.numel())
-    assert found.writers == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+    assert found.output_matrices == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
     assert found.weights == tiny.stat().st_size
     with torch.inference_mode():
         output = network(torch.zeros((1, 5), dtype=torch.long), use_cache=True)
@@ -147,13 +147,15 @@ def test_published_sizes_of_large_models(
     assert found.cache == cache
     assert found.weights == pytest.approx((found.dense + found.experts + 2 * found.head) * 4.85 / 8, rel=1e-3)
     # Experts get no gate, and blocks of two kinds no adapter.
-    assert set(found.writers) == {
+    assert set(found.output_matrices) == {
         "qwen3": {"attn_output", "ffn_down"}, "qwen3_moe": {"attn_output"}, "qwen3_next": set(),
     }[config.model_type]  # fmt: skip
 
 
 def test_experts_read_in_a_step_are_those_that_any_token_uses() -> None:
-    shape = ModelDimensions(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
+    shape = ModelDimensions(
+        1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, output_matrices={}
+    )
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 32):
         used = [
@@ -193,7 +195,7 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     assert found.active == found.dense + found.experts / 4
     assert found.cache == (40 - 24) + 5
     assert (found.attention, found.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
-    assert found.writers == {"attn_output": 24}
+    assert found.output_matrices == {"attn_output": 24}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_an_adapter_changes_what_every_block_has(
     }
     tensors = {"token_embd.weight": (99, 16), **blocks}
     found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16))
-    assert found.writers == writers
+    assert found.output_matrices == writers
 
 
 def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_blocks_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path
     values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
     found = shapes.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
     assert (found.n_layer, found.dense) == (2, 2 * (16 * 24 + 16 * 48))
-    assert found.writers == {"attn_output": 24, "ffn_down": 48}
+    assert found.output_matrices == {"attn_output": 24, "ffn_down": 48}
 
     # llama.cpp does without that block's tensors.
     reader, writer = GGUFReader(tiny), GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
@@ -404,7 +406,12 @@ def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: ModelD
     figures = planned(shape).stages["fit"].seconds
     once, twice, slow, ungated = (
         planned(found, speed=replace(UNIT, algebra=rate)).stages["fit"].seconds - figures
-        for found, rate in ((shape, 2e9), (deep, 2e9), (shape, 1e9), (replace(shape, writers={}), 2e9))
+        for found, rate in (
+            (shape, 2e9),
+            (deep, 2e9),
+            (shape, 1e9),
+            (replace(shape, output_matrices={}), 2e9),
+        )
     )
     assert 0 < ungated < once
     assert (twice, slow) == pytest.approx((2 * once, 2 * once))
@@ -577,5 +584,5 @@ def test_a_judge_that_is_not_here_is_named_before_measuring(
     monkeypatch.setattr("rs_gguf.pipeline.plan.measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, stderr = command("--set", f"model={tiny}", "--measure")
     assert code == 2
-    assert "judge: qwen2.5-coder-0.5b is not here yet" in stderr
+    assert "judge: qwen2.5-coder-0.5b is not downloaded yet" in stderr
     assert "--set judge=keywords" in stderr

@@ -73,10 +73,12 @@ class Fit(Stage):
         operations = (
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
-        operations += sum(cholesky(rows, width) + rows * width * _NUMBER for width in model.writers.values())
+        operations += sum(
+            cholesky(rows, width) + rows * width * _NUMBER for width in model.output_matrices.values()
+        )
         seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
         # Every core has the samples of a layer's matrix in float64 twice, and so its product.
-        widest = max([model.width, *model.writers.values()])
+        widest = max([model.width, *model.output_matrices.values()])
         layer = 8 * (2 * rows * widest + 2 * min(rows, widest) ** 2)
         arrays = 8 * estimators * len(choices.ridges) * model.n_layer * model.width
         arrays += 2 * 4 * len(choices.gate_ridges) * costs.inputs
