@@ -101,7 +101,7 @@ def _fold_scores(
     told = part[side[part] != 0]
 
     def score(layer: int) -> Float64:
-        projections = activations.block(layer, told).numpy() @ path.directions[:, layer].T
+        projections = activations.layer_rows(layer, told).numpy() @ path.directions[:, layer].T
         return layer_auroc(projections, side[told])
 
     layers = range(path.directions.shape[1])

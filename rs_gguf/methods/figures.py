@@ -122,7 +122,7 @@ def save_cosines(path: Path, directions: Mapping[str, npt.ArrayLike]) -> None:
 
 def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike) -> None:
     """First two principal components of one layer of `activations` [N, L, D], coloured by confidence [N]."""
-    rows = Activations.of(activations).block(layer).numpy()
+    rows = Activations.of(activations).layer_rows(layer).numpy()
     scores, shares = principal_components(rows)
     figure, axes = _figure(6.5, 5)
     points = axes.scatter(

@@ -143,7 +143,7 @@ def fit_gated_adapter(
     sides = torch.from_numpy(difference).to(where)
 
     def fit_block(layer: int) -> None:
-        contrast[layer] = processes.sum(sides @ outputs.block(layer, device=where)).cpu().numpy()
+        contrast[layer] = processes.sum(sides @ outputs.layer_rows(layer, device=where)).cpu().numpy()
         for name, found in rows.items():
             reads = _reads(found, layer, mean, quiet_means, labels.local, grid, quiet, processes)
             sensitive_gate[name][:, layer], benign_gate[name][:, layer] = reads.cpu().numpy()

@@ -73,8 +73,8 @@ def check_inputs(one: Run, places: Sequence[int]) -> None:
     fit = one.prompts["fit"]
     read = dict(zip([p.id for p in fit], chat_tokens(one.model, fit, None), strict=True))
     read |= {p.id: c.tokens(chat, one.model, p.prompt, None) for p, c in one.in_contexts}
-    inputs = found.inputs["attn_output"].last_token.block(1, np.arange(len(every))).numpy()
-    kept = {"kqv_out": inputs, "l_out": found.activations.block(1).numpy()}  # of the judged alone
+    inputs = found.inputs["attn_output"].last_token.layer_rows(1, np.arange(len(every))).numpy()
+    kept = {"kqv_out": inputs, "l_out": found.activations.layer_rows(1).numpy()}  # of the judged alone
     for place in places:
         tokens = read[every[place].id]
         again = read_last(one.model, [tokens], range(2), tuple(kept))
