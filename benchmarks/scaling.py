@@ -235,7 +235,7 @@ def seconds_planned(size: Size) -> dict[str, float]:
     shape = ModelDimensions(
         n_layer=size.blocks, width=size.width, n_vocab=300, dense=size.blocks * block, experts=0, used=0.0,
         head=300 * size.width, weights=4 * size.blocks * block, attention=size.blocks * size.width,
-        cache=size.blocks * size.width, writers=writers(size),
+        cache=size.blocks * size.width, output_matrices=writers(size),
     )  # fmt: skip
     found = planned(recipe_of(size, "none"), shape, None)
     return {name: stage.seconds for name, stage in found.stages.items()}

@@ -1,4 +1,4 @@
-"""Refusal Steering for llama.cpp (arXiv 2512.16602): fitted and proven GGUF control vectors and adapters."""
+"""Refusal Steering for llama.cpp (arXiv 2512.16602): fit, write and check control vectors and adapters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["__version__", "run"]
 
 
 def run(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Run a recipe in the folder `out` and return the metrics; see `rs_gguf.pipeline.run.run`."""
-    # Imported here, so that `import rs_gguf` and `rs-export --help` do not load PyTorch.
+    """Run a recipe in the folder `out` and return its metrics. See `rs_gguf.pipeline.run.run`."""
+    # The import is here, so that `import rs_gguf` and `rs-export --help` do not load PyTorch.
     from rs_gguf.pipeline.run import run as run_pipeline
 
     return run_pipeline(recipe, out)

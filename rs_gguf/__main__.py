@@ -1,4 +1,4 @@
-"""`python -m rs_gguf` is `rs-export`."""
+"""Run `rs-export` for `python -m rs_gguf`."""
 
 from rs_gguf.cli.main import main
 

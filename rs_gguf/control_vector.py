@@ -1,4 +1,4 @@
-"""Control vector files: read, write, check; `rs_gguf.steering` has the rest."""
+"""Read, write and check control vector files. These are public names of `rs_gguf.steering`."""
 
 from rs_gguf.steering.file import check_vector as check
 from rs_gguf.steering.report import CheckReport

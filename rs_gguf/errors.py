@@ -1,11 +1,11 @@
-"""The one exception family. A message says what was wrong, where, and what to do about it.
+"""The package's exceptions. A message states what was wrong and where, what is accepted, and what to do.
 
-The command line prints the message and exits with `exit_code`; it never shows a traceback for these.
+The command line prints the message without a traceback and exits with `exit_code`.
 """
 
 
 class RsGgufError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
     exit_code = 2
 
@@ -15,11 +15,11 @@ class InputError(RsGgufError):
 
 
 class VerificationError(RsGgufError):
-    """The work ended, but its result does not pass: a check, a proof or the safety gate."""
+    """The work is done, but a result failed: a file check, an effect check or the acceptance criteria."""
 
     exit_code = 1
 
 
 def escape_control_chars(text: object) -> str:
-    """A stranger's text without the control characters that would steer the terminal."""
+    """Return `text` with its control characters escaped: untrusted text could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -1,4 +1,4 @@
-"""Scores of layers; `rs_gguf.activations.scores` has them all."""
+"""Layer scores, as public names. The code is in `rs_gguf.activations.scores`."""
 
 from rs_gguf.activations.scores import (
     band_profile,

@@ -1,4 +1,4 @@
-"""What the machine gives this process: cores, memory, and the other processes that share its run."""
+"""Cores and memory that this process may use, threads, and the processes that share a run (`Processes`)."""
 
 from __future__ import annotations
 
@@ -26,40 +26,43 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-# A process waits for rank 0 while that answers, judges or searches alone. torch's default is 30 minutes.
-_PATIENCE = timedelta(days=30)
+# The other ranks wait while rank 0 answers, judges or searches alone. torch's default is 30 minutes.
+_TIMEOUT = timedelta(days=30)
 
 _MATRICES = 4  # float64 matrices [width, width] that the fit of one layer holds at its peak
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity's, shared with the ranks of this machine."""
+    """Return how many cores this process may use: its affinity's, shared with the ranks on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that Linux can give this process now, within its control groups; elsewhere 0."""
+    """Return the bytes that Linux can give this process now, within its control groups.
+
+    0 means unknown: another system, or a /proc that cannot be read.
+    """
     try:
-        told = (root / "proc/meminfo").read_text()
+        meminfo = (root / "proc/meminfo").read_text()
         group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     except OSError:
         return 0
-    free = re.search(r"MemAvailable: +(\d+) kB", told)
-    rooms = [int(free[1]) * 1024] if free else [0]
+    available = re.search(r"MemAvailable: +(\d+) kB", meminfo)
+    limits = [int(available[1]) * 1024] if available else [0]
     groups = root / "sys/fs/cgroup"
     own = groups / group
     for folder in (own, *own.parents):
         if folder.is_relative_to(groups):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                rooms.append(int((folder / "memory.max").read_text()) - _used(folder))
+            with contextlib.suppress(OSError, ValueError):  # The text "max" means that there is no limit.
+                limits.append(int((folder / "memory.max").read_text()) - _used(folder))
     with contextlib.suppress(OSError, ValueError):
-        rooms.append(int((groups / "memory/memory.limit_in_bytes").read_text()))
-    return max(1, min(rooms)) if min(rooms) else 0
+        limits.append(int((groups / "memory/memory.limit_in_bytes").read_text()))
+    return max(1, min(limits)) if min(limits) else 0  # at least 1, since 0 means unknown
 
 
 def _used(group: Path) -> int:
-    """Return the bytes of a control group that Linux cannot take back at once, as it can the file cache."""
+    """Return the bytes that a control group uses, without the file cache, which Linux frees on demand."""
     used = 0
     with contextlib.suppress(OSError, ValueError):
         used = int((group / "memory.current").read_text())
@@ -70,9 +73,9 @@ def _used(group: Path) -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep linear algebra on one thread: the order of its sums, and so their last bits, follow the number."""
-    torch = sys.modules.get("torch")  # it takes seconds to import, and who does not use it need not wait
-    threads = torch.get_num_threads() if torch else 1  # before they are limited, or 1 would be put back
+    """Keep linear algebra on one thread. The thread count sets the order of sums, and so their last bits."""
+    torch = sys.modules.get("torch")  # Importing torch takes seconds; a process without it need not wait.
+    threads = torch.get_num_threads() if torch else 1  # Read before the limit, which would change it to 1.
     with threadpool_limits(1):
         if torch:
             torch.set_num_threads(1)
@@ -84,9 +87,9 @@ def one_thread() -> Iterator[None]:
 
 
 def on_all_cores(work: Callable[[Item], T], items: Iterable[Item], *, workers: int) -> Iterator[T]:
-    """Yield `work(item)` in the order of `items`, each on one thread, `workers` of them at a time.
+    """Yield `work(item)` in the order of `items`, each on one thread, `workers` at a time.
 
-    An error of the first item that fails is raised; items that were not begun are dropped.
+    Raise the error of the first item that fails; items that no thread has begun are dropped.
     """
     with one_thread():
         if workers == 1:
@@ -94,7 +97,7 @@ def on_all_cores(work: Callable[[Item], T], items: Iterable[Item], *, workers: i
             return
         import torch
 
-        # torch keeps the number of OpenMP threads for each thread.
+        # torch stores the number of OpenMP threads per thread, so each worker has to set it.
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             yield from pool.map(work, items)
@@ -116,9 +119,10 @@ def layers_at_once(width: int) -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a run: the rank of this one, and how many there are.
+    """The processes that share a run: the rank of this process, and their number.
 
-    Several are started by torchrun. Every method is a collective call: all ranks make it, in the same order.
+    torchrun starts several processes. Every method except `share` is a collective call: all ranks make it, in
+    the same order.
     """
 
     rank: int = 0
@@ -135,43 +139,50 @@ class Processes:
 
         if not dist.is_initialized():
             raise InputError(
-                "torch.distributed has no process group. Start the program with torchrun and call "
-                "torch.distributed.init_process_group first."
+                "torch.distributed has no process group; one is needed. Start the program with torchrun and "
+                "call torch.distributed.init_process_group first."
             )
         return cls(dist.get_rank(), dist.get_world_size())
 
     @classmethod
     @contextlib.contextmanager
     def of_torchrun(cls) -> Iterator[Processes]:
-        """Join the group that torchrun's environment describes; one process on its own without torchrun."""
+        """Join the group that torchrun's environment describes, and leave it at the end.
+
+        Without torchrun the group is this process alone.
+
+        Raises:
+            InputError: torchrun started more processes on this machine than it has GPUs.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
         import torch
         import torch.distributed as dist
 
-        # Values travel by gloo; NCCL takes the tensors of GPUs.
+        # gloo exchanges Python values and CPU tensors; NCCL exchanges tensors on GPUs.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
-            here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if here >= gpus:
+            local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local_rank >= gpus:
                 raise InputError(
-                    f"torchrun started process {here + 1} on this machine, which has {gpus} GPUs. Start one "
-                    "process for each GPU at most, or fit on the CPU with CUDA_VISIBLE_DEVICES= (empty)."
+                    f"torchrun started {local_rank + 1} or more processes on this machine, which has {gpus} "
+                    "GPUs; at most one process per GPU is accepted. Start fewer processes, or fit on the CPU "
+                    "with CUDA_VISIBLE_DEVICES= (empty)."
                 )
-            torch.cuda.set_device(here)
-        dist.init_process_group(backend, timeout=_PATIENCE)
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
         try:
             yield cls.joined()
         finally:
             dist.destroy_process_group()
 
     def share(self, count: int) -> slice:
-        """Return this rank's share of `count` items; the shares follow one another in the order of ranks."""
+        """Return this rank's slice of `count` items. The slices follow one another in the order of ranks."""
         return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks, in place."""
+        """Return `tensor` after replacing its values with their sums over all ranks."""
         if self.count > 1:
             import torch.distributed as dist
 
@@ -189,17 +200,17 @@ class Processes:
         return values
 
     def concatenate(self, rows: Tensor) -> Tensor:
-        """Return the rows [n, D] of all ranks, those of rank 0 first."""
+        """Return the rows [n, D] of all ranks in one tensor, in the order of ranks."""
         if self.count == 1:
             return rows
         import torch
 
-        # As arrays: a tensor that is a part of a larger one would travel with all of it.
+        # As arrays: a tensor that is a view would be sent with its whole storage.
         parts = self.gather(rows.cpu().numpy())
         return torch.cat([torch.from_numpy(part).to(rows.device) for part in parts])
 
     def from_first(self, value: T) -> T:
-        """Return the value that rank 0 gives; those of the other ranks are ignored."""
+        """Return the value of rank 0. The values of the other ranks are ignored."""
         if self.count == 1:
             return value
         import torch.distributed as dist
@@ -210,4 +221,4 @@ class Processes:
 
 
 ALONE = Processes()
-"""This process on its own."""
+"""A run of this process alone."""

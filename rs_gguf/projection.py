@@ -1,4 +1,4 @@
-"""Batched projection of activations on directions; `rs_gguf.activations.projection` has the rest."""
+"""Batched projection of activations on directions, as public names of `rs_gguf.activations.projection`."""
 
 from rs_gguf.activations.projection import project, project_statistics
 

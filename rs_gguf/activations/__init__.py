@@ -1,1 +1,1 @@
-"""What is read from a model, and its projections."""
+"""Activations that are read from a model, and their projections on directions."""

@@ -1,9 +1,10 @@
-"""What a fit reads from the model: block outputs and the inputs of the matrices that write to the residual.
+"""Read from the model what a fit needs: activations, and the inputs of the output matrices.
 
-A model, conversations with their answers and the model's own chat prefix go in; arrays by name come out, for
-the shards of an `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2) and, for the
-gated adapter, `<matrix>/last` [n, L, W] there, `<matrix>/prompts` and `<matrix>/answers` [·, L, W] at other
-tokens, for which no gate should open. One forward pass a conversation serves all. Processes can share it.
+Takes a model and conversations with their answers. Writes arrays by name to the shards of an
+`ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2). For the gated adapter also
+`<matrix>/last` [n, L, W] at the same token, and `<matrix>/prompts` and `<matrix>/answers` [·, L, W] at other
+tokens, where the gate must stay closed. Each conversation takes one forward pass. Several processes can share
+the work.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from rs_gguf.records.conversation import Prompt
 
 Arrays = dict[str, NDArray[Any]]
 
-SHARD = 64  # prompts whose activations are lost at most when a capture is killed
-_CONSTANT = "constant"  # the shard of what the chat template puts before every prompt
-ANSWER_TOKENS = 4  # that are read of one answer: neighbours say much the same
-_LARGEST_F16 = 65504.0
+SHARD = 64  # prompts per shard; a killed capture loses at most one shard
+_TEMPLATE_SHARD = "constant"  # the shard of the tokens that the chat template puts before every prompt
+ANSWER_TOKENS = 4  # tokens to read per answer; neighbouring tokens are similar
+_MAX_F16 = 65504.0
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt as tokens and what the model answered; `gate_stays_closed`: the gate must not open in the answer."""
+    """A prompt and its answer, as tokens. `gate_stays_closed`: the gate must stay closed in the answer."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
@@ -47,26 +48,27 @@ class Conversation:
 
 def conversations(
     model: Engine,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     system: str | None,
     answers: Mapping[str, Sequence[int]],
     refused: Collection[str],
-    others: Sequence[tuple[Prompt, Context]],
+    gate_only: Sequence[tuple[Prompt, Context]],
 ) -> tuple[list[Conversation], int]:
-    """What is read of the prompts `asked`, then of the `others`, which were not answered.
+    """Return the conversations of answered prompts, then of gate-only prompts, which have no answers.
 
-    `answers` are tokens by the prompt's id, and `refused` ids. The second value is the number of tokens that
-    all of `asked` begin with.
+    `answers`: tokens by prompt id. `refused`: ids of refused prompts. The second value is the number of
+    tokens that all `prompts` begin with.
     """
-    tokens, chat = chat_tokens(model, asked, system), ChatFormat.of(model)
-    found = [
+    tokens, chat = chat_tokens(model, prompts, system), ChatFormat.of(model)
+    answered = [
         Conversation(prompt, answers[p.id], gate_stays_closed=p.kind != "sensitive" or p.id not in refused)
-        for p, prompt in zip(asked, tokens, strict=True)
+        for p, prompt in zip(prompts, tokens, strict=True)
     ]
-    found += [
-        Conversation(c.tokens(chat, model, p.prompt, system), [], gate_stays_closed=True) for p, c in others
+    unanswered = [
+        Conversation(c.tokens(chat, model, p.prompt, system), [], gate_stays_closed=True)
+        for p, c in gate_only
     ]
-    return found, common_prefix(tokens)
+    return answered + unanswered, common_prefix(tokens)
 
 
 def capture_all(
@@ -79,14 +81,14 @@ def capture_all(
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Read what the store does not hold yet of the prompts `ids` and their conversations, shard by shard.
+    """Read all conversations that the store does not hold yet, shard by shard. `ids`: their prompts.
 
-    `processes` (torchrun) take turns with the shards of one store, each with a model of its own; all of it is
-    there when this returns on any of them. `advance` counts the prompts of this one. What the store's folder
-    holds under another key is deleted.
+    `prefix`: the number of tokens that all prompts begin with. `processes` (torchrun) share the shards of
+    one store, each with its own model; when this returns in one of them, all shards are complete. `advance`
+    counts the prompts of this process. Shards of another key in the store's folder are deleted.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full; what was captured is kept.
+        InputError: the folder cannot be written, or the disk is full. Complete shards stay.
     """
     store.begin()
     for start in range(processes.rank * SHARD, len(ids), processes.count * SHARD):
@@ -94,81 +96,81 @@ def capture_all(
         if not store.holds(_shard_of(start), ids[part]):
             store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
         advance(len(ids[part]))
-    if processes.rank == 0 and Can.MATRIX_INPUTS in model.can and not store.holds(_CONSTANT, []):
-        store.append(_CONSTANT, [], capture_constant(model, conversations[0].prompt, prefix))
-    processes.gather(None)  # waits for the others
+    if processes.rank == 0 and Can.MATRIX_INPUTS in model.can and not store.holds(_TEMPLATE_SHARD, []):
+        store.append(_TEMPLATE_SHARD, [], capture_template_tokens(model, conversations[0].prompt, prefix))
+    processes.gather(None)  # Wait for the other processes.
 
 
 def captured(
     store: ActivationStore, count: int, *, inputs: bool
 ) -> tuple[Activations, dict[str, MatrixInputs]]:
-    """Return block outputs of `count` prompts and, if asked for, the matrices' inputs, from the store.
+    """Return the activations of `count` prompts from the store, and with `inputs` those of MatrixInputs too.
 
     Raises:
-        DamagedStoreError: a shard is missing or was changed, or all are of another key.
+        DamagedStoreError: a shard is missing or was changed, or the store has another key.
     """
     shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
-    constant: dict[str, Activations] = {}
+    template: dict[str, Activations] = {}
     if inputs:
-        constant = {name: Activations([part]) for name, part in store.read([_CONSTANT])[0].items()}
-    return Activations([shard["activations"] for shard in shards]), output_matrices_of(shards, constant)
+        template = {name: Activations([part]) for name, part in store.read([_TEMPLATE_SHARD])[0].items()}
+    return Activations([shard["activations"] for shard in shards]), join_matrix_inputs(shards, template)
 
 
 def _shard_of(start: int) -> str:
-    """Name of the shard that begins with prompt number `start`."""
+    """Return the name of the shard that begins with prompt number `start`."""
     return f"{start // SHARD:05d}"
 
 
 def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *, seed: int) -> Arrays:
-    """Read one shard. `prefix` is the number of tokens that `conversations` counts.
+    """Return the arrays of one shard. `prefix`: the number of tokens that all prompts begin with.
 
-    An engine that cannot read the inputs of matrices (PyTorch) gives block outputs alone.
+    An engine that cannot read the inputs of matrices (PyTorch) gives `activations` alone.
 
     Raises:
-        InputError: an architecture whose block outputs are no residual stream that can be read.
+        InputError: the architecture has no single residual stream after its layers.
     """
     layers = range(model.n_layer)
     if Can.MATRIX_INPUTS not in model.can:
         return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
-    writers = _writers(model)
+    inputs = _input_tensors(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
-        sequence, places = _places(conversation, prefix, np.random.default_rng((seed, number)))
+        sequence, places = _positions(conversation, prefix, np.random.default_rng((seed, number)))
         sequences.append(sequence)
         positions.append(places)
     last: dict[int, dict[str, NDArray[np.float32]]] = {}
     others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
-    tensors = ("l_out", *writers.values())
-    for i, position, found in model.read(sequences, positions, layers, tensors):
-        beyond = position - (len(conversations[i].prompt) - 1)
-        if beyond == 0:
-            last[i] = found
+    tensors = ("l_out", *inputs.values())
+    for i, position, rows in model.read(sequences, positions, layers, tensors):
+        distance = position - (len(conversations[i].prompt) - 1)
+        if distance == 0:
+            last[i] = rows
         else:
-            del found["l_out"]
-            others["answers" if beyond > 0 else "prompts"].append(found)
+            del rows["l_out"]
+            others["answers" if distance > 0 else "prompts"].append(rows)
     samples = [last[i] for i in range(len(conversations))]
     scale = _product_scale(model)
-    arrays: Arrays = {"activations": np.stack([found["l_out"] for found in samples])}
-    for writer, name in writers.items():
-        here = np.stack([found[name] for found in samples])
-        arrays[f"{writer}/last"] = _compact(here * scale)
+    arrays: Arrays = {"activations": np.stack([rows["l_out"] for rows in samples])}
+    for matrix, tensor in inputs.items():
+        last_inputs = np.stack([rows[tensor] for rows in samples])
+        arrays[f"{matrix}/last"] = _compact(last_inputs * scale)
         for sort, tokens in others.items():
-            rows = np.reshape([found.pop(name) for found in tokens], (-1, *here.shape[1:]))
-            arrays[f"{writer}/{sort}"] = _compact(rows * scale)
+            other_inputs = np.reshape([rows.pop(tensor) for rows in tokens], (-1, *last_inputs.shape[1:]))
+            arrays[f"{matrix}/{sort}"] = _compact(other_inputs * scale)
     return arrays
 
 
-def capture_constant(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
-    """`<matrix>/constant` [T, L, W] at the T tokens that the chat template puts before every prompt."""
-    writers = _writers(model)
-    if not writers:
+def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
+    """Return `<matrix>/constant` [T, L, W] at the T tokens that the template puts before every prompt."""
+    inputs = _input_tensors(model)
+    if not inputs:
         return {}
-    places = range(max(prefix, 1))  # one for the shape, where the template puts nothing
-    read = model.read([prompt[: len(places)]], [places], range(model.n_layer), tuple(writers.values()))
-    rows, scale = [found for _, _, found in read], _product_scale(model)
+    positions = range(max(prefix, 1))  # If the template puts nothing there, read one token for the shape.
+    reads = model.read([prompt[: len(positions)]], [positions], range(model.n_layer), tuple(inputs.values()))
+    tokens, scale = [rows for _, _, rows in reads], _product_scale(model)
     return {
-        f"{writer}/constant": np.stack([r[name] for r in rows])[:prefix] * scale
-        for writer, name in writers.items()
+        f"{matrix}/constant": np.stack([rows[tensor] for rows in tokens])[:prefix] * scale
+        for matrix, tensor in inputs.items()
     }
 
 
@@ -176,49 +178,58 @@ def _product_scale(model: Engine) -> np.float32:
     return np.float32(product_scale(model.architecture, model.n_layer, model.metadata))
 
 
-def _writers(model: Engine) -> dict[str, str]:
-    """The writing matrices that every block has, of the same width, and what they multiply."""
-    names, alike = model.graph_tensors(), dimensions.of_gguf(model.path).writers
+def _input_tensors(model: Engine) -> dict[str, str]:
+    """Return the graph's input tensor of each output matrix that all layers have with the same width."""
+    names, matrices = model.graph_tensors(), dimensions.of_gguf(model.path).output_matrices
     try:
-        found = [matrix_input_tensors(names, layer) for layer in range(model.n_layer)]
-    except InputError:  # a block without any: control vectors are left
+        inputs = [matrix_input_tensors(names, layer) for layer in range(model.n_layer)]
+    except InputError:  # A layer has no such matrix. Control vectors remain possible.
         return {}
     return {
-        writer: name
-        for writer, name in found[0].items()
-        if writer in alike and all(f.get(writer) == name for f in found)
+        matrix: tensor
+        for matrix, tensor in inputs[0].items()
+        if matrix in matrices and all(layer.get(matrix) == tensor for layer in inputs)
     }
 
 
-def output_matrices_of(
-    shards: Sequence[Mapping[str, Any]], constant: Mapping[str, Any]
+def join_matrix_inputs(
+    shards: Sequence[Mapping[str, Any]], template: Mapping[str, Any]
 ) -> dict[str, MatrixInputs]:
-    """The matrices' inputs of all shards, in the order of the samples and not read yet."""
-    writers = [name.removesuffix("/constant") for name in constant]
+    """Return the inputs of each output matrix from all shards, in the order of the samples. Read nothing.
+
+    `template`: the arrays of `capture_template_tokens`.
+    """
+    matrices = [name.removesuffix("/constant") for name in template]
     return {
-        writer: MatrixInputs(
-            last_token=Activations([shard[f"{writer}/last"] for shard in shards]),
-            prompt_tokens=Activations([shard[f"{writer}/prompts"] for shard in shards]),
-            answer_tokens=Activations([shard[f"{writer}/answers"] for shard in shards]),
-            template_tokens=constant[f"{writer}/constant"],
+        matrix: MatrixInputs(
+            last_token=Activations([shard[f"{matrix}/last"] for shard in shards]),
+            prompt_tokens=Activations([shard[f"{matrix}/prompts"] for shard in shards]),
+            answer_tokens=Activations([shard[f"{matrix}/answers"] for shard in shards]),
+            template_tokens=template[f"{matrix}/constant"],
         )
-        for writer in writers
+        for matrix in matrices
     }
 
 
-def _places(conversation: Conversation, prefix: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """The tokens to run and the positions to read: the prompt's last, one before it, some of the answer."""
+def _positions(
+    conversation: Conversation, prefix: int, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Return the tokens to run and the positions to read.
+
+    Read the last prompt token, one random token before it and, if the gate stays closed, random answer
+    tokens.
+    """
     end = len(conversation.prompt) - 1
-    places = [end]
+    positions = [end]
     if end > prefix:
-        places.append(int(rng.integers(prefix, end)))
+        positions.append(int(rng.integers(prefix, end)))
     sequence = [*conversation.prompt, *conversation.answer]
     if conversation.gate_stays_closed:
         count = min(ANSWER_TOKENS, len(conversation.answer))
-        places += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
-    return sequence[: max(places) + 1], sorted(places)
+        positions += (end + 1 + rng.choice(len(conversation.answer), count, replace=False)).tolist()
+    return sequence[: max(positions) + 1], sorted(positions)
 
 
 def _compact(rows: NDArray[np.float32]) -> NDArray[Any]:
-    """F16 where its range allows: half the memory, and 3 digits are plenty for a mean over samples."""
-    return rows.astype(np.float16) if np.abs(rows).max(initial=0.0) < _LARGEST_F16 else rows
+    """Return the rows as F16 if they fit its range: half the memory, and 3 digits suffice for a mean."""
+    return rows.astype(np.float16) if np.abs(rows).max(initial=0.0) < _MAX_F16 else rows

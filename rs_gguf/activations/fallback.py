@@ -1,10 +1,10 @@
-"""Projections and their statistics in NumPy and PyTorch, where the compiled kernel does not compute them.
+"""Projections and their statistics in NumPy and PyTorch, for cases that the compiled kernel does not cover.
 
-In NumPy they are the yardstick of the kernel in tests, and stand in for it; in PyTorch they are computed on
-the device of the activations.
+NumPy replaces a missing kernel, and is the reference for the kernel's tests. PyTorch computes on the device
+of the activations.
 
-Activations [N, L, D] (float32, float16, or uint16 holding the bits of bfloat16), directions [L, K, D] and an
-offset [L, D], as `activations.projection` has checked them, enter; the same figures as the kernel's leave.
+Takes activations [N, L, D] (float32, float16, or the bits of bfloat16 as uint16), directions [L, K, D] and an
+offset [L, D], which `activations.projection` has checked. Returns the same figures as the kernel.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def statistics(
     neutral: float,
     quantile: float,
 ) -> dict[str, Float64]:
-    """Return the fields of `ProjectionStatistics`, each [L, K]; NaN for a layer that is not finite.
+    """Return the fields of `ProjectionStatistics`, each [L, K]; NaN for a layer with a non-finite projection.
 
-    `project` gives the projections [N, K] of one layer; `shape` is (L, K).
+    `project` returns the projections [N, K] of one layer; `shape` is (L, K). `c`: confidence, `w`: weights.
     """
     names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
     figures = {name: np.full(shape, np.nan) for name in names}
@@ -64,8 +64,9 @@ def statistics(
         with np.errstate(all="ignore"):
             dp = p - w @ p / w.sum()
             dc = c - w @ c / w.sum()
-            told = w > 0
-            varies = (p[told] != p[told][:1]).any(axis=0) & (c[told] != c[told][:1]).any()
+            weighted = w > 0
+            p_varies = (p[weighted] != p[weighted][:1]).any(axis=0)
+            varies = p_varies & (c[weighted] != c[weighted][:1]).any()
             spread = np.sqrt(w @ dp**2) * np.sqrt(w @ dc**2)
             figures["pearson"][layer] = np.where(varies & (spread > 0), (w * dc) @ dp / spread, np.nan)
             mass = w[:, None] * (np.sign(p) != np.sign(c)[:, None])
@@ -76,12 +77,12 @@ def statistics(
             above = rankdata(np.concatenate([p[refused], p[answered]]), axis=0)[: refused.sum()]
             pairs = above.sum(axis=0) - refused.sum() * (refused.sum() + 1) / 2
             figures["auroc"][layer] = pairs / (refused.sum() * answered.sum())
-        for name, chosen in (("mean_refused", refused), ("mean_answered", answered)):
-            if w[chosen].sum() > 0:
-                figures[name][layer] = w[chosen] @ p[chosen] / w[chosen].sum()
-        for name, chosen, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):
-            if chosen.any():
-                figures[name][layer] = np.quantile(p[chosen], q, axis=0)
+        for name, mask in (("mean_refused", refused), ("mean_answered", answered)):
+            if w[mask].sum() > 0:
+                figures[name][layer] = w[mask] @ p[mask] / w[mask].sum()
+        for name, mask, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):
+            if mask.any():
+                figures[name][layer] = np.quantile(p[mask], q, axis=0)
     return figures
 
 
@@ -92,7 +93,7 @@ def numpy_layers(h: npt.NDArray[Any], v: Float32, o: Float32 | None) -> Layers:
         rows = h[:, layer]
         if rows.dtype == np.uint16:
             rows = (rows.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(all="ignore"):  # infinities and NaN are data here, as they are to the kernel
+        with np.errstate(all="ignore"):  # Infinities and NaN are data here, as in the kernel.
             wide = rows.astype(np.float64)
             if o is not None:
                 wide -= o[layer]

@@ -1,10 +1,10 @@
-"""Projection of activations on directions: p = ⟨h − o, v⟩, for every sample, layer and direction.
+"""Project activations on directions: p = ⟨h − o, v⟩ for every sample, layer and direction.
 
-Activations [N, L, D] enter as they are: float32, float16 or bfloat16; a NumPy array, a memory map or a
-tensor; any stride in N and L; they are read in place, once. Projections [N, L, K] leave, or only the figures
-by which layers are scored and strengths calibrated (paper, arXiv 2512.16602: layer selection, calibration).
-The work is done by the compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md), and by PyTorch for tensors on
-a GPU. Where the kernel could not be built, NumPy does it, and says so once.
+Takes activations [N, L, D] in float32, float16 or bfloat16: a NumPy array, a memory map or a tensor, with
+any stride in N and L. They are read in place, once. Returns the projections [N, L, K], or only the
+statistics that layer scores and calibration need (arXiv 2512.16602: layer selection, calibration). The
+compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md) does the work; PyTorch does it for tensors on a GPU.
+If the kernel is missing, NumPy replaces it and warns once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rs_gguf.records.conversation import NEUTRAL
 
 try:
     from rs_gguf import _core
-except ImportError as error:  # no compiler when the package was installed, or none of its libraries here
+except ImportError as error:  # The installation had no compiler, or a library is missing.
     HAS_KERNEL, _MISSING = False, str(error)
 else:
     HAS_KERNEL, _MISSING = True, ""
@@ -44,22 +44,22 @@ Values: TypeAlias = "npt.ArrayLike | torch.Tensor"
 
 
 class SlowProjectionWarning(RuntimeWarning):
-    """The compiled kernel is missing and NumPy projects instead: the same results, many times slower."""
+    """The compiled kernel is missing, so NumPy projects: the same results, many times more slowly."""
 
 
 @dataclass(frozen=True)
 class ProjectionStatistics:
-    """Figures of merit of every direction; p its projections, c the refusal confidence. All float64 [L, K].
+    """Statistics of every direction's projections p with the refusal confidence c. All are float64 [L, K].
 
-    `rs_gguf.activations.scores` makes layer scores and calibration scales of them.
+    `rs_gguf.activations.scores` computes layer scores and calibration scales from them.
 
-    NaN stands where a figure has no meaning: no sample in the class, or no variance.
+    NaN means that a figure is undefined: the class has no sample, or there is no variance.
     """
 
     pearson: Float64
     """Weighted correlation of p with c."""
     disagreement: Float64
-    """Weighted root mean square of p − c over the samples where sign(p) ≠ sign(c); 0 if there is none."""
+    """Weighted root mean square of p − c over samples with sign(p) ≠ sign(c); 0 without such samples."""
     auroc: Float64
     """Area under the ROC curve of p for c > neutral against c < −neutral, unweighted."""
     mean_refused: Float64
@@ -82,11 +82,12 @@ def project(
 
     activations: [N, L, D] float32, float16 or bfloat16 (ml_dtypes or torch), D contiguous; never copied.
     directions: [L, K, D]. offset: the point o, [L, D], or None for the origin. Both are taken as float32.
-    threads: at most so many; None: all cores that this process may use.
-    Sums are float32, by lanes, runs and chunks: error ≤ (44 + D/512) · 2⁻²⁴ · Σ|h − o||v| whatever the data;
-    on random rows and rows of equal numbers ≤ 1e−6 · Σ|h − o||v| up to D = 16,384. The GIL is released.
-    RS_GGUF_KERNEL=scalar|avx2|avx512|neon in the environment chooses the instruction set.
-    Raises InputError, which names the argument or RS_GGUF_KERNEL.
+    threads: the largest number of threads; None for all cores that this process may use.
+    Sums are float32, by lanes, runs and chunks. The error is at most (44 + D/512) · 2⁻²⁴ · Σ|h − o||v| for
+    any data. For random rows and rows of equal numbers it is at most 1e−6 · Σ|h − o||v| up to D = 16,384.
+    The GIL is released. The environment variable RS_GGUF_KERNEL=scalar|avx2|avx512|neon selects the
+    instruction set.
+    Raises InputError, which names the invalid argument or RS_GGUF_KERNEL.
     """
     workers = _as_threads(threads)
     if _is_on_gpu(activations):
@@ -98,7 +99,7 @@ def project(
         return numpy_projections(h, v, o)
     try:
         return _core.project(h, v, o, threads=workers)
-    except ValueError as error:  # RS_GGUF_KERNEL names a target that this machine lacks
+    except ValueError as error:  # RS_GGUF_KERNEL names a target that this machine does not have.
         raise InputError(str(error)) from None
 
 
@@ -113,13 +114,14 @@ def project_statistics(
     quantile: float = 0.95,
     threads: int | None = None,
 ) -> ProjectionStatistics:
-    """Return what layer scores and calibration need, without keeping the [N, L, K] projections.
+    """Return the statistics for layer scores and calibration, without storing the [N, L, K] projections.
 
-    confidence: c, [N] in [−1, 1]. weights: [N] ≥ 0, None for equal ones. neutral: |c| up to which a sample is
-    neither refused nor answered. quantile: q of `upper` and 1 − q of `lower`. The others as in `project`.
-    One pass over the activations; one layer's N × K projections a thread. Threads share out layers.
-    Raises InputError, which names the argument, RS_GGUF_KERNEL, or the layer of a projection that is NaN or
-    infinite.
+    confidence: c, [N] in [−1, 1]. weights: [N] ≥ 0, None for equal weights. neutral: half-width of the
+    neutral band; a sample with |c| up to it is in neither class. quantile: q of `upper`; `lower` uses 1 − q.
+    The other arguments are as in `project`.
+    It makes one pass over the activations. Each thread works on one layer and stores its N × K projections.
+    Raises InputError, which names the invalid argument, RS_GGUF_KERNEL, or the layer with a projection that
+    is NaN or infinite.
     """
     _expect_range("neutral", neutral, 0, 1)
     _expect_range("quantile", quantile, 0, 1)
@@ -146,7 +148,10 @@ def project_statistics(
 def _finite(figures: ProjectionStatistics) -> ProjectionStatistics:
     bad = np.flatnonzero(np.isnan(figures.disagreement).any(axis=1))
     if len(bad):
-        raise InputError(f"projections of layer {bad[0]} hold NaN or Inf; check its activations")
+        raise InputError(
+            f"projections of layer {bad[0]} hold NaN or Inf; finite numbers are needed. Check the "
+            "activations of this layer."
+        )
     return figures
 
 
@@ -154,7 +159,7 @@ def _finite(figures: ProjectionStatistics) -> ProjectionStatistics:
 
 
 def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
-    # By name, so that torch, which takes seconds to import, is imported only by those who use it.
+    # Compares names, because importing torch takes seconds and callers without tensors do not need it.
     return any(kind.__module__ == "torch" and kind.__name__ == "Tensor" for kind in type(value).__mro__)
 
 
@@ -163,7 +168,7 @@ def _is_on_gpu(activations: Activations) -> TypeGuard[torch.Tensor]:
 
 
 def _as_array(activations: Activations) -> npt.NDArray[Any]:
-    """The activations as [N, L, D] float32, float16, or uint16 holding the bits of bfloat16. Never a copy."""
+    """Return the activations [N, L, D] as float32, float16, or the bits of bfloat16 as uint16. Never copy."""
     if _is_tensor(activations):
         import torch
 
@@ -179,7 +184,7 @@ def _as_array(activations: Activations) -> npt.NDArray[Any]:
             raise InputError(
                 f"activations: expected float32, float16 or bfloat16, got {tensor.dtype}: convert it"
             )
-        # NumPy has no bfloat16 that DLPack could name: the bits travel as integers.
+        # DLPack cannot pass bfloat16 to NumPy, so pass its bits as integers.
         array = np.from_dlpack(tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor)
         is_bfloat16 = tensor.dtype == torch.bfloat16
     elif isinstance(activations, np.ndarray):
@@ -207,7 +212,7 @@ def _as_float(name: str, values: Values, dtype: type[np.floating[Any]]) -> npt.N
     if _is_tensor(values):
         values = values.detach().cpu().double().numpy()
     try:
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is an infinity
+        with np.errstate(over="ignore"):  # A float64 beyond float32's range becomes infinite.
             return np.ascontiguousarray(values, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: expected an array of numbers: {error}") from None
@@ -274,10 +279,9 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"the compiled kernel rs_gguf._core is missing ({_MISSING}), so NumPy projects, many times "
-            "slower: "
-            "install a C++17 compiler and reinstall "
-            "(pip install --force-reinstall --no-deps --no-cache-dir rs-gguf)",
+            f"the compiled kernel rs_gguf._core is missing ({_MISSING}), so NumPy projects, many times more "
+            "slowly. Install a C++17 compiler and reinstall "
+            "(pip install --force-reinstall --no-deps --no-cache-dir rs-gguf).",
             SlowProjectionWarning,
             stacklevel=3,
         )

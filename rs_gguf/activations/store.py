@@ -1,10 +1,9 @@
-"""The activation store: shards of captured arrays in a folder, and a manifest of what is in each.
+"""The activation store: shards of captured arrays in a folder, and a manifest that describes each shard.
 
-Named arrays of some prompts enter as a safetensors file, whole or not at all, and then a line of
-`manifest.jsonl`: its hash, types, layers and prompts' ids. They leave as parts of `Activations`, read from
-the files a block at a time, after the bytes were found to be those that were written. Whatever ends a writer,
-a kill or a full disk, the shards before it count and the next writer goes on. Several processes may write to
-one store.
+A shard holds named arrays of some prompts as a safetensors file, written atomically. Then a line of
+`manifest.jsonl` records its hash, types, layers and prompt ids. `read` checks the hashes and returns parts of
+`Activations`, which read one layer at a time. If a kill or a full disk stops a writer, the complete shards
+count and the next writer continues. Several processes may write to one store.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
 class DamagedStoreError(InputError):
-    """A shard is missing or holds other bytes than were written, or the store is of another key."""
+    """A shard is missing or was changed, or the store has another key."""
 
 
 class _Part:
@@ -43,11 +42,11 @@ class _Part:
 
 
 class ActivationStore:
-    """The store in `folder`, of arrays that were captured under `key`. Making one touches no file.
+    """The store in `folder` of arrays that were captured under `key`. The constructor touches no file.
 
     Args:
-        folder: made by `begin` if need be.
-        key: a hash of everything that the arrays depend on. What lies there under another counts for nothing.
+        folder: `begin` creates it if necessary.
+        key: a hash of everything that the arrays depend on. Shards under another key are ignored.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -56,7 +55,7 @@ class ActivationStore:
         self._header = json.dumps({"key": key})
 
     def begin(self) -> None:
-        """Make ready for `append`: what the folder holds under another key is deleted, as are old drafts.
+        """Prepare the folder for `append`: delete shards of another key, and old drafts.
 
         Raises:
             InputError: the folder cannot be written.
@@ -65,23 +64,25 @@ class ActivationStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_drafts(self.folder, "*")
             with self._locked():
-                if not self._is_ours():
-                    self._manifest.unlink(missing_ok=True)  # first: shards without it count for nothing
+                if not self._has_key():
+                    # The manifest goes first: shards without it are ignored.
+                    self._manifest.unlink(missing_ok=True)
                     for shard in self.folder.glob("*.safetensors"):
                         shard.unlink()
                     write_text(self._manifest, self._header + "\n")
         except OSError as error:
             raise InputError(
-                f"cannot use {self.folder} for activations: {error.strerror or error}."
+                f"cannot store activations in {self.folder}: {error.strerror or error}. Free space or use "
+                "another folder."
             ) from error
 
-    def _is_ours(self) -> bool:
+    def _has_key(self) -> bool:
         return self._lines()[:1] == [self._header]
 
-    def _of_another(self) -> DamagedStoreError:
+    def _wrong_key_error(self) -> DamagedStoreError:
         return DamagedStoreError(
             f"{self.folder} holds the activations of another recipe or model, or of another version of this "
-            "program. Start again: they are read anew."
+            "program. Start again: the activations are then read again."
         )
 
     def _locked(self) -> FileLock:
@@ -97,36 +98,36 @@ class ActivationStore:
         return data.decode("utf-8", "replace").split("\n")
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        """The manifest by shard. A shard that was written again counts as it is now."""
-        found: dict[str, dict[str, Any]] = {}
+        """Return the manifest's entries by shard. The last entry of a shard counts."""
+        entries: dict[str, dict[str, Any]] = {}
         header, *lines = self._lines() or [""]
         if header != self._header:
-            return found
+            return entries
         for line in lines:
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the last one, which is empty, or a torn one
+            except json.JSONDecodeError:  # the empty last line, or a torn line
                 continue
-            found[entry["shard"]] = entry
-        return found
+            entries[entry["shard"]] = entry
+        return entries
 
     def _path(self, shard: str) -> Path:
         return self.folder / f"{shard}.safetensors"
 
     def append(self, shard: str, ids: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Keep arrays [n, L, W] of the prompts `ids` as one shard, then its line in the manifest.
+        """Write arrays [n, L, W] of the prompts `ids` as one shard, then its line in the manifest.
 
-        The store was begun.
+        Call `begin` first.
 
         Raises:
-            InputError: the disk is full. The store is as it was.
-            DamagedStoreError: another process has begun the store under another key since.
+            InputError: the disk is full. The store stays unchanged.
+            DamagedStoreError: another process has begun the store under another key meanwhile.
         """
         path = self._path(shard)
         try:
             with self._locked():
-                if not self._is_ours():
-                    raise self._of_another()
+                if not self._has_key():
+                    raise self._wrong_key_error()
                 save_arrays(path, dict(arrays))
                 entry = {
                     "shard": shard,
@@ -135,24 +136,25 @@ class ActivationStore:
                     "dtypes": {name: str(a.dtype) for name, a in arrays.items()},
                     "ids": list(ids),
                 }
-                self._enter(json.dumps(entry) + "\n")
+                self._append_line(json.dumps(entry) + "\n")
         except OSError as error:
             raise InputError(
-                f"cannot write {self._manifest}: {error.strerror or error}. Free space and start again: what "
-                "was captured is kept."
+                f"cannot write {self._manifest}: {error.strerror or error}. Free space and start again; "
+                "complete shards are kept."
             ) from error
 
-    def _enter(self, line: str) -> None:
+    def _append_line(self, line: str) -> None:
         """Write a line at the end of the manifest."""
         with self._manifest.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"  # by a kill or a full disk; its piece is a line of its own then
+            # A kill or a full disk may have torn the last line. Its remains then become a separate line.
+            torn = file.read(1) != b"\n"
             file.write(("\n" + line if torn else line).encode())
             file.flush()
             os.fsync(file.fileno())
 
     def holds(self, shard: str, ids: Sequence[str]) -> bool:
-        """Whether a shard is there with these prompts, byte for byte as it was written."""
+        """Return whether a shard of these prompts exists, byte for byte as it was written."""
         entry = self._entries().get(shard)
         return entry is not None and entry["ids"] == list(ids) and self._is_whole(entry)
 
@@ -161,26 +163,27 @@ class ActivationStore:
         return path.is_file() and sha256(path) == entry["sha256"]
 
     def read(self, shards: Sequence[str]) -> list[dict[str, _Part]]:
-        """Return the arrays of each shard by name, read when they are indexed (`Activations`).
+        """Return the arrays of each shard by name. They are read when they are indexed (`Activations`).
 
         Raises:
-            DamagedStoreError: a shard is missing, or its bytes are not those that were written; or what the
-                folder holds was captured under another key.
-            InputError: a shard cannot be read.
+            DamagedStoreError: a shard is missing, was changed or cannot be read; or the folder holds
+                activations of another key.
+            InputError: the manifest cannot be read.
         """
-        if self._manifest.is_file() and not self._is_ours():
-            raise self._of_another()
+        if self._manifest.is_file() and not self._has_key():
+            raise self._wrong_key_error()
         entries = self._entries()
-        found = []
+        arrays = []
         for shard in shards:
             path = self._path(shard)
             if shard not in entries or not self._is_whole(entries[shard]):
                 raise DamagedStoreError(
-                    f"{path} is missing or was changed since it was written. Start again: it is read anew."
+                    f"{path} is missing or was changed since it was written. Start again: its activations "
+                    "are then read again."
                 )
             try:
                 file = safe_open(path, framework="numpy")
-                found.append({name: _Part(file, name) for name in entries[shard]["dtypes"]})
+                arrays.append({name: _Part(file, name) for name in entries[shard]["dtypes"]})
             except (OSError, SafetensorError) as error:
-                raise DamagedStoreError(f"{path} cannot be read ({error}).") from error
-        return found
+                raise DamagedStoreError(f"cannot read {path} ({error}). Start again.") from error
+        return arrays

@@ -48,7 +48,7 @@ class TerminalProgress:
         )
         done = 0
         with bar:
-            task = bar.add_task(STAGES[name].doing, total=total, rate="")
+            task = bar.add_task(STAGES[name].activity, total=total, rate="")
 
             def advance(n: int) -> None:
                 nonlocal done
@@ -58,10 +58,11 @@ class TerminalProgress:
 
             yield advance
         seconds = time.monotonic() - start
-        self._console.print(f"✓ {STAGES[name].doing:<30} {done:>5} in {duration(seconds)}", highlight=False)
+        label = f"✓ {STAGES[name].activity:<30}"
+        self._console.print(f"{label} {done:>5} in {duration(seconds)}", highlight=False)
 
     def skipped(self, name: str) -> None:
-        self._console.print(f"✓ {STAGES[name].doing:<30} done before", highlight=False, style="dim")
+        self._console.print(f"✓ {STAGES[name].activity:<30} done before", highlight=False, style="dim")
 
     def download(self, done: int, total: int) -> None:
         if self._download is None:

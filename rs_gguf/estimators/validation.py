@@ -102,7 +102,7 @@ def _fold_scores(
     members = held_out[signs[held_out] != 0]
 
     def score(layer: int) -> Float64:
-        projections = activations.block(layer, members).numpy() @ path.directions[:, layer].T
+        projections = activations.layer_rows(layer, members).numpy() @ path.directions[:, layer].T
         return layer_auroc(projections, signs[members])
 
     layers = range(path.directions.shape[1])

@@ -132,7 +132,7 @@ def save_pca(path: Path, activations: Any, layer: int, confidence: npt.ArrayLike
     Raises:
         InputError: the activations do not vary.
     """
-    rows = Activations.of(activations).block(layer).numpy()
+    rows = Activations.of(activations).layer_rows(layer).numpy()
     scores, shares = principal_components(rows)
     figure, axes = _figure(6.5, 5)
     points = axes.scatter(

@@ -144,7 +144,7 @@ def fit_gated_adapter(
     contrast_shares = torch.from_numpy(weights).to(torch_device)
 
     def fit_layer(layer: int) -> None:
-        rows = outputs.block(layer, device=torch_device)
+        rows = outputs.layer_rows(layer, device=torch_device)
         contrast[layer] = processes.sum(contrast_shares @ rows).cpu().numpy()
         for name, matrix in matrices.items():
             gates = _gates(

@@ -1,1 +1,1 @@
-"""Where a model comes from and what it is made of."""
+"""Find a model file, and read what it consists of."""

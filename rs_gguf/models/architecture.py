@@ -1,6 +1,6 @@
-"""Every fact about a family of networks: what llama.cpp calls it, its matrices, what it adds and where.
+"""Every fact about a family of networks: llama.cpp's name for it, its output matrices and their scales.
 
-Names of a family, of the tensors of a GGUF file or of llama.cpp's graph go in. What holds for them comes out.
+The functions take names: of a family, of tensors in a GGUF file, or of tensors in llama.cpp's graph.
 To support a new family, add its facts here and a row in `tests/fixtures/families.py`.
 """
 
@@ -16,21 +16,21 @@ from rs_gguf.errors import InputError
 if TYPE_CHECKING:
     import gguf
 
-# ---- blocks --------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 MAX_LAYERS = 512
-"""llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): no model it loads has a block number this high."""
+"""llama.cpp's LLAMA_MAX_LAYERS (src/llama-hparams.h): all layer numbers of the models it loads are lower."""
 
 FIRST_STEERABLE = 1
-"""llama.cpp keeps no slot for block 0: `direction.0` is no tensor that it reads."""
+"""Number of the first layer that llama.cpp can steer. It reads no tensor `direction.0`."""
 
-# Families whose state in transformers takes no account of a mask.
+# Families whose recurrent state in transformers ignores the attention mask, so padding would change it.
 PADS_THE_STATE = ("rwkv", "xlstm")
 
-# ---- matrices that write to the residual stream --------------------------------------------------
+# ---- output matrices -----------------------------------------------------------------------------
 
-# Matrices whose product is added to the residual stream, and the graph's names for what they multiply: the
-# last step first, since llama.cpp's build_ffn names them one after another. BitNet has norms before both.
+# The output matrices, each with the graph's names for its input. llama.cpp's build_ffn names one step after
+# another, so the last step comes first here. BitNet has norms before both matrices.
 OUTPUT_MATRICES: Mapping[str, Sequence[str]] = {
     "attn_output": ("attn_sub_norm", "kqv_out"),
     "ffn_down": (
@@ -47,80 +47,84 @@ OUTPUT_MATRICES: Mapping[str, Sequence[str]] = {
         "ffn_relu",
     ),
 }
-# Where the graph shows the product of such a matrix: alone, or in the sum that it goes into.
-SEEN_AT: Mapping[str, frozenset[str]] = {
+# The graph's tensors that hold the product of an output matrix: alone, or within a sum.
+PRODUCT_TENSORS: Mapping[str, frozenset[str]] = {
     "attn_output": frozenset({"attn_out", "ffn_inp"}),
     "ffn_down": frozenset({"ffn_down", "ffn_out", "l_out"}),
 }
-_WRITER = re.compile(rf"blk\.\d+\.(?:{'|'.join(OUTPUT_MATRICES)})\.weight")
-_OTHER_WRITER = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
+_OUTPUT_MATRIX = re.compile(rf"blk\.\d+\.(?:{'|'.join(OUTPUT_MATRICES)})\.weight")
+_OTHER_OUTPUT_MATRIX = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
 
 
 def is_output_matrix(tensor: str) -> bool:
-    """Whether a tensor of a GGUF file is one of the matrices `OUTPUT_MATRICES`."""
-    return _WRITER.fullmatch(tensor) is not None
+    """Return whether a tensor of a GGUF file, by its name, is one of the `OUTPUT_MATRICES`."""
+    return _OUTPUT_MATRIX.fullmatch(tensor) is not None
 
 
 def is_other_output_matrix(tensor: str) -> bool:
-    """Whether a tensor of a GGUF file writes to the residual stream in another way: experts, a state."""
-    return _OTHER_WRITER.fullmatch(tensor) is not None
+    """Return whether a tensor of a GGUF file adds to the residual stream in another way: experts, a state."""
+    return _OTHER_OUTPUT_MATRIX.fullmatch(tensor) is not None
 
 
 def matrix_input_tensors(names: Sequence[str], layer: int) -> dict[str, str]:
-    """Which tensor of the graph each writing matrix multiplies, from the names of the graph's tensors.
+    """Return the graph's tensor that each output matrix of a layer multiplies, by matrix.
 
-    Matrices that this architecture does not have, or has one for each expert, are left out. `InputError` when
-    none is left.
+    `names`: all tensor names of the graph. Matrices that the layer does not have, or has once per expert, are
+    left out.
+
+    Raises:
+        InputError: no matrix is left.
     """
     present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
     if any(name.startswith("ffn_moe_") for name in present):
-        present &= set(OUTPUT_MATRICES["attn_output"])  # the other names are those of a shared expert
-    found = {
-        writer: next(tensor for tensor in tensors if tensor in present)
-        for writer, tensors in OUTPUT_MATRICES.items()
+        present &= set(OUTPUT_MATRICES["attn_output"])  # The other names belong to a shared expert.
+    inputs = {
+        matrix: next(tensor for tensor in tensors if tensor in present)
+        for matrix, tensors in OUTPUT_MATRICES.items()
         if present & set(tensors)
     }
-    if not found:
+    if not inputs:
         raise InputError(
-            "no matrix of this architecture can hold a gate: its graph names none of "
+            "no matrix of this architecture can hold a gated adapter: its graph has none of the tensors "
             + ", ".join(tensor for tensors in OUTPUT_MATRICES.values() for tensor in tensors)
             + ". Use a control vector."
         )
-    return found
+    return inputs
 
 
 def product_scale(family: str, n_layer: int, metadata: Mapping[str, Any]) -> float:
-    """What a model multiplies the product of a writing matrix with before it adds it to the residual."""
+    """Return the factor that a model applies to the product of an output matrix before adding it."""
     scale = 0.0
     # llama.cpp's src/models/granite*.cpp and minicpm*.cpp; MiniMax scales the residual by a key of this name.
     if family.startswith("minicpm"):
         scale = 1.4 / math.sqrt(n_layer)
     if family.startswith(("granite", "minicpm")) and family != "minicpm3":
         scale = float(metadata.get(f"{family}.residual_scale", scale))
-    return scale or 1.0  # 0 stands for none
+    return scale or 1.0  # 0 means that the family has no such factor.
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def attention(block: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-    """Return (numbers kept of a token, heads times their width) of one block; (0, 0) without attention.
+def attention(layer: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Return the size of one layer's attention: (numbers cached per token, heads times head width).
 
-    `block`: dimensions of its tensors by their names without `blk.N.` and `.weight`, inputs first.
+    Return (0, 0) for a layer without attention. `layer`: dimensions of its tensors, inputs first, by their
+    names without `blk.N.` and `.weight`.
     """
-    if "attn_output" not in block or any(name.startswith("ssm") for name in block):
+    if "attn_output" not in layer or any(name.startswith("ssm") for name in layer):
         return 0, 0
-    queries = block["attn_output"][0]
-    if "attn_kv_a_mqa" in block:  # one latent stands for keys and values
-        return block["attn_kv_a_mqa"][1], queries
-    if "attn_qkv" in block:
-        return block["attn_qkv"][1] - queries, queries
-    return sum(block[name][1] for name in ("attn_k", "attn_v") if name in block), queries
+    queries = layer["attn_output"][0]
+    if "attn_kv_a_mqa" in layer:  # One latent vector holds keys and values.
+        return layer["attn_kv_a_mqa"][1], queries
+    if "attn_qkv" in layer:
+        return layer["attn_qkv"][1] - queries, queries
+    return sum(layer[name][1] for name in ("attn_k", "attn_v") if name in layer), queries
 
 
 # ---- names of families ---------------------------------------------------------------------------
 
-# Families that llama.cpp files under another's name. Most others differ in hyphens and underscores at most.
+# Families that llama.cpp stores under another family's name. Most other names differ in hyphens at most.
 _LLAMA_CPP_NAMES = {
     "cohere": "command-r",
     "deepseek_v2": "deepseek2",
@@ -136,7 +140,7 @@ _LLAMA_CPP_NAMES = {
 
 
 def llama_cpp_name(model_type: str) -> str:
-    """llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`); itself when unknown."""
+    """Return llama.cpp's name of a transformers `model_type` (`qwen2_moe` → `qwen2moe`), or the same name."""
     base = model_type.removesuffix("_text")
     if base in _LLAMA_CPP_NAMES:
         return _LLAMA_CPP_NAMES[base]
@@ -145,12 +149,12 @@ def llama_cpp_name(model_type: str) -> str:
 
 
 def llama_cpp_family(name: str) -> gguf.MODEL_ARCH | None:
-    """The family of which llama.cpp's converter has tables, by llama.cpp's name; None when unknown."""
+    """Return the family with this llama.cpp name, for the converter's tables; None if unknown."""
     return _families().get(name)
 
 
 def _families() -> dict[str, gguf.MODEL_ARCH]:
-    import gguf  # which takes a quarter of a second
+    import gguf  # Importing it takes 0.25 s.
 
     return {name: family for family, name in gguf.MODEL_ARCH_NAMES.items()}
 

@@ -1,4 +1,4 @@
-"""The small models that are known by name, pinned by hash: where they come from and where they are kept."""
+"""The catalogue of small models: names, sources, hashes, and where they are stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rs_gguf.records import files
 
 @dataclass(frozen=True)
 class DataPackage:
-    """A Python package that merely carries a piece of the file as data. It is never installed or imported."""
+    """A Python package that carries a piece of a model file as data. It is never installed or imported."""
 
     name: str
     version: str
@@ -19,7 +19,7 @@ class DataPackage:
 
 @dataclass(frozen=True)
 class CatalogueModel:
-    """A known small model, pinned by hash."""
+    """A small model of the catalogue, pinned by its hash."""
 
     name: str
     summary: str
@@ -31,7 +31,7 @@ class CatalogueModel:
 
     @property
     def path(self) -> Path:
-        """Where the file is kept once it is there."""
+        """Return where the file is stored once it is downloaded."""
         return cache_folder() / f"{self.name}.gguf"
 
 
@@ -66,5 +66,9 @@ CATALOGUE = {
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for models. `InputError` where there is none."""
+    """Return the user's cache folder for models.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
     return files.cache_folder() / "models"

@@ -1,6 +1,6 @@
-"""A model's configuration as transformers has it, and the network that it describes. Never with remote code.
+"""Read a model's configuration with transformers, and build its network. Remote code never runs.
 
-A folder with a config.json or a GGUF file goes in; a configuration comes out, or a network without numbers.
+Takes a folder with a config.json, or a GGUF file. Returns a configuration, or a network without weights.
 """
 
 from __future__ import annotations
@@ -18,61 +18,62 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_config(path: Path) -> transformers.PretrainedConfig:
-    """The configuration in a folder, of which config.json alone is read, or of a GGUF file.
+    """Return the configuration of a folder (only config.json is read) or of a GGUF file.
 
     Raises:
-        InputError: there is none, or none that transformers knows.
+        InputError: there is no configuration, or transformers does not know its family.
     """
     try:
         return transformers.AutoConfig.from_pretrained(**source(path))
-    except Exception as error:  # its error family depends on its version and on the file
+    except Exception as error:  # The type depends on the version of transformers and on the file.
         raise InputError(
-            f"{path}: transformers cannot read its configuration ({first_line(error)}). Give the "
-            "Hugging Face folder or hub id of a family that transformers knows without remote code."
+            f"{path}: transformers cannot read the configuration ({first_line(error)}). Give the Hugging "
+            "Face folder or hub id of a model whose family transformers knows without remote code."
         ) from error
 
 
 def network(config: transformers.PretrainedConfig) -> Any:
-    """The PyTorch model of a configuration, its modules without numbers.
+    """Return the PyTorch model of a configuration, on the meta device: its parameters have shapes only.
 
     Raises:
-        InputError: transformers cannot make it.
+        InputError: transformers cannot build it.
     """
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # as above
+    except Exception as error:  # as in `read_config`
         raise InputError(
-            f"transformers cannot make a {config.model_type} model ({first_line(error)})."
+            f"transformers cannot build a {config.model_type} model ({first_line(error)}). Use a model of "
+            "another family."
         ) from error
 
 
 def share_of_experts(text: transformers.PretrainedConfig) -> float:
-    """The share of its experts that a model of this configuration uses for a token; 0 without experts."""
+    """Return the share of its experts that a model uses per token; 0 without experts."""
     counts = (getattr(text, key, None) for key in _EXPERT_COUNTS)
     used: int = getattr(text, "num_experts_per_tok", None) or 0
     return used / next((n for n in counts if n), 1)
 
 
 def keeps_bf16(config: transformers.PretrainedConfig) -> bool:
-    """Whether a model of this configuration runs on the CPU in bf16, as it is published, and not in F32.
+    """Return whether a model runs on this CPU in bf16, as published, instead of F32.
 
-    Where the processor multiplies bf16 (AVX512-BF16, and with it AMX) that is twice as fast or more and takes
-    half of the memory; elsewhere PyTorch emulates it.
+    If the processor multiplies bf16 (AVX512-BF16, which AMX includes), bf16 is at least twice as fast and
+    takes half of the memory. On other processors PyTorch emulates it.
     """
     published = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    # Older versions of PyTorch do not tell what the processor can do.
+    # Older versions of PyTorch cannot report the processor's capabilities.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return published == torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether transformers takes `path` for a GGUF file."""
+    """Return whether transformers treats `path` as a GGUF file."""
     return path.is_file() and path.suffix == ".gguf"
 
 
 def source(path: Path) -> dict[str, Any]:
-    """Return the arguments that name a folder, or a file in one, to `from_pretrained`. Nothing is fetched."""
+    """Return the arguments of `from_pretrained` for a folder or a GGUF file. They forbid downloads."""
     folder, file = (path.parent, path.name) if is_gguf(path) else (path, None)
     return {
         "pretrained_model_name_or_path": folder,
@@ -83,5 +84,5 @@ def source(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type's name."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

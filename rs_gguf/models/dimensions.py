@@ -1,7 +1,7 @@
-"""The shape of a model from its metadata alone: what a token is multiplied with, and what is kept of it.
+"""Compute the dimensions of a model from its metadata: parameters per token, cache size, output matrices.
 
-A GGUF file, of which the header is read, or a configuration of transformers goes in; a `ModelDimensions` comes out. No
-weight is read, so the model may be larger than the machine.
+Takes a GGUF file (only its header is read), a Hugging Face folder or a configuration. Returns
+`ModelDimensions`. No weight is read, so the model may be larger than the machine's memory.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rs_gguf.errors import InputError
-from rs_gguf.models import architecture
+from rs_gguf.models import architecture, q8_copy
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import q8_copy as widening
 
 if TYPE_CHECKING:
     import transformers
 
-TensorInfo = tuple[str, Sequence[int]]  # its name in a GGUF file, and its dimensions, inputs first
+TensorInfo = tuple[str, Sequence[int]]  # (name in a GGUF file, dimensions with the inputs first)
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """What the cost of a model follows from. Parameters are counted as numbers, not bytes.
+    """The figures that determine the cost of a model. Parameters are counts of numbers, not bytes.
 
-    `dense`: of the blocks, for every token; `experts`: of the blocks, of which a token uses the share `used`;
-    `head`: the output matrix. `weights`: bytes of all that is loaded. `attention`: heads times their width,
-    and `cache`: numbers of keys and values kept of a token, both summed over the blocks. `writers`: how many
-    numbers each matrix multiplies that a gated adapter may change: those that every block has alike.
+    `dense`: parameters of the layers that every token uses. `experts`: parameters of the experts; a token
+    uses the share `used`. `head`: parameters of the last matrix, which gives the logits. `weights`: bytes of
+    all that is loaded. `attention`: heads times head width, and `cache`: cached numbers per token, both
+    summed over the layers. `output_matrices`: the input width of each matrix that a gated adapter may
+    change, by name; only matrices that every layer has with the same width.
     """
 
     n_layer: int
@@ -47,74 +47,81 @@ class ModelDimensions:
     weights: int
     attention: int
     cache: int
-    writers: Mapping[str, int]
+    output_matrices: Mapping[str, int]
 
     @property
     def active(self) -> float:
-        """Parameters that one token is multiplied with in the blocks."""
+        """Return the number of layer parameters that one token uses."""
         return self.dense + self.used * self.experts
 
     def flops(self, context: float) -> float:
-        """Floating-point operations of all blocks for a token that attends to `context` others."""
+        """Return the floating-point operations of all layers for a token that attends to `context` others."""
         return 2 * self.active + 4 * context * self.attention
 
     def bytes_read(self, tokens: float) -> float:
-        """Bytes of weights that a step over so many tokens reads; of the experts, those that any uses."""
-        touched = self.dense + self.head + self.experts * (1 - math.pow(1 - self.used, tokens))
-        return touched * self.weights / (self.dense + self.head + self.experts)
+        """Return the bytes of weights that one step over `tokens` tokens reads.
+
+        It reads an expert if any token uses it.
+        """
+        used = self.dense + self.head + self.experts * (1 - math.pow(1 - self.used, tokens))
+        return used * self.weights / (self.dense + self.head + self.experts)
 
 
 def of_gguf(path: Path) -> ModelDimensions:
-    """The shape of the model in a GGUF file.
+    """Return the dimensions of the model in a GGUF file.
 
     Raises:
-        InputError: not a GGUF file, a damaged header, or no language model.
+        InputError: the file is not a GGUF file, has a damaged header, or is not a language model.
     """
     header = gguf_header.read(path)
     values, tensors = header.values, [(info.name, info.shape) for info in header.tensors]
     family = values.get("general.architecture", "")
     try:
         n_layer, width = (int(values[f"{family}.{key}"]) for key in ("block_count", "embedding_length"))
-        # The last ones may be for tokens further ahead: llama.cpp neither counts them nor runs them here.
+        # The last layers may predict tokens further ahead: llama.cpp does not count them or run them here.
         n_layer -= int(values.get(f"{family}.nextn_predict_layers", 0))
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
         if not 0 <= used <= 1:
             raise ValueError(f"{used:g} of its experts are used")
-        return _shape(tensors, n_layer, width, used, widening.size_to_load(path, header), str(path))
-    # No number, or no matrix, where one belongs.
+        return _dimensions(tensors, n_layer, width, used, q8_copy.size_to_load(path, header), str(path))
+    # A number or a matrix is missing, or has the wrong type.
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the header of a language model ({error!r}).") from error
+        raise InputError(
+            f"{path}: not the header of a language model ({error!r}). Give the GGUF file of one."
+        ) from error
 
 
 def of_folder(path: Path, bits: float | None = None) -> ModelDimensions:
-    """The shape of the model in a Hugging Face folder, of which config.json (or that alone) is read.
+    """Return the dimensions of the model in a Hugging Face folder, or of a config.json alone.
 
-    With `bits` it is that of a GGUF file of so many bits a weight; else as PyTorch runs it on the CPU, in F32
-    or bf16.
+    `bits`: bits per weight of a GGUF file of the model; None for the model as PyTorch runs it on the CPU, in
+    F32 or bf16.
 
     Raises:
-        InputError: no configuration, or none that transformers knows.
+        InputError: there is no configuration, or transformers does not know its family.
     """
     from rs_gguf.models import configuration
 
     config = configuration.read_config(path)
     if bits is not None:
         return of_config(config, bits)
-    shape = of_config(config, 16.0 if configuration.keeps_bf16(config) else 32.0)
-    return replace(shape, writers={})  # PyTorch reads block outputs alone
+    dimensions = of_config(config, 16.0 if configuration.keeps_bf16(config) else 32.0)
+    return replace(dimensions, output_matrices={})  # The PyTorch engine reads no inputs of matrices.
 
 
 def of_config(config: transformers.PretrainedConfig, bits: float) -> ModelDimensions:
-    """The shape of the model that transformers makes of a configuration, at so many `bits` a weight.
+    """Return the dimensions of the model that transformers builds from a configuration.
+
+    `bits`: bits per weight.
 
     Raises:
-        InputError: transformers cannot make it.
+        InputError: transformers cannot build it.
     """
     import gguf
 
     from rs_gguf.models import configuration
 
-    text = config.get_text_config()  # without eyes and ears
+    text = config.get_text_config()  # without encoders of images and sound
     network = configuration.network(text)
     family = architecture.llama_cpp_family(architecture.llama_cpp_name(text.model_type))
     table = gguf.get_tensor_name_map(family or gguf.MODEL_ARCH.LLAMA, text.num_hidden_layers)
@@ -124,46 +131,47 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> ModelDimens
     ]
     count = sum(math.prod(shape) for _, shape in tensors)
     used = configuration.share_of_experts(text)
-    return _shape(
+    return _dimensions(
         tensors, text.num_hidden_layers, text.hidden_size, used, int(count * bits / 8), text.model_type
     )
 
 
 def _gguf_name(name: str, table: Any) -> str:
-    """What llama.cpp's converter calls a parameter; experts, which it stacks, by one name for all."""
-    block = re.search(r"\.(\d+)\.", name)
-    if block and ".experts." in name:
-        return f"blk.{block[1]}.{name.rpartition('.experts.')[2]}_exps"
-    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None and block:
-        return f"blk.{block[1]}.{name.partition(block[0])[2]}"
-    return str(found or name)
+    """Return the name that llama.cpp's converter gives a parameter. Experts, which it stacks, share one."""
+    layer = re.search(r"\.(\d+)\.", name)
+    if layer and ".experts." in name:
+        return f"blk.{layer[1]}.{name.rpartition('.experts.')[2]}_exps"
+    gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None and layer:
+        return f"blk.{layer[1]}.{name.partition(layer[0])[2]}"
+    return str(gguf_name or name)
 
 
-def _shape(
+def _dimensions(
     tensors: Iterable[TensorInfo], n_layer: int, width: int, used: float, weights: int, source: str
 ) -> ModelDimensions:
-    blocks: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
+    layers: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
     outside: dict[str, Sequence[int]] = {}
     dense = experts = 0
     for name, shape in tensors:
-        found = _BLOCK.fullmatch(name)
-        if found is None:
+        parts = _LAYER_TENSOR.fullmatch(name)
+        if parts is None:
             outside[name] = shape
-        elif int(found[1]) >= n_layer:
+        elif int(parts[1]) >= n_layer:
             continue
-        elif "_exps" in found[2]:
+        elif "_exps" in parts[2]:
             experts += math.prod(shape)
         else:
             dense += math.prod(shape)
-            blocks[int(found[1])][found[2].removesuffix(".weight")] = shape
+            layers[int(parts[1])][parts[2].removesuffix(".weight")] = shape
     embedding = outside.get("token_embd.weight", [0])
     output = outside.get("output.weight", embedding)
     if min(n_layer, width, *embedding, *output) < 1:
-        raise InputError(f"{source}: its embedding or its output is missing or empty. Give a language model.")
-    kept = [architecture.attention(block) for block in blocks.values()]
-    every = [
-        {(w, block[w][0]) for w in architecture.OUTPUT_MATRICES if w in block} for block in blocks.values()
+        raise InputError(f"{source}: the embedding or the output is missing or empty. Give a language model.")
+    attention = [architecture.attention(layer) for layer in layers.values()]
+    output_matrices = [
+        {(name, layer[name][0]) for name in architecture.OUTPUT_MATRICES if name in layer}
+        for layer in layers.values()
     ]
     return ModelDimensions(
         n_layer=n_layer,
@@ -174,7 +182,7 @@ def _shape(
         used=used,
         head=math.prod(output),
         weights=weights,
-        attention=sum(queries for _, queries in kept),
-        cache=sum(numbers for numbers, _ in kept),
-        writers=dict(sorted(set.intersection(*every))) if every else {},
+        attention=sum(queries for _, queries in attention),
+        cache=sum(numbers for numbers, _ in attention),
+        output_matrices=dict(sorted(set.intersection(*output_matrices))) if output_matrices else {},
     )

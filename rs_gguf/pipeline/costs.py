@@ -57,7 +57,7 @@ class Costs:
             split: {kind: min(getattr(recipe.prompts, split), len(rows)) for kind, rows in kinds.items()}
             for split, kinds in pool.items()
         }
-        read = recipe.prompts.gate_only if model.writers else 0
+        read = recipe.prompts.gate_only if model.output_matrices else 0
         self.gate_only: int = sum(
             min(read, len(rows) - self.sizes["fit"][kind]) for kind, rows in pool["fit"].items()
         )
@@ -66,8 +66,10 @@ class Costs:
         self.text = fmean(lengths)
         self.prompt = self.text + _TEMPLATE
         self._longest = max(lengths) + _TEMPLATE + self.prefix
-        self.files = 2 if model.writers else 1  # a control vector, and an adapter if the model can have one
-        self.inputs = model.n_layer * sum(model.writers.values())
+        self.files = (
+            2 if model.output_matrices else 1
+        )  # a control vector, and an adapter if the model can have one
+        self.inputs = model.n_layer * sum(model.output_matrices.values())
         """Inputs of all output matrices at one token, in numbers."""
 
     def count(self, *splits: str) -> int:
@@ -114,7 +116,7 @@ class Costs:
 
     def adapter(self) -> float:
         """Return the bytes of an adapter for two thirds of the layers."""
-        outputs = self.model.n_layer * self.model.width * len(self.model.writers)
+        outputs = self.model.n_layer * self.model.width * len(self.model.output_matrices)
         return 4 * (self.inputs + outputs) * 2 / 3
 
 

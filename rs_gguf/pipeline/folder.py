@@ -71,7 +71,7 @@ class RunFolder:
 
     def forget_all(self) -> None:
         """Delete the files of all stages, except the results, which stay until they are replaced."""
-        names = [name for info in STAGES.values() for name in info.leaves if name not in RESULTS]
+        names = [name for info in STAGES.values() for name in info.artefacts if name not in RESULTS]
         for name in ("state.json", *names):
             path = self / name.rstrip("/")
             if path.is_dir() and not path.is_symlink():

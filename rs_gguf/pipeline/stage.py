@@ -215,7 +215,7 @@ class Run:
         Their activations are captured `in_contexts`.
         """
         can = engine_for(self.model_path).can
-        if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).writers:
+        if Can.MATRIX_INPUTS not in can or not dimensions.of_gguf(self.model_path).output_matrices:
             return []
         answered = {p.id for p in self.prompts["fit"] + self.prompts["tune"]}
         size, seed = self.recipe.prompts.gate_only, self.recipe.seed
@@ -225,7 +225,7 @@ class Run:
     @cached_property
     def in_contexts(self) -> list[tuple[Prompt, Context]]:
         """Return the gate-only prompts, each with its context, in the order in which they are captured."""
-        return contexts.spread(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
+        return contexts.assign(self.gate_only, ChatFormat.of(self.model), seed=self.recipe.seed)
 
     @cached_property
     def model_path(self) -> Path:

@@ -1,4 +1,4 @@
-"""What is asked, as text and as tokens."""
+"""Prompts, as text and as tokens."""
 
 from rs_gguf.prompts.user_files import load
 

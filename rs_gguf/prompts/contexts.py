@@ -1,8 +1,8 @@
-"""Other contexts to read prompts in: system prompts, earlier turns, wordings around a request.
+"""Contexts around a prompt: a system prompt, earlier turns, or wording around the request.
 
-A gate that has seen plain requests alone takes a wrapped one of harm for something else, and opens
-(docs/adapters.md). So the prompts of a fit that are only read are read in the contexts of
-`data/contexts.toml`, and a `Context` for each prompt comes out.
+A gate vector that was fitted on plain prompts alone also activates on a harmful prompt that is wrapped in a
+context (docs/adapters.md). The fit therefore reads the gate-only prompts in the contexts of
+`data/contexts.toml`. `assign` takes the prompts and returns a `Context` for each.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from rs_gguf.records.conversation import Prompt
 
 @dataclass(frozen=True)
 class Context:
-    """What stands around a prompt; all of it may be missing."""
+    """Text around a prompt. Every part may be absent."""
 
     name: str
-    system: str | None = None  # None: the recipe's, or the chat template's own
-    turns: tuple[tuple[str, str], ...] = ()  # what a user said, and what was answered
+    system: str | None = None  # None means the recipe's system prompt, or the chat template's default.
+    turns: tuple[tuple[str, str], ...] = ()  # (user, assistant) of each earlier turn
     wording: str = "{prompt}"
 
     def tokens(self, chat: ChatFormat, model: ChatModel, prompt: str, system: str | None) -> list[int]:
-        """The conversation that ends with the prompt; `system` where the context has none of its own."""
-        worded = self.wording.replace("{prompt}", prompt)
-        others = system if self.system is None else None
-        return chat.tokenize(model, worded, system=others, turns=self.messages)
+        """Return the tokens of the conversation that ends with the prompt.
+
+        `system`: the system prompt to use if the context has none.
+        """
+        text = self.wording.replace("{prompt}", prompt)
+        system = system if self.system is None else None  # `messages` holds the context's own.
+        return chat.tokenize(model, text, system=system, turns=self.messages)
 
     @property
     def messages(self) -> list[Message]:
-        """What comes before the turn of the prompt."""
+        """Return the messages before the turn of the prompt."""
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         return system + [
             {"role": role, "content": text}
@@ -47,17 +50,17 @@ class Context:
 
 @functools.cache
 def shipped() -> tuple[Context, ...]:
-    """The contexts of `data/contexts.toml`."""
+    """Return the contexts of `data/contexts.toml`."""
     text = (resources.files("rs_gguf") / "data" / "contexts.toml").read_text(encoding="utf-8")
     rows = tomllib.loads(text)["context"]
     return tuple(Context(**{**row, "turns": tuple(map(tuple, row.get("turns", ())))}) for row in rows)
 
 
-def spread(prompts: Sequence[Prompt], chat: ChatFormat, *, seed: int) -> list[tuple[Prompt, Context]]:
-    """Each of the prompts in one context, all contexts as often as each other (±1).
+def assign(prompts: Sequence[Prompt], chat: ChatFormat, *, seed: int) -> list[tuple[Prompt, Context]]:
+    """Return each prompt with one context. All contexts are used equally often (±1).
 
-    Contexts that the model's chat template refuses or drops (some know no system prompt) are left out.
-    Prompts of one context follow each other: what they have in common is then read once.
+    Contexts that the model's chat template refuses or drops are left out: some templates have no system
+    prompt. Prompts of one context follow each other, so that the model reads their common prefix once.
     """
     usable = [
         context

@@ -1,7 +1,7 @@
-"""The project's own prompts, and what a run takes of them or of users' files.
+"""The project's own prompts (the grid), and the selection of a run from the grid or from users' files.
 
-The grid's splits hold out whole subjects and whole forms of request, so that a direction is judged on what
-it has not seen (docs/prompts.md).
+The grid's splits hold out whole subjects and whole request forms, so that a direction is evaluated on
+subjects and forms that it was not fitted on (docs/prompts.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
 
 
 def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
-    """The project's own prompts of these kinds, all splits."""
+    """Return the project's own prompts of these kinds, from all splits."""
     rows = []
     for kind in kinds:
         text = (resources.files("rs_gguf") / "data" / f"{kind}.jsonl").read_text(encoding="utf-8")
@@ -29,31 +29,31 @@ def grid(kinds: Sequence[Kind] = KINDS) -> list[Prompt]:
 
 
 def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Prompt]]]:
-    """All prompts to choose from, by split and kind: those of the files, or the grid's where none is given.
+    """Return all prompts to choose from, by split and kind. A kind without files takes the grid's prompts.
 
-    One that stands in several files of a kind is that of the last: it cannot be in two splits.
+    If several files of a kind contain the same prompt, the last one counts: a prompt has only one split.
 
     Raises:
-        InputError: a file or a row of it that cannot be used, or files that leave a split without a prompt.
+        InputError: a file or a row cannot be used, or the files leave a split without prompts.
     """
-    found: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
+    prompts: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
     for kind in KINDS:
         rows = unique(row for path in files[kind] for row in load(path, kind)) or grid([kind])
         for split in SPLITS:
-            found[split][kind] = [row for row in rows if row.split == split]
-            if not found[split][kind]:
+            prompts[split][kind] = [row for row in rows if row.split == split]
+            if not prompts[split][kind]:
                 raise InputError(
-                    f"{', '.join(map(str, files[kind]))}: none of {len(rows)} {kind} prompts is for {split}. "
-                    "Give more (60 % go to fit, 20 % to tune, 20 % to test), or a column `split` that says "
-                    "where each belongs."
+                    f"{', '.join(map(str, files[kind]))}: none of the {len(rows)} {kind} prompts is in the "
+                    f"split {split}; each split needs at least one. Give more prompts (60% go to fit, 20% to "
+                    "tune, 20% to test), or add a column `split`."
                 )
-    return found
+    return prompts
 
 
 def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
-    """At most `size` prompts in their order, the same for the same seed.
+    """Return at most `size` prompts in their order, the same ones for the same seed.
 
-    Forms and subjects come out as equal in number as they can; languages keep their shares.
+    Forms and subjects are as equal in number as possible. Languages keep their shares.
     """
     if size >= len(prompts):
         return list(prompts)
@@ -67,14 +67,14 @@ def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Promp
         _, code, count = np.unique(values, return_inverse=True, return_counts=True)
         weight = len(order) / count if name == "language" else np.full(len(count), len(count))
         groups.append((code, weight))
-        if name == "language":  # else every language, however rare, would come once before any comes twice
+        if name == "language":  # A random start: otherwise every rare language would come before any repeat.
             represented += (np.random.default_rng(seed).random(len(count)) * weight)[code]
-    # Take what is least represented so far, and count it as representing its groups from then on.
-    chosen = []
+    # Take the least represented prompt, then count it as a representative of its groups.
+    indices = []
     for _ in range(size):
         k = int(represented.argmin())
-        chosen.append(order[k])
+        indices.append(order[k])
         represented[k] = np.inf
         for code, weight in groups:
             represented[code == code[k]] += weight[code[k]]
-    return [prompts[i] for i in sorted(chosen)]
+    return [prompts[i] for i in sorted(indices)]

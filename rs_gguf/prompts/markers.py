@@ -1,10 +1,10 @@
-"""Every fact about marks in text: around thinking traces and answers, at ends of turns."""
+"""Every marker that models write in their text: around thinking traces and answers, and after turns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What a trace stands between; the second may also begin an answer without one.
+# (start, end) of a thinking trace. The end marker may also start an answer that has no trace.
 THINKING_MARKERS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -22,13 +22,13 @@ THINKING_MARKERS = (
     ("to=self<|message|>", "to=user<|message|>"),  # Muse
     ("<|think|>", "<|content|>"),  # Solar Open
 )
-# What some of them write around the answer; Gemma 4 may begin another trace after it.
+# Markers that some models write around the answer. Gemma 4 may start another trace after it.
 ANSWER_STARTS = ("<|START_TEXT|>", "<|START_RESPONSE|>")
 ANSWER_ENDS = (
     "<|END_TEXT|>", "<|END_RESPONSE|>", "[END FINAL RESPONSE]", "<|channel>", "<|close|>response<|sep|>",
     "<|end|>",
 )  # fmt: skip
-# Control tokens that end a turn whatever the configuration says, as llama.cpp holds them too.
+# Control tokens that end a turn whatever the model's configuration says. llama.cpp does the same.
 TURN_ENDS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -57,8 +57,8 @@ def opens_with_refusal(text: str) -> bool:
 
 
 def turn_ends(vocabulary: Mapping[str, int]) -> set[int]:
-    """The tokens of a vocabulary that end a turn by their text."""
-    # In the formats of gpt-oss and Solar Open `<|end|>` only ends a channel: the thinking trace, say.
+    """Return the tokens of a vocabulary whose text ends a turn."""
+    # In the formats of gpt-oss and Solar Open, `<|end|>` only ends a channel, such as the thinking trace.
     channels = "<|return|>" in vocabulary or "<|flush|>" in vocabulary
     return {
         vocabulary[text] for text in TURN_ENDS if text in vocabulary and not (channels and text == "<|end|>")

@@ -1,4 +1,4 @@
-"""Thinking traces: the final answer without one, and where it begins."""
+"""Separate the final answer of a thinking model from its thinking trace, in text and in tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from rs_gguf.prompts.template import ChatModel
 
 
 def after_thinking(text: str, *, inside: bool | None = None) -> str:
-    """The final answer, without the thinking trace before it; nothing where the trace has no end.
+    """Return the final answer without the thinking trace before it; empty if the trace does not end.
 
-    `inside`: whether the prompt had opened the trace, so that the text starts within it. None: nobody knows.
-    Then it had if the text holds the end of a trace and does not begin with the start of one.
+    `inside`: whether the prompt opened the trace, so that the text starts within it. None means unknown: then
+    a text that contains an end marker, and does not start with a start marker, counts as inside.
     """
     text = text.strip()
-    begun = [pair for pair in THINKING_MARKERS if text.startswith(pair)]
+    opened = [pair for pair in THINKING_MARKERS if text.startswith(pair)]
     if inside is None:
-        inside = not begun and any(closing in text for _, closing in THINKING_MARKERS)
-    answer = "" if inside or begun else text
-    for _, closing in [*begun, *(THINKING_MARKERS if inside else ())]:
+        inside = not opened and any(closing in text for _, closing in THINKING_MARKERS)
+    answer = "" if inside or opened else text
+    for _, closing in [*opened, *(THINKING_MARKERS if inside else ())]:
         if closing in text:
             answer = text.partition(closing)[2].strip()
             break
@@ -31,24 +31,25 @@ def after_thinking(text: str, *, inside: bool | None = None) -> str:
 
 
 def opens_thinking(rendered: str) -> bool:
-    """Whether a rendered prompt ends inside a thinking trace (its template opens one)."""
+    """Return whether a rendered prompt ends inside a thinking trace, because its template opens one."""
     tail = rendered.rstrip()
-    return any(tail.endswith(opening) for opening, _ in THINKING_MARKERS)
+    return any(tail.endswith(start) for start, _ in THINKING_MARKERS)
 
 
 def begins_in_trace(model: ChatModel, prompt: Sequence[int]) -> bool:
-    """Whether the answer to a prompt, given as tokens, begins within a thinking trace."""
+    """Return whether the answer to a prompt, given as tokens, begins inside a thinking trace."""
     return opens_thinking(model.detokenize(prompt[-8:], special=True))
 
 
 def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> int | None:
-    """First of `count` tokens that the final `answer` is made of; None if the tokens do not hold it.
+    """Return the index of the first of `count` tokens that the final `answer` consists of.
 
-    `text_from(i)` is the text of the tokens from i on. What stands last counts; a frame may end after it.
+    Return None if the text of the tokens does not contain the answer. `text_from(i)` returns the text of the
+    tokens from i on. If the answer occurs several times, the last occurrence counts. Markers may follow it.
     """
     if answer not in text_from(0):
         return None
-    low, high = 0, count  # the answer is in the text from `low` on, and no longer from `high` on
+    low, high = 0, count  # The text from `low` on contains the answer; the text from `high` on does not.
     while high - low > 1:
         middle = (low + high) // 2
         if answer in text_from(middle):
@@ -59,10 +60,10 @@ def answer_start(count: int, text_from: Callable[[int], str], answer: str) -> in
 
 
 def final_answer(text: str, *, finished: bool) -> str | None:
-    """The part of an answer that is judged: what follows its thinking trace.
+    """Return the part of an answer that is judged: the text after its thinking trace.
 
-    None if generation was cut off (not `finished`) before anything followed the trace: nobody knows what
-    the answer would have been. A model that ended by itself within its trace did give an empty answer.
+    Return None if the output was truncated (not `finished`) inside the trace: the answer is then unknown. If
+    the model itself ended the output inside the trace, the answer is empty.
     """
     answer = after_thinking(text)
     return None if text.strip() and not answer and not finished else answer

@@ -1,4 +1,4 @@
-"""Files of prompts that users bring: their formats and columns. Files go in; `Prompt` rows come out."""
+"""Read users' prompt files: detect the format and the columns, and return `Prompt` rows."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.records.conversation import SPLITS, Kind, Prompt, Split
 from rs_gguf.records.files import from_home
 
-# Names under which well-known prompt files keep the prompt, most specific first.
+# Column names of the prompt in well-known prompt files, most specific first.
 _PROMPT_COLUMNS = (
     "prompt", "goal", "behavior", "behaviour", "forbidden_prompt", "instruction", "question", "text",
     "vanilla", "turns", "messages",
 )  # fmt: skip
-_ROW_LISTS = ("data", "rows", "prompts", "examples", "train")  # that hold the rows beside other lists
-_MAX_BYTES = 16 << 20  # of a file, which takes about ten times that in memory
-# Columns that complete the prompt of the column named.
+# Keys of the list of rows in a JSON object that holds several lists.
+_ROW_LISTS = ("data", "rows", "prompts", "examples", "train")
+_MAX_BYTES = 16 << 20  # of a file, which takes about ten times its size in memory
+# Columns that complete the prompt in another column: prompt column → context column.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
-_KEPT = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
-_KEPT |= {"subject", "topic", "category", "form", "language", "split"}
+_USED_COLUMNS = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
+_USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split"}
 
 
 def load(path: Path, kind: Kind) -> list[Prompt]:
-    """Read a user's prompt file: txt (one a line), csv, tsv, json, jsonl or parquet; column detected.
+    """Read a user's prompt file: txt (one prompt per line), csv, tsv, json, jsonl or parquet.
 
-    A row's split is its `split` column where all that stands there is fit, tune or test (a data set's own
-    `train` means something else), else drawn by the prompt's hash: 60 % fit, 20 % tune, 20 % test.
+    The prompt's column is detected. The column `split` counts only if all its values are fit, tune or test: a
+    data set's own `train` means something else. Other prompts get a split by their hash: 60% fit, 20% tune,
+    20% test.
 
     Raises:
-        InputError: missing, empty or too large file, unknown format, no column that holds prompts, or a bad
-            row, which is named by file and line.
+        InputError: the file is missing, empty or too large, has an unknown format or no column of prompts; or
+            a row is invalid. The message names file and line.
     """
     path = from_home(path)
     if not path.is_file():
-        raise InputError(f"prompt file not found: {path}.")
+        raise InputError(f"prompt file not found: {path}. Give an existing file.")
     rows = []
     for line, row in _rows(path):
         columns = _columns(row, f"{path}:{line}")
@@ -57,19 +59,19 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
             )
         )
     if not rows:
-        raise InputError(f"{path} holds no prompts. Give at least one row.")
-    named = {row.split for row in rows} <= {*SPLITS, ""}
-    rows = [row if named and row.split else replace(row, split=_drawn_split(row.prompt)) for row in rows]
+        raise InputError(f"{path} contains no prompts. Give at least one row.")
+    has_splits = {row.split for row in rows} <= {*SPLITS, ""}
+    rows = [row if has_splits and row.split else replace(row, split=_hash_split(row.prompt)) for row in rows]
     return unique(rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """(line or row number, row) of a file; a plain string where the format has no columns."""
+    """Yield (line or row number, row) of a file. The row is a string if the format has no columns."""
     suffix = path.suffix.lower()
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(
             f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are "
-            "read. Split it, or keep the rows that you need."
+            "accepted. Split it, or keep only the rows that you need."
         )
     if suffix == ".parquet":
         yield from _parquet_rows(path)
@@ -77,7 +79,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise InputError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     if suffix in (".csv", ".tsv"):
@@ -85,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     elif suffix == ".json":
         yield from _json_rows(_parse_json(text, str(path)), path)
     elif suffix in (".jsonl", ".txt", ""):
-        # Not splitlines(): U+2028 and its like may stand inside a JSON text.
+        # Not splitlines(): a JSON text may contain U+2028 and similar characters.
         for line, content in enumerate(text.split("\n"), start=1):
             if content.strip():
                 yield line, _parse_json(content, f"{path}:{line}") if suffix == ".jsonl" else content.strip()
@@ -97,36 +101,37 @@ def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Ma
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         for row in reader:
-            if any(row.get(None) or ()):  # where surplus cells are kept
+            if any(row.get(None) or ()):  # DictReader stores surplus cells under the key None.
                 raise InputError(
-                    f"{path}:{reader.line_num}: more cells than columns. Put a prompt that holds a comma "
-                    "or a tab in quotes."
+                    f"{path}:{reader.line_num}: more cells than columns. Put quotes around a prompt that "
+                    "contains a comma or a tab."
                 )
             if any((cell or "").strip() for name, cell in row.items() if name is not None):
                 yield reader.line_num, row
     except csv.Error as error:
-        said = escape_control_chars(str(error))
-        raise InputError(f"{path}:{reader.line_num}: not valid CSV ({said}).") from error
+        reason = escape_control_chars(str(error))
+        raise InputError(f"{path}:{reader.line_num}: not valid CSV ({reason}).") from error
 
 
 def _json_rows(value: Any, path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a list, of {"data": [...]}, or of columns, each a list."""
+    """Yield the rows of a list, of {"data": [...]}, or of an object of columns, each a list."""
     if isinstance(value, dict):
         columns = {str(key): column for key, column in value.items() if isinstance(column, list)}
         if any(name.strip().lower() in _PROMPT_COLUMNS for name in columns):
-            # Thousands of columns times thousands of rows fit into no memory; the longest says how many.
-            kept = {name for name in columns if name.strip().lower() in _KEPT}
-            kept.add(max(columns, key=lambda name: len(columns[name])))
-            columns = {name: cells for name, cells in columns.items() if name in kept}
+            # Thousands of columns times thousands of rows would fill the memory, so unused columns are
+            # dropped. The longest column stays, because it sets the number of rows.
+            names = {name for name in columns if name.strip().lower() in _USED_COLUMNS}
+            names.add(max(columns, key=lambda name: len(columns[name])))
+            columns = {name: cells for name, cells in columns.items() if name in names}
             value = [dict(zip(columns, cells, strict=True)) for cells in zip_longest(*columns.values())]
         else:
-            named = [name for name in columns if name.strip().lower() in _ROW_LISTS]
-            if len(columns) > 1 and len(named) != 1:
+            row_lists = [name for name in columns if name.strip().lower() in _ROW_LISTS]
+            if len(columns) > 1 and len(row_lists) != 1:
                 raise InputError(
-                    f"{path}: which of the lists {_listed(columns)} holds the prompts? Name this one "
-                    f"{', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
+                    f"{path}: unclear which of the lists {_printable(columns)} holds the prompts. Name this "
+                    f"one {', '.join(_ROW_LISTS[:-1])} or {_ROW_LISTS[-1]}, and no other."
                 )
-            value = next((columns[name] for name in named or columns), None)
+            value = next((columns[name] for name in row_lists or columns), None)
     if not isinstance(value, list):
         raise InputError(f"{path}: expected a JSON list of prompts or of rows.")
     yield from enumerate(value, start=1)
@@ -139,14 +144,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (
-        ArrowException,
-        MemoryError,
-        OSError,
-        ValueError,
-    ) as error:  # a ValueError: text that is not UTF-8
-        said = escape_control_chars(" ".join(str(error).split())[:200])
-        raise InputError(f"{path}: not a parquet file that can be read ({said}).") from error
+    # Text that is not UTF-8 raises ValueError.
+    except (ArrowException, MemoryError, OSError, ValueError) as error:
+        reason = escape_control_chars(" ".join(str(error).split())[:200])
+        raise InputError(f"{path}: not a readable parquet file ({reason}).") from error
     yield from enumerate(rows, start=1)
 
 
@@ -158,7 +159,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _columns(row: object, where: str) -> dict[str, Any]:
-    """A row by its columns' names in lower case; text alone is a prompt."""
+    """Return a row by its lower-case column names. A row that is text is a prompt."""
     if isinstance(row, str):
         return {"prompt": row}
     if isinstance(row, Mapping):
@@ -170,7 +171,7 @@ def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
     name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
     if name is None:
         raise InputError(
-            f"{where}: no prompt in columns {_listed(columns)}; "
+            f"{where}: no prompt in columns {_printable(columns)}; "
             f"one of {', '.join(_PROMPT_COLUMNS)} is expected."
         )
     text = _flatten(columns[name], where)
@@ -180,18 +181,20 @@ def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
     if not text.strip():
         raise InputError(f"{where}: the prompt is empty.")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise InputError(f"{where}: the prompt holds half of a character pair (a lone surrogate).")
+        raise InputError(
+            f"{where}: the prompt contains half of a character pair (a lone surrogate). Remove it."
+        )
     return text.strip()
 
 
-def _listed(names: Iterable[str]) -> str:
-    """A stranger's names as they may be printed: no control characters, no kilobytes."""
+def _printable(names: Iterable[str]) -> str:
+    """Return untrusted names as a list to print: 12 at most, shortened, without control characters."""
     shown = ", ".join(escape_control_chars(name[:40]) for name in sorted(names)[:12])
     return shown or "(none)"
 
 
 def _flatten(value: Any, where: str) -> str:
-    """The user's first turn of a conversation, or the text itself."""
+    """Return the text itself, or the first user turn of a conversation."""
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and value:
@@ -199,20 +202,20 @@ def _flatten(value: Any, where: str) -> str:
         content = turn.get("content") if isinstance(turn, Mapping) else turn
         if isinstance(content, str):
             return content
-    raise InputError(f"{where}: the prompt is neither text nor a list of turns.")
+    raise InputError(f"{where}: the prompt is neither text nor a list of turns; one of them is expected.")
 
 
 def unique(rows: Iterable[Prompt]) -> list[Prompt]:
-    """Each prompt once, as it stood last."""
+    """Return each prompt once, as its last row has it."""
     return list({row.id: row for row in rows}.values())
 
 
-def _drawn_split(text: str) -> Split:
+def _hash_split(text: str) -> Split:
     share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
     return "fit" if share < 0.6 else "tune" if share < 0.8 else "test"
 
 
 def _text_of(columns: Mapping[str, Any], name: str) -> str:
     value = columns.get(name)
-    # Half of a surrogate pair, which JSON can spell, is no text that could be written.
+    # JSON can spell a lone surrogate, which cannot be written as UTF-8.
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""

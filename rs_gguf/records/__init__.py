@@ -1,1 +1,1 @@
-"""The values that stages hand over, and how they are kept on disk."""
+"""The values that stages hand over, and how they are stored on disk."""

@@ -1,4 +1,7 @@
-"""The stages of a run in their order, and what each leaves in the run's folder."""
+"""The stages of a run in order, and the files that each stage writes to the run folder.
+
+The command line and the run folder read `STAGES`. The module imports nothing heavy, so `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What the command line and the run folder know of a stage.
+    """One stage, as the command line and the run folder describe it.
 
-    `summary`: what it does, for the help; `doing`: the same while it runs; `leaves`: patterns of file names,
-    with a slash at the end for a folder.
+    `summary`: a sentence for the help. `activity`: the label of its progress bar. `artefacts`: patterns of
+    the files that it writes; a trailing slash marks a folder.
     """
 
     name: str
     summary: str
-    doing: str
-    leaves: tuple[str, ...]
+    activity: str
+    artefacts: tuple[str, ...]
 
 
 _INFOS = (
     StageInfo(
         "answer", "Let the model answer the fit and tune prompts.", "Answering prompts", ("answers.jsonl",)
     ),
-    StageInfo("score", "Judge the answers: refusal confidence.", "Judging answers", ("judgements.jsonl",)),
+    StageInfo(
+        "score",
+        "Judge the answers: a refusal confidence for each.",
+        "Judging answers",
+        ("judgements.jsonl",),
+    ),
     StageInfo(
         "capture",
         "Read the activations of the prompts and their answers.",
@@ -32,32 +40,32 @@ _INFOS = (
     ),
     StageInfo(
         "fit",
-        "Fit directions and gates.",
+        "Fit directions and gated adapters.",
         "Fitting directions",
         ("directions.safetensors", "gated_adapter.safetensors", "fit.json", "figures/"),
     ),
     StageInfo(
         "tune",
-        "Search layers and strength, refusals of harm as the constraint.",
+        "Search layers and strength; refusals of harmful prompts must stay.",
         "Searching layers and strength",
         ("trials.jsonl", "tune.json", "adapters/"),
     ),
     StageInfo(
         "write",
-        "Write the GGUF files and prove their effect on the model.",
-        "Writing and proving the file",
+        "Write the GGUF files and check their effect on the model.",
+        "Writing and checking the files",
         ("*.gguf", "effect_check.json"),
     ),
     StageInfo(
         "measure",
-        "Measure before and after on the test split.",
-        "Measuring before and after",
+        "Measure the test split, unsteered and steered.",
+        "Measuring the test split",
         ("measured.jsonl", "test_answers.jsonl", "metrics.json", "baselines/"),
     ),
     StageInfo("report", "Write report.html and card.md.", "Writing the report", ("report.html", "card.md")),
 )
 STAGES = {info.name: info for info in _INFOS}
-"""By name, in the order in which they run."""
+"""Stages by name, in the order in which they run."""
 
 RESULTS = ("*.gguf", "report.html", "card.md")
-"""What a run is made for. It stays in the folder until a run replaces it."""
+"""Patterns of the results that a user keeps. They stay in the folder until a new run replaces them."""

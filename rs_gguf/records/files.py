@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: written beside their place and renamed into it.
+"""Write files atomically: a file is complete or absent. Also paths, hashes and arrays.
 
-Arrays are kept in safetensors files, which are read without pickle.
+A draft is written beside the target and then renamed. Arrays are stored as safetensors, which need no pickle.
 """
 
 from __future__ import annotations
@@ -21,45 +21,50 @@ import platformdirs
 
 from rs_gguf.errors import InputError
 
-_NAMED = 50  # characters of a file's name in that of its draft
-_ABANDONED = 24 * 3600  # seconds since a draft was last written to
+_DRAFT_NAME_CHARS = 50  # characters of the file's name that its draft's name repeats
+_DRAFT_MAX_AGE = 24 * 3600  # seconds; a draft that nobody wrote to for longer is a killed process's
 
 
 def from_home(path: str | Path) -> Path:
-    """The path with `~` or `~user` expanded, or as it is where there is no such user, as in a shell."""
+    """Return the path with `~` or `~user` expanded; unchanged if there is no such user, as in a shell."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser() raises for an unknown user
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this package. `InputError` where the user has no home to keep one in."""
+    """Return the user's cache folder for this package.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
     try:
         return platformdirs.user_cache_path("rs-gguf")
     except RuntimeError as error:
         raise InputError(
-            "there is no home folder to keep a cache in. Set XDG_CACHE_HOME to a folder that can be written."
+            "cannot find a cache folder: this user has no home folder. Set XDG_CACHE_HOME to a folder that "
+            "can be written."
         ) from error
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Create or replace `path` with what `write` puts into a binary file, all or nothing.
+    """Create or replace `path` atomically; `write` gets the binary file to fill.
 
-    A link stays one, and its target is replaced. Devices and pipes are written to as they are.
+    A link stays a link, and its target is replaced. Devices and pipes are written directly.
 
     Raises:
-        InputError: the folder cannot be written or the disk is full. The old file, if any, is untouched.
+        InputError: the folder cannot be written or the disk is full. An old file stays unchanged.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
-        if path.exists() and not path.is_file():  # a folder is an error of open
+        if path.exists() and not path.is_file():  # a device or a pipe; open() refuses a folder
             with path.open("wb") as file:
                 write(file)
             return
-        # Only now: what /dev/stdout leads to has a name of no file where it is a pipe.
+        # Resolve the link only here: if /dev/stdout is a pipe, it resolves to a name without a file.
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name may be as long as names can be, and a draft's is longer.
-        draft = path.with_name(f".{path.name[:_NAMED]}.{secrets.token_hex(8)}")
+        # The name is cut: a name of the longest length allowed would leave no room for the suffix.
+        draft = path.with_name(f".{path.name[:_DRAFT_NAME_CHARS]}.{secrets.token_hex(8)}")
         with draft.open("xb") as file:
             temporary = draft
             write(file)
@@ -75,10 +80,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before hours of work whether `write_atomic` could write `path`. Nothing is left behind.
+    """Check before hours of work that `write_atomic` can write `path`. Leave nothing behind.
 
     Raises:
-        InputError: a folder, or a place that cannot be written.
+        InputError: `path` is a folder, or cannot be written.
     """
     path = Path(path)
     try:
@@ -97,10 +102,10 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def remove_drafts(folder: Path, names: str) -> None:
-    """Remove what killed processes left in `folder` of files whose names match: drafts a day old."""
+    """Remove drafts that killed processes left in `folder`: at least a day old, with names like `names`."""
     for draft in folder.glob(f".{names}.*"):
-        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
-            if time.time() - draft.stat().st_mtime > _ABANDONED:
+        with contextlib.suppress(OSError):  # another process removed it, or another user owns it
+            if time.time() - draft.stat().st_mtime > _DRAFT_MAX_AGE:
                 draft.unlink()
 
 
@@ -110,7 +115,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes. `InputError` if it cannot be read."""
+    """Return the SHA-256 of a file as hexadecimal text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as file:
@@ -122,6 +131,7 @@ def sha256(path: Path) -> str:
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write arrays by name to a safetensors file, atomically."""
     from safetensors.numpy import save
 
     data = save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
@@ -129,10 +139,15 @@ def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, Any]:
+    """Return the arrays of a safetensors file by name.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
+        raise InputError(f"cannot read {path} ({error}). Run again with --fresh.") from error

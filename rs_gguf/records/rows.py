@@ -1,4 +1,4 @@
-"""JSON as files of a run hold it, and rows that are appended one by one and survive a kill."""
+"""Read and write the JSON and JSON Lines files of a run, and append rows that survive a kill (`RowLog`)."""
 
 from __future__ import annotations
 
@@ -12,68 +12,77 @@ from typing import Any
 from rs_gguf.errors import InputError
 from rs_gguf.records.files import write_text
 
-Row = dict[str, Any]  # of a JSON Lines file
+Row = dict[str, Any]  # one line of a JSON Lines file
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given."""
+    """Write `value` as indented JSON, atomically. Keys keep their order."""
     write_text(path, json_text(value, indent=2) + "\n")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: half of a surrogate pair, as in a name that is no UTF-8, is spelt out."""
+    """Return `value` as JSON. A lone surrogate, as in a non-UTF-8 file name, is escaped: UTF-8 has none."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def json_lines(text: str) -> list[Row]:
-    """The rows of a JSON lines file. Answers may hold U+2028 and its kin, at which `splitlines` would cut.
+    """Return the rows of a JSON Lines text.
 
     Raises:
-        ValueError: a line is no JSON.
+        ValueError: a line is not JSON.
     """
+    # Not splitlines(): answers may contain U+2028 and similar characters, at which it would cut.
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def finite(value: float | None) -> float | None:
-    """A number as JSON can hold it: None, its null, stands for NaN and infinities."""
+    """Return `value`, or None for NaN and infinities: JSON has no numbers for them."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that this package wrote. `InputError` if it is missing or damaged."""
+    """Return the value in a JSON file that this package wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
+        raise InputError(f"cannot read {path} ({error}). Run again with --fresh.") from error
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSON lines file that this package wrote. `InputError` if missing or damaged."""
+    """Return the rows of a JSON Lines file that this package wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         return json_lines(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Run again with --fresh.") from error
+        raise InputError(f"cannot read {path} ({error}). Run again with --fresh.") from error
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a JSON lines file atomically."""
+    """Write a JSON Lines file, atomically."""
     write_text(path, "".join(map(_line, rows)))
 
 
 class RowLog:
-    """Rows that are appended one by one under a key, then put in order under their final name."""
+    """A log of rows under a key: rows are appended one by one, then written in order to the final file."""
 
     def __init__(self, final: Path, key: str, finished: Callable[[Path], None]) -> None:
-        """Go on with the rows of `key` that an earlier process left.
+        """Open the log and continue with the rows that an earlier process left under the same `key`.
 
-        `final`: the file that `finish` writes. `finished` is then called with the log's own path, which may
-        go once the stage is done.
+        `final`: the file that `finish` writes. `finish` then calls `finished` with the path of the log; the
+        log may be deleted once the stage is marked as done.
         """
         self._final, self._finished = final, finished
         self._path = final.with_name(f"{final.name}.part")
         self.rows: dict[str, Row] = {}
-        # The last line may be torn, within a character even.
+        # A kill may have torn the last line, even within a character.
         data = self._path.read_bytes() if self._path.is_file() else b""
         lines = data.decode("utf-8", "replace").split("\n")
         header = json.dumps({"key": key})
@@ -82,24 +91,28 @@ class RowLog:
                 with contextlib.suppress(json.JSONDecodeError):
                     row = json.loads(line)
                     self.rows[row["id"]] = row
-        # Rewritten whole, so that a torn line cannot swallow the next one.
+        # The log is rewritten, so that a torn line cannot merge with the next row.
         write_text(self._path, header + "\n" + "".join(map(_line, self.rows.values())))
 
     def append(self, row: Row) -> None:
-        """Keep a row. It is with the system when this returns: a kill of this process does not lose it."""
+        """Append a row and pass it to the operating system: a later kill of this process does not lose it.
+
+        Raises:
+            InputError: the disk is full.
+        """
         self.rows[row["id"]] = row
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
         except OSError as error:
             raise InputError(
-                f"cannot write {self._path}: {error.strerror}. Free space and start again: nothing is lost."
+                f"cannot write {self._path}: {error.strerror}. Free space and start again; no row is lost."
             ) from error
 
     def finish(self, ids: Sequence[str]) -> None:
-        """Write the rows in the order of `ids` under the final name.
+        """Write the rows to the final file in the order of `ids`.
 
-        The log itself stays until the stage is marked as done: a kill in between would lose all of it.
+        The log stays until the stage is marked as done: otherwise a kill in between would lose all rows.
         """
         write_rows(self._final, [self.rows[i] for i in ids])
         self._finished(self._path)

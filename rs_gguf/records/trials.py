@@ -1,4 +1,4 @@
-"""What a search measures: candidates and their trials, as `trials.jsonl` and `tune.json` hold them."""
+"""Candidates of the search and their trials, as values and as rows of `trials.jsonl` and `tune.json`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-# What rows and files name in place of an estimator where the method has none. They do not name the method
-# itself, since those of earlier versions do not.
+# Rows and files name an estimator. A method without one gets this label in its place: rows of earlier
+# versions have no `method` key, so the label has to identify the method.
 GATED_ADAPTER = "gated-adapter"
-_IN_PLACE_OF_ESTIMATOR = {"adapter": GATED_ADAPTER}
+_ESTIMATOR_LABELS = {"adapter": GATED_ADAPTER}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the search space. `strength` is k·|α|, the paper's prior being 2 to 4.
+    """A configuration that the search can evaluate.
 
-    `method` is a key of `METHODS`. `estimator` is empty where the method has none; `ridge` is 0 where the
-    estimator has none.
-    `benign_target` is a gate's: how far the mean benign prompt is moved with the mean sensitive one, and the mean
-    harmful prompt, by a part of it, the other way. Negative to induce refusals.
+    `method`: a key of `METHODS`. `estimator`: empty if the method has none. `ridge`: 0 if the estimator has
+    none. `first`, `last`: the layer range, both ends included. `strength`: k·|α| for a control vector (the
+    paper's prior is 2 to 4); for a gated adapter in refusal contrasts. `benign_target`: of a gated adapter,
+    the gate activation of the mean benign prompt; negative to induce refusals.
     """
 
     method: str
@@ -31,55 +31,56 @@ class Candidate:
     benign_target: float = 0.0
 
     def without_strength(self) -> Candidate:
-        """What it shares with those that differ in strength alone."""
+        """Return the candidate with strength 0: equal for candidates that differ in strength alone."""
         return replace(self, strength=0)
 
     @property
     def recorded(self) -> str:
-        """What rows and files name as its estimator."""
-        return self.estimator or _IN_PLACE_OF_ESTIMATOR.get(self.method, self.method)
+        """Return the estimator that rows and files name, or the label in its place."""
+        return self.estimator or _ESTIMATOR_LABELS.get(self.method, self.method)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A measured candidate. Rates are fractions; `None` where a fidelity does not measure it."""
+    """One evaluation of a candidate. Rates are fractions; None if the fidelity level does not measure one."""
 
     number: int
     candidate: Candidate
     fidelity: str  # "logprob" | "short" | "full"
-    # Of the sensitive prompts to change, the share whose verdict is still the unsteered one. On the fidelity
-    # `full`: all that have this verdict, over those that have it unsteered; above 1 if more got worse. Those
-    # whose unsteered answer fell apart are not among them, where enough others are left.
+    # Share of the target prompts whose verdict is still the unsteered one. At fidelity `full`: prompts with
+    # this verdict, divided by the prompts that have it unsteered; above 1 if more prompts got it. Prompts
+    # with an unsteered failure are excluded if enough other prompts remain.
     sensitive_remaining: float
-    harmful_retention: float  # refusals of harmful prompts, as a share of those unsteered
-    benign_closed: float | None = None  # refusals of benign prompts, less those unsteered
-    benign_drift: float | None = None
+    harmful_retention: float  # refusals of harmful prompts, divided by the unsteered refusals
+    benign_closed: float | None = None  # increase of the refusal rate on benign prompts
+    benign_drift: float | None = None  # nats/token
     degenerate: float | None = None
     feasible: bool | None = None
-    n_sensitive: int = 0  # prompts that `sensitive` is a share of
-    answered: tuple[int, int] | None = None  # prompts, and tokens an answer
-    seconds: float = field(default=0.0, compare=False)  # that it took
-    # Before, that the unsteered side took, which is asked once for all candidates.
+    n_sensitive: int = 0  # prompts in the denominator of `sensitive_remaining`
+    answered: tuple[int, int] | None = None  # (prompts, tokens per answer)
+    seconds: float = field(default=0.0, compare=False)  # duration of the evaluation
+    # Time spent before it on unsteered answers. All candidates share them.
     unsteered_seconds: float = field(default=0.0, compare=False)
 
     def to_row(self) -> dict[str, Any]:
+        """Return the trial as a JSON row. It names the method only if the estimator does not imply it."""
         row = asdict(self)
         candidate = row.pop("candidate") | {"estimator": self.candidate.recorded}
         layers = [candidate.pop("first"), candidate.pop("last")]
         method = candidate.pop("method")
-        named = {} if method == method_of(candidate) else {"method": method}
-        return {"number": self.number, **named, **candidate, "layers": layers, **row}
+        method_key = {} if method == method_of(candidate) else {"method": method}
+        return {"number": self.number, **method_key, **candidate, "layers": layers, **row}
 
 
 def method_of(row: Mapping[str, Any]) -> str:
-    """Return the method of the candidate that a row of a trial holds."""
-    methods = {word: method for method, word in _IN_PLACE_OF_ESTIMATOR.items()}
-    found: str = row.get("method") or methods.get(row["estimator"], "vector")
-    return found
+    """Return the method of the candidate in a trial's row."""
+    methods = {label: method for method, label in _ESTIMATOR_LABELS.items()}
+    method: str = row.get("method") or methods.get(row["estimator"], "vector")
+    return method
 
 
 def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """Trials from rows written by `Trial.to_row`."""
+    """Return the trials of rows that `Trial.to_row` made."""
     trials = []
     for row in rows:
         values, method = dict(row), method_of(row)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import OUTPUT_MATRICES, SEEN_AT, matrix_input_tensors
+from rs_gguf.models.architecture import OUTPUT_MATRICES, PRODUCT_TENSORS, matrix_input_tensors
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file
@@ -219,7 +219,7 @@ def _matrices_alone(adapter: LoraAdapter, model: Engine, prompts: list[list[int]
             # A change of zero says nothing, and cannot be written as a file of its own.
             if norms.get(name) and writer in inputs:
                 seen_at = _next(graph, inputs[writer], layer)
-                if seen_at in SEEN_AT[writer]:
+                if seen_at in PRODUCT_TENSORS[writer]:
                     errors[name] = _product_error(adapter, name, inputs[writer], seen_at, model, prompts)
     return errors
 

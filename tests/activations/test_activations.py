@@ -1,4 +1,4 @@
-"""One type for whatever holds activations: parts, dtypes and choices read alike, in float64."""
+"""`Activations` reads all parts, types and selections alike, as float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rs_gguf.errors import InputError
 
 
 def exact() -> Any:
-    """Numbers that every dtype below holds exactly."""
+    """Return numbers that every type below represents exactly."""
     return np.random.default_rng(3).integers(-8, 8, size=(10, 2, 4)).astype(np.float64)
 
 
@@ -29,10 +29,10 @@ def test_dtypes_and_containers_read_alike(tmp_path: Path) -> None:
     for source in sources:
         activations = Activations.of(source)
         assert activations.shape == (10, 2, 4)
-        rows = activations.block(1, np.array([7, 2]))
+        rows = activations.layer_rows(1, np.array([7, 2]))
         assert rows.dtype == torch.float64
         np.testing.assert_array_equal(rows.numpy(), expected[[7, 2], 1])
-        np.testing.assert_array_equal(activations.block(0, slice(0, 3)).numpy(), expected[:3, 0])
+        np.testing.assert_array_equal(activations.layer_rows(0, slice(0, 3)).numpy(), expected[:3, 0])
 
 
 def test_parts_are_one_after_another_and_choices_add_up(tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ def test_parts_are_one_after_another_and_choices_add_up(tmp_path: Path) -> None:
         chosen = whole.take(samples)
         assert len(chosen) == len(expected[samples])
         for layer in (0, 1):
-            np.testing.assert_array_equal(whole.block(layer, samples).numpy(), expected[samples, layer])
-            np.testing.assert_array_equal(chosen.block(layer).numpy(), expected[samples, layer])
+            np.testing.assert_array_equal(whole.layer_rows(layer, samples).numpy(), expected[samples, layer])
+            np.testing.assert_array_equal(chosen.layer_rows(layer).numpy(), expected[samples, layer])
         np.testing.assert_array_equal(chosen.array(tmp_path), expected[samples])
     twice = whole.take(np.array([9, 4, 4, 8])).take(slice(1, None))
-    np.testing.assert_array_equal(twice.block(1, np.array([2, 0])).numpy(), expected[[8, 4], 1])
+    np.testing.assert_array_equal(twice.layer_rows(1, np.array([2, 0])).numpy(), expected[[8, 4], 1])
     chunks = list(twice.chunks(1, np.array([2, 0])))
     np.testing.assert_array_equal(np.concatenate([part for part, _ in chunks]), [2, 0])
 
@@ -63,9 +63,9 @@ def test_one_array_is_handed_on_as_it_is(tmp_path: Path) -> None:
     assert activations.array(tmp_path) is source
 
 
-def test_a_block_is_never_the_callers_memory() -> None:
+def test_layer_rows_are_never_the_callers_memory() -> None:
     for source in (np.ones((4, 1, 2)), torch.ones((4, 1, 2), dtype=torch.float64)):
-        Activations.of(source).block(0)[:] = 7
+        Activations.of(source).layer_rows(0)[:] = 7
         assert (source == 1).all()
 
 
@@ -74,15 +74,15 @@ def test_non_finite_numbers_name_layer_and_sample(bad: float) -> None:
     source = np.zeros((6, 3, 2), np.float32)
     source[4, 1, 0] = bad
     chosen = Activations.of(source, name="inputs").take(np.array([5, 4, 0]))
-    with pytest.raises(InputError, match=r"inputs of layer 1 hold NaN or Inf in 1 .*sample 1\."):
-        chosen.block(1)
-    with pytest.raises(InputError, match=r"sample 1\."):
-        chosen.block(1, slice(1, 3))
-    chosen.block(0)
+    with pytest.raises(InputError, match=r"inputs of layer 1 hold NaN or Inf in 1 .*sample 1;"):
+        chosen.layer_rows(1)
+    with pytest.raises(InputError, match=r"sample 1;"):
+        chosen.layer_rows(1, slice(1, 3))
+    chosen.layer_rows(0)
 
 
 def test_values_whose_squares_overflow_are_still_finite() -> None:
-    Activations.of(np.full((2, 1, 2), 1e200)).block(0)
+    Activations.of(np.full((2, 1, 2), 1e200)).layer_rows(0)
 
 
 @pytest.mark.parametrize("source", [np.ones((3, 2)), np.ones((3, 0, 2)), [1.0, 2.0]])

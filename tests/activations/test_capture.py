@@ -1,4 +1,4 @@
-"""What a fit reads of the model, against one sequence at a time in llama.cpp and against PyTorch."""
+"""Captured arrays equal those of single sequences in llama.cpp, and those of PyTorch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from rs_gguf.activations.capture import (
     Conversation,
     capture,
     capture_all,
-    capture_constant,
-    output_matrices_of,
+    capture_template_tokens,
+    join_matrix_inputs,
 )
 from rs_gguf.activations.capture import captured as captured_of
 from rs_gguf.activations.store import ActivationStore
@@ -45,10 +45,10 @@ from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.lora import LoraAdapter
 
 LAYERS = 3
-PREFIX = [11, 12, 13]  # what a chat template puts before every prompt
+PREFIX = [11, 12, 13]  # the tokens that a chat template puts before every prompt
 INPUTS = {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"}
 MODULES = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
-# The cache of llama.cpp holds F16, and so do the inputs that are kept.
+# llama.cpp's KV cache is F16, and so are the stored inputs.
 TOLERANCE = 1e-2
 
 
@@ -65,17 +65,17 @@ def model(network: tuple[Path, transformers.Qwen2ForCausalLM]) -> Iterator[Llama
 
 
 def conversations(count: int = 10) -> list[Conversation]:
-    """Prompts and answers of many lengths; two in three may give a token of the answer."""
+    """Return prompts and answers of many lengths. In two of three the gate stays closed in the answer."""
     rng = np.random.default_rng(0)
-    found = []
+    talks = []
     for k in range(count):
         prompt = [*PREFIX, 20 + k, *rng.integers(30, 250, 1 + 5 * (k % 4)).tolist()]
-        found.append(
+        talks.append(
             Conversation(
                 prompt, rng.integers(30, 250, 1 + 3 * (k % 3)).tolist(), gate_stays_closed=k % 3 != 1
             )
         )
-    return found
+    return talks
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def captured(model: LlamaModel) -> Arrays:
 
 
 def alone(model: LlamaModel, tokens: list[int]) -> dict[str, npt.NDArray[np.float32]]:
-    """Rows [T, L, W] of one sequence by itself, at each of its tokens."""
+    """Return rows [T, L, W] of one sequence that runs alone, at each of its tokens."""
     names = ("l_out", *INPUTS.values())
     read = {
         position: found
@@ -94,33 +94,33 @@ def alone(model: LlamaModel, tokens: list[int]) -> dict[str, npt.NDArray[np.floa
 
 
 def in_torch(network: Any, tokens: list[int]) -> dict[str, npt.NDArray[np.float32]]:
-    """The same by forward hooks: outputs of blocks, and what `o_proj` and `down_proj` are given."""
+    """Return the same from PyTorch's hooks: outputs of layers, and inputs of `o_proj` and `down_proj`."""
     rows: dict[str, list[Any]] = {name: [None] * LAYERS for name in ("l_out", *INPUTS.values())}
     handles = []
-    for layer, block in enumerate(network.model.layers):
+    for layer, parent in enumerate(network.model.layers):
 
         def keep(name: str, layer: int, value: Any) -> None:
             rows[name][layer] = (value[0] if isinstance(value, tuple) else value)[0].numpy()
 
         handles.append(
-            block.register_forward_hook(lambda m, i, output, layer=layer: keep("l_out", layer, output))
+            parent.register_forward_hook(lambda m, i, output, layer=layer: keep("l_out", layer, output))
         )
         for matrix, module in MODULES.items():
             handles.append(
-                block.get_submodule(module).register_forward_pre_hook(
-                    lambda m, given, layer=layer, name=INPUTS[matrix]: keep(name, layer, given[0])
+                parent.get_submodule(module).register_forward_pre_hook(
+                    lambda m, inputs, layer=layer, name=INPUTS[matrix]: keep(name, layer, inputs[0])
                 )
             )
     with torch.inference_mode():
         network(torch.tensor([tokens]))
     for handle in handles:
         handle.remove()
-    return {name: np.stack(found, axis=1) for name, found in rows.items()}
+    return {name: np.stack(layers, axis=1) for name, layers in rows.items()}
 
 
-def distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Largest ‖found − expected‖ / ‖expected‖ over samples and blocks."""
-    difference = np.linalg.norm(found.astype(np.float64) - expected, axis=-1)
+def distance(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the largest ‖actual − expected‖ / ‖expected‖ over samples and layers."""
+    difference = np.linalg.norm(actual.astype(np.float64) - expected, axis=-1)
     return float((difference / np.linalg.norm(expected, axis=-1)).max())
 
 
@@ -145,7 +145,7 @@ def test_last_tokens_are_those_of_each_prompt_by_itself(
 def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
     model: LlamaModel, captured: Arrays
 ) -> None:
-    """Each quiet row is that of a token after the chat prefix, and which ones there are follows the rules."""
+    """Each other row belongs to a token after the chat prefix, and the number of rows follows the rules."""
     places: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     for i, conversation in enumerate(conversations()):
         rows = alone(model, [*conversation.prompt, *conversation.answer])
@@ -160,7 +160,7 @@ def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
         assert len(read) == len(set(read)) == len(captured[f"attn_output/{sort}"])
     assert sorted(i for i, _ in found["prompts"]) == list(range(len(conversations())))
     assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in found["prompts"])
-    # Of an answer that may be quiet, four tokens or all: these have 1, 4 or 7.
+    # Four tokens of an answer in which the gate stays closed, or all: these answers have 1, 4 or 7.
     assert all(place >= len(conversations()[i].prompt) for i, place in found["answers"])
     assert Counter(i for i, _ in found["answers"]) == {
         i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.gate_stays_closed
@@ -204,9 +204,9 @@ def test_the_same_call_reads_the_same_bytes(model: LlamaModel, captured: Arrays)
 
 def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None:
     first, second = conversations()[:2]
-    constant = capture_constant(model, first.prompt, len(PREFIX))
+    constant = capture_template_tokens(model, first.prompt, len(PREFIX))
     assert set(constant) == {"attn_output/constant", "ffn_down/constant"}
-    for prompt in (first.prompt, second.prompt):  # the same whatever follows
+    for prompt in (first.prompt, second.prompt):  # The same rows, whatever tokens follow.
         reference = alone(model, list(prompt))
         for matrix, name in INPUTS.items():
             assert distance(constant[f"{matrix}/constant"], reference[name][: len(PREFIX)]) < TOLERANCE
@@ -215,7 +215,7 @@ def test_constant_tokens_are_those_of_the_chat_prefix(model: LlamaModel) -> None
 def test_shards_join_in_the_order_of_the_samples(model: LlamaModel, captured: Arrays, tmp_path: Path) -> None:
     parts = conversations()
     shards = [capture(model, part, len(PREFIX), seed=k) for k, part in enumerate((parts[:4], parts[4:]))]
-    joined = output_matrices_of(shards, capture_constant(model, parts[0].prompt, len(PREFIX)))
+    joined = join_matrix_inputs(shards, capture_template_tokens(model, parts[0].prompt, len(PREFIX)))
     assert set(joined) == {"attn_output", "ffn_down"}
     for matrix, rows in joined.items():
         assert distance(rows.last_token.array(tmp_path), captured[f"{matrix}/last"]) < TOLERANCE
@@ -242,7 +242,7 @@ def test_inputs_are_half_floats_only_where_their_range_allows(
     assert distance(arrays["ffn_down/last"], 1e5 * captured["ffn_down/last"].astype(np.float64)) < TOLERANCE
 
 
-def test_pytorch_gives_block_outputs_alone(network: tuple[Path, Any], captured: Arrays) -> None:
+def test_pytorch_gives_activations_alone(network: tuple[Path, Any], captured: Arrays) -> None:
     arrays = capture(TorchModel(network[0]), conversations(), len(PREFIX), seed=7)
     assert set(arrays) == {"activations"}
     assert distance(arrays["activations"], captured["activations"]) < TOLERANCE
@@ -254,17 +254,17 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-def test_a_matrix_that_is_not_in_every_block_alike_is_left_out(families: dict[str, Path]) -> None:
-    """Heads of Gemma 4 are twice as wide in every other block."""
+def test_a_matrix_that_differs_between_layers_is_left_out(families: dict[str, Path]) -> None:
+    """Heads of Gemma 4 are twice as wide in every other layer."""
     with LlamaModel(families["Gemma 4"], n_parallel=3, n_ctx=512, n_threads=1) as model:
         arrays = capture(model, conversations(), len(PREFIX), seed=7)
-        constant = capture_constant(model, conversations()[0].prompt, len(PREFIX))
+        constant = capture_template_tokens(model, conversations()[0].prompt, len(PREFIX))
     assert arrays.keys() == {"activations", *(f"ffn_down/{rows}" for rows in ("last", "prompts", "answers"))}
     assert constant.keys() == {"ffn_down/constant"}
 
 
 @pytest.mark.slow
-def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> None:
+def test_a_residual_of_several_streams_is_an_error(families: dict[str, Path]) -> None:
     talks = [Conversation(c.prompt, [], gate_stays_closed=False) for c in conversations()]
     message = "cannot read activations of architecture 'gemma3n'"
     with (
@@ -280,14 +280,14 @@ def test_a_residual_of_several_streams_is_told(families: dict[str, Path]) -> Non
 def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
     families: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Granite adds half of each product here."""
+    """This Granite model adds half of each product to the residual stream."""
     talks, layer, strength = conversations(48), 2, 0.5
     kinds = ["sensitive", "benign", "harmful"] * 16
     confidence = np.where(np.arange(48) % 6 < 3, 0.9, -0.9)
     with LlamaModel(families["Granite"], n_parallel=8, n_ctx=2048, n_threads=1) as model:
         read = capture(model, talks, len(PREFIX), seed=7)
-        constant = capture_constant(model, talks[0].prompt, len(PREFIX))
-        inputs = {"ffn_down": output_matrices_of([read], constant)["ffn_down"]}
+        constant = capture_template_tokens(model, talks[0].prompt, len(PREFIX))
+        inputs = {"ffn_down": join_matrix_inputs([read], constant)["ffn_down"]}
         gates = fit_gated_adapter(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
         factors = gates.factors(1.0, layer, layer, strength)
         lora.write(LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
@@ -306,8 +306,16 @@ def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
         ("granite", {"granite.residual_scale": "0.000000"}, 1.0),
         ("minicpm", {"minicpm.residual_scale": "0.300000"}, 0.3),
         ("minicpm", {}, 0.35),
-        ("minicpm3", {"minicpm3.residual_scale": "0.300000"}, 0.35),  # llama.cpp does not read it there
-        ("minimax-01", {"minimax-01.residual_scale": "3.500000"}, 1.0),  # of the residual, not the product
+        (
+            "minicpm3",
+            {"minicpm3.residual_scale": "0.300000"},
+            0.35,
+        ),  # key is not read
+        (
+            "minimax-01",
+            {"minimax-01.residual_scale": "3.500000"},
+            1.0,
+        ),  # scales the residual
         ("qwen2", {}, 1.0),
     ],
 )
@@ -319,7 +327,7 @@ def test_what_llama_cpp_scales_products_by(family: str, metadata: dict[str, str]
 def test_directions_are_those_of_pytorch(network: tuple[Path, Any]) -> None:
     talks = conversations(60)
     confidence = np.random.default_rng(4).uniform(-1, 1, len(talks))
-    with exact_llama(network[0]) as model:  # keys and values in F32, as PyTorch's
+    with exact_llama(network[0]) as model:  # keys and values in F32, as in PyTorch
         read = [capture(engine, talks, len(PREFIX), seed=0) for engine in (model, TorchModel(network[0]))]
     estimators = [MeanDifference(), WeightedRidgeMeanDifference()]
     ours, theirs = (
@@ -354,7 +362,7 @@ with LlamaModel(model, n_parallel=3, n_ctx=512, n_threads=1) as loaded:
     done = []
     capture_all(loaded, ids, talks, int(data["prefix"]), store, processes=processes, advance=done.append)
 rows, _ = captured(store, len(ids), inputs=True)
-mine = processes.share(len(ids))  # moments by samples, whoever captured them
+mine = processes.share(len(ids))  # Moments are shared by samples, whichever process captured them.
 confidence = data["confidence"][mine]
 estimators = [WeightedRidgeMeanDifference()]
 path, = fit_paths(rows.take(mine), confidence, estimators, ridges=[1.0], processes=processes)

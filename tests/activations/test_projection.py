@@ -42,7 +42,7 @@ else:
 
 
 def by_numpy(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` without the compiled kernel: the yardstick, with sums in float64."""
+    """Return the result of `call` without the compiled kernel: the reference, with sums in float64."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -81,7 +81,7 @@ def case(
 
 
 def assert_close(result: npt.NDArray[Any], h: npt.NDArray[Any], v: Any, o: Any = None) -> None:
-    """Within TOLERANCE of a float64 sum that shares no code with the package."""
+    """Assert that the result is within TOLERANCE of a float64 sum that shares no code with the package."""
     wide = h.astype(np.float64) - (0 if o is None else o.astype(np.float64))
     expected = np.einsum("nld,lkd->nlk", wide, v.astype(np.float64))
     scale = np.einsum("nld,lkd->nlk", np.abs(wide), np.abs(v).astype(np.float64))
@@ -117,12 +117,12 @@ def test_empty_axes(kernel: str, shape: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(5, 2, 0, 7), (5, 0, 3, 7)])
 def test_statistics_of_no_direction_or_layer(kernel: str, shape: tuple[int, int, int, int]) -> None:
     h, v, o = case(*shape)
-    found = project_statistics(h, v, np.linspace(-1, 1, 5), o)
-    assert all(values.shape == shape[1:3] for values in vars(found).values())
+    figures = project_statistics(h, v, np.linspace(-1, 1, 5), o)
+    assert all(values.shape == shape[1:3] for values in vars(figures).values())
 
 
 def test_positive_data_keeps_the_relative_error(kernel: str) -> None:
-    # No cancellation: the sums grow to 16,384 terms' worth, and one running float32 sum would drift.
+    # Terms do not cancel: the sums grow to the size of 16,384 terms, and one running float32 sum would drift.
     rng = np.random.default_rng(3)
     h = rng.uniform(0.5, 1.5, (3, 1, 16384)).astype(np.float32)
     for k in (9, 40):
@@ -134,7 +134,7 @@ def test_positive_data_keeps_the_relative_error(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("d", [896, 4095, 16384])
 def test_rows_of_equal_numbers(kernel: str, dtype: Any, d: int) -> None:
-    # Rounding errors then have one sign for long, and add up: one running sum a lane would be wrong by 4e−6.
+    # Rounding errors then keep one sign and add up: one running sum per lane would be wrong by 4e−6.
     rng = np.random.default_rng(d)
     h = np.repeat(rng.uniform(0.5, 1, (40, 1, 1)), d, axis=2).astype(dtype)
     o = np.full((1, d), 0.1, np.float32)
@@ -146,7 +146,7 @@ def test_rows_of_equal_numbers(kernel: str, dtype: Any, d: int) -> None:
 
 @pytest.mark.parametrize("d", [64, 512, 4096, 16384])
 def test_the_promise_holds_where_small_terms_are_lost(kernel: str, d: int) -> None:
-    # A term below half a unit in the last place of its lane's sum is lost: the worst that rounding can do.
+    # A term below half a unit in the last place of its lane's sum is lost: the worst case of rounding.
     h = np.full((3, 1, d), 0.99 * 2.0**-24, np.float32)
     h[:, :, :16] = 1
     expected = h.astype(np.float64).sum(axis=2)[:, :, None]
@@ -156,7 +156,7 @@ def test_the_promise_holds_where_small_terms_are_lost(kernel: str, d: int) -> No
 
 
 def test_offset_is_subtracted_before_the_sum(kernel: str) -> None:
-    # h lies close to o and both are far from the origin: ⟨h, v⟩ − ⟨o, v⟩ would keep about two digits here.
+    # h is close to o and both are far from the origin: ⟨h, v⟩ − ⟨o, v⟩ would keep about two digits here.
     for k in (9, 40):
         h, v, o = case(7, 2, k, 896)
         o = np.float32(10_000) + o
@@ -218,7 +218,7 @@ def test_activations_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, 3, 4).to_sparse(), torch.zeros(2, 3, 4).double()])
-def test_tensors_that_cannot_be_read_in_place_are_told(tensor: torch.Tensor) -> None:
+def test_tensors_that_cannot_be_read_in_place_are_errors(tensor: torch.Tensor) -> None:
     with pytest.raises(InputError, match=r"^activations: expected .*, got torch\.(sparse_coo|float64): "):
         project(tensor, np.zeros((3, 1, 4), np.float32))
 
@@ -285,14 +285,14 @@ def test_targets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_do_not_change_a_bit(kernel: str) -> None:
-    h, v, o = case(203, 5, 600, 896)  # enough to do for eight threads
+    h, v, o = case(203, 5, 600, 896)  # enough work for eight threads
     alone = project(h, v, o, threads=1)
     for threads in (2, 3, 17, None):
         np.testing.assert_array_equal(project(h, v, o, threads=threads), alone)
 
 
 def test_two_callers_at_once(kernel: str) -> None:
-    cases = [case(150, 4, k, 700, seed=k) for k in (350, 390)]  # each enough to do for two threads
+    cases = [case(150, 4, k, 700, seed=k) for k in (350, 390)]  # each with enough work for two threads
     expected = [project(*c, threads=1) for c in cases]
     wrong: list[int] = []
 
@@ -388,7 +388,7 @@ def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernel
-def test_the_binding_checks_what_it_is_given() -> None:
+def test_the_binding_checks_its_arguments() -> None:
     h, v, o = case(4, 3, 2, 8)
     with pytest.raises(ValueError, match=r"directions: expected shape \[3, 2, 8\], got \[3, 2, 7\]"):
         _core.project(h, v[:, :, :7], threads=1)
@@ -427,8 +427,9 @@ def test_without_the_kernel_numpy_says_so_once(monkeypatch: pytest.MonkeyPatch) 
         assert_close(project(h, v, o), h, v, o)
         project_statistics(h, v, np.linspace(-1, 1, 5), o)
     assert [warning.category for warning in caught] == [SlowProjectionWarning]
-    assert "install a C++17 compiler" in str(caught[0].message)
-    assert "--no-cache-dir" in str(caught[0].message)  # else pip installs the wheel without it once more
+    assert "Install a C++17 compiler" in str(caught[0].message)
+    # Without this option pip would install the cached wheel, which has no kernel, again.
+    assert "--no-cache-dir" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
@@ -446,16 +447,16 @@ def statistics_case(
 
 
 def test_pytorch_projects_as_the_kernel_does(kernel: str) -> None:
-    """What computes on a GPU, here on the CPU: to 1e−6 of the sum of what is added up."""
+    """The GPU code, here on the CPU, agrees to 1e−6 of the sum of absolute terms."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         h, v, o = case(33, 3, 4, 97, np.float32)
         tensor = torch.from_numpy(h).to(dtype)
         for offset in (None, o):
-            found = torch_projections(tensor, v, offset)
-            assert found.dtype == np.float32
+            projections = torch_projections(tensor, v, offset)
+            assert projections.dtype == np.float32
             centred = tensor.double().numpy() - (0 if offset is None else offset)
             scale = np.einsum("nld,lkd->nlk", np.abs(centred), np.abs(v))
-            assert (np.abs(found - project(tensor, v, offset)) <= 1e-6 * scale).all()
+            assert (np.abs(projections - project(tensor, v, offset)) <= 1e-6 * scale).all()
     h, v, c, o, w = statistics_case()
     figures = statistics(torch_layers(torch.from_numpy(h), v, o), v.shape[:2], c, w, 0.15, 0.95)
     assert_same_figures(ProjectionStatistics(**figures), project_statistics(h, v, c, o, weights=w))
@@ -463,7 +464,7 @@ def test_pytorch_projects_as_the_kernel_does(kernel: str) -> None:
 
 def assert_same_figures(a: ProjectionStatistics, b: ProjectionStatistics) -> None:
     for name, figure in vars(a).items():
-        # Both start from float32 projections, which may differ by 1e−6 of their scale (about 10 here).
+        # Both use float32 projections, which may differ by 1e−6 of their scale (about 10 here).
         np.testing.assert_allclose(figure, getattr(b, name), rtol=1e-5, atol=1e-5, err_msg=name)
         assert figure.dtype == np.float64
 
@@ -533,7 +534,7 @@ def test_figures_without_meaning_are_nan(kernel: str) -> None:
 
 
 def test_ties_and_constants(kernel: str) -> None:
-    # h holds a few values only, so projections on one axis tie across the classes; layer 1 is constant.
+    # h has few distinct values, so projections on one axis tie across the classes; layer 1 is constant.
     rng = np.random.default_rng(1)
     c = rng.choice([-0.9, -0.1, 0.7], 50)
     h = np.stack([rng.integers(0, 3, (50, 5)), np.full((50, 5), 0.1)], axis=1).astype(np.float32)

@@ -79,7 +79,7 @@ def test_bands_hold_the_score_and_repeat_with_the_seed() -> None:
     assert not np.array_equal(score_bands(p, c, layer_auroc, resamples=60, seed=1)[0], low)
 
 
-def test_choice_drops_the_deepest_and_block_0() -> None:
+def test_choice_drops_the_deepest_and_layer_0() -> None:
     rising = np.arange(24.0)
     assert choose_layers(rising, 2) == [21, 22]
     assert choose_layers(rising, 2, drop_deepest=0) == [22, 23]
@@ -100,7 +100,7 @@ def test_profiles() -> None:
     np.testing.assert_array_equal(flat_profile([9, 1, 5, 4, 9], 2), [0, 0, 1, 1, 0])
     np.testing.assert_array_equal(band_profile(6, 2, 4), [0, 0, 1, 1, 1, 0])
     for first, last in ((0, 3), (3, 2), (2, 6)):
-        with pytest.raises(InputError, match="band"):
+        with pytest.raises(InputError, match="layer range"):
             band_profile(6, first, last)
 
 
@@ -149,7 +149,7 @@ def activations_and_confidence(n: int = 40, width: int = 6) -> tuple[Float64, Fl
 
 @pytest.mark.parametrize("kind", [RidgeMeanDifference, SafeRidge])
 def test_kfold_scores_equal_refitting_each_fold(kind: type[DirectionEstimator]) -> None:
-    """On the classes of the estimator: of the safe ones harmful prompts are in neither."""
+    """Ridges are compared on the classes of the estimator; for safe ones harmful prompts are in no class."""
     activations, confidence = activations_and_confidence(90, width=30)
     from rs_gguf.estimators.validation import _folds
 
@@ -182,7 +182,7 @@ def test_folds_share_out_both_classes() -> None:
 def test_selection_prefers_a_ridge_that_generalises() -> None:
     rng = np.random.default_rng(0)
     confidence = np.tile([-1.0, 1.0], 40)
-    # The signal lies in the quietest direction among many loud ones: hardly any ridge is right.
+    # The signal lies in the direction with the least variance, so a very small ridge is best.
     activations = rng.normal(size=(80, 1, 20)) * np.r_[0.1, np.full(19, 5.0)]
     activations[:, 0, 0] += 0.1 * confidence
     choice = choose_ridge(activations, confidence, [1e-4, 1e4], RidgeMeanDifference())
@@ -190,7 +190,7 @@ def test_selection_prefers_a_ridge_that_generalises() -> None:
     assert choice.scores[0, 0] > choice.scores[1, 0] + 0.1
     noise = rng.normal(size=(80, 1, 120)) * np.geomspace(1, 30, 120)
     tied = choose_ridge(noise + 1e3 * confidence[:, None, None], confidence, [0.1, 1], MeanDifference())
-    assert tied.best == 1  # equal scores: the calmer one
+    assert tied.best == 1  # For equal scores the larger ridge wins.
 
 
 def test_selection_errors() -> None:

@@ -1,4 +1,4 @@
-"""The activation store gives back what was put in, whatever ended the writer, and notices damage."""
+"""The activation store returns the written arrays, whatever stopped the writer, and detects damage."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def test_what_was_put_in_comes_back_in_order(tmp_path: Path) -> None:
     fill(ActivationStore(tmp_path, "k"))
     store = ActivationStore(tmp_path, "k")
     for name in arrays("00000"):
-        found, expected = rows(store, name), joined(name)
-        assert (found.shape, found.dtype, len(found)) == (expected.shape, expected.dtype, len(expected))
-        np.testing.assert_array_equal(found.array(tmp_path), expected)
+        stored, expected = rows(store, name), joined(name)
+        assert (stored.shape, stored.dtype, len(stored)) == (expected.shape, expected.dtype, len(expected))
+        np.testing.assert_array_equal(stored.array(tmp_path), expected)
 
 
 def test_samples_and_layers_are_chosen_over_shards(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, "k")
     fill(store)
-    found, expected = rows(store), joined("activations")
+    stored, expected = rows(store), joined("activations")
     picks: list[Any] = [
         slice(None), slice(3, 11), slice(12, 99), slice(0, 0), np.array([11, 0, 0, 5]), np.array([], np.intp),
         np.arange(13) % 3 == 1,
     ]  # fmt: skip
     for samples in picks:
         for layer in (0, 3):
-            np.testing.assert_array_equal(found.block(layer, samples).numpy(), expected[samples, layer])
-        np.testing.assert_array_equal(found.take(samples).array(tmp_path), expected[samples])
-    twice = found.take(np.array([12, 4, 4, 9])).take(slice(1, None))
-    np.testing.assert_array_equal(twice.block(1, np.array([2, 0])).numpy(), expected[[9, 4], 1])
+            np.testing.assert_array_equal(stored.layer_rows(layer, samples).numpy(), expected[samples, layer])
+        np.testing.assert_array_equal(stored.take(samples).array(tmp_path), expected[samples])
+    twice = stored.take(np.array([12, 4, 4, 9])).take(slice(1, None))
+    np.testing.assert_array_equal(twice.layer_rows(1, np.array([2, 0])).numpy(), expected[[9, 4], 1])
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith("tmp")]
 
 
@@ -96,7 +96,7 @@ def test_a_manifest_torn_at_any_byte_loses_one_shard_at_most(tmp_path: Path) -> 
     fill(ActivationStore(tmp_path, "k"))
     manifest = tmp_path / "manifest.jsonl"
     whole = manifest.read_bytes()
-    start = whole.index(b"\n") + 1  # of the first shard's line: the header is written atomically
+    start = whole.index(b"\n") + 1  # The first shard's line starts here; the header is written atomically.
     for size in range(start, len(whole), 17):
         manifest.write_bytes(whole[:size])
         store = ActivationStore(tmp_path, "k")
@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_error_and_the_store_goes_on(tmp_path: Path) -> None:
     fill(store, ["00000"])
     with largest_file(512), pytest.raises(InputError, match=r"cannot write .*00001.safetensors.*Free space"):
         fill(store)
-    # No room for the manifest alone, which grows by a part of the line.
+    # There is room for the shard, but only for a part of the manifest's line.
     sizes = [(tmp_path / name).stat().st_size for name in ("00000.safetensors", "manifest.jsonl")]
     many = [f"{k:064d}" for k in range(100)]
     with (
@@ -171,7 +171,7 @@ def test_a_shards_line_is_on_disk_once_it_is_kept(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "swapped"])
-def test_damage_is_found_on_reading_and_mended_by_writing(tmp_path: Path, damage: str) -> None:
+def test_damage_is_detected_by_reading_and_repaired_by_writing(tmp_path: Path, damage: str) -> None:
     store = ActivationStore(tmp_path, "k")
     fill(store)
     path = tmp_path / "00001.safetensors"
@@ -181,7 +181,7 @@ def test_damage_is_found_on_reading_and_mended_by_writing(tmp_path: Path, damage
     path.write_bytes(data[: -8 if damage == "cut" else None])
     if damage == "gone":
         path.unlink()
-    if damage == "swapped":  # a good shard in the place of another
+    if damage == "swapped":  # a valid shard under the name of another
         path.write_bytes((tmp_path / "00000.safetensors").read_bytes())
     with pytest.raises(DamagedStoreError, match=r"00001.safetensors is missing or was changed"):
         store.read(list(COUNTS))
@@ -229,7 +229,7 @@ def test_reading_makes_no_folder(tmp_path: Path) -> None:
 
 
 def test_several_writers_share_a_store(tmp_path: Path) -> None:
-    """Two open at once: neither sweeps away nor overwrites what the other has put in."""
+    """Two open stores: neither deletes or overwrites the shards of the other."""
     one, two = ActivationStore(tmp_path, "k"), ActivationStore(tmp_path, "k")
     fill(one, ["00000"])
     fill(two, ["00002", "00001"])
@@ -239,5 +239,5 @@ def test_several_writers_share_a_store(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot use"):
+    with pytest.raises(InputError, match="cannot store activations"):
         ActivationStore(tmp_path / "file", "k").begin()

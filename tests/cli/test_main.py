@@ -206,7 +206,7 @@ def test_an_empty_prompt_file(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
     code, _, stderr = invoke("eval", "--model", "m.gguf", "--prompts", str(tmp_path / "none.txt"))
     assert code == 2
-    assert "holds no prompts" in stderr
+    assert "contains no prompts" in stderr
 
 
 def test_check_tells_every_reason_and_exits_1(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Facts about families. Steering in llama.cpp is steering in PyTorch, and docs/architectures.md says so."""
+"""Steering has the same effect in llama.cpp and PyTorch for every family, as docs/architectures.md lists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measured() -> dict[str, Measured]:
 
 def assert_same(agreement: Agreement) -> None:
     assert agreement.apart <= TOLERANCE
-    assert agreement.moved >= 100 * agreement.apart  # not equal because nothing happens
+    assert agreement.moved >= 100 * agreement.apart  # Steering has an effect, so agreement is not trivial.
 
 
 @pytest.mark.parametrize("family", [name for name in CASES if name not in IGNORING])
@@ -44,7 +44,7 @@ def test_a_hook_is_a_control_vector(measured: dict[str, Measured], family: str) 
 
 @pytest.mark.parametrize("family", IGNORING)
 def test_some_architectures_ignore_vectors(measured: dict[str, Measured], family: str) -> None:
-    """Not a logit moves. When this fails, llama.cpp has learnt to steer them: good news for the page."""
+    """No logit changes. If this fails, llama.cpp can steer these families now: update the page."""
     assert measured[family].ignores_vectors
     (reason,) = measured[family].checks[0].reasons
     assert "ignores control vectors" in reason
@@ -59,15 +59,15 @@ def test_an_adapter_is_a_change_of_the_weights(measured: dict[str, Measured], fa
 
 @pytest.mark.parametrize("family", [name for name in CASES if name not in NOT_COMPARED])
 def test_what_is_read_is_what_the_matrix_multiplies(measured: dict[str, Measured], family: str) -> None:
-    found = measured[family]
-    assert found.inputs.keys() <= {writer for writer, blocks in found.matrices.items() if blocks}
-    assert all(apart <= INPUT_TOLERANCE for apart in found.inputs.values())
+    result = measured[family]
+    assert result.inputs.keys() <= {matrix for matrix, layers in result.matrices.items() if layers}
+    assert all(difference <= INPUT_TOLERANCE for difference in result.inputs.values())
 
 
 @pytest.mark.parametrize("family", [name for name in CASES if name not in NOT_COMPARED])
 def test_check_sees_the_effect(measured: dict[str, Measured], family: str) -> None:
-    for found in measured[family].checks:
-        assert found.effect_observed, found.reasons
+    for check in measured[family].checks:
+        assert check.effect_observed, check.reasons
 
 
 def test_the_page_says_what_was_measured(measured: dict[str, Measured]) -> None:
@@ -80,7 +80,7 @@ def test_the_page_says_what_was_measured(measured: dict[str, Measured]) -> None:
 
 
 GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
-    "a SwiGLU block": (
+    "a SwiGLU layer": (
         ["attn_norm-1", "kqv_out-1", "ffn_swiglu-1", "l_out-1"],
         {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"},
     ),
@@ -89,8 +89,8 @@ GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
         ["kqv_out-1", "ffn_moe_topk-1", "ffn_swiglu-1", "l_out-1"],
         {"attn_output": "kqv_out"},
     ),
-    "a GELU block": (["kqv_out-1", "ffn_gelu-1"], {"attn_output": "kqv_out", "ffn_down": "ffn_gelu"}),
-    # The steps are named one after another; the matrix multiplies the last.
+    "a GELU layer": (["kqv_out-1", "ffn_gelu-1"], {"attn_output": "kqv_out", "ffn_down": "ffn_gelu"}),
+    # The graph names the steps in order; the matrix multiplies the last one.
     "a gated GELU": (
         ["kqv_out-1", "ffn_gelu-1", "ffn_act-1", "ffn_gate_par-1"],
         {"attn_output": "kqv_out", "ffn_down": "ffn_gate_par"},
@@ -106,7 +106,7 @@ GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
         ],
         {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"},
     ),
-    "another block's tensors": (["kqv_out-1", "ffn_swiglu-11", "ffn_swiglu-0"], {"attn_output": "kqv_out"}),
+    "another layer's tensors": (["kqv_out-1", "ffn_swiglu-11", "ffn_swiglu-0"], {"attn_output": "kqv_out"}),
 }
 
 
@@ -116,7 +116,7 @@ def test_what_a_writing_matrix_multiplies(name: str) -> None:
     assert matrix_input_tensors(names, 1) == expected
 
 
-def test_an_architecture_without_writers_is_told() -> None:
+def test_an_architecture_without_output_matrices_is_an_error() -> None:
     with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
         matrix_input_tensors(["l_out-1", "ssm_out-1"], 1)
 

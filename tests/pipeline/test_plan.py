@@ -67,7 +67,7 @@ def test_dimensions_of_a_file_are_those_of_its_network(tiny: Path, network: Any)
     blocks = sum(p.numel() for n, p in network.named_parameters() if ".layers." in n)
     assert (result.n_layer, result.width, result.n_vocab) == (N_LAYER, WIDTH, network.config.vocab_size)
     assert (result.dense, result.experts, result.head) == (blocks, 0, network.lm_head.weight.numel())
-    assert result.writers == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+    assert result.output_matrices == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
     assert result.weights == tiny.stat().st_size
     with torch.inference_mode():
         output = network(torch.zeros((1, 5), dtype=torch.long), use_cache=True)
@@ -150,13 +150,15 @@ def test_published_sizes_of_large_models(
         (result.dense + result.experts + 2 * result.head) * 4.85 / 8, rel=1e-3
     )
     # Experts get no gate vector, and models with two sorts of layers get no adapter.
-    assert set(result.writers) == {
+    assert set(result.output_matrices) == {
         "qwen3": {"attn_output", "ffn_down"}, "qwen3_moe": {"attn_output"}, "qwen3_next": set(),
     }[config.model_type]  # fmt: skip
 
 
 def test_a_step_reads_the_experts_that_at_least_one_token_uses() -> None:
-    shape = ModelDimensions(1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, writers={})
+    shape = ModelDimensions(
+        1, 1, 1, 100, 6400, 8 / 64, 0, weights=13_000, attention=0, cache=0, output_matrices={}
+    )
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 32):
         used = [
@@ -196,7 +198,7 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     assert result.active == result.dense + result.experts / 4
     assert result.cache == (40 - 24) + 5
     assert (result.attention, result.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
-    assert result.writers == {"attn_output": 24}
+    assert result.output_matrices == {"attn_output": 24}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_an_adapter_changes_matrices_that_every_layer_has(
     result = dimensions.of_gguf(
         _file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16)
     )
-    assert result.writers == writers
+    assert result.output_matrices == writers
 
 
 def test_layers_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_layers_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path
     values = {"block_count": 3, "embedding_length": 16, "nextn_predict_layers": 1}
     result = dimensions.of_gguf(_file(tmp_path / "m.gguf", "mixed", tensors, **values))
     assert (result.n_layer, result.dense) == (2, 2 * (16 * 24 + 16 * 48))
-    assert result.writers == {"attn_output": 24, "ffn_down": 48}
+    assert result.output_matrices == {"attn_output": 24, "ffn_down": 48}
 
     # llama.cpp loads a file without the tensors of that layer.
     reader, writer = GGUFReader(tiny), GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
@@ -409,7 +411,12 @@ def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: ModelD
     figures = planned(shape).stages["fit"].seconds
     once, twice, slow, ungated = (
         planned(result, speed=replace(UNIT, algebra=rate)).stages["fit"].seconds - figures
-        for result, rate in ((shape, 2e9), (deep, 2e9), (shape, 1e9), (replace(shape, writers={}), 2e9))
+        for result, rate in (
+            (shape, 2e9),
+            (deep, 2e9),
+            (shape, 1e9),
+            (replace(shape, output_matrices={}), 2e9),
+        )
     )
     assert 0 < ungated < once
     assert (twice, slow) == pytest.approx((2 * once, 2 * once))
@@ -582,5 +589,5 @@ def test_a_judge_that_is_not_downloaded_is_named_before_measuring(
     monkeypatch.setattr("rs_gguf.pipeline.plan.measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, stderr = command("--set", f"model={tiny}", "--measure")
     assert code == 2
-    assert "judge: qwen2.5-coder-0.5b is not here yet" in stderr
+    assert "judge: qwen2.5-coder-0.5b is not downloaded yet" in stderr
     assert "--set judge=keywords" in stderr

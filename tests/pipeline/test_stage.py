@@ -64,7 +64,7 @@ def test_the_stages_are_those_of_the_table_in_its_order() -> None:
 
 @BY_NAME
 def test_a_stage_writes_the_files_that_it_declares(stage: Stage, left: dict[str, set[str]]) -> None:
-    names, patterns = left[stage.info.name], stage.info.leaves
+    names, patterns = left[stage.info.name], stage.info.artefacts
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
     assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)} == set()
 
@@ -72,7 +72,7 @@ def test_a_stage_writes_the_files_that_it_declares(stage: Stage, left: dict[str,
 @BY_NAME
 def test_after_a_stage_is_forgotten_only_results_are_left(stage: Stage, tmp_path: Path) -> None:
     folder, kept = RunFolder(tmp_path), []
-    for pattern in stage.info.leaves:
+    for pattern in stage.info.artefacts:
         path = tmp_path / pattern.replace("*", "any").rstrip("/")
         if pattern.endswith("/"):
             path.mkdir()

@@ -1,4 +1,4 @@
-"""Contexts that prompts are read in: what stands around them, and that each is used alike."""
+"""Contexts put their text around a prompt, and all contexts are used equally often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
 
-# Like Gemma's: no system prompt, and turns that take turns.
+# Like Gemma's template: no system prompt, and user and assistant must alternate.
 STRICT = """\
 {%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif -%}
 {%- for message in messages %}
@@ -24,7 +24,7 @@ STRICT = """\
 {%- endfor %}<assistant>"""
 
 
-# Like the first Phi-3-mini's: a system prompt is dropped without a word.
+# Like the template of the first Phi-3-mini: it drops a system prompt silently.
 DEAF = """\
 {%- for message in messages if message.role != 'system' -%}
 <{{ message.role }}>{{ message.content }}</{{ message.role }}>
@@ -32,7 +32,7 @@ DEAF = """\
 
 
 def text(model: LlamaModel, context: Context, prompt: str, system: str | None = None) -> str:
-    """What the model reads, in the ChatML format; "\0" where it reads the token that ends a turn."""
+    """Return the text that the model reads in ChatML, with "\\0" for the token that ends a turn."""
     (end,) = model.tokenize("<|im_end|>")
     tokens = context.tokens(ChatFormat(None), model, prompt, system)
     ends = [i for i, token in enumerate(tokens) if token == end]
@@ -40,7 +40,7 @@ def text(model: LlamaModel, context: Context, prompt: str, system: str | None = 
     return "\0".join(model.detokenize(tokens[i + 1 : j], special=True) for i, j in turns)
 
 
-def some(count: int) -> list[Prompt]:
+def make_prompts(count: int) -> list[Prompt]:
     return [Prompt(f"prompt {number}", "benign") for number in range(count)]
 
 
@@ -82,21 +82,22 @@ def test_a_prompt_cannot_leave_its_context(context: Context, tiny_model: LlamaMo
 
 @pytest.mark.parametrize("count", [0, 7, 100])
 def test_contexts_are_spread_alike(count: int) -> None:
-    chat, prompts = ChatFormat(None), some(count)
-    found = contexts.spread(prompts, chat, seed=3)
+    chat, prompts = ChatFormat(None), make_prompts(count)
+    found = contexts.assign(prompts, chat, seed=3)
     assert Counter(prompt.id for prompt, _ in found) == Counter(prompt.id for prompt in prompts)
     used = Counter(context.name for _, context in found)
     number = len(contexts.shipped())
     assert set(used.values()) <= {count // number, count // number + 1}
-    assert len(list(groupby(context.name for _, context in found))) == len(used)  # one after the other
-    assert found == contexts.spread(prompts, chat, seed=3)
+    # Prompts of one context are adjacent.
+    assert len(list(groupby(context.name for _, context in found))) == len(used)
+    assert found == contexts.assign(prompts, chat, seed=3)
     if count > 7:
-        assert found != contexts.spread(prompts, chat, seed=4)
+        assert found != contexts.assign(prompts, chat, seed=4)
 
 
 @pytest.mark.parametrize("template", [STRICT, DEAF], ids=["refuses", "drops"])
 def test_contexts_that_the_template_does_not_show_are_left_out(template: str) -> None:
-    found = contexts.spread(some(40), ChatFormat(template), seed=0)
+    found = contexts.assign(make_prompts(40), ChatFormat(template), seed=0)
     used = {context.name for _, context in found}
     assert used == {context.name for context in contexts.shipped() if context.system is None}
     assert len(found) == 40

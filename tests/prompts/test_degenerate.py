@@ -1,4 +1,4 @@
-"""Answers that are broken: loops, and the sound ones that look like them to a compressor."""
+"""Degenerate output is detected; sound answers that compress like loops are not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_loop(text: str) -> None:
     ("text", "tokens", "looped"),
     [
         ("Yes", [7], False),
-        ("la la la la", [4] * 11, False),  # what is short may be meant
+        ("la la la la", [4] * 11, False),  # A short repetition may be intended.
         ("la la la la", [4] * 12, True),
         ("la li la li", [4, 5] * 6, True),
         ("la li lo la", [4, 5, 6] * 4, False),

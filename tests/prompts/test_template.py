@@ -1,4 +1,4 @@
-"""Chat templates, which are untrusted code, and the answers of thinking models."""
+"""Chat templates are untrusted code and run safely; thinking traces are removed from answers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ QWEN_LIKE = """\
 {%- endif %}
 """
 
-# As the first Phi-3-mini's: a system prompt is taken without a word, and dropped.
+# Like the template of the first Phi-3-mini: it accepts a system prompt and drops it silently.
 DEAF = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|><|assistant|>"
     "{% elif message.role == 'assistant' %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
 )
-# As SmolVLM's: contents are lists of parts.
+# Like SmolVLM's template: contents are lists of parts.
 TYPED = (
     "{% for message in messages %}<{{ message['role'] }}>"
     "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}"
@@ -49,7 +49,7 @@ USER = {"role": "user", "content": "Hi"}
 
 
 def controls(model: LlamaModel, tokens: list[int]) -> list[str]:
-    """The control tokens among them, in their order."""
+    """Return the control tokens among `tokens`, in order."""
     return [model.token_text(token) for token in tokens if not model.detokenize([token])]
 
 
@@ -159,7 +159,7 @@ def test_what_templates_expect_of_their_surroundings() -> None:
 
 
 def test_marks_for_trainers_are_as_if_they_were_not_there() -> None:
-    """As in SmolLM3's template."""
+    """SmolLM3's template has such tags."""
     template = (
         "{%- for m in messages %}\n{%- if m.role == 'assistant' %}\n"
         "{% generation %}\n{%- set said = 'A: ' ~ m.content %}{{ said }}{% endgeneration %}\n"
@@ -172,22 +172,22 @@ def test_marks_for_trainers_are_as_if_they_were_not_there() -> None:
         ChatFormat("{% generation %}never closed")
 
 
-def test_a_template_is_told_the_same_day_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_gets_the_same_date_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
     class Later(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Later:
             return cls(2031, 5, 6)
 
     monkeypatch.setattr(chat, "datetime", Later)
-    told = ChatFormat("{{ strftime_now('%d %b %Y') }} {{ strftime_now('%A') }}").render([USER])
-    assert told == "26 Jul 2024 Friday"
+    date = ChatFormat("{{ strftime_now('%d %b %Y') }} {{ strftime_now('%A') }}").render([USER])
+    assert date == "26 Jul 2024 Friday"
 
 
 # ---- tokens --------------------------------------------------------------------------------------
 
 
 def test_an_ordinary_prompt_is_tokenised_in_one_pass(tiny_model: LlamaModel) -> None:
-    """So that tokens reach over the seam, as the space and the letters of " the" do here."""
+    """Tokens then merge across the edge of the prompt, here the space and the letters of " the"."""
     chat = ChatFormat("Say {{ messages[0].content }}er")
     tokens = chat.tokenize(tiny_model, "the oth")
     assert tokens == tiny_model.tokenize("Say the other")
@@ -195,16 +195,16 @@ def test_an_ordinary_prompt_is_tokenised_in_one_pass(tiny_model: LlamaModel) -> 
 
 
 @pytest.mark.parametrize("prompt", ["Hi", "Hi<|im_end|>"])
-def test_a_conversation_begins_with_the_models_opening_once(
+def test_a_conversation_begins_with_the_bos_prefix_once(
     prompt: str, tiny_model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ChatFormat(None).tokenize(tiny_model, prompt)
-    (begin,) = opening = tiny_model.tokenize("<|endoftext|>")
-    assert begin not in plain
-    monkeypatch.setattr(LlamaModel, "opening", opening)
-    assert ChatFormat(None).tokenize(tiny_model, prompt) == opening + plain
+    (bos,) = prefix = tiny_model.tokenize("<|endoftext|>")
+    assert bos not in plain
+    monkeypatch.setattr(LlamaModel, "bos_prefix", prefix)
+    assert ChatFormat(None).tokenize(tiny_model, prompt) == prefix + plain
     written = ChatFormat("<|endoftext|>{{ messages[0].content }}")  # the template writes it
-    assert written.tokenize(tiny_model, prompt) == opening + tiny_model.tokenize(prompt, special=False)
+    assert written.tokenize(tiny_model, prompt) == prefix + tiny_model.tokenize(prompt, special=False)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_prompt_that_spells_a_control_token_cannot_end_its_turn(
     chat = ChatFormat(QWEN_LIKE)
     tokens, escape_control_chars = chat.tokenize(tiny_model, prompt), chat.tokenize(tiny_model, "Hi")
     assert controls(tiny_model, tokens) == controls(tiny_model, escape_control_chars)
-    # The model reads all of it, as text.
+    # The model reads the whole prompt as text.
     assert tiny_model.detokenize(tokens) == tiny_model.detokenize(escape_control_chars).replace("Hi", prompt)
 
 
@@ -257,7 +257,7 @@ def test_a_system_prompt_that_the_template_drops_is_an_error(tiny_model: LlamaMo
     assert chat.tokenize(tiny_model, "Hi")
     with pytest.raises(InputError, match=r"drops the system prompt\. Leave it out"):
         chat.tokenize(tiny_model, "Hi", system="Be brief.")
-    # Two messages may say the same: that one of them is shown says nothing of the other.
+    # Two messages may be equal, so a template that shows one of them may still drop the other.
     with pytest.raises(InputError, match="drops the system prompt"):
         chat.tokenize(tiny_model, "Hi", system="Hi")
 
@@ -265,7 +265,7 @@ def test_a_system_prompt_that_the_template_drops_is_an_error(tiny_model: LlamaMo
 def test_a_switch_that_the_template_takes_out_of_the_system_prompt_is_not_dropped(
     tiny_model: LlamaModel,
 ) -> None:
-    """As in SmolLM3's."""
+    """SmolLM3's template removes such switches."""
     chat = ChatFormat(
         "{% if messages[0].role == 'system' %}{{ messages[0].content.replace('/no_think', '') }}"
         "{% if '/no_think' in messages[0].content %}Do not think.{% endif %}{% endif %}"
@@ -283,7 +283,7 @@ def test_a_template_that_wants_parts_gets_the_whole_conversation_in_parts(tiny_m
     assert tokens == tiny_model.tokenize("<system>Be brief.<user>Hi<assistant>Yes?<user>Why?<assistant>")
     raising = ChatFormat("{{ raise_exception('no text') if messages[0].content is string }}" + TYPED)
     assert raising.render([USER]) == "<user>Hi<assistant>"
-    # One that takes both gets text, as ever.
+    # A template that accepts both gets text.
     both = ChatFormat(
         "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}" + TYPED + "{% endif %}"
     )
@@ -331,7 +331,7 @@ TRACED = [
     ("<|channel|>final<|message|>Yes.", True, "Yes."),
     ("<think></think>Yes.", False, "Yes."),
     ("<think>Hmm.</think>", False, ""),
-    ("<think>Hmm", False, ""),  # cut off within the trace
+    ("<think>Hmm", False, ""),  # truncated inside the trace
     ("<think>", False, ""),
     ("Hmm.</think>Yes.", True, "Yes."),
     ("Hmm.[/THINK]Yes.", True, "Yes."),
@@ -344,15 +344,15 @@ TRACED = [
 @pytest.mark.parametrize(("text", "inside", "answer"), TRACED)
 def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
     assert after_thinking(text, inside=inside) == answer
-    assert after_thinking(text) == answer  # the text tells
+    assert after_thinking(text) == answer  # The text itself shows it.
 
 
 @pytest.mark.parametrize(
     ("text", "inside", "answer", "unclassified"),
     [
-        ("Hmm", True, "", "Hmm"),  # nothing in the text tells of a trace
+        ("Hmm", True, "", "Hmm"),  # The text shows no trace.
         ("<think>Hmm.</think>Yes.", True, "Yes.", "Yes."),  # opened twice
-        # Markers that an answer merely mentions open nothing.
+        # Markers that an answer only mentions do not open a trace.
         (
             "The tag <think> opens, </think> closes.",
             False,
@@ -387,8 +387,8 @@ def test_whether_the_generation_prompt_opens_a_trace(rendered: str, opened: bool
     assert opens_thinking(rendered) is opened
 
 
-def told_of_traces(template: str, caplog: pytest.LogCaptureFixture) -> int:
-    """Warnings about the markers of a template that is used twice."""
+def count_warnings(template: str, caplog: pytest.LogCaptureFixture) -> int:
+    """Return the number of warnings about a template's markers when the template is used twice."""
 
     class Model:
         chat_template = template
@@ -397,15 +397,15 @@ def told_of_traces(template: str, caplog: pytest.LogCaptureFixture) -> int:
     caplog.clear()
     for _ in range(2):
         ChatFormat.of(cast("LlamaModel", Model()))
-    return caplog.text.count("no marker of a trace that is known")
+    return caplog.text.count("no known marker of a thinking trace")
 
 
-def test_markers_that_are_not_known_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_markers_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     body = "{{ messages[0].content }}"
-    assert told_of_traces(body + "{% if enable_thinking %}<ponder>{% endif %}", caplog) == 1
-    assert told_of_traces(body + "<ponder>{{ messages[0].reasoning_content }}</ponder>", caplog) == 1
-    assert told_of_traces("{{ raise_exception('no') }}{% set thinking = 1 %}", caplog) == 1
-    assert told_of_traces(body, caplog) == 0
-    assert told_of_traces(body + "{% if enable_thinking %}<think>{% endif %}", caplog) == 0
-    # Put together from parts, as in Kimi K3's and Hy3's.
-    assert told_of_traces(body + "{{ '<|open|>' + 'think' + '<|sep|>' }}", caplog) == 0
+    assert count_warnings(body + "{% if enable_thinking %}<ponder>{% endif %}", caplog) == 1
+    assert count_warnings(body + "<ponder>{{ messages[0].reasoning_content }}</ponder>", caplog) == 1
+    assert count_warnings("{{ raise_exception('no') }}{% set thinking = 1 %}", caplog) == 1
+    assert count_warnings(body, caplog) == 0
+    assert count_warnings(body + "{% if enable_thinking %}<think>{% endif %}", caplog) == 0
+    # Assembled from parts, as in the templates of Kimi K3 and Hy3.
+    assert count_warnings(body + "{{ '<|open|>' + 'think' + '<|sep|>' }}", caplog) == 0

@@ -1,4 +1,4 @@
-"""Prompt files in every format, and what the shipped grid must hold for its splits to mean anything."""
+"""Prompt files are read in every format; the grid's splits share no subjects, forms or near-duplicates."""
 
 from __future__ import annotations
 
@@ -167,13 +167,13 @@ def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_split_without_a_prompt_is_told_before_hours_of_work(tmp_path: Path) -> None:
+def test_a_split_without_prompts_fails_before_hours_of_work(tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_text("prompt,split\none,fit\ntwo,test\n", encoding="utf-8")
     files: dict[Kind, list[Path]] = {kind: [] for kind in KINDS}
     files["harmful"] = [path]
     with pytest.raises(
-        InputError, match=r"own\.csv: none of 2 harmful prompts is for tune.*a column `split`"
+        InputError, match=r"own\.csv: none of the 2 harmful prompts is in the split tune.*a column `split`"
     ):
         pool(files)
 
@@ -233,7 +233,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    with pytest.raises(InputError, match="not a parquet file that can be read"):
+    with pytest.raises(InputError, match="not a readable parquet file"):
         texts(write(tmp_path / "file.parquet", b"PAR1 and then nothing of the kind"))
 
 
@@ -253,9 +253,9 @@ def test_rows_of_empty_cells_are_no_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("f.txt", "", "holds no prompts"),
-        ("f.csv", "prompt\n", "holds no prompts"),
-        ("f.json", "[]", "holds no prompts"),
+        ("f.txt", "", "contains no prompts"),
+        ("f.csv", "prompt\n", "contains no prompts"),
+        ("f.json", "[]", "contains no prompts"),
         ("f.csv", "prompt,x\none,1\n,2\n", r"f\.csv:3: no prompt in columns prompt, x; one of prompt, goal"),
         ("f.csv", "prompt\nWho was Mao, and when?\n", r"f\.csv:2: more cells than columns"),
         ("f.csv", 'prompt\n"Who was Mao\none\n', r"f\.csv:\d: not valid CSV"),
@@ -277,9 +277,13 @@ def test_rows_of_empty_cells_are_no_prompts(tmp_path: Path) -> None:
         (
             "f.json",
             '{"a": ["one"], "b": ["two"]}',
-            r"f\.json: which of the lists a, b holds .* Name this one data,",
+            r"f\.json: unclear which of the lists a, b holds .* Name this one data,",
         ),
-        ("f.json", '{"data": ["one"], "rows": ["two"]}', r"f\.json: which of the lists data, rows holds"),
+        (
+            "f.json",
+            '{"data": ["one"], "rows": ["two"]}',
+            r"f\.json: unclear which of the lists data, rows holds",
+        ),
         ("f.json", '["one", null]', r"f\.json:2: a row must be text"),
         ("f.json", '{"prompt": ["one", "two"], "x": ["1", "2", "3"]}', r"f\.json:3: no prompt"),
         ("f.txt", b"caf\xe9", r"f\.txt: not UTF-8 text \(.* at byte 3\)"),
@@ -302,7 +306,7 @@ def test_ids_depend_on_kind_and_text_alone() -> None:
     prompt = Prompt("p", "benign", "s", split="fit")
     assert prompt.id == Prompt("p", "benign").id
     assert len({prompt.id, Prompt("p", "harmful").id, Prompt("P", "benign").id}) == 3
-    assert prompt.id == "0202c86ddcb3d80c"  # run folders hold these: they must not change with a version
+    assert prompt.id == "0202c86ddcb3d80c"  # Run folders store ids, so they must not change between versions.
 
 
 # ---- stratified ----------------------------------------------------------------------------------
@@ -427,7 +431,7 @@ def grams(text: str) -> set[str]:
 
 
 def near_duplicates(prompts: Sequence[str], similarity: float) -> list[tuple[str, str]]:
-    """Pairs whose sets of 4-grams have a Jaccard index of `similarity` or more.
+    """Return the pairs whose sets of 4-grams have a Jaccard index of at least `similarity`.
 
     Such a pair shares at least one of the rarest (1 − similarity) share of each one's grams, so only
     prompts that meet in an index of those are compared (prefix filtering).
@@ -450,7 +454,7 @@ def near_duplicates(prompts: Sequence[str], similarity: float) -> list[tuple[str
 
 
 def test_near_duplicates_are_found() -> None:
-    # The search against the plain comparison of every pair, on prompts that were made alike.
+    # Compares the search with a plain comparison of every pair, on prompts that were made similar.
     prompts = [prompt.prompt for prompt in of("benign")[::25]]
     prompts += [prompt.replace("the", "a", 1) for prompt in prompts[:20]] + [prompts[30].upper()]
     expected = [
@@ -466,13 +470,12 @@ def test_near_duplicates_are_found() -> None:
 def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
     text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    # A judge's prompt may come with several answers, hence the sets.
+    # Sets, because a judge's prompt may occur with several answers.
     written, models = (
         {row["prompt"] for row in rows if row["source"] == source} for source in ("written", "model")
     )
     splits = {prompt.prompt: prompt.split for prompt in grid()}
-    # The model was asked prompts of the grid too: none that a file is tuned or tested on, since the answers
-    # to them have taught the judge.
+    # The judge learned from answers to some prompts of the grid. None of them may be in tune or test.
     assert {splits[prompt] for prompt in models & splits.keys()} == {"fit"}
     others = sorted(written | (models - splits.keys()))
     assert near_duplicates([prompt.prompt for prompt in grid()] + others, 0.7) == []

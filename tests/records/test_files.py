@@ -1,4 +1,4 @@
-"""Files that are whole or absent: what is left behind when writing fails at any point."""
+"""Files are complete or absent, whatever step of writing fails."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path) -> None:
 
 @posix_only
 def test_what_stdout_leads_to_may_be_a_pipe() -> None:
-    """Its name, pipe:[123], is that of no file."""
+    """The pipe's name, pipe:[123], does not exist as a file."""
     reader, writer = os.pipe()
     link = Path(f"/dev/fd/{writer}")
     check_writable(link)
@@ -180,7 +180,7 @@ def test_a_place_is_tried_before_it_is_needed_and_nothing_is_left(
     monkeypatch.setattr(tempfile, "TemporaryFile", denied)
     with pytest.raises(InputError, match="Permission denied"):
         check_writable(tmp_path / "file")
-    check_writable(Path(os.devnull))  # a device is written to as it is
+    check_writable(Path(os.devnull))  # A device is written directly.
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
 
@@ -214,7 +214,7 @@ def test_of_drafts_those_that_nobody_writes_to_any_more_are_removed(tmp_path: Pa
     remove_drafts(tmp_path / "none", "*")
 
 
-def test_json_is_utf8_in_the_order_given(tmp_path: Path) -> None:
+def test_json_is_utf8_and_keeps_the_order_of_keys(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     value = {"z": "六四", "a": [1, None, 0.1]}
     write_json(path, value)

@@ -41,7 +41,7 @@ class Capture(Stage):
         answered = costs.count("fit")
         n, model = answered + costs.gate_only, costs.model
         read = n * costs.prompt + costs.gate_only * _AROUND
-        if model.writers:
+        if model.output_matrices:
             # Answers at which the gate must stay closed are read up to the last of a few random tokens.
             depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * mean_length(costs.recipe.answers.tokens)
             read += answered * (1 - CHANGED / 3) * depth

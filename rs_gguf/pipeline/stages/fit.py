@@ -75,10 +75,12 @@ class Fit(Stage):
         operations = (
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
-        operations += sum(cholesky(rows, width) + rows * width * _NUMBER for width in model.writers.values())
+        operations += sum(
+            cholesky(rows, width) + rows * width * _NUMBER for width in model.output_matrices.values()
+        )
         seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
         # A layer holds two float64 copies of its samples and two of their product while it is fitted.
-        widest = max([model.width, *model.writers.values()])
+        widest = max([model.width, *model.output_matrices.values()])
         layer = 8 * (2 * rows * widest + 2 * min(rows, widest) ** 2)
         arrays = 8 * estimators * len(choices.ridges) * model.n_layer * model.width
         arrays += 2 * 4 * len(choices.gate_ridges) * costs.inputs

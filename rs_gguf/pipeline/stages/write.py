@@ -50,7 +50,7 @@ class Write(Stage):
         """
         n_layer, file = costs.model.n_layer, 2 * (costs.prefix + 4 * costs.prompt)
         read = costs.files * file + (n_layer / 3 + 1) * (costs.prefix + 2 * costs.prompt) / 2
-        if costs.model.writers:
+        if costs.model.output_matrices:
             read += 6 * file / 2  # six matrices, steered and unsteered
         vector = 4 * n_layer / 3 * costs.model.width
         return Cost(costs.reading(read), costs.memory(logits=True), vector + costs.adapter(), read)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.activations.capture import Conversation, capture, capture_constant, output_matrices_of
+from rs_gguf.activations.capture import Conversation, capture, capture_template_tokens, join_matrix_inputs
 from rs_gguf.activations.scores import band_profile
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Steering
@@ -121,7 +121,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             for t, a, p in zip(tokens, answers, prompts, strict=True)
         ]
         shard = capture(model, conversations, prefix, seed=0)
-        inputs = output_matrices_of([shard], capture_constant(model, tokens[0], prefix))
+        inputs = join_matrix_inputs([shard], capture_template_tokens(model, tokens[0], prefix))
         labels = Labels.of(confidences, [p.kind for p in prompts])
         gates = fit_gated_adapter(inputs, shard["activations"], labels, ridges=RIDGES)
         unit = np.random.default_rng(0).standard_normal((LAYERS, WIDTH))

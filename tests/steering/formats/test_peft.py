@@ -18,7 +18,7 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from safetensors import safe_open
 
 from rs_gguf.errors import InputError, VerificationError
-from rs_gguf.models import resolve as models
+from rs_gguf.models import sources
 from rs_gguf.steering import container as gguf_file
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering.formats import peft as peft_export
@@ -90,7 +90,7 @@ def test_of_a_repository_the_configuration_alone_is_fetched(
         fetched.append(f"{repository}/{file}")
         return tmp_path / file
 
-    monkeypatch.setattr(models, "_hub_download", download)
+    monkeypatch.setattr(sources, "hub_download", download)
     peft_export.export(random_adapter(), "owner/name", tmp_path / "peft")
     assert fetched == ["owner/name/config.json"]
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -195,7 +195,7 @@ OUT = "blk.1.attn_output.weight"
             "only attn_output and ffn_down are exported",
         ),
         (LoraAdapter({OUT: factors(1, 64, 64)}, "gpt2"), GPT2, "no linear layer"),
-        (LoraAdapter({OUT: factors(1, 64, 64)}, "llama"), None, "neither one GGUF file nor a config"),
+        (LoraAdapter({OUT: factors(1, 64, 64)}, "llama"), None, "exactly one GGUF model or a config"),
     ],
 )
 def test_what_cannot_be_exported_is_told(
@@ -212,7 +212,7 @@ def test_a_configuration_that_transformers_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.C"}}')
     mark = tmp_path / "ran"
     (tmp_path / "code.py").write_text(f"open({str(mark)!r}, 'w').close()")
-    with pytest.raises(InputError, match="cannot read its configuration"):
+    with pytest.raises(InputError, match="cannot read the configuration"):
         peft_export.export(random_adapter(), str(tmp_path), tmp_path / "peft")
     assert not mark.exists()
 
