@@ -24,8 +24,8 @@ from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
 CHOICES = [
-    "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
-    "prompts.test=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.logprob_trials=2",
+    "answers.fit_tokens=8", "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
+    "prompts.validation=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.logprob_trials=2",
     "tune.finalists=1",
 ]  # fmt: skip
 
@@ -107,7 +107,7 @@ def sizes(pid: int) -> tuple[float, float]:
 
 
 def rows(kind: str, fit: int) -> list[dict[str, str]]:
-    sizes = {"fit": fit, "tune": 8, "test": 8}
+    sizes = {"fit": fit, "tune": 8, "validation": 8}
     return [
         {"prompt": f"{kind} {split} {number}", "split": split, "topic": f"topic {number % 10}"}
         for split, size in sizes.items()

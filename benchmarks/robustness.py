@@ -107,7 +107,7 @@ def main() -> None:
         found = []
         picked = [c for c in conditions(document) if c.name in (options.condition or names)]
         for condition in track(picked, "conditions"):
-            pool = [p for p in prompts.grid() if p.split == "test" and condition.picked(p)]
+            pool = [p for p in prompts.grid() if p.split == "validation" and condition.picked(p)]
             asked = [
                 p
                 for kind in KINDS

@@ -202,7 +202,7 @@ RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")
 
 # What a run costs is cut to the least that a recipe may ask for.
 _SMALL = (
-    "prompts.fit=8", "prompts.gate_only=8", "prompts.tune=8", "prompts.test=4", "answers.tokens=8",
+    "prompts.fit=8", "prompts.gate_only=8", "prompts.tune=8", "prompts.validation=4", "answers.fit_tokens=8", "answers.tokens=8",
     "answers.test_tokens=8", "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
     "tune.logprob_trials=1", "tune.finalists=1", "tune.full_prompts=2",
 )  # fmt: skip
@@ -262,7 +262,7 @@ def _rows(name: str) -> str:
     if name.endswith("judge_pairs.jsonl"):
         pairs = resources.files("rs_gguf") / "data" / "judge_pairs.jsonl"
         lines = pairs.read_text(encoding="utf-8").splitlines()
-        return "\n".join([line for line in lines if json.loads(line)["split"] == "test"][:40])
+        return "\n".join([line for line in lines if json.loads(line)["split"] == "validation"][:40])
     # Enough for each split, which a prompt's hash draws.
     texts = [f"What is republic number {k} of {name}?" for k in range(60)]
     if name.endswith(".jsonl"):

@@ -33,7 +33,14 @@ cli.main(sys.argv[2:], prog_name="rs-export")
 
 
 def answers(out: Path, model: Path) -> list[str]:
-    sets = ("prompts.fit=8", "prompts.tune=4", "prompts.test=4", "answers.tokens=8", f"model={model}")
+    sets = (
+        "prompts.fit=8",
+        "prompts.tune=4",
+        "prompts.validation=4",
+        "answers.fit_tokens=8",
+        "answers.tokens=8",
+        f"model={model}",
+    )
     return ["answer", "--out", str(out), *(part for value in sets for part in ("--set", value))]
 
 

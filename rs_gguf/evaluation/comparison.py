@@ -91,7 +91,7 @@ def compare(
     before, solved = side(0.0), solutions(0.0)
     judged = zip(before.answers, before.judgements, strict=True)
     quiet = [i for i, (answer, judgement) in enumerate(judged) if is_drift_reference(answer, judgement)]
-    benign = [p for p in prompts.grid(["benign"]) if p.split == "test"]
+    benign = [p for p in prompts.grid(["benign"]) if p.split == "validation"]
     texts = [p.prompt for p in prompts.stratified(benign, _TEXTS, seed=0)]
 
     def logprobs(factor: float) -> _Texts:

@@ -99,7 +99,9 @@ class Costs:
     def memory(self, *, logits: bool = False) -> float:
         """Return the bytes of the process with its models; `logits` adds two copies for half a batch."""
         model, answers = self.model, self.recipe.answers
-        cells: int = kv_cells(math.ceil(self._longest + max(answers.tokens, answers.test_tokens)))
+        cells: int = kv_cells(
+            math.ceil(self._longest + max(answers.fit_tokens, answers.tokens, answers.test_tokens))
+        )
         slots = max(1, min(answers.parallel, CONTEXT // cells))
         total: float = _PYTHON + model.weights + 2 * model.cache * (CONTEXT + (slots + 1) * cells)
         if self._judge is not None and self._judge.model != model:

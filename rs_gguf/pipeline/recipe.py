@@ -28,7 +28,7 @@ from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.machine import Device
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline import settings
-from rs_gguf.records.conversation import Kind
+from rs_gguf.records.conversation import Kind, Split
 from rs_gguf.records.files import write_text
 from rs_gguf.search.budget import Budget
 
@@ -56,7 +56,7 @@ class _Section(BaseModel):
 class Prompts(_Section):
     """The prompts of a run. Sizes are per kind (sensitive, harmful, benign)."""
 
-    old_names = {"unanswered": "gate_only"}
+    old_names = {"unanswered": "gate_only", "test": "validation"}
 
     fit: int = Field(default=90, ge=8, description="prompts of each kind to fit directions on")
     gate_only: int = Field(
@@ -66,7 +66,7 @@ class Prompts(_Section):
         "they are neither answered nor judged",
     )
     tune: int = Field(default=60, ge=4, description="prompts of each kind to choose layers and strength")
-    test: int = Field(default=30, ge=4, description="prompts of each kind for the reported figures")
+    validation: int = Field(default=30, ge=4, description="prompts of each kind for the reported figures")
     sensitive: list[Path] = Field(
         default=[],
         description="your own files instead of the embedded set: the prompts whose refusals to change",
@@ -86,8 +86,17 @@ class Prompts(_Section):
 class Answers(_Section):
     """How the model generates answers."""
 
-    tokens: int = Field(default=24, ge=8, description="most tokens of an answer to a fit or tune prompt")
-    test_tokens: int = Field(default=64, ge=8, description="most tokens of an answer to a test prompt")
+    fit_tokens: int = Field(default=64, ge=8, description="most tokens of an answer to a fit prompt")
+    tokens: int = Field(
+        default=24,
+        ge=8,
+        description="most tokens of an answer to a tune prompt, and of short answers in the search",
+    )
+    test_tokens: int = Field(
+        default=100,
+        ge=8,
+        description="most tokens of an answer in the reported figures, and of full answers in the search",
+    )
     parallel: int = Field(
         default=32,
         ge=1,
@@ -103,6 +112,10 @@ class Answers(_Section):
         description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model that give the unsteered answers "
         "to fit and tune prompts; `none` for this machine",
     )
+
+    def limit(self, split: Split) -> int:
+        """Return the most tokens of an answer to a prompt of a split."""
+        return {"fit": self.fit_tokens, "tune": self.tokens, "validation": self.test_tokens}[split]
 
 
 class Fit(_Section):
@@ -159,10 +172,17 @@ class Tune(_Section):
         gt=0,
         description="largest mean |Δ log-probability| of benign answers, in nats per token",
     )
+    min_top1: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="least share of the tokens of benign answers that must stay first choice, in the reported "
+        "figures",
+    )
 
 
 class Measure(_Section):
-    """Conditions to measure on the test split, besides the unsteered model and the written files."""
+    """Conditions to measure on the validation split, besides the unsteered model and the written files."""
 
     baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
         default=["system-prompt"],
@@ -210,7 +230,8 @@ class Recipe(BaseSettings):
     @property
     def safety(self) -> SafetyRule:
         """Return the limits for every file."""
-        return SafetyRule(self.effect, self.tune.min_retention, self.tune.max_benign_drift)
+        tune = self.tune
+        return SafetyRule(self.effect, tune.min_retention, tune.max_benign_drift, tune.min_top1)
 
     @property
     def budget(self) -> Budget:

@@ -27,15 +27,16 @@ _MAX_BYTES = 16 << 20  # of a file, which takes about ten times its size in memo
 # Columns that complete the prompt in another column: prompt column → context column.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _USED_COLUMNS = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
+_SPLIT_NAMES = {"test": "validation"}  # as earlier versions called it
 _USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split"}
 
 
 def load(path: Path, kind: Kind) -> list[Prompt]:
     """Read a user's prompt file: txt (one prompt per line), csv, tsv, json, jsonl or parquet.
 
-    The prompt's column is detected. The column `split` counts only if all its values are fit, tune or test: a
-    data set's own `train` means something else. Other prompts get a split by their hash: 60% fit, 20% tune,
-    20% test.
+    The prompt's column is detected. The column `split` counts only if all its values are fit, tune and
+    validation (or test): a data set's own `train` means something else. Other prompts get a split by their
+    hash: 60% fit, 20% tune, 20% validation.
 
     Raises:
         InputError: the file is missing, empty or too large, has an unknown format or no column of prompts; or
@@ -55,7 +56,7 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
                 topic=_text_of(columns, "topic") or _text_of(columns, "category"),
                 form=_text_of(columns, "form"),
                 language=_text_of(columns, "language"),
-                split=cast(Split, _text_of(columns, "split").strip().lower()),
+                split=cast(Split, _SPLIT_NAMES.get(name := _text_of(columns, "split").strip().lower(), name)),
             )
         )
     if not rows:
@@ -212,7 +213,7 @@ def unique(rows: Iterable[Prompt]) -> list[Prompt]:
 
 def _hash_split(text: str) -> Split:
     share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-    return "fit" if share < 0.6 else "tune" if share < 0.8 else "test"
+    return "fit" if share < 0.6 else "tune" if share < 0.8 else "validation"
 
 
 def _text_of(columns: Mapping[str, Any], name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from rs_gguf.records.rows import Row
 
 Kind = Literal["sensitive", "harmful", "benign"]
-Split = Literal["fit", "tune", "test"]
+Split = Literal["fit", "tune", "validation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
 Verdict = Literal["refusal", "answer", "unclear"]
@@ -32,7 +32,7 @@ class Prompt:
     topic: str = ""  # country or region, category of harm, or everyday area
     form: str = ""  # request form: question, poem, petition, …
     language: str = ""  # ISO 639-1
-    split: Split = "test"
+    split: Split = "validation"
 
     @property
     def id(self) -> str:
@@ -45,7 +45,8 @@ class Prompt:
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> Prompt:
         """Return the prompt of a row that `to_row` made."""
-        return cls(**{key: value for key, value in row.items() if key != "id"})  # type: ignore[arg-type]
+        split = {"test": "validation"}.get(row["split"], row["split"])  # as earlier versions called it
+        return cls(**{**{key: value for key, value in row.items() if key != "id"}, "split": split})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

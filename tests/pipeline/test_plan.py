@@ -334,7 +334,7 @@ def shape(tiny: Path) -> ModelDimensions:
 @pytest.mark.slow
 def test_tokens_and_bytes_equal_those_of_a_run(tiny: Path, shape: ModelDimensions, tmp_path: Path) -> None:
     wanted = [f"model={tiny}", "prompts.fit=40", "prompts.gate_only=20", "prompts.tune=8"]
-    wanted += ["answers.tokens=8", "judge=keywords"]
+    wanted += ["answers.fit_tokens=8", "answers.tokens=8", "judge=keywords"]
     run(recipe.load(None, wanted), tmp_path, until="capture")
     result = planned(shape, *wanted)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().split("\n")[:-1]]
@@ -364,7 +364,7 @@ def test_parameters_of_the_default_model_are_counted() -> None:
     [
         (("prompts.fit=180",), {"capture": 2.0, "measure": 1.0, "tune": 1.0}),
         (("prompts.gate_only=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
-        (("prompts.test=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
+        (("prompts.validation=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(PLANNED, 1.0)),
         (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
         (("tune.budget=2h",), {"answer": 1.0, "write": 1.0}),

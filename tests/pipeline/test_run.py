@@ -160,7 +160,7 @@ def test_a_mixture_of_experts(judge: Judge, tmp_path: Path) -> None:
     (out / "remove.gguf").rename(out / "moved.gguf")
     with pytest.raises(InputError, match=r"remove\.gguf, which this run wrote, is missing"):
         run(chosen, out)
-    more = recipe.load(None, [*SMALL, "prompts.test=6", f"model={model}", f"judge={judge.url}"])
+    more = recipe.load(None, [*SMALL, "prompts.validation=6", f"model={model}", f"judge={judge.url}"])
     run(more, out)  # it measures again, and writes the missing file for that
     written, moved = control_vector.read(out / "remove.gguf"), control_vector.read(out / "moved.gguf")
     np.testing.assert_equal(dict(written.directions), dict(moved.directions))
@@ -178,6 +178,7 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     fewer = [
         "prompts.fit=8",
         "prompts.tune=4",
+        "answers.fit_tokens=8",
         "answers.tokens=8",
         "answers.test_tokens=8",
         "tune.full_prompts=0",
@@ -260,6 +261,7 @@ def test_the_recipes_system_prompt_precedes_every_prompt(
     fewer = [
         "prompts.fit=8",
         "prompts.tune=4",
+        "answers.fit_tokens=8",
         "answers.tokens=8",
         "answers.test_tokens=8",
         "tune.logprob_trials=1",
@@ -332,7 +334,7 @@ def test_a_prompt_that_is_too_long_for_a_later_stage_is_an_error_at_once(
 ) -> None:
     model = tmp_path / "plain.gguf"
     write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
-    rows = [{"prompt": split, "split": split} for split in ("fit", "tune", "test")]
+    rows = [{"prompt": split, "split": split} for split in ("fit", "tune", "validation")]
     with LlamaModel(model, n_parallel=1) as loaded:
         (shortest,) = chat_tokens(loaded, [Prompt("test", "benign")])
         (longer,) = chat_tokens(loaded, [Prompt("test" + 10 * "a", "benign")])

@@ -39,7 +39,14 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         without_proxy_or_key(patch)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         write_tiny_qwen3(folder / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
-        values = [*SMALL, "prompts.fit=8", "prompts.tune=4", "answers.tokens=8", "answers.test_tokens=8"]
+        values = [
+            *SMALL,
+            "prompts.fit=8",
+            "prompts.tune=4",
+            "answers.fit_tokens=8",
+            "answers.tokens=8",
+            "answers.test_tokens=8",
+        ]
         values += ["tune.logprob_trials=1", "tune.full_prompts=0", "measure.baselines=['ablation']"]
         values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
         chosen = recipe.load(None, values)
@@ -139,7 +146,9 @@ def test_the_keys_of_answers_and_scores_stay(tmp_path: Path, monkeypatch: pytest
     values = [f"model={tmp_path / 'model.gguf'}", "judge=keywords"]
     for kind in ("sensitive", "harmful", "benign"):
         path = tmp_path / f"{kind}.jsonl"
-        rows = [f'{{"prompt": "{kind} {split}", "split": "{split}"}}' for split in ("fit", "tune", "test")]
+        rows = [
+            f'{{"prompt": "{kind} {split}", "split": "{split}"}}' for split in ("fit", "tune", "validation")
+        ]
         path.write_text("\n".join(rows))
         values.append(f"prompts.{kind}=['{path}']")
     assert keys(tmp_path, *values) == ["46eb5b3b7ef4005d", "376dc67ce5d4a8fc"]
@@ -158,7 +167,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("model=@other.gguf", "answer"),
         ("seed=1", "answer"),
-        ("answers.tokens=32", "answer"),
+        ("answers.fit_tokens=32", "answers.tokens=32", "answer"),
         ("answers.temperature=1.0", "answer"),
         ("prompts.system=Be kind.", "answer"),
         ("prompts.fit=24", "answer"),
@@ -173,7 +182,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("answers.test_tokens=32", "tune"),
         ("answers.test_tokens=32", "measure"),
         ("measure.baselines=[]", "measure"),
-        ("prompts.test=5", "measure"),
+        ("prompts.validation=5", "measure"),
     ],
 )
 def test_each_choice_changes_keys_from_the_first_stage_that_depends_on_it(

@@ -155,7 +155,7 @@ def test_columns_and_splits_are_found_in_capitals_too(tmp_path: Path) -> None:
 
 
 def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
-    for name, split in (("a", "fit"), ("b", "test")):
+    for name, split in (("a", "fit"), ("b", "validation")):
         (tmp_path / f"{name}.csv").write_text(
             f"prompt,split\none,{split}\n{name},fit\ntwo,tune\n", encoding="utf-8"
         )
@@ -163,7 +163,7 @@ def test_a_prompt_of_two_files_is_in_one_split(tmp_path: Path) -> None:
     files["benign"] = [tmp_path / "a.csv", tmp_path / "b.csv"]
     found = {split: [p.prompt for p in rows["benign"]] for split, rows in pool(files).items()}
     assert {split: sorted(rows) for split, rows in found.items()} == {
-        "fit": ["a", "b"], "tune": ["two"], "test": ["one"],
+        "fit": ["a", "b"], "tune": ["two"], "validation": ["one"],
     }  # fmt: skip
 
 
@@ -411,7 +411,7 @@ def test_every_split_can_give_what_the_default_recipe_asks_for() -> None:
     for kind in KINDS:
         size = Counter(prompt.split for prompt in of(kind))
         assert size["fit"] >= 400
-        assert min(size["tune"], size["test"]) >= 100
+        assert min(size["tune"], size["validation"]) >= 100
 
 
 def test_a_subject_is_of_one_class() -> None:

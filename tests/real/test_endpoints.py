@@ -108,7 +108,7 @@ def test_the_answers_of_a_run_go_on_at_the_other_server(servers: list[Server], t
     model = str(tmp_path / "tiny.gguf")
 
     def answer_stage(out: Path, progress: Progress, *asked: Server) -> list[Row]:
-        sizes = Prompts(fit=12, gate_only=0, tune=4, test=4)
+        sizes = Prompts(fit=12, gate_only=0, tune=4, validation=4)
         recipe = Recipe(model=model, prompts=sizes, answers=Answers(servers=address(*asked)))
         run(recipe, out, progress=progress, until="answer")
         return RunFolder(out).read_rows("answers.jsonl")

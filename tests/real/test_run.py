@@ -27,7 +27,7 @@ from rs_gguf.steering.file import check_effect
 pytestmark = pytest.mark.real
 
 SMALL = [
-    "prompts.fit=14", "prompts.gate_only=12", "prompts.tune=10", "prompts.test=4", "answers.tokens=16",
+    "prompts.fit=14", "prompts.gate_only=12", "prompts.tune=10", "prompts.validation=4", "answers.fit_tokens=16", "answers.tokens=16",
     "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
     "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4",
 ]  # fmt: skip
@@ -218,7 +218,15 @@ def test_running_again_does_nothing(finished: Killed) -> None:
 
 
 def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: Path) -> None:
-    less = ["--set", "prompts.fit=8", "--set", "prompts.tune=4", "--set", "answers.tokens=10"]
+    less = [
+        "--set",
+        "prompts.fit=8",
+        "--set",
+        "prompts.tune=4",
+        "--set",
+        "answers.fit_tokens=10",
+        "answers.tokens=10",
+    ]
     runs = [tmp_path / "a", tmp_path / "b"]
     for out in runs:
         ended(out, *less, stage="score")

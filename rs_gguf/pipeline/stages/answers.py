@@ -23,12 +23,13 @@ from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
-from rs_gguf.records.conversation import KINDS, Answer, Generation, Judgement, Prompt
+from rs_gguf.records.conversation import KINDS, SPLITS, Answer, Generation, Judgement, Prompt, Split
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row
 from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.version import __version__
 
+_SPLITS: tuple[Split, ...] = ("fit", "tune")  # whose prompts the unsteered model answers before the fit
 COUNTED = ("refused", "answered", "not judged")
 _BEGINNING = 16  # tokens of an answer; a thinking trace, if any, begins within them
 
@@ -42,8 +43,8 @@ class Answers(Stage):
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
         return [
-            __version__, run.model_hash, recipe.seed, recipe.answers.tokens, recipe.answers.temperature,
-            recipe.prompts.system, [p.id for p in run.prompts["fit"] + run.prompts["tune"]],
+            __version__, run.model_hash, recipe.seed, recipe.answers.fit_tokens, recipe.answers.tokens,
+            recipe.answers.temperature, recipe.prompts.system, [p.id for p in run.prompts["fit"] + run.prompts["tune"]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
@@ -53,20 +54,26 @@ class Answers(Stage):
         _check_lengths(run)
         with run.progress.stage(self.info.name, len(prompts)) as advance:
             advance(len(prompts) - len(missing))
-            for i, one in answers(run.model, missing, run.recipe):
-                log.append({**missing[i].to_row(), **one.to_row()})
-                advance(1)
+            for split in _SPLITS:
+                asked = [p for p in missing if p.split == split]
+                for i, one in answers(run.model, asked, run.recipe, run.recipe.answers.limit(split)):
+                    log.append({**asked[i].to_row(), **one.to_row()})
+                    advance(1)
         run.forget_from(self)
         log.finish([p.id for p in prompts])
 
     def cost(self, costs: Costs) -> Cost:
-        n, answers = costs.count("fit", "tune"), costs.recipe.answers
+        answers = costs.recipe.answers
+        limits = {split: answers.limit(split) for split in _SPLITS}
+        tokens = sum(costs.count(split) * mean_length(limit) for split, limit in limits.items())
+        seconds = sum(costs.answers(costs.count(split), limit) for split, limit in limits.items())
+        n = costs.count(*_SPLITS)
         return Cost(
-            0.0 if answers.servers else costs.answers(n, answers.tokens),
+            0.0 if answers.servers else seconds,
             costs.memory(),
-            n * (ROW + mean_length(answers.tokens) * ROW_TOKEN),
+            n * ROW + tokens * ROW_TOKEN,
             n * costs.prompt,
-            n * mean_length(answers.tokens),
+            tokens,
         )
 
 
@@ -96,26 +103,32 @@ class Scores(Stage):
         log.finish([row["id"] for row in rows])
 
     def cost(self, costs: Costs) -> Cost:
-        n, limit = costs.count("fit", "tune"), costs.recipe.answers.tokens
-        return Cost(costs.judgements(n, limit), costs.memory(), n * ROW / 4, n * costs.pair(limit))
+        limits = {split: costs.recipe.answers.limit(split) for split in _SPLITS}
+        seconds = sum(costs.judgements(costs.count(split), limit) for split, limit in limits.items())
+        tokens = sum(costs.count(split) * costs.pair(limit) for split, limit in limits.items())
+        return Cost(seconds, costs.memory(), costs.count(*_SPLITS) * ROW / 4, tokens)
 
 
 def _check_lengths(run: Run) -> None:
     """Raise `InputError` if a prompt is too long for any stage; the last stages come hours later."""
     recipe, model = run.recipe, run.model
-    short, full = recipe.answers.tokens, recipe.answers.test_tokens
-    limits = {"fit": short, "tune": max(short, full) if recipe.tune.full_prompts else short, "test": full}
+    full = recipe.answers.test_tokens
+    limits = {split: recipe.answers.limit(split) for split in SPLITS}
+    if recipe.tune.full_prompts:
+        limits["tune"] = max(limits["tune"], full)
     system, chat = recipe.prompts.system, ChatFormat.of(model)
     for split, max_tokens in limits.items():
         model.check_lengths(chat_tokens(model, run.prompts[split], system), max_tokens)
     if "system-prompt" in recipe.measure.baselines and chat.takes_system:
         baseline = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed)
-        model.check_lengths(chat_tokens(model, run.prompts["test"], baseline.system), full)
+        model.check_lengths(chat_tokens(model, run.prompts["validation"], baseline.system), full)
     if run.gate_only:
         model.check_lengths([c.tokens(chat, model, p.prompt, system) for p, c in run.in_contexts])
 
 
-def answers(model: Engine, prompts: Sequence[Prompt], recipe: Recipe) -> Iterator[tuple[int, Answer]]:
+def answers(
+    model: Engine, prompts: Sequence[Prompt], recipe: Recipe, max_tokens: int
+) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) of the unsteered model as answers are ready, from here or the recipe's servers.
 
     Raises:
@@ -125,7 +138,7 @@ def answers(model: Engine, prompts: Sequence[Prompt], recipe: Recipe) -> Iterato
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
         conversations = chat_tokens(model, prompts, system)
-        yield from answer(model, conversations, max_tokens=options.tokens, sampling=recipe.sampling)
+        yield from answer(model, conversations, max_tokens=max_tokens, sampling=recipe.sampling)
         return
     # The beginning of an answer shows whether it has a trace, which the template or the model itself opens.
     for _, beginning in answer(model, chat_tokens(model, prompts[:1], system), max_tokens=_BEGINNING):
@@ -139,7 +152,7 @@ def answers(model: Engine, prompts: Sequence[Prompt], recipe: Recipe) -> Iterato
     servers.expect_unsteered()
     if Can.LLAMA_CPP in model.can:  # only then do both report the same figures
         servers.expect_model({"n_vocab": model.n_vocab, "n_params": model.n_params})
-    for i, text_only in servers.answer(prompts, 0.0, recipe.asking(options.tokens)):
+    for i, text_only in servers.answer(prompts, 0.0, recipe.asking(max_tokens)):
         # Servers return text alone; capture, drift and the detection of short loops need tokens.
         tokens = model.tokenize(text_only.text, special=False)
         looped = bool(tokens) and is_degenerate(Generation(tokens, text_only.text, text_only.finished))

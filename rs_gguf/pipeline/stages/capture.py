@@ -43,7 +43,7 @@ class Capture(Stage):
         read = n * costs.prompt + costs.gate_only * _AROUND
         if model.output_matrices:
             # Answers at which the gate must stay closed are read up to the last of a few random tokens.
-            depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * mean_length(costs.recipe.answers.tokens)
+            depth = ANSWER_TOKENS / (ANSWER_TOKENS + 1) * mean_length(costs.recipe.answers.fit_tokens)
             read += answered * (1 - CHANGED / 3) * depth
         rows = n + costs.other_tokens() + 2 * costs.prefix  # tokens of the template are kept in F32
         outputs = model.n_layer * model.width

@@ -147,7 +147,7 @@ def samples(run: Run) -> Samples:
         raise InputError(
             f"fit: none of the {len(run.prompts['fit'])} answers could be judged; at least one is needed. "
             "judgements.jsonl gives the reasons. If answers end within a thinking trace, raise "
-            "answers.tokens."
+            "answers.fit_tokens."
         )
     key = run.key("capture")
     try:

@@ -60,11 +60,11 @@ class Measure(Stage):
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
         return [
-            recipe.answers.test_tokens, recipe.measure.model_dump(), [p.to_row() for p in run.prompts["test"]]
+            recipe.answers.test_tokens, recipe.measure.model_dump(), [p.to_row() for p in run.prompts["validation"]]
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
-        prompts, folder, recipe = run.prompts["test"], run.folder, run.recipe
+        prompts, folder, recipe = run.prompts["validation"], run.folder, run.recipe
         effects, trials = read_json(folder / "effect_check.json"), chosen(folder)
         for name, trial in trials.items():
             if not all(path.is_file() for path in files_of(run, name)):  # somebody took one away
@@ -98,7 +98,7 @@ class Measure(Stage):
             ),
             judge=JudgeRecord(name=run.judge.name),
             test_tokens=recipe.answers.test_tokens,
-            subset=len(prompts) < sum(map(len, run.pool["test"].values())),
+            subset=len(prompts) < sum(map(len, run.pool["validation"].values())),
             seed=recipe.seed,
             files=measured.files,
             baselines=tuple(measured.baselines),
@@ -107,10 +107,10 @@ class Measure(Stage):
         log.finish(list(log.rows))
 
     def cost(self, costs: Costs) -> Cost:
-        n, limit = costs.count("test"), costs.recipe.answers.test_tokens
+        n, limit = costs.count("validation"), costs.recipe.answers.test_tokens
         sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
-        seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["test"]["benign"]), limit)
+        seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)

@@ -176,16 +176,16 @@ def test_the_servers_of_a_run_answer_for_its_model(servers: list[Server], tmp_pa
     recipe = Recipe(answers=Answers(servers=servers[0].url))
     with LlamaModel(tmp_path / "plain.gguf", n_ctx=256) as model:
         servers[0].meta = {"n_vocab": model.n_vocab, "n_params": model.n_params}
-        replies = dict(answering.answers(model, PROMPTS[:2], recipe))
+        replies = dict(answering.answers(model, PROMPTS[:2], recipe, 24))
         assert [model.detokenize(replies[i].tokens) for i in range(2)] == ["It is 0", "It is 1"]
         servers[0].meta["n_params"] += 1
         with pytest.raises(InputError, match="has another model"):
-            list(answering.answers(model, PROMPTS[:2], recipe))
+            list(answering.answers(model, PROMPTS[:2], recipe, 24))
     with (
         LlamaModel(tmp_path / "thinking.gguf", n_ctx=256) as model,
-        pytest.raises(InputError, match=r"thinks before it answers.*without answers\.servers"),
+        pytest.raises(InputError, match=r"thinks before it answers.*answers\.servers=none"),
     ):
-        list(answering.answers(model, PROMPTS[:2], recipe))
+        list(answering.answers(model, PROMPTS[:2], recipe, 24))
     assert len(servers[0].asked) == 2
 
 
@@ -200,7 +200,7 @@ def test_a_model_that_opens_the_trace_without_its_template_is_an_error(
         LlamaModel(tmp_path / "own.gguf", n_ctx=256) as model,
         pytest.raises(InputError, match="thinks before it answers"),
     ):
-        list(answering.answers(model, PROMPTS[:2], Recipe(answers=Answers(servers=servers[0].url))))
+        list(answering.answers(model, PROMPTS[:2], Recipe(answers=Answers(servers=servers[0].url)), 24))
     assert servers[0].asked == []
 
 
