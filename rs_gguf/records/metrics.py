@@ -79,9 +79,8 @@ class SetRecord(_Record):
     degenerate_steered: float
 
     def figures(self) -> Row:
-        """Return the figures as `rs-export eval` writes them, where the unsteered side is the baseline."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        return {key.replace("_unsteered", "_baseline"): value for key, value in values.items()}
+        """Return the figures as `rs-export eval` writes them."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class EffectCheck(_Record):

@@ -323,7 +323,7 @@ def test_an_answer_that_was_cut_off_within_its_trace_has_no_tokens() -> None:
 
 def test_a_strangers_words_do_not_steer_the_terminal() -> None:
     group = {
-        "n": 5, "refused_baseline": 2, "refused_steered": 1,
+        "n": 5, "refused_unsteered": 2, "refused_steered": 1,
         "ci95_unsteered": [0.1, 0.7], "ci95_steered": [0.0, 0.6],
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
