@@ -1,8 +1,8 @@
-"""Answers per second: this project's batches against one-at-a-time llama-cpp-python, same model and prompts.
+"""Measure answers per second: this project's batches against llama-cpp-python, one answer at a time.
 
-The peer is used well: the same file, one context that is kept, the same threads, flash attention as here,
-greedy, its prompt cache reusing the shared system prompt from call to call. Both sides answer the same
-prompts; the order of the sides alternates, after a first answer of each that is not timed.
+The peer gets good conditions: the same file and threads, one context that it keeps, and flash attention. It
+decodes greedily, with its prompt cache for the shared system prompt. Both answer the same prompts. The order
+alternates after a first answer of each, which is not timed. Prints prompts/s and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    path, threads = file_to_load(models.pull(models.DEFAULT)), usable_cores()  # the same for both sides
+    path, threads = file_to_load(models.pull(models.DEFAULT)), usable_cores()  # both load the same file
     pool = [p for p in prompts.grid() if p.split == "fit" and p.language == "en"]
-    asked = prompts.stratified(pool, options.prompts, seed=1)
+    sample = prompts.stratified(pool, options.prompts, seed=1)
     ours = LlamaModel(path, n_threads=threads)
     peer = llama_cpp.Llama(
         str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
     )
-    tokens = chat_tokens(ours, asked)
+    tokens = chat_tokens(ours, sample)
     seconds: dict[str, list[float]] = {"batched": [], "one at a time": []}
 
     def batched(first: int) -> int:
@@ -42,21 +42,21 @@ def main() -> None:
 
     def one_at_a_time(first: int) -> int:
         count = 0
-        for prompt in asked[first:]:
+        for prompt in sample[first:]:
             message = [{"role": "user", "content": prompt.prompt}]
             answer = peer.create_chat_completion(message, max_tokens=options.tokens, temperature=0.0)
             count += answer["usage"]["completion_tokens"]
         return count
 
-    sides = [("batched", batched), ("one at a time", one_at_a_time)]
-    for _, side in sides:
-        side(len(asked) - 1)
+    methods = [("batched", batched), ("one at a time", one_at_a_time)]
+    for _, method in methods:
+        method(len(sample) - 1)
     for repeat in range(options.repeats):
-        for name, side in sides if repeat % 2 == 0 else sides[::-1]:
+        for name, method in methods if repeat % 2 == 0 else methods[::-1]:
             start = time.perf_counter()
-            count = side(0)
+            count = method(0)
             seconds[name].append(time.perf_counter() - start)
-            print(f"{name:<14} {len(asked) / seconds[name][-1]:6.2f} prompts/s  ({count} tokens)")
+            print(f"{name:<14} {len(sample) / seconds[name][-1]:6.2f} prompts/s  ({count} tokens)")
     ratio = statistics.median(seconds["one at a time"]) / statistics.median(seconds["batched"])
     print(f"batched is {ratio:.2f} times as fast (medians of {options.repeats})")
 

@@ -1,8 +1,9 @@
-"""What the search's evaluator are worth: the same gates probed, answering briefly, and answering in full.
+"""Measure how well the cheap fidelity levels of the search predict the expensive ones.
 
-Takes a finished run with an adapter: its tune split, its judge, its lengths of answers. The chosen band and
-its second half are measured at each strength on every fidelity. Prints a row a gate in Markdown, and Spearman's
-rank correlation of each fidelity with the next, of what is left of sensitive refusals and of harmful ones.
+Takes a finished run with an adapter: its tune split, judge and answer lengths. The selected layer range and
+its second half are evaluated at each strength on every fidelity level. Prints one row per adapter in
+Markdown, and Spearman's rank correlation of each level with the next, for the remaining sensitive refusals
+and for harmful retention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import spearman
 
-RUNGS = ("logprob", "answers", "full")
+LEVELS = ("logprob", "short", "full")
 
 
 def main() -> None:
@@ -35,40 +36,45 @@ def main() -> None:
     folder = RunFolder(options.run)
     with folder.locked(), open_run(recipe, folder) as run:
         evaluator = tuning.evaluator(run)
-        candidates = gates(tuning.chosen(folder)["adapter"].candidate, options.strengths)
+        candidates = adapters(tuning.chosen(folder)["adapter"].candidate, options.strengths)
         rows = [
-            {fidelity: evaluator.measure(fidelity, number, gate) for fidelity in RUNGS}
-            for number, gate in enumerate(track(candidates, "Measuring"))
+            {fidelity: evaluator.measure(fidelity, number, candidate) for fidelity in LEVELS}
+            for number, candidate in enumerate(track(candidates, "Measuring"))
         ]
     print_rows(rows)
-    print(f"\nSpearman's rank correlation, {len(rows)} gates:\n")
-    print("| evaluator | sensitive | harmful |\n| --- | --- | --- |")
-    for before, after in pairwise(RUNGS):
-        found = (
+    print(f"\nSpearman's rank correlation, {len(rows)} adapters:\n")
+    print("| fidelity levels | sensitive | harmful |\n| --- | --- | --- |")
+    for before, after in pairwise(LEVELS):
+        correlations = (
             spearman(
                 [getattr(row[before], name) for row in rows], [getattr(row[after], name) for row in rows]
             )
-            for name in ("sensitive", "harmful_retention")
+            for name in ("sensitive_remaining", "harmful_retention")
         )
-        print(f"| {before}, {after} | " + " | ".join("–" if r is None else f"{r:.2f}" for r in found) + " |")
+        print(
+            f"| {before}, {after} | "
+            + " | ".join("–" if r is None else f"{r:.2f}" for r in correlations)
+            + " |"
+        )
 
 
-def gates(chosen: Candidate, strengths: list[float]) -> list[Candidate]:
-    """The chosen band and its second half, at every strength."""
-    half = replace(chosen, first=(chosen.first + chosen.last + 1) // 2)
-    return [replace(band, strength=strength) for band in (chosen, half) for strength in strengths]
+def adapters(selected: Candidate, strengths: list[float]) -> list[Candidate]:
+    """Return the selected layer range and its second half, each at every strength."""
+    half = replace(selected, first=(selected.first + selected.last + 1) // 2)
+    return [replace(layers, strength=strength) for layers in (selected, half) for strength in strengths]
 
 
 def print_rows(rows: list[dict[str, Trial]]) -> None:
-    heads = [f"{what}: {', '.join(RUNGS)}" for what in ("sensitive left", "harmful kept")]
-    print(f"| blocks | strength | {heads[0]} | {heads[1]} |\n| --- | --- | --- | --- |")
+    heads = [f"{title}: {', '.join(LEVELS)}" for title in ("sensitive remaining", "harmful retention")]
+    print(f"| layers | strength | {heads[0]} | {heads[1]} |\n| --- | --- | --- | --- |")
     for row in rows:
-        gate = row["logprob"].candidate
-        left, kept = (
-            ", ".join(f"{getattr(row[fidelity], name):.0%}" for fidelity in RUNGS)
-            for name in ("sensitive", "harmful_retention")
+        candidate = row["logprob"].candidate
+        remaining, retention = (
+            ", ".join(f"{getattr(row[fidelity], name):.0%}" for fidelity in LEVELS)
+            for name in ("sensitive_remaining", "harmful_retention")
         )
-        print(f"| {gate.first} to {gate.last} | {gate.strength:g} | {left} | {kept} |")
+        layers = f"{candidate.first} to {candidate.last}"
+        print(f"| {layers} | {candidate.strength:g} | {remaining} | {retention} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory of a whole run over time, on 500 fit prompts and on 10,000: it is not to grow with the prompts.
+"""Measure the memory of a whole run over time, on 500 and on 10,000 fit prompts; it should stay the same.
 
-A tiny random model, so that nearly all memory is the pipeline's own. The run is a process of its own; this
-one grades its answers at an address and reads its size ten times a second. `held` is what the process cannot
-give back; pages of files that it reads (model, activation store) are `mapped`, and the system takes those
-when it needs room. Prints a line a stage, and at the end what twenty times as many prompts cost.
+The model is tiny and random, so that nearly all memory belongs to the pipeline. The run is a separate
+process. This process judges its answers over HTTP and reads its size ten times per second. `held` is memory
+that the process cannot give back. `mapped` is pages of files (model, activation store), which the system can
+reclaim. Prints a line per stage and, at the end, the memory for both numbers of prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fixtures.endpoints import Reply, Server, entry, said
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
-CHOICES = [
+SETTINGS = [
     "answers.fit_tokens=8", "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
     "prompts.validation=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.logprob_trials=2",
     "tune.finalists=1",
@@ -44,15 +44,15 @@ def main() -> None:
 
 
 def measured(folder: Path, count: int) -> tuple[float, float]:
-    """The most that a run of `count` fit prompts held, and the size of its activation store, in MB."""
+    """Return the most memory that a run on `count` fit prompts held and its activation store, both in MB."""
     folder.mkdir()
     write_tiny_qwen3(
         folder / "tiny.gguf", THINKING_TEMPLATE.replace("<think>\n", ""),
         liked=LETTERS, n_layer=6, width=64, inner=128,
     )  # fmt: skip
     server = Server(judge_answers, ["judge"])
-    chosen = [
-        *CHOICES,
+    settings = [
+        *SETTINGS,
         f"prompts.fit={-(-count // 3)}",
         f"model={folder / 'tiny.gguf'}",
         f"judge={server.url}",
@@ -60,10 +60,10 @@ def measured(folder: Path, count: int) -> tuple[float, float]:
     for kind in ("sensitive", "harmful", "benign"):
         path = folder / f"{kind}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, -(-count // 3))))
-        chosen.append(f"prompts.{kind}=['{path}']")
+        settings.append(f"prompts.{kind}=['{path}']")
     out = folder / "out"
     command = [sys.executable, "-m", "rs_gguf", "run", "--out", str(out)]
-    command += [part for value in chosen for part in ("--set", value)]
+    command += [part for value in settings for part in ("--set", value)]
     print(f"{count} fit prompts")
     with (folder / "log").open("wb") as log:
         child = subprocess.Popen(
@@ -71,14 +71,14 @@ def measured(folder: Path, count: int) -> tuple[float, float]:
         )
     most = watch(child, out)
     server.stop()
-    if child.returncode not in (0, 1):  # the gate of a random model fails
+    if child.returncode not in (0, 1):  # 1: a random model fails the acceptance criteria
         raise RuntimeError((folder / "log").read_text())
     return most, sum(path.stat().st_size for path in (out / "activations").iterdir()) / 1e6
 
 
 def watch(child: subprocess.Popen[bytes], out: Path) -> float:
-    """Print the child's size, once a stage and every ten seconds; the most that it held, in MB."""
-    start, most, when, told, done_before = time.monotonic(), 0.0, 0.0, float("-inf"), -1
+    """Print the child's size after each stage and every ten seconds; return the most that it held, in MB."""
+    start, most, when, printed, done_before = time.monotonic(), 0.0, 0.0, float("-inf"), -1
     while child.poll() is None:
         held, mapped = sizes(child.pid)
         state = out / "state.json"
@@ -86,23 +86,23 @@ def watch(child: subprocess.Popen[bytes], out: Path) -> float:
         seconds = time.monotonic() - start
         if held > most:
             most, when = held, seconds
-        if len(stages) > done_before or seconds - told > 10:
+        if len(stages) > done_before or seconds - printed > 10:
             after = f"after {stages[-1]}" if stages else "at the start"
             print(f"{seconds:6.1f} s  held {held:6.0f} MB  mapped {mapped:6.0f} MB  {after}", flush=True)
-            told, done_before = seconds, len(stages)
+            printed, done_before = seconds, len(stages)
         time.sleep(0.1)
     print(f"{time.monotonic() - start:6.1f} s  held {most:6.0f} MB at most, at {when:.1f} s")
     return most
 
 
 def sizes(pid: int) -> tuple[float, float]:
-    """Megabytes of a process: its own, and those of mapped files."""
+    """Return the MB that a process holds itself, and the MB of mapped files."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:  # it has just ended
+    except FileNotFoundError:  # the process has just ended
         return 0.0, 0.0
-    found = dict(line.split(":", 1) for line in status.splitlines())
-    own, mapped = (int(found.get(name, "0 kB").split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
+    values = dict(line.split(":", 1) for line in status.splitlines())
+    own, mapped = (int(values.get(name, "0 kB").split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
     return own, mapped
 
 
@@ -116,7 +116,7 @@ def rows(kind: str, fit: int) -> list[dict[str, str]]:
 
 
 def judge_answers(body: dict[str, Any]) -> Reply:
-    """Harm is refused, benign prompts are answered, of the sensitive ones every other is refused."""
+    """Judge harmful prompts and every other sensitive one as refused, all others as answered."""
     request = body["messages"][0]["content"].rsplit("Request: ", 1)[1].split("\n", 1)[0]
     kind, _, number = request.partition(" ")
     refused = kind == "harmful" or (kind == "sensitive" and number[-1] in "02468")

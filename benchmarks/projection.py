@@ -1,12 +1,12 @@
-"""The projection kernel beside its peers, on the same data, interleaved in one process.
+"""Measure the projection kernel against its peers, on the same data, interleaved in one process.
 
-Prints, for every size, type and K: the kernel's median time, its bandwidth as a part of what plain reads of
-the same bytes reach (fastest of three readers), its time where all rows are one, which comes from the cache
-(so that the multiplications are what is left), with an offset and on one thread, and the peers,
-fastest first, with the ratio of the fastest to the kernel: of all, and of those that are as exact. A peer is
-the fastest way found to call it: several layouts are tried. It is counted only when its result is right; one
-marked ~ rounds its result to 16 bits, an error of 10⁻³ where the kernel's is 10⁻⁷. NumKong has no threads of
-its own and is given as many as the kernel, by samples. Last, a line for each goal: met, or where missed.
+For every size, type and K, prints the kernel's median time and its bandwidth relative to the fastest of three
+plain readers. Also prints the kernel's time with an offset, on one thread, and for a single repeated row.
+That row stays in the cache, so only the multiplications take time. The peers follow, fastest first, with the
+ratio of the fastest to the kernel: among all, and among those that are as exact. Several layouts are tried
+for each peer; the fastest counts. A peer counts only if its result is correct. A mark ~ means that it rounds
+its result to 16 bits, an error of 10⁻³ instead of the kernel's 10⁻⁷. NumKong has no threads; it gets as many
+as the kernel, split by samples. Last comes a line per goal: met, or where it is missed.
 
     python benchmarks/projection.py [--seconds S] [--threads T]
 """
@@ -38,16 +38,17 @@ TYPES = {
     "f16": (np.float16, torch.float16),
     "bf16": (ml_dtypes.bfloat16, torch.bfloat16),
 }
-ACCEPTED_ERROR = 1e-2  # of Σ|h||v|: the 16-bit results of torch's own 16-bit products are let through
-EXACT = 1e-6  # what the kernel keeps on random rows
-SPINNING = 0.05  # seconds after which no thread of another call spins: OpenBLAS does for 2²⁶ cycles
-HOPELESS = 8  # times the kernel's time
-FEW = 8  # directions up to which memory should be what limits
+ACCEPTED_ERROR = 1e-2  # relative to Σ|h||v|; accepts the 16-bit results of torch's 16-bit products
+EXACT = 1e-6  # the kernel's largest error on random rows, relative to Σ|h||v|
+SPINNING = 0.05  # seconds until threads of another call stop spinning: OpenBLAS spins for 2²⁶ cycles
+TOO_SLOW = 8  # times the kernel's time
+FEW = 8  # directions up to which memory bandwidth should be the limit
 
 Call = Callable[[], Any]
 
 
 def numkong() -> Any:
+    """Return the peer's module, or None if it is not installed."""
     try:
         return importlib.import_module("numkong")
     except ImportError:
@@ -56,27 +57,27 @@ def numkong() -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one size, type and K; ratios are times by the kernel's time."""
+    """The result for one size, type and K; times are relative to the kernel's time."""
 
     name: str
     type: str
     rank: int
     of_read: float
-    cached: float  # the time with rows from the cache, by that of plain reads
+    cached: float  # the time with rows from the cache, relative to plain reads
     best: float
     scaling: float
 
 
 def split(pool: ThreadPoolExecutor, threads: int, n: int, part: Callable[[slice], Any]) -> list[Any]:
-    """part(rows) on each of `threads` runs of rows at once."""
+    """Call `part` on each of `threads` slices of n rows concurrently; return the results in order."""
     edges = [n * i // threads for i in range(threads + 1)]
     return list(pool.map(part, [slice(a, b) for a, b in itertools.pairwise(edges)]))
 
 
 def readers(h: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> dict[str, Call]:
-    """Calls that do nothing but read every byte of h."""
+    """Return calls that only read every byte of h."""
     words = h.reshape(-1).view(np.int64)
-    tensor = torch.from_numpy(words).view(torch.float64)  # bits that mean nothing: only their reading counts
+    tensor = torch.from_numpy(words).view(torch.float64)  # meaningless bits; only reading them counts
     return {
         "numpy add": lambda: split(pool, threads, words.size, lambda rows: np.add.reduce(words[rows])),
         "numpy or": lambda: split(pool, threads, words.size, lambda rows: np.bitwise_or.reduce(words[rows])),
@@ -87,7 +88,7 @@ def readers(h: np.ndarray, threads: int, pool: ThreadPoolExecutor) -> dict[str, 
 def peers(
     h: torch.Tensor, v: torch.Tensor, threads: int, pool: ThreadPoolExecutor
 ) -> dict[str, tuple[Call, Callable[[], np.ndarray]]]:
-    """Name → (the call to time, its result as [N, L, K])."""
+    """Return name → (the call to time, a function that returns its result [N, L, K])."""
     n, layers, _ = h.shape
     rows = v.to(h.dtype).contiguous()  # [L, K, D]
     same = rows.transpose(1, 2).contiguous()  # [L, D, K]
@@ -100,7 +101,7 @@ def peers(
             torch.matmul(h[:, layer], same[layer], out=by_layer[layer])
         return by_layer
 
-    def q5_0_to_q8_0() -> torch.Tensor:
+    def matmul_in_float32() -> torch.Tensor:
         for layer in range(layers):
             torch.matmul(h[:, layer].float(), wide[layer], out=wide_out[layer])
         return wide_out
@@ -114,14 +115,14 @@ def peers(
     def mv() -> list[torch.Tensor]:
         return [torch.mv(h[:, layer], rows[layer, 0]) for layer in range(layers)]
 
-    found: dict[str, tuple[Call, Callable[[], np.ndarray]]] = {
+    calls: dict[str, tuple[Call, Callable[[], np.ndarray]]] = {
         "torch.matmul": result(matmul),
         "torch.linear": result(lambda: torch.stack(linear())),
         "torch.bmm": result(lambda: torch.bmm(h.permute(1, 0, 2), same)),
         "torch.einsum": result(lambda: torch.einsum("nld,ldk->lnk", h, same)),
     }
     if v.shape[1] == 1:
-        found["torch.mv"] = mv, lambda: torch.stack(mv(), 1)[:, :, None].float().numpy()
+        calls["torch.mv"] = mv, lambda: torch.stack(mv(), 1)[:, :, None].float().numpy()
     if h.dtype == torch.float32:
         array, columns, out = h.numpy(), wide.numpy(), np.empty((layers, n, v.shape[1]), np.float32)
 
@@ -130,9 +131,9 @@ def peers(
                 np.matmul(array[:, layer], columns[layer], out=out[layer])
             return out
 
-        found["numpy.matmul"] = numpy_matmul, lambda: numpy_matmul().transpose(1, 0, 2)
+        calls["numpy.matmul"] = numpy_matmul, lambda: numpy_matmul().transpose(1, 0, 2)
     else:
-        found["torch float, matmul"] = result(q5_0_to_q8_0)
+        calls["torch float, matmul"] = result(matmul_in_float32)
     nk = numkong()
     if nk is not None:
         array_type, bits = {
@@ -145,7 +146,7 @@ def peers(
 
         def cdist(samples: slice, layer: int) -> Any:
             a, b = rows_in[samples, layer], rows_v[layer]
-            if name == "bfloat16":  # which it takes as bits here
+            if name == "bfloat16":  # cdist takes bfloat16 as bits
                 a, b = a.view(np.uint16), b.view(np.uint16)
             return nk.cdist(a, b, "dot", dtype=name, out_dtype="float32")
 
@@ -162,23 +163,24 @@ def peers(
 
             return lambda: split(pool, threads, n, part), result
 
-        found["numkong.cdist"] = by_samples(cdist)
-        found["numkong.dots_packed"] = by_samples(dots_packed)
-    return found
+        calls["numkong.cdist"] = by_samples(cdist)
+        calls["numkong.dots_packed"] = by_samples(dots_packed)
+    return calls
 
 
 def interleave(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median time of each call, in turns, for `seconds` and three rounds; a hopeless call has one turn.
+    """Return the median time in s of each call. They take turns for `seconds` and at least three rounds.
 
-    Threads of OpenBLAS and OpenMP spin for tens of milliseconds after a call, on the cores that the next one
-    wants: each turn begins when they sleep, and is timed once the call's own threads are awake.
+    A call that takes more than `TOO_SLOW` times the kernel's time has one turn. Threads of OpenBLAS and
+    OpenMP spin for tens of milliseconds after a call, on cores that the next call needs. Each turn therefore
+    waits until they sleep, and is timed after a first call that wakes the call's own threads.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < end or rounds < 3:
         for name, call in calls.items():
-            if times[name] and min(times[name]) > HOPELESS * min(times["kernel"]):
+            if times[name] and min(times[name]) > TOO_SLOW * min(times["kernel"]):
                 continue
             time.sleep(SPINNING)
             call()
@@ -193,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds per row of the table")
     parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -214,7 +216,7 @@ def main() -> None:
             bits = torch.float32 if tensor_type == torch.float32 else torch.int16
             array = h.view(bits).numpy().view(array_type)
             rows += [measure(h, array, k, offset, type_name, options, pool) for k in RANKS]
-    verdicts(rows, options.threads)
+    print_goals(rows, options.threads)
 
 
 def measure(
@@ -226,12 +228,12 @@ def measure(
     options: argparse.Namespace,
     pool: ThreadPoolExecutor,
 ) -> Row:
-    """One row of the table, printed."""
+    """Measure one row of the table; print and return it."""
     n, layers, d = h.shape
     v = torch.randn(layers, k, d, generator=torch.Generator().manual_seed(k)).to(h.dtype).float()
     directions = v.numpy()
     rivals = peers(h, v, options.threads, pool)
-    few = np.linspace(0, n - 1, 8 * options.threads, dtype=int)  # of every thread's part
+    few = np.linspace(0, n - 1, 8 * options.threads, dtype=int)  # samples from every thread's part
     expected = np.einsum("nld,lkd->nlk", h[few].double().numpy(), directions.astype(np.float64))
     scale = np.einsum("nld,lkd->nlk", h[few].double().abs().numpy(), np.abs(directions).astype(np.float64))
     errors = {name: np.max(np.abs(rival[1]()[few] - expected) / scale) for name, rival in rivals.items()}
@@ -270,8 +272,8 @@ def measure(
     return Row(f"N {n} {type_name} K {k}", type_name, k, read / ms, cached, ranking[0][0] / ms, scaling)
 
 
-def verdicts(rows: list[Row], threads: int) -> None:
-    """One line a goal: whether all rows that it speaks of meet it."""
+def print_goals(rows: list[Row], threads: int) -> None:
+    """Print a line per goal: whether all rows that it concerns meet it."""
     few = [row for row in rows if row.rank <= FEW]
     goals: list[tuple[str, list[Row], Callable[[Row], float], float]] = [
         (f"85 % of the read bandwidth, K ≤ {FEW}", few, lambda row: row.of_read, 0.85),
@@ -294,12 +296,12 @@ def verdicts(rows: list[Row], threads: int) -> None:
             ("1.7 × one thread, N 512", [r for r in rows if "N 512" in r.name], lambda r: r.scaling, 1.7)
         )
     print()
-    for goal, spoken_of, figure, wanted in goals:
-        missed = [f"{row.name} {figure(row):.2f}" for row in spoken_of if figure(row) < wanted]
+    for goal, concerned, figure, minimum in goals:
+        missed = [f"{row.name} {figure(row):.2f}" for row in concerned if figure(row) < minimum]
         print(f"{goal}: {'missed by ' + ', '.join(missed) if missed else 'met'}")
-    busy = [row.name for row in few if row.cached > 1 / 0.85]
-    if busy:
-        print(f"there the multiplications alone take longer than that bandwidth allows: {', '.join(busy)}")
+    compute_bound = [row.name for row in few if row.cached > 1 / 0.85]
+    if compute_bound:
+        print(f"the multiplications alone take longer than 85 % of the bandwidth: {', '.join(compute_bound)}")
 
 
 if __name__ == "__main__":

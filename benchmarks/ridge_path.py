@@ -1,18 +1,19 @@
-"""One eigendecomposition for all ridges, against one solve for each, and against Cholesky factors.
+"""Measure a ridge path from one eigendecomposition against separate solves and Cholesky factors.
 
-Claim: a path of 32 ridges x all layers x four ridge estimators (RMD, WRMD, WRMD uncentred, SafeRidge) at
-D = 4,096 is at least 50 times as fast as solving each system by itself with torch.linalg.solve.
+Claim: at D = 4,096, a ridge path is at least 50 times as fast as solving each system separately with
+torch.linalg.solve. The path has 32 ridges × all layers × four estimators (RMD, WRMD, uncentred WRMD,
+SafeRidge).
 
-Ours runs in full, with a layer on each core. The peers, in float64 by torch, at the faster of 1 or all
-threads:
+This project's path runs completely, with one layer per core. The peers run in float64 with torch, on
+one thread or all, whichever is faster.
   torch.linalg.solve   Gaussian elimination of each covariance;
-  Cholesky             of the same systems;
+  Cholesky             factors of the same systems;
   Cholesky, dual       the Gram matrix [n, n] of the n answered samples in place of the covariance [D, D];
   eigh                 the eigenvectors of the smaller of the two, from which all ridges are solved.
-Each forms a matrix once for all ridges: three a layer, since SafeRidge has that of WRMD. The peers run on
-one layer and matrix, the first two on a sample of the ridges, and are multiplied out. Memory is the growth
-of the process while ours runs (Linux). Data: N samples, 45 % refused, 45 % answered, 10 % neutral, the
-spread of the dimensions falling over three decades.
+Each peer forms a matrix once for all ridges: three per layer, since SafeRidge uses the matrix of WRMD. The
+peers run on one layer and matrix, the first two on a sample of the ridges; their times are extrapolated. The
+memory is the growth of the process during this project's path (Linux). Data: N samples, 45 % refused, 45 %
+answered, 10 % neutral; the standard deviations of the dimensions span three decades.
 
 Usage: python benchmarks/ridge_path.py [--small] [--repeats R]
 """
@@ -48,10 +49,11 @@ ESTIMATORS = [
     UncentredWeightedRidgeMeanDifference(),
     SafeRidge(),
 ]
-MATRICES = 3  # of a layer, for the four
+MATRICES = 3  # matrices per layer for the four estimators
 
 
 def make(n: int, n_layers: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return random activations [N, L, D], confidences [N] and kinds [N]."""
     rng = np.random.default_rng(0)
     confidence = np.repeat([1.0, -1.0, 0.0], [int(n * 0.45), int(n * 0.45), n - 2 * int(n * 0.45)])
     kinds = np.where(confidence > 0, np.where(rng.random(n) < 0.3, "harmful", "sensitive"), "benign")
@@ -67,13 +69,14 @@ def make(n: int, n_layers: int, width: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def by_elimination(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
-    """(matrix + shift I)⁻¹ right [R, D, K] for each of the `shifts` [R]. So do the next two."""
+    """Return (matrix + shift I)⁻¹ right, [R, D, K], for each of the `shifts` [R] by Gaussian elimination."""
     columns = torch.from_numpy(right)
-    # One a call: several at once, on several threads, hang or fail in torch 2.13 with MKL.
+    # Solve one system per call: batches on several threads hang or fail in torch 2.13 with MKL.
     return np.stack([torch.linalg.solve(m, columns).numpy() for m in shifted_by(matrix, shifts)])
 
 
 def by_cholesky(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
+    """Return the same by a Cholesky factor of each system."""
     columns = torch.from_numpy(right)
     factors = map(torch.linalg.cholesky, shifted_by(matrix, shifts))
     return np.stack([torch.cholesky_solve(columns, factor).numpy() for factor in factors])
@@ -88,18 +91,19 @@ def shifted_by(matrix: Float64, shifts: Float64) -> Iterator[torch.Tensor]:
 
 
 def by_eigenvectors(matrix: Float64, right: Float64, shifts: Float64) -> Float64:
-    values, vectors = (found.numpy() for found in torch.linalg.eigh(torch.from_numpy(matrix)))
+    """Return the same from one eigendecomposition."""
+    values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(matrix)))
     scaled = (vectors.T @ right) / (values[:, None] + shifts[:, None, None])
     return product(vectors, scaled)
 
 
 def product(a: Float64, b: Float64) -> Float64:
-    """A [M, D] times each of B [R, D, K], in one call: [R, M, K]."""
+    """Return A [M, D] times each matrix of B [R, D, K], as [R, M, K]."""
     return np.moveaxis(np.tensordot(a, b, (1, 1)), 1, 0)
 
 
 class Peer(NamedTuple):
-    """A way to solve (AᵀA + λI) x = b for samples A [n, D]: itself or its dual, so many ridges a call."""
+    """A way to solve (AᵀA + λI) x = b for samples A [n, D], or its dual, with `at_once` ridges per call."""
 
     solver: Callable[[Float64, Float64, Float64], Float64]
     at_once: int
@@ -109,7 +113,7 @@ class Peer(NamedTuple):
         return samples @ samples.T if self.dual else samples.T @ samples
 
     def directions(self, matrix: Float64, samples: Float64, right: Float64, ridges: Float64) -> Float64:
-        """Unit directions [R, D] for relative ridges; orthogonal to the second right-hand side, if any."""
+        """Return unit directions [R, D] for relative ridges, orthogonal to any second right-hand side."""
         shifts = ridges * matrix.trace() / samples.shape[1]
         if self.dual:
             inner = self.solver(matrix, samples @ right, shifts)
@@ -126,7 +130,7 @@ class Peer(NamedTuple):
 def system(
     estimator: str, rows: np.ndarray, confidence: np.ndarray, kinds: np.ndarray
 ) -> tuple[Float64, Float64]:
-    """The weighted, centred answered samples A [n, D] of one layer, and right-hand sides [D, K]."""
+    """Return the weighted, centred answered samples A [n, D] of one layer, and right-hand sides [D, K]."""
     refused, answered = confidence > 0.15, confidence < -0.15
     size = np.ones(len(rows)) if estimator == "rmd" else np.abs(confidence)
 
@@ -152,6 +156,7 @@ def system(
 
 
 def best(function: Callable[[], object], repeats: int) -> float:
+    """Return the shortest time in s."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -161,23 +166,23 @@ def best(function: Callable[[], object], repeats: int) -> float:
 
 
 def fastest(function: Callable[[], object], repeats: int) -> float:
-    """Seconds at the better of 1 or all threads."""
-    found = []
+    """Return the shortest time in s on one thread or on all."""
+    times = []
     for count in {1, usable_cores()}:
         torch.set_num_threads(count)
         with threadpool_limits(count):
-            found.append(best(function, repeats))
-    return min(found)
+            times.append(best(function, repeats))
+    return min(times)
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Bytes that this process grows by at most while the function runs."""
+    """Return the largest growth of this process in bytes while the function runs."""
 
     def memory(key: str) -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the peak
     before = memory("VmRSS")
     function()
     return memory("VmHWM") - before
@@ -200,7 +205,7 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
         )
 
     ours = best(lambda: fit(n_layers), repeats)
-    cores = f"ours, in full, {usable_cores()} cores:"
+    cores = f"ours, complete, {usable_cores()} cores:"
     print(f"{cores:<31}{ours:8.1f} s  ({ours / n_layers * 1e3:.0f} ms a layer)")
 
     peers = {
@@ -217,13 +222,13 @@ def compare(n: int, n_layers: int, width: int, repeats: int) -> None:
         difference = 0.0
         for estimator, path in zip(ESTIMATORS, paths, strict=True):
             samples, right = systems[estimator.name]()
-            found = peer.directions(peer.matrix(samples), samples, right, RIDGES[ends])
-            difference = max(difference, float(np.abs(found - path.directions[ends, 0]).max()))
+            directions = peer.directions(peer.matrix(samples), samples, right, RIDGES[ends])
+            difference = max(difference, float(np.abs(directions - path.directions[ends, 0]).max()))
         samples, right = systems["wrmd"]()
         matrix = peer.matrix(samples)
         form = fastest(partial(formed, peer, systems["wrmd"]), repeats)
-        some = RIDGES[: peer.at_once]
-        solve = fastest(partial(peer.directions, matrix, samples, right, some), repeats) / len(some)
+        ridges = RIDGES[: peer.at_once]
+        solve = fastest(partial(peer.directions, matrix, samples, right, ridges), repeats) / len(ridges)
         total = n_layers * MATRICES * (form + len(RIDGES) * solve)
         print(
             f"{name + ':':<31}{total:8.1f} s  = {total / ours:6.1f} x ours  (matrix "

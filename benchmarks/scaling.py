@@ -1,10 +1,10 @@
-"""How the cost of each stage grows, what large models will take, and how far off the plan of a run was.
+"""Measure how the cost of each stage grows, estimate large models, and compare plans with finished runs.
 
-Three tables. The growth of the stages with samples N, blocks L and width D: real runs on random models small
-enough for any machine, and the fit of random activations, beside the growth that `rs-export plan` reckons
-with. Its plan for large models, from their published configurations alone, at the stored speed of as many
-cores. With `--run`, the plan of a run's recipe, at the speed that is measured here, beside the seconds that
-the run's folder tells.
+Prints three tables. The first has the growth of the stages with samples N, layers L and width D, beside the
+growth that `rs-export plan` computes. It uses real runs on small random models and fits of random
+activations. The second is the plan for large models from their published configurations, at the stored speed
+of as many cores. With `--run`, the third compares the plan of a run's recipe, at the speed measured here,
+with the seconds in the run's folder.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from rs_gguf.records.conversation import KINDS, Prompt
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-BITS = 4.85  # a weight, in Q4_K_M
+BITS = 4.85  # bits per weight in Q4_K_M
 TOLERANCE = 0.3
 
-# From the configurations that were published with the weights.
+# Values of the configurations that were published with the weights.
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
 LARGE: dict[str, transformers.PretrainedConfig] = {
     "Qwen3-8B": transformers.Qwen3Config(
@@ -65,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, nargs="*", default=[], metavar="DIR", help="folders of runs")
+    parser.add_argument(
+        "--run", type=Path, nargs="*", default=[], metavar="DIR", help="folders of finished runs"
+    )
     options = parser.parse_args()
     for folder in options.run:
         compare(folder)
@@ -77,55 +79,57 @@ def main() -> None:
 
 
 def compare(folder: Path) -> None:
-    """Planned and real seconds of a run, stage by stage."""
-    ran = recipe.load(folder / "recipe.toml")
+    """Print the planned and the real seconds of a run, stage by stage."""
+    settings = recipe.load(folder / "recipe.toml")
     state = json.loads((folder / "state.json").read_text())
-    path, judge = model_file(ran), judge_of(ran)
-    speed = measure(ran, path, judge)
+    path, judge = model_file(settings), judge_of(settings)
+    speed = measure(settings, path, judge)
     print(
-        f"Milliseconds a token on {path.name}, {usable_cores()} cores: {speed.read * 1e3:.2f} read, "
-        f"{speed.begin * 1e3:.2f} of prompts that are answered, {speed.answer * 1e3:.2f} answered, "
+        f"Milliseconds per token on {path.name}, {usable_cores()} cores: {speed.read * 1e3:.2f} read, "
+        f"{speed.begin * 1e3:.2f} for prompts that are answered, {speed.answer * 1e3:.2f} answered, "
         f"{speed.judge * 1e3:.2f} judged; {speed.algebra / 1e9:.0f} GFLOP/s in the fit"
     )
-    found = plan(ran, model_dimensions(path), speed, judge)
+    estimate = plan(settings, model_dimensions(path), speed, judge)
     print(f"\n| {folder.name} | planned, s | real, s | planned / real | within 30 % |")
     print("| --- | --- | --- | --- | --- |")
-    real = {name: state[name]["seconds"] for name in found.stages if name in state}
-    told = {name: found.stages[name].seconds for name in real}
+    real = {name: state[name]["seconds"] for name in estimate.stages if name in state}
+    seconds = {name: estimate.stages[name].seconds for name in real}
     for name in real:
-        print(judged(name, told[name], real[name]))
-    print(judged("all", sum(told.values()), sum(real.values())), flush=True)
+        print(plan_row(name, seconds[name], real[name]))
+    print(plan_row("all", sum(seconds.values()), sum(real.values())), flush=True)
 
 
-def judged(name: str, planned: float, real: float) -> str:
+def plan_row(name: str, planned: float, real: float) -> str:
+    """Return a row: planned and real seconds, their ratio, and whether it is within `TOLERANCE`."""
     ratio = planned / real
-    verdict = "yes" if abs(ratio - 1) <= TOLERANCE else "**no**"
-    return f"| {name} | {planned:.1f} | {real:.1f} | {ratio:.2f} | {verdict} |"
+    within = "yes" if abs(ratio - 1) <= TOLERANCE else "**no**"
+    return f"| {name} | {planned:.1f} | {real:.1f} | {ratio:.2f} | {within} |"
 
 
 # ---- large models ------------------------------------------------------------------------------------
 
 
 def extrapolate() -> None:
+    """Print the plan of the default recipe for the default model and for large models."""
     default = recipe.load()
     judge = judge_of(default)
-    shapes = {"the default model": model_dimensions(model_file(default))}
-    shapes |= {name: of_config(config, BITS) for name, config in LARGE.items()}
-    plans = {name: planned(default, shape, judge) for name, shape in shapes.items()}
+    dimensions = {"the default model": model_dimensions(model_file(default))}
+    dimensions |= {name: of_config(config, BITS) for name, config in LARGE.items()}
+    plans = {name: planned(default, model, judge) for name, model in dimensions.items()}
     stages = list(plans["the default model"].stages)
     print(f"\n| model | weights | {' | '.join(stages)} | all | memory | disk |")
     print("| --- |" + " --- |" * (len(stages) + 4))
-    for name, shape in shapes.items():
-        found = plans[name]
-        times = " | ".join(hours(stage.seconds) for stage in found.stages.values())
-        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (found.memory, found.disk))
-        print(f"| {name} | {shape.weights / 1e9:.1f} GB | {times} | {hours(found.seconds)} | {sizes} |")
+    for name, model in dimensions.items():
+        estimate = plans[name]
+        times = " | ".join(hours(stage.seconds) for stage in estimate.stages.values())
+        sizes = " | ".join(f"{size / 1e9:.1f} GB" for size in (estimate.memory, estimate.disk))
+        print(f"| {name} | {model.weights / 1e9:.1f} GB | {times} | {hours(estimate.seconds)} | {sizes} |")
     print(end="", flush=True)
 
 
-def planned(chosen: recipe.Recipe, shape: ModelDimensions, judge: JudgeModel | None) -> Plan:
-    """At the stored speed of this machine's number of cores."""
-    return plan(chosen, shape, stored(chosen, shape, judge), judge)
+def planned(settings: recipe.Recipe, model: ModelDimensions, judge: JudgeModel | None) -> Plan:
+    """Return the plan at the stored speed for this machine's number of cores."""
+    return plan(settings, model, stored(settings, model, judge), judge)
 
 
 def hours(seconds: float) -> str:
@@ -137,42 +141,42 @@ def hours(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Size:
-    """Prompts of each kind, blocks and width."""
+    """Number of prompts of each kind, of layers, and the width."""
 
     per_kind: int
-    blocks: int
+    layers: int
     width: int
 
     def times(self, varied: str, step: int) -> Size:
-        """The same with one of the three `step` times as large."""
+        """Return the size with the field `varied` `step` times as large."""
         return replace(self, **{varied: step * getattr(self, varied)})
 
 
-LETTERS = {"per_kind": "N", "blocks": "L", "width": "D"}
+LETTERS = {"per_kind": "N", "layers": "L", "width": "D"}
 STEPS = (1, 2, 4)
 RUN, FIT = Size(32, 8, 256), Size(120, 16, 512)
-SMALLEST = Size(8, 1, 64)  # a fit whose time is that of its figures
+SMALLEST = Size(8, 1, 64)  # its fit takes only the constant time of the figures
 
 
 def growth() -> None:
-    """Seconds at 1, 2 and 4 times a size, and the exponent over that range, measured and planned."""
+    """Print the seconds at 1, 2 and 4 times a size, and the measured and planned exponent over that range."""
     print("\n| stage | grows with | at 1, 2 and 4 times | seconds | exponent | planned |")
     print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ran = cache(lambda size: seconds_of_run(size, folder))
-        fitted = cache(lambda size: seconds_of_fit(size, folder))
+        run_seconds = cache(lambda size: seconds_of_run(size, folder))
+        fit_seconds = cache(lambda size: seconds_of_fit(size, folder))
         for stage, start in (("answer", RUN), ("capture", RUN), ("fit", FIT)):
             for varied, letter in LETTERS.items():
                 sizes = [start.times(varied, step) for step in STEPS]
-                real = [fitted(size) if stage == "fit" else ran(size)[stage] for size in sizes]
-                reckoned = [seconds_planned(size)[stage] for size in sizes]
-                if stage == "fit":  # what grows of it
-                    real = [value - fitted(SMALLEST) for value in real]
-                    reckoned = [value - seconds_planned(SMALLEST)[stage] for value in reckoned]
+                real = [fit_seconds(size) if stage == "fit" else run_seconds(size)[stage] for size in sizes]
+                estimated = [seconds_planned(size)[stage] for size in sizes]
+                if stage == "fit":  # subtract the constant part
+                    real = [value - fit_seconds(SMALLEST) for value in real]
+                    estimated = [value - seconds_planned(SMALLEST)[stage] for value in estimated]
                 first = 3 * start.per_kind if letter == "N" else getattr(start, varied)
                 times = ", ".join(f"{value:.2f}" for value in real)
-                both = f"{exponent(real):.1f} | {exponent(reckoned):.1f}"
+                both = f"{exponent(real):.1f} | {exponent(estimated):.1f}"
                 print(f"| {stage} | {letter} | {first} | {times} | {both} |", flush=True)
 
 
@@ -186,59 +190,60 @@ def recipe_of(size: Size, model: str) -> recipe.Recipe:
 
 
 def seconds_of_run(size: Size, folder: Path) -> dict[str, float]:
-    """Seconds of each stage until the capture, on a random model."""
-    path = folder / f"{size.blocks}-{size.width}.gguf"
+    """Return the seconds of each stage up to `capture`, on a random model."""
+    path = folder / f"{size.layers}-{size.width}.gguf"
     if not path.exists():
-        write_tiny_qwen2(path, n_layer=size.blocks, n_embd=size.width)
+        write_tiny_qwen2(path, n_layer=size.layers, n_embd=size.width)
     out = folder / f"{size.per_kind}-{path.stem}"
     run(recipe_of(size, str(path)), out, until="capture")
     state = json.loads((out / "state.json").read_text())
-    return {stage: found["seconds"] for stage, found in state.items()}
+    return {stage: entry["seconds"] for stage, entry in state.items()}
 
 
 def seconds_of_fit(size: Size, folder: Path) -> float:
-    """Seconds of the fit stage on random activations in which the refused samples stand apart."""
+    """Return the seconds of the fit stage on random activations with shifted means of the classes."""
     rng = np.random.default_rng(0)
-    asked = [Prompt(f"{kind} {i}", kind) for kind in KINDS for i in range(size.per_kind)]
-    harmful = np.array([prompt.kind == "harmful" for prompt in asked])
-    sensitive = np.array([prompt.kind == "sensitive" for prompt in asked])
-    refused = harmful | (sensitive & (np.arange(len(asked)) % 2 == 0))
+    prompts = [Prompt(f"{kind} {i}", kind) for kind in KINDS for i in range(size.per_kind)]
+    harmful = np.array([prompt.kind == "harmful" for prompt in prompts])
+    sensitive = np.array([prompt.kind == "sensitive" for prompt in prompts])
+    refused = harmful | (sensitive & (np.arange(len(prompts)) % 2 == 0))
 
     def rows(width: int, n: int) -> Any:
-        return rng.standard_normal((n, size.blocks, width), dtype=np.float32)
+        return rng.standard_normal((n, size.layers, width), dtype=np.float32)
 
-    def told_apart(width: int) -> Any:
-        found = rows(width, len(asked))
-        for axis, kind in enumerate((refused, harmful, sensitive)):
-            found[kind, :, axis] += 3
-        return found
+    def separated(width: int) -> Any:
+        activations = rows(width, len(prompts))
+        for axis, mask in enumerate((refused, harmful, sensitive)):
+            activations[mask, :, axis] += 3
+        return activations
 
     inputs = {
         name: MatrixInputs(
-            told_apart(width), rows(width, len(asked)), rows(width, 3 * len(asked)), rows(width, 25)
+            separated(width), rows(width, len(prompts)), rows(width, 3 * len(prompts)), rows(width, 25)
         )
-        for name, width in writers(size).items()
+        for name, width in matrix_widths(size).items()
     }
-    samples = Samples(asked, told_apart(size.width), np.where(refused, 0.9, -0.9), inputs, folder)
+    samples = Samples(prompts, separated(size.width), np.where(refused, 0.9, -0.9), inputs, folder)
     start = time.perf_counter()
     fit(samples, recipe_of(size, "none").fit_options, folder / "fit", advance=lambda n: None)
     return time.perf_counter() - start
 
 
-def writers(size: Size) -> dict[str, int]:
-    """As in the random models."""
+def matrix_widths(size: Size) -> dict[str, int]:
+    """Return the input widths of the output matrices in the random models."""
     return {"attn_output": size.width, "ffn_down": 2 * size.width}
 
 
 def seconds_planned(size: Size) -> dict[str, float]:
-    block = 9 * size.width**2  # three matrices of the inner width 2D, two of D, two of D/2
-    shape = ModelDimensions(
-        n_layer=size.blocks, width=size.width, n_vocab=300, dense=size.blocks * block, experts=0, used=0.0,
-        head=300 * size.width, weights=4 * size.blocks * block, attention=size.blocks * size.width,
-        cache=size.blocks * size.width, output_matrices=writers(size),
+    """Return the planned seconds of each stage on a random model."""
+    layer = 9 * size.width**2  # weights: three matrices of the inner width 2D, two of D, two of D/2
+    model = ModelDimensions(
+        n_layer=size.layers, width=size.width, n_vocab=300, dense=size.layers * layer, experts=0, used=0.0,
+        head=300 * size.width, weights=4 * size.layers * layer, attention=size.layers * size.width,
+        cache=size.layers * size.width, output_matrices=matrix_widths(size),
     )  # fmt: skip
-    found = planned(recipe_of(size, "none"), shape, None)
-    return {name: stage.seconds for name, stage in found.stages.items()}
+    estimate = planned(recipe_of(size, "none"), model, None)
+    return {name: stage.seconds for name, stage in estimate.stages.items()}
 
 
 if __name__ == "__main__":

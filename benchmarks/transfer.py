@@ -1,10 +1,10 @@
-"""Does a gate open for subjects, forms and languages that it was not fitted on, and stay shut on such harm?
+"""Measure whether a gated adapter separates subjects, forms and languages that it was not fitted on.
 
-Reads the captured activations of a finished run. A fifth of the cells (subjects, then topics, forms and
-languages) is left out of all three classes at a time, the gate is fitted on the others, and its opening is
-read on what was left out: 1 is that of the mean sensitive prompt of the fit, the benign_target that of the mean
-benign one. Nothing is generated: this is the gate's linear answer, averaged over the blocks and matrices of
-the run's band. Prints Markdown.
+Reads the captured activations of a finished run. A fifth of the groups (subjects, then topics, forms and
+languages) is left out of all three classes at a time. The adapter is fitted on the other groups, and its gate
+activation is computed on those left out. The gate activation is 1 for the mean sensitive prompt of the fit
+and the benign target for the mean benign one. No text is generated. The gate activation is linear and
+averaged over the layers and matrices of the run's layer range. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from rs_gguf.pipeline.stages.fit import samples as samples_of
 from rs_gguf.records.metrics import RunRecord
 
 FOLDS = 5
-OPEN = 0.5
-SMALLEST = 5  # refused prompts of a cell that is shown by itself
-SHOWN = 6
+OPEN = 0.5  # a gate counts as open above this activation
+MIN_PROMPTS = 5  # refused prompts that a group needs for a row
+MAX_ROWS = 6
 
-Opening = NDArray[np.float64]
+GateActivation = NDArray[np.float64]
 
 
 def main() -> None:
@@ -44,96 +44,97 @@ def main() -> None:
         "run", type=Path, nargs="?", default=Path("out/demo"), help="folder of a finished run with an adapter"
     )
     options = parser.parse_args()
-    chosen = RunRecord.read(options.run / "metrics.json").files["adapter"]
+    adapter = RunRecord.read(options.run / "metrics.json").files["adapter"]
     samples = samples_of(open_run(recipes.load(options.run / "recipe.toml"), RunFolder(options.run)))
-    every, labels = [*samples.prompts, *samples.gate_only], samples.labels()
-    kinds = np.array([prompt.kind for prompt in every])
-    first, last = chosen.layers
-    inputs = {writer: of_band(rows, range(first, last + 1)) for writer, rows in samples.inputs.items()}
+    prompts, labels = [*samples.prompts, *samples.gate_only], samples.labels()
+    kinds = np.array([prompt.kind for prompt in prompts])
+    first, last = adapter.layers
+    inputs = {name: of_layers(rows, range(first, last + 1)) for name, rows in samples.inputs.items()}
     residuals = np.stack(
         [np.asarray(samples.activations[:, layer]) for layer in range(first, last + 1)], axis=1
     )
-    ridge, benign_target = chosen.ridge, chosen.benign_target
+    ridge, benign_target = adapter.ridge, adapter.benign_target
     print(
-        f"{len(every)} prompts, {len(residuals)} of them answered; blocks {first} to {last}, "
-        f"ridge {ridge:g}, benign_target {benign_target:g}.\n"
+        f"{len(prompts)} prompts, {len(residuals)} of them answered; layers {first} to {last}, "
+        f"ridge {ridge:g}, benign target {benign_target:g}.\n"
     )
-    found: dict[str, Opening] = {}
+    activations: dict[str, GateActivation] = {}
     with Progress(transient=True) as progress:
-        for cell in ("subject", "topic", "form", "language"):
-            task = progress.add_task(f"{cell}s left out", total=FOLDS)
-            opening = found[cell] = np.empty(len(every))
-            names = [getattr(prompt, cell) for prompt in every]
-            for kept, left_out in GroupKFold(FOLDS).split(every, groups=names):
-                of_kept = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
-                some = {writer: rows.of(kept) for writer, rows in inputs.items()}
-                gates = fit_gated_adapter(
-                    some, residuals[kept[kept < len(residuals)]], of_kept, ridges=[ridge]
+        for field in ("subject", "topic", "form", "language"):
+            task = progress.add_task(f"{field}s left out", total=FOLDS)
+            activation = activations[field] = np.empty(len(prompts))
+            names = [getattr(prompt, field) for prompt in prompts]
+            for kept, left_out in GroupKFold(FOLDS).split(prompts, groups=names):
+                kept_labels = Labels.of(labels.confidence[kept], kinds[kept], labels.groups[kept])
+                kept_inputs = {name: rows.of(kept) for name, rows in inputs.items()}
+                fit = fit_gated_adapter(
+                    kept_inputs, residuals[kept[kept < len(residuals)]], kept_labels, ridges=[ridge]
                 )
-                reads = {
-                    writer: gates.sensitive_gate[writer][0] + benign_target * gates.benign_gate[writer][0]
-                    for writer in some
+                gate_vectors = {
+                    name: fit.sensitive_gate[name][0] + benign_target * fit.benign_gate[name][0]
+                    for name in kept_inputs
                 }
-                opening[left_out] = openings(inputs, reads, left_out)
+                activation[left_out] = gate_activations(inputs, gate_vectors, left_out)
                 progress.advance(task)
-    print_summary(labels, found)
-    for cell, left_out, kind in (
+    print_summary(labels, activations)
+    for field, left_out, kind in (
         ("subject", "subject", "sensitive"), ("topic", "topic", "sensitive"), ("topic", "topic", "harmful"),
         ("form", "form", "sensitive"), ("form", "form", "harmful"),
         ("language", "language", "sensitive"), ("language", "language", "harmful"),
     ):  # fmt: skip
-        print(f"\nThe {kind} prompts that transfer worst, by {cell}, {left_out}s left out:\n")
-        print_worst(samples, found[left_out][: len(residuals)], cell, kind)
+        print(f"\nThe {kind} prompts that transfer worst, by {field}, {left_out}s left out:\n")
+        print_worst(samples, activations[left_out][: len(residuals)], field, kind)
 
 
-def of_band(rows: MatrixInputs, band: Sequence[int]) -> MatrixInputs:
-    """The inputs of these blocks alone, in memory."""
+def of_layers(rows: MatrixInputs, layers: Sequence[int]) -> MatrixInputs:
+    """Return the inputs of these layers only, in memory."""
 
-    def picked(part: Any) -> NDArray[Any]:
-        return np.stack([np.asarray(part[:, layer]) for layer in band], axis=1)
+    def subset(part: Any) -> NDArray[Any]:
+        return np.stack([np.asarray(part[:, layer]) for layer in layers], axis=1)
 
-    return MatrixInputs(**{name: picked(tokens) for name, tokens in vars(rows).items()})
+    return MatrixInputs(**{name: subset(tokens) for name, tokens in vars(rows).items()})
 
 
-def openings(
-    inputs: dict[str, MatrixInputs], reads: dict[str, NDArray[np.float64]], chosen: NDArray[np.intp]
-) -> Opening:
-    """Mean over blocks and matrices of what the reads [L, W] answer to the chosen samples."""
-    answers = [
-        inputs[writer].last_token[chosen, layer].astype(np.float64) @ read
-        for writer, rows in reads.items()
-        for layer, read in enumerate(rows)
+def gate_activations(
+    inputs: dict[str, MatrixInputs], gate_vectors: dict[str, NDArray[np.float64]], indices: NDArray[np.intp]
+) -> GateActivation:
+    """Return the mean activation of the gate vectors [L, W] on these samples, over layers and matrices."""
+    values = [
+        inputs[name].last_token[indices, layer].astype(np.float64) @ vector
+        for name, rows in gate_vectors.items()
+        for layer, vector in enumerate(rows)
     ]
-    return np.asarray(np.mean(answers, axis=0))
+    return np.asarray(np.mean(values, axis=0))
 
 
-def print_summary(labels: Labels, found: dict[str, Opening]) -> None:
-    """All prompts are samples of their kind; those that were not answered are never counted as refused."""
+def print_summary(labels: Labels, activations: dict[str, GateActivation]) -> None:
+    """Print AUROC and open gates by field. Gate-only prompts count for AUROC, but never as refused."""
     refused = labels.confidence > 0
-    some = ~labels.kind("benign")
+    not_benign = ~labels.kind("benign")
     print(
-        "| left out | AUROC, sensitive against harmful | refused sensitive opened | refused harmful opened |"
+        "| left out | AUROC, sensitive against harmful | gate open, refused sensitive "
+        "| gate open, refused harmful |"
     )
     print("| --- | --- | --- | --- |")
-    for cell, opening in found.items():
-        auroc = roc_auc_score(labels.kind("sensitive")[some], opening[some])
-        opened = [opening[refused & labels.kind(kind)] > OPEN for kind in ("sensitive", "harmful")]
-        shares = " | ".join(f"{share.mean():.0%} of {len(share)}" for share in opened)
-        print(f"| {cell}s | {auroc:.3f} | {shares} |")
+    for field, activation in activations.items():
+        auroc = roc_auc_score(labels.kind("sensitive")[not_benign], activation[not_benign])
+        is_open = [activation[refused & labels.kind(kind)] > OPEN for kind in ("sensitive", "harmful")]
+        shares = " | ".join(f"{share.mean():.0%} of {len(share)}" for share in is_open)
+        print(f"| {field}s | {auroc:.3f} | {shares} |")
 
 
-def print_worst(samples: Samples, opening: Opening, cell: str, kind: str) -> None:
-    """Cells whose refused prompts open least, or of harm most."""
+def print_worst(samples: Samples, activation: GateActivation, field: str, kind: str) -> None:
+    """Print the groups with the lowest gate activation of refused prompts; for harmful ones, the highest."""
     of_kind = np.array([k == kind for k in samples.kinds]) & (samples.confidence > 0)
-    names = np.array([getattr(prompt, cell) for prompt in samples.prompts])
+    names = np.array([getattr(prompt, field) for prompt in samples.prompts])
     rows = []
     for name in sorted({str(name) for name in names[of_kind]}):
-        inside = opening[of_kind & (names == name)]
-        if len(inside) >= SMALLEST:
-            rows.append((float(inside.mean()), name, inside))
-    print(f"| {cell} | refused | mean opening | opened |\n| --- | --- | --- | --- |")
-    for mean, name, inside in sorted(rows, reverse=kind == "harmful")[:SHOWN]:
-        print(f"| {name} | {len(inside)} | {mean:.2f} | {(inside > OPEN).mean():.0%} |")
+        group = activation[of_kind & (names == name)]
+        if len(group) >= MIN_PROMPTS:
+            rows.append((float(group.mean()), name, group))
+    print(f"| {field} | refused | mean gate activation | gate open |\n| --- | --- | --- | --- |")
+    for mean, name, group in sorted(rows, reverse=kind == "harmful")[:MAX_ROWS]:
+        print(f"| {name} | {len(group)} | {mean:.2f} | {(group > OPEN).mean():.0%} |")
 
 
 if __name__ == "__main__":

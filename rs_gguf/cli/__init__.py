@@ -1,1 +1,1 @@
-"""The command `rs-export`."""
+"""The command line: `rs-export`."""

@@ -1,4 +1,8 @@
-"""The `rs-export eval` command: before and after, side by side."""
+"""Define the `rs-export eval` command: measure a model unsteered and steered, side by side.
+
+In: a model, steering files, prompt files and a judge. Out: tables on stdout and, with --json, all figures and
+answers in a file.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rs_gguf.cli.files import path_and_scale
 from rs_gguf.errors import InputError, escape_control_chars
 
 if TYPE_CHECKING:
@@ -30,26 +33,43 @@ Parts = list[tuple[Path, float]]
               help="GGUF file, catalogue name, owner/name/file.gguf, or llama-servers: "
                    "http://host:port,…")  # fmt: skip
 @click.option(
-    "--control-vector", "vectors", multiple=True, metavar="F[:SCALE]", help="Repeatable; they add up."
+    "--control-vector",
+    "vectors",
+    multiple=True,
+    metavar="F[:SCALE]",
+    help="GGUF control vector and its scale, 1 by default. Repeatable; vectors add up.",
 )
 @click.option("--layer-range", nargs=2, type=int, metavar="A B",
-              help="Blocks that the vectors steer, both included.")  # fmt: skip
-@click.option("--lora", "adapters", multiple=True, metavar="F[:SCALE]", help="GGUF LoRA adapter. Repeatable.")
+              help="First and last layer that the vectors steer, both included; by default all.")  # fmt: skip
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    metavar="F[:SCALE]",
+    help="GGUF LoRA adapter and its scale, 1 by default. Repeatable.",
+)
 @click.option("--scales", metavar="S,S,...",
-              help="Factors that multiply all scales, such as 0,0.25,...,2: factor and response.")  # fmt: skip
-@click.option("--system-prompt", metavar="T", help="Used on both sides.")
+              help="Scale factors to sweep, such as 0,0.25,...,2; each multiplies every scale. "
+                   "Prints one row per factor.")  # fmt: skip
+@click.option(
+    "--system-prompt", metavar="T", help="System prompt for both the unsteered and the steered model."
+)
 @click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
-@click.option("--judge", metavar="J", help="Who grades, named as for `rs-export judge --judge`.")
-@click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
-              help="Of answers; 0 is greedy.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
-              help="Of every draw.")  # fmt: skip
+@click.option("--judge", metavar="J", help="Judge of the answers, named as for `rs-export judge --judge`.")
 @click.option(
-    "--capability", is_flag=True, help="Also solve the embedded tasks with exact answers, on both sides."
+    "--tokens", default=128, show_default=True, type=click.IntRange(1), help="Maximum tokens of an answer."
 )
-@click.option("--json", "output", type=_FILE, metavar="OUT", help="Also write everything here, answers too.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
+              help="Sampling temperature for answers; 0 is greedy decoding.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
+              help="Random seed for sampling.")  # fmt: skip
+@click.option(
+    "--capability",
+    is_flag=True,
+    help="Also solve the embedded tasks with exact answers, unsteered and steered.",
+)
+@click.option("--json", "output", type=_FILE, metavar="OUT", help="File for all figures and answers as JSON.")
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int,
@@ -57,11 +77,11 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
-    Refusals, broken answers, drift, capability and speed, side by side and with intervals.
+    Prints refusals, degenerate answers, drift, capability and speed side by side, with 95% intervals.
     """
     from rich.console import Console
 
-    from rs_gguf.cli.tables import print_comparison, print_doses
+    from rs_gguf.cli.tables import print_comparison, print_scale_sweep
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
     from rs_gguf.evaluation import capability as capabilities
@@ -73,115 +93,124 @@ def evaluate(
     if output is not None:
         check_writable(output)
     if not math.isfinite(temperature):
-        raise InputError(f"--temperature {temperature}: a finite number is needed.")
-    parts, added = _parts(vectors), _parts(adapters)
+        raise InputError(f"--temperature {temperature}: give a finite number of at least 0.")
+    vector_parts, adapter_parts = _parts(vectors), _parts(adapters)
     factors = [1.0] if scales is None else parse_scales(scales)
-    if not (parts or added):
+    if not (vector_parts or adapter_parts):
         if scales is not None:
             raise InputError(
-                "--scales multiplies the scales of --control-vector or --lora, and neither is given."
+                "--scales multiplies the scales of --control-vector or --lora; give at least one of them."
             )
-        click.echo("Nothing is steered: both sides are the model as it is.", err=True)
+        click.echo("No steering file is given: both columns show the unsteered model.", err=True)
         factors = [0.0]
     sets = _sets(files)
     tasks, left_out = capabilities.runnable(tokens) if capability else ([], "")
     if left_out:
-        click.echo(f"The tasks that run code are left out: {left_out}.", err=True)
+        click.echo(f"Tasks that run code are left out: {left_out}.", err=True)
     progress = TerminalProgress(Console(stderr=True))
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        respondent, name, loaded = stack.enter_context(
-            _respondent(model, parts, layer_range, added, progress)
+        source, name, loaded = stack.enter_context(
+            _answer_source(model, vector_parts, layer_range, adapter_parts, progress)
         )
-        grader = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
+        judge_model = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
         total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(factor != 0 for factor in factors))
         advance = stack.enter_context(progress.stage("measure", total))
-        found = compare(
-            respondent, grader, sets,
+        results = compare(
+            source, judge_model, sets,
             Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)),
             factors=factors, tasks=tasks, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
-            "adapters": list(adapters), "system_prompt": system_prompt, "judge": grader.name,
+            "adapters": list(adapters), "system_prompt": system_prompt, "judge": judge_model.name,
             "tokens": tokens, "temperature": temperature, "seed": seed,
         }  # fmt: skip
     console = Console()
     if scales is None:
-        print_comparison(console, found[0], tokens)
+        print_comparison(console, results[0], tokens)
     else:
-        print_doses(console, found)
+        print_scale_sweep(console, results)
     console.print(f"Judge: {escape_control_chars(facts['judge'])}.", markup=False, highlight=False)
-    if output is not None:  # last: should it fail, the tables were told
-        write_json(output, {**facts, **found[0]} if scales is None else {**facts, "sweep": found})
+    if output is not None:  # written last, so that the tables are printed even if writing fails
+        write_json(output, {**facts, **results[0]} if scales is None else {**facts, "sweep": results})
 
 
-# ---- what is asked for -------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------
 
 
 def _parts(arguments: Sequence[str]) -> Parts:
+    """Return path and scale of each argument. Raise `InputError` for a scale that is not finite."""
+    from rs_gguf.steering.file import path_and_scale
+
     parts = [path_and_scale(argument) for argument in arguments]
     for argument, (_, scale) in zip(arguments, parts, strict=True):
         if not math.isfinite(scale):
-            raise InputError(f"{argument!r}: the scale must be a finite number.")
+            raise InputError(f"{argument!r}: the scale is not finite; give a finite number.")
     return parts
 
 
 def parse_scales(text: str) -> list[float]:
-    """The factors in `0,0.5,1` or `0,0.25,...,2`: `...` goes on in steps of the two numbers before it."""
+    """Return the factors in `0,0.5,1` or `0,0.25,...,2`, where `...` repeats the step before it.
+
+    Equal factors are kept once. Raise `InputError` for anything else, and for more than 100 factors.
+    """
     factors: list[float] = []
     fields = [field.strip() for field in text.split(",")]
     for k, field in enumerate(fields):
         if field in ("...", "…"):
             if len(factors) < 2 or k + 1 == len(fields):
-                raise InputError(f"--scales {text!r}: two numbers must stand before '...', and one after it.")
+                raise InputError(f"--scales {text!r}: give two numbers before '...' and one after it.")
             continue
         try:
             value = float(field)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise InputError(f"--scales {text!r}: {field!r} is no finite number.")
+            raise InputError(f"--scales {text!r}: {field!r} is not a finite number; give one.")
         if k and fields[k - 1] in ("...", "…"):
             step = factors[-1] - factors[-2]
             ratio = (value - factors[-1]) / step if step else 0.0
             count = round(ratio) if math.isfinite(ratio) else 0
             if count > _MOST_SCALES:
-                raise InputError(f"--scales {text!r}: {count} steps; {_MOST_SCALES} factors are the most.")
+                raise InputError(
+                    f"--scales {text!r}: {count} steps; at most {_MOST_SCALES} factors are accepted."
+                )
             if count < 1 or abs(factors[-1] + count * step - value) > 1e-6:
                 raise InputError(
-                    f"--scales {text!r}: steps of {step:g} do not lead from {factors[-1]:g} to {value:g}."
+                    f"--scales {text!r}: steps of {step:g} do not lead from {factors[-1]:g} to {value:g}. "
+                    "Give a last number that they reach."
                 )
             factors += [round(factors[-1] + i * step, 9) for i in range(1, count)]
         factors.append(value)
     if len(factors) > _MOST_SCALES:
-        raise InputError(f"--scales {text!r}: {len(factors)} factors; {_MOST_SCALES} are the most.")
+        raise InputError(f"--scales {text!r}: {len(factors)} factors; at most {_MOST_SCALES} are accepted.")
     return list(dict.fromkeys(factors))
 
 
 def _sets(files: Sequence[Path]) -> dict[str, list[Prompt]]:
-    """The prompts of each file, under its name without the ending, or its path where names are alike."""
+    """Return the prompts of each file by its stem, or by its path if several files have the same stem."""
     from rs_gguf.prompts.user_files import load
 
     stems = Counter(path.stem for path in files)
-    # The kind is not known for a stranger's file, and nothing here depends on it.
+    # The kind of a user's prompts is unknown. "sensitive" is a placeholder: no figure depends on it.
     return {path.stem if stems[path.stem] == 1 else str(path): load(path, "sensitive") for path in files}
 
 
 @contextlib.contextmanager
-def _respondent(
+def _answer_source(
     model: str,
-    parts: Parts,
+    vectors: Parts,
     layer_range: tuple[int, int] | None,
     adapters: Parts,
     progress: TerminalProgress,
 ) -> Iterator[tuple[AnswerSource, str, Engine | None]]:
-    """What answers, its name, and the model where it is loaded here."""
+    """Yield the source of answers, its name, and the model if this process loads it, else None."""
     if model.startswith(("http://", "https://")):
-        if parts or layer_range:
+        if vectors or layer_range:
             raise InputError(
-                "a running server keeps the control vectors that it was started with. Give --model the GGUF "
-                "file, or steer the server by --lora."
+                "a running server keeps the control vectors that it was started with. Give the GGUF file as "
+                "--model, or steer the server with --lora."
             )
         from rs_gguf.engines.server.llama_server import LlamaServer
 
@@ -191,13 +220,14 @@ def _respondent(
     from rs_gguf.evaluation.condition import SteeredModel
     from rs_gguf.models import resolve as models
 
-    steering = _steering(parts, layer_range, adapters)
+    steering = _steering(vectors, layer_range, adapters)
     path = models.resolve_gguf(model, progress=progress.download)
     with open_engine(path) as loaded:
         yield SteeredModel(loaded, steering), str(path), loaded
 
 
-def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
+def _steering(vectors: Parts, layer_range: tuple[int, int] | None, adapters: Parts) -> Steering:
+    """Return the steering by all files. Raise `InputError` for a file of another kind or an empty range."""
     from rs_gguf.engines.engine import Steering
     from rs_gguf.steering.file import kind_of
     from rs_gguf.steering.lora import LoraAdapter
@@ -205,15 +235,20 @@ def _steering(parts: Parts, layer_range: tuple[int, int] | None, adapters: Parts
     from rs_gguf.steering.vector_file import read
 
     total = (
-        SteeringVector.combined([(read(path), scale) for path, scale in parts]).directions if parts else {}
+        SteeringVector.combined([(read(path), scale) for path, scale in vectors]).directions
+        if vectors
+        else {}
     )
     directions = dict(total)
     if layer_range:
         first, last = layer_range
         directions = {layer: row for layer, row in total.items() if first <= layer <= last}
         if not directions:
-            raise InputError(f"--layer-range {first} {last}: no vector has a direction in there.")
+            raise InputError(
+                f"--layer-range {first} {last}: no vector has a direction in this range. "
+                f"The vectors steer layers {sorted(total)}."
+            )
     for path, _ in adapters:
         if kind_of(path) is not LoraAdapter:
-            raise InputError(f"{path} is no LoRA adapter. A control vector is given by --control-vector.")
+            raise InputError(f"{path} is not a LoRA adapter. Give a control vector with --control-vector.")
     return Steering(directions, adapters)

@@ -1,4 +1,7 @@
-"""The `rs-export` commands on files of control vectors and adapters: check, inspect, convert, combine."""
+"""Define the `rs-export` commands for files of vectors and adapters: check, inspect, convert, combine.
+
+In: paths of files and options. Out: text or JSON on stdout, or a new file.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ _FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--model", metavar="M", help="Also run it on this model and prove its effect.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="Model (GGUF file or catalogue name): also run FILE on it and check its effect.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def check(file: Path, model: str | None, as_json: bool) -> None:
-    """Say whether llama.cpp will use FILE as it was meant.
+    """Check whether llama.cpp will use FILE as intended.
 
-    Every reason why not is listed. Exit code 1 when it will not.
+    Lists every reason why not. Exit code 1 if it will not.
     """
     from rs_gguf.models import resolve as models
     from rs_gguf.steering import file as steering_file
@@ -45,41 +52,45 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
             click.echo(f"warning: {reason}")
         if report.loader_says:
             click.echo(f"llama.cpp would log: {report.loader_says}")
-        if report.found is not None and report.effect is not None and report.effect.effect_observed:
-            seen = f"{report.found.moves} (largest relative error {report.effect.largest_relative_error:.1e})"
-            if math.isnan(report.effect.largest_relative_error):
-                seen = "next tokens change; the residual cannot be seen by itself in this model"
-            click.echo(f"effect observed on the model: {seen}")
+        if report.content is not None and report.effect is not None and report.effect.effect_observed:
+            error = report.effect.largest_relative_error
+            observation = f"{report.content.intended_effect} (largest relative error {error:.1e})"
+            if math.isnan(error):  # no layer or matrix could be checked
+                observation = (
+                    "next tokens change; the residual stream of this model cannot be read separately"
+                )
+            click.echo(f"effect observed on the model: {observation}")
         if report.effect is not None and report.effect.kl_mean is not None:
-            click.echo(f"next-token KL, steered against unsteered: {report.effect.kl_mean:.4f} nats")
+            click.echo(f"next-token KL divergence, steered from unsteered: {report.effect.kl_mean:.4f} nats")
         click.echo(f"{file}: {'valid' if report.valid else 'not valid'}")
     sys.exit(0 if report.valid else 1)
 
 
-def _finite(proof: dict[str, Any]) -> dict[str, Any]:
-    """A proof without the NaN and infinities that JSON does not have: null stands for them."""
-    errors = proof["relative_error"]
-    return {**proof, "relative_error": {k: finite(e) for k, e in errors.items()}}
+def _finite(effect: dict[str, Any]) -> dict[str, Any]:
+    """Return an effect check with null in place of NaN and infinite errors, which JSON does not have."""
+    errors = effect["relative_error"]
+    return {**effect, "relative_error": {part: finite(error) for part, error in errors.items()}}
 
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--against", type=_FILE, help="Also show the cosine to what this file adds.")
+@click.option("--against", type=_FILE, help="Second file: also show the cosine between the changes of both.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def inspect(file: Path, against: Path | None, as_json: bool) -> None:
-    """Show what is in FILE.
+    """Show the content of FILE.
 
-    Blocks, matrices, norms, provenance, calibration, metrics.
+    Layers, matrices, norms, provenance, calibration, metrics.
     """
     from rs_gguf.steering.file import read_alike
 
-    found, *others = read_alike([file] if against is None else [file, against])
+    content, *others = read_alike([file] if against is None else [file, against])
     value: dict[str, Any] = {
-        "file": str(file), **found.contents, "norms": {str(part): norm for part, norm in found.norms.items()},
-        "provenance": dict(found.provenance),
+        "file": str(file), **content.contents,
+        "norms": {str(part): norm for part, norm in content.norms.items()},
+        "provenance": dict(content.provenance),
     }  # fmt: skip
     for other in others:
-        value["cosine"] = {str(part): cosine for part, cosine in found.cosines(other).items()}
+        value["cosine"] = {str(part): cosine for part, cosine in content.cosines(other).items()}
     if as_json:
         click.echo(json.dumps(value, indent=2))
         return
@@ -88,7 +99,7 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     from rich.text import Text
 
     console = Console()
-    # Hashes are for comparing: whole, however narrow the terminal.
+    # Fold long values: people compare hashes, so a narrow terminal must not cut them.
     facts = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
     for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
         if name in value:
@@ -96,24 +107,25 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     for name, entry in value["provenance"].items():
         facts.add_row(Text(name), Text(escape_control_chars(entry)))
     console.print(facts)
-    table = Table(found.part, "norm")
+    table = Table(content.part, "norm")
     if against is not None:
         table.add_column("cosine")
     for name, norm in value["norms"].items():
         cosine = value.get("cosine", {}).get(name)
-        extra = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
-        table.add_row(name, f"{norm:.4g}", *extra)
+        # Without a cosine, only one of the two files changes this part.
+        cosines = [] if against is None else ["" if cosine is None else f"{cosine:+.3f}"]
+        table.add_row(name, f"{norm:.4g}", *cosines)
     console.print(table)
 
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--from", "from_format", type=click.Choice(list(FORMATS)), help="Who wrote the vector.")
-@click.option("--to", "to_format", type=click.Choice(("peft",)), help="For whom to write an adapter.")
-@click.option("--output", required=True, type=_FILE, help="A file; with --to peft, a folder.")
-@click.option("--base", type=int, help="Number that FILE gives to block 0, in place of its format's own.")
-@click.option("--architecture", metavar="NAME", help="With --from: the model family, such as qwen2.")
-@click.option("--model", metavar="M", help="With --to: the model, whose modules the adapter names.")
+@click.option("--from", "from_format", type=click.Choice(list(FORMATS)), help="Tool that wrote the vector.")
+@click.option("--to", "to_format", type=click.Choice(("peft",)), help="Tool to write the adapter for.")
+@click.option("--output", required=True, type=_FILE, help="File to write; with --to peft, a folder.")
+@click.option("--base", type=int, help="Number that FILE gives to layer 0; by default, the format's number.")
+@click.option("--architecture", metavar="NAME", help="With --from: model family, such as qwen2.")
+@click.option("--model", metavar="M", help="With --to: model of FILE, which supplies the module names.")
 def convert(
     file: Path,
     from_format: str | None,
@@ -123,16 +135,16 @@ def convert(
     architecture: str | None,
     model: str | None,
 ) -> None:
-    """Turn another tool's vector into ours, or our adapter for it.
+    """Convert a vector from another tool, or an adapter for one.
 
-    --from: a vector that llama.cpp loads at the right layer. --to: an adapter for another tool.
+    --from writes a vector that llama.cpp adds at the right layer. --to writes an adapter for another tool.
     """
     if (from_format is None) == (to_format is None):
-        raise InputError("Give either --from (another tool's vector) or --to (our adapter for another tool).")
+        raise InputError("give either --from (another tool's vector) or --to (our adapter for another tool).")
     if to_format is not None:
         if model is None or base is not None or architecture is not None:
             raise InputError(
-                f"--to {to_format} needs --model, the model that FILE is for, and takes neither --base nor "
+                f"--to {to_format} needs --model, the model of FILE, and accepts neither --base nor "
                 "--architecture."
             )
         from rs_gguf.steering import lora_file
@@ -142,8 +154,7 @@ def convert(
     else:
         if model is not None:
             raise InputError(
-                "--model goes with --to; another tool's vector is converted without a model. --architecture "
-                "says which family it is for."
+                "--model is accepted only with --to. With --from, name the model family with --architecture."
             )
         from rs_gguf.steering.formats.vectors import convert as convert_file
         from rs_gguf.steering.vector_file import write
@@ -157,23 +168,15 @@ def convert(
 
 @click.command()
 @click.argument("parts", nargs=-1, required=True, metavar="A.gguf[:W]...")
-@click.option("--output", required=True, type=_FILE, help="The file to write.")
+@click.option("--output", required=True, type=_FILE, help="File to write.")
 def combine(parts: tuple[str, ...], output: Path) -> None:
-    """Weighted sum of vectors, or of adapters."""
-    from rs_gguf.steering.file import read_alike, write
+    """Write the weighted sum of vectors, or of adapters.
+
+    W is the weight of a file, 1 by default.
+    """
+    from rs_gguf.steering.file import path_and_scale, read_alike, write
 
     files, weights = zip(*map(path_and_scale, parts), strict=True)
-    found = read_alike(files)
-    write(found[0].combined(list(zip(found, weights, strict=True))), output)
+    contents = read_alike(files)
+    write(contents[0].combined(list(zip(contents, weights, strict=True))), output)
     click.echo(output)
-
-
-def path_and_scale(argument: str) -> tuple[Path, float]:
-    """`PATH` or `PATH:SCALE`, as llama.cpp writes it. A file whose whole name has a colon wins."""
-    path, colon, scale = argument.rpartition(":")
-    if not colon or Path(argument).exists():
-        return Path(argument), 1.0
-    try:
-        return Path(path), float(scale)
-    except ValueError as error:
-        raise InputError(f"{argument!r}: expected PATH or PATH:SCALE, with a number as SCALE.") from error

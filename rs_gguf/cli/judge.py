@@ -1,4 +1,8 @@
-"""The `rs-export judge` command: rows in, graded rows out, in order and as they are ready."""
+"""Define the `rs-export judge` command.
+
+In: JSON lines with prompt and answer. Out: the same rows with the judgements, in order, each as soon as it is
+ready.
+"""
 
 from __future__ import annotations
 
@@ -17,41 +21,49 @@ from rs_gguf.errors import InputError, escape_control_chars
 if TYPE_CHECKING:
     from rs_gguf.judges.judge import Judge
 
-_ENCODING = "utf-8-sig"  # files from Windows begin with a mark
-_AT_ONCE = 128  # rows a judge gets together: what its examples share is read once for them
+_ENCODING = "utf-8-sig"  # files from Windows may begin with a byte-order mark
+_BATCH = 128  # rows that a judge gets together, so that it reads the text that they share once
 
 
 @click.command("judge")
 @click.option(
-    "--input", "source", default="-", metavar="F.jsonl", help="Rows with prompt and answer; - is stdin."
+    "--input",
+    "source",
+    default="-",
+    metavar="F.jsonl",
+    help="File of rows with prompt and answer; - is stdin.",
 )
-@click.option("--output", "target", default="-", metavar="G.jsonl", help="- is stdout.")
+@click.option(
+    "--output", "target", default="-", metavar="G.jsonl", help="File for the judged rows; - is stdout."
+)
 @click.option(
     "--judge", "spec", metavar="J",
-    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; by default the embedded.",
+    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; "
+         "by default the embedded judge.",
 )  # fmt: skip
-@click.option("--no-cache", is_flag=True, help="Neither take judgements from the cache nor keep them there.")
+@click.option("--no-cache", is_flag=True, help="Do not read or write the cache of judgements.")
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1),
-              help="Requests to an endpoint under way at once.")  # fmt: skip
+              help="Concurrent requests to an endpoint.")  # fmt: skip
 @click.option("--per-minute", type=click.FloatRange(0, min_open=True), metavar="N",
-              help="Most requests to an endpoint in a minute.")  # fmt: skip
+              help="Maximum requests to an endpoint per minute.")  # fmt: skip
 @click.option("--price", nargs=2, type=click.FloatRange(0), default=(0.0, 0.0), metavar="IN OUT",
-              help="Price of a million prompt and a million answered tokens, to tell the cost.")  # fmt: skip
-@click.option("--show-rubric", is_flag=True, help="Print the rubric and stop.")
+              help="Price of a million prompt tokens and of a million answer tokens; prints "
+                   "the cost.")  # fmt: skip
+@click.option("--show-rubric", is_flag=True, help="Print the rubric and exit.")
 @click.option(
-    "--agreement", is_flag=True, help="Print how the judge agrees with the labelled test pairs, and stop."
+    "--agreement", is_flag=True, help="Print the judge's agreement with the labelled test pairs and exit."
 )
 @click.option("--pairs", "sample", type=click.IntRange(20), metavar="N",
-              help="With --agreement: only N of the test pairs, evenly spaced.")  # fmt: skip
+              help="With --agreement: use only N of the test pairs, evenly spaced.")  # fmt: skip
 def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
     price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
 ) -> None:  # fmt: skip
-    """Grade answers: refusal, answer or unclear.
+    """Judge answers: refusal, answer or unclear.
 
     Adds confidence (−1 … 1), verdict, mode and category to each row, in order.
 
-    An endpoint's key is read from RS_GGUF_API_KEY. Judgements are cached by what was judged and by whom.
+    The key of an endpoint is read from RS_GGUF_API_KEY. Judgements are cached by judge, prompt and answer.
     """
     from rich.console import Console
 
@@ -65,62 +77,65 @@ def judge(
         click.echo(json.dumps(rubric(), indent=2))
         return
     if sample is not None and not agreement:
-        raise InputError("--pairs chooses among the labelled test pairs: give --agreement with it.")
+        raise InputError("--pairs selects labelled test pairs and is accepted only with --agreement.")
     options = judges.EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
     rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
     progress = TerminalProgress(Console(stderr=True))
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
-        grader = stack.enter_context(
+        judge_model = stack.enter_context(
             judges.open_judge_spec(spec, cached=not no_cache, options=options, progress=progress.download)
         )
-        click.echo(f"Judge: {escape_control_chars(grader.name)}", err=True)
+        click.echo(f"Judge: {escape_control_chars(judge_model.name)}", err=True)
         if agreement:
             pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
             count = min(sample or len(pairs), len(pairs))
             pairs = [pairs[k * len(pairs) // count] for k in range(count)]
-            found = {"labels": calibration.label_agreement(), **calibration.agreement(grader, pairs)}
-            click.echo(json.dumps(found, indent=2))
+            figures = {"labels": calibration.label_agreement(), **calibration.agreement(judge_model, pairs)}
+            click.echo(json.dumps(figures, indent=2))
             return
         counts: Counter[str] = Counter()
-        graded = _lines(rows, grader, counts)
+        judged = _lines(rows, judge_model, counts)
         if target == "-":
-            for line in graded:
+            for line in judged:
                 click.echo(line, nl=False)
         else:
-            write_atomic(Path(target), lambda file: file.writelines(graded))
-        _tell(counts, grader)
+            write_atomic(Path(target), lambda file: file.writelines(judged))
+        _print_summary(counts, judge_model)
 
 
-def _lines(rows: Iterator[Mapping[str, Any]], grader: Judge, counts: Counter[str]) -> Iterator[bytes]:
-    """Graded rows as JSON lines, each as soon as it and all before it are judged."""
+def _lines(rows: Iterator[Mapping[str, Any]], judge_model: Judge, counts: Counter[str]) -> Iterator[bytes]:
+    """Yield judged rows as JSON lines, each as soon as it and all rows before it are judged.
+
+    Count the verdicts in `counts`.
+    """
     from rs_gguf.records.conversation import Judgement
 
-    while some := list(itertools.islice(rows, _AT_ONCE)):
-        pairs = [(row["prompt"], _to_judge(row)) for row in some]
+    while batch := list(itertools.islice(rows, _BATCH)):
+        pairs = [(row["prompt"], _to_judge(row)) for row in batch]
         ready: dict[int, Judgement] = {}
-        place = 0
-        for i, judgement in grader.judge(pairs):
+        next_row = 0
+        for i, judgement in judge_model.judge(pairs):
             ready[i] = judgement
-            while place in ready:
-                found = ready.pop(place)
-                counts["unjudged" if found.confidence is None else found.verdict] += 1
-                graded = {
-                    **some[place],
-                    "confidence": found.confidence,
-                    "verdict": found.verdict,
-                    "mode": found.mode,
-                    "category": found.category,
+            while next_row in ready:
+                current = ready.pop(next_row)
+                counts["unjudged" if current.confidence is None else current.verdict] += 1
+                judged = {
+                    **batch[next_row],
+                    "confidence": current.confidence,
+                    "verdict": current.verdict,
+                    "mode": current.mode,
+                    "category": current.category,
                 }
-                # Half of a surrogate pair, which JSON can spell and UTF-8 cannot, is spelt as it came.
-                yield (json.dumps(graded, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-                place += 1
+                # JSON can hold half of a surrogate pair, but UTF-8 cannot; the escape keeps it as it came.
+                yield (json.dumps(judged, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+                next_row += 1
 
 
 def _to_judge(row: Mapping[str, Any]) -> str | None:
-    """The answer without its trace, None where that was cut off.
+    """Return the answer without its thinking trace; None if it was truncated within the trace.
 
-    Rows may tell so themselves, as `finished`; of others one that is a trace alone was.
+    A row may state this with `finished`. A row without `finished` counts as truncated if it is only a trace.
     """
     from rs_gguf.prompts.trace import final_answer
 
@@ -129,20 +144,24 @@ def _to_judge(row: Mapping[str, Any]) -> str | None:
     return final_answer(row["answer"], finished=row.get("finished") is True)
 
 
-def _tell(counts: Counter[str], grader: Judge) -> None:
-    told = [f"{counts[name]} {name}" for name in ("refusal", "answer", "unclear", "unjudged")]
-    click.echo(f"{counts.total()} rows: {', '.join(told)}", err=True)
-    usage = grader.usage
+def _print_summary(counts: Counter[str], judge_model: Judge) -> None:
+    verdicts = [f"{counts[name]} {name}" for name in ("refusal", "answer", "unclear", "unjudged")]
+    click.echo(f"{counts.total()} rows: {', '.join(verdicts)}", err=True)
+    usage = judge_model.usage
     if usage is not None:
         click.echo(
-            f"{usage.requests} requests, {usage.retries} repeated, {usage.prompt_tokens} + "
-            f"{usage.completion_tokens} tokens" + (f", cost {usage.cost:.4f}" if usage.cost else ""),
+            f"{usage.requests} requests, {usage.retries} retries, {usage.prompt_tokens} prompt + "
+            f"{usage.completion_tokens} answer tokens" + (f", cost {usage.cost:.4f}" if usage.cost else ""),
             err=True,
         )
 
 
 def _rows(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file, which is checked whole before a model is loaded, or of a pipe, as they come."""
+    """Return the rows of a file or of stdin ("-").
+
+    A file is checked completely before a model is loaded. Rows of stdin are read as they arrive. Raise
+    `InputError` if there is no row.
+    """
     if source == "-":
         rows = _parsed(click.open_file("-", encoding=_ENCODING), source)
     else:
@@ -150,10 +169,14 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
             with Path(source).open(encoding=_ENCODING) as lines:
                 rows = iter(list(_parsed(lines, source)))
         except OSError as error:
-            raise InputError(f"cannot read {source}: {error}.") from error
+            raise InputError(
+                f"cannot read {source} ({error}). Check the path and its permissions."
+            ) from error
     first = next(rows, None)
     if first is None:
-        raise InputError(f"{source} holds no rows to judge.")
+        raise InputError(
+            f"{source} holds no rows to judge; give JSON objects with prompt and answer, one per line."
+        )
     return itertools.chain([first], rows)
 
 
@@ -163,7 +186,7 @@ def _parsed(lines: Iterable[str], source: str) -> Iterator[dict[str, Any]]:
             if line.strip():
                 yield _row(line, f"{source}:{number}")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {source}: {error}.") from error
+        raise InputError(f"cannot read {source} ({error}). Give a file in UTF-8.") from error
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -172,5 +195,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
             raise TypeError("prompt and answer must be text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: expected a JSON object with prompt and answer ({error}).") from error
+        raise InputError(
+            f"{where}: not a JSON object with the texts prompt and answer ({error}). Correct the line."
+        ) from error
     return dict(row)

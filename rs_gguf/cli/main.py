@@ -1,4 +1,8 @@
-"""`rs-export`: parse, call one function, print. Heavy imports wait until a command needs them."""
+"""Define the command group `rs-export`, with `run`, the stages and `models`.
+
+Each command parses its options, calls one function and prints the result. Heavy imports wait until a command
+needs them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.cli import eval as cli_eval
-from rs_gguf.cli import files as cli_vectors
+from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.errors import RsGgufError, escape_control_chars
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Prints our errors as one message, turns them into exit codes, and lists the stages of a run apart."""
+    """The command group: prints an error as one message, sets the exit code, lists the stages separately."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name in self.commands if name not in STAGES] + list(STAGES)
@@ -37,10 +41,10 @@ class _Group(click.Group):
             (f"{name:<{width}}", self.commands[name].get_short_help_str(limit))
             for name in self.list_commands(ctx)
         ]
-        everyday = len(named) - len(STAGES)
+        n_commands = len(named) - len(STAGES)
         for title, rows in (
-            ("Commands", named[:everyday]),
-            ("Stages of `run`, one by one", named[everyday:]),
+            ("Commands", named[:n_commands]),
+            ("Stages of `run`", named[n_commands:]),
         ):
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -49,17 +53,17 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except RsGgufError as error:
-            # A message may hold names and texts from files and servers.
+            # A message may quote names and texts from files and servers.
             click.echo("\n".join(map(escape_control_chars, f"Error: {error}".split("\n"))), err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
-            raise  # click ends in silence
+            raise  # click then exits without a message
         except OSError as error:
             where = escape_control_chars(str(error.filename or "the output"))
             click.echo(f"Error: {where}: {error.strerror or error}.", err=True)
             ctx.exit(2)
         except MemoryError:
-            click.echo("Error: not enough memory. Use a smaller model or smaller prompt sets.", err=True)
+            click.echo("Error: not enough memory. Use a smaller model or fewer prompts.", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
@@ -70,19 +74,19 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="rs-export")
 def main() -> None:
     """Refusal Steering for llama.cpp: control vectors and gated adapters (LoRA), fitted and measured."""
-    # The name of a file need not be UTF-8. What cannot be written is spelt out, as on stderr.
+    # File names need not be UTF-8. Escape characters that stdout cannot write, as stderr does.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (  # the help lists the last one first
+    for decorate in (  # the help lists them in reverse order
         click.option("--fresh", is_flag=True,
-                     help="Start over: forget what the stages of an earlier run left in the folder."),
+                     help="Start over: discard the results of earlier stages in the folder."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                      help="Override a recipe value, for example tune.logprob_trials=8. Repeatable."),
         click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
-                     help="The run folder."),
+                     help="Run folder."),
         click.argument("recipe", required=False, type=click.Path(path_type=Path)),
     ):  # fmt: skip
         command = decorate(command)
@@ -92,9 +96,9 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _budget = click.option(
     "--budget",
     metavar="TIME",
-    help="Time for the search, such as 90m or 2h, in place of its numbers of trials. What was measured in "
-    "this folder is not measured again; 0 takes the best of it, and answers in full with that. The folder "
-    "keeps the budget until `--budget none`, or until tune.logprob_trials or tune.finalists is set.",
+    help="Time for the search, such as 90m or 2h, in place of the numbers of trials. Trials in this folder "
+    "are kept; 0 runs no new ones and evaluates the best of them with full answers. The folder keeps the "
+    "budget until `--budget none`, or until tune.logprob_trials or tune.finalists is set.",
 )
 
 
@@ -119,16 +123,16 @@ def _run(
 
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
-    kept = out / "recipe.toml"
-    if recipe is None and kept.is_file():
-        recipe = kept  # the default one would begin another run in this folder
-    chosen = recipes.load(recipe, overrides)
+    stored = out / "recipe.toml"
+    if recipe is None and stored.is_file():
+        recipe = stored  # the default recipe would start a different run in this folder
+    settings = recipes.load(recipe, overrides)
     try:
         with contextlib.closing(_progress()) as progress:
-            return run(chosen, out, fresh=fresh, progress=progress, until=until)
+            return run(settings, out, fresh=fresh, progress=progress, until=until)
     except KeyboardInterrupt:
-        once = "; without --fresh, once a stage has begun" if fresh else ""
-        click.echo(f"Interrupted. It goes on where it was: give the command again{once}.", err=True)
+        note = ", without --fresh if a stage has begun" if fresh else ""
+        click.echo(f"Interrupted. To continue, give the command again{note}.", err=True)
         sys.exit(130)
 
 
@@ -144,13 +148,13 @@ def run_command(
     budget: str | None,
     as_json: bool,
 ) -> None:
-    """Run the whole pipeline; resume by itself.
+    """Run the whole pipeline; resume an interrupted run.
 
-    Without RECIPE: that of the run folder, in a new one the embedded default.
-    Exit code 1 when no file passes the safety gate; the files are there all the same.
+    Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
+    Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
     metrics = _run(recipe, out, overrides, fresh, "report", budget)
-    if not metrics:  # one of several processes, which rank 0 speaks for
+    if not metrics:  # one of several processes; only rank 0 prints
         return
     if as_json:
         click.echo(json.dumps(metrics, indent=2))
@@ -162,8 +166,11 @@ def run_command(
 
 def _add_stage(info: StageInfo) -> None:
     name = info.name
-    before = "" if name == "answer" else "Stages before it are done first if they are not yet. "
-    help_text = f"{info.summary} {before}Without RECIPE: that of the run folder, in a new one the default."
+    before = "" if name == "answer" else "Runs earlier stages first if needed. "
+    help_text = (
+        f"{info.summary} {before}Without RECIPE, uses the recipe of the run folder, or the default in a new "
+        "folder."
+    )
 
     @main.command(name, help=help_text)
     @_run_options
@@ -188,22 +195,22 @@ for _info in STAGES.values():
 
 for _command in (
     cli_plan.plan, cli_eval.evaluate, cli_judge.judge,
-    cli_vectors.check, cli_vectors.inspect, cli_vectors.convert, cli_vectors.combine,
+    cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
 ):  # fmt: skip
     main.add_command(_command)
 
 
 def _print_counts(out: Path) -> None:
-    """How many were refused, by kind: hours before a fit may find too few of a class."""
+    """Print the outcomes by kind of prompt, so that too few of a class show before hours of fitting."""
     from rich.console import Console
     from rich.table import Table
 
     from rs_gguf.pipeline.folder import RunFolder
     from rs_gguf.pipeline.stages.answers import COUNTED, counts
 
-    table = Table("prompts", *COUNTED, title="To fit and tune by", title_justify="left")
-    for kind, found in counts(RunFolder(out)).items():
-        table.add_row(kind, *map(str, found.values()))
+    table = Table("prompts", *COUNTED, title="Prompts for fit and search", title_justify="left")
+    for kind, outcomes in counts(RunFolder(out)).items():
+        table.add_row(kind, *map(str, outcomes.values()))
     Console().print(table)
 
 
@@ -241,15 +248,14 @@ def models_list(as_json: bool) -> None:
         return
     for row in rows:
         state = "downloaded" if row["downloaded"] else "not downloaded"
-        click.echo(
-            f"{row['name']:<20} {row['size'] / 1e6:>6.0f} MB  {row['licence']:<11} {state:<14} {row['summary']}"
-        )
+        size = f"{row['size'] / 1e6:>6.0f} MB"
+        click.echo(f"{row['name']:<20} {size}  {row['licence']:<11} {state:<14} {row['summary']}")
 
 
 @models.command("pull")
 @click.argument("name")
 def models_pull(name: str) -> None:
-    """Fetch a model, verify it and print its path."""
+    """Download a model, verify it and print its path."""
     from rs_gguf.models.resolve import pull
 
     progress = _progress()
@@ -262,7 +268,7 @@ def models_pull(name: str) -> None:
 @models.command("path")
 @click.argument("name")
 def models_path(name: str) -> None:
-    """Print where a model is, or exit with 2 if it is not downloaded."""
+    """Print the path of a model; exit with 2 if it is not downloaded."""
     from rs_gguf.models.resolve import path_of
 
     click.echo(path_of(name))

@@ -1,4 +1,7 @@
-"""The `rs-export plan` command: what a run will cost, before it is run."""
+"""Define the `rs-export plan` command: estimate the cost of a run.
+
+In: a recipe. Out: a table or JSON with time, memory and disk of each stage.
+"""
 
 from __future__ import annotations
 
@@ -21,61 +24,68 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Override a recipe value, for example prompts.fit=500. Repeatable.")  # fmt: skip
 @click.option("--bits", type=click.FloatRange(1, 64), metavar="B",
-              help="Plan for a GGUF file of B bits a weight, 4.85 in Q4_K_M; for a config.json.")  # fmt: skip
+              help="For a config.json: bits per weight of the planned GGUF file, such as 4.85 "
+                   "for Q4_K_M.")  # fmt: skip
 @click.option("--measure", is_flag=True,
-              help="Load the model and time it; else the speed is a server core's.")  # fmt: skip
+              help="Load the model and measure its speed; by default, use the stored speed of a "
+                   "server core.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: seconds, bytes, tokens.")
 def plan(
     recipe: Path | None, overrides: tuple[str, ...], bits: float | None, measure: bool, as_json: bool
 ) -> None:
-    """Say how long a run will take.
+    """Estimate time, memory and disk of a run.
 
     Prints the time of each stage, and the memory and disk that the run needs.
 
-    Nothing is downloaded and, without --measure, no weight is read: the recipe's model may be a GGUF file, or
-    a folder with a config.json alone.
+    Nothing is downloaded. Without --measure, no weights are read, so the recipe's model may be a folder with
+    only a config.json.
     """
     from rs_gguf.pipeline import plan as planning
     from rs_gguf.pipeline import recipe as recipes
 
-    chosen = recipes.load(recipe, overrides)
-    path = planning.model_file(chosen)
-    shape = planning.model_dimensions(path, bits)
-    judge = planning.judge_of(chosen)  # before minutes of measuring
+    settings = recipes.load(recipe, overrides)
+    path = planning.model_file(settings)
+    dimensions = planning.model_dimensions(path, bits)
+    judge = planning.judge_of(settings)  # fails before the minutes of measuring
     if measure and (bits is not None or path.suffix == ".json"):
-        raise InputError("--measure times the model itself: give its weights, and leave --bits away.")
+        raise InputError(
+            "--measure needs the weights of the model and does not accept --bits. Give a GGUF file or a "
+            "folder with weights."
+        )
     if measure:
-        click.echo("Timing the model...", err=True)
-    speed = planning.measure(chosen, path, judge) if measure else planning.stored(chosen, shape, judge)
-    found = planning.plan(chosen, shape, speed, judge)
+        click.echo("Measuring the speed of the model...", err=True)
+    speed = (
+        planning.measure(settings, path, judge) if measure else planning.stored(settings, dimensions, judge)
+    )
+    estimate = planning.plan(settings, dimensions, speed, judge)
     if as_json:
-        click.echo(json.dumps(found.to_row(), indent=2))
+        click.echo(json.dumps(estimate.to_row(), indent=2))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(_table(found))
+    console.print(_table(estimate))
     console.print(f"Speed: {speed.source}.", highlight=False)
 
 
-def _table(found: Plan) -> Table:
+def _table(estimate: Plan) -> Table:
     from rich.table import Table
 
     from rs_gguf.report.text import duration
 
-    asked = ", ".join(f"{n} {split}" for split, n in found.prompts.items())
+    prompts = ", ".join(f"{n} {split}" for split, n in estimate.prompts.items())
     table = Table(
-        title=f"{found.model.n_layer} blocks of width {found.model.width}\nprompts: {asked}",
+        title=f"{estimate.model.n_layer} layers of width {estimate.model.width}\nprompts: {prompts}",
         title_justify="left",
     )
     table.add_column("stage")
     for column in ("time", "tokens read", "tokens answered", "memory", "disk"):
         table.add_column(column, justify="right")
-    for name, stage in found.stages.items():
+    for name, stage in estimate.stages.items():
         counts = (f"{round(n):,}" if n else "" for n in (stage.read, stage.answered))
         table.add_row(name, duration(stage.seconds), *counts, _bytes(stage.memory), _bytes(stage.disk))
     table.add_section()
-    table.add_row("all", duration(found.seconds), "", "", _bytes(found.memory), _bytes(found.disk))
+    table.add_row("all", duration(estimate.seconds), "", "", _bytes(estimate.memory), _bytes(estimate.disk))
     return table
 
 

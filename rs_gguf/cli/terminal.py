@@ -1,6 +1,6 @@
-"""Progress for people: one line a stage with count, rate and time left, on stderr.
+"""Show progress on stderr: one line per stage with count, rate and time left.
 
-Without a terminal only the end of each stage is told, as a plain line.
+If stderr is not a terminal, print only a plain line at the end of each stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rs_gguf.report.text import duration
 
 
 class TerminalProgress:
-    """Draws a run's progress on a console."""
+    """Progress of a run, drawn on a console."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -34,6 +34,7 @@ class TerminalProgress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a stage with `total` items; yield a function that takes the number of items just done."""
         start = time.monotonic()
         bar = Progress(
             TextColumn("{task.description:<30}"),
@@ -62,9 +63,11 @@ class TerminalProgress:
         self._console.print(f"{label} {done:>5} in {duration(seconds)}", highlight=False)
 
     def skipped(self, name: str) -> None:
+        """Report a stage that an earlier run has already done."""
         self._console.print(f"✓ {STAGES[name].activity:<30} done before", highlight=False, style="dim")
 
     def download(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes have been downloaded."""
         if self._download is None:
             bar = Progress(
                 TextColumn("{task.description:<30}"),
@@ -77,7 +80,7 @@ class TerminalProgress:
                 transient=True,
             )
             bar.start()
-            self._download = bar, bar.add_task("Fetching the model", total=total)
+            self._download = bar, bar.add_task("Downloading the model", total=total)
         bar, task = self._download
         bar.update(task, completed=done)
         if done >= total:
@@ -85,7 +88,7 @@ class TerminalProgress:
             self._download = None
 
     def close(self) -> None:
-        """Leave the terminal as it was, whatever was being drawn."""
+        """Stop drawing and restore the terminal."""
         if self._download is not None:
             self._download[0].stop()
             self._download = None

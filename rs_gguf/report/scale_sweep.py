@@ -6,10 +6,12 @@ begins like it; without one, the trials of the search. Charts for inline SVG com
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rs_gguf.errors import InputError
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import Row
@@ -17,6 +19,7 @@ from rs_gguf.records.trials import method_of
 from rs_gguf.report.plots import Axis
 from rs_gguf.report.recommendation import kind_order
 from rs_gguf.report.text import file_name
+from rs_gguf.steering.file import path_and_scale
 
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 250}
 _ASIDE = 5
@@ -41,7 +44,10 @@ def _curves(found: Row, kind_of: Mapping[str, str], files: Sequence[Row]) -> Row
     names = [file_name(argument) for arguments in given.values() for argument in arguments]
     own, file = 1.0, None
     if len(names) == 1:
-        names[0], own = _name_and_scale(names[0])
+        # `eval` accepted the argument. An unknown suffix is thus part of a file name on its machine.
+        with contextlib.suppress(InputError):
+            file_path, own = path_and_scale(names[0])
+            names[0] = file_path.name
         file = next((f for f in files if given[f["key"]] and f["file"] == names[0]), None)
     steps: list[Row] = []
     for step in found["sweep"]:
@@ -99,15 +105,6 @@ def options(recipe: Mapping[str, Any], tokens: int) -> str:
     ):
         found += [option, str(value)] if value else []
     return shlex.join(found)
-
-
-def _name_and_scale(argument: str) -> tuple[str, float]:
-    """`NAME` or `NAME:SCALE`, as `eval` takes them."""
-    name, _, scale = argument.rpartition(":")
-    try:
-        return name, float(scale)
-    except ValueError:
-        return argument, 1.0
 
 
 def searched(tune: Mapping[str, Any], files: Sequence[Row]) -> list[Row]:

@@ -1,7 +1,7 @@
-"""What every GGUF file of this project shares: provenance under its own prefix, and writing that is verified.
+"""Write what all GGUF files of this project share: provenance under one prefix, and a verified file.
 
-In: facts about the origin of a vector or an adapter, and how to put its tensors into a file. Out: a file that
-is whole, was read back and compared, and is the same bytes for the same content.
+In: facts about the origin of a vector or an adapter, and a function that writes its tensors. Out: a complete
+file that was read back and compared. The same content gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _VALUE_TYPES = {
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """The file's own metadata as Python values, without the reader's three header fields."""
+    """Return the file's own metadata as Python values, without the reader's three header fields."""
     return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
 
 
 def provenance_of(values: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
-    """Return the entries of `metadata` that this project wrote, without their prefix, as schema 2 has them."""
+    """Return the entries of `metadata` that this project wrote, without the prefix, with schema 2 keys."""
     keys = [key for key in values if key.startswith(PREFIX) and key != SCHEMA_KEY]
-    found = {key.removeprefix(PREFIX): values[key] for key in keys}
+    facts = {key.removeprefix(PREFIX): values[key] for key in keys}
     if values.get(SCHEMA_KEY) != 1:
-        return found
-    renamed = {_RENAMED_1.get(key, key): value for key, value in found.items()}
+        return facts
+    renamed = {_RENAMED_1.get(key, key): value for key, value in facts.items()}
     return renamed | ({"estimator": GATED_ADAPTER} if renamed.get("estimator") == "gate" else {})
 
 
 def schema_faults(values: Mapping[str, Any]) -> list[str]:
-    """Why this release cannot read a file of this project; empty for files of others."""
+    """Return why this release cannot read a file of this project; an empty list for files of other tools."""
     version = values.get(SCHEMA_KEY)
     if version is None or version in _READABLE:
         return []
@@ -59,12 +59,14 @@ def schema_faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def add_provenance(writer: GGUFWriter, provenance: Mapping[str, ProvenanceValue]) -> None:
-    """Put `provenance` and the schema version into a file that is being written."""
+    """Add `provenance` and the schema version to an open file. Raise `InputError` for a reserved key."""
     writer.add_uint32(SCHEMA_KEY, SCHEMA_VERSION)
     for key, value in provenance.items():
         if PREFIX + key == SCHEMA_KEY:
-            raise InputError(f"The provenance key {key!r} is taken by the file format; rename it.")
-        # Types are named, since the writer would store a list of floats as float32 and drop an empty string.
+            raise InputError(
+                f"the provenance key {key!r} is reserved by the file format; choose another name."
+            )
+        # Name the types: the writer would otherwise store a list of floats as float32 and drop empty strings.
         if isinstance(value, list):
             writer.add_key_value(PREFIX + key, value, GGUFValueType.ARRAY, _VALUE_TYPES[type(value[0])])
         else:
@@ -72,7 +74,7 @@ def add_provenance(writer: GGUFWriter, provenance: Mapping[str, ProvenanceValue]
 
 
 def finish(writer: GGUFWriter) -> None:
-    """Write out what was added and close the file."""
+    """Write everything that was added and close the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,10 +82,13 @@ def finish(writer: GGUFWriter) -> None:
 
 
 def write_verified(path: Path, serialise: Callable[[Path], None], same: Callable[[Path], bool]) -> None:
-    """Write `path` whole or not at all; what was written is read back before it takes its place and after.
+    """Write `path` completely or not at all; read the content back before and after it is moved there.
 
-    `serialise` writes a draft, `same` says whether a file holds what was meant. Raises `InputError` when the
-    place cannot be written, `VerificationError` when what was read differs from what was meant.
+    `serialise` writes a draft. `same` returns whether a file holds the intended content.
+
+    Raises:
+        InputError: `path` or the folder for drafts cannot be written.
+        VerificationError: the content that was read back differs from the intended content.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -91,21 +96,26 @@ def write_verified(path: Path, serialise: Callable[[Path], None], same: Callable
             serialise(draft)
             if not same(draft):
                 raise VerificationError(
-                    f"{path}: the content did not survive a round trip; nothing was written."
+                    f"{path}: the content did not survive a round trip through a draft; nothing was written. "
+                    "Check the disk of TMPDIR."
                 )
             data = draft.read_bytes()
     except OSError as error:
-        raise InputError(f"No room for a draft of {path} ({error}). Free space or set TMPDIR.") from error
+        raise InputError(
+            f"cannot write a draft of {path} ({error}). Free disk space or set TMPDIR."
+        ) from error
     write_compared(path, data)
 
 
 def write_compared(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all and compare its bytes; of a pipe there are none left to compare.
+    """Write `path` completely or not at all and compare its bytes. A pipe cannot be read back for that.
 
-    Raises as `write_verified` does.
+    Raises:
+        InputError: `path` cannot be written.
+        VerificationError: the bytes that were read back differ.
     """
     write_atomic(path, lambda file: file.write(data))
     if path.is_file() and path.read_bytes() != data:
         raise VerificationError(
-            f"{path} holds other bytes than were written; check the disk and write it again."
+            f"{path} holds other bytes than were written. Check the disk and write the file again."
         )

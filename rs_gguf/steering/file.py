@@ -1,7 +1,7 @@
-"""Either kind of file that llama.cpp loads: what both can do, and the one place that tells them apart.
+"""Read, write and check steering files: control vectors and LoRA adapters, the two kinds llama.cpp loads.
 
-In: the path of a control vector or a LoRA adapter in GGUF, or one of them in memory. Out: the other, what is
-wrong with it, what it does to a model, or the option with which llama.cpp loads it.
+In: the path of a GGUF file, or its content in memory. Out: the content or the file, every error in it, its
+effect on a model, or llama.cpp's options for it. Only this module tells the two kinds apart.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from rs_gguf.steering.vector import options as vector_options
 
 
 class SteeringFile(Protocol):
-    """What a file holds: `SteeringVector` and `LoraAdapter`, the two that llama.cpp knows.
+    """The content of a steering file: a `SteeringVector` or a `LoraAdapter`.
 
-    `kind`: what it is. `option`: llama.cpp's, which loads it. `part`: what it has one change of each for.
-    `moves`: what is seen on a model when it has its effect.
+    `kind`: its name. `option`: the llama.cpp option that loads it. `part`: the unit that it has one change
+    for. `intended_effect`: the effect on a model that the effect check looks for.
     """
 
     kind: ClassVar[str]
     option: ClassVar[str]
     part: ClassVar[str]
-    moves: ClassVar[str]
+    intended_effect: ClassVar[str]
 
     @property
     def architecture(self) -> str: ...
@@ -45,133 +45,154 @@ class SteeringFile(Protocol):
     def provenance(self) -> Mapping[str, ProvenanceValue]: ...
     @property
     def layers(self) -> list[int]:
-        """The blocks that it changes, ascending."""
+        """The layers that it changes, ascending, 0-based."""
 
     @property
     def norms(self) -> Mapping[int, float] | Mapping[str, float]:
-        """Length of the change of each part."""
+        """The length of each part's change."""
 
     @property
     def contents(self) -> Mapping[str, ProvenanceValue]:
-        """The kind of file and what it changes, for people."""
+        """The kind of file and what it changes, for display."""
 
     def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> Self:
-        """Return the same with `facts` added to the provenance."""
+        """Return a copy with `facts` added to its provenance."""
 
     @classmethod
     def combined(cls, parts: Sequence[tuple[Self, float]]) -> Self:
-        """Return the sum of weight × file. `InputError` where the parts are of different models."""
+        """Return the sum of weight × file. Raise `InputError` if the parts belong to different models."""
 
     def cosines(self, other: Self) -> Mapping[int, float] | Mapping[str, float]:
-        """Return the cosine of the changes of each part that both change."""
+        """Return the cosine between the two changes of each part that both files change."""
 
     def steering(self, path: Path, scale: float = 1.0) -> Steering:
-        """Return what puts it, read from the file at `path`, on an engine at `scale`."""
+        """Return the steering that applies it, read from the file at `path`, at `scale`."""
 
     def options(self, path: str) -> str:
-        """Return llama.cpp's options for the file at `path`, given as a word of the shell."""
+        """Return llama.cpp's options for the file at `path`, which must already be quoted for the shell."""
 
 
 def kind_of(path: str | Path) -> type[SteeringVector] | type[LoraAdapter]:
-    """Return what a GGUF file says of itself to be. Raises `InputError` when the container is unsound."""
-    says = metadata(open_gguf(path, MAX_ADAPTER_BYTES)).get("general.type")
-    return LoraAdapter if says == "adapter" else SteeringVector
+    """Return the kind that a GGUF file declares. Raise `InputError` if the container is not sound."""
+    declared = metadata(open_gguf(path, MAX_ADAPTER_BYTES)).get("general.type")
+    return LoraAdapter if declared == "adapter" else SteeringVector
 
 
 def read(path: str | Path) -> SteeringFile:
-    """Read a file that llama.cpp accepts. Raises `InputError` with every reason when it is none."""
+    """Read a file that llama.cpp accepts. Raise `InputError` with every reason if it does not."""
     return lora_file.read(path) if kind_of(path) is LoraAdapter else vector_file.read(path)
 
 
 def read_alike(paths: Sequence[Path]) -> list[SteeringFile]:
-    """Read files of one kind. Raises `InputError` as `read` does, and when they are of both."""
+    """Read files of one kind. Raise `InputError` as `read` does, and if the kinds differ."""
     kinds = {path: kind_of(path) for path in paths}
     if len(set(kinds.values())) > 1:
         vector, adapter = (
             next(path for path in paths if kinds[path] is kind) for kind in (SteeringVector, LoraAdapter)
         )
         raise InputError(
-            f"{vector} is a control vector and {adapter} a LoRA adapter: one adds to a block's output, the "
-            "other to a matrix, so they have no common sum or cosine. llama.cpp loads both side by side: "
+            f"{vector} is a control vector and {adapter} a LoRA adapter: one changes a layer's output, the "
+            "other a matrix, so they have no common sum or cosine. llama.cpp loads both side by side: "
             f"--control-vector {shlex.quote(str(vector))} --lora {shlex.quote(str(adapter))}."
         )
     return [read(path) for path in paths]
 
 
-def write(found: SteeringFile, path: str | Path) -> None:
-    """Write a file for llama.cpp, whole or not at all, read back and compared.
+def write(content: SteeringFile, path: str | Path) -> None:
+    """Write a file for llama.cpp completely or not at all; read it back and compare.
 
-    Raises `InputError` when it would do nothing or the place cannot be written, `VerificationError` when what was
-    read back differs.
+    Raises:
+        InputError: the file would have no effect, or `path` cannot be written.
+        VerificationError: the content that was read back differs.
     """
-    if isinstance(found, LoraAdapter):
-        lora_file.write(found, path)
+    if isinstance(content, LoraAdapter):
+        lora_file.write(content, path)
     else:
-        assert isinstance(found, SteeringVector)  # llama.cpp knows no third
-        vector_file.write(found, path)
+        assert isinstance(content, SteeringVector)  # llama.cpp has only these two kinds
+        vector_file.write(content, path)
 
 
 def check(path: str | Path, model: str | Path | None = None) -> CheckReport[SteeringFile]:
-    """Judge a file by the rules of llama.cpp's loader and of common sense, collecting every reason.
+    """Check a file against the rules of llama.cpp's loader and for useless content; report every reason.
 
-    With `model`, a GGUF file, it is also run there and its effect checked. Never raises for a bad file; a bad
-    model raises `InputError`, and so does a lack of room for drafts.
+    With `model`, a GGUF file, also run the file there and check its effect. A bad file raises nothing.
+
+    Raises:
+        InputError: the model cannot be run, or the disk has no room for drafts.
     """
     try:
         adapter = kind_of(path) is LoraAdapter
     except StricterThanLlamaCpp:
-        adapter = True  # the check of the larger files says which rule of ours it breaks
+        adapter = True  # the adapter check allows larger files and names the rule that this one breaks
     except InputError:
-        adapter = False  # either check says what is wrong with the container
+        adapter = False  # both checks report the same errors of the container
     return _on_model(lora_file.check(path) if adapter else vector_file.check(path), model)
 
 
 def check_vector(path: str | Path, model: str | Path | None = None) -> CheckReport[SteeringFile]:
-    """Judge a file as `check` does, as a control vector whatever it says of itself."""
+    """Check a file as `check` does, but always as a control vector, whatever kind it declares."""
     return _on_model(vector_file.check(path), model)
 
 
 def _on_model(report: CheckReport[SteeringFile], model: str | Path | None) -> CheckReport[SteeringFile]:
-    """Return the report with what running the file on `model` showed, unless the file itself has an error."""
-    if model is None or report.found is None or not report.valid:
+    """Return the report with the effect on `model` added, unless the file itself has an error."""
+    if model is None or report.content is None or not report.valid:
         return report
     from rs_gguf.engines.llama.model import LlamaModel
     from rs_gguf.steering.effect_check import other_model
 
     with LlamaModel(Path(model), n_parallel=4) as loaded:
-        effect = _effect_on(report.found, Path(report.path), loaded)
+        effect = _effect_on(report.content, Path(report.path), loaded)
     return replace(
         report,
         errors=effect.reasons,
-        warnings=(*report.warnings, *other_model(report.found.provenance, model)),
+        warnings=(*report.warnings, *other_model(report.content.provenance, model)),
         loader_says=report.loader_says or effect.loader_says.replace("%s", report.path),
         effect=effect,
     )
 
 
 def check_effect(path: Path, model: Engine) -> EffectCheck:
-    """Run what is in a file on a loaded model.
+    """Run the file at `path` on a loaded model and return what was observed.
 
     Raises:
-        InputError: the file holds no sound vector or adapter; the model cannot be run on the prompts, or its
-            tensors cannot be read; or there is no room for one matrix of an adapter.
+        InputError: the file holds no usable vector or adapter. Or the model cannot run the prompts, its
+            tensors cannot be read, or the disk has no room for one matrix.
     """
     return _effect_on(read(path), path, model)
 
 
-def _effect_on(found: SteeringFile, path: Path, model: Engine) -> EffectCheck:
+def _effect_on(content: SteeringFile, path: Path, model: Engine) -> EffectCheck:
     from rs_gguf.steering import effect_check
 
-    if isinstance(found, LoraAdapter):
-        return effect_check.check_adapter_effect(found, path, model)
-    assert isinstance(found, SteeringVector)  # llama.cpp knows no third
-    return effect_check.check_vector_effect(found, model)
+    if isinstance(content, LoraAdapter):
+        return effect_check.check_adapter_effect(content, path, model)
+    assert isinstance(content, SteeringVector)  # llama.cpp has only these two kinds
+    return effect_check.check_vector_effect(content, model)
+
+
+def path_and_scale(argument: str) -> tuple[Path, float]:
+    """Split `PATH` or `PATH:SCALE`, as llama.cpp writes it; without `:SCALE`, or if it is a file, scale 1.0.
+
+    Raises:
+        InputError: the text after the last colon is not a number.
+    """
+    path, colon, scale = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return Path(argument), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError as error:
+        raise InputError(
+            f"{argument!r}: no such file, and {scale!r} is not a number. Give PATH or PATH:SCALE, with a "
+            "number as SCALE."
+        ) from error
 
 
 def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: bool) -> str:
-    """llama.cpp's options for a file that a report tells of, given as a word of the shell.
+    """Return llama.cpp's options for a file of a report; `file` must already be quoted for the shell.
 
-    layers: first and last block of a control vector; None for an adapter.
+    layers: first and last layer of a control vector; None for an adapter.
     reasoning_off: add the option that switches thinking off (`ChatFormat.thinks_in_server`).
     """
     options = f"{LoraAdapter.option} {file}" if layers is None else vector_options(file, *map(int, layers))
@@ -179,9 +200,10 @@ def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: boo
 
 
 def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning_off: bool) -> str:
-    """Return the command by which llama-server loads a model with files, given with what was read of each."""
-    options = " ".join(found.options(_llama_path_argument(path)) for path, found in files.items())
-    model_file = _path_word(model) if model.is_file() else "MODEL.gguf"  # of a folder there is none
+    """Return the command that starts llama-server with a model and files, given by path and content."""
+    options = " ".join(content.options(_llama_path_argument(path)) for path, content in files.items())
+    # A Hugging Face folder is not a file that llama-server can load; MODEL.gguf stands for one.
+    model_file = _shell_path(model) if model.is_file() else "MODEL.gguf"
     return f"llama-server -m {model_file} {options}{_thinking(reasoning_off)}"
 
 
@@ -190,20 +212,23 @@ def _thinking(reasoning_off: bool) -> str:
 
 
 def _llama_path_argument(path: Path) -> str:
-    """A file as a word of the shell for an option of which llama.cpp takes the value as a row of CSV."""
+    """Quote a path for a llama.cpp option.
+
+    llama.cpp splits the value at commas, so CSV-quote a path that needs it, then shell-quote the result.
+    """
     text = str(path)
     if "," in text or text.startswith('"'):
-        return _word('"' + text.replace('"', '""') + '"')
-    return _path_word(path)
+        return _shell_quote('"' + text.replace('"', '""') + '"')
+    return _shell_path(path)
 
 
-def _path_word(path: Path) -> str:
-    """A path as a word of the shell; below the home folder by `~`, so that it says nothing of whose it is."""
-    with contextlib.suppress(RuntimeError):  # there is no home
-        if os.name != "nt" and path.is_relative_to(Path.home()):  # no shell of Windows knows `~`
+def _shell_path(path: Path) -> str:
+    """Quote a path for the shell. Write the home folder as `~`, so that the user's name is not shown."""
+    with contextlib.suppress(RuntimeError):  # the user has no home folder
+        if os.name != "nt" and path.is_relative_to(Path.home()):  # shells of Windows do not expand `~`
             return f"~/{shlex.quote(path.relative_to(Path.home()).as_posix())}"
-    return _word(str(path))
+    return _shell_quote(str(path))
 
 
-def _word(text: str) -> str:
+def _shell_quote(text: str) -> str:
     return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)

@@ -1,10 +1,10 @@
-"""The way into GGUF files from strangers: what the `gguf` package takes on trust is checked first.
+"""Open GGUF files from untrusted sources: check the header before the `gguf` package reads it.
 
-In: a path. Out: a `gguf.GGUFReader` over a file whose every count, length and offset has been followed and
-found to lie inside it. The package maps the file and believes its numbers, so a wrong one means endless
-loops, gigabytes of Python objects or silently shortened arrays. The rules are those of llama.cpp's own reader
-(ggml/src/gguf.cpp, `gguf_init_from_reader`), so that what passes here is also what llama.cpp can open, with
-ceilings that suit vectors and adapters: what a vector takes stays far below 200 MiB of memory.
+In: a path. Out: a `gguf.GGUFReader` over a file whose counts, lengths and offsets all lie inside the file.
+The `gguf` package does not check them. A wrong number then causes endless loops, gigabytes of Python objects
+or silently shortened arrays. The rules follow llama.cpp's reader (ggml/src/gguf.cpp,
+`gguf_init_from_reader`), so llama.cpp can open every file that passes. Extra limits suit vectors and
+adapters: reading a vector needs far less than 200 MiB of memory.
 """
 
 from __future__ import annotations
@@ -20,49 +20,54 @@ from rs_gguf.errors import InputError
 from rs_gguf.models.header import CODES, DEFAULT_ALIGNMENT
 
 MAX_BYTES = 32 * 2**20
-"""Twice what the largest open model so far needs in float64 (126 blocks of width 16384)."""
+"""Twice the size of a vector in float64 for the largest open model so far (126 layers of width 16384)."""
 MAX_NUMBERS = MAX_BYTES // 4
-"""Numbers in all tensors: in float32 they fill a file of `MAX_BYTES`, and memory to match."""
+"""The most numbers in all tensors. In float32 they fill a file of `MAX_BYTES`, and as much memory."""
 MAX_ADAPTER_BYTES = 2**30 + 2**20
-"""In F32, rank 32 on every matrix of Qwen2.5-32B, and a header; other tools' adapters are that large."""
+"""Enough for F32 at rank 32 on every matrix of Qwen2.5-32B; other tools write adapters of that size."""
 MAX_ENTRIES = 16_384
-"""Metadata values (list elements counted one by one) and tensors together; each costs the reader about 1 KiB.
-"""
+"""The most metadata values, list elements and tensors together. Each costs the reader about 1 KiB."""
 MAX_KEY_BYTES = 65_535
 MAX_DIMS = 4  # GGML_MAX_DIMS
-MAX_NAME_BYTES = 63  # GGML_MAX_NAME less the closing NUL
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME without the closing NUL
 
 
 class StricterThanLlamaCpp(InputError):
-    """A file that is refused here although llama.cpp may open it."""
+    """A file is refused although llama.cpp may open it."""
 
 
 def open_gguf(path: str | Path, max_bytes: int = MAX_BYTES) -> GGUFReader:
-    """Open a GGUF file for reading. Raises `InputError`, with the first fault found, when it is not sound.
+    """Open a GGUF file of at most `max_bytes` for reading.
 
-    `StricterThanLlamaCpp` where that fault alone would not keep llama.cpp from opening it.
+    Raises:
+        InputError: the file is not sound; the message names the first fault.
+        StricterThanLlamaCpp: this fault alone would not stop llama.cpp from opening the file.
     """
     data = read_bounded(path, max_bytes)
     try:
         _Walk(data, max_bytes // 4).file()
     except _Fault as fault:
         if isinstance(fault, _OwnFault):
-            raise StricterThanLlamaCpp(f"{path}: a GGUF file that is not read here: {fault}.") from None
-        raise InputError(f"{path}: not a sound GGUF file: {fault}. Get or write the file again.") from None
+            raise StricterThanLlamaCpp(
+                f"{path}: a GGUF file outside the limits for steering files: {fault}."
+            ) from None
+        raise InputError(
+            f"{path}: not a sound GGUF file: {fault}. Download or write the file again."
+        ) from None
     return GGUFReader(path)
 
 
 def read_bounded(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises `InputError` when it is anything else."""
+    """Return the bytes of a regular file of at most `max_bytes`. Raise `InputError` for anything else."""
     try:
         status = Path(path).stat()
-        # A pipe or device could block or never end.
+        # Reading a pipe or device could block or never end.
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file; give the path of a file.")
         if status.st_size > max_bytes:
             raise StricterThanLlamaCpp(
-                f"{path}: {status.st_size} bytes; such a file has at most {max_bytes}. "
-                "Is this a model? Give the vector's or adapter's file."
+                f"{path}: the file has {status.st_size} bytes; a steering file has at most {max_bytes}. "
+                "Is this a model? Give the file of the vector or adapter."
             )
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -70,15 +75,15 @@ def read_bounded(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 class _Fault(Exception):
-    """Where and how the bytes break the format."""
+    """The bytes break the format; the message says where and how."""
 
 
 class _OwnFault(_Fault):
-    """Where and how they break a rule that is not llama.cpp's."""
+    """The bytes break a rule that llama.cpp does not have."""
 
 
 class _Walk:
-    """One pass over the header, without keeping anything but what the rules need."""
+    """One pass over the header of a GGUF file; it keeps only what the rules need."""
 
     def __init__(self, data: bytes, max_numbers: int) -> None:
         self.data = data
@@ -93,7 +98,7 @@ class _Walk:
             raise _Fault("it does not begin with 'GGUF'")
         version = self.number("I", "the version")
         if version not in (2, 3):
-            raise _Fault(f"format version {version}; 2 and 3 in little-endian order are readable")
+            raise _Fault(f"it has format version {version}; 2 and 3 in little-endian order are accepted")
         n_tensors = self.number("Q", "the tensor count")
         n_values = self.number("Q", "the metadata count")
         self.spend(n_tensors + n_values, "tensors and metadata values")
@@ -131,13 +136,13 @@ class _Walk:
         self.entries += count
         if self.entries > MAX_ENTRIES:
             raise _OwnFault(
-                f"{count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in "
-                "all (is this a model?)"
+                f"it has {count} {what}; a vector or adapter has at most {MAX_ENTRIES} entries in total "
+                "(is this a model?)"
             )
 
     def metadata(self, keys: set[str]) -> None:
         key = self.text("a metadata key", MAX_KEY_BYTES)
-        # The reader files its own three fields under GGUF.* and stops at a second entry of one name.
+        # The reader stores three fields of its own under GGUF.* and stops at a repeated name.
         if not key or key in keys or key.startswith("GGUF."):
             kind = _OwnFault if key.startswith("GGUF.") else _Fault
             raise kind(f"metadata key {_label(key)} is empty, reserved or used twice")
@@ -146,7 +151,7 @@ class _Walk:
         kind = self.kind(label)
         if key == "general.alignment":
             if kind is not GGUFValueType.UINT32:
-                raise _Fault(f"general.alignment is of type {kind.name}; UINT32 is needed")
+                raise _Fault(f"general.alignment has type {kind.name}; UINT32 is needed")
             self.alignment = self.number("I", key)
             if self.alignment == 0 or self.alignment & (self.alignment - 1):
                 raise _Fault(f"general.alignment is {self.alignment}; a power of two is needed")
@@ -162,7 +167,7 @@ class _Walk:
         elif kind in CODES:
             self.take(count * struct.calcsize("<" + CODES[kind]), label)
         else:
-            raise _Fault(f"{label} is a list of lists, which the format does not have")
+            raise _Fault(f"{label} is a list of lists; the format has only flat lists")
 
     def kind(self, label: str) -> GGUFValueType:
         number = self.number("I", f"the type of {label}")
@@ -172,12 +177,12 @@ class _Walk:
             raise _Fault(f"{label} has the unknown value type {number}") from None
 
     def tensors(self, count: int) -> list[tuple[str, int, int]]:
-        """(label, offset in the data section, bytes) of each tensor."""
+        """Return (label, offset in the data section, bytes) of each tensor."""
         sizes: list[tuple[str, int, int]] = []
         names: set[str] = set()
         for _ in range(count):
             name = self.text("a tensor name", MAX_NAME_BYTES)
-            # llama.cpp keeps names as C strings: a NUL would cut it short there and not here.
+            # llama.cpp keeps names as C strings, which a NUL would shorten.
             if name in names or "\0" in name:
                 raise (_OwnFault if "\0" in name else _Fault)(
                     f"tensor name {_label(name)} is used twice or holds a NUL"
@@ -194,6 +199,7 @@ class _Walk:
         return sizes
 
     def extent(self, label: str, dims: list[int]) -> tuple[int, int]:
+        """Return the offset and the size in bytes of a tensor of shape `dims`."""
         number = self.number("I", f"the type of {label}")
         offset = self.number("Q", f"the offset of {label}")
         try:
@@ -201,7 +207,7 @@ class _Walk:
         except (ValueError, KeyError):
             raise _Fault(f"{label} has the unknown tensor type {number}") from None
         elements = 1
-        for dim in dims:  # Python's integers do not wrap, so an overflow shows as a size beyond the file
+        for dim in dims:  # Python integers do not overflow, so a huge product ends beyond the file
             elements *= dim
         if elements == 0 or dims[0] % block:
             raise (_Fault if elements else _OwnFault)(
@@ -211,7 +217,7 @@ class _Walk:
         return offset, elements // block * block_bytes
 
     def layout(self, sizes: list[tuple[str, int, int]]) -> None:
-        """Tensors must follow one another without gap or overlap, padded, and end inside the file."""
+        """Check that the padded tensors follow each other without gap or overlap and end inside the file."""
         start = self.padded(self.at)
         expected = 0
         for label, offset, size in sizes:
@@ -222,7 +228,7 @@ class _Walk:
             expected += self.padded(size)
             if start + expected > len(self.data):
                 raise _Fault(
-                    f"{label} ends at byte {start + expected} with its padding, the file at {len(self.data)}"
+                    f"{label} ends at byte {start + expected} with padding, but the file at {len(self.data)}"
                 )
 
     def padded(self, size: int) -> int:
@@ -230,5 +236,5 @@ class _Walk:
 
 
 def _label(name: str) -> str:
-    """A stranger's name as it may be printed: no control characters, no kilobytes."""
+    """Return an untrusted name for messages: control characters escaped, at most 80 characters."""
     return repr(name if len(name) <= 80 else name[:80] + "…")

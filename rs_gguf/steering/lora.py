@@ -1,7 +1,7 @@
-"""A LoRA adapter in memory: low-rank changes of weight matrices, W' = W + scale · B A.
+"""Hold a LoRA adapter in memory: low-rank changes of weight matrices, W' = W + scale · B A.
 
-In: pairs (A, B) by the name of the matrix they change. Out: a checked, immutable `LoraAdapter`. Unlike a
-control vector, what an adapter adds depends on the input. Formats: docs/adapters.md.
+In: pairs (A, B), each under the name of the matrix that it changes. Out: a checked, immutable `LoraAdapter`.
+Unlike a control vector's effect, an adapter's effect depends on the input. Formats: docs/adapters.md.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
 class LoraAdapter:
     """Low-rank changes of named matrices: `factors` maps `blk.N.<matrix>.weight` to A [r, in], B [out, r].
 
-    At scale 1.0 exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
-    which its loader compares; `provenance` is as in `SteeringVector`. `invoked`: another tool's aLoRA, which
-    llama-server applies after its invocation tokens alone. Arrays are copied, made read-only and sorted by
-    block.
+    At scale 1.0, exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
+    which its loader compares with the model. `provenance` is as in `SteeringVector`. `invoked` marks another
+    tool's aLoRA, which llama-server applies only after its invocation tokens. Arrays are copied, made
+    read-only and sorted by layer.
 
     Raises:
-        InputError: no matrix or architecture, shapes that do not multiply, or numbers that are not finite.
-            Also a change of the embedding or the output: it aborts llama.cpp where the two are one matrix.
+        InputError: there is no matrix or architecture, shapes do not multiply, or numbers are not finite.
+            Also for the embedding or output matrix: llama.cpp aborts where one matrix serves as both.
     """
 
     kind: ClassVar[str] = "adapter"
     option: ClassVar[str] = "--lora"
     part: ClassVar[str] = "matrix"
-    moves: ClassVar[str] = "the residual moves by B A x"
+    intended_effect: ClassVar[str] = "the residual stream changes by B A x"
 
     factors: Mapping[str, Factors]
     architecture: str
@@ -54,7 +54,7 @@ class LoraAdapter:
         if not factors:
             faults.append("the adapter changes no matrix")
         if not self.architecture:
-            faults.append("the architecture is missing, and llama.cpp's loader compares it with the model's")
+            faults.append("the architecture is missing; llama.cpp's loader compares it with the model's")
         if faults:
             raise InputError("; ".join(faults) + ". Fit the adapter again.")
         ordered = dict(sorted(factors.items(), key=lambda item: _order(item[0])))
@@ -63,12 +63,12 @@ class LoraAdapter:
 
     @property
     def layers(self) -> list[int]:
-        """The blocks that hold a changed matrix, ascending."""
+        """The layers that hold a changed matrix, ascending, 0-based."""
         return sorted({_order(name)[0] for name in self.factors})
 
     @property
     def matrices(self) -> list[str]:
-        """The kinds of matrix that are changed in some block, such as `ffn_down`."""
+        """The kinds of matrix that are changed in at least one layer, such as `ffn_down`."""
         return sorted({_order(name)[1] for name in self.factors})
 
     @property
@@ -78,11 +78,11 @@ class LoraAdapter:
 
     @property
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of each change B A."""
+        """The Frobenius norm of each change B A."""
         return {name: math.sqrt(max(0.0, _inner(pair, pair))) for name, pair in self.factors.items()}
 
     def __eq__(self, other: object) -> bool:
-        """Equal when every number, provenance entry (with its type) and the architecture are the same."""
+        """Return whether all numbers, provenance entries (with types) and the architecture are the same."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
         return (
@@ -96,19 +96,19 @@ class LoraAdapter:
             and typed(self.provenance) == typed(other.provenance)
         )
 
-    __hash__ = None  # type: ignore[assignment]  # arrays are compared by value
+    __hash__ = None  # type: ignore[assignment]  # arrays are compared by value and have no hash
 
     def refuse_invoked(self) -> None:
-        """Raise `InputError` for an aLoRA: its factors alone would change every token."""
+        """Raise `InputError` for an aLoRA, whose factors alone would change every token."""
         if self.invoked:
             raise InputError(
-                "The adapter is an aLoRA: llama-server applies it after its invocation tokens alone, and "
-                "what is written here is always on. Use the file as it is."
+                "the adapter is an aLoRA: llama-server applies it only after its invocation tokens, but a "
+                "file written here would apply to every token. Use the original file."
             )
 
     @property
     def contents(self) -> dict[str, ProvenanceValue]:
-        """The kind of file and what it changes, for people."""
+        """The kind of file and what it changes, for display."""
         return {
             "kind": self.kind,
             "architecture": self.architecture,
@@ -123,24 +123,28 @@ class LoraAdapter:
 
     @classmethod
     def combined(cls, parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
-        """Return the sum of weight × adapter, over the union of their matrices; ranks add up.
+        """Return the sum of weight × adapter over the union of their matrices; ranks add up.
 
-        Equal to loading them all with `--lora-scaled`, up to rounding. The provenance of part i is kept under
-        `combine.i.`, its weight as `combine.i.weight`. Raises `InputError` when there is no part, a weight is
-        not finite, one is an aLoRA, or the parts belong to different models.
+        The sum equals loading all parts with `--lora-scaled`, up to rounding. The provenance of part i is
+        kept under `combine.i.`, its weight as `combine.i.weight`.
+
+        Raises:
+            InputError: there is no part, a weight is not finite, a part is an aLoRA, or the parts belong to
+                different models.
         """
         if not parts:
-            raise InputError("There is nothing to combine; give at least one adapter.")
+            raise InputError("there is nothing to combine; give at least one adapter.")
         families = sorted({adapter.architecture for adapter, _ in parts})
         if len(families) > 1:
             raise InputError(
-                f"The adapters are for {' and '.join(families)}: they belong to different models."
+                f"the adapters are for {' and '.join(families)}: they belong to different models. "
+                "Combine only adapters of one model."
             )
         total: dict[str, Factors] = {}
         provenance: dict[str, ProvenanceValue] = {}
         for index, (adapter, weight) in enumerate(parts):
             if not math.isfinite(weight):
-                raise InputError(f"The weight {weight} of adapter {index} is not a finite number; give one.")
+                raise InputError(f"the weight {weight} of adapter {index} is not a finite number; give one.")
             adapter.refuse_invoked()
             for name, (a, b) in adapter.factors.items():
                 with np.errstate(over="ignore"):  # the constructor below reports it
@@ -158,39 +162,40 @@ class LoraAdapter:
     def cosines(self, other: LoraAdapter) -> dict[str, float]:
         """Return ⟨B A, B' A'⟩ / (‖B A‖ ‖B' A'‖) of each matrix that both change.
 
-        Raises `InputError` when a matrix has another shape in each.
+        Raise `InputError` if the shapes of a matrix differ.
         """
-        found = {}
+        cosines = {}
         ours, theirs = self.norms, other.norms
         for name, pair in self.factors.items():
             if name in other.factors and ours[name] and theirs[name]:
                 _same_shape(name, pair, other.factors[name])
-                found[name] = _inner(pair, other.factors[name]) / (ours[name] * theirs[name])
-        return found
+                cosines[name] = _inner(pair, other.factors[name]) / (ours[name] * theirs[name])
+        return cosines
 
     def steering(self, path: Path, scale: float = 1.0) -> Steering:
-        """Return what puts the adapter on an engine at `scale`: engines load the file at `path`."""
+        """Return the steering that applies the adapter at `scale`; engines load the file at `path`."""
         return Steering({}, [(path, scale)])
 
     def options(self, path: str) -> str:
-        """Return llama.cpp's options for the file at `path`, given as a word of the shell."""
+        """Return llama.cpp's options for the file at `path`, which must already be quoted for the shell."""
         return f"{self.option} {path}"
 
 
 def _copied(factor: Any) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # Inf is a fault with a name below
+    with np.errstate(over="ignore"):  # an overflow becomes Inf, which `factor_faults` reports by name
         copy = np.array(factor, dtype=np.float32, order="C")
     copy.flags.writeable = False
     return copy
 
 
 def factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> list[str]:
+    """Return why A [r, in] and B [out, r] cannot change the matrix `name`; an empty list if they can."""
     if not FACTOR_NAME.fullmatch(f"{name}.lora_a"):
-        return [f"{name!r} is not the weight of a block (blk.N.<matrix>.weight)"]
+        return [f"{name!r} is not the weight of a layer (blk.N.<matrix>.weight)"]
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (a.size, b.size):
-        return [f"{name}: A {a.shape} and B {b.shape} do not multiply; A is [r, in], B [out, r]"]
+        return [f"{name}: A {a.shape} and B {b.shape} do not multiply; A must be [r, in], B [out, r]"]
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return [f"{name}: NaN or Inf, which would reach every logit"]
+        return [f"{name}: NaN or Inf, which would make every logit NaN"]
     return []
 
 
@@ -200,7 +205,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _inner(first: Factors, second: Factors) -> float:
-    """⟨B A, B' A'⟩, the sum of products of all entries, without either product being formed."""
+    """Return ⟨B A, B' A'⟩, the sum of products of all entries, without forming either product."""
     (a, b), (c, d) = ([factor.astype(np.float64) for factor in pair] for pair in (first, second))
     return float(np.sum((b.T @ d) * (a @ c.T)))
 
@@ -209,6 +214,6 @@ def _same_shape(name: str, first: Factors, second: Factors) -> None:
     shapes = [(len(b), a.shape[1]) for a, b in (first, second)]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"{name} has the shape {shapes[0]} for one adapter and {shapes[1]} for another: they belong to "
-            "different models."
+            f"{name} has the shape {shapes[0]} in one adapter and {shapes[1]} in another: they belong to "
+            "different models. Give adapters of one model."
         )

@@ -1,7 +1,7 @@
-"""GGUF LoRA adapters, which llama.cpp loads with `--lora`: read, write, and judge whether it will.
+"""Read, write and check GGUF LoRA adapters, which llama.cpp loads with `--lora`.
 
-In: a `LoraAdapter`, or a file. Out: the other, or every reason why llama.cpp would refuse it
-(src/llama-adapter.cpp, `llama_adapter_lora_init_impl`). Formats: docs/adapters.md.
+In: a `LoraAdapter` or a file. Out: the file or the adapter, or every reason why llama.cpp would refuse the
+file (src/llama-adapter.cpp, `llama_adapter_lora_init_impl`). Formats: docs/adapters.md.
 """
 
 from __future__ import annotations
@@ -29,74 +29,76 @@ from rs_gguf.steering.report import CheckReport
 
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_PASSED_OVER = "_norm.weight"  # llama.cpp's loader does, in files of mergekit say
-# Types of the key that makes an adapter an aLoRA; an empty list tells none of its entries.
+_IGNORED = "_norm.weight"  # llama.cpp's loader ignores these tensors; mergekit, for example, writes them
+# Types of the key that makes an adapter an aLoRA. An empty list has no type of its entries.
 _TOKENS = ([GGUFValueType.ARRAY, GGUFValueType.UINT32], [GGUFValueType.ARRAY])
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 def write(adapter: LoraAdapter, path: str | Path) -> None:
-    """Write for `--lora`, whole or not at all, read back and compared; the same content gives the same bytes.
+    """Write an adapter for `--lora` completely or not at all; read it back and compare.
 
-    Raises `InputError` when no matrix would change, for an aLoRA, for one that would be too large to be read
-    again, or when the place cannot be written, `VerificationError` when what was read back differs.
+    The same content gives the same bytes.
+
+    Raises:
+        InputError: no matrix would change, the adapter is an aLoRA or too large to be read again, or `path`
+            cannot be written.
+        VerificationError: the content that was read back differs.
     """
     adapter.refuse_invoked()
     size = sum(factor.nbytes for pair in adapter.factors.values() for factor in pair)
     if size > MAX_ADAPTER_BYTES:
         raise InputError(
-            f"{path} would have {size >> 20} MiB, and an adapter has at most {MAX_ADAPTER_BYTES >> 20} here. "
-            "Take fewer or smaller ones."
+            f"{path} would have {size >> 20} MiB; at most {MAX_ADAPTER_BYTES >> 20} MiB can be read again. "
+            "Combine fewer or smaller adapters."
         )
     if not any(adapter.norms.values()):
-        raise InputError(f"Every change is zero: {path} would do nothing. Choose other weights or blocks.")
+        raise InputError(f"every change is zero: {path} would do nothing. Choose other weights or layers.")
     write_verified(Path(path), lambda draft: _serialise(adapter, draft), lambda draft: read(draft) == adapter)
 
 
 def read(path: str | Path) -> LoraAdapter:
-    """Read an adapter that llama.cpp accepts. Raises `InputError` with every reason when it is none."""
-    found, reasons = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
-    if found is None:
+    """Read an adapter that llama.cpp accepts. Raise `InputError` with every reason if it does not."""
+    adapter, reasons = _survey(open_gguf(path, MAX_ADAPTER_BYTES))
+    if adapter is None:
         raise InputError(
-            f"{path} is no usable LoRA adapter:\n" + "\n".join(f"- {reason}" for reason in reasons)
+            f"{path} is not a usable LoRA adapter:\n" + "\n".join(f"- {reason}" for reason in reasons)
         )
-    return found
+    return adapter
 
 
 def check(path: str | Path) -> CheckReport[LoraAdapter]:
-    """Judge an adapter file by the rules of llama.cpp's loader, collecting every reason.
+    """Check an adapter file against the rules of llama.cpp's loader and report every reason.
 
-    Never raises for a bad adapter.
+    A bad adapter raises nothing.
     """
     try:
         reader = open_gguf(path, MAX_ADAPTER_BYTES)
     except InputError as error:
         return CheckReport(str(path), errors=(str(error),), warnings=())
-    found, reasons = _survey(reader)
-    if found is None:
+    adapter, reasons = _survey(reader)
+    if adapter is None:
         return CheckReport(str(path), errors=tuple(reasons), warnings=())
     errors: list[str] = []
-    zero = [name for name, norm in found.norms.items() if norm == 0.0]
+    zero = [name for name, norm in adapter.norms.items() if norm == 0.0]
     warnings = [f"{zero} do nothing: their changes are zero."] if zero else []
-    if len(zero) == len(found.factors):
-        errors, warnings = ["Every change is zero: the file would do nothing."], []
-    norms = [tensor.name for tensor in reader.tensors if tensor.name.endswith(_PASSED_OVER)]
+    if len(zero) == len(adapter.factors):
+        errors, warnings = ["every change is zero: the file would do nothing."], []
+    norms = [tensor.name for tensor in reader.tensors if tensor.name.endswith(_IGNORED)]
     if norms:
+        warnings.append(f"llama.cpp ignores {norms[0]!r} and {len(norms) - 1} more: norms keep their values.")
+    if adapter.invoked:
         warnings.append(
-            f"llama.cpp passes over {norms[0]!r} and {len(norms) - 1} more: norms stay as they are."
+            "it is an aLoRA: llama-server applies it only after its invocation tokens, other programs always."
         )
-    if found.invoked:
-        warnings.append(
-            "It is an aLoRA: llama-server applies it after its invocation tokens alone, others always."
-        )
-    return CheckReport(str(path), tuple(errors), tuple(warnings), found=found)
+    return CheckReport(str(path), tuple(errors), tuple(warnings), content=adapter)
 
 
 def _survey(reader: GGUFReader) -> tuple[LoraAdapter | None, list[str]]:
-    """The adapter in an opened file, or None and every reason why it is none."""
+    """Return the adapter in an open file, or None and every reason why the file is not usable."""
     values = metadata(reader)
     reasons = [
-        f"{key} is {values.get(key)!r:.80}; llama.cpp wants {wanted!r}"
+        f"{key} is {values.get(key)!r:.80}; llama.cpp needs {wanted!r}"
         for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora"))
         if values.get(key) != wanted
     ]
@@ -104,21 +106,21 @@ def _survey(reader: GGUFReader) -> tuple[LoraAdapter | None, list[str]]:
     if not isinstance(architecture, str) or not architecture:
         reasons.append("general.architecture is missing")
     alpha = values.get(_ALPHA, 0.0)
-    # Another type aborts the whole process in llama.cpp, where the key is read.
+    # llama.cpp aborts the whole process when it reads this key with another type.
     if _ALPHA in values and reader.fields[_ALPHA].types != [GGUFValueType.FLOAT32]:
-        reasons.append(f"{_ALPHA} is no 32-bit float, which aborts llama.cpp")
+        reasons.append(f"{_ALPHA} is not a 32-bit float, which aborts llama.cpp")
     elif not math.isfinite(alpha):
         reasons.append(f"{_ALPHA} is {alpha}; a finite number is needed")
     if _INVOCATION in values and reader.fields[_INVOCATION].types not in _TOKENS:
-        reasons.append(f"{_INVOCATION} is no list of 32-bit unsigned numbers, as llama.cpp wants it")
+        reasons.append(f"{_INVOCATION} is not a list of 32-bit unsigned numbers, which llama.cpp needs")
     reasons += schema_faults(values)
-    halves = _halves(reader, reasons)
+    pairs = _factor_pairs(reader, reasons)
     if reasons:
         return None, reasons
     factors = {}
-    for name, pair in halves.items():
+    for name, pair in pairs.items():
         a, b = pair["a"], pair["b"]
-        # llama.cpp multiplies by alpha / rank, and by the scale alone where alpha is 0.
+        # llama.cpp multiplies by scale · alpha / rank; alpha 0 stands for the scale alone.
         with np.errstate(over="ignore"):  # the constructor below reports it
             factors[name] = (a, b * np.float32(alpha / len(a)) if alpha else b)
     try:
@@ -128,35 +130,38 @@ def _survey(reader: GGUFReader) -> tuple[LoraAdapter | None, list[str]]:
         return None, [str(error)]
 
 
-def _halves(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-    halves: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
+def _factor_pairs(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
+    """Return the factors, "a" and "b", by matrix name; append every fault of the tensors to `reasons`."""
+    pairs: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     for tensor in reader.tensors:
         match = FACTOR_NAME.fullmatch(tensor.name)
-        if tensor.name.endswith(_PASSED_OVER):
+        if tensor.name.endswith(_IGNORED):
             continue
         if match is None:
-            reasons.append(f"tensor {tensor.name!r}: only blk.N.<matrix>.weight.lora_a and .lora_b are used")
+            reasons.append(
+                f"tensor {tensor.name!r}: only blk.N.<matrix>.weight.lora_a and .lora_b are accepted"
+            )
         elif tensor.tensor_type not in _FLOATS:
             reasons.append(f"tensor {tensor.name!r} is {tensor.tensor_type.name}; F32, F16 or BF16 is needed")
         elif len(tensor.shape) != 2:
             reasons.append(f"tensor {tensor.name!r} has the shape {list(map(int, tensor.shape))}; 2-D needed")
         else:
-            halves.setdefault(match[1], {})[match[2]] = dequantize(tensor.data, tensor.tensor_type)
-    for name, pair in halves.items():
+            pairs.setdefault(match[1], {})[match[2]] = dequantize(tensor.data, tensor.tensor_type)
+    for name, pair in pairs.items():
         if len(pair) != 2:
-            reasons.append(f"{name}: lora_a and lora_b must both be there")
+            reasons.append(f"{name}: both lora_a and lora_b are needed")
         else:
             reasons += factor_faults(name, pair["a"], pair["b"])
     if not reader.tensors:
         reasons.append("the file holds no tensor")
-    return halves
+    return pairs
 
 
 def _serialise(adapter: LoraAdapter, path: Path) -> None:
     writer = GGUFWriter(path, adapter.architecture)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    # alpha / rank multiplies the user's scale; 0 leaves the scale as it is, whatever the rank.
+    # llama.cpp multiplies the user's scale by alpha / rank; alpha 0 leaves the scale unchanged.
     writer.add_float32(_ALPHA, 0.0)
     add_provenance(writer, adapter.provenance)
     for name, (a, b) in adapter.factors.items():

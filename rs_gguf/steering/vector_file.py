@@ -1,9 +1,9 @@
-"""llama.cpp control vector files: read, write, and judge whether they will do anything.
+"""Read, write and check control vector files, which llama.cpp loads with `--control-vector`.
 
-In: a GGUF file, or a `SteeringVector`. Out: the other, or a report of every fault. llama.cpp logs a faulty
-file and runs on unsteered, so the rules here are those of its loader (common/common.cpp,
-`common_control_vector_load_one`), each with its own words, plus what it accepts in silence although no user
-wants it. The format is described in docs/control-vectors.md.
+In: a GGUF file or a `SteeringVector`. Out: the vector or the file, or a report of every fault. llama.cpp logs
+a faulty file and goes on unsteered. The rules here follow its loader (common/common.cpp,
+`common_control_vector_load_one`) and quote its messages. They also cover content that llama.cpp accepts
+silently although it is useless. The format is described in docs/control-vectors.md.
 """
 
 from __future__ import annotations
@@ -34,69 +34,69 @@ from rs_gguf.steering.vector import SteeringVector
 
 ARCHITECTURE = "controlvector"
 NORM_RATIO = 100.0
-"""Longest over shortest direction from which `check` warns; the residual stream of one model seldom spans as
-much.
-"""
+"""`check` warns if the largest norm exceeds the smallest by this factor; few models span so much."""
 
 
 def read(path: str | Path) -> SteeringVector:
     """Read a control vector that llama.cpp accepts, with its provenance.
 
-    Metadata of other tools is left out. Raises `InputError` with every reason when `check` would find an
-    error.
+    Metadata of other tools is left out. Raise `InputError` with every error that `check` reports.
     """
     report = check(path)
-    if report.found is None:
+    if report.content is None:
         raise InputError(
-            f"{path} is no usable control vector:\n" + "\n".join(f"- {e}" for e in report.errors)
+            f"{path} is not a usable control vector:\n" + "\n".join(f"- {e}" for e in report.errors)
         )
-    return report.found
+    return report.content
 
 
 def write(vector: SteeringVector, path: str | Path) -> None:
-    """Write `vector` for `--control-vector`, whole or not at all; the same vector gives the same bytes.
+    """Write `vector` for `--control-vector` completely or not at all; read it back and compare.
 
-    The file is read back and compared, before it takes its place and after. Raises `InputError` when the
-    vector is zero everywhere or the place cannot be written, `VerificationError` when what was read differs from what
-    was meant.
+    The same vector gives the same bytes.
+
+    Raises:
+        InputError: the vector is zero everywhere, or `path` cannot be written.
+        VerificationError: the content that was read back differs.
     """
     path = Path(path)
     if not any(row.any() for row in vector.directions.values()):
-        raise InputError(f"Every direction is zero: {path} would do nothing. Choose other weights or blocks.")
+        raise InputError(f"every direction is zero: {path} would do nothing. Choose other weights or layers.")
     write_verified(path, lambda draft: _serialise(vector, draft), lambda draft: read(draft) == vector)
 
 
 def check(path: str | Path) -> CheckReport[SteeringVector]:
-    """Judge a file by the rules of llama.cpp's loader and of common sense, collecting every reason.
+    """Check a file against the rules of llama.cpp's loader and for useless content; report every reason.
 
-    Never raises for a bad vector.
+    A bad vector raises nothing.
     """
     try:
         reader = open_gguf(path)
     except InputError as error:
-        known = not isinstance(error, StricterThanLlamaCpp)
-        says = f"failed to load control vector file from {path}" if known else ""
-        return CheckReport(str(path), errors=(str(error),), warnings=(), loader_says=says)
+        refused_by_llama_cpp = not isinstance(error, StricterThanLlamaCpp)
+        loader_says = f"failed to load control vector file from {path}" if refused_by_llama_cpp else ""
+        return CheckReport(str(path), errors=(str(error),), warnings=(), loader_says=loader_says)
     survey = _Survey(reader)
     vector = survey.vector()
-    says = survey.complaints[0].replace("%s", str(path)) if survey.complaints else ""
-    return CheckReport(str(path), tuple(survey.errors), tuple(survey.warnings), says, vector)
+    # llama.cpp's loader stops at its first complaint.
+    loader_says = survey.complaints[0].replace("%s", str(path)) if survey.complaints else ""
+    return CheckReport(str(path), tuple(survey.errors), tuple(survey.warnings), loader_says, vector)
 
 
 def loader_layer(name: str) -> int | None:
-    """The number that llama.cpp reads in a tensor name: `direction.` and what std::stoi makes of the rest."""
+    """Return the layer that llama.cpp reads in a tensor name with std::stoi; None if it finds none."""
     match = re.match(r"direction\.[ \t\n\v\f\r]*([+-]?[0-9]+)", name)
     value = int(match[1]) if match else None
     return value if value is not None and -(2**31) <= value < 2**31 else None
 
 
 class _Survey:
-    """One pass over an opened file that notes everything worth saying."""
+    """One pass over an open file that collects all errors and warnings."""
 
     def __init__(self, reader: GGUFReader) -> None:
         self.errors: list[str] = []
         self.warnings: list[str] = []
-        self.complaints: list[str] = []  # of llama.cpp's loader, which stops at the first
+        self.complaints: list[str] = []  # the lines that llama.cpp's loader would log
         self.rows: dict[int, np.ndarray[Any, np.dtype[np.float32]]] = {}
         self.values = metadata(reader)
         self.tensors(reader)
@@ -104,7 +104,7 @@ class _Survey:
         self.header(reader)
 
     def vector(self) -> SteeringVector | None:
-        """The content, as far as it makes a vector; notes provenance that cannot be kept."""
+        """Return the content, or None if there is an error; provenance that cannot be kept is one."""
         if self.errors:
             return None
         provenance = provenance_of(self.values)
@@ -120,7 +120,7 @@ class _Survey:
         names: defaultdict[int, list[str]] = defaultdict(list)
         for tensor in reader.tensors:
             faults = list(_faults(tensor, width))
-            self.complaints += [says for says, _ in faults]
+            self.complaints += [complaint for complaint, _ in faults]
             self.errors += [f"{tensor.name!r}: {reason}" for _, reason in faults]
             layer = loader_layer(tensor.name)
             if faults or layer is None:
@@ -129,18 +129,20 @@ class _Survey:
             names[layer].append(tensor.name)
             self.rows[layer] = np.array(tensor.data, dtype=np.float32).reshape(-1)
             if tensor.name != f"direction.{layer}":
-                self.warnings.append(f"{tensor.name!r}: llama.cpp reads direction.{layer}, others may not.")
+                self.warnings.append(
+                    f"{tensor.name!r}: llama.cpp reads direction.{layer}, other programs may not."
+                )
         if not reader.tensors:
             self.complaints.append("no direction tensors found in %s")
-            self.errors.append("The file holds no tensor: there is nothing to add.")
-        for layer, same in names.items():
-            if len(same) > 1:
-                self.errors.append(f"{same} all mean block {layer}; llama.cpp adds them up. Keep one.")
-        beyond = [layer for layer in names if layer >= MAX_LAYERS]
-        if beyond:
+            self.errors.append("the file holds no tensor: there is nothing to add.")
+        for layer, duplicates in names.items():
+            if len(duplicates) > 1:
+                self.errors.append(f"{duplicates} all name layer {layer}; llama.cpp adds them up. Keep one.")
+        too_high = [layer for layer in names if layer >= MAX_LAYERS]
+        if too_high:
             self.errors.append(
-                f"{len(beyond)} directions, first direction.{beyond[0]}, are for blocks that no model has: "
-                f"llama.cpp ends before block {MAX_LAYERS}."
+                f"{len(too_high)} directions, first direction.{too_high[0]}, are for layers that no model "
+                f"has: llama.cpp supports layers up to {MAX_LAYERS - 1}."
             )
 
     def numbers(self) -> None:
@@ -149,58 +151,61 @@ class _Survey:
             bad = int((~np.isfinite(row)).sum())
             if bad:
                 self.errors.append(
-                    f"direction.{layer}: {bad} of {len(row)} values are NaN or Inf; llama.cpp adds them in "
-                    "silence and every answer becomes nonsense."
+                    f"direction.{layer}: {bad} of {len(row)} values are NaN or Inf; llama.cpp adds them "
+                    "silently and every answer becomes nonsense."
                 )
             else:
                 norms[layer] = float(np.linalg.norm(row.astype(np.float64)))
         zero = [layer for layer, norm in norms.items() if norm == 0.0]
         if zero and len(zero) == len(self.rows):
-            self.errors.append("Every direction is zero: the file would do nothing.")
+            self.errors.append("every direction is zero: the file would do nothing.")
         elif zero:
-            self.warnings.append(f"The directions of blocks {zero} are zero: they do nothing.")
+            self.warnings.append(f"the directions of layers {zero} are zero: they do nothing.")
         positive = {layer: norm for layer, norm in norms.items() if norm > 0.0}
         if positive:
             low, high = min(positive, key=positive.__getitem__), max(positive, key=positive.__getitem__)
             if positive[high] > NORM_RATIO * positive[low]:
                 self.warnings.append(
-                    f"The norms differ wildly: {positive[low]:.3g} at block {low}, {positive[high]:.3g} at "
-                    f"block {high}. One scale cannot suit both."
+                    f"the norms differ by a factor above {NORM_RATIO:g}: {positive[low]:.3g} at layer {low}, "
+                    f"{positive[high]:.3g} at layer {high}. One scale cannot suit both."
                 )
 
     def header(self, reader: GGUFReader) -> None:
         self.errors += schema_faults(self.values)
         kind = self.values.get("general.architecture")
         if kind != ARCHITECTURE:
-            self.warnings.append(f"general.architecture is {kind!r:.80}, by convention {ARCHITECTURE!r}.")
+            self.warnings.append(
+                f"general.architecture is {kind!r:.80}; by convention it is {ARCHITECTURE!r}."
+            )
         if not isinstance(self.values.get(f"{ARCHITECTURE}.model_hint"), str):
-            self.warnings.append(f"{ARCHITECTURE}.model_hint is missing: nothing says which model it is for.")
-        self.shift(reader, written_here=SCHEMA_KEY in self.values)
+            self.warnings.append(f"{ARCHITECTURE}.model_hint is missing: the file does not name its model.")
+        self.layer_shift(reader, written_here=SCHEMA_KEY in self.values)
 
-    def shift(self, reader: GGUFReader, written_here: bool) -> None:
-        """Recognise the two writers that store block N as direction.N+1, by the traces they leave in the
-        header.
-        """
+    def layer_shift(self, reader: GGUFReader, written_here: bool) -> None:
+        """Warn if the header shows one of the two source tools that store layer N as direction.N+1."""
         key = f"{ARCHITECTURE}.layer_count"
         count, field = self.values.get(key), reader.fields.get(key)
         if written_here or field is None or not isinstance(count, int) or not self.rows:
             return
         origin = ""
-        # llama-cvector-generator alone writes a signed count, with every block from 1 on (export_gguf there).
+        # Only llama-cvector-generator writes a signed count, and every layer from 1 on (its export_gguf).
         if field.types == [GGUFValueType.INT32] and list(self.rows) == list(range(1, count + 1)):
             origin = "cvector-generator"
-        # jukofyork/control-vectors writes the model's block count, others the number of directions.
+        # jukofyork/control-vectors writes the model's layer count, other tools the number of directions.
         elif count > len(self.rows) and max(self.rows) <= count:
             origin = "jukofyork"
         if origin:
             self.warnings.append(
-                f"It looks like the work of {origin}, which stores what it measured at block N as "
-                f"direction.N+1, one block late. If so: rs-export convert FILE --from {origin} --output F."
+                f"the file looks like one of {origin}, which stores the direction of layer N as "
+                f"direction.N+1, one layer late. If so: rs-export convert FILE --from {origin} --output F."
             )
 
 
 def _faults(tensor: Any, width: int | None) -> Iterator[tuple[str, str]]:
-    """(the loader's words, ours) for each reason why llama.cpp rejects the whole file at this tensor."""
+    """Yield (the loader's message, our message) for each reason why llama.cpp rejects the file here.
+
+    `width` is the width of the directions before it; None for the first one.
+    """
     layer = loader_layer(tensor.name)
     if layer is None or layer < 0:
         yield (
@@ -210,14 +215,14 @@ def _faults(tensor: Any, width: int | None) -> Iterator[tuple[str, str]]:
     elif layer == 0:
         yield (
             "invalid (zero) direction tensor layer index in %s",
-            "block 0 cannot be steered, and this tensor makes llama.cpp reject the whole file.",
+            "layer 0 cannot be steered, and this tensor makes llama.cpp reject the whole file.",
         )
     if tensor.tensor_type != GGMLQuantizationType.F32:
         yield (
             "invalid (non-F32) direction tensor type in %s",
             f"the type is {tensor.tensor_type.name}; F32 is needed.",
         )
-    # Trailing dimensions of 1 do not count for ggml_n_dims, and `shape` is in ggml's order.
+    # `shape` is in ggml's order, and ggml_n_dims does not count trailing dimensions of 1.
     shape = [int(size) for size in tensor.shape]
     if max(shape[1:], default=1) > 1:
         yield (
@@ -227,7 +232,7 @@ def _faults(tensor: Any, width: int | None) -> Iterator[tuple[str, str]]:
     elif width is not None and tensor.n_elements != width:
         yield (
             "direction tensor in %s does not match previous dimensions",
-            f"it is {tensor.n_elements} wide, the directions before it {width}.",
+            f"the width is {tensor.n_elements}, but the directions before it have {width}.",
         )
 
 

@@ -42,8 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    found = random_adapter()
-    lora.write(LoraAdapter(found.factors, "qwen2", PROVENANCE), tmp_path / "a.gguf")
+    lora.write(LoraAdapter(random_adapter().factors, "qwen2", PROVENANCE), tmp_path / "a.gguf")
     return tmp_path / "a.gguf"
 
 
@@ -59,15 +58,20 @@ def test_check_of_the_file_alone(adapter: Path) -> None:
     assert invoke("check", adapter) == (0, f"{adapter}: valid\n", "")
     code, stdout, _ = invoke("check", adapter, "--json")
     assert code == 0
-    found = json.loads(stdout)
-    assert (found["valid"], found["errors"], found["warnings"], found["effect_check"]) == (True, [], [], None)
+    report = json.loads(stdout)
+    assert (report["valid"], report["errors"], report["warnings"], report["effect_check"]) == (
+        True,
+        [],
+        [],
+        None,
+    )
 
 
 @pytest.mark.slow
 def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> None:
     code, stdout, _ = invoke("check", adapter, "--model", model)
     assert code == 0
-    assert "effect observed on the model: the residual moves by B A x" in stdout
+    assert "effect observed on the model: the residual stream changes by B A x" in stdout
     code, stdout, _ = invoke("check", adapter, "--model", model, "--json")
     effect = json.loads(stdout)["effect_check"]
     assert effect["effect_observed"]
@@ -76,26 +80,28 @@ def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("factor", "said"), [(0.0, "no logit moves"), (0.95, "does not move by B A x")])
-def test_check_finds_a_runtime_that_does_something_else(
-    adapter: Path, model: Path, factor: float, said: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("factor", "message"), [(0.0, "no logit changes"), (0.95, "does not change by B A x")]
+)
+def test_check_finds_a_runtime_with_another_effect(
+    adapter: Path, model: Path, factor: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+    def changed(self: LlamaModel, steering: Steering) -> Iterator[None]:
         with steered(self, steering.scaled(factor)):
             yield
 
-    monkeypatch.setattr(LlamaModel, "steered", otherwise)
+    monkeypatch.setattr(LlamaModel, "steered", changed)
     code, stdout, _ = invoke("check", adapter, "--model", model)
     assert code == 1
-    assert said in stdout
+    assert message in stdout
     assert "effect observed" not in stdout
     assert stdout.endswith("not valid\n")
 
 
-def test_check_on_another_model_says_why_and_exits_1(tmp_path: Path, model: Path) -> None:
+def test_check_on_another_model_reports_why_and_exits_1(tmp_path: Path, model: Path) -> None:
     lora.write(LoraAdapter({DOWN: factors(1, 8, 32)}, "qwen2"), tmp_path / "a.gguf")
     code, stdout, _ = invoke("check", tmp_path / "a.gguf", "--model", model)
     assert code == 1
@@ -104,7 +110,7 @@ def test_check_on_another_model_says_why_and_exits_1(tmp_path: Path, model: Path
 
 
 @pytest.mark.slow
-def test_check_on_a_model_passes_over_a_change_of_zero(tmp_path: Path, model: Path) -> None:
+def test_check_on_a_model_skips_a_change_of_zero(tmp_path: Path, model: Path) -> None:
     whole = random_adapter()
     a, b = whole.factors[DOWN]
     path = tmp_path / "zero.gguf"
@@ -126,17 +132,17 @@ def test_check_of_a_damaged_adapter(adapter: Path) -> None:
 def test_inspect_shows_matrices_rank_norms_and_provenance(adapter: Path) -> None:
     code, stdout, _ = invoke("inspect", adapter, "--json")
     assert code == 0
-    found = json.loads(stdout)
+    content = json.loads(stdout)
     expected = random_adapter()
-    assert (found["kind"], found["architecture"], found["rank"]) == ("adapter", "qwen2", 2)
-    assert (found["layers"], found["matrices"]) == ([0, 1, 2], ["attn_output", "ffn_down"])
-    assert found["norms"] == pytest.approx(expected.norms)
-    assert found["provenance"] == PROVENANCE
+    assert (content["kind"], content["architecture"], content["rank"]) == ("adapter", "qwen2", 2)
+    assert (content["layers"], content["matrices"]) == ([0, 1, 2], ["attn_output", "ffn_down"])
+    assert content["norms"] == pytest.approx(expected.norms)
+    assert content["provenance"] == PROVENANCE
     code, stdout, _ = invoke("inspect", adapter)
     assert code == 0
     assert "…" not in stdout  # no hash is cut off
-    for shown in ("adapter", "ffn_down", "strength", "gate", DOWN, f"{expected.norms[DOWN]:.4g}"):
-        assert shown in stdout
+    for text in ("adapter", "ffn_down", "strength", "gate", DOWN, f"{expected.norms[DOWN]:.4g}"):
+        assert text in stdout
 
 
 def test_inspect_compares_adapters(adapter: Path, tmp_path: Path) -> None:
@@ -148,9 +154,13 @@ def test_inspect_compares_adapters(adapter: Path, tmp_path: Path) -> None:
     assert "-1.000" in invoke("inspect", adapter, "--against", tmp_path / "b.gguf")[1]
 
 
-def test_inspect_of_a_vector_says_that_it_is_one(vector: Path) -> None:
-    found = json.loads(invoke("inspect", vector, "--against", vector, "--json")[1])
-    assert (found["kind"], found["width"], found["cosine"]) == ("control vector", 32, {"1": pytest.approx(1)})
+def test_inspect_names_the_kind_of_a_vector(vector: Path) -> None:
+    content = json.loads(invoke("inspect", vector, "--against", vector, "--json")[1])
+    assert (content["kind"], content["width"], content["cosine"]) == (
+        "control vector",
+        32,
+        {"1": pytest.approx(1)},
+    )
 
 
 def test_combine_adds_adapters(adapter: Path, tmp_path: Path) -> None:
@@ -159,13 +169,13 @@ def test_combine_adds_adapters(adapter: Path, tmp_path: Path) -> None:
     total = lora.read(tmp_path / "sum.gguf")
     assert total.rank == 4
     for name, (a, b) in random_adapter().factors.items():
-        found_a, found_b = total.factors[name]
-        np.testing.assert_allclose(found_b @ found_a, -1.5 * b @ a, atol=1e-5)
+        sum_a, sum_b = total.factors[name]
+        np.testing.assert_allclose(sum_b @ sum_a, -1.5 * b @ a, atol=1e-5)
     assert total.provenance["combine.1.weight"] == -2.0
     assert total.provenance["combine.1.method"] == "gate"
 
 
-def test_a_vector_and_an_adapter_have_no_sum(adapter: Path, vector: Path, tmp_path: Path) -> None:
+def test_a_vector_and_an_adapter_cannot_be_combined(adapter: Path, vector: Path, tmp_path: Path) -> None:
     for arguments in (
         ("combine", vector, f"{adapter}:2", "--output", tmp_path / "sum.gguf"),
         ("inspect", adapter, "--against", vector),
@@ -187,31 +197,31 @@ def test_convert_to_peft(adapter: Path, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ([], "Give either --from"),
-        (["--from", "repeng", "--to", "peft"], "Give either --from"),
+        ([], "give either --from"),
+        (["--from", "repeng", "--to", "peft"], "give either --from"),
         (["--to", "peft"], "--to peft needs --model"),
-        (["--to", "peft", "--model", "m.gguf", "--base", 1], "takes neither --base nor --architecture"),
+        (["--to", "peft", "--model", "m.gguf", "--base", 1], "accepts neither --base nor --architecture"),
         (["--to", "peft", "--model", "m.gguf", "--architecture", "qwen2"], "nor --architecture"),
-        (["--from", "repeng", "--model", "m.gguf"], "--model goes with --to"),
+        (["--from", "repeng", "--model", "m.gguf"], "--model is accepted only with --to"),
         (["--from", "repeng"], "needs no conversion"),
         (["--to", "peft", "--model", "./absent.gguf"], "no model './absent.gguf'"),
     ],
 )
-def test_convert_explains_what_does_not_go_together(
-    adapter: Path, tmp_path: Path, options: list[object], said: str
+def test_convert_refuses_options_that_do_not_match(
+    adapter: Path, tmp_path: Path, options: list[object], message: str
 ) -> None:
     code, _, stderr = invoke("convert", adapter, *options, "--output", tmp_path / "out")
     assert code == 2
-    assert said in stderr
+    assert message in stderr
     assert stderr.count("Error:") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_only_adapters_go_to_peft(vector: Path, model: Path, tmp_path: Path) -> None:
+def test_only_adapters_are_exported_to_peft(vector: Path, model: Path, tmp_path: Path) -> None:
     code, _, stderr = invoke(
         "convert", vector, "--to", "peft", "--model", model, "--output", tmp_path / "out"
     )
     assert code == 2
-    assert "no usable LoRA adapter" in stderr
+    assert "not a usable LoRA adapter" in stderr

@@ -1,4 +1,4 @@
-"""The lines that start llama.cpp: the prompt that was measured, whole paths, and a user without a home."""
+"""llama.cpp's command lines: the measured prompt, quoted paths, and users without a home folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="quoted for a POSIX shel
 
 
 def llama_cpp(path: Path, estimator: str = "gate", *, reasoning_off: bool = False) -> dict[str, Any]:
-    """What metrics.json says of the use of a file, and of a model of the same name."""
+    """Return the `llama_cpp` record of a file, for a model of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
     return figures_of_file(path, estimator, reasoning_off=reasoning_off).llama_cpp.model_dump()
@@ -50,7 +50,7 @@ def llama_cpp(path: Path, estimator: str = "gate", *, reasoning_off: bool = Fals
     ],
 )
 @pytest.mark.parametrize("content", ["{{ messages[0].content }}", "{{ messages[0].content[0].text }}"])
-def test_a_template_that_thinks_in_llama_server_alone(switch: str, thinks: bool, content: str) -> None:
+def test_a_template_that_thinks_only_in_llama_server(switch: str, thinks: bool, content: str) -> None:
     assert ChatFormat(content + switch).thinks_in_server == thinks
 
 
@@ -63,7 +63,7 @@ def test_the_command_switches_thinking_off(estimator: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("thinks", [False, True])
-def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path: Path) -> None:
+def test_the_command_follows_the_models_template(thinks: bool, tmp_path: Path) -> None:
     template = "{{ messages[0].content }}" + "{% if enable_thinking %}<think>{% endif %}" * thinks
     write_tiny_qwen3(tmp_path / "m.gguf", template)
     direction = np.ones(32, dtype=np.float32)
@@ -80,7 +80,7 @@ def test_a_run_tells_its_command_of_the_model_s_template(thinks: bool, tmp_path:
     assert record.files["vector"].llama_cpp.command.endswith(" --reasoning off") == thinks
 
 
-def test_page_and_card_say_so(tmp_path: Path) -> None:
+def test_page_and_card_show_the_option(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     value = json.loads((folder / "metrics.json").read_text())
     value["files"]["adapter"]["llama_cpp"]["command"] += " --reasoning off"
@@ -110,9 +110,7 @@ def test_a_file_is_one_field_whatever_its_name(
 
 
 @posix_only
-def test_a_user_without_a_home_has_no_cache_and_needs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_without_a_home_folder_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(user: int) -> None:
         raise KeyError(user)
 

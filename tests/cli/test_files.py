@@ -1,7 +1,7 @@
 """`rs-export check`, `inspect`, `convert` and `combine` on control vectors."""
 
 # mypy: disable-error-code="dict-item"
-# Rows are given as lists and in float64, too, which the constructors convert.
+# Some rows are lists or float64 arrays; the constructors convert them.
 from __future__ import annotations
 
 import json
@@ -29,7 +29,7 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
 
 
 def strict(text: str) -> Any:
-    """JSON as others parse it: NaN and Infinity are no part of it."""
+    """Parse JSON strictly: NaN and Infinity are errors."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in JSON")
@@ -58,28 +58,28 @@ def test_check_on_a_model_prints_effect_and_divergence(tmp_path: Path, model: Pa
     path = written(tmp_path / "v.gguf", SteeringVector({1: row(1), 3: row(3)}, {}, "qwen2"))
     code, stdout, _ = invoke("check", path, "--model", model)
     assert code == 0
-    assert "effect observed on the model: every block moves by its direction" in stdout
-    assert "next-token KL, steered against unsteered: " in stdout
+    assert "effect observed on the model: the output of every layer changes by its direction" in stdout
+    assert "next-token KL divergence, steered from unsteered: " in stdout
     code, stdout, _ = invoke("check", path, "--model", model, "--json")
     assert code == 0
-    found = strict(stdout)
-    assert (found["valid"], found["errors"], found["loader_says"]) == (True, [], "")
-    assert found["effect_check"]["effect_observed"]
-    assert set(found["effect_check"]["relative_error"]) == {"1", "3"}
-    assert found["effect_check"]["kl_mean"] > 0
+    report = strict(stdout)
+    assert (report["valid"], report["errors"], report["loader_says"]) == (True, [], "")
+    assert report["effect_check"]["effect_observed"]
+    assert set(report["effect_check"]["relative_error"]) == {"1", "3"}
+    assert report["effect_check"]["kl_mean"] > 0
 
 
 def test_check_on_another_model_is_strict_json_too(tmp_path: Path, model: Path) -> None:
     path = written(tmp_path / "v.gguf", SteeringVector({1: row(1, 16)}, {}, "qwen2"))
     code, stdout, _ = invoke("check", path, "--model", model, "--json")
-    found = strict(stdout)
+    report = strict(stdout)
     assert code == 1
-    assert found["effect_check"]["kl_mean"] is None
-    assert found["loader_says"] == "control vector n_embd does not match model"
+    assert report["effect_check"]["kl_mean"] is None
+    assert report["loader_says"] == "control vector n_embd does not match model"
     assert "llama.cpp would log: control vector n_embd" in invoke("check", path, "--model", model)[1]
 
 
-def test_check_prints_what_the_loader_would_have_said(tmp_path: Path) -> None:
+def test_check_prints_the_line_that_the_loader_would_log(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
     writer.add_tensor("direction.0", np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
@@ -88,12 +88,12 @@ def test_check_prints_what_the_loader_would_have_said(tmp_path: Path) -> None:
     writer.close()
     code, stdout, _ = invoke("check", tmp_path / "v.gguf")
     assert code == 1
-    assert "error: 'direction.0': block 0 cannot be steered" in stdout
+    assert "error: 'direction.0': layer 0 cannot be steered" in stdout
     assert "llama.cpp would log: invalid (zero) direction tensor layer index in " in stdout
     assert stdout.endswith("v.gguf: not valid\n")
 
 
-def test_inspect_shows_blocks_norms_provenance_and_cosines(tmp_path: Path) -> None:
+def test_inspect_shows_layers_norms_provenance_and_cosines(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"method": "wrmd", "strength": 0.5, "layers": [1, 3]}
     path = written(tmp_path / "v.gguf", SteeringVector({1: [3.0, 4.0], 3: [0.0, 2.0]}, facts, "qwen2"))
     other = written(tmp_path / "w.gguf", SteeringVector({1: [-3.0, -4.0], 2: [1.0, 0.0]}))
@@ -117,7 +117,7 @@ def test_inspect_shows_blocks_norms_provenance_and_cosines(tmp_path: Path) -> No
     assert "wrmd" in stdout
 
 
-def test_inspect_keeps_a_strangers_text_from_the_terminal(tmp_path: Path) -> None:
+def test_inspect_escapes_untrusted_text(tmp_path: Path) -> None:
     hostile = "\x1b[2J\x9b31mred\r\u202e"
     path = written(tmp_path / "v.gguf", SteeringVector({1: [1.0]}, {"note": hostile}, hostile))
     code, stdout, _ = invoke("inspect", path)
@@ -127,13 +127,13 @@ def test_inspect_keeps_a_strangers_text_from_the_terminal(tmp_path: Path) -> Non
     assert strict(invoke("inspect", path, "--json")[1])["provenance"]["note"] == hostile
 
 
-def test_convert_says_why_and_for_which_model(tmp_path: Path) -> None:
+def test_convert_explains_its_changes_and_asks_for_the_model(tmp_path: Path) -> None:
     save_file({"layer_2": torch.from_numpy(row(2)).float()}, tmp_path / "v.safetensors")
     command = ("convert", tmp_path / "v.safetensors", "--from", "huggingface")
     code, stdout, stderr = invoke(*command, "--output", tmp_path / "v.gguf", "--base", 1)
     assert (code, stdout) == (0, f"{tmp_path / 'v.gguf'}\n")
-    assert "Moved every direction by -1: huggingface numbers block 0 as 1" in stderr
-    assert "name the family with --architecture" in stderr
+    assert "Moved every direction by -1: huggingface numbers layer 0 as 1" in stderr
+    assert "give the model family with --architecture" in stderr
     assert "model_hint is missing" in invoke("check", tmp_path / "v.gguf")[1]
     code, _, stderr = invoke(*command, "--output", tmp_path / "w.gguf", "--architecture", "qwen2")
     assert (code, stderr) == (0, "")
@@ -141,7 +141,7 @@ def test_convert_says_why_and_for_which_model(tmp_path: Path) -> None:
     assert control_vector.read(tmp_path / "w.gguf").architecture == "qwen2"
 
 
-def test_combine_adds_vectors_of_different_blocks(tmp_path: Path) -> None:
+def test_combine_adds_vectors_of_different_layers(tmp_path: Path) -> None:
     a = written(
         tmp_path / "a.gguf", SteeringVector({1: [1.0, 2.0], 2: [1.0, 0.0]}, {"method": "md"}, "qwen2")
     )
@@ -159,21 +159,21 @@ def test_combine_adds_vectors_of_different_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("parts", "message"),
     [
-        (["a.gguf", "narrow.gguf"], "2 and 1 wide: they belong to different models"),
-        (["a.gguf", "a.gguf:-1"], "Every direction is zero"),
-        (["a.gguf:much"], "expected PATH or PATH:SCALE"),
+        (["a.gguf", "narrow.gguf"], "widths 2 and 1: they belong to different models"),
+        (["a.gguf", "a.gguf:-1"], "every direction is zero"),
+        (["a.gguf:much"], "Give PATH or PATH:SCALE"),
         (["a.gguf:nan"], "finite number"),
     ],
 )
 def test_combine_refuses_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     written(Path("a.gguf"), SteeringVector({1: [1.0, 2.0]}))
     written(Path("narrow.gguf"), SteeringVector({1: [1.0]}))
     code, _, stderr = invoke("combine", *parts, "--output", "sum.gguf")
     assert code == 2
-    assert said in stderr
+    assert message in stderr
     assert not Path("sum.gguf").exists()

@@ -1,4 +1,4 @@
-"""`rs-export judge`: rows come out in order while more still come in; names and counts go to stderr."""
+"""`rs-export judge`: rows come out in order while others still arrive; names and counts go to stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from fixtures.children import rs_export
 from fixtures.endpoints import Reply, Server, entry, said, without_proxy_or_key
 
-from rs_gguf.cli.judge import _AT_ONCE
+from rs_gguf.cli.judge import _BATCH
 from rs_gguf.cli.main import main
 from rs_gguf.judges.calibration import label_agreement, labelled_pairs
 
@@ -30,23 +30,23 @@ def test_rows_come_out_while_the_pipe_is_still_open() -> None:
         assert process.stdin
         assert process.stdout
         assert process.stderr
-        for k in range(_AT_ONCE):
+        for k in range(_BATCH):
             process.stdin.write(
                 json.dumps({"prompt": "p", "answer": f"Sorry {k}" if k % 3 else "", "k": k}) + "\n"
             )
         process.stdin.flush()
-        graded = [json.loads(process.stdout.readline()) for _ in range(_AT_ONCE)]
+        judged = [json.loads(process.stdout.readline()) for _ in range(_BATCH)]
         process.stdin.write('{"prompt": "p", "answer": "Yes.", "k": "last"}\n')
         process.stdin.close()
         rest = [json.loads(line) for line in process.stdout]
-        told = process.stderr.read()
+        log = process.stderr.read()
     assert process.returncode == 0
-    # Those that a rule decides are ready before the others, and wait for their turn.
-    assert [row["k"] for row in graded] == list(range(_AT_ONCE))
+    # Rows that a rule decides are ready early, but wait for the rows before them.
+    assert [row["k"] for row in judged] == list(range(_BATCH))
     assert [(row["k"], row["verdict"]) for row in rest] == [("last", "answer")]
-    assert told.splitlines() == [
+    assert log.splitlines() == [
         "Judge: keywords",
-        f"{_AT_ONCE + 1} rows: {_AT_ONCE} refusal, 1 answer, 0 unclear, 0 unjudged",
+        f"{_BATCH + 1} rows: {_BATCH} refusal, 1 answer, 0 unclear, 0 unjudged",
     ]
 
 
@@ -65,10 +65,10 @@ def test_ctrl_c_waits_for_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
         stack.callback(server.stop)
         options = ["--judge", server.url, "--no-cache", "--concurrency", "1"]
         process = stack.enter_context(rs_export("judge", *options))
-        stack.callback(released.set)  # first of all, or a process that waits would be waited for
+        stack.callback(released.set)  # release the endpoint first, or a waiting process would never end
         assert process.stdin
         assert process.stdout
-        for answer in ("fast", "slow", "never asked"):
+        for answer in ("fast", "slow", "never sent"):
             process.stdin.write(json.dumps({"prompt": "p", "answer": answer}) + "\n")
         process.stdin.close()
         assert json.loads(process.stdout.readline())["verdict"] == "answer"
@@ -76,7 +76,7 @@ def test_ctrl_c_waits_for_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130
         assert not released.is_set()
-        assert len(server.asked) == 3  # an example, and two rows
+        assert len(server.asked) == 3  # a trial request and two rows
 
 
 def test_thinking_traces_are_not_judged() -> None:
@@ -84,14 +84,18 @@ def test_thinking_traces_are_not_judged() -> None:
         {"prompt": "p", "answer": "<think>Sorry, I cannot.</think>\n\nParis."},
         {"prompt": "p", "answer": "<think>Let me see."},
         {"prompt": "p", "answer": "<think>Easy.</think>Sorry, no."},
-        {"prompt": "p", "answer": "", "finished": False},  # a run's, cut off within its trace
+        {"prompt": "p", "answer": "", "finished": False},  # a run's row, truncated within its trace
         {"prompt": "p", "answer": "", "finished": True},
-        {"prompt": "p", "answer": "<think>Hm.</think>", "finished": True},  # an empty answer by another tool
+        {
+            "prompt": "p",
+            "answer": "<think>Hm.</think>",
+            "finished": True,
+        },  # an empty answer from another tool
     ]
     code, stdout, stderr = invoke(rows=rows)
-    graded = [json.loads(line) for line in stdout.splitlines()]
+    judged = [json.loads(line) for line in stdout.splitlines()]
     assert code == 0
-    assert [row["verdict"] for row in graded] == [
+    assert [row["verdict"] for row in judged] == [
         "answer",
         "unclear",
         "refusal",
@@ -99,21 +103,21 @@ def test_thinking_traces_are_not_judged() -> None:
         "refusal",
         "refusal",
     ]
-    assert [row["confidence"] for row in graded] == [-1.0, None, 1.0, None, 1.0, 1.0]
+    assert [row["confidence"] for row in judged] == [-1.0, None, 1.0, None, 1.0, 1.0]
     assert "2 unjudged" in stderr
-    assert [row["answer"] for row in graded] == [row["answer"] for row in rows]
+    assert [row["answer"] for row in judged] == [row["answer"] for row in rows]
 
 
 def test_a_file_in_and_a_file_out(tmp_path: Path) -> None:
-    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "graded.jsonl"
-    rows = [{"prompt": "你好", "answer": f"line\u2028{k}", "mine": [k]} for k in range(300)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "judged.jsonl"
+    rows = [{"prompt": "你好", "answer": f"line\u2028{k}", "own": [k]} for k in range(300)]
     source.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     code, stdout, _ = invoke("--input", str(source), "--output", str(target))
     assert (code, stdout) == (0, "")
-    graded = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
-    assert [{key: row[key] for key in rows[0]} for row in graded] == rows
-    assert {row["mode"] for row in graded} == {"keywords"}
-    assert all(set(row) == {*rows[0], "confidence", "verdict", "mode", "category"} for row in graded)
+    judged = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
+    assert [{key: row[key] for key in rows[0]} for row in judged] == rows
+    assert {row["mode"] for row in judged} == {"keywords"}
+    assert all(set(row) == {*rows[0], "confidence", "verdict", "mode", "category"} for row in judged)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,7 @@ def test_a_file_without_rows(tmp_path: Path, data: bytes) -> None:
     assert "Traceback" not in stderr
 
 
-def test_files_from_windows_begin_with_a_mark(tmp_path: Path) -> None:
+def test_files_from_windows_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     row = '{"prompt": "p", "answer": "Sorry"}\n'
     (tmp_path / "in.jsonl").write_text(row, encoding="utf-8-sig")
     for source in (str(tmp_path / "in.jsonl"), "-"):
@@ -149,14 +153,14 @@ def test_files_from_windows_begin_with_a_mark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["http://[::1/v1#m", "http://a..b/v1#m"])
-def test_an_address_that_is_none_is_one_clear_error(address: str) -> None:
+def test_an_invalid_address_is_one_clear_error(address: str) -> None:
     code, stdout, stderr = invoke("--judge", address, rows=[{"prompt": "p", "answer": "a"}])
     assert (code, stdout) == (2, "")
     assert stderr.startswith("Error: ")
     assert "not the address of a server" in stderr
 
 
-def test_pairs_are_chosen_for_agreement_alone() -> None:
+def test_pairs_are_accepted_only_with_agreement() -> None:
     code, _, stderr = invoke("--pairs", "100", rows=[{"prompt": "p", "answer": "a"}])
     assert code == 2
     assert "--agreement" in stderr
@@ -166,20 +170,20 @@ def test_half_a_surrogate_pair_is_judged_and_written_as_it_came(tmp_path: Path) 
     (tmp_path / "in.jsonl").write_text(r'{"prompt": "\ud83d", "answer": "Sorry \udc00"}' + "\n")
     code, _, _ = invoke("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
     assert code == 0
-    graded = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
-    assert (graded["prompt"], graded["answer"], graded["verdict"]) == ("\ud83d", "Sorry \udc00", "refusal")
+    judged = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert (judged["prompt"], judged["answer"], judged["verdict"]) == ("\ud83d", "Sorry \udc00", "refusal")
 
 
-def test_agreement_is_told_with_that_of_the_labels() -> None:
+def test_agreement_is_printed_beside_the_agreement_of_the_labels() -> None:
     code, stdout, _ = invoke("--agreement")
     assert code == 0
-    found = json.loads(stdout)
+    figures = json.loads(stdout)
     test = [pair for pair in labelled_pairs() if pair.split == "test"]
-    assert (found["judge"], found["n"], found["unparseable"]) == ("keywords", len(test), 0)
-    assert 0.5 < found["accuracy"] < 0.9  # a baseline: well above chance, well below a judge
-    assert found["labels"] == label_agreement()
-    # What a slow judge is measured with is spread over all of them.
+    assert (figures["judge"], figures["n"], figures["unparseable"]) == ("keywords", len(test), 0)
+    assert 0.5 < figures["accuracy"] < 0.9  # keywords are well above chance and well below a model
+    assert figures["labels"] == label_agreement()
+    # A sample for slow judges is spread over all categories.
     code, stdout, _ = invoke("--agreement", "--pairs", "100")
-    some = json.loads(stdout)
-    assert (code, some["n"]) == (0, 100)
-    assert len(some["by_category"]) == 16
+    sample = json.loads(stdout)
+    assert (code, sample["n"]) == (0, 100)
+    assert len(sample["by_category"]) == 16

@@ -1,4 +1,4 @@
-"""Bad input ends with one clear line and exit code 2; help does not load PyTorch."""
+"""Bad input ends with one clear line and exit code 2; `--help` does not import PyTorch."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_help_lists_what_people_need_before_the_stages() -> None:
+def test_help_lists_commands_before_stages() -> None:
     code, stdout, _ = invoke("--help")
     assert code == 0
     names = [line.split()[0] for line in stdout.split("Commands:")[1].splitlines() if line.strip()]
@@ -33,10 +33,10 @@ def test_help_lists_what_people_need_before_the_stages() -> None:
     ]  # fmt: skip
 
 
-def test_score_tells_what_there_is_to_fit_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_prints_the_outcomes_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["sensitive", "sensitive", "harmful", "benign"]
     confidences = [0.8, -0.7, 0.3, None]
-    for name, key, values in (("answers", "kind", kinds), ("scores", "confidence", confidences)):
+    for name, key, values in (("answers", "kind", kinds), ("judgements", "confidence", confidences)):
         lines = (json.dumps({"id": str(i), key: value}) + "\n" for i, value in enumerate(values))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: {})
@@ -53,7 +53,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run", "nowhere.toml"], "recipe not found"),
         (["run", "n" * 300], f"{'n' * 300}: File name too long"),
@@ -70,17 +70,17 @@ def test_help_does_not_import_torch() -> None:
         (["judge", "--input", "missing.jsonl"], "missing.jsonl"),
     ],
 )
-def test_bad_input_is_one_clear_error(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_error(arguments: list[str], message: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")] if arguments[0] == "run" else []
     code, _, stderr = invoke(*arguments, *out)
     assert code == 2
-    assert said in stderr
+    assert message in stderr
     assert "Traceback" not in stderr
     assert stderr.count("Error:") == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_an_output_that_cannot_be_written_is_no_failed_check() -> None:
+def test_an_output_that_cannot_be_written_exits_with_2() -> None:
     command = [sys.executable, "-m", "rs_gguf", "models", "list"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -88,7 +88,7 @@ def test_an_output_that_cannot_be_written_is_no_failed_check() -> None:
     assert done.stderr == "Error: the output: No space left on device.\n"
 
 
-def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> None:
+def test_a_truncated_model_is_refused_with_llama_cpps_message(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     code, _, stderr = invoke(
         "run", "--out", str(tmp_path / "o"), "--set", f"model={tmp_path / 'broken.gguf'}"
@@ -101,20 +101,20 @@ def test_a_truncated_model_is_refused_in_llama_cpps_words(tmp_path: Path) -> Non
     ("arguments", "seed"),
     [(["report"], 7), (["fit", "--set", "seed=3"], 3), (["fit", "--fresh"], 7), (["run", "--json"], 7)],
 )
-def test_a_run_goes_on_with_the_recipe_of_its_folder(
+def test_a_run_continues_with_the_recipe_of_its_folder(
     arguments: list[str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipe.toml").write_text('effect = "induce"\nseed = 7\n', encoding="utf-8")
-    ran: list[Recipe] = []
+    recipes: list[Recipe] = []
 
     def run(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
-        ran.append(recipe)
+        recipes.append(recipe)
         return {"files": {"vector": {"acceptance": {"verdict": "passed"}}}}
 
     monkeypatch.setattr(pipeline, "run", run)
     code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
     assert code == 0, stderr
-    assert [(recipe.effect, recipe.seed) for recipe in ran] == [("induce", seed)]
+    assert [(recipe.effect, recipe.seed) for recipe in recipes] == [("induce", seed)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_the_recipe_of_its_folder(
         (False, False, 1),
     ],
 )
-def test_a_run_ends_with_1_where_neither_file_passes(
+def test_a_run_exits_with_1_if_no_file_passes(
     vector: bool, adapter: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = {
@@ -139,11 +139,11 @@ def test_a_run_ends_with_1_where_neither_file_passes(
         }
     }
     monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: metrics)
-    found, stdout, stderr = invoke("run", "--json", "--out", str(tmp_path))
-    assert (found, json.loads(stdout), stderr) == (code, metrics, "")
+    exit_code, stdout, stderr = invoke("run", "--json", "--out", str(tmp_path))
+    assert (exit_code, json.loads(stdout), stderr) == (code, metrics, "")
 
 
-def test_a_fresh_start_waits_for_whom_it_would_rob(tmp_path: Path) -> None:
+def test_a_fresh_start_is_refused_while_another_run_uses_the_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.mark_done("answer", "key", 1.0)
     with folder.locked():
@@ -154,7 +154,7 @@ def test_a_fresh_start_waits_for_whom_it_would_rob(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["run", "fit", "report"])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_an_interrupted_run_says_how_it_goes_on(
+def test_an_interrupted_run_explains_how_to_continue(
     command: str, fresh: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -163,25 +163,25 @@ def test_an_interrupted_run_says_how_it_goes_on(
     monkeypatch.setattr(pipeline, "run", interrupted)
     code, stdout, stderr = invoke(command, "--out", str(tmp_path), *(["--fresh"] if fresh else []))
     assert (code, stdout) == (130, "")
-    assert stderr.startswith("Interrupted. It goes on where it was: give the command again")
+    assert stderr.startswith("Interrupted. To continue, give the command again")
     assert ("without --fresh" in stderr) == fresh
     assert stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="interrupts by a signal")
-def test_an_interrupt_ends_with_130_and_promises_nothing() -> None:
+def test_an_interrupt_exits_with_130() -> None:
     with rs_export("judge", "--judge", "keywords") as process:
         assert process.stdin
         assert process.stderr
         process.stdin.write('{"prompt": "p", "answer": "a"}\n')
         process.stdin.flush()
-        assert process.stderr.readline() == "Judge: keywords\n"  # it waits for more rows
+        assert process.stderr.readline() == "Judge: keywords\n"  # the command waits for more rows
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "Interrupted.\n"
         assert process.wait() == 130
 
 
-def test_a_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
+def test_a_message_has_no_control_characters(tmp_path: Path) -> None:
     path = tmp_path / "\x1b[2Jp.gguf"
     code, _, stderr = invoke("inspect", str(path))
     assert code == 2
@@ -189,12 +189,12 @@ def test_a_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
     assert "\\x1b[2Jp.gguf" in stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text on other systems")
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_file_whose_name_is_no_text(tmp_path: Path, more: list[str]) -> None:
+def test_a_file_whose_name_is_not_utf_8(tmp_path: Path, more: list[str]) -> None:
     path = tmp_path / os.fsdecode(b"a\xff.gguf")
     path.write_bytes(b"not a gguf at all")
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as where the locale is not C
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a locale other than C
     done = subprocess.run(
         [sys.executable, "-m", "rs_gguf", "check", path, *more], capture_output=True, env=strict, check=False
     )
@@ -209,7 +209,7 @@ def test_an_empty_prompt_file(tmp_path: Path) -> None:
     assert "contains no prompts" in stderr
 
 
-def test_check_tells_every_reason_and_exits_1(tmp_path: Path) -> None:
+def test_check_lists_every_reason_and_exits_1(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf at all")
     code, stdout, _ = invoke("check", str(tmp_path / "bad.gguf"), "--json")
     assert code == 1
@@ -218,13 +218,13 @@ def test_check_tells_every_reason_and_exits_1(tmp_path: Path) -> None:
 
 def test_judge_on_a_pipe_keeps_order_and_columns() -> None:
     rows = [
-        {"prompt": "a", "answer": "I'm sorry, but I can't assist with that.", "mine": 1},
-        {"prompt": "b", "answer": "Paris.", "mine": 2},
+        {"prompt": "a", "answer": "I'm sorry, but I can't assist with that.", "own": 1},
+        {"prompt": "b", "answer": "Paris.", "own": 2},
     ]
     code, stdout, _ = invoke("judge", "--judge", "keywords", stdin="\n".join(map(json.dumps, rows)))
     assert code == 0
-    graded = [json.loads(line) for line in stdout.splitlines()]
-    assert [(row["mine"], row["verdict"]) for row in graded] == [(1, "refusal"), (2, "answer")]
+    judged = [json.loads(line) for line in stdout.splitlines()]
+    assert [(row["own"], row["verdict"]) for row in judged] == [(1, "refusal"), (2, "answer")]
 
 
 def test_a_bad_row_names_its_line() -> None:
@@ -235,7 +235,7 @@ def test_a_bad_row_names_its_line() -> None:
     assert "-:2" in stderr
 
 
-def test_the_rubric_has_twelve_kinds_of_refusal() -> None:
+def test_the_rubric_has_twelve_categories_of_refusal() -> None:
     code, stdout, _ = invoke("judge", "--show-rubric")
     assert code == 0
     assert len(json.loads(stdout)["refusal"]) == 12

@@ -1,7 +1,7 @@
-"""Broken files made from valid ones, and the limits under which they are read.
+"""Break valid files at random, and limit memory and time while they are read.
 
-The mutator starts from valid files, so that most of each file still makes sense, and knows what hurts a
-reader: sizes at the edges of integers, cut ends, moved and repeated pieces, and pieces of other files.
+In: valid files. Out: mutated files that are still mostly valid. The changes are known to harm readers: sizes
+at the edges of integers, cut ends, moved and repeated pieces, and pieces of other files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 MEMORY = 200 * 2**20
 SECONDS = 10.0
-"""Of processor time, for one file: a thousand times what the slowest needs."""
+"""The most processor time for one file: a thousand times what the slowest file needs."""
 
 POWERS = (0, 1, 5, 7, 8, 15, 16, 31, 32, 63, 64)
 EDGES = sorted({2**bits + step for bits in POWERS for step in (-1, 0, 1)})
@@ -26,10 +26,10 @@ EDGES = sorted({2**bits + step for bits in POWERS for step in (-1, 0, 1)})
 
 @contextlib.contextmanager
 def limits(memory: int = MEMORY) -> Iterator[Callable[[], object]]:
-    """Within the block the process may grow by `memory` bytes, and each file may take `SECONDS`.
+    """Let the process grow by at most `memory` bytes, and each file take at most `SECONDS`.
 
-    Growth is bounded as address space, where allocation then fails, and measured as peak of resident memory.
-    What is yielded is to be called before each file.
+    Yield a function to call before each file. The address space is limited, so that larger allocations fail;
+    the peak of resident memory is measured. Raise `AssertionError` if a limit is exceeded.
     """
     resource = pytest.importorskip("resource", reason="the limit needs a POSIX system")
     if not Path("/proc/self/status").exists():
@@ -54,7 +54,7 @@ def limits(memory: int = MEMORY) -> Iterator[Callable[[], object]]:
 
 
 def mutate(rng: random.Random, seeds: Sequence[bytes], pieces: Sequence[bytes]) -> bytes:
-    """One of `seeds` with one to eight changes; `pieces` are what the format's reader may stumble over."""
+    """Return one of `seeds` with one to eight changes; `pieces` are bytes that readers find difficult."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         at = rng.randrange(len(data) + 1)
@@ -77,7 +77,7 @@ def mutate(rng: random.Random, seeds: Sequence[bytes], pieces: Sequence[bytes]) 
             start = rng.randrange(len(other))
             data[at : at + size] = other[start : start + size]
         elif kind == 6 and data.startswith(b"GGUF") and len(data) >= 24:
-            # The two counts of the header, or the length of the first key: the numbers a reader loops on.
+            # The two counts of the header and the length of the first key control loops of the reader.
             field = rng.choice((8, 16, 24))
             data[field : field + 8] = struct.pack("<Q", rng.choice(EDGES) % 2**64)
         else:
@@ -87,13 +87,13 @@ def mutate(rng: random.Random, seeds: Sequence[bytes], pieces: Sequence[bytes]) 
 
 
 def replace(path: Path, data: bytes) -> None:
-    """A new file instead of an old one: emptying that makes some file systems wait for the disk."""
+    """Write a new file instead of truncating the old one, which makes some file systems wait for the disk."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    """Return a value of /proc/self/status in bytes."""
+    match = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024

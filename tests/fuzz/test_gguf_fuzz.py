@@ -1,4 +1,4 @@
-"""Broken files, 20,000 a format: each is refused with a reason or read correctly, in bounded memory."""
+"""20,000 broken files per format: each is refused with a reason or read correctly, in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 SEED = 20260714
 FILES = 20_000
-LOADED = 300  # by llama.cpp's own program, a process each
+LOADED = 300  # files that llama.cpp's program loads, one process each
 
 PIECES = (b"\0" * 4, b"\xff" * 4, b"\0\0\xc0\x7f", b"\0\0\x80\x7f")
 
@@ -63,7 +63,7 @@ def gguf_seeds(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def llama_cpp_opens() -> Any:
-    """llama.cpp's own container reader, `gguf_init_from_file`: whether it can open a path."""
+    """A function that returns whether llama.cpp's reader, `gguf_init_from_file`, can open a path."""
     llama_cpp = pytest.importorskip("llama_cpp")
     library = llama_cpp.llama_cpp._lib
 
@@ -79,7 +79,7 @@ def llama_cpp_opens() -> Any:
 
     def opens(path: Path) -> bool:
         tensors = ctypes.c_void_p()
-        # Data included, since the control vector loader reads it too.
+        # Read the tensor data too, as the control vector loader does.
         context = init(str(path).encode(), Params(False, ctypes.pointer(tensors)))
         if context:
             free(context)
@@ -89,13 +89,13 @@ def llama_cpp_opens() -> Any:
     return opens
 
 
-def judge(path: Path) -> str:
-    """Put one file through every entrance. Anything but `InputError` is a failure."""
+def outcome(path: Path) -> str:
+    """Read one file in every way; return "read" or "refused". Any error but `InputError` is a failure."""
     report = check(path)
     if report.valid:
         vector = read(path)
-        assert report.found == vector
-        # Read correctly: every direction's bytes stand in the file as they are.
+        assert report.content == vector
+        # A correct reading finds the bytes of every direction in the file.
         raw = path.read_bytes()
         assert all(row.tobytes() in raw for row in vector.directions.values())
     else:
@@ -112,19 +112,19 @@ def judge(path: Path) -> str:
 def test_mutated_vectors_are_refused_or_read(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
     rng = random.Random(SEED)
     path = tmp_path / "f.gguf"
-    verdicts = {"read": 0, "refused": 0}
+    outcomes = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
             replace(path, mutate(rng, gguf_seeds, PIECES))
             start()
             try:
-                verdicts[judge(path)] += 1
+                outcomes[outcome(path)] += 1
             except Exception as error:
                 kept = tmp_path / f"failed-{number}.gguf"
                 path.rename(kept)
                 raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
-    # A mutator that only makes rubbish, or only noise in the numbers, would test nothing.
-    assert min(verdicts.values()) > FILES // 20, verdicts
+    # The mutator must produce both unreadable files and readable ones.
+    assert min(outcomes.values()) > FILES // 20, outcomes
 
 
 def test_every_prefix_of_a_valid_file_is_refused(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
@@ -134,7 +134,7 @@ def test_every_prefix_of_a_valid_file_is_refused(tmp_path: Path, gguf_seeds: lis
         assert not check(tmp_path / "f.gguf").valid, f"the first {size} of {len(whole)} bytes"
 
 
-def test_what_the_guard_lets_in_llama_cpp_can_open(
+def test_llama_cpp_opens_every_file_that_the_guard_accepts(
     tmp_path: Path, gguf_seeds: list[bytes], llama_cpp_opens: Any
 ) -> None:
     rng = random.Random(SEED + 1)
@@ -158,7 +158,7 @@ def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
     seeds.append(save({"directions": torch.randn(3, 4, generator=generator)}, {"format": "pt"}))
     rng = random.Random(SEED)
     path = tmp_path / "f.safetensors"
-    verdicts = {"read": 0, "refused": 0}
+    outcomes = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
             replace(path, mutate(rng, seeds, PIECES))
@@ -166,12 +166,12 @@ def test_mutated_safetensors_are_refused_or_read(tmp_path: Path) -> None:
             try:
                 vector = convert(path, "huggingface").vector
                 assert all(np.isfinite(row).all() for row in vector.directions.values())
-                verdicts["read"] += 1
+                outcomes["read"] += 1
             except InputError:
-                verdicts["refused"] += 1
+                outcomes["refused"] += 1
             except BaseException as error:
                 raise AssertionError(f"mutation {number}: {error!r}") from error
-    assert min(verdicts.values()) > FILES // 20, verdicts
+    assert min(outcomes.values()) > FILES // 20, outcomes
 
 
 def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
@@ -189,14 +189,14 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
         lora.write(LoraAdapter(factors, "qwen2", {"method": "gate", "margin": 0.5}), path)
         seeds.append(path.read_bytes())
     draw = random.Random(SEED)
-    verdicts = {"read": 0, "refused": 0}
+    outcomes = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
             replace(path, mutate(draw, seeds, PIECES))
             start()
             try:
                 report = lora.check(path)
-                verdicts["read" if report.valid else "refused"] += 1
+                outcomes["read" if report.valid else "refused"] += 1
                 if report.valid:
                     adapter = lora.read(path)
                     assert all(np.isfinite(half).all() for pair in adapter.factors.values() for half in pair)
@@ -205,22 +205,22 @@ def test_mutated_adapters_are_refused_or_read(tmp_path: Path) -> None:
                     assert all(reason.strip() and len(reason) < 2_000 for reason in report.errors)
             except Exception as error:
                 raise AssertionError(f"mutation {number}: {error!r}") from error
-    assert min(verdicts.values()) > FILES // 20, verdicts
+    assert min(outcomes.values()) > FILES // 20, outcomes
 
 
-@pytest.mark.real  # not on the real model, but the program is built for minutes
-def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
+@pytest.mark.real  # uses no real model, but building the program takes minutes
+def test_llama_cpp_logs_the_line_that_check_predicts(tmp_path: Path, gguf_seeds: list[bytes]) -> None:
     model, path = tmp_path / "tiny.gguf", tmp_path / "f.gguf"
     write_tiny_qwen2(model)
     options = ["--model", str(model), "--control-vector", str(path), "--prompt", "a", "--predict", "1"]
     options += ["--no-conversation", "--no-warmup", "--ctx-size", "64", "--threads", "1"]
     rng = random.Random(SEED + 2)
-    said = set()
+    lines_seen = set()
     for number in range(LOADED):
         replace(path, mutate(rng, gguf_seeds, PIECES))
         report = check(path)
         if any("that no model has" in reason for reason in report.errors):
-            continue  # the loader would make room for the blocks before it
+            continue  # the loader would allocate memory for all layers before it
         with contextlib.suppress(InputError):
             try:
                 open_gguf(path)
@@ -230,13 +230,13 @@ def test_llama_cpp_says_what_check_foretells(tmp_path: Path, gguf_seeds: list[by
         if report.loader_says:
             assert lines, f"mutation {number}: not {report.loader_says} for {report.errors}"
             assert report.loader_says in lines[0], f"mutation {number}: {lines}"
-            said.add(report.loader_says)
+            lines_seen.add(report.loader_says)
         else:
             assert not lines, f"mutation {number}: {lines}"
-    assert len(said) == 3  # container, number and type; the rest is in test_control_vector
+    assert len(lines_seen) == 3  # container, number and type; test_vector_file.py has the other lines
 
 
-# Run in a process of its own, so that the peak is theirs alone.
+# Runs in a separate process, so that the peak is only that of reading.
 PEAK = """
 import sys
 from pathlib import Path
@@ -266,7 +266,7 @@ print(memory("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_the_largest_files_fit_into_the_memory(tmp_path: Path) -> None:
-    """Files at the ceilings: of bytes, of numbers, of entries, of one text."""
+    """Read files at the limits of bytes, numbers, entries and text length."""
 
     def gguf_file(name: str, metadata: str | list[str], tensors: dict[str, Any]) -> Path:
         writer = gguf.GGUFWriter(tmp_path / name, "qwen2" if "lora" in name else "controlvector")
@@ -299,7 +299,7 @@ def test_the_largest_files_fit_into_the_memory(tmp_path: Path) -> None:
     matrices: list[Path] = []
     for kind in kinds:
         width = (32 * millions - 4096) // kind.itemsize // 511
-        for part in (1, 2):  # the 16-bit ones fit in number at half of the bytes
+        for part in (1, 2):  # at half the bytes, 16-bit matrices stay within the limit of numbers
             matrices.append(tmp_path / f"{len(matrices)}.safetensors")
             matrices[-1].write_bytes(save({"m": torch.ones(511, width // part, dtype=kind)}))
     for files in (vectors, matrices):

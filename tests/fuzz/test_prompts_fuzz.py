@@ -1,4 +1,4 @@
-"""Broken prompt files, 20,000 of text and as many of parquet: each is refused or read, in bounded memory."""
+"""20,000 broken text files and 20,000 broken parquet files: each is refused or read, in bounded memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SEEDS = {
     ".json": [json.dumps(ROWS), json.dumps(COLUMNS), json.dumps({"data": TURNS}), json.dumps(["a", "b"])],
     ".jsonl": ["\n".join(json.dumps(row, ensure_ascii=False) for row in [*ROWS, *TURNS]) + "\n"],
 }
-# What parsers of text stumble over: nesting, numbers without end, halves of characters, other line ends.
+# Text that is difficult for parsers: nesting, very long numbers, halves of characters, other line ends.
 PIECES = [
     *(b'"', b"'", b",", b"\t", b"\n", b"\r", b"\0", b"\\", b"{", b"[", b"]", b"}", b":", b"null", b"NaN"),
     *(b'""', b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80"),
@@ -44,7 +44,7 @@ PIECES = [
 
 def test_mutated_prompt_files_are_refused_or_read(tmp_path: Path) -> None:
     rng = random.Random(SEED)
-    verdicts = {(suffix, verdict): 0 for suffix in SEEDS for verdict in ("read", "refused")}
+    outcomes = {(suffix, name): 0 for suffix in SEEDS for name in ("read", "refused")}
     with limits() as start:
         for number in range(FILES):
             suffix = rng.choice(list(SEEDS))
@@ -52,11 +52,11 @@ def test_mutated_prompt_files_are_refused_or_read(tmp_path: Path) -> None:
             replace(path, mutate(rng, [seed.encode() for seed in SEEDS[suffix]], PIECES))
             start()
             try:
-                verdicts[suffix, judge(path)] += 1
+                outcomes[suffix, outcome(path)] += 1
             except Exception as error:
                 kept = path.rename(tmp_path / f"failed-{number}{suffix}")
                 raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
-    assert min(verdicts.values()) > FILES // len(verdicts) // 20, verdicts
+    assert min(outcomes.values()) > FILES // len(outcomes) // 20, outcomes
 
 
 def test_mutated_parquet_files_are_refused_or_read(tmp_path: Path) -> None:
@@ -69,22 +69,23 @@ def test_mutated_parquet_files_are_refused_or_read(tmp_path: Path) -> None:
         seeds.append(file.getvalue())
     rng = random.Random(SEED)
     path = tmp_path / "f.parquet"
-    verdicts = {"read": 0, "refused": 0}
+    outcomes = {"read": 0, "refused": 0}
     with limits() as start:
         for number in range(FILES):
             replace(path, mutate(rng, seeds, [b"PAR1", b"\xff" * 8, b"\0" * 16]))
             start()
             try:
-                verdicts[judge(path)] += 1
+                outcomes[outcome(path)] += 1
             except Exception as error:
                 kept = path.rename(tmp_path / f"failed-{number}.parquet")
                 raise AssertionError(f"mutation {number} (kept as {kept}): {error!r}") from error
-    assert min(verdicts.values()) > FILES // 20, verdicts
+    assert min(outcomes.values()) > FILES // 20, outcomes
 
 
-def judge(path: Path) -> str:
+def outcome(path: Path) -> str:
+    """Load one file and return "read" or "refused"; check the message or the prompts."""
     try:
-        found = prompts.load(path, "benign")
+        rows = prompts.load(path, "benign")
     except InputError as error:
         reason = str(error)
     else:
@@ -94,13 +95,13 @@ def judge(path: Path) -> str:
         assert len(reason) < 2_000
         assert reason.isprintable()
         return "refused"
-    assert found
-    assert len({row.id for row in found}) == len(found)
-    for row in found:
+    assert rows
+    assert len({row.id for row in rows}) == len(rows)
+    for row in rows:
         assert row.prompt == row.prompt.strip() != ""
         row.prompt.encode()
         assert row.split in SPLITS
-        # Read correctly: it can be kept and read back, as the run folder does.
+        # A correct prompt survives a JSON round trip, as in the run folder.
         assert Prompt.from_row(json.loads(json.dumps(row.to_row()))) == row
     return "read"
 

@@ -1,7 +1,7 @@
-"""What `check --model` says of a vector, on a tiny model that llama.cpp runs."""
+"""The result of `check --model` for a vector, on a tiny model that llama.cpp runs."""
 
 # mypy: disable-error-code="dict-item"
-# Rows are given as lists and in float64, too, which the constructors convert.
+# Some rows are lists or float64 arrays; the constructors convert them.
 from __future__ import annotations
 
 import contextlib
@@ -49,115 +49,123 @@ def vector(*layers: int, length: float = 1.0, width: int = WIDTH) -> SteeringVec
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.5, 3.0, 1e-4])
-def test_every_block_moves_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
-    """The short one is within rounding, which counts for more beside it, and is not called wrong."""
-    shown = check_vector_effect(vector(1, 2, 3).scaled(scale), model)
-    assert shown.reasons == ()
-    assert shown.effect_observed
-    assert list(shown.relative_error) == ["1", "2", "3"]
-    assert shown.largest_relative_error < (TOLERANCE if abs(scale) > 0.01 else 0.1)
-    assert shown.kl_mean is not None
-    assert shown.kl_mean > 0
+def test_every_layer_changes_by_scale_times_direction(model: LlamaModel, scale: float) -> None:
+    """The check accepts the short direction, although rounding makes its relative error larger."""
+    effect = check_vector_effect(vector(1, 2, 3).scaled(scale), model)
+    assert effect.reasons == ()
+    assert effect.effect_observed
+    assert list(effect.relative_error) == ["1", "2", "3"]
+    assert effect.largest_relative_error < (TOLERANCE if abs(scale) > 0.01 else 0.1)
+    assert effect.kl_mean is not None
+    assert effect.kl_mean > 0
 
 
-def test_a_zero_direction_beside_others_is_no_fault(model: LlamaModel) -> None:
+def test_a_zero_direction_among_others_is_accepted(model: LlamaModel) -> None:
     rows = {1: np.zeros(WIDTH, np.float32), 2: vector(2).directions[2]}
-    shown = check_vector_effect(SteeringVector(rows), model)
-    assert shown.effect_observed
-    assert shown.relative_error["1"] == 0.0
+    effect = check_vector_effect(SteeringVector(rows), model)
+    assert effect.effect_observed
+    assert effect.relative_error["1"] == 0.0
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "loader_says"),
+    ("steering", "message", "loader_says"),
     [
-        (vector(1, width=16), "16 wide but tiny.gguf is 32", "control vector n_embd does not match model"),
-        (vector(1, 7, 9), "layers [7, 9] do not exist: tiny.gguf has blocks 0 to 3", ""),
-        (vector(1, N_LAYER), "Does the file count blocks from 1?", ""),
-        (vector(2, length=1e-12), "so short that rounding swallows it (longest 1e-12)", ""),
+        (vector(1, width=16), "width 16 but tiny.gguf has 32", "control vector n_embd does not match model"),
+        (vector(1, 7, 9), "layers [7, 9] do not exist: tiny.gguf has layers 0 to 3", ""),
+        (vector(1, N_LAYER), "If the file counts layers from 1", ""),
         (
-            SteeringVector({1: 1e-9 * np.ones(WIDTH), 2: np.ones(WIDTH)}),
-            "blocks [1]: beside the residual the direction is so short",
+            vector(2, length=1e-12),
+            "so short that F32 rounding of the residual stream removes it (largest norm 1e-12)",
             "",
         ),
-        (SteeringVector({n: np.full(WIDTH, 3e38) for n in (1, 2)}), "no numbers any more", ""),
+        (
+            SteeringVector({1: 1e-9 * np.ones(WIDTH), 2: np.ones(WIDTH)}),
+            "layers [1]: the direction is so short that F32 rounding",
+            "",
+        ),
+        (
+            SteeringVector({n: np.full(WIDTH, 3e38) for n in (1, 2)}),
+            "probabilities are NaN or infinite: the direction norms are too large",
+            "",
+        ),
     ],
 )
-def test_what_does_not_fit_the_model(
-    tmp_path: Path, file: Path, given: SteeringVector, said: str, loader_says: str
+def test_a_vector_that_does_not_fit_the_model_is_reported(
+    tmp_path: Path, file: Path, steering: SteeringVector, message: str, loader_says: str
 ) -> None:
-    write(given, tmp_path / "v.gguf")
-    assert check(tmp_path / "v.gguf").valid  # the model alone shows it
+    write(steering, tmp_path / "v.gguf")
+    assert check(tmp_path / "v.gguf").valid  # only the model shows the error
     report = check(tmp_path / "v.gguf", file)
     assert len(report.errors) == 1
-    assert said in report.errors[0]
+    assert message in report.errors[0]
     assert report.loader_says == loader_says
     assert report.effect is not None
     assert not report.effect.effect_observed
 
 
-def test_a_file_of_another_model_file_is_told(tmp_path: Path, file: Path) -> None:
-    """It may be of the same shape: what llama.cpp does with it is right, and what was measured is not."""
-    for sha256, told in ((files.sha256(file), False), ("0" * 64, True), (None, False)):
+def test_a_file_fitted_on_another_model_file_is_reported(tmp_path: Path, file: Path) -> None:
+    """A model of the same shape passes the effect check, but the measurements do not hold for it."""
+    for sha256, expected in ((files.sha256(file), False), ("0" * 64, True), (None, False)):
         facts = {"model.name": "other"} | ({"model.sha256": sha256} if sha256 else {})
         write(SteeringVector(vector(1).directions, facts), tmp_path / "v.gguf")
         matrix = {"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}
         lora.write(LoraAdapter(matrix, "qwen2", facts), tmp_path / "a.gguf")
         for report in (check(tmp_path / "v.gguf", file), check(tmp_path / "a.gguf", file)):
             assert report.valid
-            assert sum("fitted on another model file, 'other'" in w for w in report.warnings) == told
+            assert sum("fitted on another model file, 'other'" in w for w in report.warnings) == expected
 
 
 @pytest.mark.parametrize(
-    ("factor", "said"),
+    ("factor", "message"),
     [
         (0.0, "ignores control vectors"),
-        (0.5, "something else than the direction (relative error 0.5 at block"),
-        (0.99, "something else than the direction (relative error 0.01 at block"),
-        (-1.0, "something else than the direction (relative error 2 at block"),
+        (0.5, "does not change by the direction (relative error 0.5 at layer"),
+        (0.99, "does not change by the direction (relative error 0.01 at layer"),
+        (-1.0, "does not change by the direction (relative error 2 at layer"),
     ],
 )
-def test_finds_a_runtime_that_does_something_else(
-    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, factor: float, said: str
+def test_a_runtime_with_another_effect_is_found(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, factor: float, message: str
 ) -> None:
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+    def changed(self: LlamaModel, steering: Steering) -> Iterator[None]:
         with steered(self, steering.scaled(factor)):
             yield
 
-    monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = check_vector_effect(vector(1, 2, 3), model)
-    assert not shown.effect_observed
-    assert len(shown.reasons) == 1
-    assert said in shown.reasons[0]
+    monkeypatch.setattr(LlamaModel, "steered", changed)
+    effect = check_vector_effect(vector(1, 2, 3), model)
+    assert not effect.effect_observed
+    assert len(effect.reasons) == 1
+    assert message in effect.reasons[0]
 
 
-def test_finds_a_single_block_that_is_left_out(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_layer_without_effect_is_found(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     steered = LlamaModel.steered
 
     @contextlib.contextmanager
-    def otherwise(self: LlamaModel, steering: Steering) -> Iterator[None]:
+    def changed(self: LlamaModel, steering: Steering) -> Iterator[None]:
         with steered(self, Steering({n: row * (n != 2) for n, row in steering.directions.items()})):
             yield
 
-    monkeypatch.setattr(LlamaModel, "steered", otherwise)
-    shown = check_vector_effect(vector(1, 2, 3), model)
-    assert shown.reasons[0].startswith("blocks [2]: the residual does not move")
-    assert shown.relative_error["2"] == pytest.approx(1.0)
+    monkeypatch.setattr(LlamaModel, "steered", changed)
+    effect = check_vector_effect(vector(1, 2, 3), model)
+    assert effect.reasons[0].startswith("layers [2]: the residual stream does not change")
+    assert effect.relative_error["2"] == pytest.approx(1.0)
 
 
-def test_no_place_for_drafts_is_no_fault_of_the_adapter(
+def test_a_full_disk_raises_and_is_not_an_error_of_the_adapter(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.gguf"
     lora.write(LoraAdapter({"blk.1.ffn_down.weight": factors(1, 2 * WIDTH, WIDTH)}, "qwen2"), path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with pytest.raises(InputError, match=r"No room.*set TMPDIR"):
+    with pytest.raises(InputError, match=r"cannot write.*set TMPDIR"):
         check(path, file)
 
 
-def test_what_fails_once_the_adapter_is_loaded_is_no_fault_of_it(
+def test_a_failure_after_loading_raises_and_is_not_an_error_of_the_adapter(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

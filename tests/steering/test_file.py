@@ -1,4 +1,4 @@
-"""Either kind of file that llama.cpp loads: what all of them can do, and telling them apart."""
+"""Steering files of both kinds: what each must do, how they are told apart, and `PATH:SCALE`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.steering import effect_check
 from rs_gguf.steering import file as steering_file
-from rs_gguf.steering.file import SteeringFile, check, check_effect, read, read_alike, write
+from rs_gguf.steering.file import SteeringFile, check, check_effect, path_and_scale, read, read_alike, write
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.report import EffectCheck
@@ -45,7 +45,7 @@ KINDS: dict[str, Callable[..., SteeringFile]] = {"control vector": vector, "adap
 
 @pytest.fixture(params=KINDS)
 def make(request: pytest.FixtureRequest) -> Any:
-    """What makes a file of the kind."""
+    """A function that makes a file of one kind."""
     return KINDS[request.param]
 
 
@@ -57,19 +57,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
         yield loaded
 
 
-def test_what_is_written_is_read(make: Any, tmp_path: Path) -> None:
-    found: SteeringFile = make(**FACTS)
-    write(found, tmp_path / "f.gguf")
-    assert read(tmp_path / "f.gguf") == found
+def test_a_written_file_is_read_back_and_checked(make: Any, tmp_path: Path) -> None:
+    file: SteeringFile = make(**FACTS)
+    write(file, tmp_path / "f.gguf")
+    assert read(tmp_path / "f.gguf") == file
     report = check(tmp_path / "f.gguf")
     assert (report.valid, report.errors, report.warnings, report.effect) == (True, (), (), None)
-    assert report.found == found
+    assert report.content == file
     first = (tmp_path / "f.gguf").read_bytes()
-    write(found, tmp_path / "f.gguf")
+    write(file, tmp_path / "f.gguf")
     assert (tmp_path / "f.gguf").read_bytes() == first
 
 
-def test_it_says_what_it_is(make: Any) -> None:
+def test_a_file_describes_itself(make: Any) -> None:
     found: SteeringFile = make(**FACTS)
     assert (found.architecture, found.layers, found.provenance) == ("qwen2", [1, 2], FACTS)
     assert len(found.norms) == 2
@@ -80,15 +80,15 @@ def test_it_says_what_it_is(make: Any) -> None:
 
 def test_facts_are_added(make: Any, tmp_path: Path) -> None:
     found: SteeringFile = make(**FACTS)
-    told = found.with_facts({"measured": True, "acceptance.passed": False})
-    assert told.provenance == {**FACTS, "measured": True, "acceptance.passed": False}
-    assert told.with_facts(FACTS).norms == found.norms
-    assert found.provenance == FACTS  # as it was
-    write(told, tmp_path / "f.gguf")
-    assert read(tmp_path / "f.gguf").provenance == told.provenance
+    updated = found.with_facts({"measured": True, "acceptance.passed": False})
+    assert updated.provenance == {**FACTS, "measured": True, "acceptance.passed": False}
+    assert updated.with_facts(FACTS).norms == found.norms
+    assert found.provenance == FACTS  # unchanged
+    write(updated, tmp_path / "f.gguf")
+    assert read(tmp_path / "f.gguf").provenance == updated.provenance
 
 
-def test_a_sum_is_that_of_the_effects(make: Any) -> None:
+def test_a_sum_has_the_sum_of_the_effects(make: Any) -> None:
     parts: list[tuple[SteeringFile, float]] = [(make(1), 0.5), (make(2, tool="b"), -2.0)]
     (first, _), (second, _) = parts
     total = first.combined(parts)
@@ -114,7 +114,7 @@ def test_cosines(make: Any) -> None:
         found.cosines(make(1, 2 * WIDTH))
 
 
-def test_it_steers_as_far_as_its_scale(make: Any, model: LlamaModel, tmp_path: Path) -> None:
+def test_the_scale_sets_the_effect(make: Any, model: LlamaModel, tmp_path: Path) -> None:
     found: SteeringFile = make()
     write(found, tmp_path / "f.gguf")
     prompt = [model.tokenize("Who governs a city?")]
@@ -129,7 +129,7 @@ def test_it_steers_as_far_as_its_scale(make: Any, model: LlamaModel, tmp_path: P
     assert not np.array_equal(logits(0.5), logits(1.0))
 
 
-def test_llama_cpp_is_told_to_load_it(make: Any) -> None:
+def test_options_load_the_file_in_llama_cpp(make: Any) -> None:
     found: SteeringFile = make()
     option, path, *rest = found.options("'my file.gguf'").split(" ", 3)
     assert option == found.option
@@ -139,51 +139,51 @@ def test_llama_cpp_is_told_to_load_it(make: Any) -> None:
     assert found.options("f.gguf").removeprefix(f"{option} f.gguf").strip() in ("", layer_range)
 
 
-def test_its_effect_is_seen_on_a_model(make: Any, model: LlamaModel, tmp_path: Path) -> None:
+def test_the_effect_is_observed_on_a_model(make: Any, model: LlamaModel, tmp_path: Path) -> None:
     write(make(), tmp_path / "f.gguf")
-    shown = check_effect(tmp_path / "f.gguf", model)
-    assert (shown.effect_observed, shown.reasons) == (True, ())
-    assert shown == check(tmp_path / "f.gguf", model.path).effect
-    assert shown.kl_mean is not None
-    assert shown.kl_mean > 0
+    effect = check_effect(tmp_path / "f.gguf", model)
+    assert (effect.effect_observed, effect.reasons) == (True, ())
+    assert effect == check(tmp_path / "f.gguf", model.path).effect
+    assert effect.kl_mean is not None
+    assert effect.kl_mean > 0
 
 
-def test_one_of_another_model_has_none(make: Any, model: LlamaModel, tmp_path: Path) -> None:
+def test_a_file_of_another_model_has_no_effect(make: Any, model: LlamaModel, tmp_path: Path) -> None:
     write(make(1, 2 * WIDTH), tmp_path / "f.gguf")
-    shown = check_effect(tmp_path / "f.gguf", model)
-    assert not shown.effect_observed
-    assert shown.reasons
+    effect = check_effect(tmp_path / "f.gguf", model)
+    assert not effect.effect_observed
+    assert effect.reasons
 
 
-def test_with_a_model_the_proof_has_its_say(
+def test_with_a_model_the_report_includes_the_effect_check(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: SteeringFile = make()
     write(found, tmp_path / "f.gguf")
-    asked: list[Any] = []
+    calls: list[Any] = []
 
-    def shown(given: SteeringFile, path: Path, model: Any) -> EffectCheck:
-        asked.append((given, path))
+    def effect_on(content: SteeringFile, path: Path, model: Any) -> EffectCheck:
+        calls.append((content, path))
         return EffectCheck(False, ("the model has 6 blocks",), {}, None, "refused")
 
     monkeypatch.setattr(LlamaModel, "__init__", lambda *_, **__: None)
     monkeypatch.setattr(LlamaModel, "close", lambda _: None)
-    monkeypatch.setattr(steering_file, "_effect_on", shown)
+    monkeypatch.setattr(steering_file, "_effect_on", effect_on)
     monkeypatch.setattr(effect_check, "other_model", lambda provenance, model: ["of another file"])
     report = check(tmp_path / "f.gguf", "model.gguf")
-    assert asked == [(found, tmp_path / "f.gguf")]
+    assert calls == [(found, tmp_path / "f.gguf")]
     assert report.errors == ("the model has 6 blocks",)
     assert "of another file" in report.warnings
     assert report.effect is not None
     assert report.effect.reasons == report.errors
     assert report.loader_says == "refused"
-    # A file that cannot be used is not run.
+    # An unusable file is not run.
     (tmp_path / "bad.gguf").write_bytes(b"x")
     assert not check(tmp_path / "bad.gguf", "model.gguf").valid
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
-def test_files_of_both_kinds_have_no_sum(tmp_path: Path) -> None:
+def test_files_of_different_kinds_cannot_be_combined(tmp_path: Path) -> None:
     for name, make in KINDS.items():
         write(make(), tmp_path / name)
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_files_of_both_kinds_have_no_sum(tmp_path: Path) -> None:
         assert read_alike([tmp_path / name, tmp_path / name]) == [make(), make()]
 
 
-def test_equality_is_of_all_content(make: Any) -> None:
+def test_equality_compares_all_content(make: Any) -> None:
     found = make(**FACTS)
     assert found == make(**FACTS)
     for other in (
@@ -204,4 +204,26 @@ def test_equality_is_of_all_content(make: Any) -> None:
         SimpleNamespace(),
     ):
         assert found != other
-    assert make(layer=1) != make(layer=True)  # equal in Python, but not in a file
+    assert make(layer=1) != make(layer=True)  # 1 == True in Python, but not in a file
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("a.gguf", (Path("a.gguf"), 1.0)),
+        ("a.gguf:0.5", (Path("a.gguf"), 0.5)),
+        ("a:b.gguf:-2", (Path("a:b.gguf"), -2.0)),
+    ],
+)
+def test_a_scale_follows_the_last_colon(argument: str, expected: tuple[Path, float]) -> None:
+    assert path_and_scale(argument) == expected
+
+
+def test_an_existing_file_with_a_colon_in_its_name_has_scale_1(tmp_path: Path) -> None:
+    (tmp_path / "a:2").touch()
+    assert path_and_scale(f"{tmp_path}/a:2") == (tmp_path / "a:2", 1.0)
+
+
+def test_a_scale_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(InputError, match="'much' is not a number"):
+        path_and_scale("a.gguf:much")

@@ -1,4 +1,4 @@
-"""Each thing that the guard checks before the `gguf` package may believe it, one broken file a rule."""
+"""The checks before the `gguf` package reads a file: one broken file per rule."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_refuses_with_the_reason(tmp_path: Path, name: str) -> None:
+def test_a_broken_file_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
     data, reason = BROKEN[name]
     (tmp_path / "f.gguf").write_bytes(data)
     with pytest.raises(InputError) as caught:
@@ -104,8 +104,8 @@ def test_refuses_with_the_reason(tmp_path: Path, name: str) -> None:
     assert reason in str(caught.value)
 
 
-def test_names_in_messages_are_harmless(tmp_path: Path) -> None:
-    """A stranger's names must neither steer a terminal nor fill a screen."""
+def test_names_in_messages_are_escaped_and_short(tmp_path: Path) -> None:
+    """Untrusted names must neither control a terminal nor fill a screen."""
     key = "\x1b[2J" + "k" * 60_000
     (tmp_path / "f.gguf").write_bytes(header(values=1) + value(key, 99, b""))
     with pytest.raises(InputError, match="unknown value type") as caught:
@@ -114,8 +114,8 @@ def test_names_in_messages_are_harmless(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_opens_what_is_sound(tmp_path: Path) -> None:
-    """Every value type, an empty list, a list of texts, another alignment, version 2, three tensor types."""
+def test_a_sound_file_is_opened(tmp_path: Path) -> None:
+    """It has every value type, an empty list, a list of texts, another alignment, and three tensor types."""
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
     values = [value(f"k.{kind}", kind, bytes(size)) for kind, size in sizes.items()]
     values += [

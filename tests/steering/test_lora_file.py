@@ -1,4 +1,4 @@
-"""LoRA adapter files: the writer's bytes, the reader's refusals, sums, and what llama.cpp does with them."""
+"""LoRA adapter files: the bytes written, the files refused, sums, and the effect in llama.cpp."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def foreign(
     architecture: str = "qwen2",
     **metadata: tuple[Any, *tuple[GGUFValueType, ...]] | None,
 ) -> Path:
-    """A sound adapter as another tool might write it, but for what is given; `__` stands for a dot."""
+    """Write a sound adapter with other tensors or metadata; `__` in a name stands for a dot."""
     a, b = factors(1, 6, 4)
     values = {
         "general.type": ("adapter", GGUFValueType.STRING),
@@ -73,14 +73,14 @@ def test_round_trip_keeps_every_value_and_type(tmp_path: Path) -> None:
 
 
 def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
-    """Read by the format's own package, which shares no code with `read` beyond the container."""
+    """Read the file with the `gguf` package, which shares only the container code with `read`."""
     lora.write(FULL, tmp_path / "a.gguf")
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     values = {key: field.contents() for key, field in reader.fields.items()}
     assert values["general.architecture"] == "qwen2"
     assert values["general.type"] == "adapter"
     assert values["adapter.type"] == "lora"
-    # 0 leaves the user's scale as it is; another number would multiply it by alpha / rank.
+    # 0 leaves the user's scale unchanged; another number would multiply it by alpha / rank.
     assert values["adapter.lora.alpha"] == 0.0
     assert reader.fields["adapter.lora.alpha"].types == [GGUFValueType.FLOAT32]
     assert values["rs_gguf.schema_version"] == 2
@@ -104,7 +104,7 @@ def test_same_content_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_what_is_in_an_adapter_cannot_change() -> None:
+def test_the_content_of_an_adapter_cannot_change() -> None:
     a, b = factors(1, 3, 2)
     adapter = LoraAdapter({DOWN: (a, b)}, "qwen2")
     a[:] = 9
@@ -114,7 +114,7 @@ def test_what_is_in_an_adapter_cannot_change() -> None:
         kept[0, 0] = 1
 
 
-def test_failed_write_leaves_the_old_file_and_no_rubbish(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.gguf"
@@ -129,9 +129,8 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
         with pytest.raises(InputError, match="No space left"):
             lora.write(FULL, path)
     with monkeypatch.context() as patch:
-        other = LoraAdapter(
-            FULL.factors, "qwen2", {**FULL.provenance, "ok": 1}
-        )  # 1 == True, but not in a file
+        # 1 == True in Python, but not in a file.
+        other = LoraAdapter(FULL.factors, "qwen2", {**FULL.provenance, "ok": 1})
         patch.setattr(lora, "read", lambda _: other)
         with pytest.raises(VerificationError, match="round trip"):
             lora.write(FULL, path)
@@ -139,9 +138,9 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_would_do_nothing_is_not_written(tmp_path: Path) -> None:
+def test_an_adapter_without_effect_is_not_written(tmp_path: Path) -> None:
     a, b = factors(1, 3, 2)
-    with pytest.raises(InputError, match="Every change is zero"):
+    with pytest.raises(InputError, match="every change is zero"):
         lora.write(LoraAdapter({DOWN: (a, 0 * b)}, "qwen2"), tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -151,17 +150,17 @@ def nan(shape: tuple[int, int]) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(
-    ("found", "architecture", "message"),
+    ("matrices", "architecture", "message"),
     [
         ({}, "qwen2", "changes no matrix"),
         ({DOWN: factors(1, 3, 2)}, "", "architecture is missing"),
         (
             {"token_embd.weight": factors(1, 3, 2)},
             "qwen2",
-            "'token_embd.weight' is not the weight of a block",
+            "'token_embd.weight' is not the weight of a layer",
         ),
-        ({"output.weight": factors(1, 3, 2)}, "qwen2", "'output.weight' is not the weight of a block"),
-        ({"blk.１.ffn_down.weight": factors(1, 3, 2)}, "qwen2", "not the weight of a block"),
+        ({"output.weight": factors(1, 3, 2)}, "qwen2", "'output.weight' is not the weight of a layer"),
+        ({"blk.１.ffn_down.weight": factors(1, 3, 2)}, "qwen2", "not the weight of a layer"),
         ({DOWN: (factors(1, 3, 2)[0], factors(2, 3, 2)[1])}, "qwen2", r"A \(1, 3\) and B \(2, 2\)"),
         ({DOWN: (np.zeros((0, 3)), np.zeros((2, 0)))}, "qwen2", "do not multiply"),
         ({DOWN: (np.zeros(3), np.zeros((2, 1)))}, "qwen2", "do not multiply"),
@@ -169,9 +168,9 @@ def nan(shape: tuple[int, int]) -> npt.NDArray[np.float32]:
         ({DOWN: (np.full((1, 3), 1e300), factors(1, 3, 2)[1])}, "qwen2", rf"{DOWN}: NaN or Inf"),
     ],
 )
-def test_what_is_no_adapter_cannot_be_made(found: dict[str, Any], architecture: str, message: str) -> None:
+def test_a_faulty_adapter_cannot_be_made(matrices: dict[str, Any], architecture: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        LoraAdapter(found, architecture)
+        LoraAdapter(matrices, architecture)
 
 
 F32, F16, STRING = GGUFValueType.FLOAT32, np.float16, GGUFValueType.STRING
@@ -183,17 +182,17 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "another kind of adapter": (
         lambda p: foreign(p, adapter__type=("dora", STRING)),
-        ["adapter.type is 'dora'; llama.cpp wants 'lora'"],
+        ["adapter.type is 'dora'; llama.cpp needs 'lora'"],
     ),
-    "a type that is no string": (
+    "a type that is not a string": (
         lambda p: foreign(p, general__type=(3, GGUFValueType.UINT32)),
         ["general.type is 3"],
     ),
     "alpha of a type that aborts llama.cpp": (
         lambda p: foreign(p, adapter__lora__alpha=("16", STRING)),
-        ["adapter.lora.alpha is no 32-bit float"],
+        ["adapter.lora.alpha is not a 32-bit float"],
     ),
-    "alpha that is no number": (
+    "alpha that is NaN": (
         lambda p: foreign(p, adapter__lora__alpha=(float("nan"), F32)),
         ["adapter.lora.alpha is nan"],
     ),
@@ -207,7 +206,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         lambda p: foreign(p, {"token_embd.weight.lora_a": A, "token_embd.weight.lora_b": B}),
         ["'token_embd.weight.lora_a': only blk.N", "'token_embd.weight.lora_b': only blk.N"],
     ),
-    "half a pair": (lambda p: foreign(p, {f"{DOWN}.lora_a": A}), ["lora_a and lora_b must both be there"]),
+    "half a pair": (lambda p: foreign(p, {f"{DOWN}.lora_a": A}), ["both lora_a and lora_b are needed"]),
     "unequal ranks": (
         lambda p: foreign(p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": np.ones((4, 2), np.float32)}),
         ["do not multiply"],
@@ -226,7 +225,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "zeros": (
         lambda p: foreign(p, {f"{DOWN}.lora_a": A, f"{DOWN}.lora_b": 0 * B}),
-        ["Every change is zero"],
+        ["every change is zero"],
     ),
     "a newer schema": (
         lambda p: foreign(p, rs_gguf__schema_version=(3, GGUFValueType.UINT32)),
@@ -234,21 +233,21 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "provenance that cannot be kept": (
         lambda p: foreign(p, rs_gguf__loss=(float("inf"), F32)),
-        ["Provenance loss is inf"],
+        ["provenance loss is inf"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_every_reason_is_told(tmp_path: Path, name: str) -> None:
+def test_every_reason_is_reported(tmp_path: Path, name: str) -> None:
     write, reasons = BAD[name]
     path = write(tmp_path / "a.gguf")
     report = lora.check(path)
     assert not report.valid
-    told = "\n".join(report.errors)
+    errors = "\n".join(report.errors)
     for reason in reasons:
-        assert reason in told
-    if name != "zeros":  # which can be read, and serve nobody
+        assert reason in errors
+    if name != "zeros":  # `read` accepts an adapter without effect
         with pytest.raises(InputError) as caught:
             lora.read(path)
         assert all(error in str(caught.value) for error in report.errors)
@@ -277,29 +276,29 @@ def test_zero_matrices_are_a_warning(tmp_path: Path) -> None:
     assert report.warnings == (f"['{OUT}'] do nothing: their changes are zero.",)
 
 
-def test_other_tools_half_floats_and_alpha_are_read(tmp_path: Path) -> None:
+def test_half_floats_and_alpha_of_other_tools_are_read(tmp_path: Path) -> None:
     a, b = factors(2, 6, 4)
     halves = {f"{DOWN}.lora_a": a.astype(F16), f"{DOWN}.lora_b": b.astype(F16)}
     found = lora.read(foreign(tmp_path / "a.gguf", halves, adapter__lora__alpha=(16.0, F32)))
     np.testing.assert_array_equal(found.factors[DOWN][0], a.astype(F16).astype(np.float32))
-    # llama.cpp multiplies by alpha / rank, which is part of the change here.
+    # llama.cpp multiplies by alpha / rank; the reader includes that factor in B.
     np.testing.assert_array_equal(found.factors[DOWN][1], 8 * b.astype(F16).astype(np.float32))
 
 
-def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_path: Path) -> None:
+def test_an_alora_is_not_written_as_an_adapter_for_every_token(tmp_path: Path) -> None:
     tokens = ([5, 6], GGUFValueType.ARRAY, GGUFValueType.UINT32)
     path = foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens)
     report = lora.check(path)
     assert report.valid
     assert "is an aLoRA" in report.warnings[0]
     found = lora.read(path)
-    for use in (
+    for call in (
         lambda: lora.write(found, tmp_path / "b.gguf"),
         lambda: LoraAdapter.combined([(found, 1.0)]),
         lambda: peft_export.export(found, "none", tmp_path / "peft"),
     ):
         with pytest.raises(InputError, match="is an aLoRA"):
-            use()
+            call()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -309,29 +308,29 @@ def test_an_adapter_of_invocation_tokens_is_not_made_one_that_is_always_on(tmp_p
 def test_invocation_tokens_are_a_list_of_unsigned_numbers(tmp_path: Path, tokens: Any) -> None:
     report = lora.check(foreign(tmp_path / "a.gguf", adapter__alora__invocation_tokens=tokens))
     assert not report.valid
-    assert "invocation_tokens is no list of 32-bit unsigned numbers" in report.errors[0]
+    assert "invocation_tokens is not a list of 32-bit unsigned numbers" in report.errors[0]
 
 
-def test_norms_are_passed_over_as_by_llama_cpp(tmp_path: Path) -> None:
-    """mergekit writes them, and abliterated models are made into adapters by it."""
+def test_norms_are_ignored_as_in_llama_cpp(tmp_path: Path) -> None:
+    """mergekit writes norms when it turns an abliterated model into an adapter."""
     path, (a, b) = tmp_path / "a.gguf", factors(1, 6, 4)
     norm = {"blk.1.attn_norm.weight": np.ones(4, np.float32)}
     foreign(path, {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b, **norm})
     report = lora.check(path)
     assert report.valid
-    assert "passes over 'blk.1.attn_norm.weight'" in report.warnings[0]
+    assert "ignores 'blk.1.attn_norm.weight'" in report.warnings[0]
     assert list(lora.read(path).factors) == [DOWN]
 
 
-def test_none_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_too_large_to_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "MAX_ADAPTER_BYTES", 100)
-    with pytest.raises(InputError, match=r"a\.gguf would have 0 MiB, and an adapter has at most 0 here"):
+    with pytest.raises(InputError, match=r"a\.gguf would have 0 MiB; at most 0 MiB can be read again"):
         lora.write(FULL, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -> None:
-    """Those of other tools change every matrix of a large model at rank 16."""
+def test_adapters_far_larger_than_vectors_are_read(tmp_path: Path) -> None:
+    """Adapters of other tools change every matrix of a large model at rank 16."""
     a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)
     a[:, 0] = 1
     path = foreign(tmp_path / "a.gguf", {f"{DOWN}.lora_a": a, f"{DOWN}.lora_b": b})
@@ -340,11 +339,11 @@ def test_adapters_are_read_that_are_far_larger_than_any_vector(tmp_path: Path) -
     assert lora.read(path).norms[DOWN] == pytest.approx(64 * 131072**0.5)
     with path.open("r+b") as file:
         file.truncate(2**30 + 2**20 + 1)
-    with pytest.raises(InputError, match="such a file has at most 1074790400"):
+    with pytest.raises(InputError, match="a steering file has at most 1074790400"):
         steering_file.kind_of(path)
 
 
-def test_norms_and_cosines_are_those_of_the_products() -> None:
+def test_norms_and_cosines_equal_those_of_the_products() -> None:
     other = LoraAdapter({DOWN: factors(3, 6, 4, seed=5), "blk.7.ffn_up.weight": factors(1, 4, 6)}, "qwen2")
 
     def product(adapter: LoraAdapter, name: str) -> npt.NDArray[np.float64]:
@@ -359,7 +358,7 @@ def test_norms_and_cosines_are_those_of_the_products() -> None:
     assert FULL.cosines(FULL)[OUT] == pytest.approx(1.0)
 
 
-def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
+def test_a_sum_adds_products_and_keeps_provenance() -> None:
     other = LoraAdapter(
         {DOWN: factors(1, 6, 4, seed=9), "blk.7.ffn_up.weight": factors(1, 4, 6)},
         "qwen2",
@@ -390,12 +389,12 @@ def test_a_sum_adds_products_and_keeps_where_they_came_from() -> None:
         ([(FULL, 1e39)], "NaN or Inf"),
     ],
 )
-def test_sums_that_make_no_sense(parts: list[tuple[LoraAdapter, float]], message: str) -> None:
+def test_impossible_sums_are_refused(parts: list[tuple[LoraAdapter, float]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LoraAdapter.combined(parts)
 
 
-# ---- what llama.cpp does with it ------------------------------------------------------------------
+# ---- the effect in llama.cpp ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +415,9 @@ def test_llama_cpp_adds_scale_times_the_product(
     np.testing.assert_allclose(llama_logits(model, tmp_path / "a.gguf", scale), expected, atol=1e-4)
 
 
-def test_a_sum_is_what_two_files_do(tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path) -> None:
+def test_a_sum_has_the_effect_of_two_files(
+    tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
+) -> None:
     parts = [(random_adapter(), 0.5), (random_adapter(seed=200, rank=1, layers=(1,)), -1.5)]
     for number, (adapter, _) in enumerate(parts):
         lora.write(adapter, tmp_path / f"{number}.gguf")
@@ -447,7 +448,7 @@ def test_scales_of_one_file_add_up(tiny: tuple[Path, transformers.Qwen2ForCausal
 
 
 @pytest.mark.slow
-def test_check_proves_the_effect_on_the_model(
+def test_check_observes_the_effect_on_the_model(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:
     lora.write(random_adapter(), tmp_path / "a.gguf")
@@ -470,7 +471,7 @@ def test_check_proves_the_effect_on_the_model(
         (LoraAdapter({OUT: factors(1, 32, 64)}, "qwen2"), f"'{OUT}' has incorrect shape"),
     ],
 )
-def test_an_adapter_for_another_model_is_found_out(
+def test_an_adapter_for_another_model_is_reported(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, adapter: LoraAdapter, message: str
 ) -> None:
     lora.write(adapter, tmp_path / "a.gguf")
@@ -479,7 +480,7 @@ def test_an_adapter_for_another_model_is_found_out(
     assert message in report.errors[0]
 
 
-def test_a_bad_model_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
+def test_a_bad_model_raises_and_is_not_an_error_of_the_adapter(tmp_path: Path) -> None:
     lora.write(FULL, tmp_path / "a.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="cannot load"):

@@ -1,7 +1,7 @@
-"""SteeringVector: what it accepts, and that `apply` equals adding the direction to the model's own bias."""
+"""SteeringVector: the values it accepts, and that `apply` equals adding the direction to a bias."""
 
 # mypy: disable-error-code="dict-item"
-# Rows are given as lists and in float64, too, which the constructors convert.
+# Some rows are lists or float64 arrays; the constructors convert them.
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -38,8 +38,8 @@ def hook_count(model: torch.nn.Module) -> int:
     ("name", "bias"),
     [("llama", "model.layers.{}.mlp.down_proj.bias"), ("gpt2", "transformer.h.{}.mlp.c_proj.bias")],
 )
-def test_equals_a_change_of_the_blocks_last_bias(name: str, bias: str, scale: float) -> None:
-    """The reference is the model's own arithmetic: the block's last addition gets the same constant."""
+def test_apply_equals_a_change_of_the_layers_last_bias(name: str, bias: str, scale: float) -> None:
+    """The reference is the model's arithmetic: the layer's last addition gets the same constant."""
     model, steering = build(name), vector(1, 2)
     plain = logits(model)
     with steering.apply(model, scale):
@@ -85,14 +85,14 @@ def test_restores_the_model_and_adds_up_when_nested() -> None:
     assert hook_count(model) == 0
 
 
-def test_removes_its_hooks_when_the_block_raises() -> None:
+def test_hooks_are_removed_when_the_with_statement_raises() -> None:
     model = build("llama")
     with pytest.raises(RuntimeError, match="2 hooks inside"), vector(1, 2).apply(model):
         raise RuntimeError(f"{hook_count(model)} hooks inside")
     assert hook_count(model) == 0
 
 
-def test_undoes_a_half_done_acquire(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_are_removed_when_attaching_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
 
     def refuse(_hook: Any) -> None:
@@ -105,7 +105,7 @@ def test_undoes_a_half_done_acquire(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Tuples(torch.nn.Module):
-    """Blocks that return a tuple, as transformers' did for years."""
+    """Layers that return a tuple, as in older versions of transformers."""
 
     class Block(torch.nn.Module):
         def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -132,7 +132,7 @@ def test_keeps_the_rest_of_a_tuple_and_the_models_dtype() -> None:
     assert hidden[0].tolist() == [[4.5, 5.0, 5.5, 6.0]] * 2
 
 
-def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
+def test_a_vector_for_another_model_is_refused_before_any_change() -> None:
     model = build("llama")
     with pytest.raises(InputError, match=r"layers \[3\].*layers 0 to 2"), vector(2, 3).apply(model):
         pytest.fail("the block must not run")
@@ -148,15 +148,15 @@ def test_refuses_a_vector_for_another_model_before_touching_it() -> None:
     ("directions", "message"),
     [
         ({}, "no direction"),
-        ({0: [1.0]}, "Block 0 cannot be steered"),
-        ({-1: [1.0]}, "Block -1 cannot be steered"),
-        ({True: [1.0]}, "Block True cannot be steered"),
-        ({1.0: [1.0]}, r"Block 1\.0 cannot be steered"),
-        ({MAX_LAYERS: [1.0]}, "Block 512 cannot be steered"),
+        ({0: [1.0]}, "layer 0 cannot be steered"),
+        ({-1: [1.0]}, "layer -1 cannot be steered"),
+        ({True: [1.0]}, "layer True cannot be steered"),
+        ({1.0: [1.0]}, r"layer 1\.0 cannot be steered"),
+        ({MAX_LAYERS: [1.0]}, "layer 512 cannot be steered"),
         ({1: [[1.0]]}, r"shape \(1, 1\)"),
         ({1: []}, r"shape \(0,\)"),
-        ({1: ["x"]}, "block 1 is no array of numbers"),
-        ({1: [[1.0], [1.0, 2.0]]}, "block 1 is no array of numbers"),
+        ({1: ["x"]}, "layer 1 is not an array of numbers"),
+        ({1: [[1.0], [1.0, 2.0]]}, "layer 1 is not an array of numbers"),
         ({1: [1.0, float("nan"), float("inf")]}, "2 values that are NaN"),
         ({1: [1e300]}, "beyond float32"),
         ({1: [1.0], 2: [1.0, 2.0]}, r"widths \[1, 2\]"),
@@ -186,7 +186,7 @@ def test_refuses_bad_provenance(provenance: dict[str, Any], message: str) -> Non
         SteeringVector({1: [1.0]}, provenance)
 
 
-def test_is_a_sorted_frozen_copy() -> None:
+def test_a_vector_is_a_sorted_read_only_copy() -> None:
     row = np.array([3.0, 4.0])
     steering = SteeringVector({np.int64(9): row, 2: row * 2}, {"b": 1, "a": [True]})
     row[0] = 99.0
@@ -199,16 +199,16 @@ def test_is_a_sorted_frozen_copy() -> None:
 
 
 def test_takes_numpy_scalars_as_provenance() -> None:
-    given: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "drift": np.float64(0.5),
         "layers": [np.int32(1), np.int64(2)],
         "on": np.bool_(True),
     }
-    steering = SteeringVector({1: [1.0]}, given)
+    steering = SteeringVector({1: [1.0]}, provenance)
     assert steering == SteeringVector({1: [1.0]}, {"drift": 0.5, "layers": [1, 2], "on": True})
 
 
-def test_equality_sees_values_types_and_architecture() -> None:
+def test_equality_compares_values_types_and_architecture() -> None:
     base = SteeringVector({1: [1.0]}, {"n": 1}, "qwen2")
     assert base == SteeringVector({1: [1.0]}, {"n": 1}, "qwen2")
     assert base != SteeringVector({1: [2.0]}, {"n": 1}, "qwen2")
@@ -219,7 +219,7 @@ def test_equality_sees_values_types_and_architecture() -> None:
     assert base != "qwen2"
 
 
-def test_scaled_multiplies_in_float32_and_says_so() -> None:
+def test_scaled_multiplies_in_float32_and_records_the_factor() -> None:
     steering = vector(1, 2).scaled(0.1).scaled(-3)
     expected = vector(1, 2).directions[2] * np.float32(0.1) * np.float32(-3)
     assert np.array_equal(steering.directions[2], expected)

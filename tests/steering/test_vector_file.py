@@ -1,7 +1,7 @@
-"""Control vector files: the writer's bytes, the reader's refusals, and every reason that `check` knows."""
+"""Control vector files: the bytes written, the files refused, and every reason that `check` reports."""
 
 # mypy: disable-error-code="dict-item"
-# Rows are given as lists and in float64, too, which the constructors convert.
+# Some rows are lists or float64 arrays; the constructors convert them.
 from __future__ import annotations
 
 import os
@@ -48,7 +48,7 @@ def foreign(
     architecture: str = "controlvector",
     **metadata: tuple[Any, gguf.GGUFValueType],
 ) -> Path:
-    """A file as other tools write it; `__` in a metadata name stands for a dot."""
+    """Write a file as other tools do; `__` in a metadata name stands for a dot."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, (value, kind) in metadata.items():
         writer.add_key_value(key.replace("__", "."), value, kind)
@@ -75,14 +75,14 @@ def test_round_trip_keeps_every_value_and_type(tmp_path: Path) -> None:
     write(FULL, path)
     assert read(path) == FULL
     report = check(path)
-    # A direction of norm 3e38 beside one of norm 10 is the one thing to say.
+    # The only warning: one norm is 3e38, the others are about 10.
     assert report.errors == ()
     assert len(report.warnings) == 1
-    assert "norms differ wildly: 2.29 at block 3, 3.4e+38 at block 7" in report.warnings[0]
+    assert "norms differ by a factor above 100: 2.29 at layer 3, 3.4e+38 at layer 7" in report.warnings[0]
 
 
 def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
-    """Read by the format's own package, which shares no code with `read` beyond the container."""
+    """Read the file with the `gguf` package, which shares only the container code with `read`."""
     path = tmp_path / "v.gguf"
     write(FULL, path)
     reader = gguf.GGUFReader(path)
@@ -110,14 +110,14 @@ def test_same_vector_same_bytes(tmp_path: Path) -> None:
     assert len(a.read_bytes()) % 32 == 0
 
 
-def test_a_clean_file_has_nothing_said_about_it(tmp_path: Path) -> None:
+def test_a_clean_file_has_neither_errors_nor_warnings(tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
     write(SteeringVector({1: ones(), 2: ones()}, architecture="llama"), path)
     report = check(path)
     assert (report.valid, report.errors, report.warnings, report.loader_says) == (True, (), (), "")
 
 
-def test_failed_write_leaves_the_old_file_and_no_rubbish(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "v.gguf"
@@ -134,7 +134,7 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_compares_what_it_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_compares_the_content_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "v.gguf"
     with monkeypatch.context() as patch:
         patch.setattr(control_vector, "read", lambda _: FULL.scaled(0.5))
@@ -156,10 +156,10 @@ def test_write_without_room_for_the_draft(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_refuses_what_would_do_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Every direction is zero"):
+def test_a_vector_without_effect_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="every direction is zero"):
         write(SteeringVector({1: [0.0, 0.0]}), tmp_path / "v.gguf")
-    with pytest.raises(InputError, match="taken by the file format"):
+    with pytest.raises(InputError, match="reserved by the file format"):
         write(SteeringVector({1: [1.0]}, {"schema_version": 2}), tmp_path / "v.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +170,7 @@ UNPARSABLE = "invalid/unparsable direction tensor layer index in"
 REJECTED: list[tuple[dict[str, npt.NDArray[Any]], list[str], str]] = [
     (
         {"direction.0": ones()},
-        ["block 0 cannot be steered"],
+        ["layer 0 cannot be steered"],
         "invalid (zero) direction tensor layer index",
     ),
     ({"direction.-1": ones()}, ["only tensors named"], UNPARSABLE),
@@ -192,19 +192,19 @@ REJECTED: list[tuple[dict[str, npt.NDArray[Any]], list[str], str]] = [
     ),
     (
         {"direction.1": ones(4), "direction.2": ones(5)},
-        ["5 wide, the directions before it 4"],
+        ["width is 5, but the directions before it have 4"],
         "does not match previous dimensions",
     ),
-    ({"direction.1": ones(), "direction.01": ones()}, ["all mean block 1"], ""),
+    ({"direction.1": ones(), "direction.01": ones()}, ["all name layer 1"], ""),
     ({"direction.512": ones()}, ["first direction.512"], ""),
     ({"direction.1": np.array([1, np.nan, np.inf, -np.inf], dtype=np.float32)}, ["3 of 4 values"], ""),
-    ({"direction.1": 0 * ones(), "direction.2": 0 * ones()}, ["Every direction is zero"], ""),
-    # Several faults at once are all told, in the file's order; the loader stops at the first.
+    ({"direction.1": 0 * ones(), "direction.2": 0 * ones()}, ["every direction is zero"], ""),
+    # All faults are reported in the order of the file; the loader stops at the first.
     (
         {"direction.2": ones(dtype=np.float64), "direction.0": ones(dtype=np.float64), "b": ones()},
         [
             "'direction.2': the type is F64",
-            "block 0",
+            "layer 0",
             "'direction.0': the type is F64",
             "'b': only tensors",
         ],
@@ -220,7 +220,7 @@ def test_reasons_to_reject(
     path = hinted(tmp_path / "v.gguf", tensors)
     report = check(path)
     assert not report.valid
-    assert report.found is None
+    assert report.content is None
     assert len(report.errors) == len(errors)
     for reason, expected in zip(report.errors, errors, strict=True):
         assert expected in reason
@@ -231,8 +231,8 @@ def test_reasons_to_reject(
     assert all(reason in str(caught.value) for reason in report.errors)
 
 
-@pytest.mark.real  # not on the real model, but the program is built for minutes
-def test_llama_cpp_logs_what_is_foretold_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.real  # uses no real model, but building the program takes minutes
+def test_llama_cpp_logs_the_predicted_line_and_goes_on(tmp_path: Path) -> None:
     model, path = tmp_path / "tiny.gguf", tmp_path / "v.gguf"
     write_tiny_qwen2(model)
     options = ["--model", str(model), "--control-vector", str(path), "--prompt", "a", "--predict", "1"]
@@ -251,7 +251,7 @@ def test_llama_cpp_logs_what_is_foretold_and_goes_on(tmp_path: Path) -> None:
 def test_an_empty_file_of_the_right_kind(tmp_path: Path) -> None:
     path = hinted(tmp_path / "v.gguf", {})
     report = check(path)
-    assert report.errors == ("The file holds no tensor: there is nothing to add.",)
+    assert report.errors == ("the file holds no tensor: there is nothing to add.",)
     assert report.loader_says == f"no direction tensors found in {path}"
 
 
@@ -260,8 +260,8 @@ def test_an_empty_file_of_the_right_kind(tmp_path: Path) -> None:
     [
         ({"direction.01": ones()}, "llama.cpp reads direction.1"),
         ({"direction.1 of 3": ones()}, "llama.cpp reads direction.1"),
-        ({"direction.1": ones(), "direction.2": 0 * ones()}, "blocks [2] are zero"),
-        ({"direction.1": ones(), "direction.2": 101 * ones()}, "2 at block 1, 202 at block 2"),
+        ({"direction.1": ones(), "direction.2": 0 * ones()}, "layers [2] are zero"),
+        ({"direction.1": ones(), "direction.2": 101 * ones()}, "2 at layer 1, 202 at layer 2"),
     ],
 )
 def test_reasons_to_warn(tmp_path: Path, tensors: dict[str, npt.NDArray[Any]], warning: str) -> None:
@@ -298,7 +298,7 @@ INT32, UINT32 = gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32
         ([2, 3], 2, INT32, None),
     ],
 )
-def test_suspects_a_one_block_shift_by_the_writers_traces(
+def test_a_shift_by_one_layer_is_suspected_from_the_header(
     tmp_path: Path, layers: list[int], count: int, kind: gguf.GGUFValueType, origin: str | None
 ) -> None:
     tensors = {f"direction.{layer}": ones() for layer in layers}
@@ -334,19 +334,19 @@ def test_reads_numbers_as_std_stoi_does(name: str, number: int | None) -> None:
     assert loader_layer(name) == number
 
 
-def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_newer_schema_is_refused_by_number(tmp_path: Path) -> None:
     version = {"rs_gguf__schema_version": (3, UINT32)}
     report = check(hinted(tmp_path / "v.gguf", {"direction.1": ones()}, **version))
     assert "rs_gguf.schema_version is 3; this release reads 1 and 2" in report.errors[0]
 
 
-def test_foreign_provenance_under_our_prefix_is_judged(tmp_path: Path) -> None:
+def test_foreign_provenance_under_our_prefix_is_checked(tmp_path: Path) -> None:
     bad = {"rs_gguf__loss": (float("nan"), gguf.GGUFValueType.FLOAT32)}
     report = check(hinted(tmp_path / "v.gguf", {"direction.1": ones()}, **bad))
-    assert "Provenance loss is nan" in report.errors[0]
+    assert "provenance loss is nan" in report.errors[0]
 
 
-def test_what_is_no_readable_file(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     big = tmp_path / "big.gguf"
     with big.open("wb") as file:
         file.truncate(MAX_BYTES + 1)

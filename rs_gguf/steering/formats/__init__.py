@@ -1,1 +1,1 @@
-"""Other tools' files: seven formats in, PEFT out."""
+"""Files of other tools: read vectors in seven formats, write adapters for PEFT."""

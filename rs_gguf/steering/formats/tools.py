@@ -1,8 +1,11 @@
-"""Writers of vectors that `convert` reads, apart from it so that the command line names them at once."""
+"""List the source tools whose vectors `convert` reads.
+
+The list has a module of its own so that the command line shows it without heavy imports.
+"""
 
 from __future__ import annotations
 
-# Writer → the number that it gives to block 0. Here, in PyTorch and in llama.cpp's `direction.N` that is 0.
+# Source tool → the number that it gives to layer 0: 0 in this project, PyTorch and llama.cpp's `direction.N`.
 FORMATS = {
     "cvector-generator": 1,
     "jukofyork": 1,

@@ -1,8 +1,9 @@
-"""Other tools' vectors into ones that llama.cpp adds at the right block.
+"""Convert vectors of other tools into vectors that llama.cpp adds at the right layer.
 
-In: a GGUF or safetensors file and the name of its writer. Out: a `SteeringVector` with every change
-explained. The conventions of each writer (block numbering, sign, scale) are in docs/control-vectors.md; here
-stands only what the conversion needs. Pickled files are refused, since opening one runs the code in it.
+In: a GGUF or safetensors file and the name of its source tool. Out: a `SteeringVector` and a sentence for
+each change. docs/control-vectors.md describes the conventions of each tool (layer numbering, sign, scale);
+this module has only the facts that the conversion needs. Pickled files are refused, since opening one runs
+its code.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _FLOATS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted vector, and what was changed on the way, a sentence each."""
+    """A converted vector, and a sentence for each change."""
 
     vector: SteeringVector
     notes: tuple[str, ...]
@@ -49,38 +50,40 @@ def convert(
 ) -> Conversion:
     """Read another tool's vector file.
 
-    `from_format` is one of `FORMATS`. `base` overrides the number that the file gives to block 0 (1 for files
+    `from_format` is one of `FORMATS`. `base` overrides the number that the file gives to layer 0 (1 for files
     indexed like transformers' `hidden_states`, whose entry 0 is the embedding). `architecture` overrides the
-    file's model hint. Directions keep their sign and length; those that fall on block 0 are dropped. Raises
-    `InputError` for files that cannot be read, were written here, or hold no direction that can be used.
+    file's model hint. Directions keep their sign and length. A direction of layer 0 is dropped.
+
+    Raises:
+        InputError: the file cannot be read, was written by this project, or holds no usable direction.
     """
     if from_format not in FORMATS:
-        raise InputError(f"Format {from_format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+        raise InputError(f"unknown format {from_format!r}; choose one of {', '.join(FORMATS)}.")
     data = read_bounded(path)
     notes: list[str] = []
-    known: dict[str, Any] = {}
+    source_metadata: dict[str, Any] = {}
     if data.startswith(b"GGUF"):
         reader = open_gguf(path)
-        known = metadata(reader)
-        if SCHEMA_KEY in known:
+        source_metadata = metadata(reader)
+        if SCHEMA_KEY in source_metadata:
             raise InputError(f"{path} was written by this project: it needs no conversion. Use it as it is.")
         numbered = list(_gguf_rows(reader, notes))
     elif _is_safetensors(data):
         numbered = list(_safetensors_rows(path, data, notes))
     elif data.startswith((b"PK\x03\x04", b"\x80")):
         raise InputError(
-            f"{path} is a pickled PyTorch or Python file, and opening it would run code from it. Where you "
-            "trust it, load it there and save {str(layer): tensor} with safetensors.torch.save_file."
+            f"{path} is a pickled PyTorch or Python file; opening it would run code from it. If you trust "
+            "it, load it in Python and save {str(layer): tensor} with safetensors.torch.save_file."
         )
     else:
         raise InputError(f"{path} is neither a GGUF nor a safetensors file; give one of these.")
     start = FORMATS[from_format] if base is None else base
     directions = _placed(numbered, start, from_format, notes)
-    hint = known.get("controlvector.model_hint", "") if architecture is None else architecture
+    hint = source_metadata.get("controlvector.model_hint", "") if architecture is None else architecture
     if not hint:
-        notes.append("The file does not say which model it is for; name the family with --architecture.")
+        notes.append("The file does not name its model; give the model family with --architecture.")
     provenance: dict[str, ProvenanceValue] = {
-        **{f"source.{key}": value for key, value in known.items() if _keepable(key, value)},
+        **{f"source.{key}": value for key, value in source_metadata.items() if _keepable(key, value)},
         "source.format": from_format,
         "source.file": Path(path).name,
         "source.sha256": hashlib.sha256(data).hexdigest(),
@@ -92,11 +95,11 @@ def convert(
 
 
 def _gguf_rows(reader: GGUFReader, notes: list[str]) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
-    """(name, number, row) of each direction tensor."""
+    """Yield (name, number, row) of each direction tensor."""
     other = [tensor.name for tensor in reader.tensors if loader_layer(tensor.name) is None]
     if other:
         shown = ", ".join(map(repr, other[:5])) + (" …" if len(other) > 5 else "")
-        notes.append(f"Left out {len(other)} tensors that llama.cpp would reject the file for: {shown}.")
+        notes.append(f"Left out {len(other)} tensors, for which llama.cpp would reject the file: {shown}.")
     kinds = set()
     for tensor in reader.tensors:
         number = loader_layer(tensor.name)
@@ -104,13 +107,12 @@ def _gguf_rows(reader: GGUFReader, notes: list[str]) -> Iterator[tuple[str, int,
             continue
         if tensor.tensor_type not in _FLOATS:
             raise InputError(
-                f"{tensor.name!r} is of type {tensor.tensor_type.name}; convertible are F64, F32, F16 and "
-                "BF16."
+                f"{tensor.name!r} has type {tensor.tensor_type.name}; accepted are F64, F32, F16 and BF16."
             )
         kinds.add(tensor.tensor_type)
-        # `dequantize` knows the 16- and 32-bit floats, but not F64.
-        wide = tensor.tensor_type is GGMLQuantizationType.F64
-        yield tensor.name, number, tensor.data if wide else dequantize(tensor.data, tensor.tensor_type)
+        # `dequantize` accepts 16- and 32-bit floats, but not F64.
+        is_f64 = tensor.tensor_type is GGMLQuantizationType.F64
+        yield tensor.name, number, tensor.data if is_f64 else dequantize(tensor.data, tensor.tensor_type)
     _note_types({kind.name for kind in kinds}, notes)
 
 
@@ -120,9 +122,7 @@ def _note_types(kinds: set[str], notes: list[str]) -> None:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Whether a file starts as the format does: the length of a JSON object that lies inside it, then the
-    object.
-    """
+    """Return whether a file starts like safetensors: the length of a JSON header, then the header."""
     header = int.from_bytes(data[:8], "little")
     return data[8:9] == b"{" and header <= min(MAX_SAFETENSORS_HEADER, len(data) - 8)
 
@@ -130,7 +130,7 @@ def _is_safetensors(data: bytes) -> bool:
 def _safetensors_rows(
     path: str | Path, data: bytes, notes: list[str]
 ) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
-    """(name, number, row) of each tensor: named by one number, or the rows of a single matrix [L, D]."""
+    """Yield (name, number, row) of each tensor named by one number, or of each row of one matrix [L, D]."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -138,27 +138,29 @@ def _safetensors_rows(
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"{path}: not a sound safetensors file ({error}). Get or write it again.") from error
+        raise InputError(
+            f"{path}: not a sound safetensors file ({error}). Download or write it again."
+        ) from error
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     total = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in kinds:
             raise InputError(
-                f"{path}: tensor {name!r} is of type {tensor.dtype}; floats are needed, of 16 bits or more."
+                f"{path}: tensor {name!r} has type {tensor.dtype}; floats of at least 16 bits are needed."
             )
         total += tensor.numel()
         if total > MAX_NUMBERS:
-            raise InputError(f"{path}: no vector has more than {MAX_NUMBERS} numbers. Is this a model?")
-        if re.search(r"(?<![A-Za-z0-9])-[0-9]", name):  # a sign, and no hyphen as in layer-12
+            raise InputError(f"{path}: more than {MAX_NUMBERS} numbers; a vector has fewer. Is this a model?")
+        if re.search(r"(?<![A-Za-z0-9])-[0-9]", name):  # a minus sign, unlike the hyphen in layer-12
             raise InputError(
                 f"{path}: tensor {name!r} has a negative number. Name each tensor by the number of its "
-                "block, counted from 0."
+                "layer, counted from 0."
             )
         inside = re.search(r"resid_pre|resid_mid|attn_out|mlp_out|input_layernorm", name)
         if inside:
             raise InputError(
-                f"{path}: tensor {name!r} is of {inside[0]}, no block's output, where llama.cpp adds a "
-                "direction. Give those of the outputs (hook_resid_post, or resid_pre of the block after)."
+                f"{path}: tensor {name!r} belongs to {inside[0]}, but llama.cpp adds directions to layer "
+                "outputs. Give directions of layer outputs (hook_resid_post, or resid_pre of the next layer)."
             )
         rows = tensor.to(torch.float32).numpy()
         numbers = re.findall(r"[0-9]+", name)
@@ -168,9 +170,9 @@ def _safetensors_rows(
             yield from ((f"row {number} of {name}", number, row) for number, row in enumerate(rows))
         else:
             raise InputError(
-                f"{path}: which block is tensor {name!r} of shape {list(rows.shape)} for? Accepted are names "
-                "with one number, such as layer_12 or model.layers.12, or a single matrix with a row for "
-                "each block."
+                f"{path}: tensor {name!r} of shape {list(rows.shape)} does not name its layer. Accepted are "
+                "names with one number, such as layer_12 or model.layers.12, or a single matrix with a row "
+                "for each layer."
             )
     _note_types({kinds[tensor.dtype] for tensor in tensors.values()}, notes)
 
@@ -178,39 +180,42 @@ def _safetensors_rows(
 def _placed(
     numbered: list[tuple[str, int, npt.NDArray[Any]]], start: int, from_format: str, notes: list[str]
 ) -> dict[int, npt.NDArray[Any]]:
-    """Rows by block, [D] each, where the writer calls block 0 number `start`."""
+    """Return the rows [D] by layer, if the source tool gives layer 0 the number `start`."""
     if start:
         notes.append(
-            f"Moved every direction by {-start}: {from_format} numbers block 0 as {start}, and stores as "
-            f"direction.N what belongs to block N{-start:+d}; llama.cpp adds direction.N after block N."
+            f"Moved every direction by {-start}: {from_format} numbers layer 0 as {start}, so its "
+            f"direction.N belongs to layer N{-start:+d}. llama.cpp adds direction.N to the output of layer N."
         )
     placed: dict[int, npt.NDArray[Any]] = {}
     for name, number, row in numbered:
         layer = number - start
         if layer < 0:
             raise InputError(
-                f"{name!r} would be block {layer}. Is the file really from {from_format}, base {start}?"
+                f"{name!r} would be layer {layer}; layers start at 0. "
+                f"Check the format ({from_format}) and the base ({start})."
             )
         if layer == 0:
             notes.append(
-                f"Left out {name!r}: it is for block 0, which llama.cpp cannot steer; a file with "
-                "direction.0 is rejected whole."
+                f"Left out {name!r}: it is for layer 0, which llama.cpp cannot steer. llama.cpp rejects the "
+                "whole file if it holds direction.0."
             )
             continue
         if layer in placed:
-            raise InputError(f"{name!r} is the second direction for block {layer}; keep one of them.")
+            raise InputError(f"{name!r} is the second direction for layer {layer}; keep one of them.")
         if row.size != max(row.shape, default=0):
             raise InputError(
-                f"{name!r} has shape {list(row.shape)}; one direction [D] for each block is needed."
+                f"{name!r} has shape {list(row.shape)}; one direction [D] for each layer is needed."
             )
         placed[layer] = row.reshape(-1)
     if not placed:
-        raise InputError("No direction is left that llama.cpp could use: it steers blocks from 1 on.")
+        raise InputError(
+            "no usable direction is left: llama.cpp steers layers from 1 on. Check --from and --base."
+        )
     return placed
 
 
 def _keepable(key: str, value: Any) -> bool:
-    """Whether foreign metadata fits into provenance: short plain names, single finite values."""
+    """Return whether foreign metadata fits into provenance: short plain names, single finite values."""
     if KEY.fullmatch(key) is None or len(key) > 200 or len(str(value)) > 1000:
         return False
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""PEFT folders: what PEFT makes of the files has the effect that llama.cpp has with ours."""
+"""PEFT folders: PEFT has the same effect with them as llama.cpp with the GGUF file."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.Q
 
 
 def apply(network: transformers.PreTrainedModel, folder: Path) -> None:
-    """PEFT loads the folder and adds its changes to the weights. Its warnings (of keys, say) are errors."""
+    """Let PEFT load the folder and merge its changes; its warnings, for example about keys, are errors."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by a name of old
+        warnings.simplefilter("ignore", FutureWarning)  # it imports an old name from transformers
         steered = peft.PeftModel.from_pretrained(network, str(folder))
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(peft.get_peft_model_state_dict(steered))  # it is silent of too many
+        assert set(file.keys()) == set(
+            peft.get_peft_model_state_dict(steered)
+        )  # PEFT ignores extra keys silently
     steered.merge_and_unload()
 
 
@@ -47,11 +49,11 @@ def torch_logits(network: transformers.PreTrainedModel) -> npt.NDArray[np.float3
 
 
 @pytest.mark.slow
-def test_the_effect_is_that_of_llama_cpp(
+def test_the_effect_equals_that_in_llama_cpp(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:
     model, _ = tiny
-    adapter = random_adapter()  # of ranks 1 and 2, which PEFT's one r must cover
+    adapter = random_adapter()  # its ranks are 1 and 2; PEFT has a single r
     lora.write(adapter, tmp_path / "a.gguf")
     tiny[1].save_pretrained(tmp_path / "model")
     peft_export.export(adapter, str(tmp_path / "model"), tmp_path / "peft")
@@ -62,7 +64,7 @@ def test_the_effect_is_that_of_llama_cpp(
     np.testing.assert_allclose(torch_logits(steered), llama_logits(model, tmp_path / "a.gguf"), atol=1e-3)
 
 
-def test_a_gguf_file_tells_the_same_modules_as_the_folder(
+def test_a_gguf_file_gives_the_same_modules_as_the_folder(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:
     adapter = LoraAdapter(random_adapter().factors, "qwen2", {"strength": 0.5, "method": "gate"})
@@ -76,23 +78,23 @@ def test_a_gguf_file_tells_the_same_modules_as_the_folder(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path))
         peft_export.export(adapter, "~/model", tmp_path / "a")
-    # A path on this machine tells nobody else where the model is.
+    # A local path would be useless on other machines.
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
 
-def test_of_a_repository_the_configuration_alone_is_fetched(
+def test_only_the_configuration_of_a_repository_is_downloaded(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny[1].config.save_pretrained(tmp_path)
-    fetched: list[str] = []
+    downloads: list[str] = []
 
     def download(repository: str, file: str, folder: Path | None) -> Path:
-        fetched.append(f"{repository}/{file}")
+        downloads.append(f"{repository}/{file}")
         return tmp_path / file
 
     monkeypatch.setattr(sources, "hub_download", download)
     peft_export.export(random_adapter(), "owner/name", tmp_path / "peft")
-    assert fetched == ["owner/name/config.json"]
+    assert downloads == ["owner/name/config.json"]
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
 
@@ -139,7 +141,7 @@ GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)
         ),
         (LFM2, "lfm2", ("model.layers.1.self_attn.out_proj", "model.layers.1.feed_forward.w2")),
         (MOE, "qwen3moe", ("model.layers.1.self_attn.o_proj",)),
-        (  # with eyes
+        (  # with a vision tower
             TOWERS,
             "gemma3",
             (
@@ -147,7 +149,7 @@ GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)
                 "model.language_model.layers.1.mlp.down_proj",
             ),
         ),
-        # llama.cpp's name of it does not follow from that of transformers.
+        # llama.cpp's name of this family does not follow from transformers' name.
         (
             transformers.HunYuanDenseV1Config(**DENSE),
             "hunyuan-dense",
@@ -161,14 +163,14 @@ def test_modules_have_the_names_of_the_family(
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     config.save_pretrained(tmp_path)  # weights are not needed
-    found = {}
+    matrices = {}
     for matrix, module in zip(("attn_output", "ffn_down"), modules, strict=False):
         linear = model.get_submodule(module)
-        found[f"blk.1.{matrix}.weight"] = factors(1, linear.in_features, linear.out_features)
-    peft_export.export(LoraAdapter(found, family), str(tmp_path), tmp_path / "peft")
+        matrices[f"blk.1.{matrix}.weight"] = factors(1, linear.in_features, linear.out_features)
+    peft_export.export(LoraAdapter(matrices, family), str(tmp_path), tmp_path / "peft")
     before = [model.get_submodule(module).weight.detach().clone() for module in modules]
     apply(model, tmp_path / "peft")
-    for weight, module, (a, b) in zip(before, modules, found.values(), strict=True):
+    for weight, module, (a, b) in zip(before, modules, matrices.values(), strict=True):
         np.testing.assert_allclose(
             (model.get_submodule(module).weight - weight).detach().numpy(), b @ a, atol=1e-5
         )
@@ -188,17 +190,17 @@ OUT = "blk.1.attn_output.weight"
             LLAMA,
             r"blk.2.ffn_down.weight: .*no linear layer",
         ),
-        # Its rows are in another order in llama.cpp than in PyTorch.
+        # llama.cpp orders the rows of this matrix differently from PyTorch.
         (
             LoraAdapter({"blk.1.attn_q.weight": factors(1, 64, 64)}, "llama"),
             LLAMA,
-            "only attn_output and ffn_down are exported",
+            "only attn_output and ffn_down can be exported",
         ),
         (LoraAdapter({OUT: factors(1, 64, 64)}, "gpt2"), GPT2, "no linear layer"),
         (LoraAdapter({OUT: factors(1, 64, 64)}, "llama"), None, "exactly one GGUF model or a config"),
     ],
 )
-def test_what_cannot_be_exported_is_told(
+def test_an_adapter_that_cannot_be_exported_is_refused(
     tmp_path: Path, adapter: LoraAdapter, config: transformers.PretrainedConfig | None, message: str
 ) -> None:
     if config is not None:
@@ -223,7 +225,7 @@ def test_a_folder_that_cannot_be_written(tiny: tuple[Path, Any], tmp_path: Path)
         peft_export.export(random_adapter(), str(tiny[0]), tmp_path / "peft")
 
 
-def test_what_is_written_is_read_back(
+def test_written_files_are_read_back(
     tiny: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -1,8 +1,8 @@
-"""Files written by the real tools, through `convert`, have the effect that those tools give them.
+"""Files of the real source tools keep their effect through `convert`, on tiny random models.
 
 repeng, steering-vectors and saklas come from PyPI without their requirements: two pin NumPy 1 and
-transformers 4, the third brings a server, but what is used here works with ours. llama-cvector-generator is
-built from llama.cpp's source. All on tiny random models.
+transformers 4, the third brings a server. The functions used here work with the installed versions.
+llama-cvector-generator is built from llama.cpp's source.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        found: torch.Tensor = model(PROMPT).logits
-    return found
+        values: torch.Tensor = model(PROMPT).logits
+    return values
 
 
 def converted(path: Path, origin: str) -> SteeringVector:
-    """The vector that the command makes of a file."""
+    """Convert a file with the command and return the vector."""
     output = path.with_name("converted.gguf")
     done = CliRunner().invoke(main, ["convert", str(path), "--from", origin, "--output", str(output)])
     assert done.exit_code == 0, done.output
@@ -91,7 +91,7 @@ def test_repeng(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(package("repeng==0.4.0"))
-    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # a name that NumPy 2 dropped
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # NumPy 2 removed this name
     repeng = importlib.import_module("repeng")
     plain = logits(network)
     wrapped = repeng.ControlModel(network, [1, 2, 3])
@@ -107,8 +107,8 @@ def test_repeng(
         wrapped.set_control(trained, 3.0 * coefficient)
         theirs[coefficient] = logits(wrapped)
     wrapped.unwrap()
-    for coefficient, found in theirs.items():
-        assert_same_effect(vector, coefficient, network, found, plain)
+    for coefficient, expected in theirs.items():
+        assert_same_effect(vector, coefficient, network, expected, plain)
 
 
 def test_steering_vectors(
@@ -131,13 +131,13 @@ def test_steering_vectors(
 
 
 def test_saklas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of its formats number blocks as ours, with the first one, which cannot be steered."""
+    """Both of its formats number layers as this project does and include layer 0, which cannot be steered."""
     monkeypatch.syspath_prepend(package("saklas==5.3.0"))
     gguf_io = importlib.import_module("saklas.io.gguf_io")
     profile = importlib.import_module("saklas.core.profile")
     rows = dict(enumerate(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))))
     gguf_io.write_gguf_profile(rows, tmp_path / "v.gguf", model_hint="llama")
-    assert "block 0" in control_vector.check(tmp_path / "v.gguf").errors[0]
+    assert "layer 0" in control_vector.check(tmp_path / "v.gguf").errors[0]
     profile.save_profile(rows, tmp_path / "v.safetensors", {"method": "profile"})
     for name in ("v.gguf", "v.safetensors"):
         vector = converted(tmp_path / name, "saklas")
@@ -145,9 +145,9 @@ def test_saklas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(np.array_equal(vector.directions[layer], rows[layer].numpy()) for layer in (1, 2))
 
 
-@pytest.mark.real  # not on the real model, but the program is built for minutes
+@pytest.mark.real  # uses no real model, but building the program takes minutes
 def test_llama_cvector_generator(tmp_path: Path) -> None:
-    """Each direction is at the block where it was measured; the tool writes it one block late."""
+    """Each direction is at the layer where it was measured; the tool writes it one layer late."""
     model, positive, negative = (tmp_path / name for name in ("tiny.gguf", "positive.txt", "negative.txt"))
     write_tiny_qwen2(model, n_layer=N_LAYER, n_embd=WIDTH)
     pairs = [("RAIN FELL", "SUN SHONE"), ("COLD NIGHT", "WARM LIGHT"), ("WET STREET", "DRY AVENUE")]
@@ -159,10 +159,10 @@ def test_llama_cvector_generator(tmp_path: Path) -> None:
     command += ["--threads", "1", "--ctx-size", "64"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     assert done.returncode == 0, done.stdout.decode(errors="replace")
-    assert any("one block late" in warning for warning in control_vector.check(file).warnings)
+    assert any("one layer late" in warning for warning in control_vector.check(file).warnings)
 
     vector = converted(file, "cvector-generator")
-    assert vector.layers == [1, 2]  # of blocks 0 to 3, the tool leaves out the last, and block 0 is no use
+    assert vector.layers == [1, 2]  # the tool leaves out the last of layers 0 to 3; layer 0 is dropped
     with llama(model) as loaded:
         tokens = [[loaded.tokenize(text) for text in pair] for pair in pairs]
         assert all(len(a) == len(b) for a, b in tokens)  # else the tool pads
@@ -170,8 +170,8 @@ def test_llama_cvector_generator(tmp_path: Path) -> None:
         positions = [range(len(sequence)) for sequence in sequences]
         signs = [1.0, -1.0] * len(pairs)
         measured = np.zeros((N_LAYER, WIDTH))
-        for i, _, found in loaded.read(sequences, positions, range(N_LAYER)):
-            measured += signs[i] * found["l_out"]
+        for i, _, rows in loaded.read(sequences, positions, range(N_LAYER)):
+            measured += signs[i] * rows["l_out"]
     measured /= np.linalg.norm(measured, axis=1, keepdims=True)
     for layer, row in vector.directions.items():
         assert row @ measured[layer] > 0.999
