@@ -61,7 +61,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from rs_gguf.cli.tables import print_comparison, print_doses
+    from rs_gguf.cli.tables import print_comparison, print_sweep
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Sampling
     from rs_gguf.evaluation import capability as capabilities
@@ -109,7 +109,7 @@ def evaluate(
     if scales is None:
         print_comparison(console, found[0], tokens)
     else:
-        print_doses(console, found)
+        print_sweep(console, found)
     console.print(f"Judge: {escape_control_chars(facts['judge'])}.", markup=False, highlight=False)
     if output is not None:  # last: should it fail, the tables were told
         write_json(output, {**facts, **found[0]} if scales is None else {**facts, "sweep": found})

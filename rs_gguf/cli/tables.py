@@ -1,4 +1,4 @@
-"""What `rs-export eval` tells on a terminal: the figures of `rs_gguf.evaluation.comparison` as tables."""
+"""What `rs-export eval` prints: the figures of `rs_gguf.evaluation.comparison` as tables."""
 
 from __future__ import annotations
 
@@ -11,121 +11,139 @@ from rich.table import Table
 from rich.text import Text
 
 from rs_gguf.errors import escape_control_chars
+from rs_gguf.records.metrics import SetRecord, Share
+from rs_gguf.report.text import count, interval
 
-# Of the groups by subject and the like; the JSON holds all.
+# Of the groups by subject and so on; the JSON holds all.
 _LEAST_PROMPTS, _MOST_GROUPS = 5, 12
 
 
-def print_comparison(console: Console, found: Mapping[str, Any], tokens: int) -> None:
-    """Tables of one comparison: a column a side, a row a figure."""
-    for name, figures in found["sets"].items():
-        title = f"{escape_control_chars(name)}: {figures['n']} prompts"
-        if figures["unjudged"]:
-            title += f" (and {figures['unjudged']} that could not be judged)"
-        table = Table(title=Text(title), title_justify="left")
-        for column in ("", "unsteered", "steered", ""):
-            table.add_column(column, overflow="fold")
-        table.add_row(
-            "refused",
-            _share(figures, "baseline"),
-            _share(figures, "steered"),
-            f"p = {figures['mcnemar_p']:.2g}",
-        )
-        before, after = figures["output_flags"]["baseline"], figures["output_flags"]["steered"]
-        for fault in before:
-            told = f"cut off at {tokens} tokens" if fault == "truncated" else fault.replace("_", " ")
-            table.add_row(told, str(before[fault]), str(after[fault]))
-        if figures["drift"] is not None:
-            table.add_row("drift of answers", "", f"{_told(figures['drift'], '.4f')} nats a token")
-            table.add_row("still first choice", "", _told(figures["top1_agreement"], ".1%"))
-        console.print(table)
+def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int) -> None:
+    """Print one comparison: a table for each set, a row for each figure.
+
+    tokens: the limit of an answer.
+    """
+    for name, figures in measured["sets"].items():
+        _print_set(console, name, figures, tokens)
         for field, groups in figures["by"].items():
             _print_groups(console, field, groups)
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
     for column in ("", "unsteered", "steered", ""):
         table.add_column(column, overflow="fold")
-    text = found["benign_text"]
+    text = measured["benign_text"]
     if text["drift"] is not None:
         table.add_row(
             f"perplexity, {text['n']} texts",
-            _told(text["perplexity_unsteered"], ".2f"), _told(text["perplexity_steered"], ".2f"),
-            f"{_told(text['top1_agreement'], '.1%')} top-1",
+            _number(text["perplexity_unsteered"], ".2f"), _number(text["perplexity_steered"], ".2f"),
+            f"{_number(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
-    for kind, figures in found.get("capability", {}).items():
+    for kind, figures in measured.get("capability", {}).items():
         truncated = max(figures["unanswered_unsteered"], figures["unanswered_steered"])
-        less = f" (and {truncated} cut off)" if truncated else ""
+        less = f" (and {truncated} truncated)" if truncated else ""
         table.add_row(
-            f"{kind} tasks{less}", _right(figures, "baseline"), _right(figures, "steered"),
+            f"{kind} tasks{less}", _solved(figures, "unsteered"), _solved(figures, "steered"),
             f"p = {figures['mcnemar_p']:.2g}",
         )  # fmt: skip
-    speed = found["tokens_per_second"]
+    speed = measured["tokens_per_second"]
     table.add_row(
-        "tokens a second",
-        f"{speed['baseline']:.1f}",
+        "tokens/s",
+        f"{speed['unsteered']:.1f}",
         f"{speed['steered']:.1f}",
-        _told(speed["change"], "+.0%"),
+        _number(speed["change"], "+.0%"),
     )
     console.print(table)
 
 
-def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
-    def weight(item: tuple[str, Mapping[str, Any]]) -> tuple[int, int]:
-        return -abs(item[1]["refused_steered"] - item[1]["refused_baseline"]), -item[1]["n"]
+def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: int) -> None:
+    """Print explicit refusals, outcomes, transitions, and then what else is known of a set."""
+    one = SetRecord.model_validate(figures)
+    table = Table(title=Text(f"{escape_control_chars(name)}: {one.n} prompts"), title_justify="left")
+    for column in ("", "unsteered", "steered", ""):
+        table.add_column(column, overflow="fold")
+    p = "" if one.explicit_p is None else f"p = {one.explicit_p:.2g}"
+    table.add_row("explicit refusals", _share(one.explicit_unsteered), _share(one.explicit_steered), p)
+    for outcome in ("complies", "refuses", "fails", "unjudged"):
+        before, after = getattr(one.outcomes_unsteered, outcome), getattr(one.outcomes_steered, outcome)
+        table.add_row(outcome, str(before), str(after), end_section=outcome == "unjudged")
+    for transition, of in (
+        ("opened", "refused"), ("kept", "refused"), ("closed", "complied"), ("broken", "not failed"),
+    ):  # fmt: skip
+        table.add_row(f"{transition}, of {of}", "", _share(getattr(one, transition)))
+    table.add_row("changes not confirmed", "", str(one.unconfirmed or 0), end_section=True)
+    flags = figures["output_flags"]
+    for flag in flags["unsteered"]:
+        words = f"truncated at {tokens} tokens" if flag == "truncated" else flag.replace("_", " ")
+        table.add_row(words, str(flags["unsteered"][flag]), str(flags["steered"][flag]))
+    if figures["drift"] is not None:
+        table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
+        table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))
+    console.print(table)
 
-    large = [item for item in groups.items() if item[1]["n"] >= _LEAST_PROMPTS]
+
+def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print explicit refusals of the largest groups; those that change most come first."""
+    sets = {value: SetRecord.model_validate(figures) for value, figures in groups.items()}
+
+    def weight(item: tuple[str, SetRecord]) -> tuple[int, int]:
+        one = item[1]
+        return -abs(one.outcomes_steered.explicit - one.outcomes_unsteered.explicit), -one.n
+
+    large = [item for item in sets.items() if item[1].n >= _LEAST_PROMPTS]
     shown = sorted(large, key=weight)[:_MOST_GROUPS]
-    if len(groups) < 2 or not shown:
+    if len(sets) < 2 or not shown:
         return
-    more = f", {len(shown)} of {len(groups)}" if len(shown) < len(groups) else ""
-    table = Table(title=f"refused by {field}{more}", title_justify="left")
+    more = f", {len(shown)} of {len(sets)}" if len(shown) < len(sets) else ""
+    table = Table(title=f"explicit refusals by {field}{more}", title_justify="left")
     for column in (field, "unsteered", "steered"):
         table.add_column(column, overflow="fold")
-    for value, figures in shown:
+    for value, one in shown:
+        name = Text(escape_control_chars(value))
+        table.add_row(name, _share(one.explicit_unsteered), _share(one.explicit_steered))
+    console.print(table)
+
+
+def print_sweep(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Print a scale sweep: a table for each set, a row for each scale factor. The JSON has all intervals."""
+    for name, first in steps[0]["sets"].items():
+        title = Text(f"{escape_control_chars(name)}: {first['n']} prompts")
+        table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns, in 80 characters
+        for column in ("scale", "explicit", "opened", "kept", "closed", "broken", "drift", "top-1"):
+            table.add_column(column)
+        for step in steps:
+            figures = step["sets"][name]
+            one = SetRecord.model_validate(figures)
+            table.add_row(
+                f"{step['scale']:g}",
+                *(
+                    count(share)
+                    for share in (one.explicit_steered, one.opened, one.kept, one.closed, one.broken)
+                ),
+                _number(figures["drift"], ".4f"),
+                _number(figures["top1_agreement"], ".1%"),
+            )
+        console.print(table)
+    table = Table(title="What else changed", title_justify="left", box=SIMPLE)
+    for column in ("scale", "perplexity", "tasks solved", "tokens/s"):
+        table.add_column(column)
+    for step in steps:
+        text, solved = step["benign_text"], step.get("capability")
         table.add_row(
-            Text(escape_control_chars(value)), _share(figures, "baseline"), _share(figures, "steered")
+            f"{step['scale']:g}",
+            _number(text["perplexity_steered"], ".2f"),
+            _solved(solved["all"], "steered") if solved else "",
+            f"{step['tokens_per_second']['steered']:.1f}",
         )
     console.print(table)
 
 
-def print_doses(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
-    """One table a set, a row a factor."""
-    for name in found[0]["sets"]:
-        title = Text(f"{escape_control_chars(name)}: {found[0]['sets'][name]['n']} prompts")
-        table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns, in 80 characters
-        for column in ("scale", "refused", "p", "empty", "loop", "switch", "drift", "top-1"):
-            table.add_column(column)
-        for factor in found:
-            figures = factor["sets"][name]
-            faults = figures["output_flags"]["steered"]
-            table.add_row(
-                f"{factor['scale']:g}", _share(figures, "steered"), f"{figures['mcnemar_p']:.2g}",
-                *(str(faults[fault]) for fault in ("empty", "loop", "language_switch")),
-                _told(figures["drift"], ".4f"), _told(figures["top1_agreement"], ".1%"),
-            )  # fmt: skip
-        console.print(table)
-    table = Table(title="What else changed", title_justify="left", box=SIMPLE)
-    for column in ("scale", "perplexity", "tasks solved", "tokens a second"):
-        table.add_column(column)
-    for factor in found:
-        text, solved = factor["benign_text"], factor.get("capability")
-        table.add_row(
-            f"{factor['scale']:g}",
-            _told(text["perplexity_steered"], ".2f"),
-            _right(solved["all"], "steered") if solved else "",
-            f"{factor['tokens_per_second']['steered']:.1f}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def _told(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _share(figures: Mapping[str, Any], side: str) -> str:
-    low, high = figures[f"ci95_{side}"]
-    return f"{figures[f'refused_{side}']} of {figures['n']} ({low:.0%} to {high:.0%})"
+def _share(share: Share | None) -> str:
+    return count(share) if share is None or not share.of else f"{count(share)} ({interval(share.ci95)})"
 
 
-def _right(figures: Mapping[str, Any], side: str) -> str:
+def _solved(figures: Mapping[str, Any], side: str) -> str:
     low, high = figures[f"ci95_{side}"]
     return f"{figures[f'right_{side}']}/{figures['n']} ({low * 100:.0f} to {high:.0%})"

@@ -84,12 +84,13 @@ def write_card(run_folder: Path) -> Path:
     run = load(Path(run_folder))
 
     def context() -> Row:
-        sha256 = run.record.model.sha256
+        sha256, common = run.record.model.sha256, _common(run)
         return {
-            **_common(run),
+            **common,
+            "examples": answers.examples(run.rows, common["ordered"][0], run.record.effect, harmful=False),
             "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
             "languages": answers.languages(run.rows),
-            "options": {file.key: _options(file) for file in recommendation.reported_files(run.record)},
+            "options": {file.key: _options(file) for file in common["files"]},
         }
 
     template = markdown_environment().get_template("card.md.jinja")
@@ -101,8 +102,8 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
         text = template.render(context())
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"cannot make {path}: metrics.json, test_answers.jsonl, tune.json or fit.json beside it is not as this "
-            f"version writes it ({error}). Run `rs-export run` on the folder again."
+            f"cannot make {path}: metrics.json, test_answers.jsonl, tune.json or fit.json has another shape "
+            f"than this version writes ({error}). Run `rs-export run` on the folder again."
         ) from error
     write_text(path, text)
     return path

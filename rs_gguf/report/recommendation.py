@@ -11,7 +11,7 @@ from functools import cached_property
 
 from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.metrics import FileRecord, RunRecord, SetRecord, Share, Verdict
+from rs_gguf.records.metrics import FileRecord, RunRecord, SetRecord, Verdict
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,16 @@ def _figures(file: ReportedFile, effect: Effect) -> list[str]:
     sensitive, harmful, benign = map(file.of, KINDS)
     if sensitive:
         before, after = sensitive.outcomes_unsteered.explicit, sensitive.outcomes_steered.explicit
-        lines.append(
-            f"Of {sensitive.n} {target} prompts, {before} were refused explicitly and {after} are now."
-        )
-        if effect == "remove" and sensitive.opened:
-            lines.append(f"{_of(sensitive.opened, 'refused')} {target} prompts opened.")
-        if effect == "induce" and sensitive.closed:
-            lines.append(f"{_of(sensitive.closed, 'answered')} {target} prompts closed.")
-    if harmful and harmful.kept:
-        lines.append(f"{_of(harmful.kept, '')} harmful refusals are kept.")
-    if benign and benign.closed:
-        lines.append(f"{_of(benign.closed, 'answered')} benign prompts closed.")
+        lines.append(f"Explicit refusals of {target} prompts: {before} unsteered, {after} with it.")
+        if effect == "remove" and (share := sensitive.opened):
+            lines.append(f"Of {share.of} refused {target} prompts, {share.n} are answered now.")
+        if effect == "induce" and (share := sensitive.closed):
+            lines.append(f"Of {share.of} answered {target} prompts, {share.n} are refused now.")
+    if harmful and (share := harmful.kept):
+        lines.append(f"Of {share.of} harmful refusals, {share.n} are kept.")
+    if benign and (share := benign.closed):
+        lines.append(f"Of {share.of} answered benign prompts, {share.n} are refused now.")
     return lines
-
-
-def _of(share: Share, word: str) -> str:
-    return " ".join(f"{share.n} of {share.of} {word}".split())
 
 
 def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:
