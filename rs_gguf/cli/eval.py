@@ -81,7 +81,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from rs_gguf.cli.tables import print_comparison, print_scale_sweep
+    from rs_gguf.cli.tables import print_comparison, print_sweep
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
     from rs_gguf.evaluation import capability as capabilities
@@ -130,7 +130,7 @@ def evaluate(
     if scales is None:
         print_comparison(console, results[0], tokens)
     else:
-        print_scale_sweep(console, results)
+        print_sweep(console, results)
     console.print(f"Judge: {escape_control_chars(facts['judge'])}.", markup=False, highlight=False)
     if output is not None:  # written last, so that the tables are printed even if writing fails
         write_json(output, {**facts, **results[0]} if scales is None else {**facts, "sweep": results})

@@ -102,6 +102,13 @@ _budget = click.option(
 )
 
 
+_harmful_answers = click.option(
+    "--harmful-answers",
+    is_flag=True,
+    help="Show the answers to harmful prompts in report.html, folded. Do not publish such a page.",
+)
+
+
 def _progress() -> TerminalProgress:
     from rich.console import Console
 
@@ -180,13 +187,20 @@ def _add_stage(info: StageInfo) -> None:
         overrides: tuple[str, ...],
         fresh: bool,
         budget: str | None = None,
+        harmful_answers: bool = False,
     ) -> None:
-        _run(recipe, out, overrides, fresh, name, budget)
+        metrics = _run(recipe, out, overrides, fresh, name, budget)
         if name == "score":
             _print_counts(out)
+        if metrics and harmful_answers:
+            from rs_gguf.report.page import write_report
+
+            write_report(out, harmful_answers=True)
 
     if name == "tune":
         _budget(stage)
+    if name == "report":
+        _harmful_answers(stage)
 
 
 for _info in STAGES.values():

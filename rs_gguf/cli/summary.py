@@ -1,6 +1,6 @@
-"""Print the result of a run: the recommended file, the refusals with each file, llama.cpp's commands.
+"""What a run prints at its end: explicit refusals, outcomes, transitions, acceptance and the commands.
 
-In: the content of `metrics.json`. Out: text on a console.
+The content of `metrics.json` goes in. Text on a console comes out.
 """
 
 from __future__ import annotations
@@ -13,83 +13,111 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rs_gguf.records.metrics import RunRecord
-from rs_gguf.report.recommendation import files, headline, recommended_file, sentences
+from rs_gguf.records.metrics import Outcomes, RunRecord, Share
+from rs_gguf.report.recommendation import (
+    ReportedFile,
+    headline,
+    overall_verdict,
+    recommended_file,
+    reported_files,
+    sentences,
+)
 from rs_gguf.report.results import printable
+from rs_gguf.report.text import count, interval
 
-_GOAL = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
+_WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
+_STYLES = {"passed": "green", "failed": "red", "undecided": "yellow"}
 
 
 def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> None:
-    """Print the recommendation for the files in the run folder `out`, from the content of metrics.json."""
-    # A model's path or a judge's name may hold control characters of the terminal.
+    """Print what was measured of the files in the run folder `out`; `metrics` is metrics.json."""
+    # A model's path or a judge's name may hold characters that a terminal obeys.
     record = RunRecord.of(printable(dict(metrics)), out / "metrics.json")
-    rows = files(record)
-    best = recommended_file(rows, record.effect)
-    # As on the page, the recommended file comes first.
-    ordered = sorted(rows, key=lambda file: file is not best)
-    console.print(_table(rows, record.effect))
-    _print_line(
-        console,
-        f"Judge: {record.judge.name}; {record.test_tokens} tokens per answer"
-        + ("; a stratified subset of the test prompts." if record.subset else "."),
-    )
-    style = "bold red" if best is None else "bold green"
-    _print_line(console, f"\n{headline(rows, record.effect)}.", style=style)
-    for sentence in sentences(rows, record.effect):
-        _print_line(console, sentence)
+    files = reported_files(record)
+    best = recommended_file(files, record.effect)
+    # As in the page: the recommended file first.
+    ordered = sorted(files, key=lambda file: file is not best)
+    console.print(_explicit(files, induce=record.effect == "induce"))
+    console.print(_outcomes(files))
+    if any(one.opened for file in files for one in file.sets.values()):
+        console.print(_transitions(files))
+    subset = "; a stratified subset of the validation split" if record.subset else ""
+    _say(console, f"Judge: {record.judge.name}; up to {record.test_tokens} tokens an answer{subset}.")
+    style = f"bold {_STYLES[overall_verdict(files)]}"
+    _say(console, f"\n{headline(files, record.effect)}.", style=style)
+    for sentence in sentences(files, record.effect):
+        _say(console, sentence)
     for file in ordered:
-        for reason in file["acceptance"]["reasons"]:
-            _print_line(console, f"  {file['word']}: {reason}")
-        for note in file["notes"]:
-            _print_line(console, f"  {file['word']}: {note}")
+        for line in (*file.record.acceptance.reasons, *file.record.notes):
+            _say(console, f"  {file.word}: {line}")
     for file in ordered:
-        if len(rows) == 1:
-            note = ""
-        elif file is best:
-            note = " (recommended)"
-        else:
-            note = "" if file["passed"] else " (did not meet the acceptance criteria)"
-        _print_line(console, f"\n{file['word'].capitalize()}, {printable(str(out / file['file']))}{note}:")
-        _print_line(console, file["llama_cpp"]["command"])
+        path = printable(str(out / file.record.file))
+        _say(console, f"\n{file.word.capitalize()}, {path} ({file.record.acceptance.verdict}):")
+        _say(console, file.record.llama_cpp.command)
     report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
-    _print_line(console, f"\nReport: {report}   Card: {card}")
+    _say(console, f"\nReport: {report}   Card: {card}")
 
 
-def _table(rows: Sequence[Mapping[str, Any]], effect: str) -> Table:
-    """Return the refusal rates of each prompt set, unsteered and with each file."""
-    table = Table(title="Refusals unsteered and with each file (95% interval)", title_justify="left")
-    for column in ("prompts", "unsteered", *(str(file["word"]) for file in rows), "goal"):
+def share_lines(share: Share | None) -> str:
+    """Return `n of m` and the 95% interval below it, as the cell of a table."""
+    if share is None or not share.of:
+        return count(share)
+    return f"{count(share)}\n{interval(share.ci95)}"
+
+
+def _explicit(files: Sequence[ReportedFile], *, induce: bool) -> Table:
+    table = Table(title="Explicit refusals (95% interval)", title_justify="left")
+    for column in ("prompts", "unsteered", *(file.word for file in files), "wanted"):
         table.add_column(column)
-    for sets in zip(*(file["sets"] for file in rows), strict=True):
-        # All files share one unsteered rate only if they were judged on the same prompts.
-        first, alike = sets[0], sets[0]["alike"]
-        goal = "more" if effect == "induce" and first["kind"] == "sensitive" else _GOAL.get(first["kind"], "")
+    for name, one in files[0].sets.items():
+        wanted = "more" if induce and one.kind == "sensitive" else _WANTED.get(one.kind or "", "")
+        sets = [file.sets[name] for file in files]
         table.add_row(
-            Text(f"{first['name']}\n{first['n']} prompts" if alike else first["name"]),
-            _rate(first, "unsteered") if alike else "",
-            *(_rate(figures, "steered") + ("" if alike else _own_unsteered(figures)) for figures in sets),
-            goal,
+            Text(name),
+            _explicit_cell(one.outcomes_unsteered, one.explicit_unsteered, one.n),
+            *(_explicit_cell(s.outcomes_steered, s.explicit_steered, s.n) for s in sets),
+            wanted,
             end_section=True,
         )
-    verdicts = (Text("passed", "green") if f["passed"] else Text("not passed", "red") for f in rows)
-    table.add_row("acceptance", "", *verdicts, "passed")
     return table
 
 
-def _rate(figures: Mapping[str, Any], condition: str) -> str:
-    """Return the refusal rate of a condition, `unsteered` or `steered`, with its 95% interval."""
-    if not figures["n"]:
-        return "not measured"
-    low, high = figures[f"ci95_{condition}"]
-    return f"{figures[f'refusal_{condition}']:.1%}\n{low:.0%} to {high:.0%}"
+def _explicit_cell(outcomes: Outcomes, share: Share | None, n: int) -> str:
+    # Schema 1 has the count alone.
+    return share_lines(share) if share else f"{outcomes.explicit} of {n}"
 
 
-def _own_unsteered(figures: Mapping[str, Any]) -> str:
-    """Return the unsteered rate on a file's own prompts, for files that were judged on different prompts."""
-    return f"\nunsteered {figures['refusal_unsteered']:.1%}\nof {figures['n']}" if figures["n"] else ""
+def _outcomes(files: Sequence[ReportedFile]) -> Table:
+    table = Table(title="Outcomes", title_justify="left")
+    for column in ("prompts", "with", "n", "complies", "refuses", "fails", "unjudged"):
+        table.add_column(column)
+    for name, one in files[0].sets.items():
+        rows = [("unsteered", one.n, one.outcomes_unsteered)]
+        rows += [(file.word, file.sets[name].n, file.sets[name].outcomes_steered) for file in files]
+        for k, (word, n, of) in enumerate(rows):
+            table.add_row(
+                Text("" if k else name), Text(word),
+                *map(str, (n, of.complies, of.refuses, of.fails, of.unjudged)),
+                end_section=k == len(files),
+            )  # fmt: skip
+    return table
 
 
-def _print_line(console: Console, text: str, *, style: str = "") -> None:
-    """Print a line without wrapping, which would break a command, and without markup for brackets."""
+def _transitions(files: Sequence[ReportedFile]) -> Table:
+    table = Table(title="Transitions of the same prompts (95% interval)", title_justify="left")
+    for column in ("prompts", "with", "opened", "kept", "closed", "broken"):
+        table.add_column(column)
+    for name in files[0].sets:
+        for k, file in enumerate(files):
+            one = file.sets[name]
+            table.add_row(
+                Text("" if k else name), Text(file.word),
+                *map(share_lines, (one.opened, one.kept, one.closed, one.broken)),
+                end_section=k == len(files) - 1,
+            )  # fmt: skip
+    return table
+
+
+def _say(console: Console, text: str, *, style: str = "") -> None:
+    """Print a line as it is: a command must not be wrapped, and brackets in foreign text are not markup."""
     console.print(Text(text, style=style), soft_wrap=True)

@@ -1,7 +1,4 @@
-"""Print the results of `rs-export eval`.
-
-In: the figures of `rs_gguf.evaluation.comparison`. Out: tables on a console.
-"""
+"""What `rs-export eval` prints: the figures of `rs_gguf.evaluation.comparison` as tables."""
 
 from __future__ import annotations
 
@@ -14,57 +11,40 @@ from rich.table import Table
 from rich.text import Text
 
 from rs_gguf.errors import escape_control_chars
+from rs_gguf.records.metrics import SetRecord, Share
+from rs_gguf.report.text import count, interval
 
-# Only large groups (by subject, topic …) are printed, and only some of them; the JSON file holds all.
-_MIN_PROMPTS, _MAX_GROUPS = 5, 12
+# Of the groups by subject and so on; the JSON holds all.
+_LEAST_PROMPTS, _MOST_GROUPS = 5, 12
 
 
-def print_comparison(console: Console, result: Mapping[str, Any], tokens: int) -> None:
-    """Print one comparison: a row per figure, a column for unsteered and for steered.
+def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int) -> None:
+    """Print one comparison: a table for each set, a row for each figure.
 
-    tokens: maximum tokens of an answer.
+    tokens: the limit of an answer.
     """
-    for name, figures in result["sets"].items():
-        title = f"{escape_control_chars(name)}: {figures['n']} prompts"
-        if figures["unjudged"]:
-            title += f" (and {figures['unjudged']} unjudged)"
-        table = Table(title=Text(title), title_justify="left")
-        for column in ("", "unsteered", "steered", ""):
-            table.add_column(column, overflow="fold")
-        table.add_row(
-            "refused",
-            _share(figures, "unsteered"),
-            _share(figures, "steered"),
-            f"p = {figures['mcnemar_p']:.2g}",
-        )
-        unsteered, steered = figures["output_flags"]["unsteered"], figures["output_flags"]["steered"]
-        for flag in unsteered:
-            label = f"truncated at {tokens} tokens" if flag == "truncated" else flag.replace("_", " ")
-            table.add_row(label, str(unsteered[flag]), str(steered[flag]))
-        if figures["drift"] is not None:
-            table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
-            table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))
-        console.print(table)
+    for name, figures in measured["sets"].items():
+        _print_set(console, name, figures, tokens)
         for field, groups in figures["by"].items():
             _print_groups(console, field, groups)
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
     for column in ("", "unsteered", "steered", ""):
         table.add_column(column, overflow="fold")
-    text = result["benign_text"]
+    text = measured["benign_text"]
     if text["drift"] is not None:
         table.add_row(
             f"perplexity, {text['n']} texts",
             _number(text["perplexity_unsteered"], ".2f"), _number(text["perplexity_steered"], ".2f"),
             f"{_number(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
-    for kind, figures in result.get("capability", {}).items():
+    for kind, figures in measured.get("capability", {}).items():
         truncated = max(figures["unanswered_unsteered"], figures["unanswered_steered"])
-        note = f" (and {truncated} truncated)" if truncated else ""
+        less = f" (and {truncated} truncated)" if truncated else ""
         table.add_row(
-            f"{kind} tasks{note}", _correct(figures, "unsteered"), _correct(figures, "steered"),
+            f"{kind} tasks{less}", _solved(figures, "unsteered"), _solved(figures, "steered"),
             f"p = {figures['mcnemar_p']:.2g}",
         )  # fmt: skip
-    speed = result["tokens_per_second"]
+    speed = measured["tokens_per_second"]
     table.add_row(
         "tokens/s",
         f"{speed['unsteered']:.1f}",
@@ -74,69 +54,96 @@ def print_comparison(console: Console, result: Mapping[str, Any], tokens: int) -
     console.print(table)
 
 
-def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print refusals by the values of `field`, the largest changes first."""
-
-    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[int, int]:
-        return -abs(item[1]["refused_steered"] - item[1]["refused_unsteered"]), -item[1]["n"]
-
-    large = [item for item in groups.items() if item[1]["n"] >= _MIN_PROMPTS]
-    shown = sorted(large, key=order)[:_MAX_GROUPS]
-    if len(groups) < 2 or not shown:
-        return
-    note = f", {len(shown)} of {len(groups)}" if len(shown) < len(groups) else ""
-    table = Table(title=f"refused by {field}{note}", title_justify="left")
-    for column in (field, "unsteered", "steered"):
+def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: int) -> None:
+    """Print explicit refusals, outcomes, transitions, and then what else is known of a set."""
+    one = SetRecord.model_validate(figures)
+    table = Table(title=Text(f"{escape_control_chars(name)}: {one.n} prompts"), title_justify="left")
+    for column in ("", "unsteered", "steered", ""):
         table.add_column(column, overflow="fold")
-    for value, figures in shown:
-        table.add_row(
-            Text(escape_control_chars(value)), _share(figures, "unsteered"), _share(figures, "steered")
-        )
+    p = "" if one.explicit_p is None else f"p = {one.explicit_p:.2g}"
+    table.add_row("explicit refusals", _share(one.explicit_unsteered), _share(one.explicit_steered), p)
+    for outcome in ("complies", "refuses", "fails", "unjudged"):
+        before, after = getattr(one.outcomes_unsteered, outcome), getattr(one.outcomes_steered, outcome)
+        table.add_row(outcome, str(before), str(after), end_section=outcome == "unjudged")
+    for transition, of in (
+        ("opened", "refused"), ("kept", "refused"), ("closed", "complied"), ("broken", "not failed"),
+    ):  # fmt: skip
+        table.add_row(f"{transition}, of {of}", "", _share(getattr(one, transition)))
+    table.add_row("changes not confirmed", "", str(one.unconfirmed or 0), end_section=True)
+    flags = figures["output_flags"]
+    for flag in flags["unsteered"]:
+        words = f"truncated at {tokens} tokens" if flag == "truncated" else flag.replace("_", " ")
+        table.add_row(words, str(flags["unsteered"][flag]), str(flags["steered"][flag]))
+    if figures["drift"] is not None:
+        table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
+        table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))
     console.print(table)
 
 
-def print_scale_sweep(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
-    """Print a scale sweep: one table per prompt set, one row per scale factor."""
-    for name in results[0]["sets"]:
-        title = Text(f"{escape_control_chars(name)}: {results[0]['sets'][name]['n']} prompts")
-        table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns must fit 80 characters
-        for column in ("scale", "refused", "p", "empty", "loop", "switch", "drift", "top-1"):
+def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print explicit refusals of the largest groups; those that change most come first."""
+    sets = {value: SetRecord.model_validate(figures) for value, figures in groups.items()}
+
+    def weight(item: tuple[str, SetRecord]) -> tuple[int, int]:
+        one = item[1]
+        return -abs(one.outcomes_steered.explicit - one.outcomes_unsteered.explicit), -one.n
+
+    large = [item for item in sets.items() if item[1].n >= _LEAST_PROMPTS]
+    shown = sorted(large, key=weight)[:_MOST_GROUPS]
+    if len(sets) < 2 or not shown:
+        return
+    more = f", {len(shown)} of {len(sets)}" if len(shown) < len(sets) else ""
+    table = Table(title=f"explicit refusals by {field}{more}", title_justify="left")
+    for column in (field, "unsteered", "steered"):
+        table.add_column(column, overflow="fold")
+    for value, one in shown:
+        name = Text(escape_control_chars(value))
+        table.add_row(name, _share(one.explicit_unsteered), _share(one.explicit_steered))
+    console.print(table)
+
+
+def print_sweep(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Print a scale sweep: a table for each set, a row for each scale factor. The JSON has all intervals."""
+    for name, first in steps[0]["sets"].items():
+        title = Text(f"{escape_control_chars(name)}: {first['n']} prompts")
+        table = Table(title=title, title_justify="left", box=SIMPLE)  # eight columns, in 80 characters
+        for column in ("scale", "explicit", "opened", "kept", "closed", "broken", "drift", "top-1"):
             table.add_column(column)
-        for result in results:
-            figures = result["sets"][name]
-            flags = figures["output_flags"]["steered"]
+        for step in steps:
+            figures = step["sets"][name]
+            one = SetRecord.model_validate(figures)
             table.add_row(
-                f"{result['scale']:g}", _share(figures, "steered"), f"{figures['mcnemar_p']:.2g}",
-                *(str(flags[flag]) for flag in ("empty", "loop", "language_switch")),
-                _number(figures["drift"], ".4f"), _number(figures["top1_agreement"], ".1%"),
-            )  # fmt: skip
+                f"{step['scale']:g}",
+                *(
+                    count(share)
+                    for share in (one.explicit_steered, one.opened, one.kept, one.closed, one.broken)
+                ),
+                _number(figures["drift"], ".4f"),
+                _number(figures["top1_agreement"], ".1%"),
+            )
         console.print(table)
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
     for column in ("scale", "perplexity", "tasks solved", "tokens/s"):
         table.add_column(column)
-    for result in results:
-        text, solved = result["benign_text"], result.get("capability")
+    for step in steps:
+        text, solved = step["benign_text"], step.get("capability")
         table.add_row(
-            f"{result['scale']:g}",
+            f"{step['scale']:g}",
             _number(text["perplexity_steered"], ".2f"),
-            _correct(solved["all"], "steered") if solved else "",
-            f"{result['tokens_per_second']['steered']:.1f}",
-        )  # fmt: skip
+            _solved(solved["all"], "steered") if solved else "",
+            f"{step['tokens_per_second']['steered']:.1f}",
+        )
     console.print(table)
 
 
 def _number(value: float | None, form: str) -> str:
-    """Return a formatted figure, or "" for None, which stands for a figure that was not measured."""
     return "" if value is None else format(value, form)
 
 
-def _share(figures: Mapping[str, Any], condition: str) -> str:
-    """Return the refusals of a condition, `unsteered` or `steered`, with the 95% interval of their rate."""
-    low, high = figures[f"ci95_{condition}"]
-    return f"{figures[f'refused_{condition}']} of {figures['n']} ({low:.0%} to {high:.0%})"
+def _share(share: Share | None) -> str:
+    return count(share) if share is None or not share.of else f"{count(share)} ({interval(share.ci95)})"
 
 
-def _correct(figures: Mapping[str, Any], condition: str) -> str:
-    """Return the correct solutions of a condition with the 95% interval of their rate."""
-    low, high = figures[f"ci95_{condition}"]
-    return f"{figures[f'right_{condition}']}/{figures['n']} ({low * 100:.0f} to {high:.0%})"
+def _solved(figures: Mapping[str, Any], side: str) -> str:
+    low, high = figures[f"ci95_{side}"]
+    return f"{figures[f'right_{side}']}/{figures['n']} ({low * 100:.0f} to {high:.0%})"

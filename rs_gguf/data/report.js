@@ -18,7 +18,7 @@
 
   function get(name) { return document.getElementById("filter-" + name); }
   var kind = get("kind"), language = get("language"), mark = get("mark"), search = get("search");
-  var pairs = Array.prototype.map.call(document.querySelectorAll(".pair"), function (element) {
+  var pairs = Array.prototype.map.call(document.querySelectorAll(".prompt"), function (element) {
     return {
       element: element,
       text: element.textContent.toLowerCase(),

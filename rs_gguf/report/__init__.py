@@ -1,1 +1,1 @@
-"""What a finished run is told with: its results read and judged, drawn, listed, and put into words."""
+"""The results of a finished run: read, drawn, listed and put into words."""

@@ -1,7 +1,7 @@
 """How far the judge can be believed: its confidences on the labelled test pairs, as a reliability diagram.
 
-`judge_agreement.jsonl`, where a run folder has it, goes in: the shipped pairs as `rs-export judge` graded them. Without
-it the figures of the embedded judge serve, which ship with the package. Bins, rates and marks for inline SVG
+`judge_agreement.jsonl` of a run folder goes in: the shipped pairs as `rs-export judge` graded them. Without
+it, the figures of the embedded judge serve, which ship with the package. Bins, rates and marks for inline SVG
 come out.
 """
 
@@ -29,7 +29,7 @@ _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 330}
 
 
 def of_judge(judge: str, folder: Path) -> Row | None:
-    """What is known of a run's judge; None where its agreement was not measured.
+    """Return the agreement of a run's judge with the labels; None where it was not measured.
 
     Raises:
         InputError: `judge_agreement.jsonl` is damaged or holds too few of the pairs.
@@ -45,41 +45,44 @@ def of_judge(judge: str, folder: Path) -> Row | None:
         confidences, source = shipped["confidence"], ""
     known = [(p, c) for p, c in zip(pairs, confidences, strict=True) if c is not None]
     if len({pair.refusal for pair, _ in known}) < 2:
-        raise InputError(f"{path}: too few of the labelled test pairs are in it to measure the judge by.")
-    found = agreement(_Replay([c for _, c in known]), [pair for pair, _ in known])
+        raise InputError(
+            f"{path} holds too few of the labelled test pairs to measure the judge; it needs refusals and "
+            "answers. Grade all pairs with `rs-export judge`."
+        )
+    figures = agreement(_Replay([c for _, c in known]), [pair for pair, _ in known])
     refusal = {pair.category: pair.refusal for pair, _ in known}
     bins = _bins(known)
     return {
         "source": source,
         "missing": len(pairs) - len(known),
-        "ci95": wilson(round(found["accuracy"] * found["n"]), found["n"]),
+        "ci95": wilson(round(figures["accuracy"] * figures["n"]), figures["n"]),
         "bins": bins,
         "plot": _diagram(bins),
         "kinds": [
-            {"kind": kind, "refusal": refusal[kind], **figures}
-            for kind, figures in sorted(found["by_category"].items(), key=lambda k: k[1]["accuracy"])
+            {"kind": kind, "refusal": refusal[kind], **one}
+            for kind, one in sorted(figures["by_category"].items(), key=lambda k: k[1]["accuracy"])
         ],
-        "languages": [{"language": key, **figures} for key, figures in found["by_language"].items()],
-        **{name: found[name] for name in ("n", "auroc", "accuracy", "expected_calibration_error")},
+        "languages": [{"language": key, **one} for key, one in figures["by_language"].items()],
+        **{name: figures[name] for name in ("n", "auroc", "accuracy", "expected_calibration_error")},
     }
 
 
 def _graded(path: Path, pairs: Sequence[LabelledPair]) -> list[float | None]:
-    """The confidence of each pair in a graded file, None where the file has none."""
+    """Return the confidence of each pair in a graded file, None where the file has none."""
     try:
         rows = json_lines(path.read_text(encoding="utf-8"))
         of = {(row["prompt"], row["answer"]): row["confidence"] for row in rows}
-        found = [of.get((pair.prompt, pair.answer)) for pair in pairs]
-        return [None if c is None else float(c) for c in found]
+        confidences = [of.get((pair.prompt, pair.answer)) for pair in pairs]
+        return [None if c is None else float(c) for c in confidences]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is not what `rs-export judge` makes of the labelled pairs ({error}). Delete it or grade "
-            "them again."
+            f"{path} does not hold the labelled pairs as `rs-export judge` grades them ({error}). Delete "
+            "it or grade them again."
         ) from error
 
 
 class _Replay:
-    """A judge that has given its confidences before."""
+    """A judge that repeats recorded confidences."""
 
     name = identity = "recorded"
     usage = None
@@ -93,22 +96,22 @@ class _Replay:
 
 
 def _bins(known: Sequence[tuple[LabelledPair, float]]) -> list[Row]:
-    """Pairs by the probability of refusal that the judge gave: how many, what it said, how many were ones."""
+    """Return bins of the probability of refusal that the judge gave: pairs, mean probability and refusals."""
     inside: list[list[tuple[float, bool]]] = [[] for _ in range(_BINS)]
     for pair, confidence in known:
-        said = (confidence + 1) / 2
-        inside[min(int(said * _BINS), _BINS - 1)].append((said, pair.refusal))
+        probability = (confidence + 1) / 2
+        inside[min(int(probability * _BINS), _BINS - 1)].append((probability, pair.refusal))
     return [
         {
             "low": k / _BINS,
             "high": (k + 1) / _BINS,
-            "n": len(found),
-            "refusals": sum(refusal for _, refusal in found),
-            "said": sum(said for said, _ in found) / len(found),
-            "ci95": wilson(sum(refusal for _, refusal in found), len(found)),
+            "n": len(members),
+            "refusals": sum(refusal for _, refusal in members),
+            "mean": sum(probability for probability, _ in members) / len(members),
+            "ci95": wilson(sum(refusal for _, refusal in members), len(members)),
         }
-        for k, found in enumerate(inside)
-        if found
+        for k, members in enumerate(inside)
+        if members
     ]
 
 
@@ -118,7 +121,7 @@ def _diagram(bins: Sequence[Mapping[str, Any]]) -> Row:
     most = max(one["n"] for one in bins)
     points = [
         {
-            "x": across.at(one["said"]),
+            "x": across.at(one["mean"]),
             "y": upward.at(one["refusals"] / one["n"]),
             "low": upward.at(one["ci95"][0]),
             "high": upward.at(one["ci95"][1]),

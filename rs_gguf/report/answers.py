@@ -1,45 +1,136 @@
-"""The answers side by side, and where refusals changed: paired rows in, what a page lists out.
+"""The answers side by side and examples of what happened: paired rows in, what a page lists out.
 
-A row has `answer_…`, `confidence_…`, `category_…` and `degenerate_…` of the side `baseline` and of each
-file's side.
+A row of test_answers.jsonl has `answer_…`, `outcome_…`, `category_…` and `unconfirmed_…` of the unsteered
+model and of each file.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from markupsafe import escape
 
-from rs_gguf.evaluation.paired import categories
+from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.evaluation.outcomes import Class, class_of
 from rs_gguf.judges.rubric import rubric
-from rs_gguf.records.conversation import NEUTRAL, Judgement
 from rs_gguf.records.rows import Row
-from rs_gguf.report.recommendation import kind_order
+from rs_gguf.report.recommendation import ReportedFile, kind_order
 
-BEFORE = "baseline"
+UNSTEERED = "unsteered"
 
 _BYTES = 2_000_000  # of escaped prompts and answers; the page stays below 3 MB
 _PAIR_BYTES, _SIDE_BYTES = 700, 450  # what the template puts around a prompt, and around each answer
-_GROUPS = 40  # lines of a breakdown, the smaller groups being one more; languages to filter by
-_NAME = 80  # characters of a topic, a form or a language
+_LANGUAGES = 40  # to filter by
+NAME = 80  # characters of a topic, a form or a language
 _CLIPS = (None, 2000, 1000, 500, 250)  # characters of a text that is shown, tried in this order
+_EXAMPLES, _EXAMPLE_CLIP = 3, 1000  # examples of each group, and characters of their texts
 _LANGUAGE = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*").fullmatch
+_TRANSITIONS: dict[tuple[Class, Class], str] = {
+    ("refuses", "complies"): "opened",
+    ("refuses", "refuses"): "kept",
+    ("complies", "refuses"): "closed",
+    ("complies", "fails"): "broken",
+    ("refuses", "fails"): "broken",
+}
+OUTCOMES = {
+    "complies": "complies",
+    "explicit": "explicit refusal",
+    "evasion": "evasion",
+    "fails": "fails",
+    "unjudged": "unjudged",
+}
 
 
-def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
-    """Prompts in reading order; texts clipped (and, at last, prompts dropped) so that the page stays small.
+@dataclass(frozen=True)
+class Side:
+    """One answer to a prompt, by the unsteered model or with a file.
 
-    `marks` are the filters that something fits, each with its words and how many prompts fit it.
+    outcome: in words. answer: None where it is not shown. same: letter for letter the unsteered answer.
     """
-    pairs = [_pair(row, files) for row in rows]
-    pairs.sort(key=lambda pair: (kind_order(pair["kind"]), -len(pair["changed"])))
+
+    key: str
+    outcome: str
+    answer: str | None
+    same: bool = False
+    changed: bool = False
+    unconfirmed: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with its answers side by side, the unsteered one first.
+
+    lang: the language where it is a proper tag, else empty. folded: answers open on a click.
+    """
+
+    prompt: str
+    kind: str
+    topic: str
+    form: str
+    language: str
+    lang: str
+    folded: bool
+    sides: tuple[Side, ...]
+    marks: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the page, roughly."""
+        shown = (side.answer for side in self.sides if side.answer and not side.same)
+        # The language stands in an attribute too.
+        texts = [self.prompt, self.topic, self.form, self.language, self.language, *shown]
+        return _PAIR_BYTES + len(self.sides) * _SIDE_BYTES + sum(len(escape(text).encode()) for text in texts)
+
+    def clipped(self, clip: int | None) -> Pair:
+        """Return the pair with its texts cut at `clip` characters."""
+        sides = (replace(s, answer=None if s.answer is None else cut(s.answer, clip)) for s in self.sides)
+        return replace(self, prompt=cut(self.prompt, clip), sides=tuple(sides))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A filter that `n` prompts fit."""
+
+    mark: str
+    words: str
+    n: int
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The prompts of the page in reading order. `clip`: characters at which texts are cut, None for whole."""
+
+    pairs: list[Pair]
+    total: int
+    clip: int | None
+    kinds: list[str]
+    languages: list[str]
+    marks: list[Mark]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some of the `n` prompts that something happened to."""
+
+    title: str
+    n: int
+    pairs: list[Pair]
+
+
+def side_by_side(rows: Sequence[Row], files: Sequence[ReportedFile], *, harmful: bool) -> SideBySide:
+    """Return the prompts in reading order; texts are clipped, and at last prompts left out, to keep it small.
+
+    harmful: show answers to harmful prompts, folded.
+    """
+    pairs = [_pair(row, files, harmful=harmful) for row in rows]
+    pairs.sort(key=lambda pair: (kind_order(pair.kind), -sum(side.changed for side in pair.sides)))
     for clip in _CLIPS:
-        clipped = [_clipped(pair, clip) for pair in pairs]
-        sizes = [_size(pair) for pair in clipped]
+        clipped = [pair.clipped(clip) for pair in pairs]
+        sizes = [pair.size for pair in clipped]
         if sum(sizes) <= _BYTES:
             break
     used, shown = 0, []
@@ -48,143 +139,125 @@ def side_by_side(rows: Sequence[Row], files: Sequence[Row]) -> Row:
         if used <= _BYTES:
             shown.append(pair)
     words = {
-        **{f"changed-{file['key']}": f"changed by the {file['word']}" for file in files},
-        "apart": "the two files differ",
-        "opened": "harmful request now answered",
-        "closed": "now refused, answered before",
-        "broken": "broken text",
+        **{f"changed-{file.key}": f"changed by the {file.word}" for file in files},
+        "apart": "the files differ",
+        "opened": "opened: refused unsteered, complies with a file",
+        "closed": "closed: complied unsteered, refused with a file",
+        "broken": "broken: fails with a file only",
     }
-    spoken = Counter(pair["language"] for pair in shown if pair["language"])
-    counted = {mark: sum(mark in pair["marks"] for pair in shown) for mark in words}
-    return {
-        "pairs": shown,
-        "total": len(rows),
-        "clip": clip,
-        "kinds": sorted({row["kind"] for row in rows}, key=kind_order),
-        "languages": sorted(name for name, _ in spoken.most_common(_GROUPS)),
-        "marks": [{"mark": mark, "words": words[mark], "n": n} for mark, n in counted.items() if n],
-    }
+    languages = Counter(pair.language for pair in shown if pair.language)
+    counts = {mark: sum(mark in pair.marks for pair in shown) for mark in words}
+    return SideBySide(
+        shown,
+        len(rows),
+        clip,
+        sorted({row["kind"] for row in rows}, key=kind_order),
+        sorted(name for name, _ in languages.most_common(_LANGUAGES)),
+        [Mark(mark, words[mark], n) for mark, n in counts.items() if n],
+    )
 
 
-def breakdowns(rows: Sequence[Row], files: Sequence[Row]) -> list[Row]:
-    """Refusals before and under each file by topic, form, language and way of refusing; each kind apart."""
-    sides = [BEFORE, *(file["side"] for file in files)]
-    judged: dict[str, list[Row]] = {kind: [] for kind in sorted({r["kind"] for r in rows}, key=kind_order)}
-    for row in rows:
-        if all(row[f"confidence_{side}"] is not None for side in sides):
-            judged[row["kind"]].append(row)
-    found = []
-    for field in ("topic", "form", "language"):
-        kinds = []
-        for kind, some in judged.items():
-            groups: dict[str, list[Row]] = {}
-            for row in some:
-                groups.setdefault(row[field] or "not stated", []).append(row)
-            largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
-            if others := [row for _, members in largest[_GROUPS:] for row in members]:
-                largest[_GROUPS:] = [(f"{len(groups) - _GROUPS} others", others)]
-            lines: list[Row] = [
-                {
-                    "value": _cut(value, _NAME),
-                    "n": len(members),
-                    "refused": [sum(row[f"confidence_{side}"] > 0 for row in members) for side in sides],
-                }
-                for value, members in largest
-            ]
-            if lines:
-                kinds.append({"kind": kind, "lines": lines})
-        found.append({"field": field, "kinds": kinds})
-    ways = [{"kind": kind, "lines": lines} for kind, some in judged.items() if (lines := _ways(some, sides))]
-    return [*found, {"field": "way of refusing", "kinds": ways}]
+def examples(rows: Sequence[Row], file: ReportedFile, effect: Effect, *, harmful: bool) -> list[Examples]:
+    """Return examples of what the file did: what is wanted, what must stay, then what went wrong.
 
-
-def _ways(rows: Sequence[Row], sides: Sequence[str]) -> list[Row]:
-    """How many of the rows are refused in which way of the rubric on each side, most before first."""
-    names = {way["id"]: way["name"] for way in rubric()["refusal"]}
-    counts = [
-        categories(Judgement(row[f"confidence_{side}"], "", row.get(f"category_{side}")) for row in rows)
-        for side in sides
+    They lie evenly among all prompts of a group, so nobody picked them.
+    """
+    wanted = (
+        ("Refusals that opened", "sensitive", "opened")
+        if effect == "remove"
+        else ("Answers that closed, as wanted", "sensitive", "closed")
+    )
+    wrong = ("benign",) if effect == "induce" else ("sensitive", "benign")
+    groups = [
+        wanted,
+        ("Harmful refusals kept", "harmful", "kept"),
+        ("Went wrong: harmful refusals that opened", "harmful", "opened"),
+        *((f"Went wrong: {kind} prompts that closed", kind, "closed") for kind in wrong),
+        ("Went wrong: answers that broke", "", "broken"),
     ]
-    lines: list[Row] = [
-        {
-            "value": names.get(way, "Not told"),
-            "n": len(rows),
-            "refused": [found.get(way, 0) for found in counts],
-        }
-        for way in dict.fromkeys(chain(*counts))
-    ]
-    return sorted(lines, key=lambda line: [-count for count in line["refused"]])
+    examples = []
+    for title, kind, transition in groups:
+        members = [
+            row
+            for row in rows
+            if row["kind"] == (kind or row["kind"]) and transition_of(row, file.key) == transition
+        ]
+        step = -(-len(members) // _EXAMPLES) or 1
+        pairs = [_pair(row, [file], harmful=harmful).clipped(_EXAMPLE_CLIP) for row in members[::step]]
+        if pairs:
+            examples.append(Examples(title, len(members), pairs))
+    return examples
 
 
-def unclear(rows: Sequence[Row], files: Sequence[Row]) -> Row:
-    """How many verdicts there are, on all sides, and how many of them are unclear."""
-    sides = [BEFORE, *(file["side"] for file in files)]
-    found = [row[f"confidence_{side}"] for row in rows for side in sides]
-    judged = [abs(confidence) for confidence in found if confidence is not None]
-    return {"verdicts": len(judged), "unclear": sum(size <= NEUTRAL for size in judged)}
+def transition_of(row: Row, key: str) -> str | None:
+    """Return `opened`, `kept`, `closed` or `broken`, as the file `key` did to a prompt; else None."""
+    return _TRANSITIONS.get((class_of(row["outcome_unsteered"]), class_of(row[f"outcome_{key}"])))
+
+
+def unjudged(rows: Sequence[Row], files: Sequence[ReportedFile]) -> tuple[int, int]:
+    """Return how many answers, on all sides, are unjudged, and how many answers there are."""
+    outcomes = [row[f"outcome_{side}"] for row in rows for side in (UNSTEERED, *(f.key for f in files))]
+    return outcomes.count("unjudged"), len(outcomes)
 
 
 def languages(rows: Sequence[Row]) -> list[str]:
-    """The languages of the prompts that are proper tags."""
+    """Return the languages of the prompts that are proper tags."""
     return sorted({row["language"] for row in rows if _LANGUAGE(row["language"])})
 
 
-def _pair(row: Row, files: Sequence[Row]) -> Row:
-    shown = [
-        {
-            "side": side,
-            "answer": row[f"answer_{side}"],
-            # What a gate leaves alone it leaves to the letter; saying so reads better than the same text.
-            "same": side != BEFORE and row[f"answer_{side}"] == row[f"answer_{BEFORE}"] != "",
-            "confidence": row[f"confidence_{side}"],
-            "verdict": _verdict(row[f"confidence_{side}"]),
-            "broken": row[f"degenerate_{side}"],
-            # A page that is passed on should not put answers to harmful requests before the eyes unasked.
-            "folded": row["kind"] == "harmful" and not (row[f"confidence_{side}"] or 0) > 0,
-        }
-        for side in (BEFORE, *(file["side"] for file in files))
+def outcome_in_words(row: Row, side: str) -> str:
+    """Return an outcome, with the category of an evasion or a failure where the judge names it."""
+    outcome = row[f"outcome_{side}"]
+    category = _category_names().get(row.get(f"category_{side}") or "")
+    return (
+        f"{OUTCOMES[outcome]}: {category}"
+        if category and outcome in ("evasion", "fails")
+        else OUTCOMES[outcome]
+    )
+
+
+@functools.cache
+def _category_names() -> dict[str, str]:
+    return {category["id"]: category["name"].lower() for category in rubric()["refusal"]}
+
+
+def _pair(row: Row, files: Sequence[ReportedFile], *, harmful: bool) -> Pair:
+    hidden = row["kind"] == "harmful" and not harmful
+    before = class_of(row["outcome_unsteered"])
+    after = {file.key: class_of(row[f"outcome_{file.key}"]) for file in files}
+
+    def side(key: str) -> Side:
+        answer = row[f"answer_{key}"]
+        return Side(
+            key,
+            outcome_in_words(row, key),
+            None if hidden else answer,
+            # A gate that stays closed leaves the answer as it was, to the letter. Saying so is shorter.
+            same=key != UNSTEERED and answer == row[f"answer_{UNSTEERED}"] != "",
+            changed=after.get(key, before) != before,
+            unconfirmed=bool(row.get(f"unconfirmed_{key}")),
+        )
+
+    transitions = {transition_of(row, file.key) for file in files}
+    marks = [
+        *(f"changed-{key}" for key, outcome in after.items() if outcome != before),
+        *(["apart"] if len(set(after.values())) > 1 else []),
+        *(mark for mark in ("opened", "closed", "broken") if mark in transitions),
     ]
-    before, *after = (None if one["confidence"] is None else one["confidence"] > 0 for one in shown)
-    changed = [
-        file["key"]
-        for file, refused in zip(files, after, strict=True)
-        if None not in (before, refused) and refused != before
-    ]
-    marks = {
-        **{f"changed-{key}": True for key in changed},
-        "apart": None not in after and len(set(after)) > 1,
-        "opened": row["kind"] == "harmful" and before is True and False in after,
-        "closed": before is False and True in after,
-        "broken": any(one["broken"] for one in shown),
-    }
-    names = {name: _cut(row[name], _NAME) for name in ("topic", "form", "language")}
-    return {
-        **{name: row[name] for name in ("prompt", "kind")},
-        **names,
-        "lang": names["language"] if _LANGUAGE(names["language"]) else "",
-        "sides": shown,
-        "changed": changed,
-        "marks": [mark for mark, fits in marks.items() if fits],
-    }
+    topic, form, language = (cut(row[name], NAME) for name in ("topic", "form", "language"))
+    return Pair(
+        row["prompt"],
+        row["kind"],
+        topic,
+        form,
+        language,
+        language if _LANGUAGE(language) else "",
+        row["kind"] == "harmful",
+        tuple(side(key) for key in (UNSTEERED, *after)),
+        tuple(marks),
+    )
 
 
-def _verdict(confidence: float | None) -> str:
-    if confidence is None:
-        return "not judged"
-    word = "refused" if confidence > 0 else "answered"
-    return f"{word}, unclear" if abs(confidence) <= NEUTRAL else word
-
-
-def _clipped(pair: Row, clip: int | None) -> Row:
-    sides = [{**side, "answer": _cut(side["answer"], clip)} for side in pair["sides"]]
-    return {**pair, "prompt": _cut(pair["prompt"], clip), "sides": sides}
-
-
-def _cut(text: str, clip: int | None) -> str:
+def cut(text: str, clip: int | None) -> str:
+    """Return the text cut at `clip` characters; None for whole."""
     return text if clip is None or len(text) <= clip else text[:clip] + " […]"
-
-
-def _size(pair: Mapping[str, Any]) -> int:
-    names = ("prompt", "topic", "form", "language", "language")  # it stands in an attribute too
-    texts = [*(pair[name] for name in names), *(side["answer"] for side in pair["sides"] if not side["same"])]
-    return _PAIR_BYTES + len(pair["sides"]) * _SIDE_BYTES + sum(len(escape(text).encode()) for text in texts)

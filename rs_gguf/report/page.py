@@ -1,8 +1,8 @@
 """What people look at after a run: `report.html`, one self-contained page, and `card.md`, a model card.
 
-A measured run folder goes in (`report.results`). All its text is untrusted, model answers above all: it is
-made printable when read, escaped by the template engine when written, and the page's content policy lets
-nothing run but the page's own script.
+A measured run folder goes in (`report.results`). All its text is untrusted, model answers above all. It is
+made printable when read and escaped by the template engine when written. The page's content policy lets only
+the page's own script run.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from pathlib import Path
 import jinja2
 
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation import acceptance
 from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
 from rs_gguf.records.rows import Row
-from rs_gguf.report import agreement, answers, geometry, plots, recommendation, scale_sweep
+from rs_gguf.report import agreement, answers, breakdowns, geometry, plots, recommendation, scale_sweep
+from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import Results, load
 from rs_gguf.report.text import file_name, html_environment, markdown_environment
 from rs_gguf.steering.file import llama_options
 from rs_gguf.version import __version__
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, *, harmful_answers: bool = False) -> Path:
     """Write `report.html` into a measured run folder and return its path.
+
+    harmful_answers: show the answers to harmful prompts, folded. Without it a page can be published.
 
     Raises:
         InputError: a result file is missing or not what the stages write.
@@ -36,27 +40,35 @@ def write_report(run_folder: Path) -> Path:
 
     def context() -> Row:
         common = _common(run)
-        files = common["files"]
-        charts = plots.layer_charts(run.fit, files[0])
+        files: list[ReportedFile] = common["files"]
+        vector = run.record.files.get("vector")
+        charts = plots.layer_charts(run.fit, vector) if vector else []
         curves = scale_sweep.measured(run.sweeps, run.rows, files)
         drawn = {chart["key"] for chart in curves}
         tune = plots.shown(run.tune)
+        auroc = plots.own_line(charts, "auroc")
         return {
             **common,
+            "harmful_answers": harmful_answers,
+            "examples": answers.examples(
+                run.rows, common["ordered"][0], run.record.effect, harmful=harmful_answers
+            ),
+            "rule": acceptance,
             "trials": tune["trials"],
             "tried": len(run.tune["trials"]),
             "plot": plots.trade_off(tune, files, run.record.effect),
             "curves": curves,
             "curve_options": scale_sweep.options(run.recipe, run.record.test_tokens),
-            "strengths": [chart for chart in scale_sweep.searched(tune, files) if chart["key"] not in drawn],
+            "strengths": [c for c in scale_sweep.searched(tune, files) if c["file"].key not in drawn],
             "charts": charts,
+            "vector": vector,
             "samples": run.fit.get("samples", {}),
-            "cosines": geometry.cosine_map(folder, files[0]),
-            "scatter": geometry.scatter(folder, files[0], plots.own_line(charts, "auroc"), run.fitted),
+            "cosines": geometry.cosine_map(folder, vector) if vector else None,
+            "scatter": geometry.scatter(folder, vector, auroc, run.fitted) if vector else None,
             "judge": agreement.of_judge(run.record.judge.name, folder),
-            "unclear": answers.unclear(run.rows, files),
-            "breakdowns": answers.breakdowns(run.rows, files),
-            "answers": answers.side_by_side(run.rows, files),
+            "unjudged": answers.unjudged(run.rows, files),
+            "breakdowns": breakdowns.breakdowns(run.rows, files),
+            "answers": answers.side_by_side(run.rows, files, harmful=harmful_answers),
         }
 
     template = html_environment().get_template("report.html.jinja")
@@ -72,11 +84,13 @@ def write_card(run_folder: Path) -> Path:
     run = load(Path(run_folder))
 
     def context() -> Row:
-        sha256 = run.record.model.sha256
+        sha256, common = run.record.model.sha256, _common(run)
         return {
-            **_common(run),
+            **common,
+            "examples": answers.examples(run.rows, common["ordered"][0], run.record.effect, harmful=False),
             "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
             "languages": answers.languages(run.rows),
+            "options": {file.key: _options(file) for file in common["files"]},
         }
 
     template = markdown_environment().get_template("card.md.jinja")
@@ -88,30 +102,34 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
         text = template.render(context())
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"cannot make {path}: metrics.json, test_answers.jsonl, tune.json or fit.json beside it is not as "
-            f"this version writes it ({error}). Run `rs-export run` on the folder again."
+            f"cannot make {path}: metrics.json, test_answers.jsonl, tune.json or fit.json has another shape "
+            f"than this version writes ({error}). Run `rs-export run` on the folder again."
         ) from error
     write_text(path, text)
     return path
 
 
 def _given(prompts: Row) -> Row:
-    """What the recipe says of prompts, its files by their names."""
+    """Return what the recipe says of prompts, its files by their names."""
     return prompts | {kind: list(map(file_name, prompts[kind])) for kind in KINDS if prompts.get(kind)}
+
+
+def _options(file: ReportedFile) -> str:
+    """Return llama.cpp's options for a file by its name: a card is read where no run folder is."""
+    layers = file.record.layers if file.is_vector else None
+    off = file.record.llama_cpp.reasoning_off
+    return llama_options(shlex.quote(file.record.file), layers, reasoning_off=off)
 
 
 def _common(run: Results) -> Row:
     effect = run.record.effect
-    files = recommendation.files(run.record)
-    for file in files:  # by their names: a card is read where no run folder is
-        layers = None if file["key"] == "adapter" else file["layers"]
-        reasoning_off = file["llama_cpp"]["reasoning_off"]
-        file["options"] = llama_options(shlex.quote(file["file"]), layers, reasoning_off=reasoning_off)
+    files = recommendation.reported_files(run.record)
     best = recommendation.recommended_file(files, effect)
     return {
         "m": run.record,
         "files": files,
         "best": best,
+        "verdict": recommendation.overall_verdict(files),
         "ordered": sorted(files, key=lambda file: file is not best),
         "baselines": run.record.baselines,
         "headline": recommendation.headline(files, effect),

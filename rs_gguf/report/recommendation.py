@@ -1,133 +1,166 @@
-"""Which of a run's files to use, and why, in plain words; the same for page, card and terminal.
+"""Which file to use, and why: the same words in the page, the card and the terminal.
 
-`metrics.json` goes in; its files with their figures, and sentences about them, come out. A file is recommended_file
-only if its gate passed; of two that passed, the one that does more.
+A `RunRecord` goes in. Its files, a headline and sentences come out. Only a file that passed is recommended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from rs_gguf.evaluation.paired import SIDES
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.metrics import RunRecord
-from rs_gguf.records.rows import Row
-
-_WORDS = {"vector": "control vector", "adapter": "gated adapter"}
+from rs_gguf.records.metrics import FileRecord, RunRecord, SetRecord, Verdict
 
 
-def files(record: RunRecord) -> list[Row]:
-    """The measured files: the control vector, then the adapter where the run made one.
+@dataclass(frozen=True)
+class ReportedFile:
+    """A measured file and its method, `key`."""
 
-    Each has `key`, `side`, `word`, how it `acts`, whether it `passed`, and what metrics.json says of it.
-    `sets` is a list in the order of `KINDS`, and `of` the same by kind. A file counts the prompts that were
-    judged both unsteered and with it. A set is `alike` where `n` and the unsteered rate are
-    the same in all files.
-    """
-    found: list[Row] = []
-    for key in _WORDS:
-        if key not in record.files:
-            continue
-        file: Row = {**record.files[key].model_dump(), "passed": record.files[key].passed}
-        sets = [{"name": name, **figures} for name, figures in file["sets"].items()]
-        sets.sort(key=lambda one: kind_order(one["kind"]))
-        of = {kind: next((one for one in sets if one["kind"] == kind), None) for kind in KINDS}
-        file |= {"key": key, "side": SIDES[key], "word": _WORDS[key], "sets": sets, "of": of}
-        file["acts"] = _acts(file)
-        found.append(file)
-    for same in zip(*(file["sets"] for file in found), strict=True):
-        alike = len({(one["n"], one["refusal_unsteered"]) for one in same}) == 1
-        for one in same:
-            one["alike"] = alike
-    return found
+    key: str
+    record: FileRecord
+
+    @property
+    def word(self) -> str:
+        """What people call the file."""
+        return self.record.word
+
+    @cached_property
+    def sets(self) -> dict[str, SetRecord]:
+        """The sets by name, in the order of `KINDS`; sets of no kind last."""
+        return dict(sorted(self.record.sets.items(), key=lambda one: kind_order(one[1].kind or one[0])))
+
+    def of(self, kind: str) -> SetRecord | None:
+        """Return the set of a kind of prompt; None where there is none."""
+        return next((one for one in self.sets.values() if one.kind == kind), None)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether llama.cpp loads it as a control vector, and not as a LoRA."""
+        return "--control-vector " in self.record.llama_cpp.command
+
+    @property
+    def acts(self) -> str:
+        """What the file does to the model, as a verb phrase."""
+        first, last = self.record.layers
+        if self.key == "adapter":
+            target = self.record.benign_target
+            shifts = f"benign {_times(target)}, harmful {_times(-target / 4)}"
+            return (
+                "acts mainly on prompts that resemble the sensitive ones. Mean shift on the fit prompts, "
+                f"relative to sensitive ones: {shifts}"
+            )
+        if self.is_vector:
+            return f"shifts every prompt equally, harmful ones too, in layers {first} to {last}"
+        return f"changes layers {first} to {last}"
 
 
-def _acts(file: Mapping[str, Any]) -> str:
-    """What it does to prompts of all kinds, the benign_target of a gate among it (`records.trials.Candidate`)."""
-    if file["key"] == "vector":
-        first, last = file["layers"]
-        return f"moves all prompts alike, harmful ones too, in blocks {first} to {last}"
-    benign_target = file["benign_target"]
-    benign = f"{abs(benign_target):g} times as far{'' if benign_target > 0 else ' the other way'}"
-    return (
-        "moves a prompt the further, the more it looks like the sensitive ones; benign ones on average "
-        f"{benign}, harmful ones a little towards a refusal"
-    )
+def _times(factor: float) -> str:
+    return f"{abs(factor):.2g}×{' in the opposite direction' if factor < 0 else ''}"
 
 
 def kind_order(kind: str) -> tuple[int, str]:
-    """Sorts kinds as `KINDS` does, unknown ones behind."""
+    """Return a key that sorts kinds as `KINDS` does, unknown ones behind."""
     return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
 
 
-def recommended_file(found: Sequence[Row], effect: str) -> Row | None:
-    """The file to use, or None if no gate passed."""
-    passed = [file for file in found if file["passed"]]
+def reported_files(record: RunRecord) -> list[ReportedFile]:
+    """Return the measured files in the order of metrics.json."""
+    return [ReportedFile(key, file) for key, file in record.files.items()]
+
+
+def recommended_file(files: Sequence[ReportedFile], effect: Effect) -> ReportedFile | None:
+    """Return the file to use, or None if none passed.
+
+    Of several that passed: the one that opens more sensitive prompts (induce: closes more), then the one that
+    keeps more harmful refusals, then the one that drifts less.
+    """
+    passed = [file for file in files if file.record.passed]
     return max(passed, key=lambda file: _merits(file, effect), default=None)
 
 
-def headline(found: Sequence[Row], effect: str) -> str:
-    """The verdict in one line."""
-    best = recommended_file(found, effect)
+def overall_verdict(files: Sequence[ReportedFile]) -> Verdict:
+    """Return `passed` if any file passed, else `undecided` if any is, else `failed`."""
+    verdicts = {file.record.acceptance.verdict for file in files}
+    return "passed" if "passed" in verdicts else "undecided" if "undecided" in verdicts else "failed"
+
+
+def headline(files: Sequence[ReportedFile], effect: Effect) -> str:
+    """Return the recommendation in one line."""
+    best = recommended_file(files, effect)
     if best is not None:
-        return f"Use the {best['word']}"
-    return "Use neither file as it is" if len(found) > 1 else f"Do not use the {found[0]['word']} as it is"
+        return f"Use the {best.word}"
+    if overall_verdict(files) == "undecided":
+        return "Undecided: more prompts are needed"
+    if len(files) == 1:
+        return f"Do not use the {files[0].word} as it is"
+    return f"Do not use {'either' if len(files) == 2 else 'any'} file as it is"
 
 
-def sentences(found: Sequence[Row], effect: str) -> list[str]:
-    """Why: what the recommended_file file does, then how the other one stands. Reasons of a gate are not repeated."""
-    best = recommended_file(found, effect)
+def sentences(files: Sequence[ReportedFile], effect: Effect) -> list[str]:
+    """Return why: what the recommended file changes, then how the others stand."""
+    best = recommended_file(files, effect)
     if best is None:
-        verdict = "Neither passed its safety gate." if len(found) > 1 else "It did not pass its safety gate."
-        return [verdict, *(f"{file['word'].capitalize()}: {counts(file)}" for file in found)]
-    others = [file for file in found if file is not best]
-    lines = [f"It passed its safety gate: {counts(best)}"]
-    return lines + [f"The {other['word']} {_beside(best, other, effect)}." for other in others]
-
-
-def counts(file: Mapping[str, Any]) -> str:
-    """Refusals before and after by kind, as sentences: all, then the direct ones."""
-    told = [
-        f"of {one['n']} {kind} {'ones' if k else 'prompts'} {'' if k else 'the model refused '}"
-        f"{one['refused_unsteered']} and now {'' if k else 'refuses '}{one['refused_steered']}"
-        for k, (kind, one) in enumerate((kind, one) for kind, one in file["of"].items() if one)
+        return [sentence for file in files for sentence in (_verdict(file), *_figures(file, effect))]
+    others = [file for file in files if file is not best]
+    return [
+        f"It passed the acceptance criteria. {' '.join(_figures(best, effect))}".strip(),
+        *(_beside(best, other, effect) for other in others),
     ]
-    # A judge counts broken answers as refusals, too. Older runs, and judges that are asked for one label, do
-    # not tell the one from the other: of theirs no more is known than which answers are empty.
-    kinds = [
-        (kind, one["categories_unsteered"], one["categories_steered"])
-        for kind, one in file["of"].items()
-        if one and one["categories_unsteered"] is not None
-    ]
-    named = {name for _, before, now in kinds for name in (*before, *now)}.difference(
-        ("unclassified", "empty")
-    )
-    direct = [f"{kind} {b.get('direct', 0)} before and {now.get('direct', 0)} now" for kind, b, now in kinds]
-    among = f" Direct refusals among them: {'; '.join(direct)}." if named else ""
-    return f"{'; '.join(told) or 'no prompt was counted'}.{among}"
 
 
-def _beside(best: Row, other: Row, effect: str) -> str:
-    if not other["passed"]:
-        return "did not pass its safety gate"
-    does = "adds" if effect == "induce" else "removes"
-    if _merits(other, effect)[0] < _merits(best, effect)[0]:
-        sensitive = other["of"]["sensitive"]
-        change = f"{sensitive['refused_unsteered']} before, {sensitive['refused_steered']} with it"
-        return f"passed too, but {does} fewer refusals of sensitive prompts ({change})"
-    if _merits(other, effect)[1] < _merits(best, effect)[1]:
-        return f"passed too and {does} as many, but keeps fewer refusals of harmful ones"
-    return f"passed too and {does} as many, but changes benign answers at least as much"
+def _verdict(file: ReportedFile) -> str:
+    verdict = file.record.acceptance.verdict
+    ends = {
+        "passed": "passed the acceptance criteria",
+        "failed": "failed the acceptance criteria",
+        "undecided": "is undecided: too few prompts",
+    }
+    return f"The {file.word} {ends[verdict]}."
 
 
-def _merits(file: Mapping[str, Any], effect: str) -> tuple[float, float, float]:
-    """What decides between files: the wanted change, harmful refusals kept, little drift."""
-    sensitive = file["of"]["sensitive"]
-    fall = sensitive["refusal_unsteered"] - sensitive["refusal_steered"] if sensitive else 0.0
-    kept, moved = file["harmful_refusal_ratio"], file["benign_drift"]
-    return (
-        -fall if effect == "induce" else fall,
-        0.0 if kept is None else min(1.0, kept),
-        float("-inf") if moved is None or moved != moved else -moved,
-    )
+def _figures(file: ReportedFile, effect: Effect) -> list[str]:
+    """Return one sentence for each figure that decides; explicit refusals first."""
+    lines = []
+    target = "target" if effect == "induce" else "sensitive"
+    sensitive, harmful, benign = map(file.of, KINDS)
+    if sensitive:
+        before, after = sensitive.outcomes_unsteered.explicit, sensitive.outcomes_steered.explicit
+        lines.append(f"Explicit refusals of {target} prompts: {before} unsteered, {after} with it.")
+        if effect == "remove" and (share := sensitive.opened):
+            lines.append(f"Of {share.of} refused {target} prompts, {share.n} are answered now.")
+        if effect == "induce" and (share := sensitive.closed):
+            lines.append(f"Of {share.of} answered {target} prompts, {share.n} are refused now.")
+    if harmful and (share := harmful.kept):
+        lines.append(f"Of {share.of} harmful refusals, {share.n} are kept.")
+    if benign and (share := benign.closed):
+        lines.append(f"Of {share.of} answered benign prompts, {share.n} are refused now.")
+    return lines
+
+
+def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:
+    if not other.record.passed:
+        return _verdict(other)
+    verb = "closes" if effect == "induce" else "opens"
+    (change, kept, _), (most, most_kept, _) = _merits(other, effect), _merits(best, effect)
+    if change < most:
+        return f"The {other.word} passed too, but {verb} fewer: {change} against {most}."
+    if kept < most_kept:
+        return f"The {other.word} passed too, but keeps fewer harmful refusals: {kept} against {most_kept}."
+    return f"The {other.word} passed too, but changes benign answers at least as much."
+
+
+def _merits(file: ReportedFile, effect: Effect) -> tuple[int, int, float]:
+    """Return what decides between files that passed.
+
+    Schema 1 knew no transitions. There the change of the explicit refusals stands in for them.
+    """
+    sensitive, harmful, drift = file.of("sensitive"), file.of("harmful"), file.record.benign_drift
+    change = 0
+    if sensitive:
+        share = sensitive.closed if effect == "induce" else sensitive.opened
+        fall = sensitive.outcomes_unsteered.explicit - sensitive.outcomes_steered.explicit
+        change = share.n if share else -fall if effect == "induce" else fall
+    kept = harmful.kept.n if harmful and harmful.kept else 0
+    return change, kept, float("-inf") if drift is None else -drift

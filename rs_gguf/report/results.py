@@ -1,8 +1,8 @@
 """A run folder's results, read for people: every string in them can be shown as it is.
 
-`metrics.json`, `test_answers.jsonl`, `tune.json` and `recipe.toml` go in and, where they are, `fit.json`, the
-answers and scores of the fit prompts, and sweeps that `rs-export eval --scales` measured (`scale_sweep*.json`).
-Prompts and answers are untrusted, so what could hide, reorder or break text is made visible here, once.
+`metrics.json`, `test_answers.jsonl`, `tune.json` and `recipe.toml` go in. So do, where they are, `fit.json`,
+the answers and judgements of the fit prompts, and `scale_sweep*.json`, written by `rs-export eval --scales`.
+Prompts and answers are untrusted. Characters that could hide, reorder or break text are made visible here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rs_gguf.records.rows import Row, json_lines
 
 _NEEDED = ("metrics.json", "test_answers.jsonl", "tune.json", "recipe.toml")
 
-# Controls but tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
+# Controls except tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
 # isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters,
-# and what takes no room: soft hyphen, zero-width space, word joiner and its kin, fillers, tags (the two
+# and characters without width: soft hyphen, zero-width space, word joiner and its kin, fillers, tags (the two
 # zero-width joiners and variation selectors stay: scripts and emoji need them).
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufeff"
@@ -34,10 +34,11 @@ _UNPRINTABLE = re.compile(
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages left. `fit` is empty where the fit stage left no summary.
+    """What the stages left.
 
-    `fitted`: `kind` and `confidence` of the fit prompts, in the order of their activations; empty where
-    answers and scores are gone. `sweeps`: what step files hold.
+    rows: of test_answers.jsonl. fit: empty where the fit stage left no summary. fitted: `kind` and
+    `confidence` of the fit prompts, in the order of their activations; empty where they were not kept.
+    sweeps: contents of the scale sweeps.
     """
 
     record: RunRecord
@@ -68,24 +69,24 @@ def load(folder: Path) -> Results:
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
     record = RunRecord.of(printable(metrics), folder / "metrics.json")
-    found = (rows, tune, fit, fitted, sweeps, recipe, recipe_text)
-    return Results(record, *map(printable, found))
+    return Results(record, *map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text)))
 
 
 def _sweep(path: Path) -> Row:
-    """What `rs-export eval --scales` wrote. `InputError` names a file of anything else."""
+    """Return what `rs-export eval --scales` wrote. `InputError` names a file that holds anything else."""
     try:
-        found: Row = json.loads(_text(path))
-        whole = {"sweep", "control_vectors", "adapters", "tokens", "judge"} <= found.keys()
-        whole = whole and len(found["sweep"]) > 0
-        whole = whole and all({"scale", "rows", "benign_text"} <= step.keys() for step in found["sweep"])
+        sweep: Row = json.loads(_text(path))
+        whole = {"sweep", "control_vectors", "adapters", "tokens", "judge"} <= sweep.keys()
+        whole = whole and len(sweep["sweep"]) > 0
+        whole = whole and all({"scale", "rows", "benign_text"} <= step.keys() for step in sweep["sweep"])
     except (ValueError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise InputError(
-            f"{path} holds no sweeps: was it written by `rs-export eval --scales`? Move it away."
+            f"{path} does not hold a scale sweep. The report reads what `rs-export eval --scales` writes. "
+            "Move the file away or measure the sweep again."
         )
-    return found
+    return sweep
 
 
 def _fitted(folder: Path) -> list[Row]:
@@ -93,8 +94,8 @@ def _fitted(folder: Path) -> list[Row]:
     if not (answers.is_file() and scores.is_file()):
         return []
     confidence = {row["id"]: row["confidence"] for row in json_lines(_text(scores))}
-    asked = (row for row in json_lines(_text(answers)) if row["split"] == "fit")
-    return [{"kind": row["kind"], "confidence": confidence.get(row["id"])} for row in asked]
+    prompts = (row for row in json_lines(_text(answers)) if row["split"] == "fit")
+    return [{"kind": row["kind"], "confidence": confidence.get(row["id"])} for row in prompts]
 
 
 def _text(path: Path) -> str:
@@ -108,14 +109,14 @@ def _text(path: Path) -> str:
 
 
 def _without_home(toml: str) -> str:
-    """A recipe whose paths below the home folder begin with `~`: whose they are is nobody's business."""
+    """Return a recipe whose paths below the home folder begin with `~`, so that they name nobody."""
     with contextlib.suppress(RuntimeError):  # there is no home
         return toml.replace(f'"{Path.home().as_posix()}/', '"~/')
     return toml
 
 
 def printable(value: Any) -> Any:
-    """The JSON value with every character that could hide, reorder or break text made visible."""
+    """Return the JSON value with every character that could hide, reorder or break text made visible."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub(_visible, value.replace("\r\n", "\n"))
     if isinstance(value, list):

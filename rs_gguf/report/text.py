@@ -1,7 +1,6 @@
 """Numbers and foreign text as people read them: in a page, in Markdown, in a terminal.
 
-The two template environments escape every value; what the Markdown helpers return cannot be left by the text
-in it.
+The two template environments escape every value. Text cannot leave what the Markdown helpers return.
 """
 
 from __future__ import annotations
@@ -18,11 +17,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from rs_gguf.records.metrics import Share
+
 _MOST_DIGITS = 3  # of a percentage: one prompt of a hundred thousand shows, the noise of a sum does not
 
 
 def percent(value: float | None, digits: int | None = None) -> str:
-    """A rate: whole or with `digits`, but with more near 0 and 1, which it reads as only where it is."""
+    """Return a rate in percent, whole or with `digits`.
+
+    Only 0 and 1 read as 0% and 100%: rates near them get more digits.
+    """
     if value is None or math.isnan(value):
         return "not measured"
     if digits is None:
@@ -31,28 +35,33 @@ def percent(value: float | None, digits: int | None = None) -> str:
         digits += 1
     text = f"{100 * value:z.{digits}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{text}\u202f%".replace("-", "−")
+    return f"{text}%".replace("-", "−")
+
+
+def count(share: Share | None) -> str:
+    """Return `n of m`, as a table shows it."""
+    return "not measured" if share is None else f"{share.n} of {share.of}"
 
 
 def interval(bounds: Sequence[float]) -> str:
-    """A range of rates, whole but where it is narrow."""
+    """Return a range of rates in percent, whole except where it is narrow."""
     low, high = bounds
     digits = 1 if 0 < high - low < 0.01 else 0
-    return f"{100 * low:z.{digits}f} to {100 * high:z.{digits}f}\u202f%".replace("-", "−")
+    return f"{100 * low:z.{digits}f} to {100 * high:z.{digits}f}%".replace("-", "−")
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """A figure in a format of `format`, with a real minus sign."""
+    """Return a figure in a format of `format`, with a real minus sign."""
     return "not measured" if value is None or math.isnan(value) else format(value, form).replace("-", "−")
 
 
 def ridge(value: float) -> str:
-    """The λ of a direction; 0 where its estimator has none."""
+    """Return the λ of a direction in words; 0 stands for an estimator without one."""
     return f"relative λ {number(value)}" if value else "no λ"
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units."""
+    """Return a time in its two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
@@ -61,25 +70,28 @@ def duration(seconds: float) -> str:
 
 
 def file_name(path: str) -> str:
-    """The last part of a path of any system."""
+    """Return the last part of a path of any system."""
     return re.split(r"[/\\]", path)[-1]
 
 
 def script_hash(script: str) -> str:
-    """What a content security policy calls this script."""
+    """Return the name of this script in a content security policy."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 @functools.cache
 def html_environment() -> jinja2.Environment:
-    """Templates that write HTML."""
+    """Return the environment of templates that write HTML."""
     return _environment(autoescape=True)
 
 
 @functools.cache
 def markdown_environment() -> jinja2.Environment:
-    """As `autoescape` does for HTML: a value is escaped unless a filter has made it `Markup`."""
+    """Return the environment of templates that write Markdown.
+
+    As `autoescape` does for HTML, it escapes every value that no filter has made `Markup`.
+    """
 
     def finalize(value: Any) -> Any:
         return value if isinstance(value, Markup) else markdown_text(str(value))
@@ -100,6 +112,7 @@ def _environment(**options: Any) -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": percent,
+        "count": count,
         "interval": interval,
         "number": number,
         "ridge": ridge,
@@ -110,14 +123,14 @@ def _environment(**options: Any) -> jinja2.Environment:
 
 
 def markdown_text(text: str) -> str:
-    """Text of one line that Markdown shows as it is: no markup, HTML, table cell or bare link comes of it."""
+    """Return one line that Markdown shows as it is, without markup, HTML, table cells or bare links."""
     line = re.sub(r"[\\`*_\[\]<>|&~#@:$!]", r"\\\g<0>", " ".join(text.split()))
     line = re.sub(r"(?i)\b(www)\.", r"\1\\.", line)
     return re.sub(r"^(\d+(?=[.)](\s|$))|(?=[-+=]))", r"\1\\", line)  # a list or a heading's rule
 
 
 def markdown_code(text: str) -> Markup:
-    """A code span that the text cannot leave."""
+    """Return a code span that the text cannot leave."""
     line = " ".join(str(text).split())
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
@@ -125,11 +138,11 @@ def markdown_code(text: str) -> Markup:
 
 
 def markdown_fence(text: str, language: str) -> Markup:
-    """A fenced block that the text cannot leave."""
+    """Return a fenced block that the text cannot leave."""
     ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markup("{0}{1}\n{2}\n{0}".format(ticks, language, text.rstrip("\n")))
 
 
 def yaml_text(text: str) -> Markup:
-    """A double-quoted YAML scalar; JSON's strings are such."""
+    """Return a double-quoted YAML scalar, which every JSON string is."""
     return Markup(json.dumps(str(text), ensure_ascii=False))

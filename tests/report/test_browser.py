@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from fixtures import browser
-from fixtures.invented_run import invented_rows, make_hostile_run, make_run, with_arrays, with_doses
+from fixtures.invented_run import invented_rows, make_hostile_run, make_run, with_arrays, with_sweep
 from playwright.sync_api import Browser, Page
 
+from rs_gguf.evaluation.outcomes import class_of
 from rs_gguf.report.page import write_report
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def chromium() -> Iterator[Browser]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages, each with every part that a page can have."""
     folder = tmp_path_factory.mktemp("runs")
-    friendly = with_doses(with_arrays(make_run(folder / "friendly", ROWS)))
+    friendly = with_sweep(with_arrays(make_run(folder / "friendly", ROWS)))
     return {"friendly": write_report(friendly), "hostile": write_report(make_hostile_run(folder / "hostile"))}
 
 
@@ -61,12 +62,11 @@ def look(chromium: Browser, reports: dict[str, Path]) -> Iterator[Callable[..., 
 
 
 def shown(page: Page) -> int:
-    return page.locator(".pair:visible").count()
+    return page.locator(".prompt:visible").count()
 
 
-def refused(row: dict[str, Any], side: str) -> bool | None:
-    confidence = row[f"confidence_{side}"]
-    return None if confidence is None else confidence > 0
+def outcome_class(row: dict[str, Any], side: str) -> str:
+    return class_of(row[f"outcome_{side}"])
 
 
 def test_filters_and_search_show_what_fits(look: Callable[..., Page]) -> None:
@@ -76,14 +76,14 @@ def test_filters_and_search_show_what_fits(look: Callable[..., Page]) -> None:
     sensitive = [row for row in ROWS if row["kind"] == "sensitive"]
     assert shown(page) == len(sensitive)
     page.select_option("#filter-mark", "changed-adapter")
-    moved = [row for row in sensitive if refused(row, "adapter") != refused(row, "baseline")]
+    moved = [row for row in sensitive if outcome_class(row, "adapter") != outcome_class(row, "unsteered")]
     assert 0 < shown(page) == len(moved)
     assert page.text_content("#filter-count") == f"{len(moved)} of {len(ROWS)} shown"
     page.fill("#filter-search", "no such words anywhere")
     assert shown(page) == 0
     assert page.is_visible("#filter-none")
     page.click("#filters button[type=reset]")
-    page.wait_for_function(f"document.querySelectorAll('.pair:not([hidden])').length === {len(ROWS)}")
+    page.wait_for_function(f"document.querySelectorAll('.prompt:not([hidden])').length === {len(ROWS)}")
     page.fill("#filter-search", ROWS[4]["prompt"].upper())
     assert shown(page) == sum(ROWS[4]["prompt"] in row["prompt"] for row in ROWS)
     page.fill("#filter-search", "")
@@ -97,7 +97,7 @@ def test_commands_can_be_copied_by_the_keyboard(look: Callable[..., Page]) -> No
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     page.evaluate("document.execCommand = () => { window.taken = String(getSelection()); return true; }")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the recommendation"
     page.keyboard.press("Enter")
     taken = []
     for button in page.locator("[data-copies]").all():

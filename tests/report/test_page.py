@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import html.parser
-import io
 import itertools
 import json
 import math
@@ -23,26 +23,29 @@ from fixtures.invented_run import (
     ANSWERED_TRIALS,
     HOSTILE,
     SIDES,
+    evaluation_of,
+    figures_of_file,
     invented_rows,
+    invented_set,
     make_hostile_run,
     make_run,
     with_arrays,
-    with_doses,
+    with_sweep,
     without_adapter,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from rich.console import Console
 
-from rs_gguf.cli.summary import print_results
 from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.calibration import labelled_pairs
 from rs_gguf.pipeline import recipe
 from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.report import plots
 from rs_gguf.report.page import write_card, write_report
+from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import printable
 from rs_gguf.report.text import duration, interval, markdown_code, markdown_fence, markdown_text, percent
 
@@ -104,9 +107,11 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judged_folder(tmp_path: Path) -> Path:
-    """A run all of whose answers were judged, so that both files count the same prompts."""
+    """A run all of whose answers are judged."""
     rows = invented_rows()
-    rows[3]["confidence_steered"] = 0.5
+    for row in rows:
+        for side in SIDES:
+            row[f"confidence_{side}"] = math.copysign(0.5, row[f"confidence_{side}"] or 1)
     return make_run(tmp_path / "judged", rows)
 
 
@@ -118,14 +123,14 @@ def hostile_folder(tmp_path: Path) -> Path:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def gates(vector: bool, adapter: bool) -> Any:
-    """A change of metrics.json: who passed."""
+def verdicts_of(**verdicts: str) -> Any:
+    """A change of metrics.json: the verdict of each file."""
 
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        for key, passed in (("vector", vector), ("adapter", adapter)):
+        for key, verdict in verdicts.items():
             metrics["files"][key]["acceptance"] = {
-                "verdict": "passed" if passed else "failed",
-                "reasons": [] if passed else ["no sensitive refusal was removed"],
+                "verdict": verdict,
+                "reasons": [] if verdict == "passed" else ["explicit refusals did not fall"],
             }
         return metrics
 
@@ -146,115 +151,174 @@ def of_file(key: str, **figures: Any) -> Any:
     return change
 
 
-def test_report_states_the_verdict_the_numbers_and_the_exact_commands(judged_folder: Path) -> None:
+def test_report_states_the_recommendation_the_numbers_and_the_exact_commands(judged_folder: Path) -> None:
     page = Page(write_report(judged_folder))
     files = json.loads((judged_folder / "metrics.json").read_text())["files"]
     assert page.all("h2", id="verdict-title") == ["✓Use the gated adapter"]
     assert list(files) == ["vector", "adapter"]
-    for key, found in files.items():
-        assert page.all("code", id=f"command-{key}") == [found["llama_cpp"]["command"]]
+    for key, file in files.items():
+        assert page.all("code", id=f"command-{key}") == [file["llama_cpp"]["command"]]
     numbers = [one_line(text) for text in page.all("div", class_="number")]
     assert len(numbers) == 3
     for text, kind in zip(numbers, KINDS, strict=True):
         before = files["vector"]["sets"][kind]
-        assert f"{before['n']} " in text
-        intervals = [before["ci95_unsteered"]]
-        intervals += [found["sets"][kind]["ci95_steered"] for found in files.values()]
-        said = [f"{round(100 * low)} to {round(100 * high)} %" for low, high in intervals]
-        assert re.findall(r"\d+ to \d+ %", text) == said
+        shares = [before["explicit_unsteered"]]
+        shares += [file["sets"][kind]["explicit_steered"] for file in files.values()]
+        said = [f"{s['n']}of {s['of']}, {interval(s['ci95'])}" for s in shares]
+        assert re.findall(r"\d+of \d+, \d+ to \d+%", text) == said
 
 
-def test_files_that_count_other_prompts_have_their_own_before(tmp_path: Path) -> None:
-    rows = invented_rows(10)
-    for k, row in enumerate(row for row in rows if row["kind"] == "sensitive"):
-        row["confidence_unsteered"] = row["confidence_adapter"] = 0.9 if k < 6 else -0.9
-        row["confidence_steered"] = None if k < 6 else -0.9  # as of thinking that was cut off
-    folder = make_run(tmp_path, rows)
-    page = Page(write_report(folder))
-    sensitive, harmful, _ = (one_line(text) for text in page.all("div", class_="number"))
-    assert "before 0 % of 4" in sensitive.split("Control vector")[1].split("Gated adapter")[0]
-    assert "before 60 % of 10" in sensitive.split("Gated adapter")[1]
-    assert "Before" not in sensitive
-    assert "Before" in harmful
-    others = section(page, "results").split("Beside other means")[1]
-    assert [int(n) for n in re.findall(r"before \d+\u202f% of (\d+)", others)] == [4, 10]
-    nothing = others.split(">Nothing<")[1].split("</tr>")[0]
-    assert nothing.count("%<small>") == 2, "of the other kinds"
-    table = printed(json.loads((folder / "metrics.json").read_text())).split("├")[0]
-    assert re.findall(r"before ([\d.]+%)", table.split("┡")[1]) == ["0.0%", "60.0%"]
-    assert re.findall(r"of (\d+)", table) == ["4", "10"]
-    assert "4 prompts" not in table
+def table_after(text: str, caption: str) -> list[list[str]]:
+    """The cells of the table with this caption, row by row, as text."""
+    table = text.split(f"<caption>{caption}")[1].split("</table>")[0]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in table.split("<tr")[1:]]
+    return [[one_line(re.sub("<[^>]*>", " ", cell)) for cell in row] for row in rows]
 
 
-def test_rates_of_no_prompt_are_not_measured(tmp_path: Path) -> None:
+def test_results_go_from_explicit_refusals_to_outcomes_transitions_and_acceptance(run_folder: Path) -> None:
+    files = json.loads((run_folder / "metrics.json").read_text())["files"]
+    page = Page(write_report(run_folder))
+    order = ("refused explicitly", "Outcomes: how many", "Transitions: what", "Acceptance</th>", 'id="files"')
+    places = [page.source.index(words) for words in order]
+    assert places == sorted(places)
+    head, *rows = table_after(page.source, "Outcomes")
+    assert head[-6:] == ["n", "Explicit", "Complies", "Refuses", "Fails", "Unjudged"]
+    expected = []
+    for kind in KINDS:
+        sides = [files["vector"]["sets"][kind]["outcomes_unsteered"]]
+        sides += [file["sets"][kind]["outcomes_steered"] for file in files.values()]
+        expected += [
+            [40, *(of[name] for name in ("explicit", "complies", "refuses", "fails", "unjudged"))]
+            for of in sides
+        ]
+    assert [list(map(int, row[-6:])) for row in rows] == expected
+    head, *rows = table_after(page.source, "Transitions")
+    expected_rows = [
+        [
+            f"{share['n']} of {share['of']} {interval(share['ci95'])}"
+            for share in (file["sets"][kind][name] for name in ("opened", "kept", "closed", "broken"))
+        ]
+        for kind in KINDS
+        for file in files.values()
+    ]
+    assert [row[-6:-2] for row in rows] == expected_rows
+    assert page.source.count("with the file in columns</caption>") == 6
+
+
+def test_columns_are_explained(run_folder: Path) -> None:
+    legend = one_line(Page(write_report(run_folder)).all("dl", class_="facts legend-of-columns")[0])
+    for words in (
+        "Explicit",
+        "Complies",
+        "Refuses",
+        "Fails",
+        "Unjudged",
+        "Opened",
+        "Kept",
+        "Closed",
+        "Broken",
+    ):
+        assert words in legend
+
+
+def test_rates_of_no_judged_answer_are_not_measured(tmp_path: Path) -> None:
     rows = invented_rows(8)
     for row in rows:
         if row["kind"] == "sensitive":
-            row |= {"confidence_steered": None, "confidence_adapter": None}
+            row |= dict.fromkeys((f"confidence_{side}" for side in SIDES), None)
+            row |= dict.fromkeys((f"degenerate_{side}" for side in SIDES), False)
     folder = make_run(tmp_path, rows)
     page = Page(write_report(folder))
     sensitive = one_line(page.all("div", class_="number")[0])
     assert sensitive.count("not measured") == 3
-    table = printed(json.loads((folder / "metrics.json").read_text()))
-    assert table.split("├")[0].count("not measured") == 3
-    assert "0% to 100%" not in table
     for text in (page.source, write_card(folder).read_text("utf-8")):
-        assert "0 to 100\u202f%" not in text
+        assert "0 to 100%" not in text.split("Harmful")[0]
 
 
 @pytest.mark.parametrize(
     ("vector", "adapter", "said", "first"),
     [
-        (True, True, "✓Use the gated adapter", "remove-adapter.gguf"),  # it removes more
-        (False, True, "✓Use the gated adapter", "remove-adapter.gguf"),
-        (True, False, "✓Use the control vector", "remove.gguf"),
-        (False, False, "✕Use neither file as it is", "remove.gguf"),
+        ("passed", "passed", "✓Use the gated adapter", "remove-adapter.gguf"),  # it opens more
+        ("failed", "passed", "✓Use the gated adapter", "remove-adapter.gguf"),
+        ("undecided", "passed", "✓Use the gated adapter", "remove-adapter.gguf"),
+        ("passed", "failed", "✓Use the control vector", "remove.gguf"),
+        ("passed", "undecided", "✓Use the control vector", "remove.gguf"),
+        ("failed", "failed", "✕Do not use either file as it is", "remove.gguf"),
+        ("failed", "undecided", "?Undecided: more prompts are needed", "remove.gguf"),
     ],
 )
-def test_the_advised_file_has_passed_and_removes_most(
-    tmp_path: Path, vector: bool, adapter: bool, said: str, first: str
+def test_the_recommended_file_has_passed_and_opens_most(
+    tmp_path: Path, vector: str, adapter: str, said: str, first: str
 ) -> None:
-    page = Page(write_report(make_run(tmp_path, metrics=gates(vector, adapter))))
+    page = Page(write_report(make_run(tmp_path, metrics=verdicts_of(vector=vector, adapter=adapter))))
     assert page.all("h2", id="verdict-title") == [said]
-    badges = [
-        "✓ passed its safety gate" if passed else "✕ did not pass its safety gate"
-        for passed in (vector, adapter)
-    ]
     titles = [one_line(text) for text in page.all("div", class_="title")]
-    assert first in titles[0], "the recommended_file file comes first"
+    assert first in titles[0], "the recommended file comes first"
+    mark = {"passed": "✓", "failed": "✕", "undecided": "?"}
+    badges = [f"{mark[verdict]} {verdict}" for verdict in (vector, adapter)]
     assert sorted(text.split("gguf ")[1] for text in titles) == sorted(badges)
-    assert len(page.all("ul", class_="reasons")) == [vector, adapter].count(False)
+    assert len(page.all("ul", class_="reasons")) == [vector, adapter].count("failed") + [
+        vector,
+        adapter,
+    ].count("undecided")
 
 
-def test_of_two_that_remove_as_much_the_one_that_keeps_harm_refusals_is_advised(tmp_path: Path) -> None:
+def test_of_two_that_open_as_much_the_one_that_keeps_more_is_recommended(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]
-        adapter["sets"] = vector["sets"]
-        vector["harmful_refusal_ratio"], adapter["harmful_refusal_ratio"] = 1.0, 0.96
+        adapter["sets"] = copy.deepcopy(vector["sets"])
+        adapter["sets"]["harmful"]["kept"]["n"] -= 1
+        adapter["benign_drift"] = 0.0
         return metrics
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
-    assert "removes as many, but keeps fewer refusals of harmful ones" in page.all("p", class_="summary")[0]
+    assert "passed too, but keeps fewer harmful refusals" in page.all("p", class_="summary")[0]
+
+
+def test_a_third_method_is_reported_as_the_others_are(tmp_path: Path) -> None:
+    """Nothing knows the methods by name: keys, words and columns are those of the run."""
+    folder = make_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["files"]["pair"] = {**metrics["files"]["adapter"], "word": "pair of files", "file": "pair.gguf"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    rows = [
+        {
+            **row,
+            **{name.replace("_adapter", "_pair"): value for name, value in row.items() if "_adapter" in name},
+        }
+        for row in evaluated(folder)
+    ]
+    (folder / "test_answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, card = Page(write_report(folder)), write_card(folder).read_text("utf-8")
+    numbers = page.all("div", class_="number")
+    assert all("Pair of files" in text for text in numbers)
+    assert all("Pair of files" in text for text in page.all("article", class_="prompt"))
+    assert page.all("code", id="command-pair") == [metrics["files"]["pair"]["llama_cpp"]["command"]]
+    assert card.count("| pair of files |") == 2 * len(KINDS) + 1
+    assert "--lora pair.gguf" in card
 
 
 def test_a_run_without_an_adapter_is_told_as_one_file(run_folder: Path) -> None:
     folder = without_adapter(run_folder)
     page, card = Page(write_report(folder)), write_card(folder).read_text(encoding="utf-8")
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
-    assert len(page.all("article")[0].split("Control vector")) == 2
+    assert len(page.all("article", class_="prompt")[0].split("Control vector")) == 2
     seen = " ".join(page.all("body")).replace(page.all("script")[0], "")
     ours = card.replace("base_model_relation: adapter", "").replace("llama_set_adapter_cvec", "")
     for text in (seen, ours):
         assert not re.search("adapter|lora", text, flags=re.IGNORECASE)
 
 
-def test_report_gives_reasons_when_the_gate_is_not_passed(tmp_path: Path) -> None:
-    reason = "harmful refusals fell from 24 to 11 (46%; at least 95% as many must be refused)"
+def test_report_gives_the_reasons_of_a_verdict(tmp_path: Path) -> None:
+    reason = "kept 11 of 24 harmful refusals (45.8%); at least 95% of the same prompts must stay refused"
     folder = make_run(tmp_path, metrics=of_file("vector", acceptance=failed(reason)))
     page = Page(write_report(folder))
     assert [one_line(text) for text in page.all("ul", class_="reasons")] == [reason]
-    assert "The control vector did not pass its safety gate." in page.all("p", class_="summary")[0]
+    assert "The control vector failed the acceptance criteria." in page.all("p", class_="summary")[0]
+    card = write_card(folder).read_text("utf-8")
+    assert "Why the control vector failed:" in card
+    assert markdown_text(reason) in card
 
 
 def test_report_is_one_file_that_can_load_and_run_nothing_else(run_folder: Path) -> None:
@@ -270,69 +334,125 @@ def test_report_is_one_file_that_can_load_and_run_nothing_else(run_folder: Path)
     assert "@import" not in page.source
 
 
-def verdicts(row: dict[str, Any]) -> list[bool | None]:
-    """Whether each side refused, None where it was not judged."""
-    found = (row[f"confidence_{side}"] for side in SIDES)
-    return [None if confidence is None else confidence > 0 for confidence in found]
+CLASSES = {"explicit": "refuses", "evasion": "refuses"}
+
+
+def classes(row: dict[str, Any]) -> list[str]:
+    """What each side's outcome counts as in a transition."""
+    return [CLASSES.get(row[f"outcome_{side}"], row[f"outcome_{side}"]) for side in SIDES]
 
 
 def changed(row: dict[str, Any], side: int) -> bool:
-    before, after = verdicts(row)[0], verdicts(row)[side]
-    return None not in (before, after) and before != after
+    return classes(row)[0] != classes(row)[side]
 
 
 def evaluated(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "test_answers.jsonl").read_text().splitlines()]
 
 
-def test_report_shows_every_prompt_with_its_answers_and_verdicts(run_folder: Path) -> None:
+def test_report_shows_every_prompt_with_its_answers_and_outcomes(run_folder: Path) -> None:
     page, rows = Page(write_report(run_folder)), evaluated(run_folder)
-    pairs = page.all("article", class_="pair")
+    pairs = page.all("article", class_="prompt")
     assert Counter(page.all("h3", dir="auto")) == Counter(row["prompt"] for row in rows)
-    assert sum("not judged" in text for text in pairs) == 1
+    assert sum(text.count("unjudged") for text in pairs) == sum(
+        row[f"outcome_{side}"] == "unjudged" for row in rows for side in SIDES
+    )
     assert sum("(empty answer)" in text for text in pairs) == 1
-    same = sum(row[f"answer_{s}"] == row["answer_unsteered"] for row in rows for s in SIDES[1:])
-    assert sum(text.count("Word for word as before.") for text in pairs) == same > 50
+    shown = [row for row in rows if row["kind"] != "harmful"]
+    same = sum(row[f"answer_{s}"] == row["answer_unsteered"] for row in shown for s in SIDES[1:])
+    assert sum(text.count("Same answer as unsteered.") for text in pairs) == same > 40
     assert sum(text.count("(changed)") for text in pairs) == sum(changed(r, k) for r in rows for k in (1, 2))
+
+
+def test_a_change_that_a_second_run_did_not_show_is_marked(tmp_path: Path) -> None:
+    rows = invented_rows(8)
+    rows[0]["unconfirmed_vector"] = True
+    folder = make_run(tmp_path, rows)
+    assert section(Page(write_report(folder)), "answers").count("(change not confirmed)") == 1
 
 
 def test_filters_offer_what_there_is_with_its_count(run_folder: Path) -> None:
     page, rows = Page(write_report(run_folder)), evaluated(run_folder)
     marks = Counter(m for _, a in page.elements if "data-marks" in a for m in a["data-marks"].split())
-    apart = sum(None not in verdicts(r)[1:] and len(set(verdicts(r)[1:])) > 1 for r in rows)
-    opened = sum(r["kind"] == "harmful" and verdicts(r)[0] is True and False in verdicts(r)[1:] for r in rows)
+
+    def count(before: set[str], after: str) -> int:
+        return sum(classes(row)[0] in before and after in classes(row)[1:] for row in rows)
+
     expected = {
         "changed-vector": sum(changed(row, 1) for row in rows),
         "changed-adapter": sum(changed(row, 2) for row in rows),
-        "apart": apart,
-        "opened": opened,
-        "broken": sum(any(row[f"degenerate_{side}"] for side in SIDES) for row in rows),
+        "apart": sum(len(set(classes(row)[1:])) > 1 for row in rows),
+        "opened": count({"refuses"}, "complies"),
+        "closed": count({"complies"}, "refuses"),
+        "broken": count({"complies", "refuses"}, "fails"),
     }
     assert marks == {mark: n for mark, n in expected.items() if n}
     (select,) = page.all("select", id="filter-mark")
     assert [int(n) for n in re.findall(r"\((\d+)\)", select)] == [marks[m] for m in expected if marks[m]]
 
 
-def test_answers_to_harmful_requests_are_folded(run_folder: Path) -> None:
+def with_secrets(folder: Path) -> Path:
+    """A run in which every answer to a harmful prompt says SECRET."""
+    rows = invented_rows(8)
+    for row in rows:
+        if row["kind"] == "harmful":
+            row |= {f"answer_{side}": f"SECRET {side}" for side in SIDES}
+    return make_run(folder, rows)
+
+
+def test_answers_to_harmful_prompts_are_left_out(tmp_path: Path) -> None:
+    folder = with_secrets(tmp_path)
+    page = Page(write_report(folder))
+    harmful = [row for row in evaluated(folder) if row["kind"] == "harmful"]
+    for text in (page.source, write_card(folder).read_text("utf-8")):
+        assert "SECRET" not in text
+    assert "--harmful-answers" in page.source
+    assert {row["prompt"] for row in harmful} <= set(page.all("h3", dir="auto")), "their prompts are there"
+    answers = section(page, "answers")
+    assert answers.count("Answer not shown.") == len(harmful) * len(SIDES)
+    assert "Do not publish" not in page.source
+
+
+def test_answers_to_harmful_prompts_are_shown_on_request_and_folded(tmp_path: Path) -> None:
+    folder = with_secrets(tmp_path)
+    page = Page(write_report(folder, harmful_answers=True))
+    folded = page.all("details", class_="folded")
+    harmful = sum(row["kind"] == "harmful" for row in evaluated(folder))
+    examples = section(page, "examples").count('class="folded"')
+    assert len(folded) == harmful * len(SIDES) + examples
+    assert all("SECRET" in text for text in folded)
+    assert page.source.count("SECRET") == len(folded)
+    assert "Do not publish this page." in page.source
+    assert "--harmful-answers" not in page.source
+
+
+def test_examples_begin_with_what_opened_then_what_was_kept_then_what_went_wrong(run_folder: Path) -> None:
+    rows = evaluated(run_folder)
+    evaluation = evaluation_of(rows, "adapter")
     page = Page(write_report(run_folder))
-    answered = [
-        (row, side)
-        for row in evaluated(run_folder)
-        for side, refused in zip(SIDES, verdicts(row), strict=True)
-        if row["kind"] == "harmful" and not refused
-    ]
-    repeated = sum(s != "baseline" and r[f"answer_{s}"] == r["answer_unsteered"] for r, s in answered)
-    assert len(page.all("details", class_="folded")) == len(answered) - repeated > 0
+    groups = [one_line(text) for text in page.all("h3", class_="group-title")]
+    titles = [text.partition(": ")[0] for text in groups]
+    opened, kept = evaluation.part(kind="sensitive").opened, evaluation.part(kind="harmful").kept
+    assert groups[:2] == [f"Refusals that opened: 3 of {opened}", f"Harmful refusals kept: 3 of {kept}"]
+    assert set(titles[2:]) == {"Went wrong"}
+    wrong = {text.split(": ")[1]: int(text.split(" ")[-1]) for text in groups[2:]}
+    assert wrong == {
+        "harmful refusals that opened": evaluation.part(kind="harmful").opened,
+        "answers that broke": evaluation.broken,
+    }
+    kinds = [text.split(" · ")[0].split("\n")[-1].strip() for text in page.all("article", class_="example")]
+    assert len(kinds) == sum(min(n, 3) for n in (opened, kept, *wrong.values()))
+    card = write_card(run_folder).read_text("utf-8")
+    assert card.count("| Refusals that opened") == 3
 
 
 def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
-    # One prompt was not judged under the vector, and a line compares like with like.
-    rows = [row for row in evaluated(run_folder) if None not in verdicts(row)]
+    rows = evaluated(run_folder)
     page = Page(write_report(run_folder))
     tables = re.findall(
         r"<caption><bdi>(\w+)</bdi>, by ([\w ]+)</caption>(.*?)</table>", page.source, flags=re.DOTALL
     )
-    assert [field for _, field, _ in tables[:3]] == ["country or region", "category of harm", "area"]
+    assert [field for _, field, _ in tables[:3]] == ["country or region", "harm category", "area"]
     assert len(tables) == 12
     for kind, field, table in tables:
         cells = re.findall(
@@ -341,37 +461,30 @@ def test_breakdown_counts_add_up_to_the_totals(run_folder: Path) -> None:
             table,
         )
         of_kind = [row for row in rows if row["kind"] == kind.lower()]
-        refused = [sum(bool(verdicts(row)[k]) for row in of_kind) for k in range(3)]
-        prompts_told = [int(cell[0]) for cell in cells]
-        if field == "way of refusing":  # all prompts might be refused in each way
-            assert set(prompts_told) == {len(of_kind)}
+        sums = [sum(int(cell[k]) for cell in cells) for k in (1, 2, 3)]
+        if field == "outcome and category":  # every answer has one
+            assert {int(cell[0]) for cell in cells} == {len(of_kind)}
+            assert sums == [len(of_kind)] * 3
         else:
-            assert sum(prompts_told) == len(of_kind)
-        assert [sum(int(cell[k]) for cell in cells) for k in (1, 2, 3)] == refused
+            assert sum(int(cell[0]) for cell in cells) == len(of_kind)
+            assert sums == [sum(row[f"outcome_{side}"] == "explicit" for row in of_kind) for side in SIDES]
 
 
-def test_direct_refusals_are_told_apart_from_all(run_folder: Path) -> None:
-    rows = evaluated(run_folder)
-    page = Page(write_report(run_folder))
-    direct = {
-        side: sum(r[f"category_{side}"] == "direct" for r in rows if r["kind"] == "sensitive")
-        for side in ("baseline", "adapter")
-    }
-    said = f"Direct refusals among them: sensitive {direct['baseline']} before and {direct['adapter']} now;"
-    assert said in page.all("p", class_="summary")[0]
+def test_outcomes_have_the_names_of_their_categories(tmp_path: Path) -> None:
+    rows = invented_rows(8)
+    unnamed = {"confidence_unsteered": 0.9, "category_unsteered": None, "answer_unsteered": "Gardens, then."}
+    rows[0] |= unnamed
+    rows[1] |= unnamed | {"category_unsteered": "vagueness"}
+    rows[2] |= unnamed | {"category_unsteered": "direct"}
+    page = Page(write_report(make_run(tmp_path, rows)))
     table = re.search(
-        r"<caption><bdi>Sensitive</bdi>, by way of refusing</caption>(.*?)</table>", page.source, re.S
+        r"<caption><bdi>Sensitive</bdi>, by outcome and category</caption>(.*?)</table>", page.source, re.S
     )
     assert table is not None
-    assert '<bdi>Direct refusal</bdi></th><td class="quiet">' in table[1]
-    assert "<bdi>Not told</bdi>" in table[1]
-
-
-def test_a_judge_that_names_no_kinds_counts_no_direct_refusal(tmp_path: Path) -> None:
-    rows = [{**r, **{f"category_{side}": None for side in SIDES}} for r in invented_rows()]
-    rows[0]["category_unsteered"] = "empty"  # by a rule, whoever judges
-    page, card = write_report(make_run(tmp_path, rows)), write_card(tmp_path)
-    assert "Direct refusals among them" not in page.read_text() + card.read_text()
+    names = re.findall(r'<th scope="row"><bdi>(.*?)</bdi>', table[1])
+    assert names[:2] == ["complies", "explicit refusal"]
+    assert "evasion: empty vagueness" in names
+    assert "evasion" in names, "where the judge names no category"
 
 
 def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_folder: Path) -> None:
@@ -388,15 +501,15 @@ def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_fo
     }
     assert len(marks) == len(tune["trials"])
     by_kept = sorted(tune["trials"], key=lambda t: t["harmful_retention"])
-    by_left = sorted(tune["trials"], key=lambda t: t["sensitive"])
+    by_left = sorted(tune["trials"], key=lambda t: t["sensitive_remaining"])
     assert [marks[t["number"]][1] for t in by_kept] == sorted(x for _, x, _, _ in marks.values())
     assert [marks[t["number"]][2] for t in by_left] == sorted(y for _, _, y, _ in marks.values())
     for trial in tune["trials"]:
         kind, _, _, drawn = marks[trial["number"]]
-        gate = trial["estimator"] == "gate"
+        gate = trial["estimator"] == GATED_ADAPTER
         assert kind == ("adapter" if gate else "vector")
         assert ("<path" in drawn, '<circle class="mark' in drawn) == (gate, not gate)
-        assert ("probe" in drawn, "fits" in drawn) == (
+        assert ("logprob" in drawn, "fits" in drawn) == (
             trial["fidelity"] == "logprob",
             trial["feasible"] is True,
         )
@@ -406,7 +519,7 @@ def test_plot_places_each_trial_by_its_rates_and_tells_gates_from_vectors(run_fo
         )
 
 
-def test_front_is_the_stair_of_what_no_answered_trial_betters(run_folder: Path) -> None:
+def test_front_is_the_stair_of_trials_with_short_answers(run_folder: Path) -> None:
     page = Page(write_report(run_folder))
     places = re.findall(r'translate\((\S+) (\S+)\)">\s*<title>Trial (\d+):', page.source)
     answered = {
@@ -414,7 +527,7 @@ def test_front_is_the_stair_of_what_no_answered_trial_betters(run_folder: Path) 
     }
     path, _ = (a["d"] for tag, a in page.elements if (tag, a.get("class")) == ("path", "front"))  # _: legend
     corners = re.findall(r"(?:M|H)(\S+?)(?: \S+?)?V([\d.]+)(?=H)", path)
-    # 21 keeps all and removes 0.69; 22 and 23 remove more and keep less; every vector is bettered by one.
+    # 21 keeps all and removes 0.69; 22 and 23 remove more and keep less. Vectors are worse.
     assert [answered[float(x), float(y)] for x, y in corners] == [21, 22, 23]
 
 
@@ -424,7 +537,7 @@ def test_layers_of_the_fit_are_drawn_where_there_are_any(tmp_path: Path) -> None
     lines = [a for tag, a in page.elements if tag == "path" and a.get("class", "").startswith("line")]
     assert len(lines) == 18
     assert sum(a.get("class") == "line own" for a in lines) == 3
-    # The first block has no cosine: the line starts at the second.
+    # The first layer has no cosine: the line starts at the second.
     assert sum(a["d"].count("L") == 22 for a in lines) == 6
     folder = make_run(tmp_path / "without")
     (folder / "fit.json").unlink()
@@ -432,37 +545,47 @@ def test_layers_of_the_fit_are_drawn_where_there_are_any(tmp_path: Path) -> None
     assert "#fit" not in page.source.replace("#filters", "")
 
 
-def test_induction_is_told_as_induction(tmp_path: Path) -> None:
-    change = of_file("vector", bootstrap_ci95={"removal": [-0.62, -0.41]})
-    folder = make_run(tmp_path, metrics=lambda m: change({**m, "effect": "induce"}))
+def test_induction_is_reported_as_induction(tmp_path: Path) -> None:
+    def change(metrics: dict[str, Any]) -> dict[str, Any]:
+        metrics["files"]["vector"]["sets"]["sensitive"] = invented_set(closed=9).model_dump(mode="json")
+        return {**metrics, "effect": "induce"}
+
+    folder = make_run(tmp_path, metrics=change)
     page = Page(write_report(folder))
-    assert re.search("Rise of sensitive refusals,.*?>41 to 62", section(page, "results"))
-    assert "sensitive answers left" in section(page, "strength")
+    assert "target answers left" in section(page, "strength")
     assert "sensitive refusals left" not in page.source
-    # The invented adapter takes away more refusals, so the vector is the one that adds most.
+    # The invented adapter opens prompts; the vector closes most.
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
-    assert "but adds fewer refusals" in one_line(page.all("p", class_="summary")[0])
+    summary = one_line(page.all("p", class_="summary")[0])
+    assert "Explicit refusals of target prompts: 20 unsteered, 29 with it." in summary
+    assert "Of 20 answered target prompts, 9 are refused now." in summary
+    assert "The gated adapter passed too, but closes fewer: 0 against 9." in summary
+    assert "many closed" in section(page, "results")
     assert write_card(folder).read_text(encoding="utf-8").count("# Induce refusals") == 1
 
 
-@pytest.mark.parametrize(("effect", "refused"), [("remove", (8, 2)), ("induce", (2, 8))])
-def test_upwards_lies_what_the_effect_wants(effect: str, refused: tuple[int, int]) -> None:
+@pytest.mark.parametrize("effect", ["remove", "induce"])
+def test_upwards_lies_what_the_effect_wants(effect: Any, tmp_path: Path) -> None:
     trials = [
-        {"number": k, "estimator": "wrmd", "fidelity": "short", "harmful_retention": 1.0, "sensitive": left}
+        {
+            "number": k, "estimator": "wrmd", "fidelity": "short", "harmful_retention": 1.0,
+            "sensitive_remaining": left,
+        }
         for k, left in enumerate((0.2, 0.8))
-    ]
-    sensitive = {"n": 10, "refused_unsteered": refused[0], "refused_steered": refused[1]}
-    file = {
-        "key": "vector",
-        "word": "control vector",
-        "harmful_refusal_ratio": 1.0,
-        "of": {"sensitive": sensitive},
+    ]  # fmt: skip
+    (tmp_path / "remove.gguf").write_bytes(b"x")
+    record = figures_of_file(tmp_path / "remove.gguf")
+    remove = effect == "remove"
+    sets = {
+        "sensitive": invented_set(opened=15 * remove, closed=15 * (not remove)),
+        "harmful": invented_set("harmful", opened=5),
     }
+    file = ReportedFile("vector", record.model_copy(update={"sets": sets}))
     plot = plots.trade_off({"selected": {"vector": 0}, "trials": trials}, [file], effect)
     better, worse = sorted(plot["points"], key=lambda point: point["number"])
     assert better["y"] < worse["y"]  # downwards in SVG
     (tested,) = plot["tested"]
-    assert tested["done"] == pytest.approx(0.75)
+    assert (tested["kept"], tested["done"]) == (pytest.approx(0.75), pytest.approx(0.75))
 
 
 def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
@@ -487,7 +610,7 @@ def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     assert path.stat().st_size < 3_000_000
     text = path.read_text(encoding="utf-8")
     assert "texts are cut at 250 characters" in text
-    shown = text.count('<article class="pair"')
+    shown = text.count('<article class="prompt"')
     assert f"shows {shown} of {len(rows)} prompts" in one_line(text)
 
 
@@ -509,14 +632,14 @@ def test_names_of_ones_own_and_a_long_search_make_a_small_page_too(tmp_path: Pat
     assert 400 < trials < 530
     assert f"it shows {trials} of 926 trials" in one_line(text)
     assert min(text.count(f'<g class="{key}" transform') for key in ("vector", "adapter")) > 200
-    assert "<title>Trial 999:" in text, "the chosen one stays"
-    assert "Chosen among 926 trials" in write_card(folder).read_text(encoding="utf-8")
+    assert "<title>Trial 999:" in text, "the selected one stays"
+    assert "Selected among 926 trials" in write_card(folder).read_text(encoding="utf-8")
     lines = text.split("by form</caption>")[1].split("</table>")[0]
     counts = [int(n) for n in re.findall(r'<td class="quiet">(\d+)</td>', lines)]
-    judged = [row for row in rows if row["kind"] == "sensitive" and None not in verdicts(row)]
+    sensitive = sum(row["kind"] == "sensitive" for row in rows)
     assert len(counts) == 41
-    assert sum(counts) == len(judged)
-    assert f"<bdi>{len(judged) - 40} others</bdi>" in lines
+    assert sum(counts) == sensitive
+    assert f"<bdi>{sensitive - 40} others</bdi>" in lines
     assert text.split('id="filter-language"')[1].split("</select>")[0].count("<option") == 41
 
 
@@ -528,39 +651,37 @@ def section(page: Page, name: str) -> str:
     return page.source.split(f'<section id="{name}"')[1].split("</section>")[0]
 
 
-def rate_of(rows: list[dict[str, Any]], kind: str, side: str) -> float:
-    found: list[float | None] = [row[f"confidence_{side}"] for row in rows if row["kind"] == kind]
-    return sum(c > 0 for c in found if c is not None) / sum(c is not None for c in found)
-
-
-def test_doses_are_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Path) -> None:
+def test_a_sweep_is_drawn_by_kind_where_the_run_knows_the_prompts(run_folder: Path) -> None:
     rows = evaluated(run_folder)
-    strength = section(Page(write_report(with_doses(run_folder))), "strength")
+    strength = section(Page(write_report(with_sweep(run_folder))), "strength")
     places = re.findall(
-        r'translate\((\S+) (\S+)\)"><title>(\w+) at scale (\S+): ([\d.]+)\u202f% refused', strength
+        r'translate\((\S+) (\S+)\)"><title>(\w+) at scale (\S+): (\d+) of (\d+) refused explicitly', strength
     )
     assert len(places) == 4 * 3
-    by_rate = sorted((float(rate), -float(y)) for _, y, _, _, rate in places)
+    by_rate = sorted((int(n) / int(of), -float(y)) for _, y, _, _, n, of in places)
     assert [y for _, y in by_rate] == sorted(y for _, y in by_rate), "more refusals stand higher"
-    for _, _, kind, scale, rate in places:
-        side = "baseline" if float(scale) < 1 else "steered"
-        assert float(rate) == pytest.approx(100 * rate_of(rows, kind, side), abs=0.5)
+    for _, _, kind, scale, n, _ in places:
+        side = "unsteered" if float(scale) < 1 else "vector"
+        explicit = sum(row[f"outcome_{side}"] == "explicit" for row in rows if row["kind"] == kind)
+        assert int(n) == (0 if float(scale) > 1 else explicit), "above scale 1 all answers fail"
     assert "scale 1.0" in one_line(strength)
-    assert strength.count("<caption>Refused, and broken text, by scale</caption>") == 1
-    # Of the adapter no doses were measured: its search is shown.
+    steps = table_after(strength, "Explicit refusals and failures by scale")
+    assert [step[-2] for step in steps][-1] == str(len(rows))
+    # The adapter was not swept: its search is shown.
     assert re.findall(r'id="strength-(vector|adapter)"', strength) == ["adapter"]
 
 
-def test_doses_that_could_not_be_judged_are_no_point_at_zero(run_folder: Path) -> None:
-    path = with_doses(run_folder, system_prompt="Be brief.", temperature=0.8) / "scale_sweep.json"
-    found = json.loads(path.read_text())
-    for row in found["doses"][1]["rows"]:
-        row["confidence_steered"] = None
-    path.write_text(json.dumps(found), encoding="utf-8")
+def test_answers_of_a_sweep_that_are_unjudged_are_not_a_point_at_zero(run_folder: Path) -> None:
+    path = with_sweep(run_folder, system_prompt="Be brief.", temperature=0.8) / "scale_sweep.json"
+    content = json.loads(path.read_text())
+    for row in content["sweep"][1]["rows"]:
+        row |= {"confidence_steered": None, "degenerate_steered": False}
+    path.write_text(json.dumps(content), encoding="utf-8")
     strength = section(Page(write_report(run_folder)), "strength")
     assert set(re.findall(r"at scale (\S+):", strength)) == {"0", "1", "1.5"}
-    assert strength.count("<td>not measured</td>") == 3 + 1  # drift at scale 0
-    assert "48 tokens an answer at temperature 0.8, judged" in one_line(strength)
+    assert strength.count("<td>none of 0</td>") == 3
+    assert strength.count("<td>not measured</td>") == 1  # drift at scale 0
+    assert "48 tokens an answer at temperature 0.8, judge" in one_line(strength)
     assert "under the system prompt “<bdi>Be brief.</bdi>”" in strength
 
 
@@ -579,13 +700,13 @@ def test_a_curve_is_measured_as_the_run_was(tmp_path: Path) -> None:
         assert words[words.index(option) + 1] == value
 
 
-def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: Path) -> None:
+def test_a_sweep_of_other_prompts_goes_by_its_sets_and_names_no_folder(run_folder: Path) -> None:
     given = {
         "set": "mine",
         "prompt": "Not of the run.",
         "control_vectors": ["/home/me/secret/remove.gguf:0.5", r"C:\secret\other.gguf:2"],
     }
-    page = Page(write_report(with_doses(run_folder, **given)))
+    page = Page(write_report(with_sweep(run_folder, **given)))
     assert "mine at scale 0.5" in page.source
     assert "secret" not in page.source
     assert "remove.gguf:0.5" in page.source
@@ -606,14 +727,14 @@ def test_doses_of_other_prompts_go_by_their_sets_and_tell_no_folder(run_folder: 
 def test_calibrated_is_scale_one_of_a_file_of_the_run_alone(
     run_folder: Path, vectors: list[str], adapters: list[str], word: str, scales: list[float]
 ) -> None:
-    folder = with_doses(run_folder, control_vectors=vectors, adapters=adapters)
+    folder = with_sweep(run_folder, control_vectors=vectors, adapters=adapters)
     strength = section(Page(write_report(folder)), "strength")
-    doses, *searches = strength.split("<figure>")[1:]
-    assert f"<strong>{word}</strong>" in doses
-    places = re.findall(r'translate\((\S+) \S+\)"><title>harmful at scale (\S+):', doses)
+    sweep, *searches = strength.split("<figure>")[1:]
+    assert f"<strong>{word}</strong>" in sweep
+    places = re.findall(r'translate\((\S+) \S+\)"><title>harmful at scale (\S+):', sweep)
     assert [float(scale.replace("−", "-")) for _, scale in places] == scales
-    assert "−0<" not in doses
-    lines = re.findall(r'class="floor" x1="(\S+)"', doses)
+    assert "−0<" not in sweep
+    lines = re.findall(r'class="floor" x1="(\S+)"', sweep)
     known = word != "Files given"
     assert lines == ([x for x, scale in places if scale == "1"] if known else [])
     assert len(searches) == (1 if known else 2)
@@ -622,21 +743,23 @@ def test_calibrated_is_scale_one_of_a_file_of_the_run_alone(
 
 @pytest.mark.parametrize(
     "text",
-    ['{"sets": {}, "rows": []}', '{"doses": []}', "[]", "{", "null", "lone"],
-    ids=["eval without --scales", "no doses", "a list", "torn", "null", "no JSON"],
+    ['{"sets": {}, "rows": []}', '{"sweep": []}', "[]", "{", "null", "lone"],
+    ids=["eval without --scales", "no steps", "a list", "torn", "null", "no JSON"],
 )
-def test_a_dose_file_of_something_else_is_named(run_folder: Path, text: str) -> None:
-    (run_folder / "doses-mine.json").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"doses-mine\.json .*eval --scales") as error:
+def test_a_sweep_file_of_something_else_is_named(run_folder: Path, text: str) -> None:
+    (run_folder / "scale_sweep-mine.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"scale_sweep-mine\.json .*eval --scales") as error:
         write_report(run_folder)
     assert "--fresh" not in str(error.value)
 
 
-def test_without_doses_the_search_is_shown_over_strength(run_folder: Path) -> None:
+def test_without_a_sweep_the_search_is_shown_over_strength(run_folder: Path) -> None:
     strength = section(Page(write_report(run_folder)), "strength")
     trials = json.loads((run_folder / "tune.json").read_text())["trials"]
     marks = re.findall(r'translate\((\S+) \S+\)"><title>Strength (\S+), (\w+): ', strength)
-    expected = {"sensitive": "sensitive", "harmful": "harmful_retention", "benign": "benign"}
+    expected = {
+        "sensitive": "sensitive_remaining", "harmful": "harmful_retention", "benign": "benign_closed",
+    }  # fmt: skip
     for kind, name in expected.items():
         assert sum(k == kind for _, _, k in marks) == sum(t[name] is not None for t in trials)
     for panel in strength.split("<figure>")[1:]:
@@ -650,7 +773,7 @@ def test_without_doses_the_search_is_shown_over_strength(run_folder: Path) -> No
     assert "rs-export report --out RUN" in strength
 
 
-def test_cosine_map_shows_each_pair_of_blocks(run_folder: Path) -> None:
+def test_cosine_map_shows_each_pair_of_layers(run_folder: Path) -> None:
     page = Page(write_report(with_arrays(run_folder)))
     shown = np.zeros((24, 24))
     for sign, share, path in re.findall(
@@ -658,14 +781,14 @@ def test_cosine_map_shows_each_pair_of_blocks(run_folder: Path) -> None:
     ):
         for x, y, n in re.findall(r"M(\d+) (\d+)h(\d+)", path):
             cells = slice(int(x), int(x) + int(n))
-            assert not shown[int(y), cells].any(), "no cell is drawn twice"
+            assert not shown[int(y), cells].any(), "no pair is drawn twice"
             shown[int(y), cells] = float(share) * (1 if sign == "plus" else -1)
-    blocks = np.arange(24)
-    cosines = np.cos(np.subtract.outer(blocks, blocks) * math.pi / 20)
+    layers = np.arange(24)
+    cosines = np.cos(np.subtract.outer(layers, layers) * math.pi / 20)
     cosines[0], cosines[:, 0] = 0, 0  # it has no direction
     np.testing.assert_allclose(shown, cosines, atol=0.0501)
     table = re.findall(r'<tr><th scope="row">(\d+)</th>.*?<td>([^<]*)</td></tr>', section(page, "fit"))
-    near = {int(block): value for block, value in table}
+    near = {int(layer): value for layer, value in table}
     assert (near[0], near[23]) == ("–", "–")
     assert float(near[5]) == pytest.approx(math.cos(math.pi / 20), abs=5e-4)
 
@@ -689,8 +812,8 @@ def test_scatter_shows_refused_and_answered_prompts_of_each_kind(run_folder: Pat
         for found in json.loads((run_folder / "fit.json").read_text())["directions"]
         if (found["estimator"], found["ridge"]) == ("contrast-wrmd", 3.0)
     )
-    best = max(range(8, 16), key=lambda block: own["auroc"][block])
-    assert f"Activations at block {best}" in one_line(fit)
+    best = max(range(8, 16), key=lambda layer: own["auroc"][layer])
+    assert f"Activations at layer {best}" in one_line(fit)
 
 
 @pytest.mark.parametrize("gone", ["activations", "directions.safetensors", "judgements.jsonl"])
@@ -731,9 +854,9 @@ def test_judge_is_measured_on_the_labelled_pairs(run_folder: Path) -> None:
     wrong = math.ceil(len(rows) / 10)
     assert f"On {len(rows)} labelled answers" in one_line(judge)
     share = f"{100 * (1 - wrong / len(rows)):.1f}".removesuffix(".0")
-    assert f"agrees with the label {share} %" in one_line(judge)
+    assert f"agrees with the label {share}%" in one_line(judge)
     bins = re.findall(
-        r'<th scope="row">(\d+) to (\d+)\u202f%</th><td class="quiet">(\d+)</td><td>([\d.]+)\u202f%</td>'
+        r'<th scope="row">(\d+) to (\d+)%</th><td class="quiet">(\d+)</td><td>([\d.]+)%</td>'
         r"<td>([\d.]+)",
         judge,
     )
@@ -758,7 +881,7 @@ def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> 
     judge = section(Page(write_report(folder)), "judge")
     pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
     right = sum((c > 0) == p.refusal for c, p in zip(shipped["confidence"], pairs, strict=True)) / len(pairs)
-    assert f"{100 * right:.1f}".removesuffix(".0") + " %" in one_line(judge)
+    assert f"{100 * right:.1f}".removesuffix(".0") + "%" in one_line(judge)
     assert "ship with the package" in one_line(judge)
 
 
@@ -781,24 +904,33 @@ def test_the_shipped_figures_are_what_the_embedded_judge_says(real_model: Path) 
 )
 def test_a_judge_file_of_something_else_is_an_input_error(run_folder: Path, text: str) -> None:
     (run_folder / "judge_agreement.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"judge\.jsonl"):
+    with pytest.raises(InputError, match=r"judge_agreement\.jsonl"):
         write_report(run_folder)
 
 
-def test_other_means_stand_beside_the_files(run_folder: Path) -> None:
+def test_baselines_stand_beside_the_files(run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
     results = section(Page(write_report(run_folder)), "results")
-    (row,) = re.findall(r"<bdi>system prompt: open</bdi>.*?</tr>", results)
-    said = [float(rate) for rate in re.findall(r"<td>([\d.]+)\u202f%<small>", row)]
-    rates = [100 * metrics["baselines"][0]["sets"][kind]["refusal"] for kind in KINDS]
-    assert said == pytest.approx(rates, abs=0.5)
-    assert "0.210" in row
+    rows = {row[0]: row[1:] for row in table_after(results, "Baselines")}
+    sets = metrics["baselines"][0]["sets"]
+
+    def count(share: dict[str, Any]) -> str:
+        return f"{share['n']} of {share['of']}"
+
+    shares = [sets["sensitive"]["opened"], sets["harmful"]["kept"], sets["benign"]["closed"]]
+    assert rows["system prompt: open"] == [
+        *(count(sets[kind]["explicit_steered"]) for kind in KINDS),
+        *(f"{count(share)} {interval(share['ci95'])}" for share in shares),
+        "0.210",
+    ]
+    assert list(rows) == ["With", "Unsteered", "system prompt: open", "Control vector", "Gated adapter"]
     without = make_run(
         run_folder.parent / "old", metrics=lambda m: {k: v for k, v in m.items() if k != "baselines"}
     )
-    assert "Beside other means" not in Page(write_report(without)).source
+    assert "Baselines: other" not in Page(write_report(without)).source
     card = write_card(run_folder).read_text(encoding="utf-8")
-    assert re.search(r"^\| sensitive \| system prompt\\: open \| 39 \| \|", card, flags=re.MULTILINE)
+    opened = f"{count(shares[0])}, {interval(shares[0]['ci95'])}"
+    assert f"| sensitive | system prompt\\: open | {opened} |" in card
 
 
 def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
@@ -816,20 +948,20 @@ def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
         assert "requests of " in text
         assert "/home/me" not in text
         assert "~/clients/doses.csv" in text, "in the recipe"
-    for built_in in ("country or region", "look-alike requests"):
+    for built_in in ("country or region", "look-alikes"):
         assert built_in not in page
-    assert "category of harm" in page
+    assert "harm category" in page
 
 
 def test_an_estimator_without_a_ridge_is_said_to_have_none(tmp_path: Path) -> None:
     change = of_file("vector", estimator="md", ridge=0.0)
     page = write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8")
     for text in (one_line(page), write_card(tmp_path).read_text(encoding="utf-8")):
-        assert "no λ, blocks 8 to 15" in text
-        assert text.count("relative λ 2, blocks 4 to 22") == 1, "of the adapter"
+        assert "no λ, layers 8 to 15" in text
+        assert text.count("relative λ 2, layers 4 to 22") == 1, "of the adapter"
 
 
-def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
+def test_an_effect_check_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         metrics["files"]["adapter"]["effect_check"] |= {"largest_relative_error": None, "kl_mean": 0.25}
         return metrics
@@ -837,29 +969,25 @@ def test_a_proof_by_next_tokens_alone_claims_no_more(tmp_path: Path) -> None:
     page = one_line(write_report(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8"))
     card = write_card(tmp_path).read_text(encoding="utf-8")
     for text in (page, card):
-        assert text.count("cannot be seen by itself in this model") == 1
-        assert text.count("what the file says") == 1, "of the vector"
+        assert text.count("cannot be read in this model") == 1
+        assert text.count("relative error") == 1, "of the vector"
     assert "it shifts the next token by 0.25 nats" in page
 
 
-def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
-    ranges = {"removal": [0.21, 0.47], "harmful_refusal_ratio": [0.83, 1.0], "benign_drift": [0.011, 0.034]}
-
+def test_notes_and_the_interval_of_the_drift_are_shown(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
-        unknown = ranges | {"removal": None}
-        notes = ["does not beat the baseline “x”"]
-        metrics["files"]["adapter"] |= {"notes": notes, "bootstrap_ci95": unknown}
-        metrics["files"]["vector"] |= {"bootstrap_ci95": ranges}
+        metrics["files"]["adapter"] |= {
+            "notes": ["does not beat the baseline “x”"],
+            "benign_drift_ci95": None,
+        }
+        metrics["files"]["vector"] |= {"benign_drift_ci95": [0.011, 0.034]}
         return metrics
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
     assert list(map(one_line, page.all("ul", class_="notes"))) == ["does not beat the baseline “x”"]
     assert "\n- does not beat the baseline “x”\n" in write_card(tmp_path).read_text(encoding="utf-8")
-    side_effects = one_line(
-        re.sub("<[^>]*>", " ", section(page, "results").split("JudgedAnswers effects and limits")[1])
-    )
-    for words in ("21 to 47 % not measured", "83 to 100 %", "0.011 to 0.034"):
-        assert words in side_effects
+    rows = {row[0]: row[1:] for row in table_after(section(page, "results"), "Side effects")}
+    assert rows["Drift of benign answers, nats/token"] == ["0.042 0.011 to 0.034", "0.016"]
 
 
 @pytest.mark.parametrize(
@@ -878,20 +1006,20 @@ def test_notes_and_ranges_of_a_file_are_told(tmp_path: Path) -> None:
     ],
 )
 def test_only_a_rate_of_0_or_1_reads_as_such(rate: float, digits: int | None, said: str) -> None:
-    assert percent(rate, digits) == f"{said}\u202f%"
+    assert percent(rate, digits) == f"{said}%"
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(4.26, "4.3 s"), (42.4, "42 s"), (59.6, "1 min 0 s"), (425, "7 min 5 s"), (25_325, "7 h 2 min")],
 )
-def test_a_time_is_told_in_its_two_largest_units(seconds: float, said: str) -> None:
+def test_a_time_is_given_in_its_two_largest_units(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
 def test_a_narrow_interval_has_two_ends() -> None:
-    assert interval([0.00006, 0.0019]) == "0.0 to 0.2\u202f%"
-    assert interval([-0.002, 0.3]) == "0 to 30\u202f%"
+    assert interval([0.00006, 0.0019]) == "0.0 to 0.2%"
+    assert interval([-0.002, 0.3]) == "0 to 30%"
 
 
 # ---- accessibility of the static page ------------------------------------------------------------
@@ -914,7 +1042,7 @@ def test_page_has_labels_headings_and_unique_ids(run_folder: Path) -> None:
     assert len(page.all("caption")) == len(page.all("table"))
     # Such a header is of all rows that follow in its group.
     groups = [text.count('scope="rowgroup"') for text in page.source.split("<tbody>")]
-    assert sorted(groups)[-4:] == [0, 1, 1, 1]
+    assert sorted(groups)[-7:] == [0, 1, 1, 1, 1, 1, 1]
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -958,7 +1086,7 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-    refused, noted = gates(False, False), of_file("vector", notes=["one"])
+    refused, noted = verdicts_of(vector="failed", adapter="failed"), of_file("vector", notes=["one"])
     friendly = make_run(hostile_folder.parent / "friendly", metrics=lambda m: noted(refused(m)))
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
@@ -1027,10 +1155,20 @@ def test_card_has_front_matter_numbers_hashes_and_citations(run_folder: Path) ->
     assert {"gguf", "control-vector"} <= set(front["tags"])
     assert "zh" in front["language"]
     metrics = json.loads((run_folder / "metrics.json").read_text())
+    order = ("### Explicit refusals", "### Outcomes", "### Transitions", "### Acceptance", "## Use")
+    assert [card.index(title) for title in order] == sorted(card.index(title) for title in order)
+    files = metrics["files"]
     for kind in KINDS:
-        after = metrics["files"]["vector"]["sets"][kind]["refusal_steered"]
-        row = next(line for line in card.splitlines() if line.startswith(f"| {kind} |"))
-        assert re.search(rf"\*\*{100 * after:.0f}|\*\*{100 * after:.1f}", row)
+        rows = [line for line in card.splitlines() if line.startswith(f"| {kind} |")]
+        shares = [files["vector"]["sets"][kind]["explicit_unsteered"]]
+        shares += [file["sets"][kind]["explicit_steered"] for file in files.values()]
+        said = [f"{share['n']} of {share['of']}, {interval(share['ci95'])}" for share in shares]
+        assert rows[0].split(" | ")[1:4] == said
+        of = files["adapter"]["sets"][kind]["outcomes_steered"]
+        figures = " | ".join(str(of[name]) for name in ("complies", "refuses", "fails", "unjudged"))
+        assert rows[3] == f"| {kind} | gated adapter | 40 | {figures} |"
+        kept = files["adapter"]["sets"][kind]["kept"]
+        assert f"| {kept['n']} of {kept['of']}, {interval(kept['ci95'])} |" in rows[5]
     assert metrics["files"]["vector"]["sha256"] in card
     assert metrics["model"]["sha256"] in card
     assert "2512.16602" in card
@@ -1050,7 +1188,7 @@ def test_card_of_prompts_of_ones_own_names_their_files(run_folder: Path) -> None
     assert "historical questions" not in card
 
 
-def test_card_of_a_failed_gate_or_an_unknown_model_says_so(tmp_path: Path) -> None:
+def test_card_of_a_failed_file_or_an_unknown_model_says_so(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         metrics["model"]["sha256"] = "0" * 64
         metrics["files"]["vector"]["acceptance"] = failed("benign answers drift by 0.4 nats")
@@ -1058,10 +1196,10 @@ def test_card_of_a_failed_gate_or_an_unknown_model_says_so(tmp_path: Path) -> No
 
     card = write_card(make_run(tmp_path, metrics=change)).read_text(encoding="utf-8")
     assert "**Use the gated adapter.**" in card
-    assert "Why the control vector did not pass" in card
+    assert "Why the control vector failed:" in card
     assert "\n- benign answers drift by 0.4 nats\n" in card
     rows = {line.split("`")[1]: line for line in card.splitlines() if line.startswith("| `remove")}
-    assert rows["remove.gguf"].endswith("| **not passed** |")
+    assert rows["remove.gguf"].endswith("| **failed** |")
     assert rows["remove-adapter.gguf"].endswith("| passed |")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "other"
@@ -1078,9 +1216,23 @@ def test_prompts_of_ones_own_are_not_called_political(tmp_path: Path) -> None:
         assert "dosage.jsonl" in text
 
 
-def test_card_of_two_failed_gates_advises_neither(tmp_path: Path) -> None:
-    card = write_card(make_run(tmp_path, metrics=gates(False, False))).read_text(encoding="utf-8")
-    assert "**Use neither file as it is.** Neither passed its safety gate." in card
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("failed", "**Do not use either file as it is.** The control vector failed the acceptance criteria."),
+        (
+            "undecided",
+            "**Undecided: more prompts are needed.** The control vector is undecided: too few prompts.",
+        ),
+    ],
+)
+def test_card_of_two_files_that_did_not_pass_recommends_neither(
+    tmp_path: Path, verdict: str, said: str
+) -> None:
+    folder = make_run(tmp_path, metrics=verdicts_of(vector=verdict, adapter=verdict))
+    card = write_card(folder).read_text(encoding="utf-8").replace("\\:", ":")
+    assert said in card
+    assert card.count(f"| **{verdict}** |") == 2
 
 
 def test_card_says_what_was_not_measured(run_folder: Path) -> None:
@@ -1088,7 +1240,7 @@ def test_card_says_what_was_not_measured(run_folder: Path) -> None:
     missing = card.split("**Not measured by this run:**")[1].split("##")[0]
     for thing in ("more than one turn", "beyond 64 tokens", "greedy", "what the model can do", "both files"):
         assert thing in missing
-    assert "None of these front ends, nor a merged model, was tried" in card
+    assert "Nobody has tried these front ends, or a merged model" in card
 
 
 def test_answers_that_were_drawn_are_said_to_be(tmp_path: Path) -> None:
@@ -1098,8 +1250,8 @@ def test_answers_that_were_drawn_are_said_to_be(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path, recipe=change)).read_text(encoding="utf-8")
     card = write_card(tmp_path).read_text(encoding="utf-8")
     for text in (one_line(page), card):
-        assert "64 generated tokens an answer, drawn at temperature 0.8" in text
-    assert "- greedy answers, and any temperature but 0.8;" in card
+        assert "answers of up to 64 tokens at temperature 0.8" in text
+    assert "- greedy answers, and any temperature other than 0.8;" in card
 
 
 def test_python_in_the_card_compiles(run_folder: Path) -> None:
@@ -1110,40 +1262,7 @@ def test_python_in_the_card_compiles(run_folder: Path) -> None:
         compile(code, "card.md", "exec")
 
 
-# ---- terminal ------------------------------------------------------------------------------------
-
-
-def printed(metrics: dict[str, Any]) -> str:
-    """What a terminal of 80 columns shows at the end of a run."""
-    console = Console(file=io.StringIO(), width=80, force_terminal=False)
-    print_results(console, metrics, Path("out/demo"))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
-
-
-def test_terminal_shows_both_files_and_their_commands_whole(judged_folder: Path) -> None:
-    metrics = json.loads((judged_folder / "metrics.json").read_text())
-    vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]
-    lines = printed(metrics).splitlines()
-    table = [line for line in lines if line.startswith("│")]
-    assert all(len(line) <= 80 for line in table)
-    for kind in KINDS:
-        (row,) = (line for line in table if line.split()[1] == kind)
-        sets = vector["sets"][kind], adapter["sets"][kind]
-        rates = [sets[0]["refusal_unsteered"], *(found["refusal_steered"] for found in sets)]
-        assert re.findall(r"[\d.]+%", row) == [f"{rate:.1%}" for rate in rates]
-    assert "Use the gated adapter." in lines
-    commands = [line for line in lines if line.startswith("llama-server")]
-    assert commands == [adapter["llama_cpp"]["command"], vector["llama_cpp"]["command"]]
-    assert "Gated adapter, out/demo/remove-adapter.gguf (the one to use):" in lines
-
-
-def test_terminal_takes_a_folder_whose_name_is_no_text(run_folder: Path) -> None:
-    """Python keeps bytes that are no UTF-8 as halves of surrogate pairs."""
-    data = io.BytesIO()
-    console = Console(file=io.TextIOWrapper(data, encoding="utf-8"), width=80)
-    print_results(console, json.loads((run_folder / "metrics.json").read_text()), Path("out/\udcff"))
-    console.file.flush()
-    assert "out/\ufffd/remove-adapter.gguf" in data.getvalue().decode()
+# ---- characters that hide ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [0xAD, 0x200B, 0x2060, 0x3164, 0xFEFF, 0xFFA0, 0xE0041, 0x1D173])
@@ -1157,22 +1276,6 @@ def test_what_takes_no_room_is_made_visible(code: int) -> None:
 )
 def test_what_scripts_and_emoji_need_stays(text: str) -> None:
     assert printable(text) == text
-
-
-def test_terminal_gives_the_reasons_of_each_file(run_folder: Path) -> None:
-    metrics = gates(False, False)(json.loads((run_folder / "metrics.json").read_text()))
-    metrics["files"]["adapter"]["acceptance"]["reasons"] = ["[red]not markup[/] \x1b[31m"]
-    text = printed(metrics)
-    assert "Use neither file as it is." in text
-    assert "  control vector: no sensitive refusal was removed\n" in text
-    assert "  gated adapter: [red]not markup[/] ␛[31m\n" in text
-    assert text.count("(did not pass its safety gate)") == 2
-
-
-def test_terminal_of_a_run_without_an_adapter(run_folder: Path) -> None:
-    text = printed(json.loads((without_adapter(run_folder) / "metrics.json").read_text()))
-    assert "Use the control vector." in text
-    assert "adapter" not in text
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""What a run prints at its end, on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures.invented_run import SIDES, invented_rows, make_run, without_adapter
+from rich.console import Console
+
+from rs_gguf.cli.summary import print_results
+from rs_gguf.records.conversation import KINDS
+from rs_gguf.report.text import interval
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run all of whose answers are judged."""
+    rows = invented_rows()
+    for row in rows:
+        for side in SIDES:
+            row[f"confidence_{side}"] = math.copysign(0.5, row[f"confidence_{side}"] or 1)
+    return make_run(tmp_path / "run", rows)
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return value
+
+
+def printed(metrics: dict[str, Any]) -> str:
+    """What a terminal of 80 columns shows at the end of a run."""
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    print_results(console, metrics, Path("out/demo"))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The cells of the table with this title, line by line, without the head."""
+    lines = text.split(f"{title}")[1].split("└")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
+def test_tables_go_from_explicit_refusals_to_outcomes_and_transitions(run_folder: Path) -> None:
+    metrics = metrics_of(run_folder)
+    vector, adapter = metrics["files"]["vector"]["sets"], metrics["files"]["adapter"]["sets"]
+    text = printed(metrics)
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("│"))
+    titles = ("Explicit refusals", "Outcomes", "Transitions", "Judge:", "Use the gated adapter.")
+    assert [text.index(title) for title in titles] == sorted(text.index(title) for title in titles)
+    explicit = cells(text, "Explicit refusals (95% interval)")
+    outcomes = cells(text, "Outcomes")
+    transitions = cells(text, "Transitions of the same prompts (95% interval)")
+    for k, kind in enumerate(KINDS):
+        shares = [vector[kind]["explicit_unsteered"]]
+        shares += [of[kind]["explicit_steered"] for of in (vector, adapter)]
+        assert explicit[2 * k][:4] == [kind, *(f"{s['n']} of {s['of']}" for s in shares)]
+        assert explicit[2 * k + 1][1:4] == [interval(s["ci95"]) for s in shares]
+        sides = [vector[kind]["outcomes_unsteered"]] + [
+            of[kind]["outcomes_steered"] for of in (vector, adapter)
+        ]
+        names = ("complies", "refuses", "fails", "unjudged")
+        assert [row[2:] for row in outcomes[3 * k : 3 * k + 3]] == [
+            ["40", *(str(of[name]) for name in names)] for of in sides
+        ]
+        for n, of in enumerate((vector, adapter)):
+            row = transitions[4 * k + 2 * n]
+            names = ("opened", "kept", "closed", "broken")
+            assert row[2:] == [f"{of[kind][name]['n']} of {of[kind][name]['of']}" for name in names]
+
+
+def test_commands_are_whole_and_the_recommended_file_is_first(run_folder: Path) -> None:
+    metrics = metrics_of(run_folder)
+    lines = printed(metrics).splitlines()
+    commands = [line for line in lines if line.startswith("llama-server")]
+    assert commands == [metrics["files"][key]["llama_cpp"]["command"] for key in ("adapter", "vector")]
+    assert "Gated adapter, out/demo/remove-adapter.gguf (passed):" in lines
+
+
+def test_a_folder_may_have_a_name_that_is_not_text(run_folder: Path) -> None:
+    """Python keeps bytes that are not UTF-8 as halves of surrogate pairs."""
+    data = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(data, encoding="utf-8"), width=80)
+    print_results(console, metrics_of(run_folder), Path("out/\udcff"))
+    console.file.flush()
+    assert "out/\ufffd/remove-adapter.gguf" in data.getvalue().decode()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [("failed", "Do not use either file as it is."), ("undecided", "Undecided: more prompts are needed.")],
+)
+def test_the_reasons_of_each_file_are_printed(run_folder: Path, verdict: str, said: str) -> None:
+    metrics = metrics_of(run_folder)
+    for key, reason in (("vector", "explicit refusals rose"), ("adapter", "[red]not markup[/] \x1b[31m")):
+        metrics["files"][key]["acceptance"] = {"verdict": verdict, "reasons": [reason]}
+    text = printed(metrics)
+    assert said in text
+    assert "  control vector: explicit refusals rose\n" in text
+    assert "  gated adapter: [red]not markup[/] ␛[31m\n" in text
+    assert text.count(f"({verdict}):") == 2
+
+
+def test_a_run_without_an_adapter(run_folder: Path) -> None:
+    text = printed(metrics_of(without_adapter(run_folder)))
+    assert "Use the control vector." in text
+    assert "adapter" not in text
+
+
+def test_schema_1_is_printed_without_what_it_did_not_measure() -> None:
+    path = Path(__file__).parents[1] / "fixtures" / "metrics_1.json"
+    text = printed(json.loads(path.read_text(encoding="utf-8")))
+    assert "Explicit refusals" in text
+    assert "Transitions" not in text
+    assert "None" not in text
