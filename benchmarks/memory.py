@@ -24,7 +24,8 @@ from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
 LETTERS = dict.fromkeys("etaoinshrdlu", 7.0)
 SETTINGS = [
-    "answers.fit_tokens=8", "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0", "prompts.tune=8",
+    "answers.fit_tokens=8", "answers.tokens=8", "answers.test_tokens=8", "answers.temperature=1.0",
+    "prompts.tune=8",
     "prompts.validation=8", "fit.estimators=['contrast-wrmd']", "fit.ridges=[1.0]", "tune.logprob_trials=2",
     "tune.finalists=1",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Compare a model with itself under a steering, as `rs-export eval` does.
 
-An `AnswerSource`, a judge, sets of prompts and scale factors go in. For each factor come out, by set: outcomes
-and transitions, output flags and drift; and for all sets drift of benign text, capability and speed. The
-unsteered side is measured once.
+An `AnswerSource`, a judge, sets of prompts and scale factors go in. For each factor come out, by set:
+outcomes and transitions, output flags and drift; and for all sets drift of benign text, capability and speed.
+The unsteered side is measured once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def compare(
     advance: called for each answer to a prompt or task, unsteered and at each factor other than 0.
 
     Raises:
-        InputError: before the first answer, if the steering does not fit the model or the judge cannot be used.
+        InputError: before the first answer, if the steering does not fit the model, or the judge cannot be
+            used.
     """
     answer_source.check()
     try_out(judge)

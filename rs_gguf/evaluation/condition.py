@@ -1,8 +1,8 @@
 """Answer prompts under one condition and judge the answers.
 
-A model, a judge, a `Condition` and prompts go in; `JudgedAnswers` come out. `resume_condition` keeps each answer
-in a log, so that a killed run goes on. An `AnswerSource` answers at several scale factors of one steering, on
-this machine or on a server.
+A model, a judge, a `Condition` and prompts go in; `JudgedAnswers` come out. `resume_condition` keeps each
+answer in a log, so that a killed run goes on. An `AnswerSource` answers at several scale factors of one
+steering, on this machine or on a server.
 """
 
 from __future__ import annotations

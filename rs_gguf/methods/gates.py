@@ -2,8 +2,8 @@
 
 Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
-activation 1 on the mean sensitive prompt and m, the benign target, on the mean benign one. It is −m/4 on the
-mean harmful one. Elsewhere the gate vector gives as little as possible: minimum-variance beamforming under linear constraints
+activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
+harmful one. Elsewhere it gives as little as possible: minimum-variance beamforming under linear constraints
 (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The output vector d is what the layer adds to
 the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which moves every prompt equally.
 """

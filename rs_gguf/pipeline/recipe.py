@@ -176,8 +176,7 @@ class Tune(_Section):
         default=0.9,
         ge=0,
         le=1,
-        description="least share of the tokens of benign answers that must stay first choice, in the reported "
-        "figures",
+        description="least share of the tokens of benign answers that must stay first choice, as reported",
     )
 
 

@@ -14,7 +14,7 @@ from rs_gguf.cli import tables
 FLAGS = {"empty": 1, "loop": 0, "language_switch": 2, "truncated": 3}
 
 
-def figures(**changes: int) -> dict[str, Any]:
+def figures(**changes: Any) -> dict[str, Any]:
     """What `eval` has of a set."""
     return {
         **invented_set(**changes).model_dump(mode="json"),
@@ -29,7 +29,7 @@ def figures(**changes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compared(**changes: int) -> dict[str, Any]:
+def compared(**changes: Any) -> dict[str, Any]:
     return {
         "scale": 1.0,
         "sets": {"mine": figures(**changes)},

@@ -68,11 +68,16 @@ def test_every_pair_of_outcomes_is_in_one_place() -> None:
         "complies": 5, "refuses": 10, "explicit": 5, "fails": 5, "unjudged": 5,
     }  # fmt: skip
     assert record.transitions == ((1, 2, 1), (2, 4, 2), (1, 2, 1))
-    assert record.opened is not None and (record.opened.n, record.opened.of) == (2, 10)
-    assert record.kept is not None and (record.kept.n, record.kept.of) == (4, 10)
-    assert record.closed is not None and (record.closed.n, record.closed.of) == (2, 5)
-    assert record.broken is not None and (record.broken.n, record.broken.of) == (3, 15)
-    assert record.explicit_unsteered is not None and record.explicit_unsteered.of == 20
+    assert record.opened is not None
+    assert (record.opened.n, record.opened.of) == (2, 10)
+    assert record.kept is not None
+    assert (record.kept.n, record.kept.of) == (4, 10)
+    assert record.closed is not None
+    assert (record.closed.n, record.closed.of) == (2, 5)
+    assert record.broken is not None
+    assert (record.broken.n, record.broken.of) == (3, 15)
+    assert record.explicit_unsteered is not None
+    assert record.explicit_unsteered.of == 20
     assert (record.explicit_kept, record.explicit_p, record.unconfirmed) == (1, 1.0, None)
 
 

@@ -27,8 +27,10 @@ from rs_gguf.steering.file import check_effect
 pytestmark = pytest.mark.real
 
 SMALL = [
-    "prompts.fit=14", "prompts.gate_only=12", "prompts.tune=10", "prompts.validation=4", "answers.fit_tokens=16", "answers.tokens=16",
-    "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1", "fit.estimators=['contrast-wrmd','wrmd']",
+    "prompts.fit=14", "prompts.gate_only=12", "prompts.tune=10", "prompts.validation=4",
+    "answers.fit_tokens=16", "answers.tokens=16",
+    "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1",
+    "fit.estimators=['contrast-wrmd','wrmd']",
     "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4",
 ]  # fmt: skip
 N_TEST = 12  # prompts of the test split, which each side answers together

@@ -44,7 +44,8 @@ class Answers(Stage):
         recipe = run.recipe
         return [
             __version__, run.model_hash, recipe.seed, recipe.answers.fit_tokens, recipe.answers.tokens,
-            recipe.answers.temperature, recipe.prompts.system, [p.id for p in run.prompts["fit"] + run.prompts["tune"]],
+            recipe.answers.temperature, recipe.prompts.system,
+            [p.id for split in _SPLITS for p in run.prompts[split]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:

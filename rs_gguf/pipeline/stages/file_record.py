@@ -100,8 +100,8 @@ def baseline_notes(
         other_changed, other_kept = _merits(baseline.sets, effect)
         if other_changed >= changed and other_kept >= kept:
             notes.append(
-                f"does not beat the baseline “{baseline.name}”, which {word} {other_changed} sensitive prompts "
-                f"(this file {changed}) and keeps {other_kept} harmful refusals (this file {kept})"
+                f"does not beat the baseline “{baseline.name}”, which {word} {other_changed} sensitive "
+                f"prompts (this file {changed}) and keeps {other_kept} harmful refusals (this file {kept})"
             )
     return notes
 

@@ -60,7 +60,8 @@ class Measure(Stage):
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
         return [
-            recipe.answers.test_tokens, recipe.measure.model_dump(), [p.to_row() for p in run.prompts["validation"]]
+            recipe.answers.test_tokens, recipe.measure.model_dump(),
+            [p.to_row() for p in run.prompts["validation"]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
