@@ -1,6 +1,5 @@
-// The Python module rs_gguf._core. rs_gguf/activations/projection.py is the face that users see: it gives
-// arguments the types below. Here every shape is checked once more, since a wrong one would read foreign
-// memory.
+// The Python module rs_gguf._core. Users call rs_gguf/activations/projection.py, which converts arguments to
+// the types below. This file checks every shape again, because a wrong shape would read foreign memory.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -20,7 +19,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Copied into this form when they are not: directions and offsets are small.
+// Arrays of another type or layout are copied to this one: directions and offsets are small.
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
@@ -101,7 +100,7 @@ std::map<std::string, py::array_t<double>> statistics(const py::array& activatio
     const rs::Problem problem = problem_of(activations, directions, offset);
     expect_shape("confidence", confidence, {activations.shape(0)});
     expect_shape("weights", weights, {activations.shape(0)});
-    // NOLINTNEXTLINE(readability-simplify-boolean-expr): written so that NaN is refused too
+    // NOLINTNEXTLINE(readability-simplify-boolean-expr): this form refuses NaN too
     if (!(quantile >= 0 && quantile <= 1))
         throw py::value_error("quantile: expected 0 to 1, got " + std::to_string(quantile));
     const std::size_t workers = thread_count(threads);

@@ -1,7 +1,7 @@
-// The kernel's self-test without Python: for cross-compiled builds under an emulator, and for sanitizers.
-// Compares every target that this CPU has with a float64 reference, over shapes, types, strides and
-// alignments, random rows and rows of equal numbers, and two callers at once; then the figures of merit with
-// their formulas. Prints one line a target; exit status 1 if one is wrong.
+// The kernel's self-test without Python, for cross-compiled builds under an emulator and for sanitizers.
+// It compares every target of this CPU with a float64 reference: shapes, types, strides, alignments, random
+// rows, rows of equal numbers, and two callers at once. Then it compares the statistics with their formulas.
+// It prints one line per target. The exit status is 1 if a target is wrong.
 
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ float widen(Type type, std::uint16_t bits) {
     return (half & 0x8000U) != 0 ? -magnitude : magnitude;
 }
 
-// A finite random number of the type, written to `to`; its value. Denormal float16 included.
+// Writes a finite random number of the type to `to` and returns its value. It may be a denormal float16.
 float random_element(Type type, std::mt19937& random, unsigned char* to) {
     if (type == Type::f32) {
         const float value = std::normal_distribution<float>()(random);
@@ -58,15 +58,14 @@ float random_element(Type type, std::mt19937& random, unsigned char* to) {
     return widen(type, bits);
 }
 
-// Random rows, or rows of one number each: rounding errors cancel in the first, and add up in the second.
+// Random rows, or rows of one number each. Rounding errors cancel in the first and add up in the second.
 enum class Data : std::uint8_t { random, level };
 
-// Largest error as a part of Σ|h − o||v|.
+// Returns the largest error as a fraction of Σ|h − o||v|.
 double worst_error(const rs::Target& target, Type type, const Shape& shape, Data data, bool with_offset,
                    std::size_t shift, std::mt19937& random) {
     const std::size_t size = rs::size_of(type);
-    const std::size_t row =
-        shape.width * size + 6;  // rows of float32 apart by a number that is no multiple of it
+    const std::size_t row = shape.width * size + 6;  // the stride of float32 rows is not a multiple of 4
     std::vector<unsigned char> bytes(shift + shape.samples * shape.layers * row);
     std::vector<float> values(shape.samples * shape.layers * shape.width);
     for (std::size_t i = 0; i < shape.samples * shape.layers; ++i)
@@ -124,7 +123,7 @@ double worst_error(const rs::Target& target, Type type, const Shape& shape, Data
     return worst;
 }
 
-// A problem in float32, C-contiguous and without an offset.
+// Returns a problem in float32, C-contiguous and without an offset.
 rs::Problem dense(const std::vector<float>& values, const std::vector<float>& directions, std::size_t samples,
                   std::size_t layers, std::size_t rank, std::size_t width) {
     return {Type::f32,
@@ -139,7 +138,7 @@ rs::Problem dense(const std::vector<float>& values, const std::vector<float>& di
             rank};
 }
 
-// The quantile q of values, of which there is at least one, linearly interpolated.
+// Returns the quantile q of at least one value, with linear interpolation.
 double quantile(std::vector<double> values, double q) {
     std::sort(values.begin(), values.end());
     const double position = q * static_cast<double>(values.size() - 1);
@@ -148,7 +147,7 @@ double quantile(std::vector<double> values, double q) {
     return values[below] + (position - static_cast<double>(below)) * (high - values[below]);
 }
 
-// Whether the figures of merit are those of the projections, by the formulas as written.
+// Returns whether the statistics agree with their formulas, applied to the projections.
 bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     constexpr std::size_t samples = 61;
     constexpr std::size_t layers = 3;
@@ -235,7 +234,7 @@ bool statistics_agree(const rs::Target& target, std::mt19937& random) {
     return true;
 }
 
-// Whether two callers at once, with enough to do for several threads, find to the bit what one thread finds.
+// Returns whether two callers at once, each with work for several threads, get exactly one thread's results.
 bool threads_agree(const rs::Target& target, std::mt19937& random) {
     constexpr std::size_t samples = 203;
     constexpr std::size_t layers = 3;

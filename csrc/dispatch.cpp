@@ -1,4 +1,4 @@
-// Which target runs: asked of the CPU once, at run time, so that one build serves every machine.
+// Chooses the target at run time by the features of the CPU, so that one build serves every machine.
 
 #include <algorithm>
 #include <array>
@@ -33,14 +33,14 @@ Registers cpuid(std::uint32_t leaf) {
             static_cast<std::uint32_t>(r[2]), static_cast<std::uint32_t>(r[3])};
 #else
     Registers r = {};
-    // Leaves zeros where the leaf does not exist.
+    // The registers stay zero if the leaf does not exist.
     __get_cpuid_count(leaf, 0, r.data(), r.data() + 1, r.data() + 2, r.data() + 3);
     return r;
 #endif
 }
 
-// The register files that the operating system saves when it switches threads. Without it a CPU's AVX is of
-// no use.
+// Returns the registers that the operating system saves when it switches threads. AVX is usable only if it
+// saves them.
 std::uint64_t saved_state() {
 #ifdef _MSC_VER
     return _xgetbv(0);
@@ -94,7 +94,7 @@ std::vector<const Target*> available_targets() {
     return targets;
 }
 
-// Read at every call, so that a test or a benchmark can switch within one process.
+// The variable is read at every call, so that a test or a benchmark can switch targets within one process.
 const Target& chosen_target() {
     const std::vector<const Target*> targets = available_targets();
     const char* const wanted = std::getenv("RS_GGUF_KERNEL");

@@ -1,28 +1,28 @@
 // The loops, written once over a vector type V. Each target_*.cpp supplies its V and instantiates Kernel<V>.
 //
-// How a row is read. A *step* is 2·W elements, W the lanes of a vector, read as two halves. For f32 and f16
-// these are the first and the second W elements. For bf16 they are the even and the odd elements: one load
-// gives both, since a bf16 is the upper half of a float32 (even ones by a shift, odd ones by a mask), which
-// saves the shuffle that widening in order needs. The directions and the offset are packed once a layer in
-// the same order, so the inner loop never sees it.
+// How a row is read. A *step* is 2·W elements, read as two halves; W is the number of lanes of a vector. For
+// f32 and f16 the halves are the first and the second W elements. For bf16 they are the even and the odd
+// elements. One load gives both, because a bf16 is the upper half of a float32: a shift gives the even ones,
+// a mask the odd ones. This saves the shuffle that widening in order needs. The directions and the offset are
+// packed in the same order, once per layer, so the inner loop does not depend on the order.
 //
-// How a sum is taken. Each of the W lanes sums its own terms in *runs* of 32, and the runs of a *chunk* of a
-// row (at most 1,024 elements) one after the other; the lanes are then added as a tree, and the chunks one
-// after the other. So no term passes through more than 44 + D/512 roundings, its own and the offset's
-// included, whatever W is: most with four lanes, 32 in a run, up to 8 runs, a tree of 2.
-// On rows of equal numbers rounding errors do not cancel, and a lane that ran on would lose a digit.
+// How a sum is computed. Each of the W lanes sums its own terms in *runs* of 32, then adds the runs of a
+// *chunk* of a row (at most 1,024 elements) one after another. Then the lanes are added as a tree, and the
+// chunks one after another. So a term passes through at most 44 + D/512 roundings for any W, including its
+// own and the offset's. Four lanes give the most: 32 in a run, up to 8 runs, a tree of 2. On rows of equal
+// numbers, rounding errors do not cancel; a lane without runs would lose a digit.
 //
-// How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums are held in registers. Rows go
-// from where they lie to registers, and only ragged ends are copied: a few rows, a chunk at a time, meet one
-// column of C directions after the other. Meanwhile the same chunk of the next rows is prefetched: rows of
-// one layer lie L·D elements apart, which no hardware prefetcher guesses. Each column fetches its share, so
-// that memory is read for as long as there is something to multiply; and no nearer than into the second-level
-// cache, for where L·D is a power of two the same chunk of every row belongs into the same few sets of the
-// first, and rows that wait there throw out those at hand.
+// How memory is used. A *tile* is R rows × C directions, C ≤ 6, whose sums stay in registers. Rows are loaded
+// directly from their place; only ragged ends are copied. A few rows, one chunk at a time, are multiplied
+// with one column of C directions after another. Meanwhile the same chunk of the next rows is prefetched:
+// rows of one layer are L·D elements apart, which no hardware prefetcher predicts. Each column prefetches its
+// share, so that memory is read during all multiplications. It goes to the second-level cache: if L·D is a
+// power of two, the same chunk of every row falls into the same few sets of the first-level cache, and
+// waiting rows would evict the rows in use.
 //
-// Nothing here may be shared between targets: a function of the standard library instantiated under AVX-512
-// flags could be the one that the linker keeps for everybody. So: no std:: templates, and V is a type in an
-// anonymous namespace, which makes every instantiation local to its file.
+// Targets must not share code from here: the linker might keep a standard-library function that was compiled
+// with AVX-512 flags for all targets. So there are no std:: templates, and V is a type in an anonymous
+// namespace, which makes every instantiation local to its file.
 
 #pragma once
 
@@ -75,14 +75,14 @@ class Kernel {
     };
 
     static std::size_t steps_of(std::size_t width) { return (width + step - 1) / step; }
-    // The columns of tiles are as even as can be: column t holds the directions [begin(t), begin(t + 1)).
+    // The columns of tiles are as even as possible: column t holds the directions [begin(t), begin(t + 1)).
     static std::size_t columns_of(std::size_t rank) { return (rank + columns - 1) / columns; }
     static std::size_t begin(std::size_t t, std::size_t rank) { return t * rank / columns_of(rank); }
 
-    // Steps in a chunk, and steps for which all directions stay in the second-level cache. Long chunks suit
-    // few directions, where memory is what limits, since long stretches are what the hardware prefetchers are
-    // good at. Many directions are a matrix product, where the chunk of a column (12 KiB) should be used
-    // often before it leaves the first-level cache.
+    // Steps in a chunk, and steps for which all directions stay in the second-level cache. With few
+    // directions memory is the limit, and hardware prefetchers work best on long chunks. Many directions are
+    // a matrix product: the chunk of a column (12 KiB) should be used often before it leaves the first-level
+    // cache.
     struct Blocking {
         std::size_t chunk_steps, panel_steps;
     };
@@ -94,14 +94,14 @@ class Kernel {
 
     static std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
-    // A packed layer: the offset [steps][half][lane], then for each column of tiles its directions
-    // [steps][half][C][lane]. Zeros fill the last step.
+    // A packed layer: the offset [steps][half][lane], then the directions [steps][half][C][lane] of each
+    // column of tiles. Zeros fill the last step.
     template <class Float>
     static Float* packed_at(Float* packed, std::size_t width, std::size_t k) {
         return packed + steps_of(width) * step * (1 + k);
     }
 
-    // Writes one direction, or the offset, into a column of `c` of them.
+    // Writes one direction, or the offset, to a column of `c` directions.
     static void pack_row(Type type, std::size_t width, const float* from, float* to, std::size_t c) {
         for (std::size_t at = 0; at < width; at += step, from += step, to += step * c) {
             float padded[step] = {};
@@ -140,21 +140,21 @@ class Kernel {
         }
     }
 
-    // The share of the next rows' chunk that a column fetches: a step of one row in every `of`, the rows in
-    // turn, from `first` on.
+    // The share of the next rows' chunk that a column prefetches: every `of`-th step, from `first` on,
+    // counted over the rows in turn.
     struct Share {
         std::size_t first, of;
     };
 
-    // Adds one chunk of R rows × C directions to out[r][c]. A function of its own: inlined into the loops
-    // around it, it makes compilers run out of registers, at half the speed. Meanwhile fetches its share of
-    // what is wanted next, a chunk from each of `next`. `runs` is room for the sum of the runs: the caller's,
-    // so that it lies in memory and leaves the registers to the run at hand.
+    // Adds one chunk of R rows × C directions to out[r][c]. It is a separate function: inlined, it makes
+    // compilers run out of registers, at half the speed. Meanwhile it prefetches its share of the next
+    // chunks, one from each of `next`. `runs` holds the sum of the runs. It is the caller's, so that it is in
+    // memory and leaves the registers to the current run.
     template <class Source, std::size_t R, std::size_t C, bool offset>
     RS_NOINLINE static void tile(const unsigned char* const* rows, const unsigned char* const* next,
                                  Share share, const float* origin, const float* column, std::size_t steps,
                                  float* const* out, Vector (&runs)[R][C]) {
-        std::size_t others = share.first;  // that are not fetched, until the next one that is
+        std::size_t others = share.first;  // steps to skip before the next prefetch
         for (std::size_t s = 0; s < steps;) {
             Vector sum[R][C];
             for (std::size_t r = 0; r < R; ++r)
@@ -187,7 +187,7 @@ class Kernel {
         }
     }
 
-    // A block of rows, and where each of their results goes.
+    // A block of rows, and the destination of each result.
     struct Block {
         const unsigned char* row[block_rows];
         const unsigned char* next[block_rows];  // the same chunk of the next rows
@@ -195,8 +195,8 @@ class Kernel {
         std::size_t rows;
     };
 
-    // One column of C directions over a block, R rows at a time. The last tile may lack rows: the block's
-    // last row then stands in for them, and its results there are dropped.
+    // One column of C directions over a block, R rows at a time. If the last tile lacks rows, the block's
+    // last row replaces them, and those results are dropped.
     template <class Source, std::size_t C, bool offset>
     static void column_of(const Block& block, std::size_t first, Share share, const float* origin,
                           const float* column, std::size_t steps) {
@@ -237,8 +237,8 @@ class Kernel {
         }
     }
 
-    // All of a job: panels of the width, blocks of rows, chunks of the panel. The ragged end of the width, if
-    // there is one, is a chunk of its own: the rows' ends are copied to whole, zero-filled steps.
+    // A whole job: panels of the width, blocks of rows, chunks of the panel. A ragged end of the width is a
+    // separate chunk: the ends of the rows are copied to whole steps, filled with zeros.
     template <class Source, bool offset>
     static void sweep(const Rows& job) {
         const std::size_t full = job.width / step;

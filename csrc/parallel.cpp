@@ -1,4 +1,4 @@
-// A pool of threads, because starting one costs as much time as projecting a small model's activations.
+// A pool of threads, because starting a thread takes as long as projecting a small model's activations.
 
 #include "parallel.hpp"
 
@@ -21,8 +21,8 @@
 namespace rs {
 namespace {
 
-// What the threads of one call share. Tasks are handed out one at a time, so a thread that starts late or
-// is interrupted costs no more than the task it holds.
+// The state that the threads of one call share. Tasks are handed out one at a time, so a thread that starts
+// late or is interrupted delays only its own task.
 struct Job {
     std::size_t count;
     Task run;
@@ -62,12 +62,12 @@ private:
 #endif
             }
         } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
-            // The system gives no more threads: those that there are, and the caller, do the work.
+            // The system gives no more threads. The existing threads and the caller do the work.
         }
     }
 
-    // Keeps the workers off the caller's core. Linux likes to wake a thread on the core of whoever wakes it,
-    // busy as that is, and the call would be over before the worker's turn comes.
+    // Keeps the workers off the caller's core. Linux often wakes a thread on the core of the waking thread.
+    // That core is busy, so the call would end before the worker starts.
     void leave_this_core() {
 #ifdef RS_AFFINITY
         const int here = sched_getcpu();
@@ -91,7 +91,7 @@ private:
         wake_.notify_all();
     }
 
-    // No thread enters the job from here on, and those inside have left when this returns.
+    // No thread enters the job after this call, and all threads in the job have left when it returns.
     void close() {
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;
@@ -119,8 +119,8 @@ private:
         }
     }
 
-    // Calls come in rows (layer by layer, step by step), and waking a sleeping thread takes longer than a
-    // small call: so look out for the next call for up to a millisecond or so before going to sleep.
+    // Calls often follow each other (layer by layer, step by step), and waking a sleeping thread takes longer
+    // than a small call. So a thread waits actively for about a millisecond before it sleeps.
     void linger(std::size_t seen) const {
         for (int i = 0; i < 2000 && calls_ == seen; ++i) std::this_thread::yield();
     }
@@ -132,7 +132,7 @@ private:
     std::atomic<std::size_t> calls_{0};
     std::vector<std::thread::native_handle_type> handles_;
 #ifdef RS_AFFINITY
-    cpu_set_t allowed_{};  // cores that the workers may use: all of the caller's but the one it was on
+    cpu_set_t allowed_{};  // the workers' cores: the caller's, except the one it runs on
 #endif
     Job* job_ = nullptr;
     std::size_t seats_ = 0;
@@ -143,8 +143,8 @@ private:
 // Never destroyed: its threads sleep until the process ends.
 std::atomic<Pool*> pool{nullptr};
 
-// Only the forking thread lives on in a child. The parent's pool, whose locks may be held by threads that
-// are no more, is left where it is.
+// After a fork only the forking thread exists in the child. The child leaves the parent's pool alone, because
+// threads that no longer exist may hold its locks.
 void replace_pool() { pool = new Pool; }
 
 Pool& current_pool() {

@@ -1,4 +1,4 @@
-// Tasks 0 … count − 1, shared out among threads that are kept between calls.
+// Runs tasks 0 … count − 1 on threads that stay alive between calls.
 
 #pragma once
 

@@ -1,12 +1,11 @@
-// The contract of the kernel: what every file in this folder shares, and nothing else.
+// The interface of the kernel, which all files in this folder share.
 //
 //   out[n, l, k] = Σ_d (h[n, l, d] − o[l, d]) · v[l, k, d]
 //
-// h is read once, in the type it has (float32, float16 or bfloat16), from wherever it lies: any address,
-// any stride in n and l, d contiguous. Sums are taken in float32, by lanes, runs and chunks (see kernel.hpp).
-// Whatever the data, the error is at most (44 + D/512) · 2⁻²⁴ · Σ|h − o||v| where nothing over- or
-// underflows: 3.1e−6 of the sum at D = 4,096. On random rows and on rows of equal numbers it stays below 1e−6
-// of it up to D = 16,384.
+// h is read once, in its own type (float32, float16 or bfloat16) and in place: any address, any stride in n
+// and l, d contiguous. Sums are float32, by lanes, runs and chunks (see kernel.hpp). For any data without
+// overflow or underflow, the error is at most (44 + D/512) · 2⁻²⁴ · Σ|h − o||v|: 3.1e−6 of the sum at
+// D = 4,096. On random rows and on rows of equal numbers it stays below 1e−6 of the sum up to D = 16,384.
 
 #pragma once
 
@@ -50,8 +49,8 @@ struct Rows {
     std::size_t out_stride;
 };
 
-// A SIMD target: three functions compiled for one instruction set. All memory is the caller's, so that none
-// of them can fail. `packed` has packed_floats() floats and is aligned to `alignment` bytes.
+// A SIMD target: three functions compiled for one instruction set. The caller owns all memory, so the
+// functions cannot fail. `packed` has packed_floats() floats and is aligned to `alignment` bytes.
 struct Target {
     const char* name;
     std::size_t (*packed_floats)(std::size_t width, std::size_t rank);
@@ -62,18 +61,18 @@ struct Target {
 
 inline constexpr std::size_t alignment = 64;
 
-// dispatch.cpp: the targets that are built in and that this CPU can run, slowest first; and the one in
-// use: the last of them, or the one that RS_GGUF_KERNEL names. Throws std::invalid_argument if
-// RS_GGUF_KERNEL names one that cannot be had.
+// dispatch.cpp: the targets of this build that this CPU can run, slowest first; and the target in use, which
+// is the last one or the one that RS_GGUF_KERNEL names. Throws std::invalid_argument if RS_GGUF_KERNEL names
+// a target that is not available.
 std::vector<const Target*> available_targets();
 const Target& chosen_target();
 
 // projection.cpp: out is [N, L, K], C-contiguous. `threads` ≥ 1 is an upper limit: small problems use fewer.
 void project(const Target& target, const Problem& problem, std::size_t threads, float* out);
 
-// statistics.cpp: the figures by which a direction is judged, from one pass over the activations. A thread
-// holds the projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous;
-// NaN where it has no meaning, and everywhere in a column of which a projection is not finite.
+// statistics.cpp: the statistics of directions, from one pass over the activations. A thread stores the
+// projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous. NaN marks
+// an undefined figure; a column with a non-finite projection is NaN throughout.
 struct Statistics {
     double* pearson;        // weighted correlation of p with c
     double* disagreement;   // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 without such a sample

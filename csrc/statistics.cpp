@@ -1,4 +1,4 @@
-// Figures of merit of directions, layer by layer, in float64 over float32 projections.
+// Statistics of directions, layer by layer, in float64 from float32 projections.
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +17,8 @@ constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
 int sign(double x) { return static_cast<int>(x > 0) - static_cast<int>(x < 0); }
 
-// The quantile q of values, with linear interpolation between order statistics (Hyndman and Fan's type 7,
-// NumPy's default). Reorders values. NaN if there are none.
+// Returns the quantile q of values, with linear interpolation between order statistics (Hyndman and Fan's
+// type 7, NumPy's default). Reorders values. Returns NaN without values.
 double quantile(std::vector<float>& values, double q) {
     if (values.empty()) return nan;
     const double position = q * static_cast<double>(values.size() - 1);
@@ -32,8 +32,8 @@ double quantile(std::vector<float>& values, double q) {
     return low + fraction * (high - low);
 }
 
-// Area under the ROC curve: the share of pairs of a refused and an answered sample of which the refused one
-// lies higher, ties counted half. Sorts both. NaN without a pair.
+// Returns the area under the ROC curve: among pairs of a refused and an answered sample, the share in which
+// the refused one is higher. Ties count half. Sorts both. Returns NaN without a pair.
 double auroc(std::vector<float>& refused, std::vector<float>& answered) {
     if (refused.empty() || answered.empty()) return nan;
     std::sort(refused.begin(), refused.end());
@@ -96,7 +96,7 @@ public:
             if (c > 0) positive_.push_back(value);
             if (c < 0) negative_.push_back(value);
         }
-        if (!std::isfinite(sum_p)) {  // a projection is infinite or NaN: no figure means anything
+        if (!std::isfinite(sum_p)) {  // a projection is infinite or NaN, so all figures are undefined
             for (double* const figure : {out.pearson, out.disagreement, out.auroc, out.mean_refused,
                                          out.mean_answered, out.upper, out.lower})
                 figure[index] = nan;
@@ -113,15 +113,15 @@ public:
     }
 
 private:
-    // About the means, in a second run over the column: one-pass sums of squares would cancel. A constant is
-    // told by its range, since rounding of the mean leaves it a small variance.
+    // A second run over the column subtracts the means: one-pass sums of squares would cancel. The range
+    // identifies a constant column, because rounding of the mean leaves it a small variance.
     double pearson(const float* p, std::size_t stride, double mean_p, double mean_c) const {
         double pp = 0;
         double pc = 0;
         double cc = 0;
         bool p_varies = false;
         bool c_varies = false;
-        std::size_t first = samples_;  // of the samples that count
+        std::size_t first = samples_;  // the first sample with a weight
         for (std::size_t n = 0; n < samples_; ++n) {
             if (w_[n] == 0) continue;
             first = std::min(first, n);

@@ -1,5 +1,5 @@
-// AVX2 + FMA + F16C: 8 lanes, 16 registers. Compiled with these flags; entered only after dispatch.cpp has
-// asked the CPU.
+// AVX2 + FMA + F16C: 8 lanes, 16 registers. Compiled with these flags; dispatch.cpp uses it only if the CPU
+// has these features.
 
 #include <immintrin.h>
 
@@ -23,8 +23,8 @@ struct Avx2 {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }
 
-    // Keeps a value in a register: GCC would rather load it again for every multiplication, and loads are
-    // what the loop is short of.
+    // Keeps a value in a register. GCC would load it again for every multiplication, and loads are the limit
+    // of the loop.
     static Vector hold(Vector a) {
 #ifdef __GNUC__
         __asm__("" : "+x"(a));
@@ -56,7 +56,7 @@ struct Avx2 {
     static Vector load_bf16_even(const unsigned char* p) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16));
     }
-    // Two shifts rather than a mask, which would take the register that the tile leaves.
+    // Two shifts, because a mask would take the one register that the tile leaves free.
     static Vector load_bf16_odd(const unsigned char* p) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(load_bits(p), 16), 16));
     }

@@ -1,5 +1,5 @@
-// AVX-512 F: 16 lanes, 32 registers. bfloat16 is widened, not fed to VDPBF16PS: that instruction wants the
-// directions in bfloat16 too, which would cost three decimal digits (docs/kernel.md has the figures).
+// AVX-512 F: 16 lanes, 32 registers. bfloat16 is widened. VDPBF16PS is not used: it needs the directions in
+// bfloat16 too, which would cost three decimal digits (figures in docs/kernel.md).
 
 #include <immintrin.h>
 
@@ -21,8 +21,8 @@ struct Avx512 {
 
     static __m512i load_bits(const unsigned char* p) { return _mm512_loadu_si512(p); }
 
-    // Keeps a value in a register: GCC would rather load it again for every multiplication, and loads are
-    // what the loop is short of.
+    // Keeps a value in a register. GCC would load it again for every multiplication, and loads are the limit
+    // of the loop.
     static Vector hold(Vector a) {
 #if defined(__GNUC__) && defined(__AVX512F__)
         __asm__("" : "+v"(a));

@@ -1,5 +1,5 @@
 // NEON on AArch64: 4 lanes, 32 registers. FCVTL widens float16 and a shift widens bfloat16; both are in the
-// base instruction set. BFDOT and FMLAL are not used: they want the directions in 16 bits too
+// base instruction set. BFDOT and FMLAL are not used: they need the directions in 16 bits too
 // (docs/kernel.md).
 
 #include <arm_neon.h>

@@ -1,4 +1,4 @@
-// Scalar: plain C++ for any machine, and the yardstick of the other targets. Its "vector" is an array of
+// Scalar: plain C++ for any machine, and the reference of the other targets. Its "vector" is an array of
 // eight floats, so that it sums by lanes as they do.
 
 #include <cstddef>

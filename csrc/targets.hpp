@@ -1,4 +1,4 @@
-// The targets that CMakeLists.txt built, one object a file. Only dispatch.cpp needs to know them all.
+// The targets of this build (CMakeLists.txt), one object per file. Only dispatch.cpp uses them all.
 
 #pragma once
 

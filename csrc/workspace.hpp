@@ -1,4 +1,4 @@
-// What one thread needs to work on a layer: the layer's directions, packed as the target wants them.
+// The memory of one thread for a layer: the layer's directions, packed for the target.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-"""A tiny model and the real one, the embedded default, fetched once; what holds for all tests."""
+"""Fixtures and settings of all tests: a tiny model, and the default model, which is downloaded once."""
 
 import signal
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ import pytest
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.models import resolve as models
 
-# A busy machine is no fault, and a failure is there again the next time.
+# A busy machine must not fail a test, and a real failure occurs again in the next run.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-# A shell's background job ignores interrupts, and so would the commands that tests start and interrupt.
+# A background job of a shell ignores interrupts. Commands that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
-    """A random model with ChatML's control tokens: what its tokenizer does with a text is real."""
-    from fixtures.tiny_gguf import write_tiny_qwen2  # which loads PyTorch
+    """Return a random model with ChatML's control tokens. Its tokenizer works like that of a real model."""
+    from fixtures.tiny_gguf import write_tiny_qwen2  # The import loads PyTorch.
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_tiny_qwen2(path)

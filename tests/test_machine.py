@@ -1,4 +1,4 @@
-"""Work on all cores keeps its order and its errors, and gives the threads back."""
+"""`on_all_cores` keeps the order and the errors of its work, and restores the number of threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def two_threads() -> Iterator[None]:
 
 
 def threads_of_a_new_thread() -> int:
-    """How many threads torch gives work that begins in another thread: what is set for the process."""
+    """Return the number of threads that torch uses in a new thread: the setting of the process."""
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
