@@ -88,7 +88,7 @@ def test_counts_are_of_pairs_and_leave_out_the_unjudged() -> None:
     assert evaluation.lost_and_gained("broken") == (0, 1)
     assert evaluation.lost_and_gained("unjudged") == (1, 1)
     # `rs-export eval` and its readers know the unsteered side as the baseline.
-    assert found.figures()["refused_baseline"] == 2
+    assert found.figures()["refused_unsteered"] == 2
     assert found.figures()["ci95_unsteered"] == list(found.ci95_unsteered)
 
 
