@@ -1134,7 +1134,7 @@ def test_terminal_shows_both_files_and_their_commands_whole(judged_folder: Path)
     assert "Use the gated adapter." in lines
     commands = [line for line in lines if line.startswith("llama-server")]
     assert commands == [adapter["llama_cpp"]["command"], vector["llama_cpp"]["command"]]
-    assert "Gated adapter, out/demo/remove-adapter.gguf (the one to use):" in lines
+    assert "Gated adapter, out/demo/remove-adapter.gguf (recommended):" in lines
 
 
 def test_terminal_takes_a_folder_whose_name_is_no_text(run_folder: Path) -> None:
@@ -1166,7 +1166,7 @@ def test_terminal_gives_the_reasons_of_each_file(run_folder: Path) -> None:
     assert "Use neither file as it is." in text
     assert "  control vector: no sensitive refusal was removed\n" in text
     assert "  gated adapter: [red]not markup[/] ␛[31m\n" in text
-    assert text.count("(did not pass its safety gate)") == 2
+    assert text.count("(did not meet the acceptance criteria)") == 2
 
 
 def test_terminal_of_a_run_without_an_adapter(run_folder: Path) -> None:
