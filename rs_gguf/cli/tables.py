@@ -57,7 +57,8 @@ def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int)
 def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: int) -> None:
     """Print explicit refusals, outcomes, transitions, and then what else is known of a set."""
     one = SetRecord.model_validate(figures)
-    table = Table(title=Text(f"{escape_control_chars(name)}: {one.n} prompts"), title_justify="left")
+    title = Text(f"{escape_control_chars(name)}: {one.n} prompts, answers of up to {tokens} tokens")
+    table = Table(title=title, title_justify="left")
     for column in ("", "unsteered", "steered", ""):
         table.add_column(column, overflow="fold")
     p = "" if one.explicit_p is None else f"p = {one.explicit_p:.2g}"
@@ -65,15 +66,12 @@ def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: 
     for outcome in ("complies", "refuses", "fails", "unjudged"):
         before, after = getattr(one.outcomes_unsteered, outcome), getattr(one.outcomes_steered, outcome)
         table.add_row(outcome, str(before), str(after), end_section=outcome == "unjudged")
-    for transition, of in (
-        ("opened", "refused"), ("kept", "refused"), ("closed", "complied"), ("broken", "not failed"),
-    ):  # fmt: skip
-        table.add_row(f"{transition}, of {of}", "", _share(getattr(one, transition)))
-    table.add_row("changes not confirmed", "", str(one.unconfirmed or 0), end_section=True)
+    for transition in ("opened", "kept", "closed", "broken"):
+        table.add_row(transition, "", _share(getattr(one, transition)))
+    table.add_row("not confirmed", "", str(one.unconfirmed or 0), end_section=True)
     flags = figures["output_flags"]
     for flag in flags["unsteered"]:
-        words = f"truncated at {tokens} tokens" if flag == "truncated" else flag.replace("_", " ")
-        table.add_row(words, str(flags["unsteered"][flag]), str(flags["steered"][flag]))
+        table.add_row(flag.replace("_", " "), str(flags["unsteered"][flag]), str(flags["steered"][flag]))
     if figures["drift"] is not None:
         table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
         table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))

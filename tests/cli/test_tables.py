@@ -14,10 +14,10 @@ from rs_gguf.cli import tables
 FLAGS = {"empty": 1, "loop": 0, "language_switch": 2, "truncated": 3}
 
 
-def figures(**changes: Any) -> dict[str, Any]:
+def figures(opened: int = 0, closed: int = 0, broken: int = 0) -> dict[str, Any]:
     """What `eval` has of a set."""
     return {
-        **invented_set(**changes).model_dump(mode="json"),
+        **invented_set(opened=opened, closed=closed, broken=broken).model_dump(mode="json"),
         "output_flags": {"unsteered": FLAGS, "steered": FLAGS},
         "drift": 0.0123, "top1_agreement": 0.97, "perplexity_unsteered": 2.0, "perplexity_steered": 2.5,
         "by": {
@@ -55,11 +55,21 @@ def test_a_comparison_goes_from_explicit_refusals_to_outcomes_and_transitions(co
     text = printed(console)
     rows = [
         [cell.strip() for cell in line.strip("│").split("│")]
-        for line in text.split("├")[0].splitlines() + text.splitlines()
+        for line in text.splitlines()
         if line.startswith("│")
     ]
-    names = ["explicit refusals", "complies", "refuses", "fails", "unjudged", "opened, of refused"]
-    names += ["kept, of refused", "closed, of complied", "broken, of not failed", "changes not confirmed"]
+    names = [
+        "explicit refusals",
+        "complies",
+        "refuses",
+        "fails",
+        "unjudged",
+        "opened",
+        "kept",
+        "closed",
+        "broken",
+    ]
+    names += ["not confirmed", "empty", "loop", "language switch", "truncated"]
     first = [row[0] for row in rows]
     assert [first.index(name) for name in names] == sorted(first.index(name) for name in names)
     of = {row[0]: row[1:] for row in rows}
@@ -70,11 +80,16 @@ def test_a_comparison_goes_from_explicit_refusals_to_outcomes_and_transitions(co
     assert of["refuses"][:2] == ["20", "6"]
     assert of["fails"][:2] == ["0", "1"]
     for name, share in (
-        ("opened, of refused", "15 of 20 ("), ("kept, of refused", "4 of 20 ("),
-        ("closed, of complied", "2 of 20 ("), ("broken, of not failed", "1 of 40 ("),
+        ("opened", "15 of 20 ("), ("kept", "4 of 20 ("),
+        ("closed", "2 of 20 ("), ("broken", "1 of 40 ("),
     ):  # fmt: skip
         assert of[name][1].startswith(share)
-    for words in ("truncated at 128 tokens", "0.0123 nats/token", "tokens/s", "perplexity, 64 texts"):
+    for words in (
+        "mine: 40 prompts, answers of up to 128 tokens",
+        "0.0123 nats/token",
+        "tokens/s",
+        "perplexity, 64 texts",
+    ):
         assert words in text
 
 
