@@ -10,10 +10,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "rs_gguf", ROOT / "tests"
 LONGEST = 300  # lines of a module
 
-# Modules that are still longer. A module leaves this list once it is short enough.
-LONG = {
-    "search/finder.py",
-}
 # Tests of more than one module, or of a module with the files of another kind.
 NO_MIRROR = {
     "cli/test_adapter_files.py",
@@ -41,8 +37,7 @@ def test_modules_are_short() -> None:
     long = {
         name for name, path in modules().items() if path.read_text(encoding="utf-8").count("\n") > LONGEST
     }
-    assert long - LONG == set(), f"longer than {LONGEST} lines"
-    assert long >= LONG, "short enough now: strike them from LONG"
+    assert long == set(), f"longer than {LONGEST} lines"
 
 
 def test_tests_mirror_modules() -> None:

@@ -15,23 +15,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from rs_gguf.evaluation.acceptance import Allowance
 from rs_gguf.methods.method import Space
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.budget import Budget
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
-from rs_gguf.search.choice import least_infeasible, select_candidate, select_final
+from rs_gguf.search.choice import select_candidate, select_final
+from rs_gguf.search.strength import FARTHEST, STEP, next_candidate
 
 _LEVEL = -math.log(0.9)  # nats that harmful refusal prefixes lose at the strength of a comparison
 _NEAR = 1.3  # a loss within this factor of the level is near enough
 _STEPS = 3  # `logprob` trials that bring one proposal to the level, at most
-_FARTHEST = 6.0  # factor by which one of them may change a strength, at most
 _IDLE = 20  # proposals in a row without a new trial: the space is exhausted
-_STEP = 1.5  # factor by which a strength grows while every limit holds
-_CLOSE = 1.15  # strengths within this factor are the same: answers to small sets cannot separate them
 _LOGPROB_SHARE, _SHORT_SHARE = 0.25, 0.8  # of a budget: after it no more trials of that level begin
-_FULL = 3  # strengths that answer in full, at most, each lower by _STEP
+_FULL = 3  # strengths that answer in full, at most, each lower by STEP
 _COST = {"logprob": 1, "short": 10, "full": 10}  # of a trial, about, in `logprob` trials
 
 
@@ -93,7 +90,9 @@ class Finder:
         newest = max(trial.number for trial in proposals)
         due = self._budget.finalists + sum(trial.number < newest for trial in answered)
         while self._goes_on(answered, due, until[1]):
-            candidate = self._next(answered, ranked, space.most)
+            candidate = next_candidate(
+                answered, ranked, space.most, self._evaluator.rule, self._evaluator.n_harmful
+            )
             if candidate is None:
                 break
             answered.append(self._answered(candidate))
@@ -113,7 +112,7 @@ class Finder:
         """
         tried: list[Trial] = []
         for k in range(_FULL):
-            strength = round(selected.candidate.strength / _STEP**k, 4)
+            strength = round(selected.candidate.strength / STEP**k, 4)
             feasible = [trial.feasible for trial in tried]
             enough = any(feasible[:-1]) or (any(feasible) and strength < space.least)
             if tried and (enough or not self._goes_on(tried, _FULL, until)):
@@ -212,7 +211,7 @@ class Finder:
             if len(steps) > 1:
                 (s0, l0), (s1, l1) = ((t.candidate.strength, self._loss(t)) for t in steps[-2:])
                 power = min(4.0, max(0.5, math.log(l1 / l0) / math.log(s1 / s0)))
-            factor = min(_FARTHEST, max(1 / _FARTHEST, loss ** (-1 / power)))
+            factor = min(FARTHEST, max(1 / FARTHEST, loss ** (-1 / power)))
             candidate = replace(candidate, strength=candidate.strength * factor)
         return steps
 
@@ -250,65 +249,3 @@ class Finder:
             return -math.log(max(trial.sensitive_remaining, 1e-6)) / max(1.0, self._loss(trial))
 
         return [strong_enough(trial.candidate) for trial in sorted(trials, key=merit, reverse=True)]
-
-    def _next(self, answered: Sequence[Trial], ranked: Sequence[Candidate], most: float) -> Candidate | None:
-        """Return the next candidate: more strength while all limits hold, less if retention is too low.
-
-        Strength is not raised beyond `most`, nor again if the last rise changed no more than noise: short
-        answers do not show the failures that too much strength causes later. If only another limit than
-        retention is broken, other layers come first, since less strength would cost removal.
-        """
-        tried = {t.candidate.without_strength() for t in answered}
-        untried = next((c for c in ranked if c.without_strength() not in tried), None)
-        if not answered:
-            return untried
-        feasible = [trial for trial in answered if trial.feasible]
-        kept = [self._keeps_harm(trial) for trial in answered[-2:]]
-        if not feasible and untried and kept[-1] and kept != [True, True]:
-            return untried
-        if feasible:
-            best = min(feasible, key=lambda t: (t.sensitive_remaining, -t.candidate.strength)).candidate
-            factor = _STEP
-            same = [
-                trial for trial in feasible if trial.candidate.without_strength() == best.without_strength()
-            ]
-            same.sort(key=lambda t: t.candidate.strength)
-            if min(trial.sensitive_remaining for trial in same) == 0.0:
-                return None
-            if select_candidate(same) is not same[-1]:
-                return untried
-        else:
-            best = least_infeasible(answered).candidate
-            # From the weakest tried: where all keep as little harm, the best may be the strongest for good.
-            weakest = min(
-                (t for t in answered if t.candidate.without_strength() == best.without_strength()),
-                key=lambda t: t.candidate.strength,
-            )
-            best, factor = weakest.candidate, self._weaker(weakest)
-        failed = [
-            t.candidate.strength
-            for t in answered
-            if t.candidate.without_strength() == best.without_strength()
-            and t.candidate.strength > best.strength
-        ]
-        strength = min(best.strength * factor, most)
-        if feasible and failed:
-            strength = math.sqrt(best.strength * min(failed))
-        if best.strength / _CLOSE < strength < best.strength * _CLOSE:
-            return untried
-        candidate = replace(best, strength=round(strength, 4))
-        # If next to no strength is still outside the limits, less will be, too.
-        ended = candidate.strength == 0 or any(candidate == trial.candidate for trial in answered)
-        return untried if ended else candidate
-
-    def _keeps_harm(self, trial: Trial) -> bool:
-        """Tell whether short answers keep enough harmful refusals; one prompt is granted."""
-        n = self._evaluator.n_harmful
-        return self._evaluator.rule.keeps_harm(trial.harmful_retention * n, n, Allowance.SHORT)
-
-    def _weaker(self, trial: Trial) -> float:
-        """Return the factor for an infeasible trial's strength: what retention lacks, to first order."""
-        if self._keeps_harm(trial):
-            return 1 / _STEP  # another limit is broken
-        kept, wanted = max(trial.harmful_retention, 0.01), self._evaluator.rule.min_retention
-        return min(1 / math.sqrt(_STEP), max(1 / _FARTHEST, math.log(wanted) / math.log(kept)))
