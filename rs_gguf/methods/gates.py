@@ -1,9 +1,9 @@
 """Fit a gated adapter in closed form: a rank-1 LoRA whose effect depends on the input (method §8).
 
 Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
-`GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
-activation 1 on the mean sensitive prompt and m, the benign target, on the mean benign one. It is −m/4 on the
-mean harmful one. Elsewhere the gate vector gives as little as possible: minimum-variance beamforming under linear constraints
+`GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate activation aᵀx of the
+gate vector a is 1 on the mean sensitive prompt. It is m, the benign target, on the mean benign one and −m/4
+on the harmful one. Elsewhere it is as small as possible: minimum-variance beamforming under linear constraints
 (Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The output vector d is what the layer adds to
 the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which moves every prompt equally.
 """
