@@ -31,8 +31,8 @@ def measured(sweeps: Sequence[Row], rows: Sequence[Row], files: Sequence[Reporte
     """Return a chart of each sweep: lines by kind of prompt where the run knows it, else by set.
 
     rows: the run's own validation prompts, which give the prompts of a sweep their kind.
-    Each chart has a `key`: of the run's file if it alone was swept, by its name, else None. Scales are those
-    of that one file. Where several files were swept, scales multiply theirs.
+    A chart has a `key` if one file of the run was swept, recognised by its name; else the key is None. The
+    scale of a single file is multiplied in. With several files, scales multiply the scale of each.
     """
     kind_of = {row["prompt"]: row["kind"] for row in rows}
     return [_curves(sweep, kind_of, files) for sweep in sweeps]

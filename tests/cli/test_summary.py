@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fixtures.invented_run import SIDES, invented_rows, make_run, without_adapter
 from rich.console import Console
 
+from rs_gguf.cli.main import main
 from rs_gguf.cli.summary import print_results
 from rs_gguf.records.conversation import KINDS
+from rs_gguf.report.page import write_report
 from rs_gguf.report.text import interval
 
 
@@ -109,6 +112,22 @@ def test_a_run_without_an_adapter(run_folder: Path) -> None:
     text = printed(metrics_of(without_adapter(run_folder)))
     assert "Use the control vector." in text
     assert "adapter" not in text
+
+
+def test_answers_to_harmful_prompts_are_an_option_of_the_report(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finished(*_: object) -> dict[str, Any]:
+        write_report(run_folder)
+        return metrics_of(run_folder)
+
+    monkeypatch.setattr("rs_gguf.cli.main._run", finished)
+    page = run_folder / "report.html"
+    for arguments, shown in (((), False), (("--harmful-answers",), True), ((), False)):
+        result = CliRunner().invoke(main, ["report", "--out", str(run_folder), *arguments])
+        assert result.exit_code == 0
+        assert ("Show this answer to a harmful prompt" in page.read_text("utf-8")) == shown
+    assert CliRunner().invoke(main, ["measure", "--harmful-answers"]).exit_code == 2
 
 
 def test_schema_1_is_printed_without_what_it_did_not_measure() -> None:
