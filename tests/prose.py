@@ -41,7 +41,7 @@ BANNED = {  # a pattern, in which a blank is any white space: what to write inst
     r"harm's refusals": "use “refusals of harmful prompts”",
     r"(falls?|fell|falling|fallen) apart": "use “failure” for the verdict, “degenerate output” for the rule",
     r"requests? (of|for) harm": "use “harmful prompt”",
-    r"escape_control_chars (one|prompt|request|question)s?": "use “benign prompt”",
+    r"harmless (one|prompt|request|question)s?": "use “benign prompt”",
     r"ways? of asking": "use “request form”",
     r"soft refusals?": "use “evasion”",
     r"(kind|way)s? of refus(al|ing)": "use “category” of the rubric",

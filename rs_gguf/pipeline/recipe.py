@@ -8,12 +8,12 @@ the defaults here, the file, the environment (`RS_GGUF_TUNE__LOGPROB_TRIALS=8`) 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,10 +25,9 @@ from pydantic_settings import (
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.acceptance import SafetyRule
-from rs_gguf.machine import Device
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline import settings
-from rs_gguf.records.conversation import Kind, Split
+from rs_gguf.pipeline.sections import Answers, Fit, Measure, Prompts, Tune
 from rs_gguf.records.files import write_text
 from rs_gguf.search.budget import Budget
 
@@ -37,157 +36,6 @@ if TYPE_CHECKING:
 
 # Estimators for each effect, if the recipe names none.
 _ESTIMATORS = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
-
-
-class _Section(BaseModel):
-    """A table of a recipe. `old_names` maps keys of published recipes to the present ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    old_names: ClassVar[Mapping[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {cls.old_names.get(key, key): value for key, value in values.items()}
-
-
-class Prompts(_Section):
-    """The prompts of a run. Sizes are per kind (sensitive, harmful, benign)."""
-
-    old_names = {"unanswered": "gate_only", "test": "validation"}
-
-    fit: int = Field(default=90, ge=8, description="prompts of each kind to fit directions on")
-    gate_only: int = Field(
-        default=160,
-        ge=0,
-        description="more prompts of each kind, in several contexts, to fit the gate vectors of an adapter; "
-        "they are neither answered nor judged",
-    )
-    tune: int = Field(default=60, ge=4, description="prompts of each kind to choose layers and strength")
-    validation: int = Field(default=30, ge=4, description="prompts of each kind for the reported figures")
-    sensitive: list[Path] = Field(
-        default=[],
-        description="your own files instead of the embedded set: the prompts whose refusals to change",
-    )
-    harmful: list[Path] = Field(default=[], description="your own files instead of the embedded set")
-    benign: list[Path] = Field(default=[], description="your own files instead of the embedded set")
-    system: str | None = Field(
-        default=None, description="system prompt; by default, the one of the chat template"
-    )
-
-    @property
-    def files(self) -> dict[Kind, list[Path]]:
-        """Return the user's own files by kind of prompt."""
-        return {"sensitive": self.sensitive, "harmful": self.harmful, "benign": self.benign}
-
-
-class Answers(_Section):
-    """How the model generates answers."""
-
-    fit_tokens: int = Field(default=64, ge=8, description="most tokens of an answer to a fit prompt")
-    tokens: int = Field(
-        default=24,
-        ge=8,
-        description="most tokens of an answer to a tune prompt, and of short answers in the search",
-    )
-    test_tokens: int = Field(
-        default=100,
-        ge=8,
-        description="most tokens of an answer in the reported figures, and of full answers in the search",
-    )
-    parallel: int = Field(
-        default=32,
-        ge=1,
-        le=255,  # llama.cpp has 256 sequences; one of them holds the common beginning of all prompts
-        description="sequences answered at once; a GGUF file answers at most 32 (8,192 KV cells, 256 per "
-        "sequence)",
-    )
-    temperature: float = Field(
-        default=0.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"
-    )
-    servers: Annotated[str | None, BeforeValidator(settings.none_or_value)] = Field(
-        default=None,
-        description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model that give the unsteered answers "
-        "to fit and tune prompts; `none` for this machine",
-    )
-
-    def limit(self, split: Split) -> int:
-        """Return the most tokens of an answer to a prompt of a split."""
-        return {"fit": self.fit_tokens, "tune": self.tokens, "validation": self.test_tokens}[split]
-
-
-class Fit(_Section):
-    """The directions and gate vectors to fit; the search chooses among all of them."""
-
-    estimators: list[str] = Field(
-        default=[],
-        description="names in rs_gguf.estimators.ESTIMATORS; empty for the default ones of the effect",
-    )
-    ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default=[0.3, 3.0], min_length=1, description="λ of the estimators, relative to the mean variance"
-    )
-    device: Device = Field(
-        default="auto",
-        description="where the fit computes: CUDA if present, else the CPU (`auto`), `cpu` or `cuda`",
-    )
-    gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default=[0.2],
-        min_length=1,
-        description="λ of the gated adapter, relative to the mean diagonal of its metric",
-    )
-
-
-class Tune(_Section):
-    """The search for layers and strength, on the tune split."""
-
-    old_names = {"trials": "logprob_trials", "full": "full_prompts"}
-
-    logprob_trials: int = Field(
-        default=6, ge=1, description="candidates of each method to evaluate with one forward pass"
-    )
-    finalists: int = Field(
-        default=3, ge=1, description="candidates of each method whose answers are generated and judged"
-    )
-    full_prompts: int = Field(
-        default=16,
-        ge=0,
-        description="prompts of each kind that the selected candidate answers at full length "
-        "(`answers.test_tokens`); 0 for none. It answers again at lower strengths until it is within all "
-        "limits, and at one more",
-    )
-    budget: Annotated[float | None, BeforeValidator(settings.seconds)] = Field(
-        default=None,
-        ge=0,
-        allow_inf_nan=False,
-        description="time for the search, such as `90m` or `2h`, instead of `logprob_trials` and "
-        "`finalists`; `none` to use these two",
-    )
-    min_retention: float = Field(
-        default=0.95, ge=0, le=1, description="least share of the unsteered harmful refusals that must remain"
-    )
-    max_benign_drift: float = Field(
-        default=0.25,
-        gt=0,
-        description="largest mean |Δ log-probability| of benign answers, in nats per token",
-    )
-    min_top1: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="least share of the tokens of benign answers that must stay first choice, as reported",
-    )
-
-
-class Measure(_Section):
-    """Conditions to measure on the validation split, besides the unsteered model and the written files."""
-
-    baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
-        default=["system-prompt"],
-        description="alternative methods in the same table: a system prompt that asks for the effect, "
-        "vectors of the literature, directional ablation (to remove refusals)",
-    )
 
 
 class Recipe(BaseSettings):

@@ -22,7 +22,8 @@ from rs_gguf.engines.answers import after_trace, chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.drift import Drift, drift_of, is_drift_reference, mean_change
 from rs_gguf.evaluation.outcomes import Outcome, outcome_of

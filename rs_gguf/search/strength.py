@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import least_infeasible, select_candidate
 

@@ -43,7 +43,8 @@ from rs_gguf.machine import Processes
 from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.samples import Samples
 from rs_gguf.methods.vector import ControlVector
-from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.sections import Fit
 from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.trials import Candidate

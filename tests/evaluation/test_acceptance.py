@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rs_gguf.evaluation.acceptance import Allowance, Decision, SafetyRule
+from rs_gguf.evaluation.acceptance import Decision, SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.paired import PairedEvaluation

@@ -18,7 +18,8 @@ from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.methods import figures
 from rs_gguf.methods.samples import Samples
 from rs_gguf.methods.vector import ControlVector
-from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.sections import Fit
 from rs_gguf.pipeline.stages import fit as fitting
 from rs_gguf.records.conversation import KINDS, Prompt
 

@@ -21,8 +21,9 @@ from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.judges.endpoint import EndpointJudge
 from rs_gguf.judges.rubric import label_message
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.recipe import Answers, Prompts, Recipe
+from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.run import run
+from rs_gguf.pipeline.sections import Answers, Prompts
 from rs_gguf.pipeline.stage import Progress, Silent
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.rows import Row

@@ -16,7 +16,8 @@ import numpy as np
 
 from rs_gguf.engines.answers import Advance, logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
-from rs_gguf.evaluation.acceptance import Allowance, Decision
+from rs_gguf.evaluation.acceptance import Decision
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
 from rs_gguf.evaluation.paired import PairedEvaluation

@@ -16,7 +16,8 @@ from rs_gguf.engines.server import llama_server as server_module
 from rs_gguf.engines.server.exchange import KEY_VARIABLE, SERVER_KEY_VARIABLE
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
-from rs_gguf.pipeline.recipe import Answers, Recipe
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.sections import Answers
 from rs_gguf.pipeline.stages import answers as answering
 from rs_gguf.records.conversation import Prompt
 

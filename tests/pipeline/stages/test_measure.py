@@ -304,7 +304,9 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
 def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
     (tmp_path / "remove.gguf").write_bytes(b"x")
     found = figures_of_file(tmp_path / "remove.gguf", speed=Speed(unsteered=40.0, steered=30.0))
-    assert found.harmful_refusal_ratio == 0.25
+    harmful = found.sets["harmful"]
+    ratio = harmful.outcomes_steered.refuses / harmful.outcomes_unsteered.refuses
+    assert found.harmful_refusal_ratio == ratio
     assert found.model_dump()["tokens_per_second"] == {"unsteered": 40.0, "steered": 30.0}
 
 

@@ -26,14 +26,16 @@ from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.evaluation.acceptance import Allowance, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods import adapter, vector
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.vector import Directions
 from rs_gguf.pipeline.folder import RunFolder
-from rs_gguf.pipeline.recipe import Answers, Recipe, Tune
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.sections import Answers, Tune
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.prompts.grid import stratified

@@ -9,7 +9,8 @@ import pytest
 
 from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.vector import ControlVector
-from rs_gguf.pipeline.recipe import Fit, Recipe
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.sections import Fit
 from rs_gguf.pipeline.stages import write as writing
 from rs_gguf.records.files import save_arrays
 from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
