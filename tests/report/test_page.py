@@ -1087,7 +1087,9 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
     refused, noted = verdicts_of(vector="failed", adapter="failed"), of_file("vector", notes=["one"])
-    friendly = make_run(hostile_folder.parent / "friendly", metrics=lambda m: noted(refused(m)))
+    friendly = make_run(
+        hostile_folder.parent / "friendly", invented_rows(8), metrics=lambda m: noted(refused(m))
+    )
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
     def skeleton(text: str) -> list[tuple[str, str]]:
@@ -1097,11 +1099,11 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
         return [(t.type, t.info) for t in flat if t.type not in ignored]
 
     hostile, plain = Counter(skeleton(body)), Counter(skeleton(expected))
-    # A set more is a row for each file, another baseline one for each kind; reasons and notes are as many as
-    # there are.
+    # One more set has a row of explicit refusals, three of outcomes and one of transitions for each file. One
+    # more baseline has a row of transitions for each kind.
     more = hostile - plain
     assert not plain - hostile
-    assert more[("tr_open", "")] == 2 + len(KINDS) * (len(HOSTILE) - 1)
+    assert more[("tr_open", "")] == 1 + 3 + 2 + len(KINDS) * (len(HOSTILE) - 1)
     assert more[("list_item_open", "")] == 3 * (len(HOSTILE) - 1)
     allowed = {"tr", "td", "strong", "list_item", "paragraph"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
