@@ -39,7 +39,7 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
     ordered = sorted(files, key=lambda file: file is not best)
     console.print(_explicit(files, induce=record.effect == "induce"))
     console.print(_outcomes(files))
-    if any(one.opened for file in files for one in file.sets.values()):
+    if files[0].is_paired:
         console.print(_transitions(files))
     subset = "; a stratified subset of the validation split" if record.subset else ""
     _say(console, f"Judge: {record.judge.name}; up to {record.test_tokens} tokens an answer{subset}.")

@@ -41,6 +41,11 @@ class ReportedFile:
         return "--control-vector " in self.record.llama_cpp.command
 
     @property
+    def is_paired(self) -> bool:
+        """Whether transitions were measured; schema 1 knew none, and had other acceptance criteria."""
+        return any(one.kept for one in self.sets.values())
+
+    @property
     def acts(self) -> str:
         """What the file does to the model, as a verb phrase."""
         first, last = self.record.layers
@@ -99,25 +104,22 @@ def headline(files: Sequence[ReportedFile], effect: Effect) -> str:
 
 
 def sentences(files: Sequence[ReportedFile], effect: Effect) -> list[str]:
-    """Return why: what the recommended file changes, then how the others stand."""
+    """Return why, a string for each file: what the recommended one changes, then how the others stand."""
     best = recommended_file(files, effect)
     if best is None:
-        return [sentence for file in files for sentence in (_verdict(file), *_figures(file, effect))]
-    others = [file for file in files if file is not best]
+        return [" ".join((_verdict(file), *_figures(file, effect))) for file in files]
     return [
-        f"It passed the acceptance criteria. {' '.join(_figures(best, effect))}".strip(),
-        *(_beside(best, other, effect) for other in others),
+        " ".join((_verdict(best), *_figures(best, effect))),
+        *(_beside(best, other, effect) for other in files if other is not best),
     ]
 
 
 def _verdict(file: ReportedFile) -> str:
     verdict = file.record.acceptance.verdict
-    ends = {
-        "passed": "passed the acceptance criteria",
-        "failed": "failed the acceptance criteria",
-        "undecided": "is undecided: too few prompts",
-    }
-    return f"The {file.word} {ends[verdict]}."
+    if verdict == "undecided":
+        return f"The {file.word} is undecided: too few prompts."
+    earlier = "" if file.is_paired else " of an earlier version"
+    return f"The {file.word} {verdict} the acceptance criteria{earlier}."
 
 
 def _figures(file: ReportedFile, effect: Effect) -> list[str]:

@@ -273,7 +273,7 @@ def test_of_two_that_open_as_much_the_one_that_keeps_more_is_recommended(tmp_pat
 
     page = Page(write_report(make_run(tmp_path, metrics=change)))
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
-    assert "passed too, but keeps fewer harmful refusals" in page.all("p", class_="summary")[0]
+    assert "passed too, but keeps fewer harmful refusals" in page.all("div", class_="summary")[0]
 
 
 def test_a_third_method_is_reported_as_the_others_are(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_report_gives_the_reasons_of_a_verdict(tmp_path: Path) -> None:
     folder = make_run(tmp_path, metrics=of_file("vector", acceptance=failed(reason)))
     page = Page(write_report(folder))
     assert [one_line(text) for text in page.all("ul", class_="reasons")] == [reason]
-    assert "The control vector failed the acceptance criteria." in page.all("p", class_="summary")[0]
+    assert "The control vector failed the acceptance criteria." in page.all("div", class_="summary")[0]
     card = write_card(folder).read_text("utf-8")
     assert "Why the control vector failed:" in card
     assert markdown_text(reason) in card
@@ -556,7 +556,7 @@ def test_induction_is_reported_as_induction(tmp_path: Path) -> None:
     assert "sensitive refusals left" not in page.source
     # The invented adapter opens prompts; the vector closes most.
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
-    summary = one_line(page.all("p", class_="summary")[0])
+    summary = one_line(page.all("div", class_="summary")[0])
     assert "Explicit refusals of target prompts: 20 unsteered, 29 with it." in summary
     assert "Of 20 answered target prompts, 9 are refused now." in summary
     assert "The gated adapter passed too, but closes fewer: 0 against 9." in summary
@@ -1087,7 +1087,9 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert yaml.safe_load(front)["library_name"] == "llama.cpp"
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
     refused, noted = verdicts_of(vector="failed", adapter="failed"), of_file("vector", notes=["one"])
-    friendly = make_run(hostile_folder.parent / "friendly", metrics=lambda m: noted(refused(m)))
+    friendly = make_run(
+        hostile_folder.parent / "friendly", invented_rows(8), metrics=lambda m: noted(refused(m))
+    )
     expected = write_card(friendly).read_text(encoding="utf-8").split("---\n", 2)[2]
 
     def skeleton(text: str) -> list[tuple[str, str]]:
@@ -1097,11 +1099,11 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
         return [(t.type, t.info) for t in flat if t.type not in ignored]
 
     hostile, plain = Counter(skeleton(body)), Counter(skeleton(expected))
-    # A set more is a row for each file, another baseline one for each kind; reasons and notes are as many as
-    # there are.
+    # One more set has a row of explicit refusals, three of outcomes and one of transitions for each file. One
+    # more baseline has a row of transitions for each kind.
     more = hostile - plain
     assert not plain - hostile
-    assert more[("tr_open", "")] == 2 + len(KINDS) * (len(HOSTILE) - 1)
+    assert more[("tr_open", "")] == 1 + 3 + 2 + len(KINDS) * (len(HOSTILE) - 1)
     assert more[("list_item_open", "")] == 3 * (len(HOSTILE) - 1)
     allowed = {"tr", "td", "strong", "list_item", "paragraph"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
