@@ -206,7 +206,7 @@ def test_convert_to_peft(adapter: Path, model: Path, tmp_path: Path) -> None:
         (["--to", "peft", "--model", "m.gguf", "--architecture", "qwen2"], "nor --architecture"),
         (["--from", "repeng", "--model", "m.gguf"], "--model is accepted only with --to"),
         (["--from", "repeng"], "needs no conversion"),
-        (["--to", "peft", "--model", "./absent.gguf"], "no model './absent.gguf'"),
+        (["--to", "peft", "--model", "./absent.gguf"], "cannot find the model './absent.gguf'"),
     ],
 )
 def test_convert_refuses_options_that_do_not_match(
