@@ -15,7 +15,7 @@ from rs_gguf.records.metrics import SetRecord, Share
 from rs_gguf.report.text import count, interval
 
 # Of the groups by subject and so on; the JSON holds all.
-_LEAST_PROMPTS, _MOST_GROUPS = 5, 12
+_MIN_PROMPTS, _MAX_GROUPS = 5, 12
 
 
 def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int) -> None:
@@ -86,8 +86,8 @@ def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str
         one = item[1]
         return -abs(one.outcomes_steered.explicit - one.outcomes_unsteered.explicit), -one.n
 
-    large = [item for item in sets.items() if item[1].n >= _LEAST_PROMPTS]
-    shown = sorted(large, key=weight)[:_MOST_GROUPS]
+    large = [item for item in sets.items() if item[1].n >= _MIN_PROMPTS]
+    shown = sorted(large, key=weight)[:_MAX_GROUPS]
     if len(sets) < 2 or not shown:
         return
     more = f", {len(shown)} of {len(sets)}" if len(shown) < len(sets) else ""
