@@ -183,7 +183,14 @@ def test_the_tables_show_every_figure(folder: Path, monkeypatch: pytest.MonkeyPa
     common += ["--control-vector", str(folder / "v.gguf"), "--judge", "keywords", "--tokens", "4"]
     code, stdout, _ = invoke(*common)
     assert code == 0
-    for words in ("columns: 3 prompts", "explicit refusals by language", "weather", "loop", "tokens/s", "p = "):
+    for words in (
+        "columns: 3 prompts",
+        "explicit refusals by language",
+        "weather",
+        "loop",
+        "tokens/s",
+        "p = ",
+    ):
         assert words in stdout
     assert "Judge: keywords." in stdout
     code, stdout, _ = invoke(*common, "--scales", "0,0.5,...,1.5")
