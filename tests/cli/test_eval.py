@@ -480,9 +480,11 @@ def test_each_request_sets_the_scales_of_a_server(server: Server, folder: Path, 
         "Be.",
     )
     weak, full = (step["sets"]["plain"] for step in result["sweep"])
-    assert (weak["refused_unsteered"], weak["refused_steered"]) == (3, 3)
-    assert (full["refused_unsteered"], full["refused_steered"]) == (3, 0)
-    assert full["mcnemar_p"] == 0.25
+    refused = [
+        [step[f"outcomes_{side}"]["explicit"] for side in ("unsteered", "steered")] for step in (weak, full)
+    ]
+    assert refused == [[3, 3], [3, 0]]
+    assert (full["opened"]["n"], full["explicit_p"]) == (3, 0.25)
     assert full["drift"] is None is result["sweep"][1]["benign_text"]["drift"]
     assert result["sweep"][1]["tokens_per_second"]["steered"] > 0
     scales = {tuple((entry["id"], entry["scale"]) for entry in body["lora"]) for body in server.asked}
@@ -574,7 +576,7 @@ def test_a_harmful_direction_makes_the_real_model_refuse(real_model: Path, tmp_p
     assert code == 0, stderr
     weak, full = json.loads((tmp_path / "out.json").read_text())["sweep"]
     # Measured: 4 of 4 explicit refusals from 0.8 to 1.4 times the difference of the means.
-    assert weak["sets"]["questions"]["refused_unsteered"] <= 1
-    assert full["sets"]["questions"]["refused_steered"] == 4
+    assert weak["sets"]["questions"]["outcomes_unsteered"]["explicit"] <= 1
+    assert full["sets"]["questions"]["outcomes_steered"]["explicit"] == 4
     assert weak["benign_text"]["drift"] < full["benign_text"]["drift"]
     assert weak["benign_text"]["perplexity_steered"] < full["benign_text"]["perplexity_steered"]
