@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project, project_statistics
 from rs_gguf.activations.scores import band_profile, scales_of, scores_of
-from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.estimators import ESTIMATORS, fit_paths
 from rs_gguf.estimators.path import RidgePath
 from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import figures
-from rs_gguf.methods.method import Space
+from rs_gguf.methods.method import REFUSAL_STEERING, Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
@@ -73,10 +73,11 @@ class ControlVector:
 
     name: ClassVar[str] = "vector"
     word: ClassVar[str] = "control vector"
+    source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     artefact: ClassVar[str] = "directions.safetensors"
 
-    def suits(self, engine: Engine) -> bool:
+    def suits(self, can: Can, effect: Effect) -> bool:
         return True
 
     def steps(self, options: FitOptions, n_layer: int) -> int:

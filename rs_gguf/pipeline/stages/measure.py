@@ -146,6 +146,8 @@ def measure(
     asking = recipe.asking(recipe.answers.test_tokens)
     unsteered = Condition("unsteered", NO_STEERING, own)
     steered = {name: Condition(name, file.steering, own) for name, file in files.items()}
+    # A baseline may be called as a method is: answers and rows are kept by name.
+    baselines = [replace(c, name=f"baseline {c.name}") for c in baselines]
     conditions = [unsteered, *baselines, *steered.values()]
     answers = {c.name: resume_condition(model, judge, c, prompts, asking, log, advance) for c in conditions}
     before = answers[unsteered.name]
@@ -157,7 +159,7 @@ def measure(
         evaluations[name] = _confirmed(model, judge, evaluations[name], unsteered, condition, recipe, log)
     others = [
         BaselineRecord(
-            name=c.name,
+            name=c.name.removeprefix("baseline "),
             sets=evaluations[c.name].by_kind(),
             benign_drift=drifts.of[c.name].nats,
             system_prompt=None if c.system == own else c.system,
