@@ -97,7 +97,7 @@ def build(
         _log.warning("%s takes no system prompt: the baseline system-prompt is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and Can.LORA in model.can:
-        others = [t.name for t in gguf_header.read(model.path).tensors if is_other_output_matrix(t.name)]
+        others = other_output_matrices(model.path)
         if others:
             _log.warning(
                 "%s also adds to the residual stream through %s: the baseline ablation is left out.",
@@ -127,7 +127,7 @@ def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Con
     This is activation addition as in Arditi et al. (arXiv 2406.11717), at the layer that separates the two
     best.
     """
-    layer, difference = _best_difference(samples)
+    layer, difference = best_difference(samples)
     return Condition("md, one block", Steering({layer: _sign(effect) * difference}), system)
 
 
@@ -163,19 +163,33 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
     """
     if effect == "induce" or Can.LORA not in model.can:
         raise InputError(NO_ABLATION)
-    _, difference = _best_difference(samples)
+    _, difference = best_difference(samples)
     unit = difference / np.linalg.norm(difference)
-    factors = {}
-    for tensor in GGUFReader(model.path).tensors:
-        if is_output_matrix(tensor.name):
-            weight = dequantize(tensor.data, tensor.tensor_type)  # [D, in]
-            factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
+    along = outputs_along(model.path, unit)
+    factors = {name: (row[np.newaxis], -unit[:, np.newaxis]) for name, row in along.items()}
     path = folder / "baselines" / "ablation.gguf"
     lora_file.write(LoraAdapter(factors, model.architecture), path)
     return Condition("ablation", Steering({}, [(path, 1.0)]), system)
 
 
-def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
+def other_output_matrices(model: Path) -> list[str]:
+    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
+    return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
+
+
+def outputs_along(model: Path, unit: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Return rᵀW [in] of every output matrix W of a GGUF file, by tensor name, for the unit vector r [D].
+
+    r rᵀW is what the matrix adds along r.
+    """
+    return {
+        tensor.name: unit @ dequantize(tensor.data, tensor.tensor_type)
+        for tensor in GGUFReader(model).tensors
+        if is_output_matrix(tensor.name)
+    }
+
+
+def best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     """Return the layer that separates refused from answered prompts best, and the difference of means [D]."""
     refused, answered = samples.confidence > NEUTRAL, samples.confidence < -NEUTRAL
     means = [samples.rows[mask].mean(axis=0, dtype=np.float64) for mask in (refused, answered)]
