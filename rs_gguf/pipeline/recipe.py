@@ -184,9 +184,9 @@ class Measure(_Section):
     """Conditions to measure on the validation split, besides the unsteered model and the written files."""
 
     baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
-        default=["system-prompt"],
-        description="alternative methods in the same table: a system prompt that asks for the effect, "
-        "vectors of the literature, directional ablation (to remove refusals)",
+        default=["system-prompt", "rmd", "wrmd"],
+        description="alternative methods in the same table: the best of several system prompts, vectors of "
+        "the literature, directional ablation (to remove refusals)",
     )
 
 
