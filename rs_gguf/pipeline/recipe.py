@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from rs_gguf.methods.options import FitOptions
 
 # Estimators for each effect, if the recipe names none.
-_ESTIMATORS = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
+_PLAIN = ("md", "wmd", "rmd", "wrmd", "wrmd-uncentred")
+_ESTIMATORS = {
+    "remove": (*_PLAIN, "sensitive-wrmd", "contrast-wrmd", "safe-wrmd", "residual-wrmd"),
+    "induce": _PLAIN,
+}
 
 
 class _Section(BaseModel):
@@ -145,7 +149,9 @@ class Tune(_Section):
     old_names = {"trials": "logprob_trials", "full": "full_prompts"}
 
     logprob_trials: int = Field(
-        default=6, ge=1, description="candidates of each method to evaluate with one forward pass"
+        default=12,
+        ge=1,
+        description="candidates of each method to evaluate with one forward pass; each estimator gets one first",
     )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each method whose answers are generated and judged"
