@@ -151,7 +151,8 @@ class Tune(_Section):
     logprob_trials: int = Field(
         default=12,
         ge=1,
-        description="candidates of each method to evaluate with one forward pass; each estimator gets one first",
+        description="candidates of each method to evaluate with one forward pass; each estimator is "
+        "tried first",
     )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each method whose answers are generated and judged"

@@ -251,7 +251,9 @@ def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
 
 def test_by_default_every_estimator_and_the_papers_own_baselines_are_tried() -> None:
     assert set(load().estimators) == set(ESTIMATORS)
-    assert {"rmd", "wrmd", "wrmd-uncentred"} <= set(load(None, ["effect=induce"]).estimators) <= set(ESTIMATORS)
+    assert (
+        {"rmd", "wrmd", "wrmd-uncentred"} <= set(load(None, ["effect=induce"]).estimators) <= set(ESTIMATORS)
+    )
     assert load().tune.logprob_trials >= len(load().estimators)
     assert load().measure.baselines == ["system-prompt", "rmd", "wrmd"]
 
