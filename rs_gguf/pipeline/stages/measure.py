@@ -24,11 +24,13 @@ from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
-from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
+from rs_gguf.pipeline.stages.answers import unsteered as unsteered_answers
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
@@ -47,10 +49,13 @@ from rs_gguf.records.metrics import (
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
+from rs_gguf.records.trials import Trial
+from rs_gguf.search.system_prompts import sample, select_system_prompt
 from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
+_WORDING_PROMPTS = 16  # of each kind, to select a system prompt on, where the recipe has no full answers
 
 
 class Measure(Stage):
@@ -75,16 +80,25 @@ class Measure(Stage):
             name: WrittenFile(METHODS[name].word, files_of(run, name), trial, effects[name])
             for name, trial in trials.items()
         }
-        baselines = literature.build(
-            recipe.measure.baselines, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
-            effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
-            device=recipe.fit.device,
-        )  # fmt: skip
         # A search that was run again may have selected others: those rows say nothing about these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
-        n = (1 + len(baselines) + len(files)) * len(prompts)
+        names = literature.usable(recipe.measure.baselines, run.model)
+        wordings = _wordings(recipe, run.prompts["fit"]) if "system-prompt" in names else []
+        unsteered = unsteered_answers(folder, run.prompts["tune"])
+        size = recipe.tune.full_prompts or _WORDING_PROMPTS
+        n = len(wordings) * len(sample(unsteered, recipe.effect, size, recipe.seed))
+        n += (1 + len(names) + len(files)) * len(prompts)
         with run.progress.stage(self.info.name, n) as advance:
+            baselines = literature.build(
+                names, lambda: samples(run), run.model, folder.path,
+                effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
+                layers=_layers(trials),
+                system_prompt=lambda: select_system_prompt(
+                    run.model, run.judge, unsteered, wordings, recipe.asking(recipe.answers.tokens),
+                    recipe.safety, log, n=size, seed=recipe.seed, advance=advance,
+                ),
+            )  # fmt: skip
             measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
@@ -110,13 +124,36 @@ class Measure(Stage):
 
     def cost(self, costs: Costs) -> Cost:
         n, limit = costs.count("validation"), costs.recipe.answers.test_tokens
-        sides = 1 + len(costs.recipe.measure.baselines) + costs.files
+        recipe, tune = costs.recipe, costs.sizes["tune"]
+        sides = 1 + len(recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
+        if "system-prompt" in recipe.measure.baselines:
+            # Each wording answers a sample of the tune prompts; of the sensitive ones, those that are to change.
+            short, size = recipe.answers.tokens, recipe.tune.full_prompts or _WORDING_PROMPTS
+            texts = literature.system_prompts([], recipe.effect, recipe.prompts.system, seed=recipe.seed)
+            kinds = {**tune, "sensitive": CHANGED * tune["sensitive"]}
+            asked = len(texts) * sum(min(size, count) for count in kinds.values())
+            seconds += costs.answers(asked, short) + costs.judgements(NEW * asked, short)
+            seconds += costs.drift((1 + len(texts)) * min(size, tune["benign"]), short)
+            answered += asked * mean_length(short)
+            disk += asked * ROW + asked * mean_length(short) * ROW_TOKEN
+            rows += asked
         return Cost(seconds, costs.memory(logits=True), disk, rows * costs.prompt, answered)
+
+
+def _wordings(recipe: Recipe, fit_prompts: Sequence[Prompt]) -> list[Condition]:
+    """Return the system prompts to select from."""
+    return literature.system_prompts(fit_prompts, recipe.effect, recipe.prompts.system, seed=recipe.seed)
+
+
+def _layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
+    """Return first and last layer of the selected vector; None if there is none."""
+    vector = trials.get(ControlVector.name)
+    return None if vector is None else (vector.candidate.first, vector.candidate.last)
 
 
 class Measured(NamedTuple):
