@@ -20,7 +20,13 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project
-from rs_gguf.activations.scores import band_profile, calibration_scales, flat_profile, layer_auroc, layer_scores
+from rs_gguf.activations.scores import (
+    band_profile,
+    calibration_scales,
+    flat_profile,
+    layer_auroc,
+    layer_scores,
+)
 from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import (

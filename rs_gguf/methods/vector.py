@@ -173,20 +173,15 @@ class ControlVector:
 def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     """Return a search space of middle layers, which starts at k·|α| = 2, the lower end of the paper's 2 to 4.
 
-    The start candidates alternate between three layer ranges.
+    Each estimator is a start candidate once, with its first ridge and on the same third of the layers, so that
+    estimators are compared before layers are searched.
     """
-    firsts = [max(FIRST_STEERABLE, n_layer * sixths // 6) for sixths in (2, 3, 4)]
+    first = max(FIRST_STEERABLE, n_layer // 2)
+    last = max(first, min(first + n_layer // 3 - 1, n_layer - 2))
+    ridges = dict(reversed(directions))
     start = [
-        Candidate(
-            ControlVector.name,
-            estimator,
-            ridge,
-            first,
-            max(first, min(first + n_layer // 3 - 1, n_layer - 2)),
-            2.0,
-        )
-        for k, (estimator, ridge) in enumerate(directions)
-        for first in [firsts[k % len(firsts)]]
+        Candidate(ControlVector.name, estimator, ridges[estimator], first, last, 2.0)
+        for estimator in dict.fromkeys(name for name, _ in directions)
     ]
     return Space(
         ControlVector.name,
