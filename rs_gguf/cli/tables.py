@@ -76,6 +76,8 @@ def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: 
         table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
         table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))
     console.print(table)
+    if figures.get("refusals_asked"):
+        console.print("The system prompt of this context asks for refusals. They should be kept.")
 
 
 def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:

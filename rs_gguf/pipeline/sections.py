@@ -121,7 +121,8 @@ class Tune(Section):
     logprob_trials: int = Field(
         default=12,
         ge=1,
-        description="candidates of each method to evaluate with one forward pass; each estimator is tried first",
+        description="candidates of each method to evaluate with one forward pass; each estimator is "
+        "tried first",
     )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each method whose answers are generated and judged"

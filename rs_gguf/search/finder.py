@@ -180,8 +180,8 @@ class Finder:
             first = trial.suggest_int("first", *space.first)
             length = trial.suggest_int("length", *space.length)
             last = max(first, min(first + length - 1, last_layer))
-            # The strength that brought this direction to the level in other layers is the best guess here. The
-            # directions are calibrated alike, so for a new one it is that of the direction before.
+            # The best guess is the strength that brought this direction to the level in other layers. All are
+            # calibrated alike, so for a new direction it is the strength of the one before.
             strength = strengths.get(name) or next(reversed(strengths.values()), space.start[0].strength)
             candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.benign_target)
             if candidate.without_strength() in levelled:
@@ -198,7 +198,7 @@ class Finder:
         return list(levelled.values())
 
     def _steps(self, space: Space, n_trials: int, n_proposals: int, until: float | None) -> int:
-        """Return how many trials may bring a proposal to the level; each start after it needs at least one."""
+        """Return the most trials for a proposal; each start candidate after it needs at least one."""
         if until is not None:
             return _STEPS
         starts_left = max(0, len(space.start) - n_proposals - 1)

@@ -26,6 +26,7 @@ from rs_gguf.evaluation import capability, comparison, sandbox
 from rs_gguf.evaluation.drift import drift_of
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.prompts import contexts
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records import rows
 from rs_gguf.records.conversation import Answer, Prompt
@@ -307,6 +308,67 @@ def test_the_system_prompt_applies_to_both_conditions(folder: Path, steered: dic
     result = evaluate(folder, "--control-vector", "@v.gguf", "--system-prompt", "on and on in the rain")
     for condition in ("unsteered", "steered"):
         assert answers(result, condition) != answers(steered, condition)
+
+
+# ---- contexts --------------------------------------------------------------------------------------------
+
+
+def test_each_context_is_a_set_of_its_own(folder: Path, steered: dict[str, Any]) -> None:
+    names = "fifth-turn,forwarded,refuse-all,temperature-0.8"
+    result = evaluate(folder, "--control-vector", "@v.gguf", "--contexts", names)
+    assert result["contexts"] == names.split(",")
+    assert list(result["sets"]) == ["plain", *(f"plain, {name}" for name in names.split(","))]
+    assert [row["set"] for row in result["rows"]] == [name for name in result["sets"] for _ in range(3)]
+    # Without a context everything is as it is without the option.
+    assert result["sets"]["plain"] == steered["sets"]["plain"]
+    assert result["rows"][:3] == steered["rows"]
+    assert result["benign_text"] == steered["benign_text"]
+    for name, figures in list(result["sets"].items())[1:]:
+        assert figures["n"] == 3
+        assert name == f"plain, {figures['context']}"
+        assert figures["refusals_asked"] == (figures["context"] == "refuse-all")
+        assert [row["prompt"] for row in result["rows"] if row["set"] == name] == [
+            row["prompt"] for row in steered["rows"]
+        ]
+        of_set = {"rows": [row for row in result["rows"] if row["set"] == name]}
+        assert answers(of_set, "unsteered") != answers(steered, "unsteered")
+    forwarded = [row for row in result["rows"] if row["set"] == "plain, forwarded"]
+    (context,) = contexts.named(["forwarded"])
+    with LlamaModel(folder / "tiny.gguf") as model:
+        tokens = chat_tokens(model, [Prompt(context.text(row["prompt"]), "benign") for row in forwarded])
+        expected = dict(model.generate(tokens, max_tokens=TOKENS))
+    assert [row["answer_unsteered"] for row in forwarded] == [expected[i].text.strip() for i in range(3)]
+
+
+def test_a_sweep_has_contexts_and_says_which_refusals_should_stay(folder: Path) -> None:
+    arguments = ("--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt"))
+    arguments += ("--judge", "keywords", "--tokens", "4", "--control-vector", str(folder / "v.gguf"))
+    code, stdout, stderr = invoke(*arguments, "--contexts", "refuse-all")
+    assert code == 0, stderr
+    assert "asks for refusals" in stdout
+    code, stdout, stderr = invoke(*arguments, "--contexts", "role", "--scales", "0,1")
+    assert code == 0, stderr
+    assert "plain, role: 3 prompts" in stdout
+
+
+def test_contexts_that_the_template_does_not_show_are_left_out(folder: Path) -> None:
+    write_tiny_qwen3(folder / "deaf2.gguf", "{{ messages[-1].content }}", n_layer=2)
+    code, stdout, stderr = invoke(
+        *("--model", str(folder / "deaf2.gguf"), "--prompts", str(folder / "plain.txt")),
+        *("--judge", "keywords", "--tokens", "4", "--contexts", "role,polite"),
+    )
+    assert code == 0, stderr
+    assert "does not show the context role: left out" in stderr
+    assert "plain, polite" in stdout
+    assert "plain, role" not in stdout
+
+
+def test_an_unknown_context_is_an_input_error(folder: Path) -> None:
+    code, stdout, stderr = invoke(
+        *("--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt")), "--contexts", "moon"
+    )
+    assert (code, stdout) == (2, "")
+    assert "unknown context 'moon'" in stderr
 
 
 # ---- capability ------------------------------------------------------------------------------------------

@@ -376,11 +376,24 @@ def test_parameters_of_the_default_model_are_counted() -> None:
 def test_costs_of_stages_grow_with_their_inputs(
     shape: ModelDimensions, changed: tuple[str, ...], growth: dict[str, float]
 ) -> None:
-    before, after = (planned(shape, "prompts.gate_only=0", *values) for values in ((), changed))
+    fixed = "prompts.gate_only=0", "measure.baselines=['rmd']"
+    before, after = (planned(shape, *fixed, *values) for values in ((), changed))
     for stage, factor in growth.items():
         assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
     if "tune.budget=2h" in changed:
         assert after.stages["tune"].seconds == pytest.approx(7200)
+
+
+def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(shape: ModelDimensions) -> None:
+    none, one, three, prompted = (
+        planned(shape, f"measure.baselines={names}", "tune.full_prompts=8").stages["measure"]
+        for names in ([], ["rmd"], ["md", "rmd", "wrmd"], ["system-prompt", "rmd", "wrmd"])
+    )
+    assert none.seconds == pytest.approx((1 + FILES) / (2 + FILES) * one.seconds, rel=0.02)
+    assert none.seconds == pytest.approx((1 + FILES) / (4 + FILES) * three.seconds, rel=0.02)
+    # Six wordings answer 8 prompts of each kind.
+    assert prompted.answered - three.answered == pytest.approx(6 * 3 * 8 * costs.mean_length(24))
+    assert prompted.seconds > three.seconds
 
 
 def test_full_answers_of_the_search_are_counted(shape: ModelDimensions) -> None:

@@ -26,11 +26,11 @@ from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
-from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
-from rs_gguf.pipeline.stages.answers import unsteered as unsteered_answers
+from rs_gguf.pipeline.stages import wordings
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
@@ -50,12 +50,10 @@ from rs_gguf.records.metrics import (
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.records.trials import Trial
-from rs_gguf.search.system_prompts import sample, select_system_prompt
 from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
-_WORDING_PROMPTS = 16  # of each kind, to select a system prompt on, where the recipe has no full answers
 
 
 class Measure(Stage):
@@ -84,20 +82,14 @@ class Measure(Stage):
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
         names = literature.usable(recipe.measure.baselines, run.model)
-        wordings = _wordings(recipe, run.prompts["fit"]) if "system-prompt" in names else []
-        unsteered = unsteered_answers(folder, run.prompts["tune"])
-        size = recipe.tune.full_prompts or _WORDING_PROMPTS
-        n = len(wordings) * len(sample(unsteered, recipe.effect, size, recipe.seed))
+        n = wordings.count(run) if "system-prompt" in names else 0
         n += (1 + len(names) + len(files)) * len(prompts)
         with run.progress.stage(self.info.name, n) as advance:
             baselines = literature.build(
                 names, lambda: samples(run), run.model, folder.path,
                 effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
                 layers=_layers(trials),
-                system_prompt=lambda: select_system_prompt(
-                    run.model, run.judge, unsteered, wordings, recipe.asking(recipe.answers.tokens),
-                    recipe.safety, log, n=size, seed=recipe.seed, advance=advance,
-                ),
+                system_prompt=lambda: wordings.select(run, log, advance),
             )  # fmt: skip
             measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
         write_rows(folder / "test_answers.jsonl", measured.rows)
@@ -124,30 +116,20 @@ class Measure(Stage):
 
     def cost(self, costs: Costs) -> Cost:
         n, limit = costs.count("validation"), costs.recipe.answers.test_tokens
-        recipe, tune = costs.recipe, costs.sizes["tune"]
-        sides = 1 + len(recipe.measure.baselines) + costs.files
+        sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
-        if "system-prompt" in recipe.measure.baselines:
-            # Each wording answers a sample of the tune prompts; of the sensitive ones, those that are to change.
-            short, size = recipe.answers.tokens, recipe.tune.full_prompts or _WORDING_PROMPTS
-            texts = literature.system_prompts([], recipe.effect, recipe.prompts.system, seed=recipe.seed)
-            kinds = {**tune, "sensitive": CHANGED * tune["sensitive"]}
-            asked = len(texts) * sum(min(size, count) for count in kinds.values())
-            seconds += costs.answers(asked, short) + costs.judgements(NEW * asked, short)
-            seconds += costs.drift((1 + len(texts)) * min(size, tune["benign"]), short)
-            answered += asked * mean_length(short)
-            disk += asked * ROW + asked * mean_length(short) * ROW_TOKEN
-            rows += asked
-        return Cost(seconds, costs.memory(logits=True), disk, rows * costs.prompt, answered)
-
-
-def _wordings(recipe: Recipe, fit_prompts: Sequence[Prompt]) -> list[Condition]:
-    """Return the system prompts to select from."""
-    return literature.system_prompts(fit_prompts, recipe.effect, recipe.prompts.system, seed=recipe.seed)
+        selection = wordings.cost(costs)
+        return Cost(
+            seconds + selection.seconds,
+            costs.memory(logits=True),
+            disk + selection.disk,
+            rows * costs.prompt + selection.read,
+            answered + selection.answered,
+        )
 
 
 def _layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
