@@ -390,7 +390,7 @@ def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(sh
         for names in ([], ["rmd"], ["md", "rmd", "wrmd"], ["system-prompt", "rmd", "wrmd"])
     )
     assert none.seconds == pytest.approx((1 + FILES) / (2 + FILES) * one.seconds, rel=0.02)
-    assert none.seconds == pytest.approx((1 + FILES) / (4 + FILES) * three.seconds, rel=0.02)
+    assert none.seconds == pytest.approx((1 + FILES) / (4 + FILES) * three.seconds, rel=0.05)
     # Six wordings answer 8 prompts of each kind.
     assert prompted.answered - three.answered == pytest.approx(6 * 3 * 8 * costs.mean_length(24))
     assert prompted.seconds > three.seconds
