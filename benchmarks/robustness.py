@@ -1,9 +1,8 @@
 """Measure whether an adapter or vector keeps its effect in contexts that its fit did not have.
 
-The model answers validation prompts of each kind, unsteered and steered, without a context and in each
-context of `rs-export eval --contexts`: later turns, a role, a long document, other system prompts and
-wordings, other languages, sampling, and system prompts that ask for refusals. The prompts of the grid in
-other languages are asked too. Prints a table in Markdown; `--json` writes the figures.
+The model answers validation prompts of each kind, unsteered and steered. It does so without a context and in
+each context of `rs-export eval --contexts` (docs/eval.md). The prompts of the grid in other languages are
+asked too. Prints a table in Markdown; `--json` writes the figures.
 """
 
 from __future__ import annotations

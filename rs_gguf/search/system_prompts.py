@@ -1,7 +1,7 @@
 """Select the system prompt that serves as a baseline, on the tune split.
 
 Several wordings, and the unsteered answers to the tune prompts, go in. The wording that a run measures comes
-out. The criteria are those of the search, so a baseline is as good as the same care makes it.
+out. The limits of the search apply.
 """
 
 from __future__ import annotations
