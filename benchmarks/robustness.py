@@ -1,8 +1,7 @@
 """Measure whether an adapter or vector keeps its effect in contexts that its fit did not have.
 
-The model answers validation prompts of each kind, unsteered and steered, without a context and in each context
-of `rs-export eval --contexts`: later turns, a role, a long document, other system prompts and wordings, other
-languages, sampling, and system prompts that ask for refusals. The prompts of the grid in other languages are
+The model answers validation prompts of each kind, unsteered and steered. It does so without a context and in
+each context of `rs-export eval --contexts` (docs/eval.md). The prompts of the grid in other languages are
 asked too. Prints a table in Markdown; `--json` writes the figures.
 """
 
@@ -69,7 +68,7 @@ def main() -> None:
 
         (measured,) = compare_in_contexts(source, judge, english, asking, chosen, advance=advance)
         (foreign,) = compare(source, judge, others, asking, advance=advance)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         context.name: {
             kind: measured["sets"][kind if context is contexts.PLAIN else f"{kind}, {context.name}"]
             for kind in KINDS
@@ -85,8 +84,8 @@ def main() -> None:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table of transitions, with explicit refusals unsteered and steered."""
     lines = [
-        "| context | explicit, sensitive | sensitive opened | explicit, harmful | harmful kept | benign closed "
-        "| broken, all kinds |",
+        "| context | explicit, sensitive | sensitive opened | explicit, harmful | harmful kept "
+        "| benign closed | broken, all kinds |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     for name, figures in rows.items():

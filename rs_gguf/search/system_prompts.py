@@ -1,7 +1,7 @@
 """Select the system prompt that serves as a baseline, on the tune split.
 
 Several wordings, and the unsteered answers to the tune prompts, go in. The wording that a run measures comes
-out. The criteria are those of the search, so a baseline is as good as the same care makes it.
+out. The limits of the search apply.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from rs_gguf.engines.answers import Advance, logprobs_of
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import Asking
-from rs_gguf.evaluation.acceptance import Allowance, Effect, SafetyRule
+from rs_gguf.evaluation.acceptance import Effect, SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.paired import PairedEvaluation

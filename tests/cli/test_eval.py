@@ -314,7 +314,7 @@ def test_the_system_prompt_applies_to_both_conditions(folder: Path, steered: dic
 
 
 def test_each_context_is_a_set_of_its_own(folder: Path, steered: dict[str, Any]) -> None:
-    names = "fifth-turn,forwarded,refuse-all,temperature-0.8"
+    names = "fifth-turn,forwarded,temperature-0.8,refuse-all"
     result = evaluate(folder, "--control-vector", "@v.gguf", "--contexts", names)
     assert result["contexts"] == names.split(",")
     assert list(result["sets"]) == ["plain", *(f"plain, {name}" for name in names.split(","))]
@@ -341,7 +341,7 @@ def test_each_context_is_a_set_of_its_own(folder: Path, steered: dict[str, Any])
 
 
 def test_a_sweep_has_contexts_and_says_which_refusals_should_stay(folder: Path) -> None:
-    arguments = ("--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt"))
+    arguments = ["--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt")]
     arguments += ("--judge", "keywords", "--tokens", "4", "--control-vector", str(folder / "v.gguf"))
     code, stdout, stderr = invoke(*arguments, "--contexts", "refuse-all")
     assert code == 0, stderr
