@@ -325,7 +325,8 @@ def test_a_wrong_header_is_one_error(tiny: Path, tmp_path: Path) -> None:
 def planned(
     shape: ModelDimensions, *wanted: str, speed: Speed = UNIT, judge: JudgeModel | None = None
 ) -> Plan:
-    return plan(recipe.load(None, wanted), shape, speed, judge)
+    # All answers have the length of those to tune prompts, unless a test wants it otherwise.
+    return plan(recipe.load(None, ["answers.fit_tokens=24", *wanted]), shape, speed, judge)
 
 
 @pytest.fixture(scope="module")
@@ -560,8 +561,8 @@ def test_a_configuration_alone_is_enough(network: Any, tmp_path: Path) -> None:
     rows = [json.loads(command(*wanted, *more)[1]) for more in ((), ("--bits", "8"))]
     assert rows[0]["model"]["weights"] == 4 * rows[1]["model"]["weights"]
     # A Hugging Face folder has no adapter; a GGUF file may have one.
-    assert rows[0]["model"]["writers"] == {}
-    assert rows[1]["model"]["writers"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
+    assert rows[0]["model"]["output_matrices"] == {}
+    assert rows[1]["model"]["output_matrices"] == {"attn_output": WIDTH, "ffn_down": 2 * WIDTH}
 
 
 @pytest.mark.slow
