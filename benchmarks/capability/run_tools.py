@@ -101,7 +101,8 @@ def run(command: list[str], log: Path) -> str:
 
 def lm_eval_command(address: str, tools: Path, folder: Path) -> list[str]:
     """Return the command of lm-evaluation-harness."""
-    model = f"model=llama,base_url={address}/chat/completions,num_concurrent={PARALLEL}"
+    # The default limit of 300 s for each answer is short on a busy machine.
+    model = f"model=llama,base_url={address}/chat/completions,num_concurrent={PARALLEL},timeout=3600"
     return [
         str(tools / "lm_eval"), "run", "--model", "local-chat-completions", "--model_args", model,
         "--apply_chat_template", "--include_path", str(TASKS), "--tasks", *NAMES,
