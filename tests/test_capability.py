@@ -11,6 +11,7 @@ import pytest
 import run_tools
 import yaml
 from instructions import CHECKS, follows_all, process_results
+from questions import multiple_choice, word_problem
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "capability"
 
@@ -68,11 +69,20 @@ def test_definitions_name_their_file_and_generate(name: str) -> None:
 
 def test_both_tools_ask_in_the_same_words_and_length() -> None:
     inspect = (FOLDER / "inspect_tasks.py").read_text(encoding="utf-8")
-    for name in ("own_gsm8k", "own_mmlu"):
-        assert definition(name)["doc_to_text"].rpartition("\n")[2] in inspect
+    for name, function in (("own_gsm8k", "word_problem"), ("own_mmlu", "multiple_choice")):
+        assert definition(name)["doc_to_text"] == f"questions.{function}"
+        assert f"input={function}(row)" in inspect
     for name in run_tools.NAMES:
         body = inspect.partition(f"def {name}()")[2].partition("@")[0]
         assert f", {definition(name)['generation_kwargs']['max_gen_toks']})" in body
+
+
+def test_questions_are_no_examples_and_choices_have_letters() -> None:
+    for row in rows("gsm8k"):
+        assert word_problem(row).count(row["question"]) == 1
+        assert word_problem(row).endswith("?\nAnswer:")
+    for row in rows("mmlu"):
+        assert f"\n{'ABCD'[row['answer']]}. {row['choices'][row['answer']]}\n" in multiple_choice(row)
 
 
 @pytest.mark.parametrize(

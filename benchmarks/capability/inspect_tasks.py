@@ -11,19 +11,19 @@ from inspect_ai.model import GenerateConfig
 from inspect_ai.scorer import Score, Scorer, Target, accuracy, match, pattern, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 from instructions import follows_all
+from questions import multiple_choice, word_problem
 
 FOLDER = Path(__file__).parent
 
 
 @task
 def own_gsm8k() -> Task:
-    """Word problems in GSM8K's format, zero-shot. The last number of the answer counts."""
+    """Word problems in GSM8K's format, with two examples. The last number of the answer counts."""
 
     def sample(row: dict[str, Any]) -> Sample:
-        prompt = f"{row['question']}\nWork it out in short steps. End with a line that holds the number only."
-        return Sample(input=prompt, target=row["answer"].split("#### ")[-1])
+        return Sample(input=word_problem(row), target=row["answer"].split("#### ")[-1])
 
-    return _task("gsm8k", sample, match(numeric=True), 192)
+    return _task("gsm8k", sample, match(numeric=True), 160)
 
 
 @task
@@ -33,7 +33,7 @@ def own_ifeval() -> Task:
     def sample(row: dict[str, Any]) -> Sample:
         return Sample(input=row["prompt"], metadata=row)
 
-    return _task("ifeval", sample, instructions_followed(), 192)
+    return _task("ifeval", sample, instructions_followed(), 160)
 
 
 @task
@@ -41,9 +41,7 @@ def own_mmlu() -> Task:
     """Questions in MMLU's format, answered by generation: the first letter A to D counts."""
 
     def sample(row: dict[str, Any]) -> Sample:
-        choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
-        prompt = f"{row['question']}\n{choices}\nAnswer with the letter only."
-        return Sample(input=prompt, target="ABCD"[row["answer"]])
+        return Sample(input=multiple_choice(row), target="ABCD"[row["answer"]])
 
     return _task("mmlu", sample, pattern(r"\b([A-D])\b", ignore_case=False), 16)
 

@@ -1,6 +1,6 @@
 """Run the tasks of this folder through lm-evaluation-harness and Inspect, unsteered and steered.
 
-For each side it starts a llama-server of llama.cpp, has both tools solve the tasks greedily, and stops it. It
+Two llama-servers run side by side, one for each side. Both tools solve the tasks greedily on each of them. It
 prints the number of solved tasks by tool and task, and the paired changes with the exact McNemar p-value.
 `make capability` installs the tools into an environment of their own and runs this.
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from rs_gguf.evaluation.paired_statistics import mcnemar
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import resolve as models
+from rs_gguf.models.q8_copy import file_to_load
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from fixtures import binaries
@@ -31,7 +33,7 @@ TASKS = Path("benchmarks", "capability")  # as the definitions name it: the tool
 ADAPTER = Path("vectors", "qwen2.5-coder-0.5b-remove", "remove-adapter.gguf")
 NAMES = ("own_gsm8k", "own_ifeval", "own_mmlu")
 Solved = dict[int, bool]  # by the number of the task's row, from 0
-PARALLEL, CONTEXT = 16, 1024  # answers at a time, tokens of each with its prompt
+PARALLEL, CONTEXT = 8, 1024  # answers at a time, tokens of each with its prompt
 
 
 def main() -> None:
@@ -40,23 +42,23 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, required=True, help="folder of `lm_eval` and `inspect`")
     parser.add_argument("--model", default=models.DEFAULT, help="catalogue name or GGUF file")
     parser.add_argument("--lora", type=Path, default=ROOT / ADAPTER, help="gated adapter of the steered side")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="of llama-server")
+    threads = max(1, usable_cores() // 2)
+    parser.add_argument("--threads", type=int, default=threads, help="of each of the two llama-servers")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "capability", help="folder for the logs")
     options = parser.parse_args()
     out: Path = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     server = [
-        "--model", str(models.resolve_gguf(options.model)), "--threads", str(options.threads),
+        "--model", str(file_to_load(models.resolve_gguf(options.model))), "--threads", str(options.threads),
         "--parallel", str(PARALLEL), "--ctx-size", str(CONTEXT * PARALLEL),
     ]  # fmt: skip
     sides = {"unsteered": server, "steered": [*server, "--lora", str(options.lora.resolve())]}
-    found: dict[str, dict[str, dict[str, Solved]]] = {}
-    for side, command in sides.items():
-        folder = out / side
-        folder.mkdir(parents=True)
-        found[side] = solve(command, options.tools.resolve(), folder)
+    for side in sides:
+        (out / side).mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        before, after = pool.map(lambda side: solve(sides[side], options.tools.resolve(), out / side), sides)
     print(f"\n{options.model}, {options.lora.name}, {date.today()}\n")
-    print(table(found["unsteered"], found["steered"]))
+    print(table(before, after))
 
 
 def solve(options: list[str], tools: Path, folder: Path) -> dict[str, dict[str, Solved]]:
