@@ -7,7 +7,7 @@ DEMO := out/demo
 # The parts of `make lint`. Each is a hook of .pre-commit-config.yaml, too.
 LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-clang-tidy lint-prose
 
-.PHONY: install demo test test-quick lint $(LINTS) docs bench vectors screenshots sanitize neon clean
+.PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors screenshots sanitize neon clean
 
 install: $(STAMP)
 
@@ -71,6 +71,15 @@ bench: install
 	for script in $(filter-out benchmarks/front.py benchmarks/rungs.py benchmarks/transfer.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \
 	done
+
+# Arithmetic, instructions and knowledge, unsteered and with the published adapter, through two tools that need
+# an environment of their own. uv resolves their requirements in seconds, where pip takes many minutes.
+EVALS := build/capability
+capability: install
+	test -x $(EVALS)/bin/python || $(PYTHON) -m venv $(EVALS)
+	$(EVALS)/bin/python -m pip install --quiet uv
+	$(EVALS)/bin/uv pip install --quiet --python $(EVALS)/bin/python "inspect-ai==0.3.285" "lm-eval[api]==0.4.13" "openai==3.57.0"
+	$(BIN)/python benchmarks/capability/run_tools.py --tools $(EVALS)/bin
 
 # Everything that lies in vectors/, from its recipes. A file whose gate fails says so itself: look before you commit it.
 vectors: install

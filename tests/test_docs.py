@@ -195,7 +195,8 @@ LEFT_OUT = {
     ".": "activates it",
     "pip": "fetches and compiles packages for minutes",
     "torchrun": "shares a whole run between processes, as a test on the real model does",
-    "lm_eval": "is another project's, and takes its tasks from a hub",
+    "lm_eval": "is installed by `make capability`, and takes most tasks from a hub",
+    "inspect": "is installed by `make capability`, and takes most tasks from a hub",
 }
 SERVER = "llama-server"
 RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")

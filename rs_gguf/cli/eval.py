@@ -29,6 +29,14 @@ _MOST_SCALES = 100
 Parts = list[tuple[Path, float]]
 
 
+def _capability_was_removed(_context: click.Context, _option: click.Parameter, given: bool) -> None:
+    if given:
+        raise InputError(
+            "--capability was removed, with its embedded tasks. Leave it away, and run Inspect or "
+            "lm-evaluation-harness against a llama-server: docs/howto/capability.md has the commands."
+        )
+
+
 @click.command("eval")
 @click.option("--model", required=True, metavar="M",
               help="GGUF file, catalogue name, owner/name/file.gguf, or llama-servers: "
@@ -68,27 +76,23 @@ Parts = list[tuple[Path, float]]
               help="Sampling temperature for answers; 0 is greedy decoding.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
               help="Random seed for sampling.")  # fmt: skip
-@click.option(
-    "--capability",
-    is_flag=True,
-    help="Also solve the embedded tasks with exact answers, unsteered and steered.",
-)
+@click.option("--capability", is_flag=True, hidden=True, is_eager=True, expose_value=False,
+              callback=_capability_was_removed)  # fmt: skip
 @click.option("--json", "output", type=_FILE, metavar="OUT", help="File for all figures and answers as JSON.")
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], contexts: tuple[str, ...],
-    judge: str | None, tokens: int, temperature: float, seed: int, capability: bool, output: Path | None,
+    judge: str | None, tokens: int, temperature: float, seed: int, output: Path | None,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
-    Prints refusals, degenerate answers, drift, capability and speed side by side, with 95% intervals.
+    Prints refusals, degenerate answers, drift and speed side by side, with 95% intervals.
     """
     from rich.console import Console
 
     from rs_gguf.cli.tables import print_comparison, print_sweep
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
-    from rs_gguf.evaluation import capability as capabilities
     from rs_gguf.evaluation.comparison import compare_in_contexts
     from rs_gguf.judges.registry import open_judge_spec
     from rs_gguf.prompts.contexts import named
@@ -110,9 +114,6 @@ def evaluate(
         factors = [0.0]
     sets = _sets(files)
     asked_in = named([name.strip() for value in contexts for name in value.split(",")])
-    tasks, left_out = capabilities.runnable(tokens) if capability else ([], "")
-    if left_out:
-        click.echo(f"Tasks that run code are left out: {left_out}.", err=True)
     progress = TerminalProgress(Console(stderr=True))
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
@@ -121,14 +122,13 @@ def evaluate(
         )
         judge_model = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
         asked_in = _shown(asked_in, loaded)
-        total = (sum(map(len, sets.values())) * (1 + len(asked_in)) + len(tasks)) * (
-            1 + sum(factor != 0 for factor in factors)
-        )
+        conditions = 1 + sum(factor != 0 for factor in factors)
+        total = sum(map(len, sets.values())) * (1 + len(asked_in)) * conditions
         advance = stack.enter_context(progress.stage("measure", total))
         results = compare_in_contexts(
             source, judge_model, sets,
             Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)), asked_in,
-            factors=factors, tasks=tasks, advance=advance,
+            factors=factors, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,

@@ -37,13 +37,6 @@ def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int)
             _number(text["perplexity_unsteered"], ".2f"), _number(text["perplexity_steered"], ".2f"),
             f"{_number(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
-    for kind, figures in measured.get("capability", {}).items():
-        truncated = max(figures["unanswered_unsteered"], figures["unanswered_steered"])
-        less = f" (and {truncated} truncated)" if truncated else ""
-        table.add_row(
-            f"{kind} tasks{less}", _solved(figures, "unsteered"), _solved(figures, "steered"),
-            f"p = {figures['mcnemar_p']:.2g}",
-        )  # fmt: skip
     speed = measured["tokens_per_second"]
     table.add_row(
         "tokens/s",
@@ -123,14 +116,12 @@ def print_sweep(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
             )
         console.print(table)
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
-    for column in ("scale", "perplexity", "tasks solved", "tokens/s"):
+    for column in ("scale", "perplexity", "tokens/s"):
         table.add_column(column)
     for step in steps:
-        text, solved = step["benign_text"], step.get("capability")
         table.add_row(
             f"{step['scale']:g}",
-            _number(text["perplexity_steered"], ".2f"),
-            _solved(solved["all"], "steered") if solved else "",
+            _number(step["benign_text"]["perplexity_steered"], ".2f"),
             f"{step['tokens_per_second']['steered']:.1f}",
         )
     console.print(table)
@@ -142,8 +133,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _share(share: Share | None) -> str:
     return count(share) if share is None or not share.of else f"{count(share)} ({interval(share.ci95)})"
-
-
-def _solved(figures: Mapping[str, Any], side: str) -> str:
-    low, high = figures[f"ci95_{side}"]
-    return f"{figures[f'right_{side}']}/{figures['n']} ({low * 100:.0f} to {high:.0%})"

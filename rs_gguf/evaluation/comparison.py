@@ -1,7 +1,7 @@
 """Compare a model with itself under a steering, as `rs-export eval` does.
 
 An `AnswerSource`, a judge, sets of prompts and scale factors go in. For each factor come out, by set:
-outcomes and transitions, output flags and drift; and for all sets drift of benign text, capability and speed.
+outcomes and transitions, output flags and drift; and for all sets drift of benign text and speed.
 The unsteered side is measured once.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import Asking
-from rs_gguf.evaluation import capability
 from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.paired import PairedEvaluation
@@ -46,13 +45,12 @@ def compare(
     asking: Asking,
     *,
     factors: Sequence[float] = (1.0,),
-    tasks: Sequence[capability.Task] = (),
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """Return for each factor `scale`, `sets`, `benign_text`, `tokens_per_second`, `capability` and `rows`.
+    """Return for each factor `scale`, `sets`, `benign_text`, `tokens_per_second` and `rows`.
 
-    asking: how the prompts are asked. Tasks, which have one right answer each, are solved greedily.
-    advance: called for each answer to a prompt or task, unsteered and at each factor other than 0.
+    asking: how the prompts are asked.
+    advance: called for each answer to a prompt, unsteered and at each factor other than 0.
 
     Raises:
         InputError: before the first answer, if the steering does not fit the model, or the judge cannot be
@@ -84,13 +82,7 @@ def compare(
 
         return evaluation.confirmed_by(indices, PairedEvaluation(again, second(0.0), second(factor)))
 
-    def solutions(factor: float) -> list[capability.Solution]:
-        def ask(some: Sequence[Prompt], limit: int) -> list[Answer]:
-            return answer_source.answers(some, factor, Asking(asking.system, limit), advance)[0]
-
-        return capability.solve(ask, tasks)
-
-    before, solved = side(0.0), solutions(0.0)
+    before = side(0.0)
     judged = zip(before.answers, before.judgements, strict=True)
     quiet = [i for i, (answer, judgement) in enumerate(judged) if is_drift_reference(answer, judgement)]
     benign = [p for p in prompts.grid(["benign"]) if p.split == "validation"]
@@ -114,9 +106,7 @@ def compare(
         start += len(members)
     results = []
     for factor in factors:
-        after, solved_now, texts_after = (
-            (side(factor), solutions(factor), logprobs(factor)) if factor else (before, solved, texts_before)
-        )
+        after, texts_after = (side(factor), logprobs(factor)) if factor else (before, texts_before)
         compared = confirmed(PairedEvaluation(asked, before, after), factor)
         found: dict[str, Any] = {"scale": factor, "sets": {}}
         rows: list[Row] = []
@@ -136,8 +126,6 @@ def compare(
             "steered": speeds[1],
             "change": speeds[1] / speeds[0] - 1 if speeds[0] else None,
         }
-        if tasks:
-            found["capability"] = capability.compare(solved, solved_now)
         results.append({**found, "rows": rows})
     return results
 
@@ -150,14 +138,13 @@ def compare_in_contexts(
     contexts: Sequence[Context],
     *,
     factors: Sequence[float] = (1.0,),
-    tasks: Sequence[capability.Task] = (),
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """Return what `compare` does, with each set again in each context, as the set `NAME, CONTEXT`.
 
-    Benign text, speed and tasks are measured without a context. Raises `InputError` as `compare` does.
+    Benign text and speed are measured without a context. Raises `InputError` as `compare` does.
     """
-    results = compare(answer_source, judge, sets, asking, factors=factors, tasks=tasks, advance=advance)
+    results = compare(answer_source, judge, sets, asking, factors=factors, advance=advance)
     for context in contexts:
         within = {f"{name}, {context.name}": members for name, members in sets.items()}
         found = compare(

@@ -22,7 +22,7 @@ from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import capability, comparison, sandbox
+from rs_gguf.evaluation import comparison
 from rs_gguf.evaluation.drift import drift_of
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
@@ -371,38 +371,6 @@ def test_an_unknown_context_is_an_input_error(folder: Path) -> None:
     assert "unknown context 'moon'" in stderr
 
 
-# ---- capability ------------------------------------------------------------------------------------------
-
-
-def test_capability_is_paired_and_reports_tasks_left_out_without_a_sandbox(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every = capability.tasks()
-    monkeypatch.setattr(
-        capability, "tasks", lambda kinds=capability.SKILLS: [t for t in every if t.kind in kinds][::24]
-    )
-    monkeypatch.setattr(sandbox, "unavailable", lambda: "no filter here")
-    out = folder / "capability.json"
-    code, stdout, stderr = invoke(
-        *(
-            "--model",
-            str(folder / "tiny.gguf"),
-            "--prompts",
-            str(folder / "plain.txt"),
-            "--judge",
-            "keywords",
-        ),
-        *("--tokens", "4", "--lora", str(folder / "a.gguf"), "--capability", "--json", str(out)),
-    )
-    assert code == 0, stderr
-    assert "left out: no filter here" in stderr
-    assert "all tasks" in stdout
-    figures = json.loads(out.read_text())["capability"]
-    assert list(figures) == ["arithmetic", "facts", "format", "all"]
-    assert figures["all"]["n"] == sum(figures[kind]["n"] for kind in ("arithmetic", "facts", "format"))
-    assert figures["arithmetic"]["accuracy_unsteered"] == 0  # random weights
-
-
 # ---- bad input -------------------------------------------------------------------------------------------
 
 
@@ -418,6 +386,7 @@ def test_capability_is_paired_and_reports_tasks_left_out_without_a_sandbox(
         (["--control-vector", "@v.gguf", "--layer-range", "9", "12"], "no vector has a direction"),
         (["--control-vector", "@wide.gguf"], "belongs to another model"),
         (["--scales", "0,1"], "give at least one of them"),
+        (["--capability"], "Inspect or lm-evaluation-harness"),
         (["--control-vector", "@v.gguf", "--scales", "0,x"], "'x' is not a finite number"),
         (["--temperature", "nan"], "--temperature nan: give a finite number"),
         (["--prompts", "@none.csv"], "prompt file not found"),
@@ -556,28 +525,13 @@ def test_each_request_sets_the_scales_of_a_server(server: Server, folder: Path, 
     assert {body["max_tokens"] for body in server.asked[1:]} == {TOKENS}
 
 
-def test_a_server_samples_answers_and_solves_tasks_greedily(
-    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tasks = capability.tasks(["facts"])[:3]
-    monkeypatch.setattr(capability, "runnable", lambda _: (tasks, ""))
+def test_a_server_samples_answers(server: Server, folder: Path) -> None:
     evaluate(
         folder,
-        "--model",
-        server.url,
-        "--lora",
-        "remove.gguf",
-        "--capability",
-        "--temperature",
-        "0.8",
-        "--seed",
-        "3",
+        *("--model", server.url, "--lora", "remove.gguf", "--temperature", "0.8", "--seed", "3"),
     )
-    sampling: dict[str, set[tuple[float, int]]] = {"prompts": set(), "tasks": set()}
-    for body in server.asked[1:]:  # the first request only loads the weights
-        kind = "tasks" if body["messages"][-1]["content"] in {task.prompt for task in tasks} else "prompts"
-        sampling[kind].add((body["temperature"], body["seed"]))
-    assert sampling == {"prompts": {(0.8, 3)}, "tasks": {(0.0, 0)}}
+    # The first request reads the weights.
+    assert {(body["temperature"], body["seed"]) for body in server.asked[1:]} == {(0.8, 3)}
 
 
 def test_an_adapter_that_the_server_lacks_is_refused(server: Server, folder: Path) -> None:
