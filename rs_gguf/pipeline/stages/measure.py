@@ -156,10 +156,11 @@ def measure(
     log: RowLog,
     *,
     advance: Advance,
+    into_files: bool = True,
 ) -> Measured:
     """Answer the prompts under every condition, confirm the changes and apply the acceptance criteria.
 
-    Each file gets its figures into its own metadata, so that they travel with it.
+    into_files: put the figures into the metadata of each file too, so that they travel with it.
     """
     own = recipe.prompts.system
     asking = recipe.asking(recipe.answers.test_tokens)
@@ -191,7 +192,8 @@ def measure(
         evaluation = evaluations[name]
         decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
         sets = evaluation.by_kind()
-        _record_figures(file, sets, drifts.of[name], decision)
+        if into_files:
+            _record_figures(file, sets, drifts.of[name], decision)
         records[name] = file_record(
             file,
             sets,
