@@ -14,16 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
+from rs_gguf.pipeline.stages import wordings
+from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.fit import samples
-from rs_gguf.pipeline.stages.measure import Measured, measure
+from rs_gguf.pipeline.stages.measure import Measured, measure, vector_layers
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
@@ -31,6 +35,7 @@ from rs_gguf.records.metrics import FileRecord, JudgeRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
+from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
 from rs_gguf.version import __version__
 
@@ -135,23 +140,45 @@ def _measure(
 ) -> tuple[Measured, Callable[[], None]]:
     """Measure the files on `prompts`; return what was measured, and what deletes the log."""
     recipe, folder, progress = run.recipe, run.folder, run.progress
-    names = _baselines(run)
-    baselines = literature.build(
-        names, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
-        effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed, device=recipe.fit.device,
-    )  # fmt: skip
+    names = literature.usable(_baselines(run), run.model)
+    tune = run.prompts["tune"] if "system-prompt" in names else []
     key = key_of(
-        run.model_hash, run.judge.identity, run.judge_hash, asdict(recipe.asking(recipe.answers.test_tokens)),
-        recipe.seed, [p.to_row() for p in prompts],
+        run.model_hash, run.judge.identity, run.judge_hash, recipe.model_dump(mode="json"),
+        [p.to_row() for p in (*prompts, *tune)],
         {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
     )  # fmt: skip
     log = RowLog(folder / log_name, key)
-    with progress.stage("measure", (1 + len(baselines) + len(files)) * len(prompts)) as advance:
+    tuned = _tune_answers(run, tune, log)
+    n = wordings.count(run, tuned) if tune else 0
+    with progress.stage("measure", n + (1 + len(names) + len(files)) * len(prompts)) as advance:
+        baselines = literature.build(
+            names, lambda: samples(run), run.model, folder.path,
+            effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
+            layers=vector_layers({name: file.trial for name, file in files.items()}),
+            system_prompt=lambda: wordings.select(run, tuned, log, advance),
+        )  # fmt: skip
         measured = measure(
             run.model, run.judge, prompts, files, baselines, recipe, log,
             advance=advance, into_files=into_files,
         )  # fmt: skip
     return measured, log.delete
+
+
+def _tune_answers(run: Run, prompts: Sequence[Prompt], log: RowLog) -> UnsteeredAnswers:
+    """Return the unsteered answers to the tune prompts, on which the system prompt is selected.
+
+    A run folder has them; a published folder does not, so there the model answers again. Without prompts, no
+    system prompt is measured.
+    """
+    if not prompts:
+        return UnsteeredAnswers([], [], [])
+    if run.folder.is_done("score", run.key("score")):
+        return unsteered(run.folder, prompts)
+    plain = Condition("tune", NO_STEERING, run.recipe.prompts.system)
+    asking = run.recipe.asking(run.recipe.answers.tokens)
+    with run.progress.stage("answer", len(prompts)) as advance:
+        judged = resume_condition(run.model, run.judge, plain, prompts, asking, log, advance)
+    return UnsteeredAnswers(prompts, judged.answers, judged.judgements)
 
 
 def _baselines(run: Run) -> list[str]:

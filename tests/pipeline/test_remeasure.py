@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     lora_file.write(LoraAdapter(factors, "qwen2", {"measured": False}), folder / "remove-adapter.gguf")
     (folder / "recipe.toml").write_text(
         f'# A comment, as published recipes have it.\nmodel = "{model}"\njudge = "keywords"\n'
-        "[prompts]\ntest = 4\n[answers]\ntest_tokens = 8\n"
+        "[prompts]\ntest = 4\ntune = 4\n[answers]\ntest_tokens = 8\n"
         '[measure]\nbaselines = ["system-prompt", "md"]\n'
     )
     write_metrics(folder, model)
@@ -134,6 +134,7 @@ def test_a_published_folder_is_measured_again(folder: Path, caplog: pytest.LogCa
 
 @pytest.mark.parametrize("reason", ["no candidate met every limit", "no configuration held every limit"])
 def test_an_infeasible_file_stays_infeasible(folder: Path, tmp_path: Path, reason: str) -> None:
+    without_baselines(folder)
     acceptance = Acceptance(verdict="failed", reasons=(f"{reason} on the tune split; it is the nearest",))
     vector = figures_of_file(folder / "remove.gguf", "wrmd").model_copy(update={"acceptance": acceptance})
     write_metrics(folder, tmp_path / "tiny.gguf", vector=vector)
@@ -145,8 +146,13 @@ def test_an_infeasible_file_stays_infeasible(folder: Path, tmp_path: Path, reaso
     assert infeasible == {"vector": True, "adapter": False}
 
 
+def without_baselines(folder: Path) -> None:
+    text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(text.replace('["system-prompt", "md"]', "[]"))
+
+
 def test_a_killed_measurement_goes_on(folder: Path) -> None:
-    (folder / "recipe.toml").write_text((folder / "recipe.toml").read_text().replace(', "md"', ""))
+    without_baselines(folder)
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(KeyboardInterrupt):
         remeasure(folder, progress=Stopping(most=2 * N))
@@ -155,7 +161,7 @@ def test_a_killed_measurement_goes_on(folder: Path) -> None:
     assert len(log) == 1 + 2 * N
     going_on = Stopping()
     record, _ = remeasure(folder, progress=going_on)
-    assert going_on.steps[:2] == [N, N]  # unsteered and the baseline were there already
+    assert going_on.steps[:2] == [N, N]  # unsteered and the vector were there already
     assert not (folder / "remeasured.jsonl.part").exists()
     # Figures are in the files' metadata now, and the same weights are measured again: no figure changes.
     again, _ = remeasure(folder)
@@ -175,6 +181,7 @@ def test_another_model_and_a_missing_file_are_named(folder: Path, tmp_path: Path
 
 
 def test_the_command_prints_the_figures(folder: Path) -> None:
+    without_baselines(folder)
     result = CliRunner().invoke(main, ["remeasure", str(folder)])
     assert result.exit_code == 1, result.output  # a random model: nothing passes
     assert "Explicit refusals" in result.stdout
@@ -185,7 +192,8 @@ def test_the_command_prints_the_figures(folder: Path) -> None:
 
 
 @pytest.fixture
-def sealed_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sealed_set(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    without_baselines(folder)
     monkeypatch.setattr(sealed, "LEAST", dict.fromkeys(KINDS, 2))
     path = tmp_path / "sets" / "first.jsonl"
     rows = [

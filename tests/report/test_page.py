@@ -1319,7 +1319,7 @@ def test_what_a_published_folder_lacks_is_left_out(run_folder: Path) -> None:
     assert "What was fitted" not in page
     assert not re.search(r"\d+ trials", page)
     assert "- Selected on the tune split" in card
-    assert "trials" not in card
+    assert not re.search(r"\d+ trials", card)
 
 
 @pytest.mark.parametrize("write", [write_report, write_card])
