@@ -55,7 +55,10 @@ def folder(tmp_path: Path) -> Path:
             rng.standard_normal((32, 2)).astype(np.float32),
         )
     }
-    vector_file.write(SteeringVector(vector, {"measured": False}, "qwen2"), folder / "remove.gguf")
+    vector_file.write(
+        SteeringVector(vector, {"measured": False, "metrics.benign": [0.5, 0.25]}, "qwen2"),
+        folder / "remove.gguf",
+    )
     lora_file.write(LoraAdapter(factors, "qwen2", {"measured": False}), folder / "remove-adapter.gguf")
     (folder / "recipe.toml").write_text(
         f'# A comment, as published recipes have it.\nmodel = "{model}"\njudge = "keywords"\n'
@@ -120,6 +123,7 @@ def test_a_published_folder_is_measured_again(folder: Path, caplog: pytest.LogCa
         assert file.sets != old.files[name].sets
         provenance = steering_file.read(one).provenance
         assert provenance["measured"] is True
+        assert "metrics.benign" not in provenance  # a figure of an earlier version
         assert provenance["acceptance.verdict"] == file.acceptance.verdict
         assert str(one) in file.llama_cpp.command
         assert "no candidate met every limit" not in "".join(file.acceptance.reasons)

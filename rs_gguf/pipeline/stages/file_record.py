@@ -145,4 +145,5 @@ def record_figures(
     if (kept := sets["harmful"].kept) is not None:
         figures["metrics.retention"] = [kept.n, kept.of]
     for path, content in file.files.items():
-        steering_file.write(content.with_facts(figures), path)
+        # Figures of an earlier measurement, perhaps of others than these, would stand beside the new ones.
+        steering_file.write(content.with_facts(figures, in_place_of="metrics."), path)
