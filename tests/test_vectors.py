@@ -160,7 +160,7 @@ def cell_of(record: RunRecord, kind: str, side: str, figure: str) -> str:
 def check_table(head: list[str], rows: list[list[str]], folder: Path) -> int:
     """Compare a table with the metrics of schema 2; return how many cells were compared.
 
-    Columns: prompts, n, then sides: `unsteered`, `gated adapter`, `control vector`, or the name of a baseline.
+    Columns: prompts, n, then sides: `unsteered`, `gated adapter`, `control vector`, or a baseline.
     A figure of `Outcomes` or a transition may stand before a colon and holds for the columns that follow too;
     without one, cells count explicit refusals. The row `acceptance criteria` has the verdicts.
     """
