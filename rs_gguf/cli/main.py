@@ -20,6 +20,7 @@ from rs_gguf.cli import eval as cli_eval
 from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import plan as cli_plan
+from rs_gguf.cli import remeasure as cli_remeasure
 from rs_gguf.errors import RsGgufError, escape_control_chars
 from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
 from rs_gguf.version import __version__
@@ -208,7 +209,7 @@ for _info in STAGES.values():
 
 
 for _command in (
-    cli_plan.plan, cli_eval.evaluate, cli_judge.judge,
+    cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge,
     cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
 ):  # fmt: skip
     main.add_command(_command)

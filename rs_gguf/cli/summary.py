@@ -29,8 +29,11 @@ _WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
 _STYLES = {"passed": "green", "failed": "red", "undecided": "yellow"}
 
 
-def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> None:
-    """Print what was measured of the files in the run folder `out`; `metrics` is metrics.json."""
+def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pages: bool = True) -> None:
+    """Print what was measured of the files in the run folder `out`; `metrics` is metrics.json.
+
+    pages: name the report and the card too, which show these figures.
+    """
     # A model's path or a judge's name may hold characters that a terminal obeys.
     record = RunRecord.of(printable(dict(metrics)), out / "metrics.json")
     files = reported_files(record)
@@ -54,8 +57,9 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path) -> No
         path = printable(str(out / file.record.file))
         _say(console, f"\n{file.word.capitalize()}, {path} ({file.record.acceptance.verdict}):")
         _say(console, file.record.llama_cpp.command)
-    report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
-    _say(console, f"\nReport: {report}   Card: {card}")
+    if pages:
+        report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
+        _say(console, f"\nReport: {report}   Card: {card}")
 
 
 def share_lines(share: Share | None) -> str:

@@ -52,6 +52,8 @@ NO_ABLATION = (
     "measure.baselines: ablation can only remove refusals, and only from a GGUF model. Leave it out to "
     "induce refusals, or with a Hugging Face folder."
 )
+WITHOUT_ACTIVATIONS = ("system-prompt",)
+"""Names of the baselines that `build` makes without the samples of the fit split."""
 _EXAMPLES = 6  # prompts that show a model what to decline
 _SHOWN = 200  # most characters of each: whole ones may be longer than the model's context
 _PAPER_RIDGE = 0.01  # absolute, arXiv 2512.16602

@@ -46,7 +46,7 @@ _INFOS = (
     ),
     StageInfo(
         "tune",
-        "Search layers and strength; refusals of harmful prompts must stay.",
+        "Search layers and strength; harmful refusals must stay.",
         "Searching layers and strength",
         ("trials.jsonl", "tune.json", "adapters/"),
     ),

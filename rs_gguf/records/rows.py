@@ -73,7 +73,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 class RowLog:
     """A log of rows under a key: rows are appended one by one, then written in order to the final file."""
 
-    def __init__(self, final: Path, key: str, finished: Callable[[Path], None]) -> None:
+    def __init__(self, final: Path, key: str, finished: Callable[[Path], None] = lambda path: None) -> None:
         """Open the log and continue with the rows that an earlier process left under the same `key`.
 
         `final`: the file that `finish` writes. `finish` then calls `finished` with the path of the log; the
@@ -116,6 +116,10 @@ class RowLog:
         """
         write_rows(self._final, [self.rows[i] for i in ids])
         self._finished(self._path)
+
+    def delete(self) -> None:
+        """Delete the log, of which everything is kept elsewhere by now."""
+        self._path.unlink(missing_ok=True)
 
 
 def _line(row: Row) -> str:

@@ -57,7 +57,7 @@ def write_report(run_folder: Path, *, harmful_answers: bool = False) -> Path:
             "rule": acceptance,
             "trials": tune["trials"],
             "tried": len(run.tune["trials"]),
-            "plot": plots.trade_off(tune, files, run.record.effect),
+            "plot": plots.trade_off(tune, files, run.record.effect) if tune["trials"] else None,
             "curves": curves,
             "curve_options": scale_sweep.options(run.recipe, run.record.test_tokens),
             "strengths": [c for c in scale_sweep.searched(tune, files) if c["file"].key not in drawn],

@@ -1,6 +1,6 @@
 """A run folder's results, read for people: every string in them can be shown as it is.
 
-`metrics.json`, `test_answers.jsonl`, `tune.json` and `recipe.toml` go in. So do, where they are, `fit.json`,
+`metrics.json`, `test_answers.jsonl` and `recipe.toml` go in. So do, where they are, `tune.json`, `fit.json`,
 the answers and judgements of the fit prompts, and `scale_sweep*.json`, written by `rs-export eval --scales`.
 Prompts and answers are untrusted. Characters that could hide, reorder or break text are made visible here.
 """
@@ -19,7 +19,9 @@ from rs_gguf.errors import InputError
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_lines
 
-_NEEDED = ("metrics.json", "test_answers.jsonl", "tune.json", "recipe.toml")
+_NEEDED = ("metrics.json", "test_answers.jsonl", "recipe.toml")
+# What a folder lacks that holds only what was published: the page leaves those parts out.
+_EMPTY = {"tune.json": '{"trials": [], "selected": {}}', "fit.json": "{}"}
 
 # Controls except tab and line feed, line and paragraph separators, bidirectional embeddings, overrides and
 # isolates (left-to-right and right-to-left marks stay: ordinary text needs them), surrogates, noncharacters,
@@ -36,7 +38,8 @@ _UNPRINTABLE = re.compile(
 class Results:
     """What the stages left.
 
-    rows: of test_answers.jsonl. fit: empty where the fit stage left no summary. fitted: `kind` and
+    rows: of test_answers.jsonl. tune: without trials where the search left none. fit: empty where the fit
+    stage left no summary. fitted: `kind` and
     `confidence` of the fit prompts, in the order of their activations; empty where they were not kept.
     sweeps: contents of the scale sweeps.
     """
@@ -58,10 +61,11 @@ def load(folder: Path) -> Results:
         InputError: one of the files is missing or not what the stages write.
     """
     texts = {name: _text(folder / name) for name in _NEEDED}
-    fit_text = _text(folder / "fit.json") if (folder / "fit.json").is_file() else "{}"
+    for name, empty in _EMPTY.items():
+        texts[name] = _text(folder / name) if (folder / name).is_file() else empty
     try:
         rows = json_lines(texts["test_answers.jsonl"])
-        metrics, tune, fit = (json.loads(t) for t in (texts["metrics.json"], texts["tune.json"], fit_text))
+        metrics, tune, fit = (json.loads(texts[f"{name}.json"]) for name in ("metrics", "tune", "fit"))
         fitted = _fitted(folder)
         sweeps = [_sweep(path) for path in sorted(folder.glob("scale_sweep*.json"))]
         recipe_text = _without_home(texts["recipe.toml"])

@@ -115,6 +115,8 @@ def searched(tune: Mapping[str, Any], files: Sequence[ReportedFile]) -> list[Row
     charts = []
     for file in files:
         trials = [t for t in tune["trials"] if method_of(t) == file.key]
+        if not trials:  # the folder holds only what was published
+            continue
         rates = [
             (kind, trial, trial[name]) for kind, name in _RATES for trial in trials if trial[name] is not None
         ]

@@ -55,8 +55,8 @@ class SteeringFile(Protocol):
     def contents(self) -> Mapping[str, ProvenanceValue]:
         """The kind of file and what it changes, for display."""
 
-    def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> Self:
-        """Return a copy with `facts` added to its provenance."""
+    def with_facts(self, facts: Mapping[str, ProvenanceValue], *, in_place_of: str = ...) -> Self:
+        """Return a copy with `facts` added to its provenance, less the earlier keys with a prefix."""
 
     @classmethod
     def combined(cls, parts: Sequence[tuple[Self, float]]) -> Self:

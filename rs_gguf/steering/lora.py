@@ -117,9 +117,10 @@ class LoraAdapter:
             "rank": self.rank,
         }
 
-    def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> LoraAdapter:
-        """Return the same adapter with `facts` added to its provenance."""
-        return replace(self, provenance={**self.provenance, **facts})
+    def with_facts(self, facts: Mapping[str, ProvenanceValue], *, in_place_of: str = "\0") -> LoraAdapter:
+        """Return the same adapter with `facts` added to its provenance, which loses keys with this prefix."""
+        kept = {k: v for k, v in self.provenance.items() if not k.startswith(in_place_of)}
+        return replace(self, provenance={**kept, **facts})
 
     @classmethod
     def combined(cls, parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:

@@ -123,9 +123,10 @@ class SteeringVector:
             "layers": self.layers,
         }
 
-    def with_facts(self, facts: Mapping[str, ProvenanceValue]) -> SteeringVector:
-        """Return the same vector with `facts` added to its provenance."""
-        return replace(self, provenance={**self.provenance, **facts})
+    def with_facts(self, facts: Mapping[str, ProvenanceValue], *, in_place_of: str = "\0") -> SteeringVector:
+        """Return the same vector with `facts` added to its provenance, which loses keys with this prefix."""
+        kept = {k: v for k, v in self.provenance.items() if not k.startswith(in_place_of)}
+        return replace(self, provenance={**kept, **facts})
 
     @classmethod
     def combined(cls, parts: Sequence[tuple[SteeringVector, float]]) -> SteeringVector:

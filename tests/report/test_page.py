@@ -1287,16 +1287,39 @@ def test_what_scripts_and_emoji_need_stays(text: str) -> None:
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "test_answers.jsonl", "tune.json", "recipe.toml"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "test_answers.jsonl", "tune.json", "fit.json", "recipe.toml"]
+)
 @pytest.mark.parametrize("write", [write_report, write_card])
-def test_missing_and_damaged_files_are_named(run_folder: Path, name: str, write: Any) -> None:
+def test_damaged_files_are_named(run_folder: Path, name: str, write: Any) -> None:
     (run_folder / name).write_text("{ not\x00 valid", encoding="utf-8")
     with pytest.raises(InputError, match="damaged"):
         write(run_folder)
+    assert not (run_folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "test_answers.jsonl", "recipe.toml"])
+@pytest.mark.parametrize("write", [write_report, write_card])
+def test_missing_files_are_named(run_folder: Path, name: str, write: Any) -> None:
     (run_folder / name).unlink()
     with pytest.raises(InputError, match=re.escape(name)):
         write(run_folder)
     assert not (run_folder / "report.html").exists()
+
+
+def test_what_a_published_folder_lacks_is_left_out(run_folder: Path) -> None:
+    page, card = (write(run_folder).read_text(encoding="utf-8") for write in (write_report, write_card))
+    assert "What the search tried" in page
+    assert "What was fitted" in page
+    assert re.search(r"Selected among \d+ trials", card)
+    for name in ("tune.json", "fit.json"):
+        (run_folder / name).unlink()
+    page, card = (write(run_folder).read_text(encoding="utf-8") for write in (write_report, write_card))
+    assert "What the search tried" not in page
+    assert "What was fitted" not in page
+    assert not re.search(r"\d+ trials", page)
+    assert "- Selected on the tune split" in card
+    assert not re.search(r"\d+ trials", card)
 
 
 @pytest.mark.parametrize("write", [write_report, write_card])

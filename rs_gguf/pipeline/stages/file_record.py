@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,7 +11,7 @@ from typing import Any
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
-from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.evaluation.acceptance import Decision, Effect
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
@@ -123,3 +124,26 @@ def llama_cpp_of(model: Path, file: WrittenFile, *, reasoning_off: bool) -> Llam
         build=llama_log.build(),
         reasoning_off=reasoning_off,
     )
+
+
+def record_figures(
+    file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
+) -> None:
+    """Put what was measured into the metadata of the files themselves."""
+    figures: dict[str, Any] = {
+        "measured": True,
+        "acceptance.passed": decision.verdict == "passed",
+        "acceptance.verdict": decision.verdict,
+    }
+    if math.isfinite(drift.nats):  # NaN where no benign prompt was answered
+        figures["metrics.benign_drift"] = drift.nats
+    for kind, found in sets.items():
+        sides = found.outcomes_unsteered, found.outcomes_steered
+        figures[f"metrics.{kind}.explicit_refusals"] = [outcomes.explicit for outcomes in sides]
+        figures[f"metrics.{kind}.refusals"] = [outcomes.refuses for outcomes in sides]
+        figures[f"metrics.{kind}.prompts"] = found.n
+    if (kept := sets["harmful"].kept) is not None:
+        figures["metrics.retention"] = [kept.n, kept.of]
+    for path, content in file.files.items():
+        # Figures of an earlier measurement, perhaps of others than these, would stand beside the new ones.
+        steering_file.write(content.with_facts(figures, in_place_of="metrics."), path)

@@ -7,7 +7,6 @@ come out.
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import numpy as np
 
 from rs_gguf.engines.answers import Advance, logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
-from rs_gguf.evaluation.acceptance import Decision
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
@@ -31,7 +29,14 @@ from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages import wordings
-from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
+from rs_gguf.pipeline.stages.answers import unsteered
+from rs_gguf.pipeline.stages.file_record import (
+    WrittenFile,
+    baseline_notes,
+    file_record,
+    llama_cpp_of,
+    record_figures,
+)
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import files_of, write_files
@@ -45,12 +50,10 @@ from rs_gguf.records.metrics import (
     JudgeRecord,
     ModelRecord,
     RunRecord,
-    SetRecord,
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.records.trials import Trial
-from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -82,14 +85,15 @@ class Measure(Stage):
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
         names = literature.usable(recipe.measure.baselines, run.model)
-        n = wordings.count(run) if "system-prompt" in names else 0
+        tuned = unsteered(folder, run.prompts["tune"])
+        n = wordings.count(run, tuned) if "system-prompt" in names else 0
         n += (1 + len(names) + len(files)) * len(prompts)
         with run.progress.stage(self.info.name, n) as advance:
             baselines = literature.build(
                 names, lambda: samples(run), run.model, folder.path,
                 effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
-                layers=_layers(trials),
-                system_prompt=lambda: wordings.select(run, log, advance),
+                layers=vector_layers(trials),
+                system_prompt=lambda: wordings.select(run, tuned, log, advance),
             )  # fmt: skip
             measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
         write_rows(folder / "test_answers.jsonl", measured.rows)
@@ -132,8 +136,8 @@ class Measure(Stage):
         )
 
 
-def _layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
-    """Return first and last layer of the selected vector; None if there is none."""
+def vector_layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
+    """Return first and last layer of the selected vector; None without one."""
     vector = trials.get(ControlVector.name)
     return None if vector is None else (vector.candidate.first, vector.candidate.last)
 
@@ -156,10 +160,11 @@ def measure(
     log: RowLog,
     *,
     advance: Advance,
+    into_files: bool = True,
 ) -> Measured:
     """Answer the prompts under every condition, confirm the changes and apply the acceptance criteria.
 
-    Each file gets its figures into its own metadata, so that they travel with it.
+    into_files: put the figures into the metadata of each file too, so that they travel with it.
     """
     own = recipe.prompts.system
     asking = recipe.asking(recipe.answers.test_tokens)
@@ -191,7 +196,8 @@ def measure(
         evaluation = evaluations[name]
         decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
         sets = evaluation.by_kind()
-        _record_figures(file, sets, drifts.of[name], decision)
+        if into_files:
+            record_figures(file, sets, drifts.of[name], decision)
         records[name] = file_record(
             file,
             sets,
@@ -276,25 +282,3 @@ class _Drifts:
 
     def _logprobs(self, system: str | None) -> LogProbs:
         return logprobs_of(self._model, self._prompts, self._answers, system)
-
-
-def _record_figures(
-    file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
-) -> None:
-    """Put what was measured into the metadata of the files themselves."""
-    figures: dict[str, Any] = {
-        "measured": True,
-        "acceptance.passed": decision.verdict == "passed",
-        "acceptance.verdict": decision.verdict,
-    }
-    if math.isfinite(drift.nats):  # NaN where no benign prompt was answered
-        figures["metrics.benign_drift"] = drift.nats
-    for kind, found in sets.items():
-        sides = found.outcomes_unsteered, found.outcomes_steered
-        figures[f"metrics.{kind}.explicit_refusals"] = [outcomes.explicit for outcomes in sides]
-        figures[f"metrics.{kind}.refusals"] = [outcomes.refuses for outcomes in sides]
-        figures[f"metrics.{kind}.prompts"] = found.n
-    if (kept := sets["harmful"].kept) is not None:
-        figures["metrics.retention"] = [kept.n, kept.of]
-    for path, content in file.files.items():
-        steering_file.write(content.with_facts(figures), path)

@@ -1,6 +1,7 @@
 """The part of the measure stage that selects the system prompt of the baseline, on the tune split.
 
-A run goes in; the `Condition` of the best wording comes out. The answers stay in the stage's log.
+A run and the unsteered answers to its tune prompts go in; the `Condition` of the best wording comes out. The
+answers stay in the stage's log.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from rs_gguf.methods import baselines
 from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run
-from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.records.rows import RowLog
+from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.search.system_prompts import sample, select_system_prompt
 
 _PROMPTS = 16  # of each kind, where the recipe has no full answers
@@ -29,17 +30,17 @@ def _wordings(run: Run) -> list[Condition]:
     )
 
 
-def count(run: Run) -> int:
+def count(run: Run, before: UnsteeredAnswers) -> int:
     """Return how many prompts all wordings together answer."""
-    recipe, answers = run.recipe, unsteered(run.folder, run.prompts["tune"])
-    return len(_wordings(run)) * len(sample(answers, recipe.effect, _size(recipe), recipe.seed))
+    recipe = run.recipe
+    return len(_wordings(run)) * len(sample(before, recipe.effect, _size(recipe), recipe.seed))
 
 
-def select(run: Run, log: RowLog, advance: Advance) -> Condition:
+def select(run: Run, before: UnsteeredAnswers, log: RowLog, advance: Advance) -> Condition:
     """Return the best wording; `advance` counts answers."""
     recipe = run.recipe
     return select_system_prompt(
-        run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), _wordings(run),
+        run.model, run.judge, before, _wordings(run),
         recipe.asking(recipe.answers.tokens), recipe.safety, log,
         n=_size(recipe), seed=recipe.seed, advance=advance,
     )  # fmt: skip

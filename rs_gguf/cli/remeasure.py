@@ -1,0 +1,46 @@
+"""Define the `rs-export remeasure` command: measure the files of a folder again, or on a sealed set.
+
+In: a published folder or a run folder, and perhaps a sealed set. Out: tables on stdout, and the files that
+`rs_gguf.pipeline.remeasure` writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("remeasure")
+@click.argument("folder", type=_FILE)
+@click.option("--sealed", type=_FILE, metavar="SET.jsonl",
+              help="Open this sealed set, and measure on it in place of the validation split. The ledger "
+                   "opened.jsonl beside it records that; a set is opened for one release only.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON in place of the tables.")
+def remeasure(folder: Path, sealed: Path | None, as_json: bool) -> None:
+    """Measure the files in FOLDER again.
+
+    FOLDER holds recipe.toml, metrics.json and the GGUF files that it names. Writes new metrics.json,
+    test_answers.jsonl, report.html and card.md there, or with --sealed sealed.json and sealed_answers.jsonl.
+    A killed command goes on when it is given again. Exit code 1 if no file meets the acceptance criteria.
+    """
+    from rich.console import Console
+
+    from rs_gguf.cli.summary import print_results
+    from rs_gguf.cli.terminal import TerminalProgress
+    from rs_gguf.pipeline.remeasure import remeasure as measure_again
+
+    with contextlib.closing(TerminalProgress(Console(stderr=True))) as progress:
+        record, path = measure_again(folder, sealed=sealed, progress=progress)
+    if as_json:
+        click.echo(json.dumps(record.mapping(), indent=2))
+    else:
+        print_results(Console(), record.mapping(), folder, pages=sealed is None)
+        click.echo(f"Figures: {path}")
+    if not any(file.passed for file in record.files.values()):
+        sys.exit(1)

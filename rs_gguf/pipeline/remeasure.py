@@ -1,0 +1,221 @@
+"""Measure the files of a published folder or of a run folder again.
+
+A folder with `recipe.toml`, `metrics.json` and the GGUF files named there goes in, and perhaps a sealed set.
+On the validation split, new `metrics.json`, `test_answers.jsonl`, `report.html` and `card.md` come out; on a
+sealed set `sealed.json`, `sealed_answers.jsonl` and a row of the set's ledger.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rs_gguf.engines.engine import NO_STEERING
+from rs_gguf.errors import InputError
+from rs_gguf.evaluation.condition import Condition, resume_condition
+from rs_gguf.methods import METHODS
+from rs_gguf.methods import baselines as literature
+from rs_gguf.pipeline import recipe as recipes
+from rs_gguf.pipeline.folder import RunFolder, key_of
+from rs_gguf.pipeline.run import open_run
+from rs_gguf.pipeline.stage import Progress, Run
+from rs_gguf.pipeline.stages import wordings
+from rs_gguf.pipeline.stages.answers import unsteered
+from rs_gguf.pipeline.stages.file_record import WrittenFile
+from rs_gguf.pipeline.stages.fit import samples
+from rs_gguf.pipeline.stages.measure import Measured, measure, vector_layers
+from rs_gguf.prompts import sealed as sealed_sets
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.files import sha256
+from rs_gguf.records.metrics import FileRecord, JudgeRecord, RunRecord
+from rs_gguf.records.rows import RowLog, write_json, write_rows
+from rs_gguf.records.trials import Candidate, Trial
+from rs_gguf.report.page import write_card, write_report
+from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
+from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
+from rs_gguf.version import __version__
+
+_log = logging.getLogger("rs_gguf.remeasure")
+
+_LEAST_TOKENS = 100  # of an answer: reported figures use no shorter ones
+# A reason of the acceptance criteria, now and in schema 1: the search found no candidate within all limits.
+_INFEASIBLE = ("no candidate met every limit", "no configuration held every limit")
+
+
+def remeasure(
+    path: Path, *, sealed: Path | None = None, progress: Progress | None = None
+) -> tuple[RunRecord, Path]:
+    """Measure the files in the folder `path` and return the record, and the file that holds it.
+
+    A killed call goes on where it stopped. The recipe's judge grades; answers have the recipe's
+    `test_tokens`, and 100 at least.
+
+    sealed: the sealed set to open, in place of the validation split. The files stay unchanged.
+
+    Raises:
+        InputError: the folder lacks a file, the model is another one, or the sealed set cannot be opened: it
+            breaks a rule of `prompts.sealed`, or was opened for other files.
+    """
+    folder = RunFolder(path)
+    old = RunRecord.read(folder / "metrics.json")
+    recipe = recipes.load(folder / "recipe.toml")
+    if recipe.answers.test_tokens < _LEAST_TOKENS:
+        recipe = recipes.load(folder / "recipe.toml", [f"answers.test_tokens={_LEAST_TOKENS}"])
+    files = {name: _written(folder, name, file) for name, file in old.files.items()}
+    with folder.locked(), open_run(recipe, folder, progress) as run:
+        if run.model_hash != old.model.sha256:
+            raise InputError(
+                f"the files in {path} are for the model with SHA-256 {old.model.sha256}; {recipe.model} has "
+                f"{run.model_hash}. Name that model in recipe.toml."
+            )
+        if sealed is None:
+            return _on_validation(run, old, files)
+        return _on_sealed(run, old, files, sealed)
+
+
+def _on_validation(run: Run, old: RunRecord, files: Mapping[str, WrittenFile]) -> tuple[RunRecord, Path]:
+    folder, prompts = run.folder, run.prompts["validation"]
+    measured, forget = _measure(run, prompts, files, "remeasured.jsonl")
+    record = _record(run, old, measured, subset=len(prompts) < sum(map(len, run.pool["validation"].values())))
+    write_rows(folder / "test_answers.jsonl", measured.rows)
+    record.write(folder / "metrics.json")
+    write_report(folder.path)
+    write_card(folder.path)
+    forget()
+    return record, folder / "metrics.json"
+
+
+def _on_sealed(
+    run: Run, old: RunRecord, files: Mapping[str, WrittenFile], path: Path
+) -> tuple[RunRecord, Path]:
+    folder, sealed = run.folder, sealed_sets.load(path)
+    others = [p for kinds in run.pool.values() for rows in kinds.values() for p in rows]
+    if reasons := sealed_sets.check(sealed, others):
+        raise InputError(f"{path} cannot be opened as a sealed set: " + "; ".join(reasons) + ".")
+    hashes = {file.name: sha256(file) for written in files.values() for file in written.paths}
+    opened = sealed_sets.open_for(path, hashes)
+    measured, forget = _measure(run, sealed, files, "sealed_measured.jsonl", into_files=False)
+    record = _record(run, old, measured, subset=False)
+    write_rows(folder / "sealed_answers.jsonl", measured.rows)
+    facts = {"set": opened["set"], "set_sha256": opened["set_sha256"], "opened": opened["date"]}
+    write_json(folder / "sealed.json", {**record.mapping(), "sealed": facts})
+    verdicts = {file.file: file.acceptance.verdict for file in measured.files.values()}
+    sealed_sets.record_verdicts(path, verdicts)
+    forget()
+    return record, folder / "sealed.json"
+
+
+def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
+    """Return a file as the measure stage takes it, with the facts of its trial from the earlier record.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    path = folder / record.file
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
+    first, last = record.layers
+    plain = Candidate(name, "", record.ridge, first, last, record.strength, record.benign_target)
+    if record.estimator == plain.recorded:  # a label, where the method has no estimator
+        candidate = plain
+    else:
+        candidate = Candidate(**{**asdict(plain), "estimator": record.estimator})
+    feasible = not any(text in reason for reason in record.acceptance.reasons for text in _INFEASIBLE)
+    nan = float("nan")  # of the search: measure() uses neither figure
+    trial = Trial(0, candidate, "full", nan, nan, feasible=feasible)
+    return WrittenFile(METHODS[name].word, [path], trial, record.effect_check.model_dump())
+
+
+def _measure(
+    run: Run,
+    prompts: Sequence[Prompt],
+    files: Mapping[str, WrittenFile],
+    log_name: str,
+    *,
+    into_files: bool = True,
+) -> tuple[Measured, Callable[[], None]]:
+    """Measure the files on `prompts`; return what was measured, and what deletes the log."""
+    recipe, folder, progress = run.recipe, run.folder, run.progress
+    names = literature.usable(_baselines(run), run.model)
+    tune = run.prompts["tune"] if "system-prompt" in names else []
+    key = key_of(
+        run.model_hash, run.judge.identity, run.judge_hash, recipe.model_dump(mode="json"),
+        [p.to_row() for p in (*prompts, *tune)],
+        {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
+    )  # fmt: skip
+    log = RowLog(folder / log_name, key)
+    tuned = _tune_answers(run, tune, log)
+    n = wordings.count(run, tuned) if tune else 0
+    with progress.stage("measure", n + (1 + len(names) + len(files)) * len(prompts)) as advance:
+        baselines = literature.build(
+            names, lambda: samples(run), run.model, folder.path,
+            effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
+            layers=vector_layers({name: file.trial for name, file in files.items()}),
+            system_prompt=lambda: wordings.select(run, tuned, log, advance),
+        )  # fmt: skip
+        measured = measure(
+            run.model, run.judge, prompts, files, baselines, recipe, log,
+            advance=advance, into_files=into_files,
+        )  # fmt: skip
+    return measured, log.delete
+
+
+def _tune_answers(run: Run, prompts: Sequence[Prompt], log: RowLog) -> UnsteeredAnswers:
+    """Return the unsteered answers to the tune prompts, on which the system prompt is selected.
+
+    A run folder has them; a published folder does not, so there the model answers again. Without prompts, no
+    system prompt is measured.
+    """
+    if not prompts:
+        return UnsteeredAnswers([], [], [])
+    if run.folder.is_done("score", run.key("score")):
+        return unsteered(run.folder, prompts)
+    plain = Condition("tune", NO_STEERING, run.recipe.prompts.system)
+    asking = run.recipe.asking(run.recipe.answers.tokens)
+    with run.progress.stage("answer", len(prompts)) as advance:
+        judged = resume_condition(run.model, run.judge, plain, prompts, asking, log, advance)
+    return UnsteeredAnswers(prompts, judged.answers, judged.judgements)
+
+
+def _baselines(run: Run) -> list[str]:
+    """Return the recipe's baselines that can be made here; say which ones need activations that are not."""
+    names = run.recipe.measure.baselines
+    if run.folder.is_done("capture", run.key("capture")):
+        return list(names)
+    left_out = [name for name in names if name not in literature.WITHOUT_ACTIVATIONS]
+    if left_out:
+        _log.warning(
+            "%s has no captured activations: the baselines %s are left out.",
+            run.folder.path,
+            ", ".join(left_out),
+        )
+    return [name for name in names if name not in left_out]
+
+
+def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> RunRecord:
+    """Return the record of a measurement; model, search and seconds stay."""
+    return old.model_copy(
+        update={
+            "date": datetime.date.today().isoformat(),
+            "tool": f"rs-gguf {__version__}",
+            "judge": JudgeRecord(name=run.judge.name),
+            "test_tokens": run.recipe.answers.test_tokens,
+            "subset": subset,
+            "seed": run.recipe.seed,
+            "files": measured.files,
+            "baselines": tuple(measured.baselines),
+        }
+    )
+
+
+def _weights_hash(path: Path) -> str:
+    """Return a hash of a file's tensors. The metadata, into which figures are put, do not count."""
+    digest = hashlib.sha256()
+    for tensor in open_gguf(path, MAX_ADAPTER_BYTES).tensors:
+        digest.update(f"{tensor.name}\0{tensor.data.shape}\0".encode())
+        digest.update(tensor.data.tobytes())
+    return digest.hexdigest()
