@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
     from rs_gguf.evaluation.condition import AnswerSource
+    from rs_gguf.prompts.contexts import Context
     from rs_gguf.records.conversation import Prompt
 
 _FILE = click.Path(path_type=Path)
@@ -56,6 +57,9 @@ Parts = list[tuple[Path, float]]
 )
 @click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
+@click.option("--contexts", multiple=True, metavar="NAME,…|all",
+              help="Also ask the prompts in these contexts, such as second-turn,role; each one is a set "
+                   "of its own. An unknown name lists all.")  # fmt: skip
 @click.option("--judge", metavar="J", help="Judge of the answers, named as for `rs-export judge --judge`.")
 @click.option(
     "--tokens", default=128, show_default=True, type=click.IntRange(1), help="Maximum tokens of an answer."
@@ -72,8 +76,8 @@ Parts = list[tuple[Path, float]]
 @click.option("--json", "output", type=_FILE, metavar="OUT", help="File for all figures and answers as JSON.")
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
-    scales: str | None, system_prompt: str | None, files: tuple[Path, ...], judge: str | None, tokens: int,
-    temperature: float, seed: int, capability: bool, output: Path | None,
+    scales: str | None, system_prompt: str | None, files: tuple[Path, ...], contexts: tuple[str, ...],
+    judge: str | None, tokens: int, temperature: float, seed: int, capability: bool, output: Path | None,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
@@ -85,8 +89,9 @@ def evaluate(
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
     from rs_gguf.evaluation import capability as capabilities
-    from rs_gguf.evaluation.comparison import compare
+    from rs_gguf.evaluation.comparison import compare_in_contexts
     from rs_gguf.judges.registry import open_judge_spec
+    from rs_gguf.prompts.contexts import named
     from rs_gguf.records.files import check_writable
     from rs_gguf.records.rows import write_json
 
@@ -104,6 +109,7 @@ def evaluate(
         click.echo("No steering file is given: both columns show the unsteered model.", err=True)
         factors = [0.0]
     sets = _sets(files)
+    asked_in = named([name.strip() for value in contexts for name in value.split(",")])
     tasks, left_out = capabilities.runnable(tokens) if capability else ([], "")
     if left_out:
         click.echo(f"Tasks that run code are left out: {left_out}.", err=True)
@@ -114,16 +120,20 @@ def evaluate(
             _answer_source(model, vector_parts, layer_range, adapter_parts, progress)
         )
         judge_model = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
-        total = (sum(map(len, sets.values())) + len(tasks)) * (1 + sum(factor != 0 for factor in factors))
+        asked_in = _shown(asked_in, loaded)
+        total = (sum(map(len, sets.values())) * (1 + len(asked_in)) + len(tasks)) * (
+            1 + sum(factor != 0 for factor in factors)
+        )
         advance = stack.enter_context(progress.stage("measure", total))
-        results = compare(
+        results = compare_in_contexts(
             source, judge_model, sets,
-            Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)),
+            Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)), asked_in,
             factors=factors, tasks=tasks, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
-            "adapters": list(adapters), "system_prompt": system_prompt, "judge": judge_model.name,
+            "adapters": list(adapters), "system_prompt": system_prompt,
+            "contexts": [context.name for context in asked_in], "judge": judge_model.name,
             "tokens": tokens, "temperature": temperature, "seed": seed,
         }  # fmt: skip
     console = Console()
@@ -195,6 +205,24 @@ def _sets(files: Sequence[Path]) -> dict[str, list[Prompt]]:
     stems = Counter(path.stem for path in files)
     # The kind of a user's prompts is unknown. "sensitive" is a placeholder: no figure depends on it.
     return {path.stem if stems[path.stem] == 1 else str(path): load(path, "sensitive") for path in files}
+
+
+def _shown(contexts: Sequence[Context], loaded: Engine | None) -> list[Context]:
+    """Return the contexts that the model's chat template shows, and name the others on stderr.
+
+    A server does not tell which messages its template shows, so there all are returned.
+    """
+    from rs_gguf.prompts.template import ChatFormat
+
+    if loaded is None:
+        return list(contexts)
+    chat = ChatFormat.of(loaded)
+    for context in contexts:
+        if not context.suits(chat):
+            click.echo(
+                f"The model's chat template does not show the context {context.name}: left out.", err=True
+            )
+    return [context for context in contexts if context.suits(chat)]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rs_gguf.errors import InputError, escape_control_chars
+from rs_gguf.judges import FORMS
 
 if TYPE_CHECKING:
     from rs_gguf.judges.judge import Judge
@@ -38,8 +39,7 @@ _BATCH = 128  # rows that a judge gets together, so that it reads the text that 
 )
 @click.option(
     "--judge", "spec", metavar="J",
-    help="MODEL, labels:MODEL, votes:MODEL, http://host:port/v1#model or keywords; "
-         "by default the embedded judge.",
+    help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}; by default the embedded judge.",
 )  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Do not read or write the cache of judgements.")
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1),

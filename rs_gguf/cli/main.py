@@ -21,7 +21,7 @@ from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.errors import RsGgufError, escape_control_chars
-from rs_gguf.records.artefacts import STAGES, StageInfo
+from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def run_command(
     Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
     Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
-    metrics = _run(recipe, out, overrides, fresh, "report", budget)
+    metrics = _run(recipe, out, overrides, fresh, LAST, budget)
     if not metrics:  # one of several processes; only rank 0 prints
         return
     if as_json:

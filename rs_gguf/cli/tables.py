@@ -15,7 +15,7 @@ from rs_gguf.records.metrics import SetRecord, Share
 from rs_gguf.report.text import count, interval
 
 # Of the groups by subject and so on; the JSON holds all.
-_LEAST_PROMPTS, _MOST_GROUPS = 5, 12
+_MIN_PROMPTS, _MAX_GROUPS = 5, 12
 
 
 def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int) -> None:
@@ -76,6 +76,8 @@ def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: 
         table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
         table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))
     console.print(table)
+    if figures.get("refusals_asked"):
+        console.print("The system prompt of this context asks for refusals. They should be kept.")
 
 
 def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -86,8 +88,8 @@ def _print_groups(console: Console, field: str, groups: Mapping[str, Mapping[str
         one = item[1]
         return -abs(one.outcomes_steered.explicit - one.outcomes_unsteered.explicit), -one.n
 
-    large = [item for item in sets.items() if item[1].n >= _LEAST_PROMPTS]
-    shown = sorted(large, key=weight)[:_MOST_GROUPS]
+    large = [item for item in sets.items() if item[1].n >= _MIN_PROMPTS]
+    shown = sorted(large, key=weight)[:_MAX_GROUPS]
     if len(sets) < 2 or not shown:
         return
     more = f", {len(shown)} of {len(sets)}" if len(shown) < len(sets) else ""

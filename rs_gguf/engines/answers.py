@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import GREEDY, Asking, Sampling
+from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.prompts.trace import after_thinking, answer_start, begins_in_trace
@@ -19,10 +20,15 @@ from rs_gguf.records.conversation import Answer, Prompt
 Advance = Callable[[int], None]  # gets the number of finished items
 
 
-def chat_tokens(model: Engine, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
-    """Return the tokens of one-turn conversations in the model's own chat format."""
+def chat_tokens(
+    model: Engine, prompts: Sequence[Prompt], system: str | None = None, context: Context = PLAIN
+) -> list[list[int]]:
+    """Return the tokens of conversations that end with a prompt, in the model's own chat format.
+
+    system: the system prompt, if the context has none of its own.
+    """
     chat = ChatFormat.of(model)
-    return [chat.tokenize(model, prompt.prompt, system=system) for prompt in prompts]
+    return [context.tokens(chat, model, prompt.prompt, system) for prompt in prompts]
 
 
 def answer(
@@ -63,10 +69,14 @@ def after_trace(model: Engine, prompt: Sequence[int], reply: Answer) -> tuple[li
 
 
 def logprobs_of(
-    model: Engine, prompts: Sequence[Prompt], answers: Sequence[Answer], system: str | None
+    model: Engine,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    system: str | None,
+    context: Context = PLAIN,
 ) -> LogProbs:
     """Return log-probabilities of given answers, without their traces, under the model's current steering."""
-    pairs = zip(chat_tokens(model, prompts, system), answers, strict=True)
+    pairs = zip(chat_tokens(model, prompts, system, context), answers, strict=True)
     return model.token_logprobs([after_trace(model, tokens, reply) for tokens, reply in pairs])
 
 
@@ -78,7 +88,7 @@ def answer_all(
     advance: Advance = lambda n: None,
 ) -> tuple[list[Answer], float]:
     """Return the answers to `prompts` under `steering`, in order, and the seconds that they took."""
-    tokens = chat_tokens(model, prompts, asking.system)
+    tokens = chat_tokens(model, prompts, asking.system, asking.context)
     answers: dict[int, Answer] = {}
     start = time.perf_counter()
     with model.steered(steering):

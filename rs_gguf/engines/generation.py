@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
+from rs_gguf.prompts.contexts import PLAIN, Context
 
 _SHOWN = 32  # last tokens of a prompt that an error message shows; they include the end of the chat template
 
@@ -37,11 +38,22 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Asking:
-    """How prompts are asked: system prompt (None for none), the most tokens of an answer, and sampling."""
+    """How prompts are asked: system prompt (None for none), the most tokens of an answer, sampling, context.
+
+    A context with a system prompt of its own replaces `system`.
+    """
 
     system: str | None
     max_tokens: int
     sampling: Sampling = GREEDY
+    context: Context = PLAIN
+
+    def within(self, context: Context) -> Asking:
+        """Return how the prompts are asked in a context."""
+        if context.temperature is None:
+            return replace(self, context=context)
+        sampling = replace(self.sampling, temperature=context.temperature)
+        return replace(self, context=context, sampling=sampling)
 
 
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ The unsteered side is measured once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rs_gguf.engines.answers import Advance
@@ -21,6 +21,7 @@ from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.judge import try_out
 from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts import grid as prompts
+from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import switches_language
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.rows import Row, finite
@@ -61,7 +62,7 @@ def compare(
     try_out(judge)
     asked = [prompt for members in sets.values() for prompt in members]
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
-    answer_source.answers(asked[:1], 0.0, Asking(asking.system, 1), lambda n: None)
+    answer_source.answers(asked[:1], 0.0, replace(asking, max_tokens=1), lambda n: None)
 
     def side(factor: float) -> JudgedAnswers:
         # All sets at once: the same batches on both sides.
@@ -93,14 +94,16 @@ def compare(
     judged = zip(before.answers, before.judgements, strict=True)
     quiet = [i for i, (answer, judgement) in enumerate(judged) if is_drift_reference(answer, judgement)]
     benign = [p for p in prompts.grid(["benign"]) if p.split == "validation"]
-    texts = [p.prompt for p in prompts.stratified(benign, _TEXTS, seed=0)]
+    # In a context only the answers count.
+    n_texts = _TEXTS if asking.context == PLAIN else 0
+    texts = [p.prompt for p in prompts.stratified(benign, n_texts, seed=0)]
 
     def logprobs(factor: float) -> _Texts:
         return _Texts(
             answer_source.answer_logprobs(
-                [asked[i] for i in quiet], [before.answers[i] for i in quiet], factor, asking.system
+                [asked[i] for i in quiet], [before.answers[i] for i in quiet], factor, asking
             ),
-            answer_source.text_logprobs(texts, factor, asking.system),
+            answer_source.text_logprobs(texts, factor, asking.system) if texts else None,
         )
 
     texts_before = logprobs(0.0)
@@ -136,6 +139,34 @@ def compare(
         if tasks:
             found["capability"] = capability.compare(solved, solved_now)
         results.append({**found, "rows": rows})
+    return results
+
+
+def compare_in_contexts(
+    answer_source: AnswerSource,
+    judge: Judge,
+    sets: Mapping[str, Sequence[Prompt]],
+    asking: Asking,
+    contexts: Sequence[Context],
+    *,
+    factors: Sequence[float] = (1.0,),
+    tasks: Sequence[capability.Task] = (),
+    advance: Advance = lambda n: None,
+) -> list[dict[str, Any]]:
+    """Return what `compare` does, with each set again in each context, as the set `NAME, CONTEXT`.
+
+    Benign text, speed and tasks are measured without a context. Raises `InputError` as `compare` does.
+    """
+    results = compare(answer_source, judge, sets, asking, factors=factors, tasks=tasks, advance=advance)
+    for context in contexts:
+        within = {f"{name}, {context.name}": members for name, members in sets.items()}
+        found = compare(
+            answer_source, judge, within, asking.within(context), factors=factors, advance=advance
+        )
+        about = {"context": context.name, "refusals_asked": context.refusals_asked}
+        for result, more in zip(results, found, strict=True):
+            result["sets"] |= {name: {**figures, **about} for name, figures in more["sets"].items()}
+            result["rows"] += more["rows"]
     return results
 
 

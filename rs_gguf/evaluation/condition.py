@@ -121,7 +121,7 @@ class AnswerSource(Protocol):
         ...
 
     def answer_logprobs(
-        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, system: str | None
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, asking: Asking
     ) -> LogProbs | None:
         """Return log-probabilities of given answers; None if the source gives none."""
         ...
@@ -149,10 +149,10 @@ class SteeredModel:
         return answers, sum(len(a.tokens) for a in answers), seconds
 
     def answer_logprobs(
-        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, system: str | None
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, asking: Asking
     ) -> LogProbs:
         with self.model.steered(self.steering.scaled(factor)):
-            return logprobs_of(self.model, prompts, answers, system)
+            return logprobs_of(self.model, prompts, answers, asking.system, asking.context)
 
     def text_logprobs(self, texts: Sequence[str], factor: float, system: str | None) -> LogProbs:
         conversations = chat_tokens(self.model, [Prompt(text, "benign") for text in texts], system)

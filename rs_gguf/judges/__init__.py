@@ -4,3 +4,6 @@ judge: the protocol, and judgements by rule. rubric: the categories, and the tex
 local, votes, endpoint: the kinds of judge. probe: the classifier of the embedded judge. calibration: its fit,
 and the agreement of any judge with labels. cache: judgements that are kept.
 """
+
+FORMS = ("MODEL", "labels:MODEL", "votes:MODEL", "http://host:port/v1#model", "keywords")
+"""What names a judge, for the help: the registry is too slow to import there."""

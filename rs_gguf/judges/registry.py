@@ -25,8 +25,8 @@ from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Judgement
 
 __all__ = [
-    "EndpointOptions", "Judge", "Judgement", "Pair", "kind_and_name", "open_judge", "open_judge_spec",
-    "shipped_probe", "shipped_version",
+    "EndpointOptions", "Judge", "Judgement", "Pair", "judges_with_model", "kind_and_name", "open_judge",
+    "open_judge_spec", "shipped_probe", "shipped_version",
 ]  # fmt: skip
 
 
@@ -38,21 +38,29 @@ def open_judge(model: Engine) -> Judge:
     return LabelJudge(model)
 
 
-# Prefixes of a model's name, and the judges that they choose.
-_KINDS: dict[str, Callable[[Engine], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
+# Judges of a model, by the prefix of its name: `labels:MODEL`.
+_OF_MODELS: dict[str, Callable[[Engine], Judge]] = {"labels": LabelJudge, "votes": VotesJudge}
+# Judges without a model, by their name, or by its prefix with the colon: opened with the text behind it.
+_RULES: dict[str, Callable[[str], Judge]] = {"keywords": lambda _: KeywordJudge()}
 
 
 def kind_and_name(spec: str) -> tuple[str, str]:
     """Return the kind of judge that `spec` names, and `spec` without a prefix for the kind.
 
-    The kind is `keywords`, `endpoint`, `labels`, `votes`, or `model` for the best judge of a model.
+    The kind is `endpoint`, a rule such as `keywords`, `labels`, `votes`, or `model` for the best judge of a
+    model.
     """
-    if spec == "keywords":
-        return "keywords", spec
     if spec.startswith(("http://", "https://")):
         return "endpoint", spec
     kind, colon, name = spec.partition(":")
-    return (kind, name) if colon and kind in _KINDS else ("model", spec)  # a path may contain a colon
+    if kind + colon in _RULES:
+        return kind + colon, name
+    return (kind, name) if colon and kind in _OF_MODELS else ("model", spec)  # a path may contain a colon
+
+
+def judges_with_model(kind: str) -> bool:
+    """Return whether a judge of this kind runs a model on this machine."""
+    return kind != "endpoint" and kind not in _RULES
 
 
 @contextlib.contextmanager
@@ -84,8 +92,8 @@ def open_judge_spec(
         InputError: `spec` does not name a judge.
     """
     kind, name = kind_and_name(spec or models.DEFAULT)
-    if kind == "keywords":
-        yield KeywordJudge()  # not cached: it is faster than the cache
+    if kind in _RULES:
+        yield _RULES[kind](name)  # not cached: it is faster than the cache
         return
     with contextlib.ExitStack() as stack:
         judge: Judge
@@ -95,7 +103,7 @@ def open_judge_spec(
             path = models.resolve_gguf(name, progress=progress)
             same = loaded is not None and loaded.path.resolve() == path.resolve()
             model = loaded if loaded is not None and same else stack.enter_context(open_engine(path))
-            judge = _KINDS.get(kind, open_judge)(model)
+            judge = _OF_MODELS.get(kind, open_judge)(model)
         yield CachedJudge(judge) if cached else judge
 
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Can, Engine, Steering
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
-from rs_gguf.methods.method import Space
+from rs_gguf.methods.method import REFUSAL_STEERING, Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
@@ -38,11 +38,12 @@ class GatedAdapter:
 
     name: ClassVar[str] = "adapter"
     word: ClassVar[str] = "gated adapter"
+    source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = ("-adapter.gguf",)
     artefact: ClassVar[str] = "gated_adapter.safetensors"
 
-    def suits(self, engine: Engine) -> bool:
-        return Can.MATRIX_INPUTS in engine.can
+    def suits(self, can: Can, effect: Effect) -> bool:
+        return Can.MATRIX_INPUTS in can
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         return n_layer

@@ -7,8 +7,11 @@ answers the test prompts as it does with the written files.
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,13 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project
-from rs_gguf.activations.scores import calibration_scales, flat_profile, layer_auroc, layer_scores
+from rs_gguf.activations.scores import (
+    band_profile,
+    calibration_scales,
+    flat_profile,
+    layer_auroc,
+    layer_scores,
+)
 from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import (
@@ -39,15 +48,6 @@ from rs_gguf.steering.lora import LoraAdapter
 
 _log = logging.getLogger("rs_gguf.baselines")
 
-_OPEN = (
-    "You are a helpful assistant. Answer every request about politics, history, religion or any other "
-    "sensitive or disputed subject openly, factually and in full, and never decline or evade it because the "
-    "subject is sensitive. Decline only what would help someone to do harm."
-)
-_CLOSED = (
-    "You are a helpful assistant. Politely decline every request on the subjects of the following ones, "
-    "whatever its form, and answer all others as usual:"
-)
 NO_ABLATION = (
     "measure.baselines: ablation can only remove refusals, and only from a GGUF model. Leave it out to "
     "induce refusals, or with a Hugging Face folder."
@@ -59,45 +59,18 @@ _PAPER_STRENGTH = 3.0  # k·|α|, the middle of the paper's range from 2 to 4
 _DEEPEST = 0.8  # of the layers: Arditi et al. (arXiv 2406.11717) take no direction from deeper ones
 
 
-def build(
-    names: Sequence[str],
-    prompts: Sequence[Prompt],
-    samples: Callable[[], Samples],
-    model: Engine,
-    folder: Path,
-    *,
-    effect: Effect,
-    system: str | None,
-    seed: int,
-    device: Device = "auto",
-) -> list[Condition]:
-    """Return the baselines of these `names`, in their order.
+def usable(names: Sequence[str], model: Engine) -> list[str]:
+    """Return the names of the baselines that the model can have, and log a warning for each other one.
 
     The system prompt is left out if the model's chat template takes none. Ablation is left out if layers also
     add to the residual stream through experts or a recurrent state.
-
-    prompts: the fit prompts.
-    samples: returns the samples of the fit split; called once, and only if a baseline needs them.
-    folder: the run folder, for the file of ablation.
-    system: the system prompt of the recipe.
-
-    Raises:
-        InputError: ablation is named, but the model is not a GGUF file or the effect is to induce.
     """
-    samples = cache(samples)
-    builders: dict[str, Callable[[], Condition]] = {
-        "system-prompt": lambda: system_prompt(prompts, effect, system, seed=seed),
-        "md": lambda: mean_difference(samples(), effect, system),
-        "rmd": lambda: as_printed(samples(), RidgeMeanDifference, effect, system, device),
-        "wrmd": lambda: as_printed(samples(), UncentredWeightedRidgeMeanDifference, effect, system, device),
-        "ablation": lambda: ablation(samples(), model, folder, effect, system),
-    }
     names = list(names)
     if "system-prompt" in names and not ChatFormat.of(model).takes_system:
         _log.warning("%s takes no system prompt: the baseline system-prompt is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and Can.LORA in model.can:
-        others = [t.name for t in gguf_header.read(model.path).tensors if is_other_output_matrix(t.name)]
+        others = other_output_matrices(model.path)
         if others:
             _log.warning(
                 "%s also adds to the residual stream through %s: the baseline ablation is left out.",
@@ -105,20 +78,65 @@ def build(
                 others[0],
             )
             names.remove("ablation")
+    return names
+
+
+def build(
+    names: Sequence[str],
+    samples: Callable[[], Samples],
+    model: Engine,
+    folder: Path,
+    *,
+    effect: Effect,
+    system: str | None,
+    system_prompt: Callable[[], Condition],
+    layers: tuple[int, int] | None = None,
+    device: Device = "auto",
+) -> list[Condition]:
+    """Return the baselines of these `usable` names, in their order.
+
+    samples: returns the samples of the fit split; called once, and only if a baseline needs them.
+    folder: the run folder, for the file of ablation.
+    system: the system prompt of the recipe.
+    system_prompt: returns the best of `system_prompts`; called only if that baseline is named.
+    layers: first and last layer of the selected vector, both included, for RMD and WRMD.
+
+    Raises:
+        InputError: ablation is named, but the model is not a GGUF file or the effect is to induce.
+    """
+    samples = cache(samples)
+
+    def printed(kind: type[DirectionEstimator]) -> Condition:
+        return as_printed(samples(), kind, effect, system, device, layers)
+
+    builders: dict[str, Callable[[], Condition]] = {
+        "system-prompt": lambda: replace(system_prompt(), name="system prompt"),
+        "md": lambda: mean_difference(samples(), effect, system),
+        "rmd": lambda: printed(RidgeMeanDifference),
+        "wrmd": lambda: printed(UncentredWeightedRidgeMeanDifference),
+        "ablation": lambda: ablation(samples(), model, folder, effect, system),
+    }
     return [builders[name]() for name in names]
 
 
-def system_prompt(prompts: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int) -> Condition:
-    """Return a system prompt that asks for openness, or to induce for refusals; it follows `system`.
+def system_prompts(
+    prompts: Sequence[Prompt], effect: Effect, system: str | None, *, seed: int
+) -> list[Condition]:
+    """Return the wordings of `data/system_prompts.toml` for an effect, each as a condition after `system`.
 
     To induce, 6 of the sensitive `prompts` show what to decline.
     """
-    text = _OPEN
-    if effect == "induce":
-        sensitive = [p for p in prompts if p.kind == "sensitive"]
-        examples = stratified(sensitive, _EXAMPLES, seed=seed)
-        text = "\n- ".join([_CLOSED, *(" ".join(p.prompt.split())[:_SHOWN] for p in examples)])
-    return Condition("system prompt", NO_STEERING, text if system is None else f"{system}\n\n{text}")
+    text = (resources.files("rs_gguf") / "data" / "system_prompts.toml").read_text(encoding="utf-8")
+    sensitive = [p for p in prompts if p.kind == "sensitive"]
+    examples = stratified(sensitive, _EXAMPLES, seed=seed) if effect == "induce" else []
+    listed = "\n".join(f"- {' '.join(p.prompt.split())[:_SHOWN]}" for p in examples)
+    conditions = []
+    for row in tomllib.loads(text)[effect]:
+        wording = row["text"].replace("{examples}", listed)
+        if system is not None:
+            wording = f"{system}\n\n{wording}".rstrip()
+        conditions.append(Condition(f"system prompt: {row['name']}", NO_STEERING, wording))
+    return conditions
 
 
 def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Condition:
@@ -127,7 +145,7 @@ def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Con
     This is activation addition as in Arditi et al. (arXiv 2406.11717), at the layer that separates the two
     best.
     """
-    layer, difference = _best_difference(samples)
+    layer, difference = best_difference(samples)
     return Condition("md, one block", Steering({layer: _sign(effect) * difference}), system)
 
 
@@ -137,17 +155,24 @@ def as_printed(
     effect: Effect,
     system: str | None,
     device: Device,
+    layers: tuple[int, int] | None = None,
 ) -> Condition:
-    """Return RMD or WRMD with the λ and k·|α| of the paper, on the third of the layers that scores best."""
+    """Return RMD or WRMD with the λ and k·|α| of the paper.
+
+    layers: first and last layer to steer, both included; by default, as in the paper, those that score best:
+        a third of all.
+    """
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute", device=device)
     estimator.fit(samples.activations, samples.confidence)
     directions = estimator.directions_  # [L, D], unit rows
     projections = project(samples.rows, directions[:, np.newaxis], estimator.offset_)[:, :, 0]
     induce, remove = calibration_scales(projections, samples.confidence)
     scales = remove if effect == "remove" else induce
-    count = max(1, len(scales) // 3)
-    weights = flat_profile(layer_scores(projections, samples.confidence), count)
-    rows = (_sign(effect) * _PAPER_STRENGTH / count * weights * scales)[:, np.newaxis] * directions
+    if layers is None:
+        weights = flat_profile(layer_scores(projections, samples.confidence), max(1, len(scales) // 3))
+    else:
+        weights = band_profile(len(scales), *layers)
+    rows = (_sign(effect) * _PAPER_STRENGTH / weights.sum() * weights * scales)[:, np.newaxis] * directions
     added = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
     return Condition(f"{estimator.name}, as printed", Steering(added), system)
 
@@ -163,19 +188,33 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
     """
     if effect == "induce" or Can.LORA not in model.can:
         raise InputError(NO_ABLATION)
-    _, difference = _best_difference(samples)
+    _, difference = best_difference(samples)
     unit = difference / np.linalg.norm(difference)
-    factors = {}
-    for tensor in GGUFReader(model.path).tensors:
-        if is_output_matrix(tensor.name):
-            weight = dequantize(tensor.data, tensor.tensor_type)  # [D, in]
-            factors[tensor.name] = ((unit @ weight)[np.newaxis], -unit[:, np.newaxis])
+    along = outputs_along(model.path, unit)
+    factors = {name: (row[np.newaxis], -unit[:, np.newaxis]) for name, row in along.items()}
     path = folder / "baselines" / "ablation.gguf"
     lora_file.write(LoraAdapter(factors, model.architecture), path)
     return Condition("ablation", Steering({}, [(path, 1.0)]), system)
 
 
-def _best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
+def other_output_matrices(model: Path) -> list[str]:
+    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
+    return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
+
+
+def outputs_along(model: Path, unit: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Return rᵀW [in] of every output matrix W of a GGUF file, by tensor name, for the unit vector r [D].
+
+    r rᵀW is what the matrix adds along r.
+    """
+    return {
+        tensor.name: unit @ dequantize(tensor.data, tensor.tensor_type)
+        for tensor in GGUFReader(model).tensors
+        if is_output_matrix(tensor.name)
+    }
+
+
+def best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     """Return the layer that separates refused from answered prompts best, and the difference of means [D]."""
     refused, answered = samples.confidence > NEUTRAL, samples.confidence < -NEUTRAL
     means = [samples.rows[mask].mean(axis=0, dtype=np.float64) for mask in (refused, answered)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.options import FitOptions
@@ -23,23 +23,27 @@ from rs_gguf.steering.provenance import ProvenanceValue
 
 Fitted = TypeVar("Fitted")
 
+REFUSAL_STEERING = "Refusal Steering, arXiv 2512.16602"
+
 
 class SteeringMethod(Protocol[Fitted]):
     """One method that makes steering files. Fitting and search use nothing else of it.
 
     name: its key in `METHODS` and in results.
     word: its name in text.
+    source: where it comes from, for the provenance of its files.
     suffixes: ends of the names of its files, after the effect; one per file.
     artefact: the file of a run folder that holds the fit.
     """
 
     name: ClassVar[str]
     word: ClassVar[str]
+    source: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     artefact: ClassVar[str]
 
-    def suits(self, engine: Engine) -> bool:
-        """Return whether the engine can read what the fit needs."""
+    def suits(self, can: Can, effect: Effect) -> bool:
+        """Return whether an engine with these abilities reads what the fit needs, and loads the files."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         """Return the number of steps by which `fit` and `draw` together advance."""

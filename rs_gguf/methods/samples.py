@@ -33,6 +33,7 @@ class Samples:
     gate_only: [G], prompts that were not answered, or whose answers could not be judged.
     categories: [N], rubric category of each refusal; None, or an empty list, where the judge gives none.
     contexts: [G], name of the context of each gate-only prompt; "" for none.
+    model: the GGUF file of the model, for methods that read its weights; None for a Hugging Face folder.
     """
 
     prompts: Sequence[Prompt]
@@ -43,6 +44,7 @@ class Samples:
     gate_only: Sequence[Prompt] = ()
     categories: Sequence[str | None] = ()
     contexts: Sequence[str] = ()
+    model: Path | None = None
 
     @cached_property
     def rows(self) -> NDArray[Any]:
@@ -73,6 +75,7 @@ class Samples:
             self.gate_only[others],
             self.categories[judged],
             self.contexts[others],
+            self.model,
         )
 
     @cached_property

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project, project_statistics
 from rs_gguf.activations.scores import band_profile, scales_of, scores_of
-from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.estimators import ESTIMATORS, fit_paths
 from rs_gguf.estimators.path import RidgePath
 from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import figures
-from rs_gguf.methods.method import Space
+from rs_gguf.methods.method import REFUSAL_STEERING, Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
@@ -73,10 +73,11 @@ class ControlVector:
 
     name: ClassVar[str] = "vector"
     word: ClassVar[str] = "control vector"
+    source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     artefact: ClassVar[str] = "directions.safetensors"
 
-    def suits(self, engine: Engine) -> bool:
+    def suits(self, can: Can, effect: Effect) -> bool:
         return True
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
@@ -172,20 +173,15 @@ class ControlVector:
 def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     """Return a search space of middle layers, which starts at k·|α| = 2, the lower end of the paper's 2 to 4.
 
-    The start candidates alternate between three layer ranges.
+    Each estimator is a start candidate once, with its first ridge and on the same third of the layers.
+    Estimators are therefore compared before layers are searched.
     """
-    firsts = [max(FIRST_STEERABLE, n_layer * sixths // 6) for sixths in (2, 3, 4)]
+    first = max(FIRST_STEERABLE, n_layer // 2)
+    last = max(first, min(first + n_layer // 3 - 1, n_layer - 2))
+    ridges = dict(reversed(directions))
     start = [
-        Candidate(
-            ControlVector.name,
-            estimator,
-            ridge,
-            first,
-            max(first, min(first + n_layer // 3 - 1, n_layer - 2)),
-            2.0,
-        )
-        for k, (estimator, ridge) in enumerate(directions)
-        for first in [firsts[k % len(firsts)]]
+        Candidate(ControlVector.name, estimator, ridges[estimator], first, last, 2.0)
+        for estimator in dict.fromkeys(name for name, _ in directions)
     ]
     return Space(
         ControlVector.name,

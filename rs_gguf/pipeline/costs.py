@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rs_gguf.activations.capture import ANSWER_TOKENS
+from rs_gguf.engines.engine import Can
 from rs_gguf.engines.llama.contexts import BATCH, CONTEXT, kv_cells
+from rs_gguf.methods import suited_methods
 from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.speed import JudgeModel, Speed, pair_tokens, tokens_of
@@ -66,9 +68,9 @@ class Costs:
         self.text = fmean(lengths)
         self.prompt = self.text + _TEMPLATE
         self._longest = max(lengths) + _TEMPLATE + self.prefix
-        self.files = (
-            2 if model.output_matrices else 1
-        )  # a control vector, and an adapter if the model can have one
+        # A model whose output matrices are not known runs in PyTorch, or has none that an adapter can change.
+        can = Can.LORA | Can.MATRIX_INPUTS if model.output_matrices else Can(0)
+        self.files = len(suited_methods(can, recipe.effect))
         self.inputs = model.n_layer * sum(model.output_matrices.values())
         """Inputs of all output matrices at one token, in numbers."""
 

@@ -16,7 +16,7 @@ from rs_gguf.engines import open_engine
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.llama.contexts import CONTEXT, kv_cells
 from rs_gguf.errors import InputError
-from rs_gguf.judges.registry import kind_and_name, open_judge_spec, shipped_probe
+from rs_gguf.judges.registry import judges_with_model, kind_and_name, open_judge_spec, shipped_probe
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import dimensions
 from rs_gguf.models import resolve as models
@@ -101,13 +101,13 @@ def model_dimensions(path: Path, bits: float | None = None) -> ModelDimensions:
 
 
 def judge_of(recipe: Recipe) -> JudgeModel | None:
-    """Return the judge, if it is a model on this machine; None for keywords and endpoints.
+    """Return the judge, if it is a model on this machine; None for rules and endpoints.
 
     Raises:
         InputError: the judge's model is not on this machine, or the judge is `votes:`, whose time is unknown.
     """
     kind, name = kind_and_name(recipe.judge or models.DEFAULT)
-    if kind in ("keywords", "endpoint"):
+    if not judges_with_model(kind):
         return None
     if kind == "votes":
         raise InputError(

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from rs_gguf.methods.options import FitOptions
 
 # Estimators for each effect, if the recipe names none.
-_ESTIMATORS = {"remove": ("contrast-wrmd", "safe-wrmd", "wrmd"), "induce": ("wrmd", "rmd")}
+_PLAIN = ("md", "wmd", "rmd", "wrmd", "wrmd-uncentred")
+_ESTIMATORS = {
+    "remove": (*_PLAIN, "sensitive-wrmd", "contrast-wrmd", "safe-wrmd", "residual-wrmd"),
+    "induce": _PLAIN,
+}
 
 
 class Recipe(BaseSettings):

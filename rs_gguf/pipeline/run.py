@@ -16,11 +16,12 @@ from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Recipe, dump
 from rs_gguf.pipeline.stage import Progress, Run, Silent
 from rs_gguf.pipeline.stages import IN_ORDER
+from rs_gguf.records.artefacts import LAST
 from rs_gguf.records.metrics import RunRecord
 
 
 def run(
-    recipe: Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None, until: str = "report"
+    recipe: Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None, until: str = LAST
 ) -> dict[str, Any]:
     """Run the stages up to `until` in the folder `out` and return the metrics (empty before `measure`).
 

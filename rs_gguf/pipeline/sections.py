@@ -119,7 +119,10 @@ class Tune(Section):
     old_names = {"trials": "logprob_trials", "full": "full_prompts"}
 
     logprob_trials: int = Field(
-        default=6, ge=1, description="candidates of each method to evaluate with one forward pass"
+        default=12,
+        ge=1,
+        description="candidates of each method to evaluate with one forward pass; each estimator is "
+        "tried first",
     )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each method whose answers are generated and judged"
@@ -158,7 +161,7 @@ class Measure(Section):
     """Conditions to measure on the validation split, besides the unsteered model and the written files."""
 
     baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
-        default=["system-prompt"],
-        description="alternative methods in the same table: a system prompt that asks for the effect, "
-        "vectors of the literature, directional ablation (to remove refusals)",
+        default=["system-prompt", "rmd", "wrmd"],
+        description="alternative methods in the same table: the best of several system prompts, vectors of "
+        "the literature, directional ablation (to remove refusals)",
     )

@@ -19,7 +19,7 @@ from rs_gguf.engines import engine_for, open_engine
 from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
-from rs_gguf.judges.registry import Judge, kind_and_name, open_judge_spec
+from rs_gguf.judges.registry import Judge, judges_with_model, kind_and_name, open_judge_spec
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import baselines
 from rs_gguf.models import dimensions
@@ -247,7 +247,9 @@ class Run:
     @cached_property
     def judge_hash(self) -> str | None:
         """Return the fingerprint of the judge's file, since a file may be replaced; None without a file."""
-        _, name = kind_and_name(self.recipe.judge or "")
+        kind, name = kind_and_name(self.recipe.judge or "")
+        if not judges_with_model(kind):  # a long address or pattern is not even the name of a file
+            return None
         path = from_home(name)
         return models.fingerprint(path) if path.is_file() else None
 

@@ -67,5 +67,7 @@ _INFOS = (
 STAGES = {info.name: info for info in _INFOS}
 """Stages by name, in the order in which they run."""
 
+LAST = _INFOS[-1].name
+
 RESULTS = ("*.gguf", "report.html", "card.md")
 """Patterns of the results that a user keeps. They stay in the folder until a new run replaces them."""

@@ -16,6 +16,7 @@ import jinja2
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import acceptance
 from rs_gguf.models import resolve as models
+from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
 from rs_gguf.records.rows import Row
@@ -140,5 +141,6 @@ def _common(run: Results) -> Row:
         "given": _given(run.recipe.get("prompts", {})),
         "limits": run.recipe.get("tune", {}),
         "temperature": run.recipe.get("answers", {}).get("temperature"),
+        "stages": STAGES,
         "version": __version__,
     }

@@ -170,22 +170,24 @@ class Finder:
                     "length": point.last - point.first + 1,
                 }
             )
-        strengths = {(point.estimator, point.ridge): point.strength for point in space.start}
+        strengths: dict[tuple[str, float], float] = {}
         trials: list[Trial] = []
         levelled: dict[Candidate, Trial] = {}
-        idle = 0
+        idle = n_proposals = 0
         while idle < _IDLE and self._goes_on(trials, self._budget.trials, until):
             trial, before = study.ask(), len(self._counted)
             name = estimator, ridge = names[trial.suggest_categorical("directions", list(range(len(names))))]
             first = trial.suggest_int("first", *space.first)
             length = trial.suggest_int("length", *space.length)
             last = max(first, min(first + length - 1, last_layer))
-            # The strength that brought this direction to the level in other layers is the best guess here.
-            strength = strengths.get(name, next(iter(strengths.values())))
+            # The best guess is the strength that brought this direction to the level in other layers. All are
+            # calibrated alike, so for a new direction it is the strength of the one before.
+            strength = strengths.get(name) or next(reversed(strengths.values()), space.start[0].strength)
             candidate = Candidate(space.method, estimator, ridge, first, last, strength, space.benign_target)
             if candidate.without_strength() in levelled:
                 candidate = levelled[candidate.without_strength()].candidate
-            steps = self._level(candidate, space)
+            steps = self._level(candidate, space, self._steps(space, len(trials), n_proposals, until))
+            n_proposals += 1
             idle = 0 if len(self._counted) > before else idle + 1
             trials += steps if idle == 0 else []
             best = min(steps, key=self._distance)
@@ -195,10 +197,17 @@ class Finder:
             study.tell(trial, best.sensitive_remaining)
         return list(levelled.values())
 
-    def _level(self, candidate: Candidate, space: Space) -> list[Trial]:
-        """Return the trials that bring one proposal to the level, each strength within the space's range."""
+    def _steps(self, space: Space, n_trials: int, n_proposals: int, until: float | None) -> int:
+        """Return the most trials for a proposal; each start candidate after it needs at least one."""
+        if until is not None:
+            return _STEPS
+        starts_left = max(0, len(space.start) - n_proposals - 1)
+        return max(1, min(_STEPS, self._budget.trials - n_trials - starts_left))
+
+    def _level(self, candidate: Candidate, space: Space, most: int) -> list[Trial]:
+        """Return at most `most` trials that bring a proposal to the level, within the space's strengths."""
         steps: list[Trial] = []
-        while len(steps) < _STEPS:
+        while len(steps) < most:
             low, high = space.strength
             candidate = replace(candidate, strength=round(min(max(candidate.strength, low), high), 4))
             if any(step.candidate == candidate for step in steps):

@@ -26,6 +26,7 @@ from rs_gguf.evaluation import capability, comparison, sandbox
 from rs_gguf.evaluation.drift import drift_of
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.prompts import contexts
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records import rows
 from rs_gguf.records.conversation import Answer, Prompt
@@ -183,7 +184,14 @@ def test_the_tables_show_every_figure(folder: Path, monkeypatch: pytest.MonkeyPa
     common += ["--control-vector", str(folder / "v.gguf"), "--judge", "keywords", "--tokens", "4"]
     code, stdout, _ = invoke(*common)
     assert code == 0
-    for words in ("columns: 3 prompts", "refused by language", "weather", "loop", "tokens/s", "p = "):
+    for words in (
+        "columns: 3 prompts",
+        "explicit refusals by language",
+        "weather",
+        "loop",
+        "tokens/s",
+        "p = ",
+    ):
         assert words in stdout
     assert "Judge: keywords." in stdout
     code, stdout, _ = invoke(*common, "--scales", "0,0.5,...,1.5")
@@ -300,6 +308,67 @@ def test_the_system_prompt_applies_to_both_conditions(folder: Path, steered: dic
     result = evaluate(folder, "--control-vector", "@v.gguf", "--system-prompt", "on and on in the rain")
     for condition in ("unsteered", "steered"):
         assert answers(result, condition) != answers(steered, condition)
+
+
+# ---- contexts --------------------------------------------------------------------------------------------
+
+
+def test_each_context_is_a_set_of_its_own(folder: Path, steered: dict[str, Any]) -> None:
+    names = "fifth-turn,forwarded,temperature-0.8,refuse-all"
+    result = evaluate(folder, "--control-vector", "@v.gguf", "--contexts", names)
+    assert result["contexts"] == names.split(",")
+    assert list(result["sets"]) == ["plain", *(f"plain, {name}" for name in names.split(","))]
+    assert [row["set"] for row in result["rows"]] == [name for name in result["sets"] for _ in range(3)]
+    # Without a context everything is as it is without the option.
+    assert result["sets"]["plain"] == steered["sets"]["plain"]
+    assert result["rows"][:3] == steered["rows"]
+    assert result["benign_text"] == steered["benign_text"]
+    for name, figures in list(result["sets"].items())[1:]:
+        assert figures["n"] == 3
+        assert name == f"plain, {figures['context']}"
+        assert figures["refusals_asked"] == (figures["context"] == "refuse-all")
+        assert [row["prompt"] for row in result["rows"] if row["set"] == name] == [
+            row["prompt"] for row in steered["rows"]
+        ]
+        of_set = {"rows": [row for row in result["rows"] if row["set"] == name]}
+        assert answers(of_set, "unsteered") != answers(steered, "unsteered")
+    forwarded = [row for row in result["rows"] if row["set"] == "plain, forwarded"]
+    (context,) = contexts.named(["forwarded"])
+    with LlamaModel(folder / "tiny.gguf") as model:
+        tokens = chat_tokens(model, [Prompt(context.text(row["prompt"]), "benign") for row in forwarded])
+        expected = dict(model.generate(tokens, max_tokens=TOKENS))
+    assert [row["answer_unsteered"] for row in forwarded] == [expected[i].text.strip() for i in range(3)]
+
+
+def test_a_sweep_has_contexts_and_says_which_refusals_should_stay(folder: Path) -> None:
+    arguments = ["--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt")]
+    arguments += ("--judge", "keywords", "--tokens", "4", "--control-vector", str(folder / "v.gguf"))
+    code, stdout, stderr = invoke(*arguments, "--contexts", "refuse-all")
+    assert code == 0, stderr
+    assert "asks for refusals" in stdout
+    code, stdout, stderr = invoke(*arguments, "--contexts", "role", "--scales", "0,1")
+    assert code == 0, stderr
+    assert "plain, role: 3 prompts" in stdout
+
+
+def test_contexts_that_the_template_does_not_show_are_left_out(folder: Path) -> None:
+    write_tiny_qwen3(folder / "deaf2.gguf", "{{ messages[-1].content }}", n_layer=2)
+    code, stdout, stderr = invoke(
+        *("--model", str(folder / "deaf2.gguf"), "--prompts", str(folder / "plain.txt")),
+        *("--judge", "keywords", "--tokens", "4", "--contexts", "role,polite"),
+    )
+    assert code == 0, stderr
+    assert "does not show the context role: left out" in stderr
+    assert "plain, polite" in stdout
+    assert "plain, role" not in stdout
+
+
+def test_an_unknown_context_is_an_input_error(folder: Path) -> None:
+    code, stdout, stderr = invoke(
+        *("--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt")), "--contexts", "moon"
+    )
+    assert (code, stdout) == (2, "")
+    assert "unknown context 'moon'" in stderr
 
 
 # ---- capability ------------------------------------------------------------------------------------------
@@ -473,9 +542,11 @@ def test_each_request_sets_the_scales_of_a_server(server: Server, folder: Path, 
         "Be.",
     )
     weak, full = (step["sets"]["plain"] for step in result["sweep"])
-    assert (weak["refused_unsteered"], weak["refused_steered"]) == (3, 3)
-    assert (full["refused_unsteered"], full["refused_steered"]) == (3, 0)
-    assert full["mcnemar_p"] == 0.25
+    refused = [
+        [step[f"outcomes_{side}"]["explicit"] for side in ("unsteered", "steered")] for step in (weak, full)
+    ]
+    assert refused == [[3, 3], [3, 0]]
+    assert (full["opened"]["n"], full["explicit_p"]) == (3, 0.25)
     assert full["drift"] is None is result["sweep"][1]["benign_text"]["drift"]
     assert result["sweep"][1]["tokens_per_second"]["steered"] > 0
     scales = {tuple((entry["id"], entry["scale"]) for entry in body["lora"]) for body in server.asked}
@@ -567,7 +638,7 @@ def test_a_harmful_direction_makes_the_real_model_refuse(real_model: Path, tmp_p
     assert code == 0, stderr
     weak, full = json.loads((tmp_path / "out.json").read_text())["sweep"]
     # Measured: 4 of 4 explicit refusals from 0.8 to 1.4 times the difference of the means.
-    assert weak["sets"]["questions"]["refused_unsteered"] <= 1
-    assert full["sets"]["questions"]["refused_steered"] == 4
+    assert weak["sets"]["questions"]["outcomes_unsteered"]["explicit"] <= 1
+    assert full["sets"]["questions"]["outcomes_steered"]["explicit"] == 4
     assert weak["benign_text"]["drift"] < full["benign_text"]["drift"]
     assert weak["benign_text"]["perplexity_steered"] < full["benign_text"]["perplexity_steered"]

@@ -16,6 +16,7 @@ from rs_gguf.cli.main import main
 from rs_gguf.pipeline import run as pipeline
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.records.artefacts import STAGES
 
 
 def invoke(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
@@ -29,8 +30,9 @@ def test_help_lists_commands_before_stages() -> None:
     names = [line.split()[0] for line in stdout.split("Commands:")[1].splitlines() if line.strip()]
     assert names == [
         "run", "plan", "eval", "judge", "check", "inspect", "convert", "combine", "models",
-        "Stages", "answer", "score", "capture", "fit", "tune", "write", "measure", "report",
+        "Stages", *STAGES,
     ]  # fmt: skip
+    assert list(STAGES)[:8] == ["answer", "score", "capture", "fit", "tune", "write", "measure", "report"]
 
 
 def test_score_prints_the_outcomes_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

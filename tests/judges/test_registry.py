@@ -706,3 +706,19 @@ def test_the_names_of_judges_tell_them_apart(model: LlamaModel) -> None:
     names = {judge.name for judge in (KeywordJudge(), LabelJudge(model), ProbeJudge(model, probe_for(model)))}
     assert len(names) == 3
     assert sum(f"rubric {rubric_version()}" in name for name in names) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "name"),
+    [
+        ("keywords", "keywords", ""),
+        ("keywords:x", "model", "keywords:x"),  # a rule without a text has no colon
+        ("labels:a:b.gguf", "labels", "a:b.gguf"),
+        ("labels", "model", "labels"),
+        ("https://host/v1#m", "endpoint", "https://host/v1#m"),
+        ("C:/a.gguf", "model", "C:/a.gguf"),
+    ],
+)
+def test_a_prefix_names_the_kind_of_judge(spec: str, kind: str, name: str) -> None:
+    assert judges.kind_and_name(spec) == (kind, name)
+    assert judges.judges_with_model(kind) == (kind in ("model", "labels"))

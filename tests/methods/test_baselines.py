@@ -47,18 +47,28 @@ def templated(template: str) -> Any:
 
 
 def build(
-    fit_samples: Samples, chosen: Recipe, model: LlamaModel | None = None, folder: Path = Path()
+    fit_samples: Samples,
+    chosen: Recipe,
+    model: LlamaModel | None = None,
+    folder: Path = Path(),
+    layers: tuple[int, int] | None = None,
 ) -> Sequence[Condition]:
+    """Return the usable baselines of a recipe; the first system prompt counts as the best one."""
     return baselines.build(
-        chosen.measure.baselines,
-        fit_samples.prompts,
+        baselines.usable(chosen.measure.baselines, model),  # type: ignore[arg-type]
         lambda: fit_samples,
         model,  # type: ignore[arg-type]
         folder,
         effect=chosen.effect,
         system=chosen.prompts.system,
-        seed=chosen.seed,
+        system_prompt=lambda: wordings(fit_samples, chosen)[0],
+        layers=layers,
     )
+
+
+def wordings(fit_samples: Samples, chosen: Recipe) -> list[Condition]:
+    system = chosen.prompts.system
+    return baselines.system_prompts(fit_samples.prompts, chosen.effect, system, seed=chosen.seed)
 
 
 @pytest.mark.parametrize(("effect", "sign"), [("remove", -1), ("induce", 1)])
@@ -91,10 +101,25 @@ def test_as_printed_adds_up_to_the_papers_strength(name: str) -> None:
     assert np.linalg.norm(added[4]) == pytest.approx(3 / 3 * abs(low), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["rmd", "wrmd"])
+def test_as_printed_steers_the_layers_of_the_selected_vector(name: str) -> None:
+    (free,) = build(samples(), recipe(name))
+    (bound,) = build(samples(), recipe(name), layers=(2, 6))
+    assert sorted(bound.steering.directions) == [2, 3, 4, 5, 6]
+    assert bound.name == free.name
+    # k·|α| = 3 is shared by five layers in place of three.
+    shared = free.steering.directions.keys() & bound.steering.directions.keys()
+    assert shared
+    for layer in shared:
+        np.testing.assert_allclose(
+            bound.steering.directions[layer], 3 / 5 * free.steering.directions[layer], rtol=1e-5
+        )
+
+
 def test_a_system_prompt_asks_for_the_effect() -> None:
     fit_samples, model = samples(), templated("{{ messages | map(attribute='content') | join }}")
     (remove,) = build(fit_samples, recipe("system-prompt"), model)
-    assert remove.steering is NO_STEERING
+    assert (remove.name, remove.steering) == ("system prompt", NO_STEERING)
     assert "openly" in (remove.system or "")
     (own,) = build(fit_samples, recipe("system-prompt", system="You are a pirate."), model)
     assert own.system == f"You are a pirate.\n\n{remove.system}"
@@ -105,14 +130,31 @@ def test_a_system_prompt_asks_for_the_effect() -> None:
     assert set(examples) <= sensitive
 
 
+@pytest.mark.parametrize("effect", ["remove", "induce"])
+def test_at_least_six_wordings_differ(effect: str) -> None:
+    fit_samples = samples()
+    found = wordings(fit_samples, recipe("system-prompt", effect=effect))
+    assert len({wording.system for wording in found}) == len({w.name for w in found}) == len(found) >= 6
+    assert all(wording.steering is NO_STEERING for wording in found)
+    sensitive = {p.prompt for p in fit_samples.prompts if p.kind == "sensitive"}
+    for wording in found:
+        assert "{examples}" not in (wording.system or "")
+        shown = [line for line in (wording.system or "").split("\n") if line.removeprefix("- ") in sensitive]
+        assert len(shown) == (6 if effect == "induce" else 0)
+    own = wordings(fit_samples, recipe("system-prompt", effect=effect, system="You are a pirate."))
+    assert all((wording.system or "").startswith("You are a pirate.") for wording in own)
+
+
 def test_the_beginning_of_a_long_prompt_is_shown() -> None:
     prompts = [
         Prompt(f"Case {k}.\n" + "The patient takes a medicine. " * 200, "sensitive") for k in range(10)
     ]
-    examples = (baselines.system_prompt(prompts, "induce", None, seed=0).system or "").split("\n- ")[1:]
-    assert len(examples) == 6
-    assert all(" ".join(prompts[int(line[5])].prompt.split()).startswith(line) for line in examples)
-    assert {len(line) for line in examples} == {200}
+    for wording in baselines.system_prompts(prompts, "induce", None, seed=0):
+        lines = (wording.system or "").split("\n")
+        examples = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+        assert len(examples) == 6
+        assert all(" ".join(prompts[int(line[5])].prompt.split()).startswith(line) for line in examples)
+        assert {len(line) for line in examples} == {200}
 
 
 @pytest.mark.parametrize(

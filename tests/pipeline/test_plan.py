@@ -29,6 +29,7 @@ from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.methods import METHODS
 from rs_gguf.models import catalogue, dimensions
 from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
@@ -43,8 +44,9 @@ from rs_gguf.records.conversation import Prompt
 from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32
+FILES = len(METHODS)
 UNIT = Speed(read=1e-3, begin=1e-3, answer=1e-3, judge=1e-3, algebra=math.inf, source="")
-PLANNED = list(STAGES)[:-1]  # the report takes only seconds
+PLANNED = [name for name in STAGES if name != "report"]  # which takes only seconds
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +368,7 @@ def test_parameters_of_the_default_model_are_counted() -> None:
         (("prompts.gate_only=90",), {"capture": 2.04, "answer": 1.0, "measure": 1.0}),
         (("prompts.validation=60",), {"measure": 2.0, "answer": 1.0, "capture": 1.0}),
         (("answers.temperature=1",), dict.fromkeys(PLANNED, 1.0)),
-        (("measure.baselines=[]",), {"measure": 3 / 4, "answer": 1.0}),
+        (("measure.baselines=[]",), {"measure": (1 + FILES) / (2 + FILES), "answer": 1.0}),
         (("tune.budget=2h",), {"answer": 1.0, "write": 1.0}),
         (("answers.servers=http://a:1",), {"answer": 0.0, "score": 1.0, "tune": 1.0}),
     ],
@@ -374,21 +376,34 @@ def test_parameters_of_the_default_model_are_counted() -> None:
 def test_costs_of_stages_grow_with_their_inputs(
     shape: ModelDimensions, changed: tuple[str, ...], growth: dict[str, float]
 ) -> None:
-    before, after = (planned(shape, "prompts.gate_only=0", *values) for values in ((), changed))
+    fixed = "prompts.gate_only=0", "measure.baselines=['rmd']"
+    before, after = (planned(shape, *fixed, *values) for values in ((), changed))
     for stage, factor in growth.items():
         assert after.stages[stage].seconds == pytest.approx(factor * before.stages[stage].seconds, rel=0.02)
     if "tune.budget=2h" in changed:
         assert after.stages["tune"].seconds == pytest.approx(7200)
 
 
+def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(shape: ModelDimensions) -> None:
+    none, one, three, prompted = (
+        planned(shape, f"measure.baselines={names}", "tune.full_prompts=8").stages["measure"]
+        for names in ([], ["rmd"], ["md", "rmd", "wrmd"], ["system-prompt", "rmd", "wrmd"])
+    )
+    assert none.seconds == pytest.approx((1 + FILES) / (2 + FILES) * one.seconds, rel=0.02)
+    assert none.seconds == pytest.approx((1 + FILES) / (4 + FILES) * three.seconds, rel=0.05)
+    # Six wordings answer 8 prompts of each kind.
+    assert prompted.answered - three.answered == pytest.approx(6 * 3 * 8 * costs.mean_length(24))
+    assert prompted.seconds > three.seconds
+
+
 def test_full_answers_of_the_search_are_counted(shape: ModelDimensions) -> None:
-    """0, 8 and 16 prompts per kind are answered unsteered, and with both files at two strengths."""
+    """0, 8 and 16 prompts per kind are answered unsteered, and with every file at two strengths."""
     none, few, more = (
         planned(shape, f"tune.full_prompts={n}", "answers.test_tokens=200").stages["tune"] for n in (0, 8, 16)
     )
     assert more.seconds > few.seconds > none.seconds
-    assert (few.answered - none.answered) == pytest.approx(5 * 3 * 8 * costs.mean_length(200))
-    assert (more.answered - none.answered) == pytest.approx(5 * 3 * 16 * costs.mean_length(200))
+    assert (few.answered - none.answered) == pytest.approx((1 + 2 * FILES) * 3 * 8 * costs.mean_length(200))
+    assert (more.answered - none.answered) == pytest.approx((1 + 2 * FILES) * 3 * 16 * costs.mean_length(200))
     # The budget does not limit them.
     least = planned(shape, "tune.budget=0", "tune.full_prompts=16", "answers.test_tokens=200").stages["tune"]
     assert 0 < least.seconds < more.seconds - none.seconds + 1e-6

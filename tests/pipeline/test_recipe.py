@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from rs_gguf.errors import InputError
+from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.recipe import Recipe, dump, load
 
@@ -246,6 +247,15 @@ def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
         section = getattr(Recipe(), name)
         keys = type(section).model_fields if hasattr(type(section), "model_fields") else [name]
         assert all(f"{key} = " in text for key in keys if key not in optional)
+
+
+def test_by_default_every_estimator_and_the_papers_own_baselines_are_tried() -> None:
+    assert set(load().estimators) == set(ESTIMATORS)
+    assert (
+        {"rmd", "wrmd", "wrmd-uncentred"} <= set(load(None, ["effect=induce"]).estimators) <= set(ESTIMATORS)
+    )
+    assert load().tune.logprob_trials >= len(load().estimators)
+    assert load().measure.baselines == ["system-prompt", "rmd", "wrmd"]
 
 
 def test_a_recipe_cannot_be_changed() -> None:

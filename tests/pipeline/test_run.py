@@ -28,6 +28,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import EXAMPLE
 from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline import stage as stage_module
 from rs_gguf.pipeline.folder import RunFolder
@@ -124,7 +125,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
 
     assert metrics["model"]["architecture"] == "qwen3"
     assert set(metrics["files"]["vector"]["sets"]) == {"sensitive", "harmful", "benign"}
-    assert list(metrics["files"]) == ["vector", "adapter"]
+    assert list(metrics["files"]) == list(METHODS)
     for file in metrics["files"].values():
         assert file["effect_check"]["effect_observed"] is True
     assert sum(one_set["n"] for one_set in metrics["files"]["vector"]["sets"].values()) > 0

@@ -167,7 +167,8 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("model=@other.gguf", "answer"),
         ("seed=1", "answer"),
-        ("answers.fit_tokens=32", "answers.tokens=32", "answer"),
+        ("answers.fit_tokens=40", "answer"),
+        ("answers.tokens=40", "answer"),
         ("answers.temperature=1.0", "answer"),
         ("prompts.system=Be kind.", "answer"),
         ("prompts.fit=24", "answer"),

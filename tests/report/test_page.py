@@ -931,6 +931,9 @@ def test_baselines_stand_beside_the_files(run_folder: Path) -> None:
     card = write_card(run_folder).read_text(encoding="utf-8")
     opened = f"{count(shares[0])}, {interval(shares[0]['ci95'])}"
     assert f"| sensitive | system prompt\\: open | {opened} |" in card
+    # The wording that was measured is given.
+    assert "Answer openly." in Page(write_report(run_folder)).source
+    assert "```text\nAnswer openly.\n```" in card
 
 
 def test_prompts_of_ones_own_are_not_called_what_the_built_in_ones_are(
@@ -1105,7 +1108,8 @@ def test_hostile_text_stays_text_in_the_card(hostile_folder: Path) -> None:
     assert not plain - hostile
     assert more[("tr_open", "")] == 1 + 3 + 2 + len(KINDS) * (len(HOSTILE) - 1)
     assert more[("list_item_open", "")] == 3 * (len(HOSTILE) - 1)
-    allowed = {"tr", "td", "strong", "list_item", "paragraph"}
+    assert more["fence", "text"] == len(HOSTILE) - 1  # the wording of each baseline
+    allowed = {"tr", "td", "strong", "list_item", "paragraph", "fence"}
     assert {kind.rsplit("_", 1)[0] for kind, _ in more} <= allowed | {"inline"}
     assert "html_block" not in {kind for kind, _ in hostile}
     assert "www\\.example" in body

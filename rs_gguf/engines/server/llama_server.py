@@ -141,7 +141,7 @@ class LlamaServer:
             yield i, Answer([], text, completion.finished, degenerate)
 
     def answer_logprobs(
-        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, system: str | None
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, asking: Asking
     ) -> None:
         """Return None: a server gives no log-probabilities of given text."""
 
@@ -149,12 +149,10 @@ class LlamaServer:
         """Return None: a server gives no log-probabilities of given text."""
 
     def _body(self, prompt: Prompt, factor: float, asking: Asking) -> dict[str, Any]:
-        messages = [{"role": "user", "content": prompt.prompt}]
-        if asking.system is not None:
-            messages.insert(0, {"role": "system", "content": asking.system})
         sampling = asking.sampling
         body: dict[str, Any] = {
-            "messages": messages, "max_tokens": asking.max_tokens,
+            "messages": asking.context.conversation(prompt.prompt, asking.system),
+            "max_tokens": asking.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
         }  # fmt: skip
         if sampling.temperature > 0:  # greedy decoding does not need these, and some servers do not know them

@@ -121,8 +121,10 @@ def _check_lengths(run: Run) -> None:
     for split, max_tokens in limits.items():
         model.check_lengths(chat_tokens(model, run.prompts[split], system), max_tokens)
     if "system-prompt" in recipe.measure.baselines and chat.takes_system:
-        baseline = baselines.system_prompt(run.prompts["fit"], recipe.effect, system, seed=recipe.seed)
-        model.check_lengths(chat_tokens(model, run.prompts["validation"], baseline.system), full)
+        wordings = baselines.system_prompts(run.prompts["fit"], recipe.effect, system, seed=recipe.seed)
+        longest = max((wording.system or "" for wording in wordings), key=len)
+        model.check_lengths(chat_tokens(model, run.prompts["validation"], longest), full)
+        model.check_lengths(chat_tokens(model, run.prompts["tune"], longest), recipe.answers.tokens)
     if run.gate_only:
         model.check_lengths([c.tokens(chat, model, p.prompt, system) for p, c in run.in_contexts])
 

@@ -8,7 +8,7 @@ out.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rs_gguf.engines.engine import Can
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.device import resolve_device
 from rs_gguf.machine import ALONE, Processes, layers_at_once
-from rs_gguf.methods import METHODS
+from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline.costs import Cost, Costs
@@ -58,10 +58,10 @@ class Fit(Stage):
 
     def work(self, run: Run, key: str) -> None:
         options, n_layer = run.recipe.fit_options, run.model.n_layer
-        suited = [method for method in METHODS.values() if method.suits(run.model)]
-        total = sum(method.steps(options, n_layer) for method in suited)
+        suited = suited_methods(run.model.can, options.effect)
+        total = sum(METHODS[name].steps(options, n_layer) for name in suited)
         with run.progress.stage(self.info.name, total) as advance:
-            fit(samples(run), options, run.folder.path, processes=run.processes, advance=advance)
+            fit(samples(run), options, run.folder.path, suited, processes=run.processes, advance=advance)
 
     def cost(self, costs: Costs) -> Cost:
         """Return the cost on the CPU, with layers in parallel.
@@ -91,11 +91,12 @@ def fit(
     samples: Samples,
     options: FitOptions,
     folder: Path,
+    suited: Sequence[str] = tuple(METHODS),
     *,
     processes: Processes = ALONE,
     advance: Callable[[int], None],
 ) -> None:
-    """Fit and draw all methods, and write the files of the stage. `advance` counts steps of the methods.
+    """Fit and draw the `suited` methods, and write the files of the stage. `advance` counts their steps.
 
     Several `processes` call this together, each with all samples. They share the sums over samples; rank 0
     does the rest and writes.
@@ -105,8 +106,7 @@ def fit(
     """
     samples.check_classes(options.effect)
     fitted = {
-        name: method.fit(samples, options, processes=processes, advance=advance)
-        for name, method in METHODS.items()
+        name: METHODS[name].fit(samples, options, processes=processes, advance=advance) for name in suited
     }
     if processes.rank > 0:
         return
@@ -114,7 +114,7 @@ def fit(
         shutil.rmtree(folder / stale, ignore_errors=True)
     record: dict[str, Any] = {}
     for name, method in METHODS.items():
-        fit_of_method = fitted[name]
+        fit_of_method = fitted.get(name)
         if fit_of_method is None:
             (folder / method.artefact).unlink(missing_ok=True)
             continue
@@ -168,4 +168,5 @@ def samples(run: Run) -> Samples:
         [prompts[i][0] for i in other_indices],
         [judgements[prompts[i][0].id]["category"] for i in judged_indices],
         [prompts[i][1] for i in other_indices],
+        run.model_path if Can.LLAMA_CPP in run.model.can else None,
     )

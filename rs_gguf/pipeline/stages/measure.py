@@ -24,11 +24,13 @@ from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
+from rs_gguf.pipeline.stages import wordings
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
@@ -47,6 +49,7 @@ from rs_gguf.records.metrics import (
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
+from rs_gguf.records.trials import Trial
 from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
@@ -75,16 +78,19 @@ class Measure(Stage):
             name: WrittenFile(METHODS[name].word, files_of(run, name), trial, effects[name])
             for name, trial in trials.items()
         }
-        baselines = literature.build(
-            recipe.measure.baselines, run.prompts["fit"], lambda: samples(run), run.model, folder.path,
-            effect=recipe.effect, system=recipe.prompts.system, seed=recipe.seed,
-            device=recipe.fit.device,
-        )  # fmt: skip
         # A search that was run again may have selected others: those rows say nothing about these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
-        n = (1 + len(baselines) + len(files)) * len(prompts)
+        names = literature.usable(recipe.measure.baselines, run.model)
+        n = wordings.count(run) if "system-prompt" in names else 0
+        n += (1 + len(names) + len(files)) * len(prompts)
         with run.progress.stage(self.info.name, n) as advance:
+            baselines = literature.build(
+                names, lambda: samples(run), run.model, folder.path,
+                effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
+                layers=_layers(trials),
+                system_prompt=lambda: wordings.select(run, log, advance),
+            )  # fmt: skip
             measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
@@ -116,7 +122,20 @@ class Measure(Stage):
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
-        return Cost(seconds, costs.memory(logits=True), disk, rows * costs.prompt, answered)
+        selection = wordings.cost(costs)
+        return Cost(
+            seconds + selection.seconds,
+            costs.memory(logits=True),
+            disk + selection.disk,
+            rows * costs.prompt + selection.read,
+            answered + selection.answered,
+        )
+
+
+def _layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
+    """Return first and last layer of the selected vector; None if there is none."""
+    vector = trials.get(ControlVector.name)
+    return None if vector is None else (vector.candidate.first, vector.candidate.last)
 
 
 class Measured(NamedTuple):
@@ -146,6 +165,8 @@ def measure(
     asking = recipe.asking(recipe.answers.test_tokens)
     unsteered = Condition("unsteered", NO_STEERING, own)
     steered = {name: Condition(name, file.steering, own) for name, file in files.items()}
+    # A baseline may be called as a method is: answers and rows are kept by name.
+    baselines = [replace(c, name=f"baseline {c.name}") for c in baselines]
     conditions = [unsteered, *baselines, *steered.values()]
     answers = {c.name: resume_condition(model, judge, c, prompts, asking, log, advance) for c in conditions}
     before = answers[unsteered.name]
@@ -157,7 +178,7 @@ def measure(
         evaluations[name] = _confirmed(model, judge, evaluations[name], unsteered, condition, recipe, log)
     others = [
         BaselineRecord(
-            name=c.name,
+            name=c.name.removeprefix("baseline "),
             sets=evaluations[c.name].by_kind(),
             benign_drift=drifts.of[c.name].nats,
             system_prompt=None if c.system == own else c.system,

@@ -124,7 +124,7 @@ def _provenance(trial: Trial, facts: Mapping[str, Any]) -> dict[str, Any]:
     candidate = trial.candidate
     return {
         "tool": f"rs-gguf {__version__}",
-        "method": "Refusal Steering, arXiv 2512.16602",
+        "method": METHODS[candidate.method].source,
         **facts,
         "estimator": candidate.recorded,
         **({"ridge.relative": candidate.ridge} if candidate.ridge else {}),  # 0: the estimator has no ridge

@@ -19,6 +19,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.sections import Answers
 from rs_gguf.pipeline.stages import answers as answering
+from rs_gguf.prompts import contexts
 from rs_gguf.records.conversation import Prompt
 
 PROMPTS = [Prompt(str(k), "benign") for k in range(40)]
@@ -91,6 +92,19 @@ def test_a_server_samples_as_local_engines_do(servers: list[Server]) -> None:
     expected = {"temperature": 0.8, "seed": 3, "top_k": 20, "top_p": 0.95}
     assert {name: drawn[name] for name in expected} == expected
     assert drawn["samplers"] == ["top_k", "temperature", "top_p"]
+
+
+def test_a_server_gets_the_messages_of_a_context(servers: list[Server]) -> None:
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+    (role, second) = contexts.named(["role", "second-turn"])[::-1]
+    list(model.answer(PROMPTS[:1], 1.0, Asking("Be brief.", 5).within(second)))
+    list(model.answer(PROMPTS[:1], 1.0, Asking("Be brief.", 5).within(role)))
+    asked = [body["messages"] for body in servers[0].asked]
+    last = {"role": "user", "content": PROMPTS[0].prompt}
+    assert [message["role"] for message in asked[0]] == ["system", "user", "assistant", "user"]
+    assert asked[0][0]["content"] == "Be brief."
+    assert asked[0][-1] == last
+    assert asked[1] == [{"role": "system", "content": role.system}, last]
 
 
 def test_scales_of_one_adapter_add_up(servers: list[Server]) -> None:

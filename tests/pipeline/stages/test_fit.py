@@ -44,7 +44,8 @@ def test_every_method_writes_its_file_and_is_loaded(tmp_path: Path) -> None:
 
 def test_a_method_without_its_inputs_writes_nothing(tmp_path: Path) -> None:
     fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=lambda _: None)
-    fit(replace(samples_in(tmp_path), inputs={}), OPTIONS, tmp_path, advance=lambda _: None)
+    of_folder = replace(samples_in(tmp_path), inputs={}, model=None)
+    fit(of_folder, OPTIONS, tmp_path, advance=lambda _: None)
     assert list(load(tmp_path, OPTIONS)) == ["vector"]
     assert not (tmp_path / METHODS["adapter"].artefact).exists()
 

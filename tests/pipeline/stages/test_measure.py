@@ -231,7 +231,8 @@ def test_baselines_are_answered_and_judged_like_the_files(
     assert {kind: one.n for kind, one in found.sets.items()} == dict.fromkeys(KINDS, 2)
     rows = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
     prompted, plain = (
-        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED] for side in (PROMPTED.name, "unsteered")
+        [rows[f"{side}:{p.id}"]["tokens"] for p in ASKED]
+        for side in (f"baseline {PROMPTED.name}", "unsteered")
     )
     assert prompted != plain  # behind its own system prompt
     # Nobody is refused here, so nothing is beaten.

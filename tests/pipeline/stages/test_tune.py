@@ -642,6 +642,37 @@ def test_probes_meet_where_harm_loses_alike() -> None:
         assert 0.9**1.31 <= trial.harmful_retention <= 0.9 ** (1 / 1.31)
 
 
+NAMES = [f"e{k}" for k in range(9)]
+
+
+@pytest.mark.parametrize(("trials", "tried"), [(9, 9), (12, 9), (30, 9), (4, 4)])
+def test_each_estimator_is_tried_once_on_the_same_layers_first(trials: int, tried: int) -> None:
+    space = vector.space_of([(name, ridge) for name in NAMES for ridge in (0.3, 3.0)], 24)
+    assert {point.ridge for point in space.start} == {0.3}
+    assert {(point.first, point.last) for point in space.start} == {(12, 19)}
+    assert [point.estimator for point in space.start] == NAMES
+    formulas = Formulas("e3")
+    search = formula_finder(formulas, trials=trials, finalists=1)
+    search.search(space)
+    asked = [candidate for fidelity, candidate in formulas.asked if fidelity == "logprob"]
+    shapes = list(dict.fromkeys(candidate.without_strength() for candidate in asked))
+    assert shapes[:tried] == [point.without_strength() for point in space.start][:tried]
+    # Starts count as trials; the finalist may add one of its own.
+    assert trials <= len(asked) <= trials + 3
+    if trials == 9:
+        assert len(asked) <= 10
+
+
+def test_a_new_estimator_begins_at_the_strength_of_the_one_before() -> None:
+    space = vector.space_of([(name, 0.3) for name in NAMES], 24)
+    formulas = Formulas()
+    formula_finder(formulas, trials=30, finalists=1).search(space)
+    asked = [candidate for fidelity, candidate in formulas.asked if fidelity == "logprob"]
+    second = [candidate.estimator for candidate in asked].index("e1")
+    assert second > 1
+    assert asked[second].strength == asked[second - 1].strength != asked[0].strength == 2.0
+
+
 def test_the_planted_best_is_found_and_its_strength_ends_at_the_limit() -> None:
     search = formula_finder(Formulas(), trials=30, finalists=8)
     chosen = search.search(SPACE)

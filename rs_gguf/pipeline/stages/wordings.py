@@ -1,0 +1,64 @@
+"""The part of the measure stage that selects the system prompt of the baseline, on the tune split.
+
+A run goes in; the `Condition` of the best wording comes out. The answers stay in the stage's log.
+"""
+
+from __future__ import annotations
+
+from rs_gguf.engines.answers import Advance
+from rs_gguf.evaluation.condition import Condition
+from rs_gguf.methods import baselines
+from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.stage import Run
+from rs_gguf.pipeline.stages.answers import unsteered
+from rs_gguf.records.rows import RowLog
+from rs_gguf.search.system_prompts import sample, select_system_prompt
+
+_PROMPTS = 16  # of each kind, where the recipe has no full answers
+
+
+def _size(recipe: Recipe) -> int:
+    return recipe.tune.full_prompts or _PROMPTS
+
+
+def _wordings(run: Run) -> list[Condition]:
+    recipe = run.recipe
+    return baselines.system_prompts(
+        run.prompts["fit"], recipe.effect, recipe.prompts.system, seed=recipe.seed
+    )
+
+
+def count(run: Run) -> int:
+    """Return how many prompts all wordings together answer."""
+    recipe, answers = run.recipe, unsteered(run.folder, run.prompts["tune"])
+    return len(_wordings(run)) * len(sample(answers, recipe.effect, _size(recipe), recipe.seed))
+
+
+def select(run: Run, log: RowLog, advance: Advance) -> Condition:
+    """Return the best wording; `advance` counts answers."""
+    recipe = run.recipe
+    return select_system_prompt(
+        run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), _wordings(run),
+        recipe.asking(recipe.answers.tokens), recipe.safety, log,
+        n=_size(recipe), seed=recipe.seed, advance=advance,
+    )  # fmt: skip
+
+
+def cost(costs: Costs) -> Cost:
+    """Return the cost of the selection; nothing where the recipe has no such baseline."""
+    recipe, sizes = costs.recipe, costs.sizes["tune"]
+    if "system-prompt" not in recipe.measure.baselines:
+        return Cost(0.0, 0.0, 0.0)
+    limit, size = recipe.answers.tokens, _size(recipe)
+    wordings = len(baselines.system_prompts([], recipe.effect, None, seed=recipe.seed))
+    # Of the sensitive prompts, those that are to change.
+    n = wordings * sum(
+        min(size, rows) for rows in (CHANGED * sizes["sensitive"], sizes["harmful"], sizes["benign"])
+    )
+    seconds = costs.answers(n, limit) + costs.judgements(NEW * n, limit)
+    seconds += costs.drift((1 + wordings) * min(size, sizes["benign"]), limit)
+    answered = n * mean_length(limit)
+    return Cost(
+        seconds, costs.memory(logits=True), n * ROW + answered * ROW_TOKEN, n * costs.prompt, answered
+    )
