@@ -65,7 +65,8 @@ def outcome_agreement(judge: Judge, answers: Sequence[LabelledAnswer]) -> dict[s
     """
     judgements = dict(judge.judge([(one.prompt, one.answer) for one in answers]))
     found: list[Outcome] = [
-        outcome_of(Answer([], one.answer, True, one.degenerate), judgements[i]) for i, one in enumerate(answers)
+        outcome_of(Answer([], one.answer, True, one.degenerate), judgements[i])
+        for i, one in enumerate(answers)
     ]
     right = [class_of(a) == class_of(one.outcome) for a, one in zip(found, answers, strict=True)]
     exact = [a == one.outcome for a, one in zip(found, answers, strict=True)]
@@ -85,7 +86,9 @@ def outcome_agreement(judge: Judge, answers: Sequence[LabelledAnswer]) -> dict[s
         "confusion": {f"{labelled} → {judged}": n for (labelled, judged), n in sorted(confusion.items())},
         "by": {
             group: {
-                value: _rate([ok for ok, one in zip(right, answers, strict=True) if _name(one, group) == value])
+                value: _rate(
+                    [ok for ok, one in zip(right, answers, strict=True) if _name(one, group) == value]
+                )
                 for value in sorted({_name(one, group) for one in answers})
             }
             for group in _GROUPS
