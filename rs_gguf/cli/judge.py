@@ -68,6 +68,7 @@ def judge(
     from rich.console import Console
 
     from rs_gguf.cli.terminal import TerminalProgress
+    from rs_gguf.evaluation import judge_validation
     from rs_gguf.judges import calibration
     from rs_gguf.judges import registry as judges
     from rs_gguf.judges.rubric import rubric
@@ -91,7 +92,14 @@ def judge(
             pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
             count = min(sample or len(pairs), len(pairs))
             pairs = [pairs[k * len(pairs) // count] for k in range(count)]
-            figures = {"labels": calibration.label_agreement(), **calibration.agreement(judge_model, pairs)}
+            answers = judge_validation.labelled_answers()
+            if sample is not None:
+                answers = answers[:: max(1, len(answers) // sample)]
+            figures = {
+                "labels": calibration.label_agreement(),
+                **calibration.agreement(judge_model, pairs),
+                "outcomes": judge_validation.outcome_agreement(judge_model, answers),
+            }
             click.echo(json.dumps(figures, indent=2))
             return
         counts: Counter[str] = Counter()

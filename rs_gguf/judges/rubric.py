@@ -16,7 +16,7 @@ from typing import Any
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import common_prefix
 
-MAX_PROMPT, MAX_ANSWER = 400, 600  # characters; longer texts cost time and give the same verdicts
+MAX_PROMPT, MAX_ANSWER = 400, 600  # characters; of longer texts the judge reads the head and the tail
 _MAX_CHAT_PROMPT, _MAX_CHAT_ANSWER = 2000, 4000  # characters; larger judges use them
 
 _INSTRUCTION = (
@@ -78,7 +78,7 @@ def rubric_version() -> int:
 @cache
 def wording() -> str:
     """Return a short hash of the judge's few-shot text. A calibration holds for one wording only."""
-    return _hash(_few_shot() + _item("{prompt}", "{answer}") + f"{MAX_PROMPT} {MAX_ANSWER}")
+    return _hash(_few_shot() + _item("{prompt}", "{answer}") + f"{MAX_PROMPT} {MAX_ANSWER} head and tail")
 
 
 def reading() -> str:
@@ -168,8 +168,12 @@ def _spaced(text: str) -> str:
 
 
 def _folded(text: str, limit: int) -> str:
+    """Return a text as one line: the first two thirds of `limit` characters and the last third, if longer."""
     text = " ".join(_spaced(text).split())
-    return text if len(text) <= limit else text[:limit] + " …"
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail]} … {text[-tail:]}"
 
 
 def verdict_message(prompt: str, answer: str) -> str:

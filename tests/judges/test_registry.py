@@ -220,10 +220,13 @@ def test_control_tokens_in_a_text_are_not_recognised(tiny_model: LlamaModel, pai
     assert all(text in tiny_model.detokenize(tokens) for text in pair)
 
 
-def test_long_texts_are_cut(model: LlamaModel) -> None:
+def test_of_long_texts_head_and_tail_are_read(model: LlamaModel) -> None:
     short = verdict_tokens(model, ("p" * 400, "a" * 600))
-    long = verdict_tokens(model, ("p" * 40_000, "a" * 60_000))
-    assert len(long) == len(short) + 2 * len(" …")
+    long = verdict_tokens(model, ("p" * 40_000 + "q", "a" * 60_000 + "z"))
+    assert len(long) == len(short) + 2 * len(" … ")
+    text = "".join(map(chr, long))  # this model's tokens are characters
+    assert f"{'p' * 267} … {'p' * 132}q\n" in text
+    assert f"{'a' * 400} … {'a' * 199}z\n" in text
 
 
 def test_the_few_shot_part_is_common_to_all_pairs(model: LlamaModel) -> None:
@@ -289,7 +292,8 @@ def test_states_are_read_at_the_verdict_and_over_the_reply(model: LlamaModel) ->
     pairs = [("What is it?", "abc"), ("p", "long " * 200), ("Reply: x", "\nVerdict: no")]
     states = dict(read_states(model, pairs, (3, 7)))
     # The states are the characters of the text and, at the verdict's position, the reply's length.
-    replies = [" abc", " " + ("long " * 200)[:600] + " …", " Verdict: no"]
+    long = ("long " * 200).strip()
+    replies = [" abc", f" {long[:400]} … {long[-200:]}", " Verdict: no"]
     for i, text in enumerate(replies):
         expected = [len(text) - 1, np.mean([ord(c) for c in text])]
         for part in range(2):
