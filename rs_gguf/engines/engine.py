@@ -143,6 +143,17 @@ class Engine(ChatModel, Protocol):
     def token_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LogProbs:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
 
+    def answer_logits(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Yield (index, step, logits [V]) that predict token `step` of the continuation of each pair.
+
+        Every token of each (prompt, continuation) comes once, in any order. The array is a view: copy to keep it.
+
+        Raises:
+            InputError: a prompt or continuation is empty, or both together are too long.
+        """
+
     def read(
         self,
         sequences: Sequence[Sequence[int]],

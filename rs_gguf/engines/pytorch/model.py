@@ -229,24 +229,37 @@ class TorchModel(Vocabulary):
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
-        if not pairs:
-            return []
-        sequences = join(pairs)
         results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
+        for i, predicted in self._predicted(pairs):
+            logits_of_answer = predicted.gather(1, torch.tensor(pairs[i][1])[:, None])[:, 0]
+            results[i] = (
+                (logits_of_answer - predicted.logsumexp(dim=1)).numpy(),
+                (logits_of_answer == predicted.amax(dim=1)).numpy(),
+            )
+        return [results[i] for i in range(len(pairs))]
+
+    def answer_logits(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Yield (index, step, logits [V]) that predict each token of the continuations; see `Engine`."""
+        for i, predicted in self._predicted(pairs):
+            for step, logits in enumerate(predicted.numpy()):
+                yield i, step, logits
+
+    def _predicted(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (index, logits [T, V]) of the T tokens of each continuation."""
+        if not pairs:
+            return
+        sequences = join(pairs)
         for group in self._groups(
             self._checked_lengths(sequences), min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
         ):
             longest = max(len(pairs[i][1]) for i in group)
             logits, _ = self._forward(*self._padded([sequences[i] for i in group]), keep=longest)
             for row, i in enumerate(group):
-                answer = torch.tensor(pairs[i][1])
-                predicted = logits[row, -len(answer) :]
-                logits_of_answer = predicted.gather(1, answer[:, None])[:, 0]
-                results[i] = (
-                    (logits_of_answer - predicted.logsumexp(dim=1)).numpy(),
-                    (logits_of_answer == predicted.amax(dim=1)).numpy(),
-                )
-        return [results[i] for i in range(len(pairs))]
+                yield i, logits[row, -len(pairs[i][1]) :]
 
     def read(
         self,
