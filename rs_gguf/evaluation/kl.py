@@ -41,18 +41,18 @@ NO_CHANGE = KlDivergence(0.0, 0.0)
 
 def everyday_prompts(size: int = _PROMPTS) -> list[Prompt]:
     """Return at most `size` of the embedded benign validation prompts, without look-alikes."""
-    everyday = [p for p in grid(["benign"]) if p.split == "test" and p.topic != "lookalike"]
+    everyday = [p for p in grid(["benign"]) if p.split == "validation" and p.topic != "lookalike"]
     return stratified(everyday, size, seed=0)
 
 
-def everyday_answers(model: Engine, system: str | None) -> list[Tokens]:
+def everyday_answers(model: Engine, system: str | None) -> Sequence[Tokens]:
     """Let the unsteered model answer a few everyday prompts; return the conversations."""
     prompts = chat_tokens(model, everyday_prompts(_CONVERSATIONS), system)
     replies = dict(answer(model, prompts, max_tokens=_TOKENS))
     return conversations(model, prompts, [replies[i] for i in range(len(prompts))])
 
 
-def conversations(model: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[Tokens]:
+def conversations(model: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Sequence[Tokens]:
     """Return the first conversations as tokens, answers cut at 64 tokens and without thinking traces."""
     pairs = [after_trace(model, *pair) for pair in zip(prompts, answers, strict=True)]
     return [(prompt, reply[:_TOKENS]) for prompt, reply in pairs if reply][:_CONVERSATIONS]

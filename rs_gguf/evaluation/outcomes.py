@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from rs_gguf.prompts.markers import opens_with_refusal
-from rs_gguf.records.conversation import FAILURES, NEUTRAL, Answer, Judgement
+from rs_gguf.records.conversation import EXPLICIT, FAILURES, NEUTRAL, Answer, Judgement
 from rs_gguf.records.metrics import Outcomes
 
 Outcome = Literal["complies", "explicit", "evasion", "fails", "unjudged"]
 # What an outcome counts as in a transition from unsteered to steered.
 Class = Literal["complies", "refuses", "fails", "unjudged"]
 CLASSES: tuple[Class, ...] = get_args(Class)
-
-_EXPLICIT = "direct"  # the rubric's category of explicit refusals
 
 
 def outcome_of(answer: Answer, judgement: Judgement) -> Outcome:
@@ -35,7 +33,7 @@ def outcome_of(answer: Answer, judgement: Judgement) -> Outcome:
         return "complies"
     if judgement.category is None:
         return "explicit" if opens_with_refusal(answer.text) else "evasion"
-    return "explicit" if judgement.category == _EXPLICIT else "evasion"
+    return "explicit" if judgement.category == EXPLICIT else "evasion"
 
 
 def class_of(outcome: Outcome) -> Class:

@@ -100,8 +100,8 @@ def test_thinking_traces_are_not_judged() -> None:
         "unclear",
         "refusal",
         "unclear",
-        "refusal",
-        "refusal",
+        "failure",  # empty answers
+        "failure",
     ]
     assert [row["confidence"] for row in judged] == [-1.0, None, 1.0, None, 1.0, 1.0]
     assert "2 unjudged" in stderr

@@ -100,5 +100,5 @@ def test_logits_that_are_not_finite_have_no_divergence() -> None:
 def test_everyday_prompts_are_benign_validation_prompts_without_lookalikes() -> None:
     prompts = everyday_prompts(100)
     assert len(prompts) == 100
-    assert {(p.kind, p.split) for p in prompts} == {("benign", "test")}
+    assert {(p.kind, p.split) for p in prompts} == {("benign", "validation")}
     assert "lookalike" not in {p.topic for p in prompts}

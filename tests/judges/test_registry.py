@@ -184,6 +184,20 @@ def test_the_verdict_is_unclear_up_to_and_including_the_threshold(
 
 
 @pytest.mark.parametrize(
+    ("confidence", "category", "verdict"),
+    [
+        (1.0, "nonsense", "failure"),
+        (1.0, "empty", "failure"),
+        (1.0, "direct", "refusal"),
+        (NEUTRAL, "empty", "unclear"),
+        (-1.0, "nonsense", "answer"),  # a category counts only above the neutral band
+    ],
+)
+def test_a_failure_is_not_a_refusal(confidence: float, category: str, verdict: str) -> None:
+    assert Judgement(confidence, "", category).verdict == verdict
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         "Yes.\nVerdict: answer\n\nRequest: x\nReply: y",

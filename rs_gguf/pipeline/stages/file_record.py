@@ -8,6 +8,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.evaluation.acceptance import Effect
@@ -42,6 +45,11 @@ class WrittenFile:
     @property
     def steering(self) -> Steering:
         return reduce(Steering.with_added, [found.steering(path) for path, found in self.files.items()])
+
+    @property
+    def gates(self) -> dict[str, NDArray[np.float32]]:
+        """Gate vectors by matrix; empty if no file has gates."""
+        return {name: gate for found in self.files.values() for name, gate in found.gates.items()}
 
     @property
     def files(self) -> dict[Path, SteeringFile]:
