@@ -148,7 +148,7 @@ class Engine(ChatModel, Protocol):
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (index, step, logits [V]) that predict token `step` of the continuation of each pair.
 
-        Every token of each (prompt, continuation) comes once, in any order. The array is a view: copy to keep it.
+        Every token of each continuation comes once, in any order. The array is a view: copy to keep it.
 
         Raises:
             InputError: a prompt or continuation is empty, or both together are too long.

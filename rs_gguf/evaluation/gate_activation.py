@@ -1,8 +1,8 @@
 """Gate activation with the file in force: how far each kind of prompt opens the gates of an adapter.
 
-A model, a steering, its gate vectors and conversations go in; the mean over the changed matrices of aᵀx comes
-out, at the last prompt token and over the first tokens of the steered answer. 1 is the activation that the fit
-gave to the mean sensitive prompt.
+A model, a steering, its gate vectors and conversations go in. The mean over the changed matrices of aᵀx
+comes out, at the last prompt token and over the first tokens of the steered answer. The fit gives the mean
+sensitive prompt an activation of 1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def gate_activation_by_kind(
     if not gates:
         return None
     tokens = {prompt.id: answer.tokens for prompt, answer in zip(prompts, answers, strict=True)}
-    found = {}
+    found: dict[str, GateActivation] = {}
     for kind in KINDS:
         members = stratified([p for p in prompts if p.kind == kind], _PROMPTS, seed=seed)
         pairs = zip(chat_tokens(model, members, system), (tokens[p.id] for p in members), strict=True)

@@ -17,8 +17,8 @@ from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.prompts.grid import grid, stratified
 from rs_gguf.records.conversation import Answer, Prompt
 
-_PROMPTS = 100  # for the first token, as many as heretic takes
-_CONVERSATIONS, _TOKENS = 16, 64  # for whole answers
+PROMPTS = 100  # for the first token, as many as heretic takes
+CONVERSATIONS, TOKENS = 16, 64  # for whole answers
 _AT_ONCE = 32  # prompts whose logits are kept together
 
 Tokens = tuple[Sequence[int], Sequence[int]]  # of a prompt and of its answer
@@ -39,7 +39,7 @@ class KlDivergence:
 NO_CHANGE = KlDivergence(0.0, 0.0)
 
 
-def everyday_prompts(size: int = _PROMPTS) -> list[Prompt]:
+def everyday_prompts(size: int = PROMPTS) -> list[Prompt]:
     """Return at most `size` of the embedded benign validation prompts, without look-alikes."""
     everyday = [p for p in grid(["benign"]) if p.split == "validation" and p.topic != "lookalike"]
     return stratified(everyday, size, seed=0)
@@ -47,15 +47,17 @@ def everyday_prompts(size: int = _PROMPTS) -> list[Prompt]:
 
 def everyday_answers(model: Engine, system: str | None) -> Sequence[Tokens]:
     """Let the unsteered model answer a few everyday prompts; return the conversations."""
-    prompts = chat_tokens(model, everyday_prompts(_CONVERSATIONS), system)
-    replies = dict(answer(model, prompts, max_tokens=_TOKENS))
+    prompts = chat_tokens(model, everyday_prompts(CONVERSATIONS), system)
+    replies = dict(answer(model, prompts, max_tokens=TOKENS))
     return conversations(model, prompts, [replies[i] for i in range(len(prompts))])
 
 
-def conversations(model: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Sequence[Tokens]:
-    """Return the first conversations as tokens, answers cut at 64 tokens and without thinking traces."""
+def conversations(
+    model: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]
+) -> Sequence[Tokens]:
+    """Return conversations as tokens, without empty answers. Answers are cut at 64 tokens after the trace."""
     pairs = [after_trace(model, *pair) for pair in zip(prompts, answers, strict=True)]
-    return [(prompt, reply[:_TOKENS]) for prompt, reply in pairs if reply][:_CONVERSATIONS]
+    return [(prompt, reply[:TOKENS]) for prompt, reply in pairs if reply]
 
 
 def kl_divergence(
@@ -75,6 +77,11 @@ def kl_divergence(
         with model.steered(steering):
             sequence += [kl(row, unsteered[step]) for _, step, row in model.answer_logits([pair])]
     return KlDivergence(*(float(np.mean(values)) if values else float("nan") for values in (first, sequence)))
+
+
+def tokens_read(prompt: float) -> float:
+    """Return the tokens that `kl_divergence` reads, for prompts of `prompt` tokens."""
+    return 2 * (PROMPTS * prompt + CONVERSATIONS * (prompt + TOKENS))
 
 
 def kl(steered: NDArray[np.float32], unsteered: NDArray[np.float32]) -> float:

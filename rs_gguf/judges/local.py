@@ -15,7 +15,7 @@ from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.probe import Probe, read_states
-from rs_gguf.judges.rubric import reading, rubric_version, verdict_tokens
+from rs_gguf.judges.rubric import reading, rubric_version, subject_tokens, verdict_tokens
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.markers import REFUSAL_PHRASES, opens_with_refusal
 from rs_gguf.records.conversation import Judgement
@@ -73,6 +73,23 @@ class LabelJudge:
                 to_judge[k][0],
                 Judgement(float(np.tanh(log_odds / 2)), "label log-probabilities, uncalibrated"),
             )
+
+
+def on_subject(model: Engine, pairs: Sequence[Pair]) -> list[bool]:
+    """Return whether each reply is about what was asked: yes is likelier than no after the question.
+
+    Empty replies, and those that repeat the request, are not.
+    """
+    yes, no = _label_tokens(model, "yes"), _label_tokens(model, "no")
+    yes, no = yes - no, no - yes
+    found = [False] * len(pairs)
+    to_judge, _ = split_by_rule(pairs)
+    sequences = [subject_tokens(model, (prompt, answer)) for _, prompt, answer in to_judge]
+    for k, logits in model.next_logits(sequences):
+        found[to_judge[k][0]] = bool(
+            np.logaddexp.reduce(logits[sorted(yes)]) > np.logaddexp.reduce(logits[sorted(no)])
+        )
+    return found
 
 
 class KeywordJudge:

@@ -56,6 +56,11 @@ class Recipe(BaseSettings):
         default=None,
         description="judge of the answers, as for `rs-export judge --judge`; by default the embedded one",
     )
+    judge_second: Annotated[str | None, BeforeValidator(settings.none_or_value)] = Field(
+        default=None,
+        description="second judge of the validation answers: a model that this machine can run, named as "
+        "`judge`; by default none, since it takes time",
+    )
     effect: Literal["remove", "induce"] = Field(
         default="remove",
         description="reduce refusals of sensitive prompts (`remove`), or add refusals of them (`induce`)",

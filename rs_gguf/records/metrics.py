@@ -142,11 +142,13 @@ class FileRecord(_Record):
     sets: dict[str, SetRecord]
     benign_drift: Finite
     top1_agreement: Finite
-    # KL(steered‖unsteered) in nats: of all tokens of benign answers, and of the first token on everyday prompts.
+    # KL(steered‖unsteered) in nats: over the tokens of benign answers; at the first token, everyday prompts.
     kl_mean: Finite = None
     kl_first_token: Finite = None
     gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
-    opened_on_subject: Share | None = None  # of the sensitive answers that opened; None without a second judge
+    opened_on_subject: Share | None = (
+        None  # of opened sensitive answers; None without a second judge
+    )
     harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
     benign_drift_ci95: Interval | None = None
     effect_check: EffectCheck

@@ -1,4 +1,4 @@
-"""Read `metrics.json` of schema 1, from earlier versions: its JSON value goes in, that of schema 2 comes out."""
+"""Turn the `metrics.json` of earlier versions, schema 1, into schema 2. JSON values go in and come out."""
 
 from __future__ import annotations
 

@@ -95,10 +95,8 @@ def test_only_gated_adapters_of_this_project_have_gates(model: Engine) -> None:
         "blk.1.attn_output.weight": (32,), "blk.1.ffn_down.weight": (64,), "blk.2.ffn_down.weight": (64,),
     }  # fmt: skip
     foreign = LoraAdapter(ADAPTER.factors, "qwen2")
-    rank_2 = LoraAdapter(
-        {"blk.1.ffn_down.weight": factors(2, 64, 32)}, "qwen2", {"estimator": GATED_ADAPTER}
-    )
-    vector = SteeringVector({1: np.ones(32)}, {"estimator": "wrmd"})
+    rank_2 = LoraAdapter({"blk.1.ffn_down.weight": factors(2, 64, 32)}, "qwen2", {"estimator": GATED_ADAPTER})
+    vector = SteeringVector({1: np.ones(32, np.float32)}, {"estimator": "wrmd"})
     for file in (foreign, rank_2, vector, LoraAdapter.combined([(ADAPTER, 1.0), (ADAPTER, 0.5)])):
         assert file.gates == {}
     assert gate_activation_by_kind(model, Steering(), vector.gates, [], [], None) is None

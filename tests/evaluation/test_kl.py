@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +33,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Engine]]:
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_AT_ONCE", 3)
-    monkeypatch.setattr(module, "_CONVERSATIONS", 3)
-    monkeypatch.setattr(module, "_TOKENS", 5)
+    monkeypatch.setattr(module, "CONVERSATIONS", 3)
+    monkeypatch.setattr(module, "TOKENS", 5)
     prompts = everyday_prompts(7)
     monkeypatch.setattr(module, "everyday_prompts", lambda size=7: prompts[:size])
 
@@ -87,7 +86,7 @@ def test_answers_are_cut_and_empty_ones_left_out(engines: list[Engine]) -> None:
     tokens = model.tokenize("on and on in the rain")
     answers = [Answer([], "", True, False), *[Answer(tokens, model.detokenize(tokens), True, False)] * 4]
     found = conversations(model, [[5, 6]] * 5, answers)
-    assert found == [([5, 6], tokens[:5])] * 3
+    assert found == [([5, 6], tokens[:5])] * 4
 
 
 def test_logits_that_are_not_finite_have_no_divergence() -> None:

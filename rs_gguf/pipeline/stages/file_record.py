@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
-from rs_gguf.evaluation.acceptance import Effect
+from rs_gguf.evaluation.acceptance import Decision, Effect
 from rs_gguf.evaluation.drift import Drift
+from rs_gguf.evaluation.kl import KlDivergence
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
     Acceptance,
     BaselineRecord,
     EffectCheck,
     FileRecord,
+    GateActivation,
     LlamaCpp,
     SetRecord,
+    Share,
     Speed,
 )
 from rs_gguf.records.trials import Trial
@@ -62,6 +66,9 @@ def file_record(
     sets: Mapping[str, SetRecord],
     drift: Drift,
     *,
+    kl: KlDivergence,
+    gate_activation: dict[str, GateActivation] | None = None,
+    opened_on_subject: Share | None = None,
     acceptance: Acceptance,
     notes: Sequence[str],
     drift_ci95: tuple[float, float] | None,
@@ -85,6 +92,10 @@ def file_record(
         benign_drift=drift.nats,
         benign_drift_ci95=drift_ci95,
         top1_agreement=drift.top1_agreement,
+        kl_mean=kl.sequence,
+        kl_first_token=kl.first_token,
+        gate_activation=gate_activation,
+        opened_on_subject=opened_on_subject,
         harmful_refusal_ratio=after / before if before else None,
         effect_check=EffectCheck.model_validate(dict(file.effect)),
         acceptance=acceptance,
@@ -92,6 +103,28 @@ def file_record(
         tokens_per_second=speed,
         llama_cpp=llama_cpp,
     )
+
+
+def record_figures(
+    file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
+) -> None:
+    """Put what was measured into the metadata of the files themselves."""
+    figures: dict[str, Any] = {
+        "measured": True,
+        "acceptance.passed": decision.verdict == "passed",
+        "acceptance.verdict": decision.verdict,
+    }
+    if math.isfinite(drift.nats):  # NaN where no benign prompt was answered
+        figures["metrics.benign_drift"] = drift.nats
+    for kind, found in sets.items():
+        sides = found.outcomes_unsteered, found.outcomes_steered
+        figures[f"metrics.{kind}.explicit_refusals"] = [outcomes.explicit for outcomes in sides]
+        figures[f"metrics.{kind}.refusals"] = [outcomes.refuses for outcomes in sides]
+        figures[f"metrics.{kind}.prompts"] = found.n
+    if (kept := sets["harmful"].kept) is not None:
+        figures["metrics.retention"] = [kept.n, kept.of]
+    for path, content in file.files.items():
+        steering_file.write(content.with_facts(figures), path)
 
 
 def baseline_notes(

@@ -7,21 +7,24 @@ come out.
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_gguf.engines.answers import Advance, logprobs_of
+from rs_gguf.engines.answers import Advance, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
-from rs_gguf.evaluation.acceptance import Decision
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
+from rs_gguf.evaluation.gate_activation import gate_activation_by_kind
+from rs_gguf.evaluation.kl import CONVERSATIONS, Tokens, conversations, kl_divergence, tokens_read
+from rs_gguf.evaluation.outcomes import corrected
 from rs_gguf.evaluation.paired import PairedEvaluation
-from rs_gguf.judges.registry import Judge
+from rs_gguf.evaluation.second_judge import second_opinion
+from rs_gguf.judges.accuracy import known_accuracy
+from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.methods.vector import ControlVector
@@ -31,7 +34,13 @@ from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages import wordings
-from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, file_record, llama_cpp_of
+from rs_gguf.pipeline.stages.file_record import (
+    WrittenFile,
+    baseline_notes,
+    file_record,
+    llama_cpp_of,
+    record_figures,
+)
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import files_of, write_files
@@ -45,12 +54,10 @@ from rs_gguf.records.metrics import (
     JudgeRecord,
     ModelRecord,
     RunRecord,
-    SetRecord,
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.records.trials import Trial
-from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _DRIFT_PAIRS = 128  # conversations, as in the paper
@@ -64,8 +71,8 @@ class Measure(Stage):
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
         return [
-            recipe.answers.test_tokens, recipe.measure.model_dump(),
-            [p.to_row() for p in run.prompts["validation"]],
+            recipe.answers.test_tokens, recipe.measure.model_dump(), recipe.judge_second,
+            run.second_judge_hash, [p.to_row() for p in run.prompts["validation"]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
@@ -91,7 +98,10 @@ class Measure(Stage):
                 layers=_layers(trials),
                 system_prompt=lambda: wordings.select(run, log, advance),
             )  # fmt: skip
-            measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
+            measured = measure(
+                run.model, run.judge, prompts, files, baselines, recipe, log,
+                second=run.second_judge, advance=advance,
+            )  # fmt: skip
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
             date=datetime.date.today().isoformat(),
@@ -104,7 +114,7 @@ class Measure(Stage):
                 n_layer=run.model.n_layer,
                 n_embd=run.model.n_embd,
             ),
-            judge=JudgeRecord(name=run.judge.name),
+            judge=measured.judge,
             test_tokens=recipe.answers.test_tokens,
             subset=len(prompts) < sum(map(len, run.pool["validation"].values())),
             seed=recipe.seed,
@@ -119,6 +129,7 @@ class Measure(Stage):
         sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
+        seconds += costs.files * costs.reading(tokens_read(costs.prompt))
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
@@ -144,6 +155,7 @@ class Measured(NamedTuple):
     rows: list[Row]
     files: dict[str, FileRecord]
     baselines: list[BaselineRecord]
+    judge: JudgeRecord
 
 
 def measure(
@@ -155,6 +167,7 @@ def measure(
     recipe: Recipe,
     log: RowLog,
     *,
+    second: SecondJudge | None = None,
     advance: Advance,
 ) -> Measured:
     """Answer the prompts under every condition, confirm the changes and apply the acceptance criteria.
@@ -185,26 +198,34 @@ def measure(
         )
         for c in baselines
     ]
+    opinion = second_opinion(judge, second, {name: evaluations[name] for name in files}) if second else None
+    accuracy = known_accuracy(judge)
+    answered = drifts.conversations()
     reasoning_off = ChatFormat.of(model).thinks_in_server
     records = {}
     for name, file in files.items():
         evaluation = evaluations[name]
         decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
-        sets = evaluation.by_kind()
-        _record_figures(file, sets, drifts.of[name], decision)
+        sets = {kind: corrected(one, accuracy) for kind, one in evaluation.by_kind().items()}
+        record_figures(file, sets, drifts.of[name], decision)
         records[name] = file_record(
             file,
             sets,
             drifts.of[name],
+            kl=kl_divergence(model, file.steering, own, answered),
+            gate_activation=gate_activation_by_kind(
+                model, file.steering, file.gates, prompts, answers[name].answers, own, seed=recipe.seed
+            ),
+            opened_on_subject=opinion.on_subject[name] if opinion else None,
             acceptance=decision.acceptance,
             notes=baseline_notes(sets, others, recipe.effect),
             drift_ci95=drifts.interval(name),
             speed=Speed(unsteered=before.tokens_per_second, steered=answers[name].tokens_per_second),
             llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
         )
-    columns = [evaluations[name].rows(name) for name in files]
+    columns = [evaluations[name].rows(name) for name in files] + ([opinion.rows] if opinion else [])
     rows = [{k: v for part in parts for k, v in part.items()} for parts in zip(*columns, strict=True)]
-    return Measured(rows, records, others)
+    return Measured(rows, records, others, opinion.judge if opinion else JudgeRecord(name=judge.name))
 
 
 def _confirmed(
@@ -248,7 +269,7 @@ class _Drifts:
     def __init__(
         self, model: Engine, prompts: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe
     ) -> None:
-        self._model, self._seed = model, recipe.seed
+        self._model, self._seed, self._system = model, recipe.seed, recipe.prompts.system
         answers = {
             prompt.id: answer
             for prompt, answer, judgement in zip(prompts, before.answers, before.judgements, strict=True)
@@ -257,8 +278,9 @@ class _Drifts:
         # Prompts lie sorted by subject: the first of them would be of a few.
         references = [p for p in prompts if p.id in answers]
         self._prompts = stratified(references, _DRIFT_PAIRS, seed=recipe.seed)
+        self._by_id = answers
         self._answers = [answers[prompt.id] for prompt in self._prompts]
-        self._before = self._logprobs(recipe.prompts.system)
+        self._before = self._logprobs(self._system)
         self._changes: dict[str, list[float]] = {}
         self.of: dict[str, Drift] = {}
 
@@ -270,31 +292,15 @@ class _Drifts:
         self.of[condition.name] = drift_of(self._before, after)
         return self.of[condition.name]
 
+    def conversations(self) -> Sequence[Tokens]:
+        """Return a few of the conversations as tokens, for the KL divergence."""
+        prompts = stratified(self._prompts, CONVERSATIONS, seed=self._seed)
+        tokens = chat_tokens(self._model, prompts, self._system)
+        return conversations(self._model, tokens, [self._by_id[prompt.id] for prompt in prompts])
+
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95% interval of the drift of a condition, in nats a token."""
         return drift_interval(self._prompts, self._changes[name], self._seed)
 
     def _logprobs(self, system: str | None) -> LogProbs:
         return logprobs_of(self._model, self._prompts, self._answers, system)
-
-
-def _record_figures(
-    file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
-) -> None:
-    """Put what was measured into the metadata of the files themselves."""
-    figures: dict[str, Any] = {
-        "measured": True,
-        "acceptance.passed": decision.verdict == "passed",
-        "acceptance.verdict": decision.verdict,
-    }
-    if math.isfinite(drift.nats):  # NaN where no benign prompt was answered
-        figures["metrics.benign_drift"] = drift.nats
-    for kind, found in sets.items():
-        sides = found.outcomes_unsteered, found.outcomes_steered
-        figures[f"metrics.{kind}.explicit_refusals"] = [outcomes.explicit for outcomes in sides]
-        figures[f"metrics.{kind}.refusals"] = [outcomes.refuses for outcomes in sides]
-        figures[f"metrics.{kind}.prompts"] = found.n
-    if (kept := sets["harmful"].kept) is not None:
-        figures["metrics.retention"] = [kept.n, kept.of]
-    for path, content in file.files.items():
-        steering_file.write(content.with_facts(figures), path)

@@ -25,8 +25,7 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages import measure as measuring
-from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes
+from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, Outcomes, SetRecord, Share, Speed, Verdict
@@ -148,7 +147,7 @@ def test_a_file_says_whether_it_passed_and_what_was_counted(
 ) -> None:
     sets: dict[str, SetRecord] = {kind: counted_set() for kind in KINDS}
     decision = Decision((Criterion("any", verdict, "why"),))
-    measuring._record_figures(written[name], sets, Drift(0.125, 0.9, 1.0, 1.0), decision)
+    record_figures(written[name], sets, Drift(0.125, 0.9, 1.0, 1.0), decision)
     found = (control_vector.read if name == "vector" else lora.read)(written[name].paths[0]).provenance
     assert (found["measured"], found["acceptance.passed"]) == (True, verdict == "passed")
     assert (found["acceptance.verdict"], found["metrics.benign_drift"]) == (verdict, 0.125)
