@@ -39,7 +39,7 @@ class KlDivergence:
 NO_CHANGE = KlDivergence(0.0, 0.0)
 
 
-def everyday_prompts(size: int = PROMPTS) -> list[Prompt]:
+def everyday_prompts(size: int) -> list[Prompt]:
     """Return at most `size` of the embedded benign validation prompts, without look-alikes."""
     everyday = [p for p in grid(["benign"]) if p.split == "validation" and p.topic != "lookalike"]
     return stratified(everyday, size, seed=0)
@@ -65,7 +65,7 @@ def kl_divergence(
 ) -> KlDivergence:
     """Return how far `steering` moves the next token, on everyday prompts and in `answered` conversations."""
     first: list[float] = []
-    prompts = chat_tokens(model, everyday_prompts(), system)
+    prompts = chat_tokens(model, everyday_prompts(PROMPTS), system)
     for start in range(0, len(prompts), _AT_ONCE):
         part = prompts[start : start + _AT_ONCE]
         before = {i: row.copy() for i, row in model.next_logits(part)}

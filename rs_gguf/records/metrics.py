@@ -146,9 +146,7 @@ class FileRecord(_Record):
     kl_mean: Finite = None
     kl_first_token: Finite = None
     gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
-    opened_on_subject: Share | None = (
-        None  # of opened sensitive answers; None without a second judge
-    )
+    opened_on_subject: Share | None = None  # of opened sensitive answers; None without a second judge
     harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
     benign_drift_ci95: Interval | None = None
     effect_check: EffectCheck

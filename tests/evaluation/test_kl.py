@@ -35,8 +35,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_AT_ONCE", 3)
     monkeypatch.setattr(module, "CONVERSATIONS", 3)
     monkeypatch.setattr(module, "TOKENS", 5)
-    prompts = everyday_prompts(7)
-    monkeypatch.setattr(module, "everyday_prompts", lambda size=7: prompts[:size])
+    monkeypatch.setattr(module, "PROMPTS", 7)
 
 
 def naive(steered: NDArray[np.float64], unsteered: NDArray[np.float64]) -> float:
@@ -58,7 +57,7 @@ def test_both_divergences_equal_a_naive_softmax_one_token_at_a_time(engines: lis
         assert [len(reply) for _, reply in answered] == [5, 5, 5]
         found.append(kl_divergence(model, VECTOR, None, answered))
     reference = engines[1]
-    prompts = chat_tokens(reference, module.everyday_prompts())
+    prompts = chat_tokens(reference, everyday_prompts(7))
     beginnings = [[*prompt, *reply[:k]] for prompt, reply in answered for k in range(len(reply))]
     first, sequence = (
         np.mean([naive(logits(reference, t, VECTOR), logits(reference, t, NO_STEERING)) for t in some])
