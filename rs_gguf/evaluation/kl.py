@@ -1,7 +1,7 @@
 """KL divergence of the next token, steered against unsteered, on everyday benign prompts.
 
 A model, a steering and conversations go in; a `KlDivergence` in nats comes out, exact from full logits. At
-most 32 rows of logits are kept at once, or those of one answer: 40 MB with a vocabulary of 150,000.
+most 32 rows of logits are kept at once, or one answer's 64: 40 MB with a vocabulary of 150,000.
 """
 
 from __future__ import annotations

@@ -121,5 +121,5 @@ def _label_tokens(model: Engine, first: str, second: str) -> tuple[list[int], li
 
 
 def _log_odds(logits: NDArray[np.float32], first: Sequence[int], second: Sequence[int]) -> float:
-    """Return ln of the mass of the `first` tokens over that of the `second`, from logits [V]."""
+    """Return the log-odds of the `first` tokens against the `second`, from logits [V]."""
     return float(np.logaddexp.reduce(logits[first]) - np.logaddexp.reduce(logits[second]))

@@ -40,7 +40,7 @@ from rs_gguf.pipeline.stages.file_record import (
     file_record,
     llama_cpp_of,
     record_figures,
-)
+)  # fmt: skip
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import files_of, write_files
@@ -253,7 +253,7 @@ def _confirmed(
             asking,
             log,
             lambda n: None,
-        )
+        )  # fmt: skip
         for condition in (unsteered, steered)
     )
     return evaluation.confirmed_by(indices, PairedEvaluation(prompts, before, after))
