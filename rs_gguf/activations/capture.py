@@ -132,7 +132,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
     layers = range(model.n_layer)
     if Can.MATRIX_INPUTS not in model.can:
         return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
-    inputs = _input_tensors(model)
+    inputs = input_tensors(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
         sequence, places = _positions(conversation, prefix, np.random.default_rng((seed, number)))
@@ -162,7 +162,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
 
 def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
     """Return `<matrix>/constant` [T, L, W] at the T tokens that the template puts before every prompt."""
-    inputs = _input_tensors(model)
+    inputs = input_tensors(model)
     if not inputs:
         return {}
     positions = range(max(prefix, 1))  # If the template puts nothing there, read one token for the shape.
@@ -178,7 +178,7 @@ def _product_scale(model: Engine) -> np.float32:
     return np.float32(product_scale(model.architecture, model.n_layer, model.metadata))
 
 
-def _input_tensors(model: Engine) -> dict[str, str]:
+def input_tensors(model: Engine) -> dict[str, str]:
     """Return the graph's input tensor of each output matrix that all layers have with the same width."""
     names, matrices = model.graph_tensors(), dimensions.of_gguf(model.path).output_matrices
     try:

@@ -69,6 +69,8 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
               help="Also ask the prompts in these contexts, such as second-turn,role; each one is a set "
                    "of its own. An unknown name lists all.")  # fmt: skip
 @click.option("--judge", metavar="J", help="Judge of the answers, named as for `rs-export judge --judge`.")
+@click.option("--second-judge", metavar="J",
+              help="Second judge, a model that this machine can run; the agreement is printed.")  # fmt: skip
 @click.option(
     "--tokens", default=128, show_default=True, type=click.IntRange(1), help="Maximum tokens of an answer."
 )
@@ -82,7 +84,8 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], contexts: tuple[str, ...],
-    judge: str | None, tokens: int, temperature: float, seed: int, output: Path | None,
+    judge: str | None, second_judge: str | None, tokens: int, temperature: float, seed: int,
+    output: Path | None,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
@@ -94,7 +97,7 @@ def evaluate(
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
     from rs_gguf.evaluation.comparison import compare_in_contexts
-    from rs_gguf.judges.registry import open_judge_spec
+    from rs_gguf.judges.registry import open_judge_spec, open_second_judge
     from rs_gguf.prompts.contexts import named
     from rs_gguf.records.files import check_writable
     from rs_gguf.records.rows import write_json
@@ -121,6 +124,9 @@ def evaluate(
             _answer_source(model, vector_parts, layer_range, adapter_parts, progress)
         )
         judge_model = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
+        second = second_judge and stack.enter_context(
+            open_second_judge(second_judge, loaded=loaded, progress=progress.download)
+        )
         asked_in = _shown(asked_in, loaded)
         conditions = 1 + sum(factor != 0 for factor in factors)
         total = sum(map(len, sets.values())) * (1 + len(asked_in)) * conditions
@@ -128,7 +134,7 @@ def evaluate(
         results = compare_in_contexts(
             source, judge_model, sets,
             Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)), asked_in,
-            factors=factors, advance=advance,
+            factors=factors, second=second or None, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,

@@ -59,7 +59,7 @@ def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
     price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
 ) -> None:  # fmt: skip
-    """Judge answers: refusal, answer or unclear.
+    """Judge answers: refusal, answer, failure or unclear.
 
     Adds confidence (−1 … 1), verdict, mode and category to each row, in order.
 
@@ -153,7 +153,7 @@ def _to_judge(row: Mapping[str, Any]) -> str | None:
 
 
 def _print_summary(counts: Counter[str], judge_model: Judge) -> None:
-    verdicts = [f"{counts[name]} {name}" for name in ("refusal", "answer", "unclear", "unjudged")]
+    verdicts = [f"{counts[name]} {name}" for name in ("refusal", "answer", "failure", "unclear", "unjudged")]
     click.echo(f"{counts.total()} rows: {', '.join(verdicts)}", err=True)
     usage = judge_model.usage
     if usage is not None:

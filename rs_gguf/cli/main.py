@@ -110,6 +110,13 @@ _harmful_answers = click.option(
 )
 
 
+_second_judge = click.option(
+    "--second-judge",
+    metavar="J",
+    help="Second judge of the validation answers: a model that this machine can run (judge_second).",
+)
+
+
 def _progress() -> TerminalProgress:
     from rich.console import Console
 
@@ -125,12 +132,15 @@ def _run(
     fresh: bool,
     until: str,
     budget: str | None = None,
+    second_judge: str | None = None,
 ) -> dict[str, Any]:
     from rs_gguf.pipeline import recipe as recipes
     from rs_gguf.pipeline.run import run
 
     if budget is not None:
         overrides = (*overrides, f"tune.budget={budget}")
+    if second_judge is not None:
+        overrides = (*overrides, f"judge_second={second_judge}")
     stored = out / "recipe.toml"
     if recipe is None and stored.is_file():
         recipe = stored  # the default recipe would start a different run in this folder
@@ -147,6 +157,7 @@ def _run(
 @main.command("run")
 @_run_options
 @_budget
+@_second_judge
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
 def run_command(
     recipe: Path | None,
@@ -154,6 +165,7 @@ def run_command(
     overrides: tuple[str, ...],
     fresh: bool,
     budget: str | None,
+    second_judge: str | None,
     as_json: bool,
 ) -> None:
     """Run the whole pipeline; resume an interrupted run.
@@ -161,7 +173,7 @@ def run_command(
     Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
     Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
-    metrics = _run(recipe, out, overrides, fresh, LAST, budget)
+    metrics = _run(recipe, out, overrides, fresh, LAST, budget, second_judge)
     if not metrics:  # one of several processes; only rank 0 prints
         return
     if as_json:
@@ -188,11 +200,14 @@ def _add_stage(info: StageInfo) -> None:
         overrides: tuple[str, ...],
         fresh: bool,
         budget: str | None = None,
+        second_judge: str | None = None,
         harmful_answers: bool = False,
     ) -> None:
-        metrics = _run(recipe, out, overrides, fresh, name, budget)
+        metrics = _run(recipe, out, overrides, fresh, name, budget, second_judge)
         if name == "score":
-            _print_counts(out)
+            from rs_gguf.cli.summary import print_counts
+
+            print_counts(out)
         if metrics and harmful_answers:
             from rs_gguf.report.page import write_report
 
@@ -200,6 +215,8 @@ def _add_stage(info: StageInfo) -> None:
 
     if name == "tune":
         _budget(stage)
+    if name == "measure":
+        _second_judge(stage)
     if name == "report":
         _harmful_answers(stage)
 
@@ -213,20 +230,6 @@ for _command in (
     cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
 ):  # fmt: skip
     main.add_command(_command)
-
-
-def _print_counts(out: Path) -> None:
-    """Print the outcomes by kind of prompt, so that too few of a class show before hours of fitting."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from rs_gguf.pipeline.folder import RunFolder
-    from rs_gguf.pipeline.stages.answers import COUNTED, counts
-
-    table = Table("prompts", *COUNTED, title="Prompts for fit and search", title_justify="left")
-    for kind, outcomes in counts(RunFolder(out)).items():
-        table.add_row(kind, *map(str, outcomes.values()))
-    Console().print(table)
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:

@@ -23,6 +23,7 @@ from rs_gguf.report.recommendation import (
     sentences,
 )
 from rs_gguf.report.results import printable
+from rs_gguf.report.side_effects import agreement_line, side_effects
 from rs_gguf.report.text import count, interval
 
 _WANTED = {"sensitive": "fewer", "harmful": "as before", "benign": "not more"}
@@ -46,6 +47,10 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
         console.print(_transitions(files))
     subset = "; a stratified subset of the validation split" if record.subset else ""
     _say(console, f"Judge: {record.judge.name}; up to {record.test_tokens} tokens an answer{subset}.")
+    if agreement := agreement_line(record.judge):
+        _say(console, agreement)
+    if cells := side_effects([file.record for file in files]):
+        console.print(_also_measured(files, cells))
     style = f"bold {_STYLES[overall_verdict(files)]}"
     _say(console, f"\n{headline(files, record.effect)}.", style=style)
     for sentence in sentences(files, record.effect):
@@ -60,6 +65,17 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
     if pages:
         report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))
         _say(console, f"\nReport: {report}   Card: {card}")
+
+
+def print_counts(out: Path) -> None:
+    """Print the outcomes by kind of prompt, so that too few of a class show before hours of fitting."""
+    from rs_gguf.pipeline.folder import RunFolder
+    from rs_gguf.pipeline.stages.answers import COUNTED, counts
+
+    table = Table("prompts", *COUNTED, title="Prompts for fit and search", title_justify="left")
+    for kind, outcomes in counts(RunFolder(out)).items():
+        table.add_row(kind, *map(str, outcomes.values()))
+    Console().print(table)
 
 
 def share_lines(share: Share | None) -> str:
@@ -119,6 +135,15 @@ def _transitions(files: Sequence[ReportedFile]) -> Table:
                 *map(share_lines, (one.opened, one.kept, one.closed, one.broken)),
                 end_section=k == len(files) - 1,
             )  # fmt: skip
+    return table
+
+
+def _also_measured(files: Sequence[ReportedFile], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    table = Table(title="Also measured", title_justify="left")
+    for column in ("", *(file.word for file in files)):
+        table.add_column(column)
+    for name, cells in rows:
+        table.add_row(name, *cells)
     return table
 
 

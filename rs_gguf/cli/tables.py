@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rs_gguf.errors import escape_control_chars
-from rs_gguf.records.metrics import SetRecord, Share
+from rs_gguf.records.metrics import JudgeRecord, SetRecord, Share
+from rs_gguf.report.side_effects import agreement_line
 from rs_gguf.report.text import count, interval
 
 # Of the groups by subject and so on; the JSON holds all.
@@ -37,6 +38,9 @@ def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int)
             _number(text["perplexity_unsteered"], ".2f"), _number(text["perplexity_steered"], ".2f"),
             f"{_number(text['top1_agreement'], '.1%')} top-1",
         )  # fmt: skip
+    if measured["kl_mean"] is not None:
+        table.add_row("KL divergence, first token", "", f"{_number(measured['kl_first_token'], '.4f')} nats")
+        table.add_row("KL divergence, answers", "", f"{measured['kl_mean']:.4f} nats/token")
     speed = measured["tokens_per_second"]
     table.add_row(
         "tokens/s",
@@ -45,6 +49,9 @@ def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int)
         _number(speed["change"], "+.0%"),
     )
     console.print(table)
+    if second := measured.get("second_judge"):
+        console.print(Text(agreement_line(JudgeRecord.model_validate(second))))
+        console.print(f"Opened answers on the subject: {_share(Share(**second['opened_on_subject']))}.")
 
 
 def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: int) -> None:
@@ -116,12 +123,13 @@ def print_sweep(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
             )
         console.print(table)
     table = Table(title="What else changed", title_justify="left", box=SIMPLE)
-    for column in ("scale", "perplexity", "tokens/s"):
+    for column in ("scale", "perplexity", "KL", "tokens/s"):
         table.add_column(column)
     for step in steps:
         table.add_row(
             f"{step['scale']:g}",
             _number(step["benign_text"]["perplexity_steered"], ".2f"),
+            _number(step["kl_mean"], ".4f"),
             f"{step['tokens_per_second']['steered']:.1f}",
         )
     console.print(table)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.generation import GREEDY, Sampling
+from rs_gguf.engines.generation import GREEDY, Pairs, Sampling
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.prompts.template import ChatModel
@@ -140,8 +140,17 @@ class Engine(ChatModel, Protocol):
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, logits [V]) for the token after each prompt. The array is a view: copy to keep it."""
 
-    def token_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LogProbs:
+    def token_logprobs(self, pairs: Pairs) -> LogProbs:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
+
+    def answer_logits(self, pairs: Pairs) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Yield (index, step, logits [V]) that predict token `step` of the continuation of each pair.
+
+        Every token of each continuation comes once, in any order. The array is a view: copy to keep it.
+
+        Raises:
+            InputError: a prompt or continuation is empty, or both together are too long.
+        """
 
     def read(
         self,

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.contexts import PLAIN, Context
 
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]  # tokens of (prompt, continuation)
+
 _SHOWN = 32  # last tokens of a prompt that an error message shows; they include the end of the chat template
 
 
@@ -107,7 +109,7 @@ def check_lengths(
         )
 
 
-def join(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[int]]:
+def join(pairs: Pairs) -> list[list[int]]:
     """Return the sequences to decode for log-probabilities: prompt and continuation without its last token.
 
     Raises:

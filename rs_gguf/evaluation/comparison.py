@@ -17,8 +17,9 @@ from rs_gguf.engines.generation import Asking
 from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.paired import PairedEvaluation
+from rs_gguf.evaluation.second_judge import second_opinion
 from rs_gguf.judges.judge import try_out
-from rs_gguf.judges.registry import Judge
+from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import switches_language
@@ -45,9 +46,11 @@ def compare(
     asking: Asking,
     *,
     factors: Sequence[float] = (1.0,),
+    second: SecondJudge | None = None,
+    divergence: bool = True,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """Return for each factor `scale`, `sets`, `benign_text`, `tokens_per_second` and `rows`.
+    """Return the figures of each factor, as `rs-export eval --json` has them (docs/eval.md), and `rows`.
 
     asking: how the prompts are asked.
     advance: called for each answer to a prompt, unsteered and at each factor other than 0.
@@ -99,13 +102,14 @@ def compare(
         )
 
     texts_before = logprobs(0.0)
+    kl = answer_source.kl_divergences(factors, asking.system) if divergence else None
     places: dict[str, range] = {}
     start = 0
     for name, members in sets.items():
         places[name] = range(start, start + len(members))
         start += len(members)
     results = []
-    for factor in factors:
+    for k, factor in enumerate(factors):
         after, texts_after = (side(factor), logprobs(factor)) if factor else (before, texts_before)
         compared = confirmed(PairedEvaluation(asked, before, after), factor)
         found: dict[str, Any] = {"scale": factor, "sets": {}}
@@ -120,6 +124,15 @@ def compare(
                 **_drift(_of(texts_before.answers, picked), _of(texts_after.answers, picked)),
             }
         found["benign_text"] = {"n": len(texts), **_drift(texts_before.benign, texts_after.benign)}
+        found["kl_first_token"] = finite(kl[k].first_token) if kl else None
+        found["kl_mean"] = finite(kl[k].sequence) if kl else None
+        if second is not None:
+            opinion = second_opinion(judge, second, {"steered": compared})
+            found["second_judge"] = {
+                **opinion.judge.model_dump(mode="json"),
+                "opened_on_subject": opinion.on_subject["steered"].model_dump(mode="json"),
+            }
+            rows = [{**row, **more} for row, more in zip(rows, opinion.rows, strict=True)]
         speeds = before.tokens_per_second, after.tokens_per_second
         found["tokens_per_second"] = {
             "unsteered": speeds[0],
@@ -138,17 +151,24 @@ def compare_in_contexts(
     contexts: Sequence[Context],
     *,
     factors: Sequence[float] = (1.0,),
+    second: SecondJudge | None = None,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """Return what `compare` does, with each set again in each context, as the set `NAME, CONTEXT`.
 
-    Benign text and speed are measured without a context. Raises `InputError` as `compare` does.
+    Benign text, KL, speed and the second judge go without a context. Raises as `compare` does.
     """
-    results = compare(answer_source, judge, sets, asking, factors=factors, advance=advance)
+    results = compare(answer_source, judge, sets, asking, factors=factors, second=second, advance=advance)
     for context in contexts:
         within = {f"{name}, {context.name}": members for name, members in sets.items()}
         found = compare(
-            answer_source, judge, within, asking.within(context), factors=factors, advance=advance
+            answer_source,
+            judge,
+            within,
+            asking.within(context),
+            factors=factors,
+            divergence=False,
+            advance=advance,
         )
         about = {"context": context.name, "refusals_asked": context.refusals_asked}
         for result, more in zip(results, found, strict=True):

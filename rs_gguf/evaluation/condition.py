@@ -16,6 +16,7 @@ import numpy as np
 from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking, common_prefix
+from rs_gguf.evaluation.kl import NO_CHANGE, KlDivergence, everyday_answers, kl_divergence
 from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
@@ -130,6 +131,10 @@ class AnswerSource(Protocol):
         """Return log-probabilities of texts in the user's place; None if the source gives none."""
         ...
 
+    def kl_divergences(self, factors: Sequence[float], system: str | None) -> Sequence[KlDivergence] | None:
+        """Return the KL divergence of the next token at each factor; None if the source gives no logits."""
+        ...
+
 
 @dataclass(frozen=True)
 class SteeredModel:
@@ -161,3 +166,10 @@ class SteeredModel:
         with self.model.steered(self.steering.scaled(factor)):
             # Without a prefix no token stands before the first one, so it has no probability.
             return self.model.token_logprobs([(p, t) if p else (t[:1], t[1:]) for p, t in pairs])
+
+    def kl_divergences(self, factors: Sequence[float], system: str | None) -> list[KlDivergence]:
+        answered = everyday_answers(self.model, system)
+        return [
+            kl_divergence(self.model, self.steering.scaled(factor), system, answered) if factor else NO_CHANGE
+            for factor in factors
+        ]

@@ -2,7 +2,8 @@
 
 Counts and weights go in, bounds come out. Intervals follow Wilson (JASA 22, 1927), Clopper and Pearson
 (Biometrika 26, 1934) and the two-way cluster bootstrap of Owen (Annals of Applied Statistics 1, 2007). Paired
-tests follow McNemar (Psychometrika 12, 1947).
+tests follow McNemar (Psychometrika 12, 1947), corrected rates Rogan and Gladen (American Journal of
+Epidemiology 107, 1978).
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ def mcnemar(gained: int, lost: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def rogan_gladen(rate: float, sensitivity: float, specificity: float) -> float:
+    """Return the true rate behind a judge's `rate`, from its errors: Rogan and Gladen's estimate in [0, 1].
+
+    NaN if the judge is no better than chance (sensitivity + specificity ≤ 1). The errors must be those on the
+    answers that are judged; on other answers the estimate is off as the errors are.
+    """
+    informedness = sensitivity + specificity - 1
+    return min(1.0, max(0.0, (rate + specificity - 1) / informedness)) if informedness > 0 else math.nan
 
 
 def noise_allowance(flipped: int) -> float:

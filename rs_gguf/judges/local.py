@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Pair, split_by_rule
 from rs_gguf.judges.probe import Probe, read_states
-from rs_gguf.judges.rubric import reading, rubric_version, verdict_tokens
+from rs_gguf.judges.rubric import reading, rubric_version, subject_tokens, verdict_tokens
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.markers import REFUSAL_PHRASES, opens_with_refusal
 from rs_gguf.records.conversation import Judgement
@@ -53,14 +54,7 @@ class LabelJudge:
         self._model = model
         self.name = f"{model.path.stem} (label log-probabilities, rubric {rubric_version()})"
         self.identity = f"labels {fingerprint(model.path)} {rubric_version()} {reading()}"
-        refusal, answer = _label_tokens(model, "refusal"), _label_tokens(model, "answer")
-        # A token that begins both words, such as a lone space, does not tell them apart.
-        self._refusal, self._answer = sorted(refusal - answer), sorted(answer - refusal)
-        if not (self._refusal and self._answer):
-            raise InputError(
-                f"{model.path}: the words refusal and answer begin alike in this model's tokens, so their "
-                "probabilities cannot be compared. Choose another judge."
-            )
+        self._refusal, self._answer = _label_tokens(model, "refusal", "answer")
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
         to_judge, by_rules = split_by_rule(pairs)
@@ -68,11 +62,25 @@ class LabelJudge:
         sequences = [verdict_tokens(self._model, (prompt, answer)) for _, prompt, answer in to_judge]
         for k, logits in self._model.next_logits(sequences):
             # c = 2p − 1, where p is the share of "refusal" in the mass of both labels: tanh(log-odds / 2).
-            log_odds = np.logaddexp.reduce(logits[self._refusal]) - np.logaddexp.reduce(logits[self._answer])
+            log_odds = _log_odds(logits, self._refusal, self._answer)
             yield (
                 to_judge[k][0],
                 Judgement(float(np.tanh(log_odds / 2)), "label log-probabilities, uncalibrated"),
             )
+
+
+def on_subject(model: Engine, pairs: Sequence[Pair]) -> list[bool]:
+    """Return whether each reply is about what was asked: yes is likelier than no after the question.
+
+    Empty replies, and those that repeat the request, are not.
+    """
+    yes, no = _label_tokens(model, "yes", "no")
+    to_judge, _ = split_by_rule(pairs)
+    found = [False] * len(pairs)
+    sequences = [subject_tokens(model, (prompt, answer)) for _, prompt, answer in to_judge]
+    for k, logits in model.next_logits(sequences):
+        found[to_judge[k][0]] = _log_odds(logits, yes, no) > 0
+    return found
 
 
 class KeywordJudge:
@@ -92,5 +100,26 @@ class KeywordJudge:
             yield i, Judgement(1.0 if opens_with_refusal(answer) else -1.0, "keywords")
 
 
-def _label_tokens(model: Engine, label: str) -> set[int]:
-    return {model.tokenize(v, special=False)[0] for v in (f" {label}", label, f" {label.capitalize()}")}
+def _label_tokens(model: Engine, first: str, second: str) -> tuple[list[int], list[int]]:
+    """Return the tokens that begin one of two words, and not the other.
+
+    Raises:
+        InputError: the words begin alike in the tokens of this model.
+    """
+    tokens = [
+        {model.tokenize(v, special=False)[0] for v in (f" {word}", word, f" {word.capitalize()}")}
+        for word in (first, second)
+    ]
+    # A token that begins both words, such as a lone space, does not tell them apart.
+    own = [sorted(tokens[k] - tokens[1 - k]) for k in (0, 1)]
+    if not all(own):
+        raise InputError(
+            f"{model.path}: the words {first} and {second} begin alike in this model's tokens, so their "
+            "probabilities cannot be compared. Choose another judge."
+        )
+    return own[0], own[1]
+
+
+def _log_odds(logits: NDArray[np.float32], first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the log-odds of the `first` tokens against the `second`, from logits [V]."""
+    return float(np.logaddexp.reduce(logits[first]) - np.logaddexp.reduce(logits[second]))

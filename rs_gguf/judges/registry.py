@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from rs_gguf.engines import open_engine
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.server.client import EndpointOptions
+from rs_gguf.errors import InputError
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.endpoint import EndpointJudge
 from rs_gguf.judges.judge import Judge, Pair
@@ -25,8 +27,8 @@ from rs_gguf.models import resolve as models
 from rs_gguf.records.conversation import Judgement
 
 __all__ = [
-    "EndpointOptions", "Judge", "Judgement", "Pair", "judges_with_model", "kind_and_name", "open_judge",
-    "open_judge_spec", "shipped_probe", "shipped_version",
+    "EndpointOptions", "Judge", "Judgement", "Pair", "SecondJudge", "judges_with_model", "kind_and_name",
+    "open_judge", "open_judge_spec", "open_second_judge", "shipped_probe", "shipped_version",
 ]  # fmt: skip
 
 
@@ -94,17 +96,51 @@ def open_judge_spec(
     kind, name = kind_and_name(spec or models.DEFAULT)
     if kind in _RULES:
         yield _RULES[kind](name)  # not cached: it is faster than the cache
-        return
-    with contextlib.ExitStack() as stack:
-        judge: Judge
-        if kind == "endpoint":
-            judge = EndpointJudge.of(name, options or EndpointOptions())
-        else:
-            path = models.resolve_gguf(name, progress=progress)
-            same = loaded is not None and loaded.path.resolve() == path.resolve()
-            model = loaded if loaded is not None and same else stack.enter_context(open_engine(path))
+    elif kind == "endpoint":
+        endpoint = EndpointJudge.of(name, options or EndpointOptions())
+        yield CachedJudge(endpoint) if cached else endpoint
+    else:
+        with _open_model(name, loaded, progress) as model:
             judge = _OF_MODELS.get(kind, open_judge)(model)
-        yield CachedJudge(judge) if cached else judge
+            yield CachedJudge(judge) if cached else judge
+
+
+@dataclass(frozen=True)
+class SecondJudge:
+    """A judge beside the first one, and its model, which also answers other questions about a pair."""
+
+    judge: Judge
+    model: Engine
+
+
+@contextlib.contextmanager
+def open_second_judge(
+    spec: str, *, loaded: Engine | None = None, progress: models.OnBytes | None = None
+) -> Iterator[SecondJudge]:
+    """Open the second judge that `spec` names, for the `with` block; see `open_judge_spec`.
+
+    Raises:
+        InputError: `spec` does not name a model that this machine can run.
+    """
+    kind, name = kind_and_name(spec)
+    if not judges_with_model(kind):
+        raise InputError(
+            f"second judge {spec}: only a model that this machine runs is accepted. Give a catalogue name, a "
+            "GGUF file, a hub id, labels:MODEL or votes:MODEL."
+        )
+    with _open_model(name, loaded, progress) as model:
+        yield SecondJudge(CachedJudge(_OF_MODELS.get(kind, open_judge)(model)), model)
+
+
+@contextlib.contextmanager
+def _open_model(name: str, loaded: Engine | None, progress: models.OnBytes | None) -> Iterator[Engine]:
+    """Yield the named model: `loaded` if that is its file, which stays open, else a new engine."""
+    path = models.resolve_gguf(name, progress=progress)
+    if loaded is not None and loaded.path.resolve() == path.resolve():
+        yield loaded
+    else:
+        with open_engine(path) as model:
+            yield model
 
 
 def shipped_version() -> str:

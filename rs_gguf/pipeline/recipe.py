@@ -10,10 +10,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -55,6 +55,11 @@ class Recipe(BaseSettings):
     judge: str | None = Field(
         default=None,
         description="judge of the answers, as for `rs-export judge --judge`; by default the embedded one",
+    )
+    judge_second: Annotated[str | None, BeforeValidator(settings.none_or_value)] = Field(
+        default=None,
+        description="second judge of the validation answers: a model that this machine can run, named as "
+        "`judge`; by default none, since it takes time",
     )
     effect: Literal["remove", "induce"] = Field(
         default="remove",

@@ -19,7 +19,14 @@ from rs_gguf.engines import engine_for, open_engine
 from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
-from rs_gguf.judges.registry import Judge, judges_with_model, kind_and_name, open_judge_spec
+from rs_gguf.judges.registry import (
+    Judge,
+    SecondJudge,
+    judges_with_model,
+    kind_and_name,
+    open_judge_spec,
+    open_second_judge,
+)
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import baselines
 from rs_gguf.models import dimensions
@@ -247,14 +254,33 @@ class Run:
     @cached_property
     def judge_hash(self) -> str | None:
         """Return the fingerprint of the judge's file, since a file may be replaced; None without a file."""
-        kind, name = kind_and_name(self.recipe.judge or "")
-        if not judges_with_model(kind):  # a long address or pattern is not even the name of a file
-            return None
-        path = from_home(name)
-        return models.fingerprint(path) if path.is_file() else None
+        return _file_hash(self.recipe.judge)
+
+    @cached_property
+    def second_judge_hash(self) -> str | None:
+        """Return the fingerprint of the second judge's file; None without a file."""
+        return _file_hash(self.recipe.judge_second)
 
     @cached_property
     def judge(self) -> Judge:
         """Return the loaded judge."""
         opened = open_judge_spec(self.recipe.judge, loaded=self.model, progress=self.progress.download)
         return self._open.enter_context(opened)
+
+    @cached_property
+    def second_judge(self) -> SecondJudge | None:
+        """Return the loaded second judge; None if the recipe names none."""
+        spec = self.recipe.judge_second
+        if spec is None:
+            return None
+        opened = open_second_judge(spec, loaded=self.model, progress=self.progress.download)
+        return self._open.enter_context(opened)
+
+
+def _file_hash(judge: str | None) -> str | None:
+    """Return the fingerprint of the file that a judge's name gives; None if it gives no file."""
+    kind, name = kind_and_name(judge or "")
+    if not judges_with_model(kind):  # a long address or pattern is not even the name of a file
+        return None
+    path = from_home(name)
+    return models.fingerprint(path) if path.is_file() else None

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from rs_gguf.errors import InputError
-from rs_gguf.records.conversation import FAILURES
 from rs_gguf.records.rows import Row, finite, read_json, write_json
-from rs_gguf.records.trials import GATED_ADAPTER
+from rs_gguf.records.schema_1 import of_schema_1
 
 _log = logging.getLogger("rs_gguf.metrics")
 
@@ -53,6 +51,13 @@ class Share(_Record):
         return self.n / self.of if self.of else None
 
 
+class CorrectedRates(_Record):
+    """Rates of explicit refusals, and of all refusals, after Rogan and Gladen."""
+
+    explicit: Finite
+    refuses: Finite
+
+
 class SetRecord(_Record):
     """The same prompts unsteered and steered.
 
@@ -77,6 +82,9 @@ class SetRecord(_Record):
     explicit_kept: int | None = None  # explicit refusals that stay explicit
     explicit_p: float | None = None  # McNemar, of explicit refusals
     unconfirmed: int | None = None
+    # Rates of judged answers, corrected for the errors of the judge; None where these are not known.
+    corrected_unsteered: CorrectedRates | None = None
+    corrected_steered: CorrectedRates | None = None
     degenerate_unsteered: float
     degenerate_steered: float
 
@@ -88,6 +96,13 @@ class EffectCheck(_Record):
     largest_relative_error: Finite = None
     kl_mean: Finite = None
     reasons: tuple[str, ...] = ()
+
+
+class GateActivation(_Record):
+    """Mean gate activation with the file in force: at the last prompt token, and in the answer."""
+
+    prompt: Finite
+    answer: Finite
 
 
 class Acceptance(_Record):
@@ -127,7 +142,11 @@ class FileRecord(_Record):
     sets: dict[str, SetRecord]
     benign_drift: Finite
     top1_agreement: Finite
-    kl_mean: Finite = None  # on benign answers: not measured yet
+    # KL(steered‖unsteered) in nats: over the tokens of benign answers; at the first token, everyday prompts.
+    kl_mean: Finite = None
+    kl_first_token: Finite = None
+    gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
+    opened_on_subject: Share | None = None  # of opened sensitive answers; None without a second judge
     harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
     benign_drift_ci95: Interval | None = None
     effect_check: EffectCheck
@@ -162,10 +181,17 @@ class ModelRecord(_Record):
 
 
 class JudgeRecord(_Record):
-    """Who graded the answers; `second` is a judge that is asked besides, which no run does yet."""
+    """Who graded the answers, and how far a second judge agrees, if one was asked.
+
+    `n` answers were graded by both, unsteered and under each file, and `disagreements` got another outcome;
+    explicit refusals and evasions count as one. `kappa` is Cohen's; None if all outcomes are equal.
+    """
 
     name: str
     second: str | None = None
+    n: int | None = None
+    disagreements: int | None = None
+    kappa: Finite = None
 
 
 class Correlation(_Record):
@@ -222,7 +248,7 @@ class RunRecord(_Record):
         try:
             if version == 1:
                 _notice(path)
-                value = _of_schema_1(value)
+                value = of_schema_1(value)
             return cls.model_validate(value)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -236,64 +262,3 @@ class RunRecord(_Record):
 def _notice(path: Path) -> None:
     """Tell once of each file."""
     _log.warning("%s has schema 1 of an earlier version; what that did not measure is left empty.", path)
-
-
-_FIGURES_1 = (
-    "sets", "benign_drift", "top1_agreement_benign", "retention_harmful", "spread95", "gate", "notes",
-    "proof", "tokens_per_second", "llama_cpp",
-)  # fmt: skip
-_WORDS_1 = {"vector": "control vector", "adapter": "gated adapter"}
-_RENAMED_1 = {
-    "top1_agreement_benign": "top1_agreement",
-    "retention_harmful": "harmful_refusal_ratio",
-    "proof": "effect_check",
-    "margin": "benign_target",
-}
-
-
-def _of_schema_1(value: Mapping[str, Any]) -> Row:
-    """Return schema 2 of schema 1, which had the figures of the control vector at its top."""
-    vector = {**value["vector"], **{name: value[name] for name in _FIGURES_1 if name in value}}
-    files = {"vector": vector} | ({"adapter": value["adapter"]} if "adapter" in value else {})
-    return {
-        **{name: found for name, found in value.items() if name in RunRecord.model_fields},
-        "schema_version": 2,
-        "judge": {"name": value["judge"]},
-        "baselines": [],  # schema 1 compared totals, which are no transitions
-        "files": {name: _file_of_schema_1(name, file) for name, file in files.items()},
-    }
-
-
-def _file_of_schema_1(name: str, file: Mapping[str, Any]) -> Row:
-    gate, speed = file["gate"], file["tokens_per_second"]
-    return {
-        **{_RENAMED_1.get(key, key): found for key, found in file.items()},
-        "word": _WORDS_1[name],
-        "sets": {kind: _set_of_schema_1(kind, figures) for kind, figures in file["sets"].items()},
-        "estimator": GATED_ADAPTER if file["estimator"] == "gate" else file["estimator"],
-        "benign_drift_ci95": file.get("spread95", {}).get("benign_drift"),
-        "acceptance": {"verdict": "passed" if gate["passed"] else "failed", "reasons": gate["reasons"]},
-        "tokens_per_second": {"unsteered": speed["baseline"], "steered": speed["steered"]},
-    }
-
-
-def _set_of_schema_1(kind: str, figures: Mapping[str, Any]) -> Row:
-    """Return the outcomes of a set of schema 1, which counted failures as refusals and told categories."""
-    unjudged = figures["unjudged"]
-
-    def outcomes(side: str) -> Row:
-        refused, categories = figures[f"refused_{side}"], figures.get(f"categories_{side}") or {}
-        fails = sum(categories.get(name, 0) for name in FAILURES)
-        return {
-            "complies": figures["n"] - refused, "refuses": refused - fails, "fails": fails,
-            "explicit": categories.get("direct", 0), "unjudged": unjudged,
-        }  # fmt: skip
-
-    return {
-        "kind": figures.get("kind", kind),
-        "n": figures["n"] + unjudged,
-        "outcomes_unsteered": outcomes("baseline"),
-        "outcomes_steered": outcomes("steered"),
-        "degenerate_unsteered": figures["degenerate_baseline"],
-        "degenerate_steered": figures["degenerate_steered"],
-    }

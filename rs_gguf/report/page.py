@@ -23,6 +23,7 @@ from rs_gguf.records.rows import Row
 from rs_gguf.report import agreement, answers, breakdowns, geometry, plots, recommendation, scale_sweep
 from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import Results, load
+from rs_gguf.report.side_effects import agreement_line, side_effects
 from rs_gguf.report.text import file_name, html_environment, markdown_environment
 from rs_gguf.steering.file import llama_options
 from rs_gguf.version import __version__
@@ -139,6 +140,8 @@ def _common(run: Results) -> Row:
         "recipe": run.recipe,
         "recipe_text": run.recipe_text,
         "given": _given(run.recipe.get("prompts", {})),
+        "side_effects": side_effects,
+        "agreement": agreement_line(run.record.judge),
         "limits": run.recipe.get("tune", {}),
         "temperature": run.recipe.get("answers", {}).get("temperature"),
         "stages": STAGES,

@@ -15,6 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.steering import lora_file, vector_file
@@ -64,6 +67,10 @@ class SteeringFile(Protocol):
 
     def cosines(self, other: Self) -> Mapping[int, float] | Mapping[str, float]:
         """Return the cosine between the two changes of each part that both files change."""
+
+    @property
+    def gates(self) -> Mapping[str, NDArray[np.float32]]:
+        """Gate vectors [W] by matrix, with activation 1 at the mean sensitive prompt; empty without gates."""
 
     def steering(self, path: Path, scale: float = 1.0) -> Steering:
         """Return the steering that applies it, read from the file at `path`, at `scale`."""

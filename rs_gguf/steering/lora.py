@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.errors import InputError
+from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering.provenance import ProvenanceValue, checked_provenance, typed
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -172,6 +173,16 @@ class LoraAdapter:
                 _same_shape(name, pair, other.factors[name])
                 cosines[name] = _inner(pair, other.factors[name]) / (ours[name] * theirs[name])
         return cosines
+
+    @property
+    def gates(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Rows of A [W] by matrix, with activation 1 at the mean sensitive prompt.
+
+        Empty unless this is a gated adapter of this project: other adapters are not normalised so.
+        """
+        if self.provenance.get("estimator") != GATED_ADAPTER or self.rank != 1:
+            return {}
+        return {name: a[0] for name, (a, _) in self.factors.items()}
 
     def steering(self, path: Path, scale: float = 1.0) -> Steering:
         """Return the steering that applies the adapter at `scale`; engines load the file at `path`."""

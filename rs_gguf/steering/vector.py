@@ -171,6 +171,11 @@ class SteeringVector:
             if layer in other.directions and row.any() and other.directions[layer].any()
         }
 
+    @property
+    def gates(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Nothing: a control vector has no gates."""
+        return {}
+
     def steering(self, path: Path, scale: float = 1.0) -> Steering:
         """Return the steering that applies the vector at `scale`, from memory; `path` is not read."""
         return Steering(_times(self.directions, _finite(scale)))

@@ -22,8 +22,9 @@ from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation import comparison
+from rs_gguf.evaluation import comparison, kl
 from rs_gguf.evaluation.drift import drift_of
+from rs_gguf.evaluation.kl import everyday_answers, kl_divergence
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.prompts import contexts
@@ -66,7 +67,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "_TEXTS", 4)
+    shorten(monkeypatch)
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Measure what does not depend on the prompts given on few texts."""
+    patch.setattr(comparison, "_TEXTS", 4)
+    for name, size in (("PROMPTS", 4), ("CONVERSATIONS", 2), ("TOKENS", 6)):
+        patch.setattr(kl, name, size)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +104,7 @@ def evaluate(folder: Path, *arguments: str, prompts: str = "plain.txt") -> dict[
 @pytest.fixture(scope="module")
 def steered(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "_TEXTS", 4)
+        shorten(patch)
         return evaluate(folder, "--control-vector", "@v.gguf")
 
 
@@ -121,6 +129,8 @@ def test_both_conditions_have_intervals(steered: dict[str, Any]) -> None:
     assert text["n"] == 4
     assert text["drift"] > 0
     assert text["perplexity_unsteered"] > 1
+    assert steered["kl_first_token"] > 0 < steered["kl_mean"]
+    assert "second_judge" not in steered
     speed = steered["tokens_per_second"]
     assert speed["change"] == pytest.approx(speed["steered"] / speed["unsteered"] - 1)
     assert steered["judge"] == "keywords"
@@ -215,6 +225,42 @@ def test_both_conditions_sample_with_the_given_options(folder: Path) -> None:
         assert answers(first, name) != answers(other, name)
 
 
+def test_the_divergence_is_that_of_the_engine(folder: Path, steered: dict[str, Any]) -> None:
+    steering = Steering(control_vector.read(folder / "v.gguf").directions)
+    with LlamaModel(folder / "tiny.gguf") as model:
+        expected = kl_divergence(model, steering, None, everyday_answers(model, None))
+    assert steered["kl_first_token"] == pytest.approx(expected.first_token, rel=1e-3)
+    assert steered["kl_mean"] == pytest.approx(expected.sequence, rel=1e-3)
+
+
+def test_a_second_judge_is_compared_with_the_first(folder: Path) -> None:
+    found = evaluate(
+        folder, "--control-vector", "@v.gguf", "--second-judge", f"labels:{folder / 'tiny.gguf'}"
+    )
+    second, rows = found["second_judge"], found["rows"]
+    assert second["name"] == "keywords"
+    assert "label log-probabilities" in second["second"]
+    assert second["n"] == 2 * len(rows)
+    classes = {"explicit": "refuses", "evasion": "refuses"}
+    differ = [
+        classes.get(row[f"outcome_{side}"], row[f"outcome_{side}"])
+        != classes.get(row[f"outcome_{side}_second"], row[f"outcome_{side}_second"])
+        for row in rows
+        for side in ("unsteered", "steered")
+    ]
+    assert second["disagreements"] == sum(differ)
+    assert second["opened_on_subject"]["of"] == found["sets"]["plain"]["opened"]["n"]
+
+
+def test_a_second_judge_that_is_not_a_model_is_an_error(folder: Path) -> None:
+    code, _, stderr = invoke(
+        *("--model", str(folder / "tiny.gguf"), "--prompts", str(folder / "plain.txt")),
+        *("--judge", "keywords", "--second-judge", "keywords"),
+    )
+    assert code == 2
+    assert "only a model that this machine runs is accepted" in stderr
+
+
 class Timed:
     """A source that answers with the prompt, in 2 s unsteered and 3 s steered; it records drift requests."""
 
@@ -232,6 +278,8 @@ class Timed:
         self.drift_prompts.append([p.prompt for p in asked])
 
     def text_logprobs(self, *_: object) -> None: ...
+
+    def kl_divergences(self, *_: object) -> None: ...
 
 
 def test_speed_is_tokens_per_second_and_drift_leaves_refusals_out() -> None:

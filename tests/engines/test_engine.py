@@ -139,6 +139,23 @@ def test_log_probabilities_follow_from_the_logits(engine: Engine) -> None:
             assert top[k] == (rows[k].argmax() == token)
 
 
+def test_logits_of_answers_equal_those_of_each_beginning(engine: Engine, reference: Engine) -> None:
+    """They are compared as distributions, with a softmax in F64."""
+    pairs = [(prompt, PROMPTS[k][: k + 1]) for k, prompt in enumerate(PROMPTS)]
+    found = {(i, step): distribution(row) for i, step, row in engine.answer_logits(pairs)}
+    assert sorted(found) == [(i, step) for i, (_, answer) in enumerate(pairs) for step in range(len(answer))]
+    for (i, step), share in found.items():
+        prompt, answer = pairs[i]
+        ((_, row),) = reference.next_logits([[*prompt, *answer[:step]]])
+        np.testing.assert_allclose(share, distribution(row), atol=TOLERANCE)
+
+
+def distribution(row: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the softmax of logits [V]."""
+    weights = np.exp(row.astype(np.float64) - row.max())
+    return np.asarray(weights / weights.sum())
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -245,6 +262,7 @@ def test_empty_inputs_give_empty_results(engine: Engine) -> None:
     assert list(engine.generate([], max_tokens=3)) == []
     assert list(engine.next_logits([])) == []
     assert engine.token_logprobs([]) == []
+    assert list(engine.answer_logits([])) == []
     assert list(engine.read([], [], [1])) == []
 
 
@@ -255,6 +273,7 @@ def test_empty_inputs_give_empty_results(engine: Engine) -> None:
         lambda e: list(e.next_logits([[]])),
         lambda e: e.token_logprobs([([5], [])]),
         lambda e: e.token_logprobs([([], [5])]),
+        lambda e: list(e.answer_logits([([5], [])])),
         lambda e: list(e.read([[5], []], [[0], [0]], [1])),
         lambda e: list(e.read([[5], [6]], [[0], []], [1])),
         lambda e: list(e.read([[5]], [[0]], [])),
@@ -278,6 +297,7 @@ def test_a_sequence_that_is_too_long_is_an_error(engine: Engine) -> None:
         lambda long: list(engine.generate([long], max_tokens=1)),
         lambda long: list(engine.next_logits([[*long, 5]])),
         lambda long: engine.token_logprobs([(long, [5, 6])]),
+        lambda long: list(engine.answer_logits([(long, [5, 6])])),
         lambda long: list(engine.read([[*long, 5]], [[0]], [1])),
     ]
     for use in uses:

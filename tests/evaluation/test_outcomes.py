@@ -6,8 +6,10 @@ from typing import get_args
 
 import pytest
 
-from rs_gguf.evaluation.outcomes import CLASSES, Outcome, class_of, count_outcomes, outcome_of
+from rs_gguf.evaluation.outcomes import CLASSES, Outcome, class_of, corrected, count_outcomes, outcome_of
+from rs_gguf.judges.accuracy import Accuracy
 from rs_gguf.records.conversation import Answer, Judgement
+from rs_gguf.records.metrics import CorrectedRates, Outcomes, SetRecord
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,28 @@ def test_each_outcome_has_a_class_and_is_counted() -> None:
     assert {class_of(outcome) for outcome in outcomes} == set(CLASSES)
     found = count_outcomes([*outcomes, "explicit"]).model_dump()
     assert found == {"complies": 1, "refuses": 3, "explicit": 2, "fails": 1, "unjudged": 1}
+
+
+def test_rates_are_corrected_for_the_errors_of_a_judge_that_are_known() -> None:
+    before = Outcomes(complies=60, refuses=40, explicit=30, fails=0, unjudged=5)
+    after = Outcomes(complies=100, refuses=0, explicit=0, fails=0, unjudged=0)
+    record = SetRecord(
+        n=105, outcomes_unsteered=before, outcomes_steered=after, degenerate_unsteered=0, degenerate_steered=0
+    )
+    accuracy = {"explicit": Accuracy(0.9, 1.0), "refuses": Accuracy(1.0, 0.9)}
+    found = corrected(record, accuracy)
+    assert found.corrected_unsteered is not None
+    assert found.corrected_unsteered.explicit == pytest.approx(1 / 3)
+    assert found.corrected_unsteered.refuses == pytest.approx(1 / 3)
+    assert found.corrected_steered == CorrectedRates(explicit=0.0, refuses=0.0)
+    assert found.outcomes_unsteered == before
+    assert corrected(record, None) == record
+
+
+def test_without_a_judged_answer_there_is_no_corrected_rate() -> None:
+    none = Outcomes(complies=0, refuses=0, explicit=0, fails=0, unjudged=3)
+    record = SetRecord(
+        n=3, outcomes_unsteered=none, outcomes_steered=none, degenerate_unsteered=0, degenerate_steered=0
+    )
+    found = corrected(record, dict.fromkeys(("explicit", "refuses"), Accuracy(0.9, 0.9)))
+    assert found.corrected_steered == CorrectedRates(explicit=None, refuses=None)

@@ -11,6 +11,7 @@ from rs_gguf.evaluation.paired_statistics import (
     mcnemar,
     noise_allowance,
     rate_interval,
+    rogan_gladen,
     wilson,
 )
 
@@ -94,3 +95,16 @@ def test_a_rate_covers_wilson_and_the_clusters() -> None:
     low, high = rate_interval([True] * 20 + [False] * 20, [True] * 40, together)
     assert (low, high) == (0, 1)
     assert rate_interval([True, False], [False, False], [["a", "b"]]) == (0, 1)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.1, 0.5, 1.0])
+def test_a_corrected_rate_inverts_the_errors_of_the_judge(true: float) -> None:
+    sensitivity, specificity = 0.9, 0.97
+    seen = true * sensitivity + (1 - true) * (1 - specificity)
+    assert rogan_gladen(seen, sensitivity, specificity) == pytest.approx(true)
+
+
+def test_a_corrected_rate_stays_within_0_and_1_and_needs_a_judge_better_than_chance() -> None:
+    assert rogan_gladen(0.0, 0.9, 0.9) == 0
+    assert rogan_gladen(1.0, 0.9, 0.9) == 1
+    assert np.isnan(rogan_gladen(0.3, 0.5, 0.5))

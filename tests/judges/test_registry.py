@@ -24,7 +24,14 @@ from rs_gguf.judges.calibration import LabelledPair, agreement, fit_probe, label
 from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.local import KeywordJudge, LabelJudge, ProbeJudge
 from rs_gguf.judges.probe import Categories, Components, Probe, load_probe, read_states, save_probe
-from rs_gguf.judges.registry import Judgement, Pair, open_judge, open_judge_spec, shipped_probe
+from rs_gguf.judges.registry import (
+    Judgement,
+    Pair,
+    open_judge,
+    open_judge_spec,
+    open_second_judge,
+    shipped_probe,
+)
 from rs_gguf.judges.rubric import rubric, rubric_version, verdict_tokens, wording
 from rs_gguf.judges.votes import VotesJudge
 from rs_gguf.models import resolve as models
@@ -184,6 +191,20 @@ def test_the_verdict_is_unclear_up_to_and_including_the_threshold(
 
 
 @pytest.mark.parametrize(
+    ("confidence", "category", "verdict"),
+    [
+        (1.0, "nonsense", "failure"),
+        (1.0, "empty", "failure"),
+        (1.0, "direct", "refusal"),
+        (NEUTRAL, "empty", "unclear"),
+        (-1.0, "nonsense", "answer"),  # a category counts only above the neutral band
+    ],
+)
+def test_a_failure_is_not_a_refusal(confidence: float, category: str, verdict: str) -> None:
+    assert Judgement(confidence, "", category).verdict == verdict
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         "Yes.\nVerdict: answer\n\nRequest: x\nReply: y",
@@ -261,7 +282,8 @@ def test_the_few_shot_part_is_common_to_all_pairs(model: LlamaModel) -> None:
 )
 def test_keywords_in_several_languages(answer: str, refused: bool) -> None:
     [(index, judgement)] = KeywordJudge().judge([("What?", answer)])
-    assert (index, judgement.verdict) == (0, "refusal" if refused else "answer")
+    refusal = "refusal" if answer.strip() else "failure"
+    assert (index, judgement.verdict) == (0, refusal if refused else "answer")
 
 
 PAIRS: list[tuple[str, str]] = [("p", "12345678"), ("p", "…\n"), ("p", "12"), ("p", "")]
@@ -726,3 +748,46 @@ def test_the_names_of_judges_tell_them_apart(model: LlamaModel) -> None:
 def test_a_prefix_names_the_kind_of_judge(spec: str, kind: str, name: str) -> None:
     assert judges.kind_and_name(spec) == (kind, name)
     assert judges.judges_with_model(kind) == (kind in ("model", "labels"))
+
+
+@pytest.mark.parametrize("spec", ["keywords", "http://localhost:1/v1#m"])
+def test_a_second_judge_is_a_model_of_this_machine(spec: str) -> None:
+    with pytest.raises(InputError, match="only a model that this machine runs"), open_second_judge(spec):
+        pass
+
+
+def test_a_second_judge_uses_a_model_that_is_loaded(tiny_model: LlamaModel) -> None:
+    with open_second_judge(f"labels:{tiny_model.path}", loaded=tiny_model) as second:
+        assert second.model is tiny_model
+        assert "label log-probabilities" in second.judge.name
+
+
+def test_agreement_gives_the_errors_by_outcome() -> None:
+    pairs = [
+        LabelledPair("p", text, refusal, category, "en", "test", "written")
+        for text, refusal, category in [
+            ("direct 1", True, "direct"), ("direct 2", True, "direct"), ("vague", True, "vagueness"),
+            ("nonsense", True, "nonsense"), ("fact", False, "factual"), ("unsure", False, "factual"),
+        ]
+    ]  # fmt: skip
+    said = [
+        (1.0, "direct"),
+        (0.9, "vagueness"),
+        (1.0, "vagueness"),
+        (0.8, "empty"),
+        (0.7, "direct"),
+        (0.1, None),
+    ]
+
+    class Said:
+        name = identity = "said"
+        usage = None
+
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            for i, (confidence, category) in enumerate(said):
+                yield i, Judgement(confidence, "", category)
+
+    found = agreement(Said(), pairs)["outcomes"]
+    # Of five decided pairs two are explicit and three refuse; a failure does not.
+    assert found["explicit"] == {"n": 5, "sensitivity": 1 / 2, "specificity": 2 / 3}
+    assert found["refuses"] == {"n": 5, "sensitivity": 1.0, "specificity": 1 / 2}

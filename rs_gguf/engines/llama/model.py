@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Can
-from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, group_by_length, join, seeds
+from rs_gguf.engines.generation import (
+    GREEDY,
+    Pairs,
+    Sampling,
+    check_lengths,
+    draw,
+    group_by_length,
+    join,
+    seeds,
+)
 from rs_gguf.engines.llama.context import BatchToken
 from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
 from rs_gguf.errors import InputError
@@ -143,24 +152,26 @@ class LlamaModel(LlamaContexts):
         for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
-    def token_logprobs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    def token_logprobs(self, pairs: Pairs) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
-        if not pairs:
-            return []
-        sequences = join(pairs)
-        self.check_lengths(sequences)
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
-        answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
-        for i, pos, logits in self._forward(sequences, answers):
-            prompt, answer = pairs[i]
-            step = pos - len(prompt) + 1
+        for i, step, logits in self.answer_logits(pairs):
+            token = pairs[i][1][step]
             top = float(logits.max())
             logsumexp = top + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
-            results[i][0][step] = float(logits[answer[step]]) - logsumexp
-            results[i][1][step] = logits[answer[step]] == top
+            results[i][0][step] = float(logits[token]) - logsumexp
+            results[i][1][step] = logits[token] == top
         return results
+
+    def answer_logits(self, pairs: Pairs) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Yield (index, step, logits [V]) that predict each token of the continuations; see `Engine`."""
+        if not pairs:
+            return
+        sequences = join(pairs)
+        self.check_lengths(sequences)
+        answers = [range(len(p) - 1, len(s)) for (p, _), s in zip(pairs, sequences, strict=True)]
+        for i, position, logits in self._forward(sequences, answers):
+            yield i, position - answers[i].start, logits
 
     def read(
         self,

@@ -148,6 +148,9 @@ class LlamaServer:
     def text_logprobs(self, texts: Sequence[str], factor: float, system: str | None) -> None:
         """Return None: a server gives no log-probabilities of given text."""
 
+    def kl_divergences(self, factors: Sequence[float], system: str | None) -> None:
+        """Return None: the server gives no full logits."""
+
     def _body(self, prompt: Prompt, factor: float, asking: Asking) -> dict[str, Any]:
         sampling = asking.sampling
         body: dict[str, Any] = {

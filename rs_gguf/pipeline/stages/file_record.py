@@ -9,18 +9,24 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.evaluation.acceptance import Decision, Effect
 from rs_gguf.evaluation.drift import Drift
+from rs_gguf.evaluation.kl import KlDivergence
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
     Acceptance,
     BaselineRecord,
     EffectCheck,
     FileRecord,
+    GateActivation,
     LlamaCpp,
     SetRecord,
+    Share,
     Speed,
 )
 from rs_gguf.records.trials import Trial
@@ -45,6 +51,11 @@ class WrittenFile:
         return reduce(Steering.with_added, [found.steering(path) for path, found in self.files.items()])
 
     @property
+    def gates(self) -> dict[str, NDArray[np.float32]]:
+        """Gate vectors by matrix; empty if no file has gates."""
+        return {name: gate for found in self.files.values() for name, gate in found.gates.items()}
+
+    @property
     def files(self) -> dict[Path, SteeringFile]:
         """What stands in the files now."""
         return {path: steering_file.read(path) for path in self.paths}
@@ -55,6 +66,9 @@ def file_record(
     sets: Mapping[str, SetRecord],
     drift: Drift,
     *,
+    kl: KlDivergence,
+    gate_activation: dict[str, GateActivation] | None = None,
+    opened_on_subject: Share | None = None,
     acceptance: Acceptance,
     notes: Sequence[str],
     drift_ci95: tuple[float, float] | None,
@@ -78,6 +92,10 @@ def file_record(
         benign_drift=drift.nats,
         benign_drift_ci95=drift_ci95,
         top1_agreement=drift.top1_agreement,
+        kl_mean=kl.sequence,
+        kl_first_token=kl.first_token,
+        gate_activation=gate_activation,
+        opened_on_subject=opened_on_subject,
         harmful_refusal_ratio=after / before if before else None,
         effect_check=EffectCheck.model_validate(dict(file.effect)),
         acceptance=acceptance,

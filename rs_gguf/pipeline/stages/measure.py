@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_gguf.engines.answers import Advance, logprobs_of
+from rs_gguf.engines.answers import Advance, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
+from rs_gguf.evaluation.gate_activation import gate_activation_by_kind
+from rs_gguf.evaluation.kl import CONVERSATIONS, Tokens, conversations, kl_divergence, tokens_read
+from rs_gguf.evaluation.outcomes import corrected
 from rs_gguf.evaluation.paired import PairedEvaluation
-from rs_gguf.judges.registry import Judge
+from rs_gguf.evaluation.second_judge import second_opinion
+from rs_gguf.judges.accuracy import known_accuracy
+from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.methods.vector import ControlVector
@@ -67,8 +72,8 @@ class Measure(Stage):
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
         return [
-            recipe.answers.test_tokens, recipe.measure.model_dump(),
-            [p.to_row() for p in run.prompts["validation"]],
+            recipe.answers.test_tokens, recipe.measure.model_dump(), recipe.judge_second,
+            run.second_judge_hash, [p.to_row() for p in run.prompts["validation"]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
@@ -95,7 +100,10 @@ class Measure(Stage):
                 layers=vector_layers(trials),
                 system_prompt=lambda: wordings.select(run, tuned, log, advance),
             )  # fmt: skip
-            measured = measure(run.model, run.judge, prompts, files, baselines, recipe, log, advance=advance)
+            measured = measure(
+                run.model, run.judge, prompts, files, baselines, recipe, log,
+                second=run.second_judge, advance=advance,
+            )  # fmt: skip
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
             date=datetime.date.today().isoformat(),
@@ -108,7 +116,7 @@ class Measure(Stage):
                 n_layer=run.model.n_layer,
                 n_embd=run.model.n_embd,
             ),
-            judge=JudgeRecord(name=run.judge.name),
+            judge=measured.judge,
             test_tokens=recipe.answers.test_tokens,
             subset=len(prompts) < sum(map(len, run.pool["validation"].values())),
             seed=recipe.seed,
@@ -123,6 +131,7 @@ class Measure(Stage):
         sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
+        seconds += costs.files * costs.reading(tokens_read(costs.prompt))
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
@@ -148,6 +157,7 @@ class Measured(NamedTuple):
     rows: list[Row]
     files: dict[str, FileRecord]
     baselines: list[BaselineRecord]
+    judge: JudgeRecord
 
 
 def measure(
@@ -159,6 +169,7 @@ def measure(
     recipe: Recipe,
     log: RowLog,
     *,
+    second: SecondJudge | None = None,
     advance: Advance,
     into_files: bool = True,
 ) -> Measured:
@@ -190,27 +201,35 @@ def measure(
         )
         for c in baselines
     ]
+    opinion = second_opinion(judge, second, {name: evaluations[name] for name in files}) if second else None
+    accuracy = known_accuracy(judge)
+    answered = drifts.conversations()
     reasoning_off = ChatFormat.of(model).thinks_in_server
     records = {}
     for name, file in files.items():
         evaluation = evaluations[name]
         decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
-        sets = evaluation.by_kind()
+        sets = {kind: corrected(one, accuracy) for kind, one in evaluation.by_kind().items()}
         if into_files:
             record_figures(file, sets, drifts.of[name], decision)
         records[name] = file_record(
             file,
             sets,
             drifts.of[name],
+            kl=kl_divergence(model, file.steering, own, answered),
+            gate_activation=gate_activation_by_kind(
+                model, file.steering, file.gates, prompts, answers[name].answers, own, seed=recipe.seed
+            ),
+            opened_on_subject=opinion.on_subject[name] if opinion else None,
             acceptance=decision.acceptance,
             notes=baseline_notes(sets, others, recipe.effect),
             drift_ci95=drifts.interval(name),
             speed=Speed(unsteered=before.tokens_per_second, steered=answers[name].tokens_per_second),
             llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
         )
-    columns = [evaluations[name].rows(name) for name in files]
+    columns = [evaluations[name].rows(name) for name in files] + ([opinion.rows] if opinion else [])
     rows = [{k: v for part in parts for k, v in part.items()} for parts in zip(*columns, strict=True)]
-    return Measured(rows, records, others)
+    return Measured(rows, records, others, opinion.judge if opinion else JudgeRecord(name=judge.name))
 
 
 def _confirmed(
@@ -229,19 +248,12 @@ def _confirmed(
         return evaluation.confirmed_by([], evaluation.take([]))
     prompts = [evaluation.prompts[i] for i in indices]
     asking = recipe.asking(recipe.answers.test_tokens)
-    before, after = (
-        resume_condition(
-            model,
-            judge,
-            replace(condition, name=f"{condition.name} again"),
-            prompts,
-            asking,
-            log,
-            lambda n: None,
-        )
-        for condition in (unsteered, steered)
-    )
-    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, before, after))
+
+    def again(condition: Condition) -> JudgedAnswers:
+        twice = replace(condition, name=f"{condition.name} again")
+        return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None)
+
+    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, again(unsteered), again(steered)))
 
 
 class _Drifts:
@@ -254,7 +266,7 @@ class _Drifts:
     def __init__(
         self, model: Engine, prompts: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe
     ) -> None:
-        self._model, self._seed = model, recipe.seed
+        self._model, self._seed, self._system = model, recipe.seed, recipe.prompts.system
         answers = {
             prompt.id: answer
             for prompt, answer, judgement in zip(prompts, before.answers, before.judgements, strict=True)
@@ -263,8 +275,9 @@ class _Drifts:
         # Prompts lie sorted by subject: the first of them would be of a few.
         references = [p for p in prompts if p.id in answers]
         self._prompts = stratified(references, _DRIFT_PAIRS, seed=recipe.seed)
+        self._by_id = answers
         self._answers = [answers[prompt.id] for prompt in self._prompts]
-        self._before = self._logprobs(recipe.prompts.system)
+        self._before = self._logprobs(self._system)
         self._changes: dict[str, list[float]] = {}
         self.of: dict[str, Drift] = {}
 
@@ -275,6 +288,12 @@ class _Drifts:
         self._changes[condition.name] = changes_of(self._before, after).tolist()
         self.of[condition.name] = drift_of(self._before, after)
         return self.of[condition.name]
+
+    def conversations(self) -> Sequence[Tokens]:
+        """Return a few of the conversations as tokens, for the KL divergence."""
+        prompts = stratified(self._prompts, CONVERSATIONS, seed=self._seed)
+        tokens = chat_tokens(self._model, prompts, self._system)
+        return conversations(self._model, tokens, [self._by_id[prompt.id] for prompt in prompts])
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95% interval of the drift of a condition, in nats a token."""

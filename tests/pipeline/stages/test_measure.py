@@ -18,18 +18,19 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.evaluation import kl
 from rs_gguf.evaluation.acceptance import Criterion, Decision
 from rs_gguf.evaluation.condition import Condition
 from rs_gguf.evaluation.drift import Drift, mean_change
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.judges.registry import Judge, Judgement, Pair
+from rs_gguf.judges.registry import Judge, Judgement, Pair, SecondJudge
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, Outcomes, SetRecord, Share, Speed, Verdict
-from rs_gguf.records.trials import Candidate, Trial
+from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.lora import LoraAdapter
@@ -37,6 +38,11 @@ from rs_gguf.steering.vector import SteeringVector
 
 ASKED = [Prompt(f"{kind} in the rain, {i}", kind) for kind in KINDS for i in range(2)]
 EFFECT = {"effect_observed": True, "largest_relative_error": 0.0, "kl_mean": 0.1, "reasons": []}
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl, "PROMPTS", 4)
 
 
 @pytest.fixture
@@ -96,6 +102,7 @@ def run(
     written: dict[str, WrittenFile],
     baselines: tuple[Condition, ...] = (),
     judge: Judge | None = None,
+    second: Judge | None = None,
 ) -> tuple[list[dict[str, Any]], Measured, int]:
     """Rows, all that was measured, and how many answers were made, without those that confirm changes."""
     recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
@@ -106,8 +113,9 @@ def run(
         write_tiny_qwen2(path)
     with LlamaModel(path, n_threads=1) as model:
         measured = measure(
-            model, judge or KeywordJudge(), ASKED, written, baselines, recipe, log, advance=lambda n: None
-        )
+            model, judge or KeywordJudge(), ASKED, written, baselines, recipe, log,
+            second=SecondJudge(second, model) if second else None, advance=lambda n: None,
+        )  # fmt: skip
     return measured.rows, measured, sum(" again:" not in name for name in log.rows) - made
 
 
@@ -130,7 +138,12 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
         assert {kind: found.n for kind, found in figures.sets.items()} == dict.fromkeys(KINDS, 2)
         assert (figures.benign_drift or 0) > 0
         assert 0 <= (figures.top1_agreement or 0) < 1
+        assert (figures.kl_mean or 0) > 0
+        assert (figures.kl_first_token or 0) > 0
+        assert figures.gate_activation is None  # the adapter is of rank 2
+        assert figures.opened_on_subject is None
         assert not figures.passed
+    assert (value.judge.name, value.judge.second) == ("keywords", None)
     # The figures travel with the files.
     for name, figures in value.files.items():
         path = written[name].paths[0]
@@ -181,6 +194,47 @@ def test_changes_are_answered_again_and_unconfirmed_ones_do_not_count(
     again = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
     assert sum(name.startswith("unsteered again:") for name in again) == len(ASKED)
     assert sum(name.startswith("vector again:") for name in again) == len(ASKED)
+
+
+def test_a_second_judge_adds_its_outcomes_and_its_agreement(
+    tmp_path: Path, written: dict[str, WrittenFile]
+) -> None:
+    rows, measured, _ = run(tmp_path, written, second=Refused())
+    assert all(
+        row[f"outcome_{side}_second"] in ("explicit", "evasion")
+        for row in rows
+        for side in ("unsteered", "vector", "adapter")
+    )
+    first = [row[f"outcome_{side}"] for row in rows for side in ("unsteered", "vector", "adapter")]
+    differ = sum(outcome not in ("explicit", "evasion") for outcome in first)
+    judge = measured.judge
+    assert (judge.second, judge.n, judge.disagreements) == ("refused", len(first), differ)
+    for name, figures in measured.files.items():
+        share, opened = figures.opened_on_subject, figures.sets["sensitive"].opened
+        assert share is not None, name
+        assert opened is not None, name
+        assert share.of == opened.n
+
+
+def test_the_gates_of_a_gated_adapter_are_read_by_kind(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    factors = {
+        f"blk.{layer}.ffn_down.weight": (
+            rng.standard_normal((1, 64)).astype(np.float32),
+            rng.standard_normal((32, 1)).astype(np.float32),
+        )
+        for layer in (1, 2)
+    }
+    path = tmp_path / "remove-adapter.gguf"
+    lora.write(LoraAdapter(factors, "qwen2", {"measured": False, "estimator": GATED_ADAPTER}), path)
+    trial = Trial(1, Candidate("adapter", "", 1.0, 1, 2, 1.0), "short", 0.0, 1.0, feasible=True)
+    _, measured, _ = run(tmp_path, {"adapter": WrittenFile("gated adapter", [path], trial, EFFECT)})
+    gates = measured.files["adapter"].gate_activation
+    assert gates is not None
+    assert gates.keys() == set(KINDS)
+    values = [value for gate in gates.values() for value in (gate.prompt, gate.answer)]
+    assert all(value is not None for value in values)
+    assert len(set(values)) == len(values)
 
 
 def test_a_refused_benign_answer_may_drift(tmp_path: Path, written: dict[str, WrittenFile]) -> None:

@@ -1,0 +1,97 @@
+"""Gate activation with the file in force: how far each kind of prompt opens the gates of an adapter.
+
+A model, a steering, its gate vectors and conversations go in. The mean over the changed matrices of aᵀx
+comes out, at the last prompt token and over the first tokens of the steered answer. The fit gives the mean
+sensitive prompt an activation of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rs_gguf.activations.capture import input_tensors
+from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.models.architecture import product_scale
+from rs_gguf.prompts.grid import stratified
+from rs_gguf.records.conversation import KINDS, Answer, Prompt
+from rs_gguf.records.metrics import GateActivation
+
+_PROMPTS = 32  # of each kind
+_TOKENS = 16  # of an answer
+
+Gates = Mapping[str, NDArray[np.float32]]  # gate vectors [W] by the name of their matrix
+
+
+def gate_activation_by_kind(
+    model: Engine,
+    steering: Steering,
+    gates: Gates,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    system: str | None,
+    *,
+    seed: int = 0,
+) -> dict[str, GateActivation] | None:
+    """Return the mean gate activation by kind of prompt; None without gates.
+
+    answers: what the steered model answered to the `prompts`.
+    """
+    if not gates:
+        return None
+    tokens = {prompt.id: answer.tokens for prompt, answer in zip(prompts, answers, strict=True)}
+    found: dict[str, GateActivation] = {}
+    for kind in KINDS:
+        members = stratified([p for p in prompts if p.kind == kind], _PROMPTS, seed=seed)
+        pairs = zip(chat_tokens(model, members, system), (tokens[p.id] for p in members), strict=True)
+        at_prompt, in_answer = gate_activations(model, steering, gates, list(pairs)).T
+        found[kind] = GateActivation(prompt=_mean(at_prompt), answer=_mean(in_answer))
+    return found
+
+
+def gate_activations(
+    model: Engine,
+    steering: Steering,
+    gates: Gates,
+    conversations: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> NDArray[np.float64]:
+    """Return the gate activation [N, 2] of each (prompt, answer): at the last prompt token, in the answer.
+
+    The second is the mean over the first tokens of the answer; NaN without a token.
+    """
+    places = {name: (int(name.split(".")[1]), name.split(".")[2]) for name in gates}
+    layers = sorted({layer for layer, _ in places.values()})
+    matrices = {matrix for _, matrix in places.values()}
+    tensors = {matrix: name for matrix, name in input_tensors(model).items() if matrix in matrices}
+    # The fit scales inputs as the model scales products, so the gate vectors are for scaled inputs.
+    scale = product_scale(model.architecture, model.n_layer, model.metadata)
+    sequences = [[*prompt, *answer[:_TOKENS]] for prompt, answer in conversations]
+    positions = [
+        range(len(prompt) - 1, len(sequence))
+        for (prompt, _), sequence in zip(conversations, sequences, strict=True)
+    ]
+    values: list[dict[int, float]] = [{} for _ in conversations]
+    with model.steered(steering):
+        for i, position, rows in model.read(sequences, positions, layers, list(tensors.values())):
+            values[i][position] = scale * float(
+                np.mean(
+                    [
+                        gates[name].astype(np.float64) @ rows[tensors[matrix]][layers.index(layer)]
+                        for name, (layer, matrix) in places.items()
+                    ]
+                )
+            )
+    pairs = [
+        (value[p.start], _mean([value[k] for k in p[1:]])) for value, p in zip(values, positions, strict=True)
+    ]
+    return np.reshape(np.array(pairs, np.float64), (-1, 2))
+
+
+def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Return the mean of the values that are not NaN; NaN without one."""
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else float("nan")

@@ -1,0 +1,91 @@
+"""What a second judge says of answers that another judge graded, and of the answers that opened.
+
+Paired evaluations by file and a `SecondJudge` go in. The agreement of both judges, further columns of
+`test_answers.jsonl`, and the shares of opened answers that stay on the subject come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rs_gguf.evaluation.condition import JudgedAnswers, judge_answers
+from rs_gguf.evaluation.outcomes import Outcome, class_of
+from rs_gguf.evaluation.paired import PairedEvaluation
+from rs_gguf.evaluation.paired_statistics import rate_interval
+from rs_gguf.judges.local import on_subject
+from rs_gguf.judges.registry import Judge, SecondJudge
+from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.metrics import JudgeRecord, Share
+from rs_gguf.records.rows import Row
+
+
+@dataclass(frozen=True)
+class SecondOpinion:
+    """Both judges' figures, a row of further columns for each prompt, and shares on the subject by file."""
+
+    judge: JudgeRecord
+    rows: list[Row]
+    on_subject: dict[str, Share]
+
+
+def second_opinion(
+    first: Judge, second: SecondJudge, evaluations: Mapping[str, PairedEvaluation]
+) -> SecondOpinion:
+    """Let the second judge grade the unsteered and the steered answers of each file.
+
+    A change that a second run did not show counts as none for both judges.
+    """
+    by_first: dict[str, list[Outcome]] = {}
+    by_second: dict[str, list[Outcome]] = {}
+    before: JudgedAnswers | None = None
+    for name, one in evaluations.items():
+        before = before or _judged(second.judge, one.prompts, one.before)  # the same for all files
+        again = replace(one, before=before, after=_judged(second.judge, one.prompts, one.after))
+        for outcomes, evaluation in ((by_first, one), (by_second, again)):
+            outcomes["unsteered"], outcomes[name] = map(list, zip(*evaluation.outcomes, strict=True))
+    pairs = [
+        (class_of(a), class_of(b))
+        for side in by_first
+        for a, b in zip(by_first[side], by_second[side], strict=True)
+    ]
+    columns = {f"outcome_{side}_second": outcomes for side, outcomes in by_second.items()}
+    return SecondOpinion(
+        JudgeRecord(
+            name=first.name,
+            second=second.judge.name,
+            n=len(pairs),
+            disagreements=sum(a != b for a, b in pairs),
+            kappa=_kappa(pairs),
+        ),
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        {name: _on_subject(second, one) for name, one in evaluations.items()},
+    )
+
+
+def _kappa(pairs: Sequence[tuple[str, str]]) -> float:
+    """Return Cohen's κ of two labels for each answer; NaN if all labels are equal."""
+    from sklearn.metrics import cohen_kappa_score
+
+    if len({label for pair in pairs for label in pair}) < 2:
+        return float("nan")
+    return float(cohen_kappa_score(*zip(*pairs, strict=True)))
+
+
+def _judged(judge: Judge, prompts: Sequence[Prompt], side: JudgedAnswers) -> JudgedAnswers:
+    return replace(side, judgements=judge_answers(judge, prompts, side.answers))
+
+
+def _on_subject(second: SecondJudge, evaluation: PairedEvaluation) -> Share:
+    """Return how many of the sensitive answers that opened are about what was asked."""
+    opened = [
+        prompt.kind == "sensitive" and pair == ("refuses", "complies")
+        for prompt, pair in zip(evaluation.prompts, evaluation.classes, strict=True)
+    ]
+    indices = [i for i, is_opened in enumerate(opened) if is_opened]
+    answers = evaluation.after.answers
+    flags = on_subject(second.model, [(evaluation.prompts[i].prompt, answers[i].to_judge) for i in indices])
+    hits = [False] * len(opened)
+    for i, flag in zip(indices, flags, strict=True):
+        hits[i] = flag
+    return Share(n=sum(hits), of=sum(opened), ci95=rate_interval(hits, opened, evaluation.clusters))

@@ -1,0 +1,58 @@
+"""What else was measured of files, and how far a second judge agrees: lines and cells of text.
+
+The records of `metrics.json` go in. The page, the card and the terminal show what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.metrics import FileRecord, JudgeRecord, SetRecord
+from rs_gguf.report.text import count, number, percent
+
+
+def agreement_line(judge: JudgeRecord) -> str:
+    """Return how far the second judge agrees, as a sentence; "" without one."""
+    if judge.second is None or not judge.n or judge.disagreements is None:
+        return ""
+    kappa = "" if judge.kappa is None else f", Cohen's κ {judge.kappa:.2f}"
+    agreed = judge.n - judge.disagreements
+    return f"Second judge: {judge.second}; same outcome for {agreed} of {judge.n} answers{kappa}."
+
+
+def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
+    """Return (name, a text for each file) of KL divergences, gates, corrected rates and opened answers.
+
+    What was measured of no file is left out.
+    """
+    rows: list[tuple[str, list[float | None]]] = [
+        ("KL divergence, first token, nats", [file.kl_first_token for file in files]),
+        ("KL divergence in benign answers, nats/token", [file.kl_mean for file in files]),
+    ]
+    for kind in KINDS:
+        gates = [(file.gate_activation or {}).get(kind) for file in files]
+        rows += [
+            (f"Gate activation, {kind} prompts", [gate.prompt if gate else None for gate in gates]),
+            (
+                f"Gate activation, answers to {kind} prompts",
+                [gate.answer if gate else None for gate in gates],
+            ),
+        ]
+    texts = [(name, [number(value, ".2g") for value in values]) for name, values in rows]
+    texts += [
+        (f"Explicit refusals of {kind} prompts, corrected", [_corrected(f.sets.get(kind)) for f in files])
+        for kind in KINDS
+    ]
+    texts.append(("Opened answers on the subject", [count(file.opened_on_subject) for file in files]))
+    return [(name, cells) for name, cells in texts if set(cells) != {_ABSENT}]
+
+
+_ABSENT = count(None)
+
+
+def _corrected(one: SetRecord | None) -> str:
+    """Return the corrected rates, unsteered and steered."""
+    if one is None or one.corrected_unsteered is None or one.corrected_steered is None:
+        return _ABSENT
+    return f"{percent(one.corrected_unsteered.explicit)} → {percent(one.corrected_steered.explicit)}"
