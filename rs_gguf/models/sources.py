@@ -43,8 +43,10 @@ def hub_resolves() -> bool:
         return False
 
 
-def hub_download(repository: str, file: str, folder: Path | None) -> Path:
+def hub_download(repository: str, file: str, folder: Path | None, *, dataset: bool = False) -> Path:
     """Download one file of a repository to `folder`, or to the hub's cache if it is None; return its path.
+
+    dataset: the repository is a dataset and not a model.
 
     Raises:
         InputError: the download failed.
@@ -54,11 +56,13 @@ def hub_download(repository: str, file: str, folder: Path | None) -> Path:
 
     try:
         path = huggingface_hub.hf_hub_download(
-            repository, file, local_dir=folder, etag_timeout=5, local_files_only=not hub_resolves()
-        )
+            repository, file, repo_type="dataset" if dataset else "model", local_dir=folder, etag_timeout=5,
+            local_files_only=not hub_resolves(),
+        )  # fmt: skip
     except Exception as error:  # The type depends on huggingface_hub's version and its HTTP client.
+        what = "dataset" if dataset else "model"
         raise InputError(
-            f"cannot find the model {repository}/{file}: no such local file, and the hub download failed "
+            f"cannot find the {what} {repository}/{file}: no such local file, and the hub download failed "
             f"({_first_line(error)}). Check the path, the id and the connection."
         ) from error
     return Path(path)

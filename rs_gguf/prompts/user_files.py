@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rs_gguf.errors import InputError, escape_control_chars
-from rs_gguf.records.conversation import SPLITS, Kind, Prompt, Split
+from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt, Split
 from rs_gguf.records.files import from_home
 
 # Column names of the prompt in well-known prompt files, most specific first.
@@ -28,11 +28,18 @@ _MAX_BYTES = 16 << 20  # of a file, which takes about ten times its size in memo
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _USED_COLUMNS = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
 _SPLIT_NAMES = {"test": "validation"}  # as earlier versions called it
-_USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split"}
+_USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split", "kind"}
 
 
 def load(path: Path, kind: Kind) -> list[Prompt]:
+    """Return the prompts of a user's file, all of one kind; see `load_own_kinds`."""
+    return unique(replace(prompt, kind=kind) for prompt in load_own_kinds(path)[0])
+
+
+def load_own_kinds(path: Path) -> tuple[list[Prompt], bool]:
     """Read a user's prompt file: txt (one prompt per line), csv, tsv, json, jsonl or parquet.
+
+    Return the prompts, and whether a column `kind` names the kind of each. Without it, all are `sensitive`.
 
     The prompt's column is detected. The column `split` counts only if all its values are fit, tune and
     validation (or test): a data set's own `train` means something else. Other prompts get a split by their
@@ -43,15 +50,13 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
             a row is invalid. The message names file and line.
     """
     path = from_home(path)
-    if not path.is_file():
-        raise InputError(f"prompt file not found: {path}. Give an existing file.")
-    rows = []
-    for line, row in _rows(path):
-        columns = _columns(row, f"{path}:{line}")
+    rows, kinds = [], []
+    for line, columns in columns_of(path):
+        kinds.append(_text_of(columns, "kind").strip().lower())
         rows.append(
             Prompt(
-                prompt=_prompt_text(columns, f"{path}:{line}"),
-                kind=kind,
+                prompt=prompt_text(columns, f"{path}:{line}"),
+                kind="sensitive",
                 subject=_text_of(columns, "subject"),
                 topic=_text_of(columns, "topic") or _text_of(columns, "category"),
                 form=_text_of(columns, "form"),
@@ -63,17 +68,32 @@ def load(path: Path, kind: Kind) -> list[Prompt]:
         raise InputError(f"{path} contains no prompts. Give at least one row.")
     has_splits = {row.split for row in rows} <= {*SPLITS, ""}
     rows = [row if has_splits and row.split else replace(row, split=_hash_split(row.prompt)) for row in rows]
-    return unique(rows)
+    known = set(kinds) <= set(KINDS)
+    if known:
+        rows = [replace(row, kind=cast(Kind, kind)) for row, kind in zip(rows, kinds, strict=True)]
+    return unique(rows), known
+
+
+def columns_of(path: Path, max_bytes: int = _MAX_BYTES) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line or row number, and the columns by lower-case name, of each row of a prompt file.
+
+    Raises:
+        InputError: the file is missing, unreadable or larger than `max_bytes`, or a row is invalid.
+    """
+    if not path.is_file():
+        raise InputError(f"prompt file not found: {path}. Give an existing file.")
+    if path.stat().st_size > max_bytes:
+        raise InputError(
+            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {max_bytes >> 20} MiB are "
+            "accepted. Split it, or keep only the rows that you need."
+        )
+    for line, row in _rows(path):
+        yield line, _columns(row, f"{path}:{line}")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     """Yield (line or row number, row) of a file. The row is a string if the format has no columns."""
     suffix = path.suffix.lower()
-    if path.stat().st_size > _MAX_BYTES:
-        raise InputError(
-            f"{path} has {path.stat().st_size >> 20} MiB; prompt files up to {_MAX_BYTES >> 20} MiB are "
-            "accepted. Split it, or keep only the rows that you need."
-        )
     if suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -168,7 +188,12 @@ def _columns(row: object, where: str) -> dict[str, Any]:
     raise InputError(f"{where}: a row must be text or an object, not {type(row).__name__}.")
 
 
-def _prompt_text(columns: Mapping[str, Any], where: str) -> str:
+def prompt_text(columns: Mapping[str, Any], where: str) -> str:
+    """Return the prompt of a row, with the context column that completes it.
+
+    Raises:
+        InputError: no column of prompts has a text. `where` names the row.
+    """
     name = next((c for c in _PROMPT_COLUMNS if columns.get(c)), None)
     if name is None:
         raise InputError(
