@@ -138,16 +138,6 @@ class TorchModel(Vocabulary):
         """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids and attention mask [n, T], padded on the left: rows end in the last column."""
-        longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)  # the padding is masked, so any id serves
-        mask = torch.zeros_like(ids)
-        for k, row in enumerate(rows):
-            ids[k, longest - len(row) :] = torch.tensor(row)
-            mask[k, longest - len(row) :] = 1
-        return ids.to(self.device), mask.to(self.device)
-
     def _forward(
         self,
         ids: torch.Tensor,
@@ -196,7 +186,7 @@ class TorchModel(Vocabulary):
         sampling: Sampling,
         draws: Mapping[int, np.random.Generator],
     ) -> Iterator[tuple[int, Generation]]:
-        ids, mask = self._padded([prompts[i] for i in group])
+        ids, mask = weights.pad_left(self.device, [prompts[i] for i in group])
         answers: dict[int, list[int]] = {i: [] for i in group}
         cache = None
         while group:
@@ -230,7 +220,7 @@ class TorchModel(Vocabulary):
         if not prompts:
             return
         for group in self._groups(self._checked_lengths(prompts), self._read_tokens):
-            logits, _ = self._forward(*self._padded([prompts[i] for i in group]))
+            logits, _ = self._forward(*weights.pad_left(self.device, [prompts[i] for i in group]))
             for row, i in enumerate(group):
                 yield i, logits[row, -1].numpy()
 
@@ -259,7 +249,9 @@ class TorchModel(Vocabulary):
         budget = min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
         for group in self._groups(self._checked_lengths(sequences), budget):
             longest = max(len(pairs[i][1]) for i in group)
-            logits, _ = self._forward(*self._padded([sequences[i] for i in group]), keep=longest)
+            logits, _ = self._forward(
+                *weights.pad_left(self.device, [sequences[i] for i in group]), keep=longest
+            )
             for row, i in enumerate(group):
                 yield i, logits[row, -len(pairs[i][1]) :]
 
@@ -298,7 +290,7 @@ class TorchModel(Vocabulary):
             rows = [row for row, i in enumerate(group) for _ in positions[i]]
             columns = [position - lengths[i] for i, position in places]  # from the right end
             with weights.read_activations(self.model, set(layers), rows, columns) as activations:
-                self._forward(*self._padded([sequences[i] for i in group]))
+                self._forward(*weights.pad_left(self.device, [sequences[i] for i in group]))
             for k, (i, position) in enumerate(places):
                 yield i, position, {"l_out": np.stack([activations[layer][k] for layer in layers])}
 

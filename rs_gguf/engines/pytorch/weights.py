@@ -194,3 +194,14 @@ def read_activations(
 
 class _AllRead(Exception):
     """Ends a forward pass whose deeper layers are not needed."""
+
+
+def pad_left(device: torch.device | str, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask [n, T], padded on the left: rows end in the last column."""
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)  # the padding is masked, so any id serves
+    mask = torch.zeros_like(ids)
+    for k, row in enumerate(rows):
+        ids[k, longest - len(row) :] = torch.tensor(row)
+        mask[k, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)

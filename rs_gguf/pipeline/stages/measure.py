@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_gguf.engines.answers import Advance, chat_tokens, logprobs_of
-from rs_gguf.engines.engine import NO_STEERING, Engine, LogProbs
+from rs_gguf.engines.answers import Advance
+from rs_gguf.engines.engine import NO_STEERING, Engine
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
-from rs_gguf.evaluation.drift import Drift, changes_of, drift_interval, drift_of, is_drift_reference
 from rs_gguf.evaluation.gate_activation import gate_activation_by_kind
-from rs_gguf.evaluation.kl import CONVERSATIONS, Tokens, conversations, kl_divergence, tokens_read
+from rs_gguf.evaluation.kl import kl_divergence, tokens_read
 from rs_gguf.evaluation.outcomes import corrected
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.second_judge import second_opinion
@@ -30,6 +29,7 @@ from rs_gguf.methods import baselines as literature
 from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.drifts import DRIFT_PAIRS, BenignDrifts
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
@@ -45,7 +45,6 @@ from rs_gguf.pipeline.stages.file_record import (
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import files_of, write_files
-from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
@@ -60,8 +59,6 @@ from rs_gguf.records.metrics import (
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.records.trials import Trial
 from rs_gguf.version import __version__
-
-_DRIFT_PAIRS = 128  # conversations, as in the paper
 
 
 class Measure(Stage):
@@ -130,7 +127,7 @@ class Measure(Stage):
         n, limit = costs.count("validation"), costs.recipe.answers.test_tokens
         sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
-        seconds += sides * costs.drift(min(_DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
+        seconds += sides * costs.drift(min(DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         seconds += costs.files * costs.reading(tokens_read(costs.prompt))
         rows = sides * n
         answered = rows * mean_length(limit)
@@ -186,7 +183,7 @@ def measure(
     conditions = [unsteered, *baselines, *steered.values()]
     answers = {c.name: resume_condition(model, judge, c, prompts, asking, log, advance) for c in conditions}
     before = answers[unsteered.name]
-    drifts = _Drifts(model, prompts, before, recipe)
+    drifts = BenignDrifts(model, prompts, before, recipe)
     evaluations = {
         c.name: PairedEvaluation(prompts, before, answers[c.name], drifts.under(c)) for c in conditions[1:]
     }
@@ -254,50 +251,3 @@ def _confirmed(
         return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None)
 
     return evaluation.confirmed_by(indices, PairedEvaluation(prompts, again(unsteered), again(steered)))
-
-
-class _Drifts:
-    """How far a condition moves the unsteered answers to benign prompts.
-
-    The unsteered answers were given under the recipe's own system prompt, so their log-probabilities are
-    known once. `of`: the drift by condition.
-    """
-
-    def __init__(
-        self, model: Engine, prompts: Sequence[Prompt], before: JudgedAnswers, recipe: Recipe
-    ) -> None:
-        self._model, self._seed, self._system = model, recipe.seed, recipe.prompts.system
-        answers = {
-            prompt.id: answer
-            for prompt, answer, judgement in zip(prompts, before.answers, before.judgements, strict=True)
-            if prompt.kind == "benign" and is_drift_reference(answer, judgement)
-        }
-        # Prompts lie sorted by subject: the first of them would be of a few.
-        references = [p for p in prompts if p.id in answers]
-        self._prompts = stratified(references, _DRIFT_PAIRS, seed=recipe.seed)
-        self._by_id = answers
-        self._answers = [answers[prompt.id] for prompt in self._prompts]
-        self._before = self._logprobs(self._system)
-        self._changes: dict[str, list[float]] = {}
-        self.of: dict[str, Drift] = {}
-
-    def under(self, condition: Condition) -> Drift:
-        """Measure and return the drift under a condition."""
-        with self._model.steered(condition.steering):
-            after = self._logprobs(condition.system)
-        self._changes[condition.name] = changes_of(self._before, after).tolist()
-        self.of[condition.name] = drift_of(self._before, after)
-        return self.of[condition.name]
-
-    def conversations(self) -> Sequence[Tokens]:
-        """Return a few of the conversations as tokens, for the KL divergence."""
-        prompts = stratified(self._prompts, CONVERSATIONS, seed=self._seed)
-        tokens = chat_tokens(self._model, prompts, self._system)
-        return conversations(self._model, tokens, [self._by_id[prompt.id] for prompt in prompts])
-
-    def interval(self, name: str) -> tuple[float, float] | None:
-        """Return the 95% interval of the drift of a condition, in nats a token."""
-        return drift_interval(self._prompts, self._changes[name], self._seed)
-
-    def _logprobs(self, system: str | None) -> LogProbs:
-        return logprobs_of(self._model, self._prompts, self._answers, system)
