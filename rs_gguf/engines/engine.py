@@ -22,6 +22,8 @@ from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.prompts.template import ChatModel
 from rs_gguf.records.conversation import Generation
 
+# Tokens of prompts, each with a continuation.
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]
 # For each (prompt, continuation): log-probabilities [T] of the continuation in nats, and whether each token
 # is the top-1 token [T].
 LogProbs = Sequence[tuple[NDArray[np.float32], NDArray[np.bool_]]]
@@ -140,12 +142,10 @@ class Engine(ChatModel, Protocol):
     def next_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (index, logits [V]) for the token after each prompt. The array is a view: copy to keep it."""
 
-    def token_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LogProbs:
+    def token_logprobs(self, pairs: Pairs) -> LogProbs:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
 
-    def answer_logits(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    def answer_logits(self, pairs: Pairs) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (index, step, logits [V]) that predict token `step` of the continuation of each pair.
 
         Every token of each continuation comes once, in any order. The array is a view: copy to keep it.

@@ -169,7 +169,7 @@ def compare_in_contexts(
 ) -> list[dict[str, Any]]:
     """Return what `compare` does, with each set again in each context, as the set `NAME, CONTEXT`.
 
-    Benign text, KL, speed, tasks and the second judge go without a context. Raises `InputError` as `compare` does.
+    Benign text, KL, speed, tasks and the second judge go without a context. Raises as `compare` does.
     """
     results = compare(
         answer_source, judge, sets, asking, factors=factors, tasks=tasks, second=second, advance=advance

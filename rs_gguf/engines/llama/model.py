@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Can
+from rs_gguf.engines.engine import Can, Pairs
 from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, group_by_length, join, seeds
 from rs_gguf.engines.llama.context import BatchToken
 from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
@@ -143,9 +143,7 @@ class LlamaModel(LlamaContexts):
         for i, _, logits in self._forward(prompts, [(len(p) - 1,) for p in prompts]):
             yield i, logits
 
-    def token_logprobs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    def token_logprobs(self, pairs: Pairs) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
         results = [(np.empty(len(a), dtype=np.float32), np.empty(len(a), dtype=np.bool_)) for _, a in pairs]
         for i, step, logits in self.answer_logits(pairs):
@@ -156,9 +154,7 @@ class LlamaModel(LlamaContexts):
             results[i][1][step] = logits[token] == top
         return results
 
-    def answer_logits(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    def answer_logits(self, pairs: Pairs) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (index, step, logits [V]) that predict each token of the continuations; see `Engine`."""
         if not pairs:
             return

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Can, Steering
+from rs_gguf.engines.engine import Can, Pairs, Steering
 from rs_gguf.engines.generation import GREEDY, Sampling, check_lengths, draw, group_by_length, join, seeds
 from rs_gguf.engines.pytorch import weights
 from rs_gguf.engines.pytorch.vocabulary import Vocabulary
@@ -225,9 +225,7 @@ class TorchModel(Vocabulary):
             for row, i in enumerate(group):
                 yield i, logits[row, -1].numpy()
 
-    def token_logprobs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    def token_logprobs(self, pairs: Pairs) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Return log-probabilities [T] in nats and top-1 flags [T] of each (prompt, continuation)."""
         results: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         for i, predicted in self._predicted(pairs):
@@ -238,24 +236,19 @@ class TorchModel(Vocabulary):
             )
         return [results[i] for i in range(len(pairs))]
 
-    def answer_logits(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    def answer_logits(self, pairs: Pairs) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (index, step, logits [V]) that predict each token of the continuations; see `Engine`."""
         for i, predicted in self._predicted(pairs):
             for step, logits in enumerate(predicted.numpy()):
                 yield i, step, logits
 
-    def _predicted(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    def _predicted(self, pairs: Pairs) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (index, logits [T, V]) of the T tokens of each continuation."""
         if not pairs:
             return
         sequences = join(pairs)
-        for group in self._groups(
-            self._checked_lengths(sequences), min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
-        ):
+        budget = min(self._read_tokens, _LOGPROB_BATCH_TOKENS)
+        for group in self._groups(self._checked_lengths(sequences), budget):
             longest = max(len(pairs[i][1]) for i in group)
             logits, _ = self._forward(*self._padded([sequences[i] for i in group]), keep=longest)
             for row, i in enumerate(group):

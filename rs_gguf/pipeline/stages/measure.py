@@ -244,19 +244,12 @@ def _confirmed(
         return evaluation.confirmed_by([], evaluation.take([]))
     prompts = [evaluation.prompts[i] for i in indices]
     asking = recipe.asking(recipe.answers.test_tokens)
-    before, after = (
-        resume_condition(
-            model,
-            judge,
-            replace(condition, name=f"{condition.name} again"),
-            prompts,
-            asking,
-            log,
-            lambda n: None,
-        )  # fmt: skip
-        for condition in (unsteered, steered)
-    )
-    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, before, after))
+
+    def again(condition: Condition) -> JudgedAnswers:
+        twice = replace(condition, name=f"{condition.name} again")
+        return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None)
+
+    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, again(unsteered), again(steered)))
 
 
 class _Drifts:
