@@ -27,7 +27,7 @@ from rs_gguf.engines.generation import (
     group_by_length,
     join,
     seeds,
-)  # fmt: skip
+)
 from rs_gguf.engines.pytorch import weights
 from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
