@@ -147,8 +147,9 @@ def _prompts(suite: Suite, path: Path, kind: Kind | None) -> list[Prompt]:
             )
         used = {name: columns[name] for name in (suite.prompt, *_CONTEXTS) if name in columns}
         topic = str(columns.get(suite.category) or "")
-        known = kind or next(value for start, value in suite.kinds.items() if topic.startswith(start))
-        prompts.append(Prompt(prompt_text(used, where), known, topic=topic))
+        by_topic = (value for start, value in suite.kinds.items() if topic.startswith(start))
+        row_kind = next(by_topic) if kind is None else kind
+        prompts.append(Prompt(prompt_text(used, where), row_kind, topic=topic))
     return prompts
 
 
