@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,8 @@ from rs_gguf.errors import InputError, escape_control_chars
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
+    from rs_gguf.evaluation.acceptance import Effect
     from rs_gguf.evaluation.condition import AnswerSource
-    from rs_gguf.prompts.contexts import Context
-    from rs_gguf.records.conversation import Prompt
 
 _FILE = click.Path(path_type=Path)
 _MOST_SCALES = 100
@@ -63,17 +61,27 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
 @click.option(
     "--system-prompt", metavar="T", help="System prompt for both the unsteered and the steered model."
 )
-@click.option("--prompts", "files", multiple=True, required=True, type=_FILE, metavar="P",
+@click.option("--prompts", "files", multiple=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
+@click.option("--suite", "suites", multiple=True, metavar="NAME",
+              help="Public suite of prompts in place of --prompts, fetched from the hub. Repeatable. "
+                   "An unknown name lists all.")  # fmt: skip
+@click.option("--suite-file", "copies", multiple=True, type=_FILE, metavar="P",
+              help="Local copy of the suite's file. Repeatable for a suite of several files.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["compactifai"]),
+              help="Measure as the authors of the method: 5 answers at temperature 0.6 to each prompt, and "
+                   "the majority of their outcomes.")  # fmt: skip
+@click.option("--effect", default="remove", show_default=True, type=click.Choice(["remove", "induce"]),
+              help="Effect that the acceptance criteria ask for, where the kinds of the prompts are "
+                   "known.")  # fmt: skip
 @click.option("--contexts", multiple=True, metavar="NAME,…|all",
               help="Also ask the prompts in these contexts, such as second-turn,role; each one is a set "
                    "of its own. An unknown name lists all.")  # fmt: skip
 @click.option("--judge", metavar="J", help="Judge of the answers, named as for `rs-export judge --judge`.")
 @click.option("--second-judge", metavar="J",
               help="Second judge, a model that this machine can run; the agreement is printed.")  # fmt: skip
-@click.option(
-    "--tokens", default=128, show_default=True, type=click.IntRange(1), help="Maximum tokens of an answer."
-)
+@click.option("--tokens", type=click.IntRange(1), show_default="128; 512 with --protocol",
+              help="Maximum tokens of an answer.")  # fmt: skip
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
               help="Sampling temperature for answers; 0 is greedy decoding.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
@@ -83,8 +91,9 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
 @click.option("--json", "output", type=_FILE, metavar="OUT", help="File for all figures and answers as JSON.")
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
-    scales: str | None, system_prompt: str | None, files: tuple[Path, ...], contexts: tuple[str, ...],
-    judge: str | None, second_judge: str | None, tokens: int, temperature: float, seed: int,
+    scales: str | None, system_prompt: str | None, files: tuple[Path, ...], suites: tuple[str, ...],
+    copies: tuple[Path, ...], protocol: str | None, effect: Effect, contexts: tuple[str, ...],
+    judge: str | None, second_judge: str | None, tokens: int | None, temperature: float, seed: int,
     output: Path | None,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
@@ -93,10 +102,13 @@ def evaluate(
     """
     from rich.console import Console
 
-    from rs_gguf.cli.tables import print_comparison, print_sweep
+    from rs_gguf.cli.eval_prompts import prompt_sets, shown_contexts
+    from rs_gguf.cli.tables import print_comparison, print_suites, print_sweep
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.generation import Asking, Sampling
+    from rs_gguf.evaluation.acceptance import SafetyRule
     from rs_gguf.evaluation.comparison import compare_in_contexts
+    from rs_gguf.evaluation.majority import PROTOCOLS, Protocol
     from rs_gguf.judges.registry import open_judge_spec, open_second_judge
     from rs_gguf.prompts.contexts import named
     from rs_gguf.records.files import check_writable
@@ -115,7 +127,11 @@ def evaluate(
             )
         click.echo("No steering file is given: both columns show the unsteered model.", err=True)
         factors = [0.0]
-    sets = _sets(files)
+    if protocol and temperature:
+        raise InputError(f"--temperature {temperature:g}: --protocol {protocol} sets it. Leave one away.")
+    how = PROTOCOLS[protocol] if protocol else Protocol(draws=1, temperature=temperature, tokens=128)
+    temperature, tokens = how.temperature, tokens or how.tokens
+    prompts = prompt_sets(files, suites, copies)
     asked_in = named([name.strip() for value in contexts for name in value.split(",")])
     progress = TerminalProgress(Console(stderr=True))
     with contextlib.ExitStack() as stack:
@@ -127,26 +143,29 @@ def evaluate(
         second = second_judge and stack.enter_context(
             open_second_judge(second_judge, loaded=loaded, progress=progress.download)
         )
-        asked_in = _shown(asked_in, loaded)
+        asked_in = shown_contexts(asked_in, loaded)
         conditions = 1 + sum(factor != 0 for factor in factors)
-        total = sum(map(len, sets.values())) * (1 + len(asked_in)) * conditions
+        total = sum(map(len, prompts.sets.values())) * (1 + len(asked_in)) * conditions * how.draws
         advance = stack.enter_context(progress.stage("measure", total))
         results = compare_in_contexts(
-            source, judge_model, sets,
+            source, judge_model, prompts.sets,
             Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)), asked_in,
-            factors=factors, second=second or None, advance=advance,
+            factors=factors, draws=how.draws, known=prompts.known, rule=SafetyRule(effect),
+            second=second or None, advance=advance,
         )  # fmt: skip
         facts: dict[str, Any] = {
             "model": name, "control_vectors": list(vectors), "layer_range": layer_range,
             "adapters": list(adapters), "system_prompt": system_prompt,
             "contexts": [context.name for context in asked_in], "judge": judge_model.name,
-            "tokens": tokens, "temperature": temperature, "seed": seed,
+            "tokens": tokens, "temperature": temperature, "seed": seed, "effect": effect,
+            "protocol": protocol, "draws": how.draws, "suites": prompts.suites,
         }  # fmt: skip
     console = Console()
     if scales is None:
         print_comparison(console, results[0], tokens)
     else:
         print_sweep(console, results)
+    print_suites(console, prompts.suites)
     console.print(f"Judge: {escape_control_chars(facts['judge'])}.", markup=False, highlight=False)
     if output is not None:  # written last, so that the tables are printed even if writing fails
         write_json(output, {**facts, **results[0]} if scales is None else {**facts, "sweep": results})
@@ -202,33 +221,6 @@ def parse_scales(text: str) -> list[float]:
     if len(factors) > _MOST_SCALES:
         raise InputError(f"--scales {text!r}: {len(factors)} factors; at most {_MOST_SCALES} are accepted.")
     return list(dict.fromkeys(factors))
-
-
-def _sets(files: Sequence[Path]) -> dict[str, list[Prompt]]:
-    """Return the prompts of each file by its stem, or by its path if several files have the same stem."""
-    from rs_gguf.prompts.user_files import load
-
-    stems = Counter(path.stem for path in files)
-    # The kind of a user's prompts is unknown. "sensitive" is a placeholder: no figure depends on it.
-    return {path.stem if stems[path.stem] == 1 else str(path): load(path, "sensitive") for path in files}
-
-
-def _shown(contexts: Sequence[Context], loaded: Engine | None) -> list[Context]:
-    """Return the contexts that the model's chat template shows, and name the others on stderr.
-
-    A server does not tell which messages its template shows, so there all are returned.
-    """
-    from rs_gguf.prompts.template import ChatFormat
-
-    if loaded is None:
-        return list(contexts)
-    chat = ChatFormat.of(loaded)
-    for context in contexts:
-        if not context.suits(chat):
-            click.echo(
-                f"The model's chat template does not show the context {context.name}: left out.", err=True
-            )
-    return [context for context in contexts if context.suits(chat)]
 
 
 @contextlib.contextmanager

@@ -52,6 +52,24 @@ def print_comparison(console: Console, measured: Mapping[str, Any], tokens: int)
     if second := measured.get("second_judge"):
         console.print(Text(agreement_line(JudgeRecord.model_validate(second))))
         console.print(f"Opened answers on the subject: {_share(Share(**second['opened_on_subject']))}.")
+    _print_acceptance(console, measured)
+
+
+def print_suites(console: Console, suites: Sequence[Mapping[str, Any]]) -> None:
+    """Print where public suites come from, and which of them have guided the design."""
+    for suite in suites:
+        note = " Inspected: it has guided the design of this project." if suite["inspected"] else ""
+        line = f"Suite {suite['name']}: {suite['dataset']}, licence {suite['licence']}.{note}"
+        console.print(line, markup=False, highlight=False)
+
+
+def _print_acceptance(console: Console, step: Mapping[str, Any]) -> None:
+    """Print the verdict, where the kinds of the prompts are known, and its reasons."""
+    if (acceptance := step.get("acceptance")) is None:
+        return
+    lines = [f"Acceptance at scale {step['scale']:g}: {acceptance['verdict']}."]
+    lines += [f"  {escape_control_chars(reason)}" for reason in acceptance["reasons"]]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: int) -> None:
@@ -133,6 +151,8 @@ def print_sweep(console: Console, steps: Sequence[Mapping[str, Any]]) -> None:
             f"{step['tokens_per_second']['steered']:.1f}",
         )
     console.print(table)
+    for step in steps:
+        _print_acceptance(console, step)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -7,15 +7,18 @@ The unsteered side is measured once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import Asking
+from rs_gguf.evaluation.acceptance import Criterion, Decision, SafetyRule
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
+from rs_gguf.evaluation.majority import majority
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.second_judge import second_opinion
 from rs_gguf.judges.judge import try_out
@@ -24,10 +27,13 @@ from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import switches_language
 from rs_gguf.records.conversation import Answer, Prompt
+from rs_gguf.records.metrics import Acceptance
 from rs_gguf.records.rows import Row, finite
 
 _GROUPS = ("subject", "topic", "form", "language")
 _TEXTS = 64  # benign texts whose perplexity is taken
+_SEEDS = 2**32 - 1  # a llama-server takes the next one for a seed of its choice
+_OF_DRIFT = ("drift", "top-1 agreement")  # criteria that need log-probabilities
 OUTPUT_FLAGS = ("empty", "loop", "language_switch", "truncated")
 
 
@@ -48,11 +54,19 @@ def compare(
     factors: Sequence[float] = (1.0,),
     second: SecondJudge | None = None,
     divergence: bool = True,
+    draws: int = 1,
+    known: Collection[str] = (),
+    rule: SafetyRule | None = None,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """Return the figures of each factor, as `rs-export eval --json` has them (docs/eval.md), and `rows`.
 
+    With a `rule` and known kinds, also `acceptance` at each factor other than 0, of all sets in `known`.
+
     asking: how the prompts are asked.
+    draws: answers to each prompt, with consecutive seeds; the majority of their outcomes counts.
+    known: names of the sets whose prompts have their own kind. In the others `kind` is a placeholder.
+    rule: the limits of the acceptance criteria.
     advance: called for each answer to a prompt, unsteered and at each factor other than 0.
 
     Raises:
@@ -65,12 +79,20 @@ def compare(
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     answer_source.answers(asked[:1], 0.0, replace(asking, max_tokens=1), lambda n: None)
 
-    def side(factor: float) -> JudgedAnswers:
+    def drawn(some: Sequence[Prompt], factor: float, advance: Advance) -> JudgedAnswers:
         # All sets at once: the same batches on both sides.
-        answers, tokens, seconds = answer_source.answers(asked, factor, asking, advance)
-        return JudgedAnswers(
-            answers, judge_answers(judge, asked, answers), tokens / seconds if seconds else 0.0
-        )
+        judged = []
+        for draw in range(draws):
+            sampling = replace(asking.sampling, seed=(asking.sampling.seed + draw) % _SEEDS)
+            answers, tokens, seconds = answer_source.answers(
+                some, factor, replace(asking, sampling=sampling), advance
+            )
+            judgements = judge_answers(judge, some, answers)
+            judged.append(JudgedAnswers(answers, judgements, tokens / seconds if seconds else 0.0))
+        return majority(judged)
+
+    def side(factor: float) -> JudgedAnswers:
+        return drawn(asked, factor, advance)
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
         """Answer the prompts that changed again on both sides, in reverse order."""
@@ -79,11 +101,8 @@ def compare(
         if not again:
             return evaluation.confirmed_by([], evaluation.take([]))
 
-        def second(scale: float) -> JudgedAnswers:
-            answers = answer_source.answers(again, scale, asking, lambda n: None)[0]
-            return JudgedAnswers(answers, judge_answers(judge, again, answers))
-
-        return evaluation.confirmed_by(indices, PairedEvaluation(again, second(0.0), second(factor)))
+        second, steered = (drawn(again, scale, lambda n: None) for scale in (0.0, factor))
+        return evaluation.confirmed_by(indices, PairedEvaluation(again, second, steered))
 
     before = side(0.0)
     judged = zip(before.answers, before.judgements, strict=True)
@@ -116,11 +135,11 @@ def compare(
         rows: list[Row] = []
         for name, indices in places.items():
             evaluation = compared.take(indices)
-            some = [{"set": name, **row} for row in _rows(evaluation)]
+            some = [{"set": name, **row} for row in _rows(evaluation, known=name in known)]
             rows += some
             picked = [k for k, i in enumerate(quiet) if i in indices]
             found["sets"][name] = {
-                **_figures(evaluation, some),
+                **_figures(evaluation, some, known=name in known),
                 **_drift(_of(texts_before.answers, picked), _of(texts_after.answers, picked)),
             }
         found["benign_text"] = {"n": len(texts), **_drift(texts_before.benign, texts_after.benign)}
@@ -139,8 +158,34 @@ def compare(
             "steered": speeds[1],
             "change": speeds[1] / speeds[0] - 1 if speeds[0] else None,
         }
+        judged_indices = [i for name in places if name in known for i in places[name]]
+        if rule and factor and judged_indices:
+            picked = [
+                k for k, i in enumerate(quiet) if asked[i].kind == "benign" and i in set(judged_indices)
+            ]
+            drifts = _of(texts_before.answers, picked), _of(texts_after.answers, picked)
+            evaluation = compared.take(judged_indices)
+            found["acceptance"] = _acceptance(evaluation, rule, *drifts).model_dump(mode="json")
         results.append({**found, "rows": rows})
     return results
+
+
+def _acceptance(
+    evaluation: PairedEvaluation, rule: SafetyRule, before: LogProbs | None, after: LogProbs | None
+) -> Acceptance:
+    """Apply the acceptance criteria of the kinds at hand.
+
+    before, after: log-probabilities of the unsteered answers to benign prompts; None from a server, which
+        does not tell them.
+    """
+    if before is not None and after is not None:
+        evaluation = replace(evaluation, drift=drift_of(before, after))
+        return rule.decide(evaluation, Allowance.REPORTED).acceptance
+    criteria = [c for c in rule.decide(evaluation, Allowance.REPORTED).criteria if c.name not in _OF_DRIFT]
+    if any(prompt.kind == "benign" for prompt in evaluation.prompts):
+        reason = "a server does not tell how far benign answers drift; give the GGUF file as --model"
+        criteria.append(Criterion(_OF_DRIFT[0], "undecided", reason))
+    return Decision(tuple(criteria)).acceptance
 
 
 def compare_in_contexts(
@@ -152,24 +197,25 @@ def compare_in_contexts(
     *,
     factors: Sequence[float] = (1.0,),
     second: SecondJudge | None = None,
+    draws: int = 1,
+    known: Collection[str] = (),
+    rule: SafetyRule | None = None,
     advance: Advance = lambda n: None,
 ) -> list[dict[str, Any]]:
     """Return what `compare` does, with each set again in each context, as the set `NAME, CONTEXT`.
 
-    Benign text, KL, speed and the second judge go without a context. Raises as `compare` does.
+    Benign text, KL, speed, acceptance and the second judge go without a context. Raises as `compare` does.
     """
-    results = compare(answer_source, judge, sets, asking, factors=factors, second=second, advance=advance)
+    results = compare(
+        answer_source, judge, sets, asking,
+        factors=factors, draws=draws, known=known, rule=rule, second=second, advance=advance,
+    )  # fmt: skip
     for context in contexts:
         within = {f"{name}, {context.name}": members for name, members in sets.items()}
         found = compare(
-            answer_source,
-            judge,
-            within,
-            asking.within(context),
-            factors=factors,
-            divergence=False,
-            advance=advance,
-        )
+            answer_source, judge, within, asking.within(context), factors=factors, draws=draws,
+            known=[f"{name}, {context.name}" for name in known], divergence=False, advance=advance,
+        )  # fmt: skip
         about = {"context": context.name, "refusals_asked": context.refusals_asked}
         for result, more in zip(results, found, strict=True):
             result["sets"] |= {name: {**figures, **about} for name, figures in more["sets"].items()}
@@ -177,11 +223,13 @@ def compare_in_contexts(
     return results
 
 
-def _figures(evaluation: PairedEvaluation, rows: Sequence[Row]) -> dict[str, Any]:
+def _figures(evaluation: PairedEvaluation, rows: Sequence[Row], *, known: bool) -> dict[str, Any]:
     """Return the counts, also by each column told, and how many answers are broken in which way."""
-    by = {field: sorted({getattr(prompt, field) for prompt in evaluation.prompts}) for field in _GROUPS}
+    kinds = {prompt.kind for prompt in evaluation.prompts} if known else set()
+    groups = (*_GROUPS, "kind") if len(kinds) > 1 else _GROUPS
+    by = {field: sorted({getattr(prompt, field) for prompt in evaluation.prompts}) for field in groups}
     return {
-        **evaluation.record().model_dump(mode="json"),
+        **evaluation.record(next(iter(kinds)) if len(kinds) == 1 else None).model_dump(mode="json"),
         "output_flags": {side: _flag_counts(rows, side) for side in ("unsteered", "steered")},
         "by": {
             field: {
@@ -194,11 +242,12 @@ def _figures(evaluation: PairedEvaluation, rows: Sequence[Row]) -> dict[str, Any
     }
 
 
-def _rows(evaluation: PairedEvaluation) -> list[Row]:
+def _rows(evaluation: PairedEvaluation, *, known: bool) -> list[Row]:
     rows = evaluation.rows()
     for i, (row, prompt) in enumerate(zip(rows, evaluation.prompts, strict=True)):
-        # Of a stranger's file neither is known.
-        del row["kind"], row["split"]
+        del row["split"]
+        if not known:
+            del row["kind"]
         for name, side in (("unsteered", evaluation.before), ("steered", evaluation.after)):
             row[f"flags_{name}"] = [fault for fault in OUTPUT_FLAGS if _has(fault, prompt, side.answers[i])]
     return rows

@@ -148,8 +148,8 @@ def _prompts(suite: Suite, path: Path, kind: Kind | None) -> list[Prompt]:
         used = {name: columns[name] for name in (suite.prompt, *_CONTEXTS) if name in columns}
         topic = str(columns.get(suite.category) or "")
         by_topic = (value for start, value in suite.kinds.items() if topic.startswith(start))
-        known = next(by_topic) if kind is None else kind
-        prompts.append(Prompt(prompt_text(used, where), known, topic=topic))
+        row_kind = next(by_topic) if kind is None else kind
+        prompts.append(Prompt(prompt_text(used, where), row_kind, topic=topic))
     return prompts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from rs_gguf.engines.generation import Asking, Sampling
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import comparison, kl
+from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.condition import JudgedAnswers, SteeredModel
 from rs_gguf.evaluation.drift import drift_of
 from rs_gguf.evaluation.kl import everyday_answers, kl_divergence
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
+from rs_gguf.judges.registry import Pair
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records import rows
-from rs_gguf.records.conversation import Answer, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.lora import LoraAdapter
@@ -419,6 +424,133 @@ def test_an_unknown_context_is_an_input_error(folder: Path) -> None:
     assert "unknown context 'moon'" in stderr
 
 
+# ---- kinds, suites and protocols ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kinds_file(folder: Path) -> Path:
+    path = folder / "kinds.jsonl"
+    rows.write_rows(path, [
+        {"prompt": f"{kind} in the rain, {i}", "kind": kind, "topic": f"topic {i}"}
+        for kind in KINDS for i in range(2)
+    ])  # fmt: skip
+    return path
+
+
+def test_a_file_that_tells_the_kinds_gives_a_verdict(folder: Path, kinds_file: Path) -> None:
+    result = evaluate(folder, "--control-vector", "@v.gguf", prompts=kinds_file.name)
+    figures = result["sets"]["kinds"]
+    assert {kind: one["n"] for kind, one in figures["by"]["kind"].items()} == dict.fromkeys(KINDS, 2)
+    assert figures["kind"] is None  # of several kinds
+    assert [row["kind"] for row in result["rows"]] == [kind for kind in KINDS for _ in range(2)]
+    assert result["effect"] == "remove"
+    acceptance = result["acceptance"]
+    assert acceptance["verdict"] == "failed"
+    # Nothing is refused by a random model.
+    assert any("retention cannot be measured" in reason for reason in acceptance["reasons"])
+    assert any("did not fall" in reason for reason in acceptance["reasons"])
+    induced = evaluate(folder, "--control-vector", "@v.gguf", "--effect", "induce", prompts=kinds_file.name)
+    assert any("did not rise" in reason for reason in induced["acceptance"]["reasons"])
+
+
+def test_without_kinds_or_a_steering_there_is_no_verdict(
+    folder: Path, kinds_file: Path, steered: dict[str, Any]
+) -> None:
+    assert "acceptance" not in steered
+    assert "kind" not in steered["sets"]["plain"]["by"]
+    assert "acceptance" not in evaluate(folder, prompts=kinds_file.name)
+
+
+def test_criteria_of_absent_kinds_are_left_out(folder: Path) -> None:
+    path = folder / "benign.jsonl"
+    rows.write_rows(path, [{"prompt": f"the rain, {i}", "kind": "benign"} for i in range(3)])
+    result = evaluate(folder, "--control-vector", "@v.gguf", prompts=path.name)
+    assert result["sets"]["benign"]["kind"] == "benign"
+    reasons = " ".join(result["acceptance"]["reasons"])
+    assert "harmful" not in reasons
+    assert "explicit refusals of sensitive prompts" not in reasons
+
+
+def test_a_suite_is_measured_from_a_local_copy(folder: Path) -> None:
+    copies = []
+    for kind in ("harmful", "benign"):
+        path = folder / f"{kind}-copy.csv"
+        path.write_text(f"Goal,Category\nthe {kind} rain,weather\nthe {kind} stone,things\n")
+        copies += ["--suite-file", str(path)]
+    out = folder / "suite.json"
+    code, stdout, stderr = invoke(
+        "--model", str(folder / "tiny.gguf"), "--control-vector", str(folder / "v.gguf"),
+        "--judge", "keywords", "--tokens", str(TOKENS), "--json", str(out),
+        "--suite", "jailbreakbench", *copies,
+    )  # fmt: skip
+    assert code == 0, stderr
+    result = json.loads(out.read_text())
+    sets = {name: (figures["kind"], figures["n"]) for name, figures in result["sets"].items()}
+    assert sets == {"jailbreakbench, harmful": ("harmful", 2), "jailbreakbench, benign": ("benign", 2)}
+    for figures in result["sets"].values():
+        assert {topic: one["n"] for topic, one in figures["by"]["topic"].items()} == {
+            "things": 1,
+            "weather": 1,
+        }
+    assert "acceptance" in result
+    (suite,) = result["suites"]
+    assert (suite["dataset"], suite["licence"], suite["inspected"]) == (
+        "JailbreakBench/JBB-Behaviors", "MIT", True,
+    )  # fmt: skip
+    assert "Inspected: it has guided the design" in " ".join(stdout.split())
+
+
+def test_a_protocol_counts_the_majority_of_several_draws(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    class Drawn:
+        """A judge that finds a refusal in three draws of five."""
+
+        name = identity = "drawn"
+        usage = None
+
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            seeds.append(len(seeds) % 5)
+            for i in range(len(pairs)):
+                yield i, Judgement(1.0 if seeds[-1] in (0, 2, 3) else -1.0, "drawn", "direct")
+
+    monkeypatch.setattr(comparison, "try_out", lambda judge: None)
+    plain = [Prompt("the rain", "sensitive"), Prompt("the mountain", "sensitive")]
+    with LlamaModel(folder / "tiny.gguf", n_threads=1) as model:
+        vector = Steering(control_vector.read(folder / "v.gguf").directions)
+        asking = Asking(None, TOKENS, Sampling(temperature=2.0, seed=2**32 - 3))
+        (found,) = comparison.compare(SteeredModel(model, vector), Drawn(), {"plain": plain}, asking, draws=5)
+        source = SteeredModel(model, vector)
+        alone = [
+            source.answers(plain, 0.0, replace(asking, sampling=sampling), lambda n: None)[0]
+            for sampling in (Sampling(temperature=2.0, seed=seed) for seed in (2**32 - 3, 2**32 - 2))
+        ]
+    assert seeds == [0, 1, 2, 3, 4] * 2
+    assert {row["outcome_unsteered"] for row in found["rows"]} == {"explicit"}
+    # The first refusal stands for the majority; each draw has a seed of its own.
+    assert [row["answer_unsteered"] for row in found["rows"]] == [answer.text for answer in alone[0]]
+    assert [answer.text for answer in alone[0]] != [answer.text for answer in alone[1]]
+
+
+def test_the_protocol_sets_draws_temperature_and_length(folder: Path) -> None:
+    result = evaluate(folder, "--protocol", "compactifai", "--control-vector", "@v.gguf")
+    facts = {name: result[name] for name in ("protocol", "draws", "temperature", "tokens")}
+    assert facts == {"protocol": "compactifai", "draws": 5, "temperature": 0.6, "tokens": TOKENS}
+
+
+def test_a_server_cannot_pass_for_want_of_drift() -> None:
+    prompts = [Prompt(f"the rain, {i}", "benign") for i in range(4)]
+    one = JudgedAnswers([Answer([1], "rain", True, False)] * 4, [Judgement(-1.0, "invented")] * 4)
+    evaluation = PairedEvaluation(prompts, one, one)
+    acceptance = comparison._acceptance(evaluation, SafetyRule("remove"), None, None)
+    assert acceptance.verdict == "undecided"
+    assert "give the GGUF file as --model" in acceptance.reasons[0]
+    told = [(np.array([-1.0], np.float32), np.array([True]))]
+    assert comparison._acceptance(evaluation, SafetyRule("remove"), told, told).verdict == "passed"
+
+
 # ---- bad input -------------------------------------------------------------------------------------------
 
 
@@ -438,6 +570,9 @@ def test_an_unknown_context_is_an_input_error(folder: Path) -> None:
         (["--control-vector", "@v.gguf", "--scales", "0,x"], "'x' is not a finite number"),
         (["--temperature", "nan"], "--temperature nan: give a finite number"),
         (["--prompts", "@none.csv"], "prompt file not found"),
+        (["--suite", "deccp"], "either with --prompts or with --suite"),
+        (["--suite-file", "@columns.csv"], "give exactly one --suite"),
+        (["--protocol", "compactifai", "--temperature", "0.8"], "--protocol compactifai sets it"),
         (["--model", "http://127.0.0.1:9", "--control-vector", "@v.gguf"], "running server keeps"),
         (["--model", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--judge", "./none.gguf"], "none.gguf"),

@@ -116,3 +116,24 @@ def test_names_of_sets_cannot_command_the_terminal(console: Console) -> None:
     tables.print_comparison(console, hostile, 8)
     assert "\x1b" not in printed(console)
     assert "red[/]" in printed(console)
+
+
+@pytest.mark.parametrize("reasons", [[], ["kept 3 of 9 \x1b[31mharmful refusals"]])
+def test_the_verdict_is_printed_where_the_kinds_are_known(console: Console, reasons: list[str]) -> None:
+    acceptance = {"verdict": "failed" if reasons else "passed", "reasons": reasons}
+    tables.print_comparison(console, {**compared(), "acceptance": acceptance}, 128)
+    tables.print_sweep(console, [{**compared(), "acceptance": acceptance}])
+    text = printed(console)
+    assert text.count(f"Acceptance at scale 1: {acceptance['verdict']}.") == 2
+    assert text.count("  kept 3 of 9 ") == 2 * len(reasons)
+    assert "\x1b" not in text
+    tables.print_comparison(console, compared(), 128)
+    assert printed(console).count("Acceptance") == 2
+
+
+def test_an_inspected_suite_is_called_so(console: Console) -> None:
+    suite = {"name": "one", "dataset": "owner/one", "licence": "MIT", "inspected": True}
+    tables.print_suites(console, [suite, {**suite, "name": "two", "inspected": False}])
+    one, two = printed(console).replace("\n", " ").split("Suite ")[1:]
+    assert "owner/one, licence MIT. Inspected: it has guided the design" in one
+    assert "Inspected" not in two

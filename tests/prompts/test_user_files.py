@@ -18,7 +18,7 @@ import pytest
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.grid import grid, pool, stratified
-from rs_gguf.prompts.user_files import load
+from rs_gguf.prompts.user_files import load, load_own_kinds
 from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
 
 # ---- files that users bring ----------------------------------------------------------------------
@@ -128,6 +128,22 @@ def test_what_is_known_of_a_row_is_kept(tmp_path: Path) -> None:
     assert Prompt.from_row(json.loads(json.dumps(prompt.to_row()))) == prompt
 
 
+def test_a_column_of_kinds_counts_if_every_row_has_one(tmp_path: Path) -> None:
+    rows = [{"prompt": kind, "kind": kind.upper()} for kind in KINDS]
+    path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    prompts, known = load_own_kinds(path)
+    assert known
+    assert [(prompt.prompt, prompt.kind) for prompt in prompts] == [(kind, kind) for kind in KINDS]
+    assert {prompt.kind for prompt in load(path, "benign")} == {"benign"}
+    for other in ("harmless", ""):
+        path = write(
+            tmp_path / "p.jsonl", "\n".join(map(json.dumps, [*rows, {"prompt": "p", "kind": other}]))
+        )
+        prompts, known = load_own_kinds(path)
+        assert not known
+        assert {prompt.kind for prompt in prompts} == {"sensitive"}
+
+
 def test_half_a_character_in_what_is_known_of_a_row_is_replaced(tmp_path: Path) -> None:
     (row,) = load(write(tmp_path / "p.jsonl", '{"prompt": "hello", "topic": "\\ud83d"}'), "benign")
     assert row.topic == "?"
@@ -149,7 +165,7 @@ def test_columns_and_splits_are_found_in_capitals_too(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("Prompt,Split,Topic\none,Test,law\ntwo,TUNE,law\n", encoding="utf-8")
     assert [(p.prompt, p.split, p.topic) for p in load(path, "benign")] == [
-        ("one", "test", "law"),
+        ("one", "validation", "law"),
         ("two", "tune", "law"),
     ]
 
