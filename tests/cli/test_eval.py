@@ -124,8 +124,9 @@ def test_both_conditions_have_intervals(steered: dict[str, Any]) -> None:
     figures = steered["sets"]["plain"]
     assert figures["n"] == 3
     for condition in ("unsteered", "steered"):
-        low, high = figures[f"ci95_{condition}"]
-        assert 0 <= low <= figures[f"refusal_{condition}"] <= high <= 1
+        explicit = figures[f"explicit_{condition}"]
+        low, high = explicit["ci95"]
+        assert 0 <= low <= explicit["n"] / explicit["of"] <= high <= 1
     assert figures["drift"] > 0
     assert 0 <= figures["top1_agreement"] < 1
     # Greedy decoding made the unsteered answers the likeliest.
@@ -334,7 +335,8 @@ def test_no_steering_changes_nothing(folder: Path, arguments: tuple[str, ...]) -
     result = evaluate(folder, *arguments)
     assert answers(result, "steered") == answers(result, "unsteered")
     assert result["sets"]["plain"]["drift"] == pytest.approx(0, abs=1e-6)
-    assert result["sets"]["plain"]["mcnemar_p"] == 1
+    assert result["sets"]["plain"]["explicit_p"] == 1
+    assert result["sets"]["plain"]["unconfirmed"] == 0
 
 
 def test_the_layer_range_limits_the_vector(folder: Path) -> None:
