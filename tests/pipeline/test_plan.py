@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation import kl
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.models import catalogue, dimensions
@@ -38,6 +39,7 @@ from rs_gguf.pipeline import speed as speeds
 from rs_gguf.pipeline.plan import Plan, judge_of, plan
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.speed import JudgeModel, Speed
+from rs_gguf.pipeline.stages import measure
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
@@ -375,8 +377,12 @@ def test_parameters_of_the_default_model_are_counted() -> None:
     ],
 )
 def test_costs_of_stages_grow_with_their_inputs(
-    shape: ModelDimensions, changed: tuple[str, ...], growth: dict[str, float]
+    shape: ModelDimensions,
+    changed: tuple[str, ...],
+    growth: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    without_kl(monkeypatch)
     fixed = "prompts.gate_only=0", "measure.baselines=['rmd']"
     before, after = (planned(shape, *fixed, *values) for values in ((), changed))
     for stage, factor in growth.items():
@@ -385,7 +391,26 @@ def test_costs_of_stages_grow_with_their_inputs(
         assert after.stages["tune"].seconds == pytest.approx(7200)
 
 
-def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(shape: ModelDimensions) -> None:
+def without_kl(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the prompts that the KL divergence reads: their number does not follow any size."""
+    patch.setattr(measure, "tokens_read", lambda prompt: 0.0)
+
+
+def test_the_kl_divergence_of_each_file_is_counted(
+    shape: ModelDimensions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kl = planned(shape).stages["measure"].seconds
+    pool = prompts.pool(recipe.load().prompts.files)
+    tokens = kl.tokens_read(costs.Costs(recipe.load(), pool, shape, UNIT, None).prompt)
+    without_kl(monkeypatch)
+    without = planned(shape).stages["measure"].seconds
+    assert with_kl - without == pytest.approx(FILES * tokens * UNIT.read)
+
+
+def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(
+    shape: ModelDimensions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kl(monkeypatch)
     none, one, three, prompted = (
         planned(shape, f"measure.baselines={names}", "tune.full_prompts=8").stages["measure"]
         for names in ([], ["rmd"], ["md", "rmd", "wrmd"], ["system-prompt", "rmd", "wrmd"])

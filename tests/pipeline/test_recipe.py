@@ -242,7 +242,7 @@ def test_a_dump_loads_as_the_same_recipe(tmp_path: Path) -> None:
 def test_a_dump_spells_out_every_default(tmp_path: Path) -> None:
     dump(load(), tmp_path / "recipe.toml")
     text = (tmp_path / "recipe.toml").read_text(encoding="utf-8")
-    optional = {"judge", "system", "budget", "servers"}  # None is left out: TOML has no null
+    optional = {"judge", "judge_second", "system", "budget", "servers"}  # None is left out: TOML has no null
     for name in Recipe.model_fields:
         section = getattr(Recipe(), name)
         keys = type(section).model_fields if hasattr(type(section), "model_fields") else [name]
