@@ -210,6 +210,7 @@ _SMALL = (
     "answers.fit_tokens=8", "answers.tokens=8",
     "answers.test_tokens=8", "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
     "tune.logprob_trials=1", "tune.finalists=1", "tune.full_prompts=2",
+    "measure.baselines=['system-prompt']",
 )  # fmt: skip
 _PROMPT_FILE = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt)")
 _OUTPUTS = ("--output", "--json", "--out")
