@@ -284,7 +284,7 @@ def test_a_model_that_never_stops_thinking_is_an_error(judge: Judge, tmp_path: P
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
     hot = "answers.temperature=4.0"  # no trace is then a loop, which would be judged
     chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
-    with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.tokens"):
+    with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.fit_tokens"):
         run(chosen, tmp_path / "out")
     assert set(judge.judged) == {EXAMPLE[1]}  # the trial before the run
 
@@ -385,7 +385,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
         (folder / "effect_check.json").write_text("{}")
-        (folder / "tune.json").write_text('{"trials": [], "rank_correlation": null}')
+        (folder / "tune.json").write_text('{"trials": [], "selected": {}, "rank_correlation": null}')
         chosen = recipe.load(None, ["measure.baselines=[]"])
         with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
             one.stages[stage].work(one, "key")

@@ -151,7 +151,7 @@ def test_the_keys_of_answers_and_scores_stay(tmp_path: Path, monkeypatch: pytest
         ]
         path.write_text("\n".join(rows))
         values.append(f"prompts.{kind}=['{path}']")
-    assert keys(tmp_path, *values) == ["46eb5b3b7ef4005d", "376dc67ce5d4a8fc"]
+    assert keys(tmp_path, *values) == ["563e5058ca05e0ce", "cb700e89092a8da2"]
 
 
 @pytest.fixture(scope="module")

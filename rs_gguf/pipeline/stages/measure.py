@@ -7,6 +7,7 @@ come out.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -87,19 +88,19 @@ class Measure(Stage):
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
         names = literature.usable(recipe.measure.baselines, run.model)
-        tuned = unsteered(folder, run.prompts["tune"])
-        n = wordings.count(run, tuned) if "system-prompt" in names else 0
+        tuned = functools.cache(lambda: unsteered(folder, run.prompts["tune"]))
+        n = wordings.count(run, tuned()) if "system-prompt" in names else 0
         n += (1 + len(names) + len(files)) * len(prompts)
+        judge, second = run.judge, run.second_judge  # loaded before the bar starts: a download has its own
         with run.progress.stage(self.info.name, n) as advance:
             baselines = literature.build(
                 names, lambda: samples(run), run.model, folder.path,
                 effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
                 layers=vector_layers(trials),
-                system_prompt=lambda: wordings.select(run, tuned, log, advance),
+                system_prompt=lambda: wordings.select(run, tuned(), log, advance),
             )  # fmt: skip
             measured = measure(
-                run.model, run.judge, prompts, files, baselines, recipe, log,
-                second=run.second_judge, advance=advance,
+                run.model, judge, prompts, files, baselines, recipe, log, second=second, advance=advance
             )  # fmt: skip
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
