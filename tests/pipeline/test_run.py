@@ -200,7 +200,7 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     assert (vector.architecture, vector.provenance["measured"]) == ("qwen2", True)
     written = rows(out / "test_answers.jsonl")
     assert all("answer_adapter" not in row for row in written)
-    assert any(row["answer_steered"] != row["answer_unsteered"] for row in written)
+    assert any(row["answer_vector"] != row["answer_unsteered"] for row in written)
     assert "remove.gguf" in (out / "card.md").read_text(encoding="utf-8")
     assert (out / "report.html").is_file()
 

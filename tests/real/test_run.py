@@ -31,7 +31,7 @@ SMALL = [
     "answers.fit_tokens=16", "answers.tokens=16",
     "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1",
     "fit.estimators=['contrast-wrmd','wrmd']",
-    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4",
+    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4", "measure.baselines=['system-prompt']",
 ]  # fmt: skip
 N_TEST = 12  # prompts of the test split, which each side answers together
 
@@ -175,14 +175,16 @@ def test_metrics_follow_the_contract(finished: Killed) -> None:
     for kind in ("sensitive", "harmful", "benign"):
         found = vector["sets"][kind]
         assert found["n"] == 4
-        low, high = found["ci95_steered"]
-        assert 0 <= low <= found["refusal_steered"] <= high <= 1
+        explicit = found["explicit_steered"]
+        low, high = explicit["ci95"]
+        assert 0 <= low <= explicit["n"] / max(1, explicit["of"]) <= high <= 1
+        assert sum(map(sum, found["transitions"])) <= found["n"]
     assert vector["effect_check"]["effect_observed"] is True
     assert "--control-vector " in vector["llama_cpp"]["command"]
     assert adapter["file"] == "remove-adapter.gguf"
     assert set(adapter["sets"]) == set(vector["sets"])
     assert adapter["effect_check"]["effect_observed"] is True
-    assert {file["acceptance"]["verdict"] for file in (vector, adapter)} <= {"passed", "failed"}
+    assert {file["acceptance"]["verdict"] for file in (vector, adapter)} <= {"passed", "failed", "undecided"}
     assert "--lora" in adapter["llama_cpp"]["command"]
     for fitted in json.loads((out / "fit.json").read_text())["directions"]:
         # The first block sees the same token in every prompt's last place: no direction to compare.
@@ -227,6 +229,7 @@ def test_two_runs_give_the_same_answers_and_scores(real_model: Path, tmp_path: P
         "prompts.tune=4",
         "--set",
         "answers.fit_tokens=10",
+        "--set",
         "answers.tokens=10",
     ]
     runs = [tmp_path / "a", tmp_path / "b"]
