@@ -268,7 +268,7 @@ def _rows(name: str) -> str:
     if name.endswith("judge_pairs.jsonl"):
         pairs = resources.files("rs_gguf") / "data" / "judge_pairs.jsonl"
         lines = pairs.read_text(encoding="utf-8").splitlines()
-        return "\n".join([line for line in lines if json.loads(line)["split"] == "validation"][:40])
+        return "\n".join([line for line in lines if json.loads(line)["split"] == "test"][:40])
     # Enough for each split, which a prompt's hash draws.
     texts = [f"What is republic number {k} of {name}?" for k in range(60)]
     if name.endswith(".jsonl"):
