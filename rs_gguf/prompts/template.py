@@ -7,9 +7,11 @@ not limit time: nested loops in a template can run for as long as they like.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
@@ -40,6 +42,9 @@ _CHATML = (
 _PLACEHOLDER = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # for a text in a rendering
 _HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see the text that a template adds
 _MAX_PRODUCT = 1_000_000  # characters or items
+_WIDTH = re.compile(r"\d{7}")  # in a format: a width of more than a million
+# Text methods and filters that may give a much larger text than they take.
+_GROWING = ("center", "expandtabs", "format", "indent", "join", "ljust", "replace", "rjust", "zfill")
 _THINKING_WORDS = re.compile(r"think|reasoning_content")
 _warned: set[str] = set()  # the templates that a warning was logged for
 
@@ -60,9 +65,21 @@ class ChatModel(Protocol):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox without large products: a template of one line could fill the memory with them."""
+    """jinja2's sandbox without large products and paddings: one line could fill the memory with them."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of a template. Refuse text methods whose result would be too large.
+
+        Raises:
+            TemplateError: a width, or a replacement or joining, of more than a million characters.
+        """
+        method = getattr(obj, "__wrapped__", obj)  # jinja2 wraps `format`
+        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(text, str) and name in _GROWING:
+            _refuse_large(name, text, *args, *kwargs.values())
+        return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Return `left * right`. Refuse large products and all powers, which no chat template needs.
@@ -70,6 +87,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TemplateError: a power, or a product of more than a million characters or items.
         """
+        if operator == "%":
+            if isinstance(left, str):
+                _refuse_large(operator, left, *(right if isinstance(right, tuple) else (right,)))
+            return super().call_binop(context, operator, left, right)
         too_large = any(
             isinstance(value, Sized) and isinstance(times, int) and len(value) * times > _MAX_PRODUCT
             for value, times in ((left, right), (right, left))
@@ -77,6 +98,30 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**" or too_large:
             raise TemplateError(f"it computes a product ({operator}) that is too large")
         return super().call_binop(context, operator, left, right)
+
+
+def _refuse_large(name: str, *values: Any) -> None:
+    """Raise `TemplateError` if a text operation with these values may give over a million characters."""
+    texts = [value for value in values if isinstance(value, str)]
+    size = 0
+    if name == "replace" and len(texts) >= 3:
+        size = len(texts[0]) + texts[0].count(texts[1]) * len(texts[2])
+    elif name == "join":
+        size = math.prod(len(value) for value in values if isinstance(value, Sized))
+    too_wide = any(isinstance(value, int) and abs(value) > _MAX_PRODUCT for value in values)
+    if too_wide or size > _MAX_PRODUCT or (name in ("%", "format") and _WIDTH.search(texts[0])):
+        raise TemplateError(f"it computes a text ({name}) that is too large")
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter that refuses what `_refuse_large` refuses."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _refuse_large(name, *args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return checked
 
 
 class _Generation(Extension):
@@ -99,6 +144,11 @@ class ChatFormat:
 
     def __init__(self, template: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        environment.filters |= {
+            name: _bounded(name, function)
+            for name, function in environment.filters.items()
+            if name in _GROWING
+        }
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
         )
