@@ -484,7 +484,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     marker = tmp_path / "marker"
     (tmp_path / "code.py").write_text(f"open({str(marker)!r}, 'w').close()")
-    with pytest.raises(InputError, match=r"cannot read its configuration.*without remote code"):
+    with pytest.raises(InputError, match=r"cannot read the configuration.*without remote code"):
         TorchModel(tmp_path)
     assert not marker.exists()
 
