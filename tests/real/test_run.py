@@ -278,7 +278,7 @@ def test_check_proves_the_effect_and_refuses_another_models_vector(
     control_vector.write(type(vector)(narrow), tmp_path / "narrow.gguf")
     bad = runner.invoke(main, ["check", str(tmp_path / "narrow.gguf"), "--model", str(real_model)])
     assert bad.exit_code == 1
-    assert "64 wide" in bad.stdout
+    assert "has width 64" in bad.stdout
 
 
 def test_eval_compares_both_sides(finished: Killed, real_model: Path, tmp_path: Path) -> None:
