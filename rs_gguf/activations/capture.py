@@ -104,7 +104,7 @@ def capture_all(
 def captured(
     store: ActivationStore, count: int, *, inputs: bool
 ) -> tuple[Activations, dict[str, MatrixInputs]]:
-    """Return the activations of `count` prompts from the store, and with `inputs` those of MatrixInputs too.
+    """Return the activations of `count` prompts from the store, and with `inputs` the matrices' inputs too.
 
     Raises:
         DamagedStoreError: a shard is missing or was changed, or the store has another key.

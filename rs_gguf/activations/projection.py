@@ -1,10 +1,11 @@
 """Project activations on directions: p = ⟨h − o, v⟩ for every sample, layer and direction.
 
-Takes activations [N, L, D] in float32, float16 or bfloat16: a NumPy array, a memory map or a tensor, with
-any stride in N and L. They are read in place, once. Returns the projections [N, L, K], or only the
-statistics that layer scores and calibration need (arXiv 2512.16602: layer selection, calibration). The
-compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md) does the work; PyTorch does it for tensors on a GPU.
-If the kernel is missing, NumPy replaces it and warns once.
+Takes activations [N, L, D] in float32, float16 or bfloat16: a NumPy array, a memory map or a tensor. Any
+stride in N and L is accepted. They are read in place, once. Returns the projections [N, L, K], or only the
+statistics that layer scores and calibration need (arXiv 2512.16602: layer selection, calibration).
+
+The compiled kernel `rs_gguf._core` (csrc/, docs/kernel.md) does the work; PyTorch does it for tensors on a
+GPU. If the kernel is missing, NumPy replaces it and this module warns once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Choose layers and their weights: layer scores, choice, profiles and calibration scales.
 
 Takes projections [N, L] of all layers (p = ⟨h − o, v⟩, one batched call of `projection.project`) and
-confidence [N], or the statistics that `project_statistics` computes for many directions at once. Returns
+confidence [N]; or the statistics of many directions that `project_statistics` computes. Returns
 scores [L], layer numbers, weights [L] and calibration scales [L]. Scores and choice follow method §6,
 calibration §5, after García-Ferrero et al. (arXiv 2512.16602). Layers are numbered from 0.
 """

@@ -94,8 +94,8 @@ def of_gguf(path: Path) -> ModelDimensions:
 def of_folder(path: Path, bits: float | None = None) -> ModelDimensions:
     """Return the dimensions of the model in a Hugging Face folder, or of a config.json alone.
 
-    `bits`: bits per weight of a GGUF file of the model; None for the model as PyTorch runs it on the CPU, in
-    F32 or bf16.
+    `bits`: bits per weight of a GGUF file of the model. None means the model as PyTorch runs it on the CPU,
+    in F32 or bf16.
 
     Raises:
         InputError: there is no configuration, or transformers does not know its family.

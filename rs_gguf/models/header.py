@@ -85,7 +85,7 @@ def refuse_part_by_name(name: str) -> None:
     """Refuse a part of a split model by its name (`…-00001-of-00003.gguf`), before it is downloaded.
 
     Raises:
-        InputError: the name is that of a part.
+        InputError: the name belongs to a part.
     """
     suffix = re.search(r"-\d{5}-of-(\d{5})\.gguf$", name)
     if suffix and int(suffix[1]) > 1:

@@ -1,7 +1,7 @@
 """The project's own prompts (the grid), and the selection of a run from the grid or from users' files.
 
-The grid's splits hold out whole subjects and whole request forms, so that a direction is evaluated on
-subjects and forms that it was not fitted on (docs/prompts.md).
+The grid's splits hold out whole subjects and whole request forms: a direction is evaluated on subjects and
+forms that it was not fitted on (docs/prompts.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Captured arrays equal those of single sequences in llama.cpp, and those of PyTorch."""
+"""Captured arrays equal the rows of single sequences in llama.cpp, and the rows from PyTorch's hooks."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def alone(model: LlamaModel, tokens: list[int]) -> dict[str, npt.NDArray[np.floa
     """Return rows [T, L, W] of one sequence that runs alone, at each of its tokens."""
     names = ("l_out", *INPUTS.values())
     read = {
-        position: found
-        for _, position, found in model.read([tokens], [range(len(tokens))], range(LAYERS), names)
+        position: rows
+        for _, position, rows in model.read([tokens], [range(len(tokens))], range(LAYERS), names)
     }
     return {name: np.stack([read[position][name] for position in range(len(tokens))]) for name in names}
 
@@ -151,28 +151,28 @@ def test_quiet_tokens_are_of_prompts_and_of_answers_that_may_be_quiet(
         rows = alone(model, [*conversation.prompt, *conversation.answer])
         places |= {(i, position): rows["ffn_swiglu"][position] for position in range(len(rows["ffn_swiglu"]))}
     keys, candidates = list(places), np.stack(list(places.values())).astype(np.float64)
-    found: dict[str, list[tuple[int, int]]] = {"prompts": [], "answers": []}
-    for sort, read in found.items():
+    positions: dict[str, list[tuple[int, int]]] = {"prompts": [], "answers": []}
+    for sort, read in positions.items():
         for row in captured[f"ffn_down/{sort}"].astype(np.float64):
             errors = np.linalg.norm(candidates - row, axis=(1, 2)) / np.linalg.norm(row)
             assert errors.min() < TOLERANCE
             read.append(keys[int(errors.argmin())])
         assert len(read) == len(set(read)) == len(captured[f"attn_output/{sort}"])
-    assert sorted(i for i, _ in found["prompts"]) == list(range(len(conversations())))
-    assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in found["prompts"])
+    assert sorted(i for i, _ in positions["prompts"]) == list(range(len(conversations())))
+    assert all(len(PREFIX) <= place < len(conversations()[i].prompt) - 1 for i, place in positions["prompts"])
     # Four tokens of an answer in which the gate stays closed, or all: these answers have 1, 4 or 7.
-    assert all(place >= len(conversations()[i].prompt) for i, place in found["answers"])
-    assert Counter(i for i, _ in found["answers"]) == {
+    assert all(place >= len(conversations()[i].prompt) for i, place in positions["answers"])
+    assert Counter(i for i, _ in positions["answers"]) == {
         i: min(4, len(c.answer)) for i, c in enumerate(conversations()) if c.gate_stays_closed
     }
 
 
 def test_a_gate_may_open_in_refusals_of_sensitive_prompts_alone(model: LlamaModel) -> None:
-    asked = [Prompt(f"{kind}, {verdict}", kind) for kind in KINDS for verdict in ("refused", "answered")]
-    answers, refused = {p.id: [7] for p in asked}, {p.id for p in asked if p.prompt.endswith("refused")}
+    prompts = [Prompt(f"{kind}, {verdict}", kind) for kind in KINDS for verdict in ("refused", "answered")]
+    answers, refused = {p.id: [7] for p in prompts}, {p.id for p in prompts if p.prompt.endswith("refused")}
     other = (Prompt("not answered", "sensitive"), Context("plain"))
-    found, _ = capture_module.conversations(model, asked, None, answers, refused, [other])
-    loud = [p.prompt for p, c in zip([*asked, other[0]], found, strict=True) if not c.gate_stays_closed]
+    talks, _ = capture_module.conversations(model, prompts, None, answers, refused, [other])
+    loud = [p.prompt for p, c in zip([*prompts, other[0]], talks, strict=True) if not c.gate_stays_closed]
     assert loud == ["sensitive, refused"]
 
 
@@ -233,8 +233,8 @@ def test_inputs_are_half_floats_only_where_their_range_allows(
     read = LlamaModel.read
 
     def large(*args: Any, **options: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        for i, position, found in read(*args, **options):
-            yield i, position, {name: rows * 1e5 for name, rows in found.items()}
+        for i, position, arrays in read(*args, **options):
+            yield i, position, {name: rows * 1e5 for name, rows in arrays.items()}
 
     monkeypatch.setattr(LlamaModel, "read", large)
     arrays = capture(model, conversations(), len(PREFIX), seed=7)
@@ -405,9 +405,9 @@ def test_two_processes_capture_and_fit_what_one_does(
     activations = captured_of(one, len(ids), inputs=True)[0]
     (path,) = fit_paths(activations, confidence, [WeightedRidgeMeanDifference()], ridges=[1.0])
     for rank, mine in enumerate(([4, 4, 2], [4, 4])):
-        found = np.load(tmp_path / f"{rank}.npz")
-        assert found["done"].tolist() == mine
-        np.testing.assert_allclose(found["directions"], path.directions, atol=1e-12)
+        result = np.load(tmp_path / f"{rank}.npz")
+        assert result["done"].tolist() == mine
+        np.testing.assert_allclose(result["directions"], path.directions, atol=1e-12)
 
 
 def test_a_capture_goes_on_where_it_was(

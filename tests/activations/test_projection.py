@@ -1,7 +1,7 @@
 """The projection kernel against float64 NumPy: types, shapes, strides, alignment, special values, threads.
 
-Tolerance 1e−6 · Σ|h − o||v|: float32 sums by lanes, runs and chunks keep it, whatever the cancellation in a
-result, on data not made to break them. Every test that computes runs on every SIMD target that this CPU has.
+Tolerance 1e−6 · Σ|h − o||v|: float32 sums by lanes, runs and chunks keep it under any cancellation, unless
+the data are made to break them. Every test that computes runs on every SIMD target of this CPU.
 """
 
 from __future__ import annotations

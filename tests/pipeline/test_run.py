@@ -75,7 +75,7 @@ def check_inputs(one: Run, places: Sequence[int]) -> None:
     read = dict(zip([p.id for p in fit], chat_tokens(one.model, fit, None), strict=True))
     read |= {p.id: c.tokens(chat, one.model, p.prompt, None) for p, c in one.in_contexts}
     inputs = captured.inputs["attn_output"].last_token.layer_rows(1, np.arange(len(every))).numpy()
-    kept = {"kqv_out": inputs, "l_out": captured.activations.layer_rows(1).numpy()}  # l_out: of judged ones only
+    kept = {"kqv_out": inputs, "l_out": captured.activations.layer_rows(1).numpy()}  # l_out: judged prompts
     for place in places:
         tokens = read[every[place].id]
         again = read_last(one.model, [tokens], range(2), tuple(kept))
