@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := out/demo
+# Two test processes, each with half of the cores. The files with the longest tests come first.
+PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The parts of `make lint`. Each is a hook of .pre-commit-config.yaml, too.
 LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-clang-tidy lint-prose
 
@@ -29,11 +31,12 @@ demo: install
 test: lint docs sanitize
 	@if { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then $(MAKE) neon; \
 		else echo "the kernel's NEON target is not tested: no g++-aarch64-linux-gnu, qemu-user"; fi
-	$(BIN)/python -m pytest
+	$(BIN)/rs-export models pull qwen2.5-coder-0.5b
+	$(BIN)/python -m pytest $(PROCESSES)
 
 # At most 2 minutes on two idle cores, once all is installed.
 test-quick: install
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(BIN)/python -m pytest $(PROCESSES) -m "not slow and not real"
 
 lint: $(LINTS)
 
