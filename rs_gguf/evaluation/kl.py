@@ -26,10 +26,10 @@ Tokens = tuple[Sequence[int], Sequence[int]]  # of a prompt and of its answer
 
 @dataclass(frozen=True)
 class KlDivergence:
-    """Mean KL(steered‖unsteered) in nats; NaN where nothing was compared or a logit is not finite.
+    """Mean KL divergences in nats; NaN where nothing was compared or a logit is not finite.
 
-    `first_token`: at the first token of the answer, mean over prompts. `sequence`: mean over all tokens of
-    unsteered answers.
+    `first_token`: KL(unsteered‖steered) at the first token of the answer, mean over prompts, as heretic
+    reports it. `sequence`: KL(steered‖unsteered), mean over all tokens of unsteered answers.
     """
 
     first_token: float
@@ -70,7 +70,7 @@ def kl_divergence(
         part = prompts[start : start + _AT_ONCE]
         before = {i: row.copy() for i, row in model.next_logits(part)}
         with model.steered(steering):
-            first += [kl(row, before[i]) for i, row in model.next_logits(part)]
+            first += [kl(before[i], row) for i, row in model.next_logits(part)]
     sequence: list[float] = []
     for pair in answered:
         unsteered = {step: row.copy() for _, step, row in model.answer_logits([pair])}
@@ -84,11 +84,11 @@ def tokens_read(prompt: float) -> float:
     return 2 * (PROMPTS * prompt + CONVERSATIONS * (prompt + TOKENS))
 
 
-def kl(steered: NDArray[np.float32], unsteered: NDArray[np.float32]) -> float:
-    """Return KL(steered‖unsteered) in nats of two rows of logits [V]; NaN if a logit is not finite."""
+def kl(of: NDArray[np.float32], against: NDArray[np.float32]) -> float:
+    """Return KL(of‖against) in nats of two rows of logits [V]; NaN if a logit is not finite."""
     from scipy.special import log_softmax
 
-    if not (np.isfinite(steered).all() and np.isfinite(unsteered).all()):
+    if not (np.isfinite(of).all() and np.isfinite(against).all()):
         return float("nan")
-    p, q = log_softmax(steered.astype(np.float64)), log_softmax(unsteered.astype(np.float64))
+    p, q = log_softmax(of.astype(np.float64)), log_softmax(against.astype(np.float64))
     return float(np.sum(np.exp(p) * (p - q)))

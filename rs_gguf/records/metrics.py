@@ -142,9 +142,8 @@ class FileRecord(_Record):
     sets: dict[str, SetRecord]
     benign_drift: Finite
     top1_agreement: Finite
-    # KL(steered‖unsteered) in nats: over the tokens of benign answers; at the first token, everyday prompts.
-    kl_mean: Finite = None
-    kl_first_token: Finite = None
+    kl_mean: Finite = None  # KL(steered‖unsteered) in nats, over the tokens of benign answers
+    kl_first_token: Finite = None  # KL(unsteered‖steered) in nats, everyday prompts
     gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
     opened_on_subject: Share | None = None  # of opened sensitive answers; None without a second judge
     harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention

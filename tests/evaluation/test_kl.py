@@ -38,8 +38,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROMPTS", 7)
 
 
-def naive(steered: NDArray[np.float64], unsteered: NDArray[np.float64]) -> float:
-    p, q = (np.exp(row.astype(np.float64)) for row in (steered, unsteered))
+def naive(of: NDArray[np.float64], against: NDArray[np.float64]) -> float:
+    p, q = (np.exp(row.astype(np.float64)) for row in (of, against))
     p, q = p / p.sum(), q / q.sum()
     return float(sum(a * np.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True)))
 
@@ -60,8 +60,8 @@ def test_both_divergences_equal_a_naive_softmax_one_token_at_a_time(engines: lis
     prompts = chat_tokens(reference, everyday_prompts(7))
     beginnings = [[*prompt, *reply[:k]] for prompt, reply in answered for k in range(len(reply))]
     first, sequence = (
-        np.mean([naive(logits(reference, t, VECTOR), logits(reference, t, NO_STEERING)) for t in some])
-        for some in (prompts, beginnings)
+        np.mean([naive(logits(reference, t, of), logits(reference, t, against)) for t in some])
+        for some, of, against in ((prompts, NO_STEERING, VECTOR), (beginnings, VECTOR, NO_STEERING))
     )
     for divergence in found:  # of llama.cpp and of PyTorch
         assert divergence.first_token == pytest.approx(first, rel=1e-3)
