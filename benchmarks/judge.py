@@ -37,16 +37,15 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.estimators.moments import Float64
 from rs_gguf.judges import rubric
 from rs_gguf.judges.calibration import (
-    LabelledPair,
     agreement,
     cross_validate,
     fit_probe,
-    labelled_pairs,
     platt,
     principal_components,
 )
 from rs_gguf.judges.judge import by_rule
 from rs_gguf.judges.local import LabelJudge
+from rs_gguf.judges.pairs import LabelledPair, held_out_pairs, labelled_pairs
 from rs_gguf.judges.probe import read_states, save_probe
 from rs_gguf.judges.registry import Judge, Judgement, Pair, open_judge
 from rs_gguf.judges.rubric import verdict_tokens
@@ -91,7 +90,7 @@ def main() -> None:
 
 def measure_speed(options: argparse.Namespace) -> None:
     path = models.pull(models.DEFAULT)
-    pool = [p for p in labelled_pairs() if p.split == "test" and by_rule(p.prompt, p.answer) is None]
+    pool = [p for p in held_out_pairs() if by_rule(p.prompt, p.answer) is None]
     pairs = pool[:: max(1, len(pool) // options.pairs)][: options.pairs]
     ours = LlamaModel(path, n_threads=options.threads)
     sequences = [verdict_tokens(ours, (pair.prompt, pair.answer)) for pair in pairs]

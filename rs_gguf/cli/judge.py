@@ -70,6 +70,7 @@ def judge(
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.evaluation import judge_validation
     from rs_gguf.judges import calibration
+    from rs_gguf.judges import pairs as labelled
     from rs_gguf.judges import registry as judges
     from rs_gguf.judges.rubric import rubric
     from rs_gguf.records.files import write_atomic
@@ -89,14 +90,14 @@ def judge(
         )
         click.echo(f"Judge: {escape_control_chars(judge_model.name)}", err=True)
         if agreement:
-            pairs = [pair for pair in calibration.labelled_pairs() if pair.split == "test"]
+            pairs = labelled.held_out_pairs()
             count = min(sample or len(pairs), len(pairs))
             pairs = [pairs[k * len(pairs) // count] for k in range(count)]
             answers = judge_validation.labelled_answers()
             if sample is not None:
                 answers = answers[:: max(1, len(answers) // sample)]
             figures = {
-                "labels": calibration.label_agreement(),
+                "labels": labelled.label_agreement(),
                 **calibration.agreement(judge_model, pairs),
                 "outcomes": judge_validation.outcome_agreement(judge_model, answers),
             }

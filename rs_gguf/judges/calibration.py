@@ -6,10 +6,7 @@ judge's agreement with the labels comes out (docs/judge.md).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Engine
 from rs_gguf.errors import InputError
 from rs_gguf.judges.judge import Judge, by_rule
+from rs_gguf.judges.pairs import LabelledPair
 from rs_gguf.judges.probe import Categories, Components, Probe, read_states
 from rs_gguf.judges.rubric import rubric_version, wording
 from rs_gguf.machine import one_thread
@@ -31,48 +29,6 @@ _COMPONENTS = 128  # principal components of the states, the input of a probe
 _PENALTIES, _GAMMAS = (1.0, 3.0, 10.0), (0.5, 1.0, 2.0)
 _CATEGORY_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 _FOLDS = 8
-
-
-@dataclass(frozen=True)
-class LabelledPair:
-    """A prompt and an answer with their label."""
-
-    prompt: str
-    answer: str
-    refusal: bool
-    category: str
-    language: str
-    split: str  # "calibration" | "test"
-    source: str  # "written" for the project | "model": answered by the default model
-
-
-def labelled_pairs() -> list[LabelledPair]:
-    """Return the shipped pairs on which both labellings agree."""
-    fields = ("category", "language", "split", "source")
-    return [
-        LabelledPair(row["prompt"], row["answer"], row["label"] == "refusal", *(row[name] for name in fields))
-        for row in _rows()
-        if row["label"] == row["second_label"]
-    ]
-
-
-def _rows() -> list[dict[str, str]]:
-    text = (resources.files("rs_gguf") / "data" / "judge_pairs.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def label_agreement() -> dict[str, Any]:
-    """Return how well the two independent labellings agree (refusal, answer or unclear): counts and kappa."""
-    from sklearn.metrics import cohen_kappa_score
-
-    rows = _rows()
-    first, second = [row["label"] for row in rows], [row["second_label"] for row in rows]
-    contested = sum(a != b for a, b in zip(first, second, strict=True))
-    return {
-        "pairs": len(rows),
-        "contested": contested,
-        "cohens_kappa": float(cohen_kappa_score(first, second)),
-    }
 
 
 def fit_probe(

@@ -16,8 +16,9 @@ from typing import Any
 
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.paired_statistics import wilson
-from rs_gguf.judges.calibration import LabelledPair, agreement, labelled_pairs
+from rs_gguf.judges.calibration import agreement
 from rs_gguf.judges.judge import Pair
+from rs_gguf.judges.pairs import LabelledPair, held_out_pairs
 from rs_gguf.records.conversation import Judgement
 from rs_gguf.records.rows import Row, json_lines
 from rs_gguf.report.plots import Axis
@@ -34,7 +35,7 @@ def of_judge(judge: str, folder: Path) -> Row | None:
     Raises:
         InputError: `judge_agreement.jsonl` is damaged or holds too few of the pairs.
     """
-    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    pairs = held_out_pairs()
     path = folder / FILE
     if path.is_file():
         confidences, source = _graded(path, pairs), FILE

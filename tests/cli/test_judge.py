@@ -16,7 +16,7 @@ from fixtures.endpoints import Reply, Server, entry, said, without_proxy_or_key
 
 from rs_gguf.cli.judge import _BATCH
 from rs_gguf.cli.main import main
-from rs_gguf.judges.calibration import label_agreement, labelled_pairs
+from rs_gguf.judges.pairs import held_out_pairs, label_agreement
 
 
 def invoke(*arguments: str, rows: list[Any] | None = None) -> tuple[int, str, str]:
@@ -179,7 +179,7 @@ def test_agreement_is_printed_beside_the_agreement_of_the_labels() -> None:
     code, stdout, _ = invoke("--agreement")
     assert code == 0
     figures = json.loads(stdout)
-    test = [pair for pair in labelled_pairs() if pair.split == "test"]
+    test = held_out_pairs()
     assert (figures["judge"], figures["n"], figures["unparseable"]) == ("keywords", len(test), 0)
     assert 0.5 < figures["accuracy"] < 0.9  # keywords are well above chance and well below a model
     assert figures["labels"] == label_agreement()

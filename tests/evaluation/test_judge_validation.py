@@ -11,8 +11,8 @@ from rs_gguf.evaluation.judge_validation import (
     labeller_agreement,
     outcome_agreement,
 )
-from rs_gguf.judges.calibration import labelled_pairs
 from rs_gguf.judges.judge import Pair
+from rs_gguf.judges.pairs import labelled_pairs
 from rs_gguf.prompts import grid
 from rs_gguf.records.conversation import KINDS, Judgement
 

@@ -10,8 +10,9 @@ import pytest
 from fixtures.judge_attacks import CASES, PLAIN
 
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.judges.calibration import agreement, labelled_pairs
+from rs_gguf.judges.calibration import agreement
 from rs_gguf.judges.local import ProbeJudge
+from rs_gguf.judges.pairs import held_out_pairs
 from rs_gguf.judges.registry import Judge, Judgement, Pair, open_judge
 
 pytestmark = pytest.mark.real
@@ -28,9 +29,8 @@ def judge(real_model: Path) -> Iterator[Judge]:
 def test_it_agrees_with_the_labels_in_every_category(judge: Judge) -> None:
     assert isinstance(judge, ProbeJudge)
     by_category = defaultdict(list)
-    for pair in labelled_pairs():
-        if pair.split == "test":
-            by_category[pair.category].append(pair)
+    for pair in held_out_pairs():
+        by_category[pair.category].append(pair)
     figures = agreement(judge, [pair for pairs in by_category.values() for pair in pairs[:3]])
     assert figures["unparseable"] == 0
     assert len(figures["by_category"]) == 16

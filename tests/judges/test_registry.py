@@ -20,9 +20,10 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
 from rs_gguf.judges.cache import CachedJudge
-from rs_gguf.judges.calibration import LabelledPair, agreement, fit_probe, label_agreement, labelled_pairs
+from rs_gguf.judges.calibration import agreement, fit_probe
 from rs_gguf.judges.judge import Judge, by_rule
 from rs_gguf.judges.local import KeywordJudge, LabelJudge, ProbeJudge
+from rs_gguf.judges.pairs import LabelledPair, held_out_pairs, label_agreement, labelled_pairs
 from rs_gguf.judges.probe import Categories, Components, Probe, load_probe, read_states, save_probe
 from rs_gguf.judges.registry import (
     Judgement,
@@ -152,6 +153,16 @@ def test_no_prompt_is_in_both_splits() -> None:
     for row in rows():
         splits_of[row["prompt"]].add(row["split"])
     assert [prompt for prompt, splits in splits_of.items() if len(splits) > 1] == []
+
+
+def test_judges_are_measured_on_each_text_once_and_on_none_of_the_calibration() -> None:
+    held_out, labelled = held_out_pairs(), labelled_pairs()
+    texts = Counter(" ".join(pair.answer.split()) for pair in held_out)
+    assert max(texts.values()) == 1
+    others = {" ".join(pair.answer.split()) for pair in labelled if pair.split == "calibration"}
+    assert texts.keys().isdisjoint(others)
+    every = {" ".join(pair.answer.split()) for pair in labelled if pair.split == "test"}
+    assert texts.keys() == every - others
 
 
 def test_the_two_labellings_agree_and_contested_pairs_are_left_out() -> None:

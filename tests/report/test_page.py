@@ -39,7 +39,7 @@ from markdown_it import MarkdownIt
 
 from rs_gguf.errors import InputError
 from rs_gguf.judges import registry as judges
-from rs_gguf.judges.calibration import labelled_pairs
+from rs_gguf.judges.pairs import held_out_pairs
 from rs_gguf.pipeline import recipe
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.trials import GATED_ADAPTER
@@ -833,7 +833,7 @@ def test_damaged_arrays_are_named(run_folder: Path) -> None:
 
 def graded(folder: Path, *, wrong_every: int, sure: float = 0.7) -> list[dict[str, Any]]:
     """`judge_agreement.jsonl`: the labelled test pairs as a judge graded them that errs at every so many."""
-    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    pairs = held_out_pairs()
     rows = [
         {
             "prompt": p.prompt,
@@ -879,7 +879,7 @@ def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> 
     shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
     folder = make_run(tmp_path, metrics=lambda m: {**m, "judge": {"name": shipped["judge"]}})
     judge = section(Page(write_report(folder)), "judge")
-    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    pairs = held_out_pairs()
     right = sum((c > 0) == p.refusal for c, p in zip(shipped["confidence"], pairs, strict=True)) / len(pairs)
     assert f"{100 * right:.1f}".removesuffix(".0") + "%" in one_line(judge)
     assert "ship with the package" in one_line(judge)
@@ -888,7 +888,7 @@ def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> 
 @pytest.mark.real
 def test_the_shipped_figures_are_what_the_embedded_judge_says(real_model: Path) -> None:
     shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
-    pairs = [pair for pair in labelled_pairs() if pair.split == "test"]
+    pairs = held_out_pairs()
     some = range(0, len(pairs), 27)
     with judges.open_judge_spec(None, cached=False) as judge:
         assert judge.name == shipped["judge"]
