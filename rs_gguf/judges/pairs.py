@@ -32,9 +32,9 @@ def labelled_pairs() -> list[LabelledPair]:
 
 
 def held_out_pairs() -> list[LabelledPair]:
-    """Return the pairs to measure a judge on: those of the test split, each answer text once.
+    """Return the pairs to measure a judge on.
 
-    Texts of the calibration split are left out.
+    They are the pairs of the test split, each answer text once and none of the calibration split.
     """
     pairs = labelled_pairs()
     seen = {_text(pair) for pair in pairs if pair.split == "calibration"}
