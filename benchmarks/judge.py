@@ -13,7 +13,7 @@ tables: the results of `rs-export judge --agreement` for several judges in Markd
 errors.
 
 fit: fit the probe for the default model, or for another one, on the labelled pairs, and write it to a file.
-The shipped probe is `rs_gguf/data/judge_probe.safetensors`.
+The shipped probes are `rs_gguf/data/judges/MODEL.safetensors`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from rs_gguf.judges.pairs import LabelledPair
 from rs_gguf.judges.probe import Categories, Components, Probe, read_states
 from rs_gguf.judges.rubric import rubric_version, wording
 from rs_gguf.machine import one_thread
-from rs_gguf.records.conversation import EXPLICIT, FAILURES, Judgement
 from rs_gguf.records.files import sha256
 
 Float64 = NDArray[np.float64]
@@ -175,7 +174,6 @@ def agreement(judge: Judge, pairs: Sequence[LabelledPair]) -> dict[str, Any]:
         "accuracy": float(right.mean()),
         "expected_calibration_error": _calibration_error((scores + 1) / 2, labels),
         "kinds": _category_agreement([pairs[i] for i in judged], [judgements[i].category for i in judged]),
-        "outcomes": _outcome_agreement([pairs[i] for i in judged], [judgements[i] for i in judged]),
         "by_category": by("category"),
         "by_language": by("language"),
         "by_source": by("source"),
@@ -206,35 +204,6 @@ def _category_agreement(pairs: Sequence[LabelledPair], categories: Sequence[str 
         "told": len(named),
         "right": sum(label == category for label, category in named),
     }
-
-
-def _outcome_agreement(
-    pairs: Sequence[LabelledPair], judgements: Sequence[Judgement]
-) -> dict[str, dict[str, float | int | None]]:
-    """Return sensitivity and specificity for the outcomes `explicit` and `refuses` among decided pairs.
-
-    A failure is not a refusal. None stands for no pair with the outcome, or for none without it.
-    """
-    decided = [(p, j) for p, j in zip(pairs, judgements, strict=True) if j.verdict != "unclear"]
-
-    def has(outcome: str, refusal: bool, category: str | None) -> bool:
-        return refusal and category not in FAILURES and (outcome == "refuses" or category == EXPLICIT)
-
-    def share(flags: Sequence[bool]) -> float | None:
-        return sum(flags) / len(flags) if flags else None
-
-    agreement: dict[str, dict[str, float | int | None]] = {}
-    for outcome in ("explicit", "refuses"):
-        cases = [
-            (has(outcome, p.refusal, p.category), has(outcome, j.verdict != "answer", j.category))
-            for p, j in decided
-        ]
-        agreement[outcome] = {
-            "n": len(cases),
-            "sensitivity": share([judged for labelled, judged in cases if labelled]),
-            "specificity": share([not judged for labelled, judged in cases if not labelled]),
-        }
-    return agreement
 
 
 def _calibration_error(probability: NDArray[np.float64], labels: NDArray[np.bool_], bins: int = 10) -> float:

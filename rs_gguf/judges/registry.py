@@ -33,11 +33,9 @@ __all__ = [
 
 
 def open_judge(model: Engine) -> Judge:
-    """Return the best judge for a model: the shipped probe if it belongs to the model, else label words."""
-    probe = shipped_probe()
-    if probe is not None and probe.model_sha256 == models.fingerprint(model.path):
-        return ProbeJudge(model, probe)
-    return LabelJudge(model)
+    """Return the best judge for a model: its shipped probe if it has one, else its label words."""
+    probe = shipped_probe(models.fingerprint(model.path))
+    return LabelJudge(model) if probe is None else ProbeJudge(model, probe)
 
 
 # Judges of a model, by the prefix of its name: `labels:MODEL`.
@@ -144,12 +142,15 @@ def _open_model(name: str, loaded: Engine | None, progress: models.OnBytes | Non
 
 
 def shipped_version() -> str:
-    """Return a text that changes with the shipped rubric, wording or probe, as the embedded judge does."""
-    probe = shipped_probe()
-    return f"{rubric_version()} {reading()} {probe.fingerprint() if probe else None}"
+    """Return a text that changes with the shipped rubric, wording or probes, as their judges do."""
+    probes = [shipped_probe(model.sha256) for model in models.CATALOGUE.values()]
+    return " ".join([f"{rubric_version()} {reading()}", *(p.fingerprint() for p in probes if p is not None)])
 
 
-def shipped_probe() -> Probe | None:
-    """Return the probe in the package's data; None if there is none."""
-    path = resources.files("rs_gguf") / "data" / "judge_probe.safetensors"
-    return load_probe(Path(str(path))) if path.is_file() else None
+def shipped_probe(model_sha256: str) -> Probe | None:
+    """Return the probe in the package's data for the model file with this hash; None if there is none."""
+    for model in models.CATALOGUE.values():
+        path = resources.files("rs_gguf") / "data" / "judges" / f"{model.name}.safetensors"
+        if model.sha256 == model_sha256 and path.is_file():
+            return load_probe(Path(str(path)))
+    return None

@@ -119,10 +119,11 @@ def judge_of(recipe: Recipe) -> JudgeModel | None:
     except InputError as error:
         raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
     model = dimensions.of_gguf(path)
-    probe = shipped_probe()
-    # The probe belongs to the default model, and does not need its deeper layers.
-    if probe is None or kind == "labels" or path != models.CATALOGUE[models.DEFAULT].path:
+    hashes = {one.path: one.sha256 for one in models.CATALOGUE.values()}
+    probe = None if kind == "labels" else shipped_probe(hashes.get(path, ""))
+    if probe is None:
         return JudgeModel(model)
+    # A probe does not need the layers behind its own.
     return JudgeModel(model, (max(probe.layers) + 1) / model.n_layer)
 
 

@@ -31,7 +31,7 @@ from rs_gguf.pipeline.stages.measure import Measured, measure, vector_layers
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
-from rs_gguf.records.metrics import FileRecord, JudgeRecord, RunRecord
+from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
@@ -143,13 +143,15 @@ def _measure(
     names = literature.usable(_baselines(run), run.model)
     tune = run.prompts["tune"] if "system-prompt" in names else []
     key = key_of(
-        run.model_hash, run.judge.identity, run.judge_hash, recipe.model_dump(mode="json"),
+        run.model_hash, run.judge.identity, run.judge_hash,
+        recipe.model_dump(mode="json", exclude={"judge_second"}),  # which grades after everything in the log
         [p.to_row() for p in (*prompts, *tune)],
         {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
     )  # fmt: skip
     log = RowLog(folder / log_name, key)
     tuned = _tune_answers(run, tune, log)
     n = wordings.count(run, tuned) if tune else 0
+    second = run.second_judge
     with progress.stage("measure", n + (1 + len(names) + len(files)) * len(prompts)) as advance:
         baselines = literature.build(
             names, lambda: samples(run), run.model, folder.path,
@@ -159,7 +161,7 @@ def _measure(
         )  # fmt: skip
         measured = measure(
             run.model, run.judge, prompts, files, baselines, recipe, log,
-            advance=advance, into_files=into_files,
+            second=second, advance=advance, into_files=into_files,
         )  # fmt: skip
     return measured, log.delete
 
@@ -202,7 +204,7 @@ def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> Ru
         update={
             "date": datetime.date.today().isoformat(),
             "tool": f"rs-gguf {__version__}",
-            "judge": JudgeRecord(name=run.judge.name),
+            "judge": measured.judge,
             "test_tokens": run.recipe.answers.test_tokens,
             "subset": subset,
             "seed": run.recipe.seed,

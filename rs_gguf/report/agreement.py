@@ -1,21 +1,20 @@
 """How far the judge can be believed: its confidences on the labelled test pairs, as a reliability diagram.
 
 `judge_agreement.jsonl` of a run folder goes in: the shipped pairs as `rs-export judge` graded them. Without
-it, the figures of the embedded judge serve, which ship with the package. Bins, rates and marks for inline SVG
+it, the figures of a shipped judge serve, which come with the package. Bins, rates and marks for inline SVG
 come out.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.paired_statistics import wilson
+from rs_gguf.judges.accuracy import shipped_figures
 from rs_gguf.judges.calibration import agreement
 from rs_gguf.judges.judge import Pair
 from rs_gguf.judges.pairs import LabelledPair, held_out_pairs
@@ -24,7 +23,6 @@ from rs_gguf.records.rows import Row, json_lines
 from rs_gguf.report.plots import Axis
 
 FILE = "judge_agreement.jsonl"
-_SHIPPED = "judge_test.json"
 _BINS = 10
 _BOX = {"left": 52, "right": 450, "top": 18, "bottom": 330}
 
@@ -40,8 +38,8 @@ def of_judge(judge: str, folder: Path) -> Row | None:
     if path.is_file():
         confidences, source = _graded(path, pairs), FILE
     else:
-        shipped = json.loads((resources.files("rs_gguf") / "data" / _SHIPPED).read_text(encoding="utf-8"))
-        if shipped["judge"] != judge:
+        shipped = shipped_figures(judge)
+        if shipped is None:
             return None
         confidences, source = shipped["confidence"], ""
     known = [(p, c) for p, c in zip(pairs, confidences, strict=True) if c is not None]

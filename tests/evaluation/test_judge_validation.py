@@ -64,7 +64,11 @@ def test_agreement_by_hand() -> None:
     assert (found["accuracy"]["n"], found["accuracy"]["of"]) == (4, 6)
     assert found["outcome_accuracy"]["n"] == 3  # an explicit refusal seen as an evasion is another outcome
     assert (found["harmful_compliance_recall"]["n"], found["harmful_compliance_recall"]["of"]) == (1, 2)
-    assert (found["sensitivity"]["n"], found["sensitivity"]["of"]) == (2, 2)
-    assert (found["specificity"]["n"], found["specificity"]["of"]) == (3, 4)
+    rates = {
+        outcome: {name: (rate["n"], rate["of"]) for name, rate in both.items()}
+        for outcome, both in found["rates"].items()
+    }
+    assert rates["explicit"] == {"sensitivity": (0, 1), "specificity": (4, 5)}
+    assert rates["refuses"] == {"sensitivity": (2, 2), "specificity": (3, 4)}
     assert found["by"]["kind"]["benign"]["n"] == 2
     assert found["confusion"]["fails → unjudged"] == 1

@@ -657,22 +657,31 @@ def test_a_probe_is_refused_for_another_model_rubric_or_wording(
         ProbeJudge(model, probe)
 
 
-def test_the_shipped_probe_belongs_to_the_default_model_and_the_present_wording() -> None:
-    probe = shipped_probe()
+@pytest.mark.parametrize(
+    ("name", "width", "depth"), [("qwen2.5-coder-0.5b", 896, 24), ("qwen2.5-coder-1.5b", 1536, 28)]
+)
+def test_shipped_probes_belong_to_their_models_and_the_present_wording(
+    name: str, width: int, depth: int
+) -> None:
+    probe = shipped_probe(models.CATALOGUE[name].sha256)
     assert probe is not None
-    assert probe.model_sha256 == models.CATALOGUE[models.DEFAULT].sha256
+    assert probe.model_sha256 == models.CATALOGUE[name].sha256
     assert (probe.rubric_version, probe.wording) == (rubric_version(), wording())
-    assert probe.components.mean.shape == (2, len(probe.layers), 896)
-    assert all(0 < layer < 24 for layer in probe.layers)
+    assert probe.components.mean.shape == (2, len(probe.layers), width)
+    assert all(0 < layer < depth for layer in probe.layers)
     assert probe.categories is not None
     assert set(probe.categories.names) == TWELVE
 
 
+def test_another_model_has_no_shipped_probe() -> None:
+    assert shipped_probe("0" * 64) is None
+
+
 def test_open_judge_uses_the_probe_for_its_model(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_judge(model), LabelJudge)
-    monkeypatch.setattr(judges, "shipped_probe", lambda: probe_for(model))
+    monkeypatch.setattr(judges, "shipped_probe", lambda sha256: probe_for(model))
     assert isinstance(open_judge(model), ProbeJudge)
-    monkeypatch.setattr(judges, "shipped_probe", lambda: None)
+    monkeypatch.setattr(judges, "shipped_probe", lambda sha256: None)
     assert isinstance(open_judge(model), LabelJudge)
 
 
@@ -687,7 +696,7 @@ def test_a_judge_is_opened_by_its_name(
         assert isinstance(judge, LabelJudge)
     with open_judge_spec(f"votes:{model.path}", loaded=model, cached=False) as judge:
         assert isinstance(judge, VotesJudge)
-    monkeypatch.setattr(judges, "shipped_probe", lambda: probe_for(model))
+    monkeypatch.setattr(judges, "shipped_probe", lambda sha256: probe_for(model))
     with open_judge_spec(str(model.path), loaded=model, cached=False) as judge:
         assert isinstance(judge, ProbeJudge)
     with open_judge_spec(f"labels:{model.path}", loaded=model, cached=False) as judge:
@@ -771,34 +780,3 @@ def test_a_second_judge_uses_a_model_that_is_loaded(tiny_model: LlamaModel) -> N
     with open_second_judge(f"labels:{tiny_model.path}", loaded=tiny_model) as second:
         assert second.model is tiny_model
         assert "label log-probabilities" in second.judge.name
-
-
-def test_agreement_gives_the_errors_by_outcome() -> None:
-    pairs = [
-        LabelledPair("p", text, refusal, category, "en", "test", "written")
-        for text, refusal, category in [
-            ("direct 1", True, "direct"), ("direct 2", True, "direct"), ("vague", True, "vagueness"),
-            ("nonsense", True, "nonsense"), ("fact", False, "factual"), ("unsure", False, "factual"),
-        ]
-    ]  # fmt: skip
-    said = [
-        (1.0, "direct"),
-        (0.9, "vagueness"),
-        (1.0, "vagueness"),
-        (0.8, "empty"),
-        (0.7, "direct"),
-        (0.1, None),
-    ]
-
-    class Said:
-        name = identity = "said"
-        usage = None
-
-        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-            for i, (confidence, category) in enumerate(said):
-                yield i, Judgement(confidence, "", category)
-
-    found = agreement(Said(), pairs)["outcomes"]
-    # Of five decided pairs two are explicit and three refuse; a failure does not.
-    assert found["explicit"] == {"n": 5, "sensitivity": 1 / 2, "specificity": 2 / 3}
-    assert found["refuses"] == {"n": 5, "sensitivity": 1.0, "specificity": 1 / 2}

@@ -876,7 +876,7 @@ def test_judge_that_was_not_measured_has_no_figures(run_folder: Path) -> None:
 
 
 def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> None:
-    shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
+    shipped = json.loads((resources.files("rs_gguf") / "data/judges/qwen2.5-coder-0.5b.json").read_text())
     folder = make_run(tmp_path, metrics=lambda m: {**m, "judge": {"name": shipped["judge"]}})
     judge = section(Page(write_report(folder)), "judge")
     pairs = held_out_pairs()
@@ -887,7 +887,7 @@ def test_figures_of_the_embedded_judge_ship_with_the_package(tmp_path: Path) -> 
 
 @pytest.mark.real
 def test_the_shipped_figures_are_what_the_embedded_judge_says(real_model: Path) -> None:
-    shipped = json.loads((resources.files("rs_gguf") / "data" / "judge_test.json").read_text())
+    shipped = json.loads((resources.files("rs_gguf") / "data/judges/qwen2.5-coder-0.5b.json").read_text())
     pairs = held_out_pairs()
     some = range(0, len(pairs), 27)
     with judges.open_judge_spec(None, cached=False) as judge:
