@@ -2,7 +2,7 @@
 
 `vectors/README.md` becomes a page of the site. Links to it, and its own, are written so that they lead
 somewhere in the repository, and changed here. Equations, which arithmatex marks, become MathML, which
-browsers show by themselves.
+browsers show without scripts.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 `python tests/prose.py` checks everything against docs/.prose-baseline, the number of findings that each file
 still has. A file may have fewer findings, never more. A file without a number may have none.
 `python tests/prose.py FILE...` lists all findings of these files. `--update` lowers the numbers.
-Prose is the Markdown of the documents and of the templates, docstrings, and help texts of the command line.
+Prose is the Markdown of the documents and of the templates, docstrings, help texts of the command line, the
+rubric, and every other text of 5 words or more in the code: messages are among them.
 Headings, tables, code, formulas and link targets are not prose.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -24,10 +26,11 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "docs" / ".prose-baseline"
 PROSE = (
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md",
-    "rs_gguf/**/*.py", "benchmarks/**/*.py", "rs_gguf/**/*.jinja",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "vectors/README.md", "docs/**/*.md", "docs/**/*.py",
+    "rs_gguf/**/*.py", "benchmarks/**/*.py", "rs_gguf/**/*.jinja", "rs_gguf/data/rubric.toml",
 )  # fmt: skip
 MOST_WORDS = 30
+FEWEST_WORDS = 5  # of a text in the code that is checked
 
 BANNED = {  # a pattern, in which a blank is any white space: what to write instead
     r"(is|are|was|were|be|been|being) told( of)?": "say who reports what",
@@ -112,8 +115,14 @@ def markdown(text: str, first_line: int = 1) -> Iterator[Passage]:
 
 
 def python(text: str) -> Iterator[Passage]:
-    """Yield the passages of a module's docstrings and help texts."""
-    for node in ast.walk(ast.parse(text)):
+    """Yield the passages of a module: docstrings, help texts and longer texts, such as messages."""
+    tree = ast.parse(text)
+    seen: set[int] = set()  # what is a part of something else
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            seen.update(id(part) for part in node.values)
+        elif isinstance(node, ast.Expr):  # a docstring, which has an indentation of its own
+            seen.add(id(node.value))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(node):
                 # "name: what it is" on a line of its own describes one more parameter.
@@ -122,7 +131,35 @@ def python(text: str) -> Iterator[Passage]:
             for keyword in node.keywords:
                 value = keyword.value
                 if keyword.arg in _HELP and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    seen.add(id(value))
                     yield from markdown(value.value, value.lineno)
+    for node in ast.walk(tree):
+        if id(node) not in seen and isinstance(node, ast.Constant | ast.JoinedStr):
+            message = _message(node)
+            if len(message.split()) >= FEWEST_WORDS and not message.startswith("| "):  # a row of a table
+                yield from markdown(message, node.lineno)
+
+
+def _message(node: ast.Constant | ast.JoinedStr) -> str:
+    """Return a text of the code with a word for each value; empty for another constant."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    return "".join(_message(part) if isinstance(part, ast.Constant) else _CODE for part in node.values)
+
+
+def toml(text: str) -> Iterator[Passage]:
+    """Yield the texts of a TOML file."""
+
+    def texts(value: object) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from texts(part)
+
+    for one in texts(tomllib.loads(text)):
+        before, found, _ = text.partition(one)  # a text with an escape is not found, and stands in line 1
+        yield Passage(1 + before.count("\n") if found else 1, one)
 
 
 def template(text: str) -> str:
@@ -222,6 +259,7 @@ def check(path: Path) -> list[Finding]:
     readers: dict[str, Callable[[str], Iterator[Passage] | list[Passage]]] = {
         ".md": markdown,
         ".py": python,
+        ".toml": toml,
         ".md.jinja": lambda text: markdown(template(text)),
         ".html.jinja": lambda text: html(template(text)),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prose import check, findings, html, main, markdown, python, read_baseline, sentences, template
+from prose import check, findings, html, main, markdown, python, read_baseline, sentences, template, toml
 
 LONG = "word " * 31
 
@@ -135,6 +135,23 @@ def command():
     assert [f"{line}{problem.split(':')[0]}" for line, problem in sorted(found)] == [
         "1“but for”", "6“Is told of”", "10“so many”", "11“those of”", "15“So many”", "19“So many”",
     ]  # fmt: skip
+
+
+def test_messages_are_prose_and_short_texts_are_not() -> None:
+    text = """def load(name):
+    if name in ("so many", "but for"):
+        raise ValueError(f"{name}: there are so many files, "
+                         f"but for {name} none")
+    return "this text has so many words"
+"""
+    found = sorted((one.line, one.problem.split(":")[0]) for part in python(text) for one in findings(part))
+    assert found == [(3, "“but for”"), (3, "“so many”"), (5, "“so many”")]
+
+
+def test_texts_of_a_toml_file_are_prose() -> None:
+    text = 'a = 1\n\n[[b]]\nc = "So many."\nd = ["x", "But for one."]\n# so many\n'
+    found = [(one.line, one.problem.split(":")[0]) for part in toml(text) for one in findings(part)]
+    assert found == [(4, "“So many”"), (5, "“But for”")]
 
 
 def test_parameters_of_a_docstring_are_sentences_of_their_own() -> None:

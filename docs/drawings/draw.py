@@ -24,30 +24,7 @@ from rs_gguf.pipeline.recipe import Recipe
 HERE = Path(__file__).parent
 WIDTH = 760  # px of every figure
 
-_STYLE = """
-text { font: 15px system-ui, sans-serif; fill: #1f2937; }
-.small { font-size: 13px; fill: #4b5563; }
-.strong { font-weight: 600; }
-.paper { fill: #ffffff; }
-.box { fill: #f3f4f6; stroke: #6b7280; }
-.line { stroke: #6b7280; stroke-width: 1.5; fill: none; }
-.thick { stroke: #6b7280; stroke-width: 3; fill: none; }
-.a { fill: #1d4ed8; } .a-line { stroke: #1d4ed8; stroke-width: 2.5; fill: none; }
-.b { fill: #b45309; } .b-line { stroke: #b45309; stroke-width: 2.5; fill: none; }
-.hollow { fill: #ffffff; stroke: #1d4ed8; stroke-width: 1.5; }
-.passed { fill: #93c5fd; } .undecided { fill: #e5e7eb; } .failed { fill: #fdba74; }
-@media (prefers-color-scheme: dark) {
-text { fill: #e5e7eb; }
-.small { fill: #9ca3af; }
-.paper { fill: #1e2129; }
-.box { fill: #2d323d; stroke: #9ca3af; }
-.line, .thick { stroke: #9ca3af; }
-.a { fill: #7ba6f7; } .a-line { stroke: #7ba6f7; }
-.b { fill: #f0a04b; } .b-line { stroke: #f0a04b; }
-.hollow { fill: #1e2129; stroke: #7ba6f7; }
-.passed { fill: #2f5fa8; } .undecided { fill: #3b414d; } .failed { fill: #9a4f16; }
-}
-"""
+_STYLE = (HERE / "style.css").read_text(encoding="utf-8")
 
 
 class Drawing:
@@ -99,7 +76,7 @@ class Drawing:
         parts = "\n".join(self._parts)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self._height:g}" role="img">\n'
-            f"<title>{escape(self._title)}</title>\n<style>{_STYLE}</style>\n"
+            f"<title>{escape(self._title)}</title>\n<style>\n{_STYLE}</style>\n"
             f'<rect width="{WIDTH}" height="{self._height:g}" rx="10" class="paper"/>\n{parts}\n</svg>\n'
         )
 
