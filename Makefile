@@ -92,7 +92,7 @@ vectors: install
 		awk 'NR % 4 == 1' $$out/test_answers.jsonl >$$out/quarter.jsonl; \
 		$(BIN)/rs-export eval $$(sed -nE 's/^(model|temperature) = "?([^"]*)"?/--\1 \2/p' $$out/recipe.toml) \
 			--lora $$out/*-adapter.gguf --tokens 100 --prompts $$out/quarter.jsonl --scales 0,0.5,...,2 \
-			--json $$out/doses-adapter.json || exit; \
+			--json $$out/scale_sweep-adapter.json || exit; \
 		$(BIN)/rs-export report --out $$out || exit; \
 		cp $$out/*.gguf $$out/metrics.json $$out/card.md $$out/report.html $$folder/ || exit; \
 		sed -i.bak "s#$$out/#$$folder/#g; s#$$HOME/#~/#g" $$folder/metrics.json $$folder/report.html || exit; \
