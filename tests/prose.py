@@ -3,9 +3,10 @@
 `python tests/prose.py` checks everything against docs/.prose-baseline, the number of findings that each file
 still has. A file may have fewer findings, never more. A file without a number may have none.
 `python tests/prose.py FILE...` lists all findings of these files. `--update` lowers the numbers.
-Prose is the Markdown of the documents and of the templates, docstrings, help texts of the command line, the
-rubric, and every other text of 5 words or more in the code: messages are among them.
-Headings, tables, code, formulas and link targets are not prose.
+Prose is the Markdown of the documents and of the templates, docstrings, help texts of the command line, and
+every other text of 5 words or more in the code: messages are among them.
+Headings, tables, code, formulas and link targets are not prose. Neither is the rubric: a judge reads it, and
+its calibration holds for one wording only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import ast
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "docs" / ".prose-baseline"
 PROSE = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "vectors/README.md", "docs/**/*.md", "docs/**/*.py",
-    "rs_gguf/**/*.py", "benchmarks/**/*.py", "rs_gguf/**/*.jinja", "rs_gguf/data/rubric.toml",
+    "rs_gguf/**/*.py", "benchmarks/**/*.py", "rs_gguf/**/*.jinja",
 )  # fmt: skip
 MOST_WORDS = 30
 FEWEST_WORDS = 5  # of a text in the code that is checked
@@ -137,7 +137,7 @@ def python(text: str) -> Iterator[Passage]:
         if id(node) not in seen and isinstance(node, ast.Constant | ast.JoinedStr):
             message = _message(node)
             if len(message.split()) >= FEWEST_WORDS and not message.startswith("| "):  # a row of a table
-                yield from markdown(message, node.lineno)
+                yield from markdown(message.replace(":\n", ":\n\n"), node.lineno)  # a list begins
 
 
 def _message(node: ast.Constant | ast.JoinedStr) -> str:
@@ -145,21 +145,6 @@ def _message(node: ast.Constant | ast.JoinedStr) -> str:
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     return "".join(_message(part) if isinstance(part, ast.Constant) else _CODE for part in node.values)
-
-
-def toml(text: str) -> Iterator[Passage]:
-    """Yield the texts of a TOML file."""
-
-    def texts(value: object) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from texts(part)
-
-    for one in texts(tomllib.loads(text)):
-        before, found, _ = text.partition(one)  # a text with an escape is not found, and stands in line 1
-        yield Passage(1 + before.count("\n") if found else 1, one)
 
 
 def template(text: str) -> str:
@@ -259,7 +244,6 @@ def check(path: Path) -> list[Finding]:
     readers: dict[str, Callable[[str], Iterator[Passage] | list[Passage]]] = {
         ".md": markdown,
         ".py": python,
-        ".toml": toml,
         ".md.jinja": lambda text: markdown(template(text)),
         ".html.jinja": lambda text: html(template(text)),
     }

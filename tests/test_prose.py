@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prose import check, findings, html, main, markdown, python, read_baseline, sentences, template, toml
+from prose import check, findings, html, main, markdown, python, read_baseline, sentences, template
 
 LONG = "word " * 31
 
@@ -148,10 +148,10 @@ def test_messages_are_prose_and_short_texts_are_not() -> None:
     assert found == [(3, "“but for”"), (3, "“so many”"), (5, "“so many”")]
 
 
-def test_texts_of_a_toml_file_are_prose() -> None:
-    text = 'a = 1\n\n[[b]]\nc = "So many."\nd = ["x", "But for one."]\n# so many\n'
-    found = [(one.line, one.problem.split(":")[0]) for part in toml(text) for one in findings(part)]
-    assert found == [(4, "“So many”"), (5, "“But for”")]
+def test_a_list_in_a_message_ends_the_sentence() -> None:
+    half = "word " * 20
+    parts = python(f'x = "{half}:\n{half}"')
+    assert [finding for part in parts for finding in findings(part)] == []
 
 
 def test_parameters_of_a_docstring_are_sentences_of_their_own() -> None:
