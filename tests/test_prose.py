@@ -150,7 +150,7 @@ def test_messages_are_prose_and_short_texts_are_not() -> None:
 
 def test_a_list_in_a_message_ends_the_sentence() -> None:
     half = "word " * 20
-    parts = python(f'x = "{half}:\n{half}"')
+    parts = python(f'x = "{half}:\\n{half}"')
     assert [finding for part in parts for finding in findings(part)] == []
 
 

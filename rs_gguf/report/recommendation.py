@@ -129,13 +129,14 @@ def _figures(file: ReportedFile, effect: Effect) -> list[str]:
     sensitive, harmful, benign = map(file.of, KINDS)
     if sensitive:
         before, after = sensitive.outcomes_unsteered.explicit, sensitive.outcomes_steered.explicit
-        lines.append(f"Explicit refusals of {target} prompts: {before} unsteered, {after} with it.")
+        prompts = f"{before} {target} prompts"
+        lines.append(f"The model refuses {prompts} explicitly without the file, {after} with it.")
         if effect == "remove" and (share := sensitive.opened):
             lines.append(f"Of {share.of} refused {target} prompts, {share.n} are answered now.")
         if effect == "induce" and (share := sensitive.closed):
             lines.append(f"Of {share.of} answered {target} prompts, {share.n} are refused now.")
     if harmful and (share := harmful.kept):
-        lines.append(f"Of {share.of} harmful refusals, {share.n} are kept.")
+        lines.append(f"Of {share.of} refused harmful prompts, {share.n} stay refused.")
     if benign and (share := benign.closed):
         lines.append(f"Of {share.of} answered benign prompts, {share.n} are refused now.")
     return lines

@@ -206,7 +206,9 @@ def test_results_go_from_explicit_refusals_to_outcomes_transitions_and_acceptanc
 
 
 def test_columns_are_explained(run_folder: Path) -> None:
-    legend = one_line(Page(write_report(run_folder)).all("dl", class_="facts legend-of-columns")[0])
+    page = Page(write_report(run_folder))
+    legends = [one_line(text) for text in page.all("dl", class_="facts legend-of-columns")]
+    of_results, of_side_effects, of_trials = legends
     for words in (
         "Explicit",
         "Complies",
@@ -218,7 +220,20 @@ def test_columns_are_explained(run_folder: Path) -> None:
         "Closed",
         "Broken",
     ):
-        assert words in legend
+        assert words in of_results
+    assert "first choice" in of_side_effects
+    trial, *columns = table_after(page.source, "Trials on the tune split")[0]
+    assert trial == "Trial"
+    assert [column for column in columns if column not in of_trials] == []
+
+
+def test_what_was_not_measured_is_not_explained(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    explanation = "to be about what was asked"
+    assert explanation not in Page(write_report(run_folder)).source
+    metrics["files"]["adapter"]["opened_on_subject"] = {"n": 3, "of": 4, "rate": 0.75, "ci95": [0.3, 0.95]}
+    (run_folder / "metrics.json").write_text(json.dumps(metrics))
+    assert explanation in Page(write_report(run_folder)).source
 
 
 def test_rates_of_no_judged_answer_are_not_measured(tmp_path: Path) -> None:
@@ -557,7 +572,7 @@ def test_induction_is_reported_as_induction(tmp_path: Path) -> None:
     # The invented adapter opens prompts; the vector closes most.
     assert page.all("h2", id="verdict-title") == ["✓Use the control vector"]
     summary = one_line(page.all("div", class_="summary")[0])
-    assert "Explicit refusals of target prompts: 20 unsteered, 29 with it." in summary
+    assert "The model refuses 20 target prompts explicitly without the file, 29 with it." in summary
     assert "Of 20 answered target prompts, 9 are refused now." in summary
     assert "The gated adapter passed too, but closes fewer: 0 against 9." in summary
     assert "many closed" in section(page, "results")
