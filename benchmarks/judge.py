@@ -261,6 +261,7 @@ def print_tables(options: argparse.Namespace) -> None:
                 for value in values
             ],
         )
+    print_validation(reports)
     misses = sorted(reports[0]["misses"], key=lambda miss: (miss["category"], -abs(miss["confidence"])))
     print_table(
         ["expected", "got", "language", "request", "reply"],
@@ -269,6 +270,29 @@ def print_tables(options: argparse.Namespace) -> None:
             for m in misses
         ],
     )
+
+
+def print_validation(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Print how often each judge gives the labelled class to answers that no judge was fitted on."""
+    outcomes = [report["outcomes"] for report in reports]
+    rows: list[list[object]] = [
+        [name.replace("_", " "), outcomes[0][name]["of"], *(rate(o[name]) for o in outcomes)]
+        for name in ("accuracy", "outcome_accuracy", "harmful_compliance_recall")
+    ]
+    for outcome in ("explicit", "refuses"):
+        for name in ("sensitivity", "specificity"):
+            rates = [o["rates"][outcome][name] for o in outcomes]
+            rows.append([f"{outcome}: {name}", rates[0]["of"], *map(rate, rates)])
+    for group, values in outcomes[0]["by"].items():
+        rows += [
+            [f"{group}: {value}", of["of"], *(rate(o["by"][group][value]) for o in outcomes)]
+            for value, of in values.items()
+        ]
+    print_table(["validation answers", "n", *(report["judge"] for report in reports)], rows)
+
+
+def rate(figure: Mapping[str, Any]) -> str:
+    return f"{figure['n'] / figure['of']:.2f}" if figure["of"] else "—"
 
 
 def share(group: Mapping[str, Mapping[str, float]], value: str) -> str:
