@@ -1,4 +1,4 @@
-"""Define the command group `rs-export`, with `run`, the stages and `models`.
+"""Define the command group `rs-export`, with `run` and the stages.
 
 Each command parses its options, calls one function and prints the result. Heavy imports wait until a command
 needs them.
@@ -19,6 +19,7 @@ import click
 from rs_gguf.cli import eval as cli_eval
 from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
+from rs_gguf.cli import models as cli_models
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.cli import remeasure as cli_remeasure
 from rs_gguf.errors import RsGgufError, escape_control_chars
@@ -228,6 +229,7 @@ for _info in STAGES.values():
 for _command in (
     cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge,
     cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
+    cli_models.models,
 ):  # fmt: skip
     main.add_command(_command)
 
@@ -238,55 +240,3 @@ def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
     from rs_gguf.cli.summary import print_results
 
     print_results(Console(), metrics, out)
-
-
-@main.group()
-def models() -> None:
-    """Known small models, pinned by SHA-256."""
-
-
-@models.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def models_list(as_json: bool) -> None:
-    """List the catalogue."""
-    from rs_gguf.models.resolve import CATALOGUE
-
-    rows: list[dict[str, Any]] = [
-        {
-            "name": m.name,
-            "size": m.size,
-            "licence": m.licence,
-            "downloaded": m.path.is_file(),
-            "summary": m.summary,
-        }
-        for m in CATALOGUE.values()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        state = "downloaded" if row["downloaded"] else "not downloaded"
-        size = f"{row['size'] / 1e6:>6.0f} MB"
-        click.echo(f"{row['name']:<20} {size}  {row['licence']:<11} {state:<14} {row['summary']}")
-
-
-@models.command("pull")
-@click.argument("name")
-def models_pull(name: str) -> None:
-    """Download a model, verify it and print its path."""
-    from rs_gguf.models.resolve import pull
-
-    progress = _progress()
-    try:
-        click.echo(pull(name, progress=progress.download))
-    finally:
-        progress.close()
-
-
-@models.command("path")
-@click.argument("name")
-def models_path(name: str) -> None:
-    """Print the path of a model; exit with 2 if it is not downloaded."""
-    from rs_gguf.models.resolve import path_of
-
-    click.echo(path_of(name))
