@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow
 import pytest
+from fixtures.hub import Hub
 from pyarrow import parquet
 
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.suites import SUITES, Suite, load
 from rs_gguf.records.conversation import KINDS
-
-COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 def write(path: Path, columns: Mapping[str, list[str]]) -> Path:
@@ -105,46 +100,6 @@ def test_a_copy_that_does_not_fit_is_named(
 # ---- the hub -----------------------------------------------------------------------------------------
 
 
-class Hub:
-    """A hub that serves files of datasets as huggingface_hub asks for them."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.asked: list[str] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def answer(self, *, body: bool) -> None:
-                outer.asked.append(f"{self.command} {self.path}")
-                content = files.get(self.path)
-                self.send_response(404 if content is None else 200)
-                if content is None:
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                content = content or b""
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     suite = SUITES["jailbreakbench"]
@@ -161,12 +116,9 @@ def fetched(name: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]
         "from rs_gguf.evaluation.suites import load\n"
         f"for name, prompts in load({name!r}).items(): print(name, len(prompts))"
     )
-    without = {"http_proxy", "https_proxy", "all_proxy", "hf_hub_offline"}
-    environment = {key: value for key, value in os.environ.items() if key.lower() not in without}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+        [sys.executable, "-c", code], env=hub.environment(home), capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
