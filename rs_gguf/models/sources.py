@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -63,13 +64,21 @@ def hub_download(repository: str, file: str, folder: Path | None, *, dataset: bo
         what = "dataset" if dataset else "model"
         raise InputError(
             f"cannot find the {what} {repository}/{file}: no such local file, and the hub download failed "
-            f"({_first_line(error)}). Check the path, the id and the connection."
+            f"({first_line(error)}). Check the path, the id and the connection."
         ) from error
     return Path(path)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {escape_control_chars(str(error).strip().partition(chr(10))[0][:200])}"
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message, to print: without the user's token."""
+    import huggingface_hub
+
+    line = str(error).strip().partition("\n")[0]
+    # An HTTP client quotes a header that it cannot send, and a server may repeat what it was sent.
+    line = re.sub(r"(?i)\bbearer\s+[^\s'\"]+", "[token]", line)
+    if token := huggingface_hub.get_token():
+        line = line.replace(token, "[token]")
+    return f"{type(error).__name__}: {escape_control_chars(line[:200])}"
 
 
 def fetch_from_hub(hub_id: str, config_only: bool) -> Path:
@@ -106,7 +115,7 @@ def fetch_from_hub(hub_id: str, config_only: bool) -> Path:
     except Exception as error:
         raise InputError(
             f"cannot find the model {hub_id}: no such local file or folder, and the hub download failed "
-            f"({_first_line(error)}). Check the path, the id and the connection."
+            f"({first_line(error)}). Check the path, the id and the connection."
         ) from error
     advice = (
         f"Name one of its GGUF files, {hub_id}/FILE: {', '.join(names[:20])}."
