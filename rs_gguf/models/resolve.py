@@ -32,6 +32,7 @@ __all__ = [
     "fingerprint",
     "name_of",
     "path_of",
+    "public_source",
     "pull",
     "resolve",
     "resolve_gguf",
@@ -79,6 +80,20 @@ def resolve_gguf(spec: str, *, progress: OnBytes | None = None) -> Path:
     return path
 
 
+def public_source(spec: str, sha256: str = "") -> tuple[str, str] | None:
+    """Return hub repository and file of a model as others can get it; None for a local model.
+
+    A folder of safetensors has an empty file. A local copy of a catalogue model is recognised by its hash.
+    """
+    known = CATALOGUE.get(spec) or next((m for m in CATALOGUE.values() if m.sha256 == sha256), None)
+    if known is not None and sha256 in ("", known.sha256):
+        return known.hub
+    if not _is_hub_id(spec) or ".." in spec.split("/") or from_home(spec).exists():
+        return None
+    owner, name, *file = spec.split("/")
+    return f"{owner}/{name}", "/".join(file)
+
+
 def path_of(name: str) -> Path:
     """Return the path of a downloaded catalogue model.
 
@@ -115,18 +130,19 @@ def _locate(spec: str, config_only: bool, progress: OnBytes | None) -> Path:
             f"{path}: {len(files)} GGUF models and no config.json in this folder; exactly one GGUF model or "
             "a config.json is needed. Name the GGUF file itself."
         )
-    # A missing `folder/file.gguf`, or a missing file in an existing folder, is a mistyped path.
-    is_file = spec.endswith(".gguf")
-    if (
-        _HUB_ID.fullmatch(spec)
-        and is_file == (spec.count("/") > 1)
-        and not (is_file and path.parent.is_dir())
-    ):
+    if _is_hub_id(spec):
         return sources.fetch_from_hub(spec, config_only)
     raise InputError(
         f"cannot find the model {spec!r}: not a local file or folder. Give an existing GGUF file, a "
         f"catalogue name ({', '.join(CATALOGUE)}) or a hub id (owner/name or owner/name/file.gguf)."
     )
+
+
+def _is_hub_id(spec: str) -> bool:
+    """Return whether `spec` has the form of a hub id. A missing `folder/file.gguf` is a mistyped path."""
+    is_file = spec.endswith(".gguf")
+    of_a_folder_here = is_file and from_home(spec).parent.is_dir()
+    return bool(_HUB_ID.fullmatch(spec)) and is_file == (spec.count("/") > 1) and not of_a_folder_here
 
 
 def _may_be_a_model(path: Path) -> bool:

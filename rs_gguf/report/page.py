@@ -21,6 +21,7 @@ from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
 from rs_gguf.records.rows import Row
 from rs_gguf.report import agreement, answers, breakdowns, geometry, plots, recommendation, scale_sweep
+from rs_gguf.report.hub_figures import hub_figures
 from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import Results, load
 from rs_gguf.report.side_effects import agreement_line, side_effects
@@ -29,8 +30,8 @@ from rs_gguf.steering.file import llama_options
 from rs_gguf.version import __version__
 
 
-def write_report(run_folder: Path, *, harmful_answers: bool = False) -> Path:
-    """Write `report.html` into a measured run folder and return its path.
+def write_report(run_folder: Path, *, harmful_answers: bool = False, path: Path | None = None) -> Path:
+    """Write the report of a measured run folder and return its path, by default `report.html` there.
 
     harmful_answers: show the answers to harmful prompts, folded. Without it a page can be published.
 
@@ -74,7 +75,7 @@ def write_report(run_folder: Path, *, harmful_answers: bool = False) -> Path:
         }
 
     template = html_environment().get_template("report.html.jinja")
-    return _render(folder / "report.html", template, context)
+    return _render(path or folder / "report.html", template, context)
 
 
 def write_card(run_folder: Path) -> Path:
@@ -87,8 +88,11 @@ def write_card(run_folder: Path) -> Path:
 
     def context() -> Row:
         sha256, common = run.record.model.sha256, _common(run)
+        source = models.public_source(str(run.recipe.get("model", models.DEFAULT)), sha256)
         return {
             **common,
+            "base_model": source[0] if source else None,
+            "figures": list(hub_figures(common["files"])),
             "examples": answers.examples(run.rows, common["ordered"][0], run.record.effect, harmful=False),
             "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
             "languages": answers.languages(run.rows),

@@ -26,8 +26,8 @@ from huggingface_hub.utils import filter_repo_objects
 from rs_gguf.errors import InputError
 from rs_gguf.models import catalogue, sources
 from rs_gguf.models import resolve as models
-from rs_gguf.models.catalogue import CATALOGUE, CatalogueModel, DataPackage
-from rs_gguf.models.resolve import fingerprint, pull, resolve, resolve_gguf
+from rs_gguf.models.catalogue import CATALOGUE, DEFAULT, CatalogueModel, DataPackage
+from rs_gguf.models.resolve import fingerprint, public_source, pull, resolve, resolve_gguf
 from rs_gguf.records.files import sha256
 from rs_gguf.steering.container import finish
 
@@ -154,6 +154,29 @@ def test_hub_ids_go_to_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(sources, "fetch_from_hub", hub)
     assert resolve(spec) == tmp_path
     assert requests == [spec]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sha256", "source"),
+    [
+        (DEFAULT, "", CATALOGUE[DEFAULT].hub),
+        (DEFAULT, "0" * 64, None),  # another file under the name
+        ("/my/copy.gguf", CATALOGUE[DEFAULT].sha256, CATALOGUE[DEFAULT].hub),
+        ("Qwen/Qwen3-4B", "", ("Qwen/Qwen3-4B", "")),
+        ("owner/name/q4/m.gguf", "", ("owner/name", "q4/m.gguf")),
+        ("owner/../m.gguf", "", None),
+        ("owner/name/m.bin", "", None),
+        ("here/m.gguf", "", None),
+        ("here/sub/m.gguf", "", None),
+        ("~/m.gguf", "", None),
+    ],
+)
+def test_the_source_of_a_model_is_what_others_can_download(
+    spec: str, sha256: str, source: tuple[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_source(spec, sha256) == source
 
 
 def test_a_local_path_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
