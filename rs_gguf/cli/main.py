@@ -21,13 +21,15 @@ from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
 from rs_gguf.cli import models as cli_models
 from rs_gguf.cli import plan as cli_plan
+from rs_gguf.cli import push as cli_push
 from rs_gguf.cli import remeasure as cli_remeasure
-from rs_gguf.errors import RsGgufError, escape_control_chars
+from rs_gguf.errors import InputError, RsGgufError, escape_control_chars
 from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
+    from rs_gguf.pipeline.reproduce import Reproduction
 
 
 class _Group(click.Group):
@@ -126,6 +128,15 @@ def _progress() -> TerminalProgress:
     return TerminalProgress(Console(stderr=True))
 
 
+def _fetch(repository: str, recipe: Path | None, out: Path, overrides: tuple[str, ...]) -> Reproduction:
+    from rs_gguf.pipeline.reproduce import fetch
+
+    if recipe is not None:
+        raise InputError("give either RECIPE or --from: the repository has a recipe of its own.")
+    with contextlib.closing(_progress()) as progress:
+        return fetch(repository, out, overrides, progress.download)
+
+
 def _run(
     recipe: Path | None,
     out: Path,
@@ -159,6 +170,12 @@ def _run(
 @_run_options
 @_budget
 @_second_judge
+@click.option(
+    "--from",
+    "repository",
+    metavar="OWNER/NAME",
+    help="Repeat a run that was published with `rs-export push`: its recipe, in --out.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
 def run_command(
     recipe: Path | None,
@@ -167,6 +184,7 @@ def run_command(
     fresh: bool,
     budget: str | None,
     second_judge: str | None,
+    repository: str | None,
     as_json: bool,
 ) -> None:
     """Run the whole pipeline; resume an interrupted run.
@@ -174,6 +192,7 @@ def run_command(
     Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
     Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
+    published = _fetch(repository, recipe, out, overrides) if repository is not None else None
     metrics = _run(recipe, out, overrides, fresh, LAST, budget, second_judge)
     if not metrics:  # one of several processes; only rank 0 prints
         return
@@ -181,6 +200,8 @@ def run_command(
         click.echo(json.dumps(metrics, indent=2))
     else:
         _print_metrics(metrics, out)
+    for line in published.differences(out) if published else ():
+        click.echo(line, err=True)
     if not any(file["acceptance"]["verdict"] == "passed" for file in metrics["files"].values()):
         sys.exit(1)
 
@@ -229,7 +250,7 @@ for _info in STAGES.values():
 for _command in (
     cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge,
     cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
-    cli_models.models,
+    cli_push.push, cli_models.models,
 ):  # fmt: skip
     main.add_command(_command)
 

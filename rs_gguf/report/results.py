@@ -68,7 +68,7 @@ def load(folder: Path) -> Results:
         metrics, tune, fit = (json.loads(texts[f"{name}.json"]) for name in ("metrics", "tune", "fit"))
         fitted = _fitted(folder)
         sweeps = [_sweep(path) for path in sorted(folder.glob("scale_sweep*.json"))]
-        recipe_text = _without_home(texts["recipe.toml"])
+        recipe_text = without_home(texts["recipe.toml"])
         recipe = tomllib.loads(recipe_text)
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
@@ -112,11 +112,11 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _without_home(toml: str) -> str:
-    """Return a recipe whose paths below the home folder begin with `~`, so that they name nobody."""
+def without_home(text: str) -> str:
+    """Return a text whose paths below the home folder begin with `~`, so that they name nobody."""
     with contextlib.suppress(RuntimeError):  # there is no home
-        return toml.replace(f'"{Path.home().as_posix()}/', '"~/')
-    return toml
+        return re.sub(rf"(?<![\w./-]){re.escape(Path.home().as_posix())}/", "~/", text)
+    return text
 
 
 def printable(value: Any) -> Any:

@@ -143,6 +143,15 @@ def markdown_fence(text: str, language: str) -> Markup:
     return Markup("{0}{1}\n{2}\n{0}".format(ticks, language, text.rstrip("\n")))
 
 
+def card_notice(card: str, notices: Sequence[str]) -> str:
+    """Return a Markdown card with a quoted line for each notice, which it shows below its front matter."""
+    if not notices:
+        return card
+    quoted = "\n".join(f"> - **{markdown_text(notice)}**" for notice in notices)
+    start, mark, rest = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
+    return f"{start}{mark}\n{quoted}\n\n{rest.lstrip()}"
+
+
 def yaml_text(text: str) -> Markup:
     """Return a double-quoted YAML scalar, which every JSON string is."""
     return Markup(json.dumps(str(text), ensure_ascii=False))
