@@ -19,6 +19,7 @@ import click
 from rs_gguf.cli import eval as cli_eval
 from rs_gguf.cli import files as cli_files
 from rs_gguf.cli import judge as cli_judge
+from rs_gguf.cli import merge as cli_merge
 from rs_gguf.cli import models as cli_models
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.cli import push as cli_push
@@ -250,7 +251,7 @@ for _info in STAGES.values():
 for _command in (
     cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge,
     cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
-    cli_push.push, cli_models.models,
+    cli_merge.merge, cli_push.push, cli_models.models,
 ):  # fmt: skip
     main.add_command(_command)
 

@@ -37,11 +37,13 @@ class TensorInfo:
 class Header:
     """The header of a GGUF file.
 
-    `values`: the metadata; None stands for a list. `tensors_at`, `end`: the bytes between which the tensors
-    are described. The header and each tensor are padded to a multiple of `alignment` bytes.
+    `values`: the metadata; None stands for a list. `spans`: first byte and end of each metadata entry.
+    `tensors_at`, `end`: the bytes between which the tensors are described. The header and each tensor are
+    padded to a multiple of `alignment` bytes.
     """
 
     values: dict[str, Any]
+    spans: dict[str, tuple[int, int]]
     tensors: Sequence[TensorInfo]
     alignment: int
     tensors_at: int
@@ -109,9 +111,12 @@ class _Reader:
         self._at = 8
         n_tensors, n_values = self._number("Q"), self._number("Q")
         values: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(n_values):
+            start = self._at
             key = self._name("metadata key", values)
             values[key] = self._value(self._number("I"))
+            spans[key] = start, self._at
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
@@ -124,7 +129,7 @@ class _Reader:
                 raise ValueError(f"tensor {name[:80]!r} has {n_dims} dimensions")
             shape = [self._number("Q") for _ in range(n_dims)]
             tensors[name] = TensorInfo(name, shape, self._number("I"), self._number("Q"))
-        return Header(values, list(tensors.values()), alignment, tensors_at, self._at)
+        return Header(values, spans, list(tensors.values()), alignment, tensors_at, self._at)
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

@@ -10,23 +10,21 @@ Takes a GGUF file and returns the path of the file to load.
 from __future__ import annotations
 
 import logging
-import math
-import mmap
 import shutil
-import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import llama_cpp
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.header import Header, TensorInfo
+from rs_gguf.models import rewrite
+from rs_gguf.models.header import Header
 from rs_gguf.models.resolve import fingerprint
+from rs_gguf.models.rewrite import Change, Part, size_of
 from rs_gguf.records.files import cache_folder, remove_drafts, write_atomic
 
 _log = logging.getLogger("rs_gguf.q8_copy")
@@ -59,7 +57,10 @@ def file_to_load(path: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free < _FREE_SPACE * path.stat().st_size:
                 raise InputError(f"{folder} has too little free space.")
-            write_atomic(copy, lambda file: _write(file, path, header, types))
+            pairs = zip(header.tensors, types, strict=True)
+            to_q8_0 = Change(_Q8_0, lambda blocks, _: q5_0_to_q8_0(blocks))
+            changes = {tensor.name: to_q8_0 for tensor, type_ in pairs if type_ != tensor.type}
+            write_atomic(copy, lambda file: rewrite.write(file, [Part(path, header)], changes))
     # llama.cpp gives the better message for a damaged file.
     except (InputError, OSError, MemoryError) as error:
         _log.info("no Q8_0 copy of %s: %s", path, error)
@@ -95,7 +96,7 @@ def _copy_types(path: Path, header: Header) -> list[int]:
         for tensor in header.tensors
     ]
     q5_0 = [tensor for tensor, type_ in zip(header.tensors, types, strict=True) if type_ != tensor.type]
-    enough = sum(_size(tensor, _Q5_0) for tensor in q5_0) >= _MIN_SHARE * path.stat().st_size
+    enough = sum(size_of(tensor, _Q5_0) for tensor in q5_0) >= _MIN_SHARE * path.stat().st_size
     fits = _bytes_added(header, types) <= _MAX_BYTES_ADDED and header.alignment <= _MAX_ALIGNMENT
     return types if enough and fits else own
 
@@ -103,54 +104,10 @@ def _copy_types(path: Path, header: Header) -> list[int]:
 def _bytes_added(header: Header, types: Sequence[int]) -> int:
     pairs = zip(header.tensors, types, strict=True)
     return sum(
-        _size(tensor, type_) - _size(tensor, tensor.type) for tensor, type_ in pairs if type_ != tensor.type
+        size_of(tensor, type_) - size_of(tensor, tensor.type)
+        for tensor, type_ in pairs
+        if type_ != tensor.type
     )
-
-
-def _size(tensor: TensorInfo, type_: int) -> int:
-    """Return the bytes of a tensor's data in a type, given by ggml's number."""
-    if type_ not in GGML_QUANT_SIZES:
-        raise InputError(f"{tensor.name} has the type {type_}, which the gguf package does not know.")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
-    return int(math.prod(tensor.shape) // block * block_bytes)
-
-
-def _write(file: BinaryIO, path: Path, header: Header, types: Sequence[int]) -> None:
-    """Write the model with its tensors in `types`. Metadata and the order of tensors stay the same.
-
-    Raises:
-        InputError: the tensors are not stored one after another. Nothing is written then.
-    """
-
-    def padded(size: int) -> int:
-        return -(-size // header.alignment) * header.alignment
-
-    def pad(size: int) -> None:
-        file.write(bytes(padded(size) - size))
-
-    end = 0
-    for tensor in header.tensors:
-        size = _size(tensor, tensor.type)
-        # llama.cpp requires this order. Without the check, a small file with overlapping tensors could make a
-        # very large copy.
-        if tensor.offset != end or padded(header.end) + end + size > path.stat().st_size:
-            raise InputError(f"{path}: the tensor {tensor.name} is not stored where it belongs.")
-        end += padded(size)
-    pairs = list(zip(header.tensors, types, strict=True))
-    with path.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        file.write(data[: header.tensors_at])
-        offset = 0
-        for tensor, type_ in pairs:
-            name, shape = tensor.name.encode(), tensor.shape
-            file.write(struct.pack("<Q", len(name)) + name)
-            file.write(struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_, offset))
-            offset += padded(_size(tensor, type_))
-        pad(file.tell())
-        for tensor, type_ in pairs:
-            start = padded(header.end) + tensor.offset
-            blocks = data[start : start + _size(tensor, tensor.type)]
-            file.write(blocks if type_ == tensor.type else q5_0_to_q8_0(blocks))
-            pad(_size(tensor, type_))
 
 
 def q5_0_to_q8_0(blocks: bytes) -> bytes:

@@ -60,19 +60,22 @@ def resolve(spec: str, *, config_only: bool = False, progress: OnBytes | None = 
     return path
 
 
-def resolve_gguf(spec: str, *, progress: OnBytes | None = None) -> Path:
+def resolve_gguf(spec: str, *, progress: OnBytes | None = None, parts: bool = False) -> Path:
     """Return the local GGUF file of a model, as `resolve` does. Refuse a folder before downloading it.
+
+    parts: also accept a local file that is one part of a split model.
 
     Raises:
         InputError: as in `resolve`, or the model is not a GGUF file.
     """
-    is_local = spec in CATALOGUE or from_home(spec).exists()
+    local = from_home(spec)
+    is_local = spec in CATALOGUE or local.exists()
     if not is_local and _HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
         raise InputError(
             f"{spec} is not a local file, and llama.cpp needs a GGUF file. Name the file on the hub: "
             "owner/name/file.gguf."
         )
-    path = resolve(spec, progress=progress)
+    path = local if parts and spec not in CATALOGUE and local.is_file() else resolve(spec, progress=progress)
     if path.is_dir():
         raise InputError(
             f"{path} is a Hugging Face folder, and llama.cpp needs a GGUF file. Give the model's GGUF file."

@@ -36,7 +36,7 @@ ADAPTER_TOLERANCE = 1e-2
 _NOT_FINITE = "the next-token probabilities are NaN or infinite: the"
 _SHORT = "the direction is so short that F32 rounding of the residual stream removes it"
 
-_PROMPTS = (
+PROMPTS = (
     "Name three rivers in Europe.",
     "Who governs a city, and how are they chosen?",
     "写一首关于秋天的短诗。",
@@ -65,7 +65,7 @@ def check_vector_effect(vector: SteeringVector, model: Engine) -> EffectCheck:
     if mismatch is not None:
         return mismatch
     chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
+    prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
     plain = _distributions(model, prompts)
     with model.steered(Steering(vector.directions)):
         steered = _distributions(model, prompts)
@@ -178,7 +178,7 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
         )
         return EffectCheck(False, (reason,), {}, None)
     chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in _PROMPTS]
+    prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
     with contextlib.ExitStack() as steering:
         try:
             steering.enter_context(model.steered(Steering(adapters=[(path, 1.0)])))

@@ -144,7 +144,8 @@ def _factor_pairs(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str,
         elif tensor.tensor_type not in _FLOATS:
             reasons.append(f"tensor {tensor.name!r} is {tensor.tensor_type.name}; F32, F16 or BF16 is needed")
         elif len(tensor.shape) != 2:
-            reasons.append(f"tensor {tensor.name!r} has the shape {list(map(int, tensor.shape))}; 2-D needed")
+            shape = list(map(int, tensor.shape))
+            reasons.append(f"tensor {tensor.name!r} has the shape {shape}; 2-D needed (experts are not read)")
         else:
             pairs.setdefault(match[1], {})[match[2]] = dequantize(tensor.data, tensor.tensor_type)
     for name, pair in pairs.items():

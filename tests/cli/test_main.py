@@ -29,9 +29,8 @@ def test_help_lists_commands_before_stages() -> None:
     assert code == 0
     names = [line.split()[0] for line in stdout.split("Commands:")[1].splitlines() if line.strip()]
     assert names == [
-        "run", "plan", "eval", "remeasure", "judge", "check", "inspect", "convert", "combine", "push",
-        "models",
-        "Stages", *STAGES,
+        "run", "plan", "eval", "remeasure", "judge", "check", "inspect", "convert", "combine", "merge",
+        "push", "models", "Stages", *STAGES,
     ]  # fmt: skip
     assert list(STAGES)[:8] == ["answer", "score", "capture", "fit", "tune", "write", "measure", "report"]
 

@@ -38,15 +38,22 @@ class LlamaContexts(LlamaFile):
         n_parallel: the most sequences that are answered at once.
         n_ctx: KV cells that all sequences share. They bound the memory.
         n_threads: CPU threads; by default all that this process may use.
+        as_stored: see `LlamaFile`.
 
     Raises:
         InputError: the file cannot be loaded (see `LlamaFile`), or the context does not fit the memory.
     """
 
     def __init__(
-        self, path: Path, *, n_parallel: int = 32, n_ctx: int = CONTEXT, n_threads: int | None = None
+        self,
+        path: Path,
+        *,
+        n_parallel: int = 32,
+        n_ctx: int = CONTEXT,
+        n_threads: int | None = None,
+        as_stored: bool = False,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, as_stored=as_stored)
         self.n_parallel = n_parallel
         self.n_ctx = n_ctx
         self.max_length: int = min(n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))

@@ -28,25 +28,31 @@ _KEPT_ADAPTERS = 8  # adapters that stay loaded, unless more are in use at once:
 class LlamaFile:
     """The weights and the vocabulary of a GGUF file.
 
+    as_stored: load the file itself and not its faster Q8_0 copy; also load all parts of a split model, whose
+        first part is `path`.
+
     Raises:
         InputError: the file is missing, truncated, not a GGUF file, only one part of a model, or without a
             vocabulary. Also for an unknown architecture, or if the weights do not fit the memory. The message
             quotes llama.cpp's own errors, if there are any.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, as_stored: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(
                 f"model file not found: {path}. Give a GGUF file or a name from `rs-export models list`."
             )
-        self.metadata = gguf_header.values_of_whole(self.path)
+        self.metadata = (
+            gguf_header.read(self.path).values if as_stored else gguf_header.values_of_whole(self.path)
+        )
         llama_log.listen()
         llama_cpp.llama_backend_init()
         self.handle: Any = None
         self._adapters: dict[str, Any] = {}  # in order of last use
         # The Q8_0 copy is faster but needs more memory than the file itself, which is the second choice.
-        for file in dict.fromkeys([q8_copy.file_to_load(self.path), self.path]):
+        faster = [] if as_stored else [q8_copy.file_to_load(self.path)]
+        for file in dict.fromkeys([*faster, self.path]):
             llama_log.forget_errors()
             params = llama_cpp.llama_model_default_params()
             params.load_mode = _load_mode(file)
