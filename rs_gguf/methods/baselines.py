@@ -15,8 +15,6 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from rs_gguf.activations.projection import project
@@ -38,12 +36,12 @@ from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.evaluation.condition import Condition
 from rs_gguf.machine import Device
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
+from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
 from rs_gguf.steering import lora_file
+from rs_gguf.steering.ablation import ablated, other_output_matrices, outputs_along
 from rs_gguf.steering.lora import LoraAdapter
 
 _log = logging.getLogger("rs_gguf.baselines")
@@ -192,28 +190,11 @@ def ablation(samples: Samples, model: Engine, folder: Path, effect: Effect, syst
         raise InputError(NO_ABLATION)
     _, difference = best_difference(samples)
     unit = difference / np.linalg.norm(difference)
-    along = outputs_along(model.path, unit)
-    factors = {name: (row[np.newaxis], -unit[:, np.newaxis]) for name, row in along.items()}
+    layers = dict.fromkeys(range(MAX_LAYERS), unit)
+    factors = {name: ablated(unit, along) for name, along in outputs_along(model.path, layers)}
     path = folder / "baselines" / "ablation.gguf"
     lora_file.write(LoraAdapter(factors, model.architecture), path)
     return Condition("ablation", Steering({}, [(path, 1.0)]), system)
-
-
-def other_output_matrices(model: Path) -> list[str]:
-    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
-    return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
-
-
-def outputs_along(model: Path, unit: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Return rᵀW [in] of every output matrix W of a GGUF file, by tensor name, for the unit vector r [D].
-
-    r rᵀW is what the matrix adds along r.
-    """
-    return {
-        tensor.name: unit @ dequantize(tensor.data, tensor.tensor_type)
-        for tensor in GGUFReader(model).tensors
-        if is_output_matrix(tensor.name)
-    }
 
 
 def best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:

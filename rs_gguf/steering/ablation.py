@@ -1,0 +1,42 @@
+"""Directional ablation: what the output matrices of a model add along a direction.
+
+Takes a GGUF file and a direction for each layer. Arditi et al. (arXiv 2406.11717) call the edit of the
+weights, W' = W − α d dᵀW, weight orthogonalisation. It is a rank-1 LoRA with A = α dᵀW and B = −d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from rs_gguf.models import header as gguf_header
+from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
+from rs_gguf.steering.lora import Factors
+
+
+def other_output_matrices(model: Path) -> list[str]:
+    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
+    return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
+
+
+def outputs_along(
+    model: Path, directions: Mapping[int, NDArray[np.float32]]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield the name and dᵀW [in] of each output matrix W in a layer with a direction d [D].
+
+    d dᵀW is what the matrix adds along a direction of length 1. One matrix is in memory at a time.
+    """
+    for tensor in GGUFReader(model).tensors:
+        layer = int(tensor.name.split(".")[1]) if is_output_matrix(tensor.name) else -1
+        if layer in directions:
+            yield tensor.name, directions[layer] @ dequantize(tensor.data, tensor.tensor_type)
+
+
+def ablated(direction: NDArray[np.float32], along: NDArray[np.float32], alpha: float = 1.0) -> Factors:
+    """Return A = α dᵀW [1, in] and B = −d [D, 1] of a matrix W; `along` is dᵀW."""
+    return np.float32(alpha) * along[np.newaxis], -direction[:, np.newaxis]
