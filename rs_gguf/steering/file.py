@@ -22,6 +22,8 @@ from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.steering import lora_file, vector_file
 from rs_gguf.steering.container import metadata
+from rs_gguf.steering.formats.glp import is_projection
+from rs_gguf.steering.formats.glp import read as read_projection
 from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, StricterThanLlamaCpp, open_gguf
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
@@ -30,33 +32,41 @@ from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector import options as vector_options
 
 
-class SteeringFile(Protocol):
-    """The content of a steering file: a `SteeringVector` or a `LoraAdapter`.
+class Displayed(Protocol):
+    """What `inspect` shows of a file. `part`: the unit that it has one change for."""
 
-    `kind`: its name. `option`: the llama.cpp option that loads it. `part`: the unit that it has one change
-    for. `intended_effect`: the effect on a model that the effect check looks for.
-    """
-
-    kind: ClassVar[str]
-    option: ClassVar[str]
     part: ClassVar[str]
-    intended_effect: ClassVar[str]
 
-    @property
-    def architecture(self) -> str: ...
     @property
     def provenance(self) -> Mapping[str, ProvenanceValue]: ...
-    @property
-    def layers(self) -> list[int]:
-        """The layers that it changes, ascending, 0-based."""
-
     @property
     def norms(self) -> Mapping[int, float] | Mapping[str, float]:
         """The length of each part's change."""
 
     @property
     def contents(self) -> Mapping[str, ProvenanceValue]:
-        """The kind of file and what it changes, for display."""
+        """The kind of file and what it changes."""
+
+    def cosines(self, other: Self) -> Mapping[int, float] | Mapping[str, float]:
+        """Return the cosine between the two changes of each part that both files change."""
+
+
+class SteeringFile(Displayed, Protocol):
+    """The content of a steering file: a `SteeringVector` or a `LoraAdapter`.
+
+    `kind`: its name. `option`: the llama.cpp option that loads it. `intended_effect`: the effect on a model
+    that the effect check looks for.
+    """
+
+    kind: ClassVar[str]
+    option: ClassVar[str]
+    intended_effect: ClassVar[str]
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def layers(self) -> list[int]:
+        """The layers that it changes, ascending, 0-based."""
 
     def with_facts(self, facts: Mapping[str, ProvenanceValue], *, in_place_of: str = ...) -> Self:
         """Return a copy with `facts` added to its provenance, less the earlier keys with a prefix."""
@@ -64,9 +74,6 @@ class SteeringFile(Protocol):
     @classmethod
     def combined(cls, parts: Sequence[tuple[Self, float]]) -> Self:
         """Return the sum of weight × file. Raise `InputError` if the parts belong to different models."""
-
-    def cosines(self, other: Self) -> Mapping[int, float] | Mapping[str, float]:
-        """Return the cosine between the two changes of each part that both files change."""
 
     @property
     def gates(self) -> Mapping[str, NDArray[np.float32]]:
@@ -103,6 +110,13 @@ def read_alike(paths: Sequence[Path]) -> list[SteeringFile]:
             f"--control-vector {shlex.quote(str(vector))} --lora {shlex.quote(str(adapter))}."
         )
     return [read(path) for path in paths]
+
+
+def read_for_display(paths: Sequence[Path]) -> Sequence[Displayed]:
+    """Read files of one kind, also GLP files, which llama.cpp would misapply. Raises as `read_alike` does."""
+    if all(kind_of(path) is SteeringVector and is_projection(path) for path in paths):
+        return [read_projection(path) for path in paths]
+    return read_alike(paths)
 
 
 def write(content: SteeringFile, path: str | Path) -> None:

@@ -33,6 +33,8 @@ from rs_gguf.steering.report import CheckReport
 from rs_gguf.steering.vector import SteeringVector
 
 ARCHITECTURE = "controlvector"
+MODE_KEY = "glp.mode"
+"""What to do with the directions, in files of weightless: `add`, as llama.cpp does, or `project`."""
 NORM_RATIO = 100.0
 """`check` warns if the largest norm exceeds the smallest by this factor; few models span so much."""
 
@@ -172,6 +174,13 @@ class _Survey:
 
     def header(self, reader: GGUFReader) -> None:
         self.errors += schema_faults(self.values)
+        mode = self.values.get(MODE_KEY, "add")
+        if mode != "add":
+            self.errors.append(
+                f"{MODE_KEY} is {mode!r:.80}: the directions are not to be added, but llama.cpp would add "
+                "them without a message. If they are to be projected out ('project'), convert the file into "
+                "an adapter: rs-export convert FILE --from glp --model MODEL --output F."
+            )
         kind = self.values.get("general.architecture")
         if kind != ARCHITECTURE:
             self.warnings.append(

@@ -20,6 +20,8 @@ from rs_gguf.methods import baselines
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline.recipe import Recipe, load
 from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.steering import lora_file
+from rs_gguf.steering.formats import glp
 
 LAYERS, WIDTH, N = 10, 32, 240
 
@@ -191,6 +193,12 @@ def test_after_ablation_no_layer_adds_along_the_direction(tmp_path: Path) -> Non
             after = along()
     # The part of the embedding stays, and no layer adds to it.
     assert np.ptp(after) < 1e-3 * np.ptp(before)
+    projection, notes = glp.of_adapter(lora_file.read(tmp_path / "baselines" / "ablation.gguf"), path)
+    assert projection.vector.layers == list(range(1, LAYERS))
+    assert projection.alpha == pytest.approx(1)
+    for row in projection.vector.directions.values():
+        np.testing.assert_allclose(row, unit, atol=1e-6)
+    assert "Left out layer 0" in notes[1]
 
 
 def test_ablation_is_left_out_for_a_model_of_experts(

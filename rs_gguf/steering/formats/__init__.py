@@ -1,1 +1,1 @@
-"""Files of other tools: read vectors in seven formats, write adapters for PEFT."""
+"""Files of other tools: read vectors in seven formats and GLP, write adapters for PEFT and GLP."""

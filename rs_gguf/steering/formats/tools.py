@@ -1,6 +1,6 @@
-"""List the source tools whose vectors `convert` reads.
+"""List the tools whose files `convert` reads and writes.
 
-The list has a module of its own so that the command line shows it without heavy imports.
+The lists have a module of its own so that the command line shows them without heavy imports.
 """
 
 from __future__ import annotations
@@ -15,3 +15,8 @@ FORMATS = {
     "steering-vectors": 0,
     "huggingface": 0,
 }
+
+PROJECTIONS = ("glp",)
+"""Formats of projections, which become adapters of a model."""
+TARGETS = ("peft", "glp")
+"""Formats that an adapter of this project can be written in."""

@@ -26,7 +26,7 @@ from rs_gguf.steering.formats.tools import FORMATS
 from rs_gguf.steering.guard import MAX_NUMBERS, open_gguf, read_bounded
 from rs_gguf.steering.provenance import INT64, KEY, ProvenanceValue
 from rs_gguf.steering.vector import SteeringVector
-from rs_gguf.steering.vector_file import loader_layer
+from rs_gguf.steering.vector_file import MODE_KEY, loader_layer
 
 MAX_SAFETENSORS_HEADER = 2**20
 _FLOATS = (
@@ -67,6 +67,8 @@ def convert(
         source_metadata = metadata(reader)
         if SCHEMA_KEY in source_metadata:
             raise InputError(f"{path} was written by this project: it needs no conversion. Use it as it is.")
+        if source_metadata.get(MODE_KEY, "add") != "add":
+            raise InputError(f"{path} is a GLP file, whose directions are not added. Use --from glp.")
         numbered = list(_gguf_rows(reader, notes))
     elif _is_safetensors(data):
         numbered = list(_safetensors_rows(path, data, notes))
@@ -83,7 +85,7 @@ def convert(
     if not hint:
         notes.append("The file does not name its model; give the model family with --architecture.")
     provenance: dict[str, ProvenanceValue] = {
-        **{f"source.{key}": value for key, value in source_metadata.items() if _keepable(key, value)},
+        **{f"source.{key}": value for key, value in source_metadata.items() if keepable(key, value)},
         "source.format": from_format,
         "source.file": Path(path).name,
         "source.sha256": hashlib.sha256(data).hexdigest(),
@@ -214,7 +216,7 @@ def _placed(
     return placed
 
 
-def _keepable(key: str, value: Any) -> bool:
+def keepable(key: str, value: Any) -> bool:
     """Return whether foreign metadata fits into provenance: short plain names, single finite values."""
     if KEY.fullmatch(key) is None or len(key) > 200 or len(str(value)) > 1000:
         return False
