@@ -16,7 +16,7 @@ import click
 
 from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.records.rows import finite
-from rs_gguf.steering.formats.tools import FORMATS
+from rs_gguf.steering.formats.tools import FORMATS, PROJECTIONS, TARGETS
 
 _FILE = click.Path(path_type=Path)
 
@@ -81,9 +81,9 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
 
     Layers, matrices, norms, provenance, calibration, metrics.
     """
-    from rs_gguf.steering.file import read_alike
+    from rs_gguf.steering.file import read_for_display
 
-    content, *others = read_alike([file] if against is None else [file, against])
+    content, *others = read_for_display([file] if against is None else [file, against])
     value: dict[str, Any] = {
         "file": str(file), **content.contents,
         "norms": {str(part): norm for part, norm in content.norms.items()},
@@ -101,7 +101,7 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
     console = Console()
     # Fold long values: people compare hashes, so a narrow terminal must not cut them.
     facts = Table("fact", Column("value", overflow="fold"), show_header=False, box=None)
-    for name in ("file", "kind", "architecture", "width", "matrices", "rank"):
+    for name in ("file", "kind", "architecture", "width", "matrices", "rank", "alpha", "hook_point"):
         if name in value:
             facts.add_row(name, Text(escape_control_chars(value[name])))
     for name, entry in value["provenance"].items():
@@ -120,12 +120,16 @@ def inspect(file: Path, against: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("file", type=_FILE)
-@click.option("--from", "from_format", type=click.Choice(list(FORMATS)), help="Tool that wrote the vector.")
-@click.option("--to", "to_format", type=click.Choice(("peft",)), help="Tool to write the adapter for.")
+@click.option(
+    "--from", "from_format", type=click.Choice([*FORMATS, *PROJECTIONS]), help="Tool or format of FILE."
+)
+@click.option(
+    "--to", "to_format", type=click.Choice(TARGETS), help="Tool or format to write the adapter for."
+)
 @click.option("--output", required=True, type=_FILE, help="File to write; with --to peft, a folder.")
 @click.option("--base", type=int, help="Number that FILE gives to layer 0; by default, the format's number.")
 @click.option("--architecture", metavar="NAME", help="With --from: model family, such as qwen2.")
-@click.option("--model", metavar="M", help="With --to: model of FILE, which supplies the module names.")
+@click.option("--model", metavar="M", help="With --to and --from glp: model of FILE.")
 def convert(
     file: Path,
     from_format: str | None,
@@ -137,33 +141,55 @@ def convert(
 ) -> None:
     """Convert a vector from another tool, or an adapter for one.
 
-    --from writes a vector that llama.cpp adds at the right layer. --to writes an adapter for another tool.
+    --from writes a vector that llama.cpp adds at the right layer. A GLP file, which projects directions out,
+    becomes an adapter. --to writes an adapter for another tool.
     """
     if (from_format is None) == (to_format is None):
         raise InputError("give either --from (another tool's vector) or --to (our adapter for another tool).")
-    if to_format is not None:
-        if model is None or base is not None or architecture is not None:
-            raise InputError(
-                f"--to {to_format} needs --model, the model of FILE, and accepts neither --base nor "
-                "--architecture."
-            )
+    needs_model = to_format is not None or from_format in PROJECTIONS
+    if needs_model and (model is None or base is not None or architecture is not None):
+        option = f"--from {from_format}" if to_format is None else f"--to {to_format}"
+        raise InputError(
+            f"{option} needs --model, the model of FILE, and accepts neither --base nor --architecture."
+        )
+    if model is not None and not needs_model:
+        raise InputError(
+            "--model is accepted only with --to and with --from glp. With --from, name the model family with "
+            "--architecture."
+        )
+    notes: tuple[str, ...] = ()
+    if to_format == "peft":
         from rs_gguf.steering import lora_file
         from rs_gguf.steering.formats import peft as peft_export
 
-        peft_export.export(lora_file.read(file), model, output)
+        peft_export.export(lora_file.read(file), str(model), output)
+    elif needs_model:
+        notes = _convert_projection(file, str(model), output, write_glp=to_format == "glp")
     else:
-        if model is not None:
-            raise InputError(
-                "--model is accepted only with --to. With --from, name the model family with --architecture."
-            )
         from rs_gguf.steering.formats.vectors import convert as convert_file
         from rs_gguf.steering.vector_file import write
 
         conversion = convert_file(file, str(from_format), base=base, architecture=architecture)
         write(conversion.vector, output)
-        for note in conversion.notes:
-            click.echo(note, err=True)
+        notes = conversion.notes
+    for note in notes:
+        click.echo(note, err=True)
     click.echo(output)
+
+
+def _convert_projection(file: Path, model: str, output: Path, *, write_glp: bool) -> tuple[str, ...]:
+    """Write an adapter as a GLP file, or a GLP file as an adapter. Return a sentence for each difference."""
+    from rs_gguf.models.resolve import resolve_gguf
+    from rs_gguf.steering import lora_file
+    from rs_gguf.steering.formats import glp
+
+    if write_glp:
+        projection, notes = glp.of_adapter(lora_file.read(file), resolve_gguf(model))
+        glp.write(projection, output)
+    else:
+        adapter, notes = glp.to_adapter(file, resolve_gguf(model))
+        lora_file.write(adapter, output)
+    return notes
 
 
 @click.command()

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rs_gguf.cli.main import main
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.container import finish
 from rs_gguf.steering.vector import SteeringVector
 
 WIDTH = 32
@@ -177,3 +178,36 @@ def test_combine_refuses_and_writes_nothing(
     assert code == 2
     assert message in stderr
     assert not Path("sum.gguf").exists()
+
+
+def test_glp_files_are_inspected_and_converted_both_ways(tmp_path: Path, model: Path) -> None:
+    source, adapter, back = tmp_path / "v.gguf", tmp_path / "a.gguf", tmp_path / "w.gguf"
+    unit = (row(2) / np.linalg.norm(row(2))).astype(np.float32)
+    writer = gguf.GGUFWriter(source, "controlvector")
+    writer.add_string("glp.mode", "project")
+    writer.add_float32("glp.alpha_default", 1.0)
+    writer.add_tensor("direction.2", unit)
+    finish(writer)
+    code, stdout, _ = invoke("check", source)
+    assert code == 1
+    assert "llama.cpp would add them" in stdout
+    code, stdout, _ = invoke("inspect", source, "--against", source, "--json")
+    assert code == 0
+    content = strict(stdout)
+    assert (content["kind"], content["alpha"], content["layers"]) == ("GLP projection", 1.0, [2])
+    assert content["cosine"] == {"2": pytest.approx(1)}
+    assert "GLP projection" in invoke("inspect", source)[1]
+    code, stdout, stderr = invoke("convert", source, "--from", "glp", "--model", model, "--output", adapter)
+    assert (code, stdout) == (0, f"{adapter}\n")
+    assert "changes what each matrix adds" in stderr
+    code, _, stderr = invoke("convert", adapter, "--to", "glp", "--model", model, "--output", back)
+    assert code == 0
+    assert "removes the whole component" in stderr
+    content = strict(invoke("inspect", source, "--against", back, "--json")[1])
+    assert content["cosine"] == {"2": pytest.approx(1)}
+
+
+def test_glp_files_need_their_model(tmp_path: Path) -> None:
+    code, _, stderr = invoke("convert", tmp_path / "v.gguf", "--from", "glp", "--output", tmp_path / "a.gguf")
+    assert code == 2
+    assert "--from glp needs --model" in stderr
