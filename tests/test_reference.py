@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+DOCS = Path(__file__).parents[1] / "docs"
+REFERENCE = DOCS / "reference"
 _MAKE = "import sys, pathlib, generate; sys.stdout.write(generate.page(pathlib.Path(sys.argv[1])))"
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md"])
+@pytest.mark.parametrize("name", ["reference/cli.md", "reference/recipe.md", "howto/front-ends.md"])
 def test_pages_are_what_the_code_makes_of_them(name: str) -> None:
     # By itself: a click command keeps the help options of the first context that it was run in.
     made = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", _MAKE, name],
+        [sys.executable, "-X", "utf8", "-c", _MAKE, str(DOCS / name)],
         cwd=REFERENCE, check=True, capture_output=True, encoding="utf-8", timeout=120,
     ).stdout  # fmt: skip
     # Other versions of click break lines elsewhere.
-    assert (REFERENCE / name).read_text(encoding="utf-8").split() == made.split(), (
+    assert (DOCS / name).read_text(encoding="utf-8").split() == made.split(), (
         "run `python docs/reference/generate.py`"
     )
 

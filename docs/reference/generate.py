@@ -1,7 +1,8 @@
-"""Writes the lower part of `cli.md` and `recipe.md` out of the code: `python docs/reference/generate.py`.
+"""Writes the lower part of three pages out of the code: `python docs/reference/generate.py`.
 
-`cli.md` gets the text of every `--help`, `recipe.md` a table of every key of the recipe; what stands above
-the marker is kept. `tests/test_reference.py` fails when a page is not what this makes of it.
+`cli.md` gets the text of every `--help`, `recipe.md` a table of every key of the recipe, and
+`howto/front-ends.md` the recipes of the package's data. What stands above the marker is kept.
+`tests/test_reference.py` fails when a page is not what this makes of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from rs_gguf.cli.main import main
 from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.report.front_ends import FrontEnd, front_ends
 
 MARKER = "<!-- Written by docs/reference/generate.py from here on. -->\n"
 
@@ -47,17 +49,48 @@ def _recipe(model: type[BaseModel] = Recipe, section: str = "") -> Iterator[str]
         yield from _recipe(part, name)
 
 
-PAGES: dict[str, Callable[[], Iterator[str]]] = {"cli.md": _commands, "recipe.md": _recipe}
+def _front_ends() -> Iterator[str]:
+    names = {"adapter": "remove-adapter.gguf", "control vector": "remove.gguf"}
+    options = {
+        "adapter": f"--lora {names['adapter']}",
+        "control vector": f"--control-vector {names['control vector']}",
+    }
+    recipes: dict[str, dict[str, FrontEnd]] = {}
+    for kind, name in names.items():
+        for one in front_ends(name, options[kind], is_vector=kind == "control vector", model="model.gguf"):
+            recipes.setdefault(one.name, {})[kind] = one
+    yield from ("", "| recipe | adapter | control vector |", "| --- | --- | --- |")
+    for name, kinds in recipes.items():
+        marks = [("tested" if kinds[kind].tested else "untested") if kind in kinds else "" for kind in names]
+        yield f"| {name} | {' | '.join(marks)} |"
+    for name, kinds in recipes.items():
+        yield from ("", f"## {name}")
+        texts: set[str] = set()
+        for kind, one in kinds.items():
+            if one.text not in texts:
+                texts.add(one.text)
+                yield from ("", f"{one.mark.capitalize()}. {one.text}")
+            if one.blocks and len(kinds) > 1:
+                yield from ("", f"With {'an' if kind == 'adapter' else 'a'} {kind}:")
+            for block in one.blocks:
+                yield from ("", f"```{block.language}", block.text, "```")
+
+
+_REFERENCE = Path(__file__).parent
+PAGES: dict[Path, Callable[[], Iterator[str]]] = {
+    _REFERENCE / "cli.md": _commands,
+    _REFERENCE / "recipe.md": _recipe,
+    _REFERENCE.parent / "howto" / "front-ends.md": _front_ends,
+}
 
 
 def page(path: Path) -> str:
     """What the page should hold: its own text up to the marker, and what the code says below."""
     above, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
     assert marker, f"{path} has lost its marker"
-    return f"{above}{marker}" + "\n".join([*PAGES[path.name](), ""])
+    return f"{above}{marker}" + "\n".join([*PAGES[path](), ""])
 
 
 if __name__ == "__main__":
-    for name in PAGES:
-        path = Path(__file__).with_name(name)
+    for path in PAGES:
         path.write_text(page(path), encoding="utf-8")

@@ -21,6 +21,7 @@ from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import write_text
 from rs_gguf.records.rows import Row
 from rs_gguf.report import agreement, answers, breakdowns, geometry, plots, recommendation, scale_sweep
+from rs_gguf.report.front_ends import FrontEnd, front_ends
 from rs_gguf.report.hub_figures import hub_figures
 from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import Results, load
@@ -96,7 +97,6 @@ def write_card(run_folder: Path) -> Path:
             "examples": answers.examples(run.rows, common["ordered"][0], run.record.effect, harmful=False),
             "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
             "languages": answers.languages(run.rows),
-            "options": {file.key: _options(file) for file in common["files"]},
         }
 
     template = markdown_environment().get_template("card.md.jinja")
@@ -120,11 +120,12 @@ def _given(prompts: Row) -> Row:
     return prompts | {kind: list(map(file_name, prompts[kind])) for kind in KINDS if prompts.get(kind)}
 
 
-def _options(file: ReportedFile) -> str:
-    """Return llama.cpp's options for a file by its name: a card is read where no run folder is."""
-    layers = file.record.layers if file.is_vector else None
-    off = file.record.llama_cpp.reasoning_off
-    return llama_options(shlex.quote(file.record.file), layers, reasoning_off=off)
+def _front_ends(file: ReportedFile) -> list[FrontEnd]:
+    """Return the recipes for a file by its name: a card is read where no run folder is."""
+    record, off = file.record, file.record.llama_cpp.reasoning_off
+    layers = record.layers if file.is_vector else None
+    options = llama_options(shlex.quote(record.file), layers, reasoning_off=off)
+    return front_ends(record.file, options, is_vector=file.is_vector, reasoning_off=off)
 
 
 def _common(run: Results) -> Row:
@@ -144,6 +145,7 @@ def _common(run: Results) -> Row:
         "recipe": run.recipe,
         "recipe_text": run.recipe_text,
         "given": _given(run.recipe.get("prompts", {})),
+        "front_ends": {file.key: _front_ends(file) for file in files},
         "side_effects": side_effects,
         "agreement": agreement_line(run.record.judge),
         "limits": run.recipe.get("tune", {}),

@@ -25,6 +25,7 @@ from rs_gguf.estimators.estimator import RidgeMeanDifference
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Kind
+from rs_gguf.report.front_ends import front_ends
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
@@ -110,6 +111,36 @@ def test_llama_completion_steers_like_python(
     options = ["--model", str(tiny_file), *EXACT, *options, "--prompt", TEXTS[0], "--predict", str(TOKENS)]
     options += ["--temp", "0", "--no-conversation", "--no-display-prompt"]
     assert completion(*options)[0].startswith(expected)
+
+
+@pytest.mark.parametrize("is_vector", [False, True])
+def test_one_server_offers_the_model_with_and_without_a_file(
+    tiny: LlamaModel,
+    tiny_file: Path,
+    unsteered: list[list[int]],
+    is_vector: bool,
+    tmp_path: Path,
+) -> None:
+    """The preset of the documents, with the paths of a file and a model in it."""
+    path = tmp_path / "file.gguf"
+    if is_vector:
+        rng = np.random.default_rng(2)
+        rows = {n: rng.standard_normal(WIDTH).astype(np.float32) for n in range(1, N_LAYER)}
+        control_vector.write(SteeringVector(rows), path)
+        steering = Steering(rows)
+    else:
+        lora.write(random_adapter(), path)
+        steering = Steering(adapters=[(path, 1.0)])
+    with tiny.steered(steering):
+        steered = answers(tiny)
+    recipes = front_ends(str(path), "", is_vector=is_vector, model=str(tiny_file))
+    (recipe,) = (one for one in recipes if one.name == "Two model names on one llama-server")
+    preset = tmp_path / "models.ini"
+    preset.write_text(recipe.blocks[0].text, encoding="utf-8")
+    with Server(tmp_path / "log", "--models-preset", str(preset), "--ctx-size", "1024", *EXACT) as server:
+        for name, expected in (("unsteered", unsteered), ("steered", steered)):
+            assert [served(server, tiny.tokenize(text), model=name) for text in TEXTS] == expected
+    assert all(one != other for one, other in zip(steered, unsteered, strict=True))
 
 
 def test_parallel_requests_choose_the_strength_of_an_adapter(
