@@ -58,8 +58,8 @@ _INFOS = (
     ),
     StageInfo(
         "measure",
-        "Measure the test split, unsteered and steered.",
-        "Measuring the test split",
+        "Measure the validation split, unsteered and steered.",
+        "Measuring the validation split",
         ("measured.jsonl", "test_answers.jsonl", "metrics.json", "baselines/"),
     ),
     StageInfo("report", "Write report.html and card.md.", "Writing the report", ("report.html", "card.md")),

@@ -63,7 +63,7 @@ from rs_gguf.version import __version__
 
 
 class Measure(Stage):
-    """Before and after on the test split, then `metrics.json` and the figures in the files' metadata."""
+    """Measure the validation split; write `metrics.json` and the figures in the files' metadata."""
 
     info = STAGES["measure"]
 
