@@ -27,7 +27,7 @@ class CatalogueModel:
     size: int  # bytes
     sha256: str
     hub: tuple[str, str]  # (repository, file)
-    packages: tuple[DataPackage, ...]  # the offline source, in order of concatenation
+    packages: tuple[DataPackage, ...]  # the source `packages`, in order of concatenation
 
     @property
     def path(self) -> Path:

