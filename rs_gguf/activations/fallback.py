@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +73,8 @@ def statistics(
             mean_square = (mass * errors**2).sum(axis=0) / mass.sum(axis=0)
             figures["disagreement"][layer] = np.where(mass.sum(axis=0) > 0, np.sqrt(mean_square), 0)
         if refused.any() and answered.any():
+            from scipy.stats import rankdata  # The extra `run` has SciPy; other statistics do not need it.
+
             above = rankdata(np.concatenate([p[refused], p[answered]]), axis=0)[: refused.sum()]
             pairs = above.sum(axis=0) - refused.sum() * (refused.sum() + 1) / 2
             figures["auroc"][layer] = pairs / (refused.sum() * answered.sum())

@@ -24,6 +24,7 @@ from rs_gguf.cli import models as cli_models
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.cli import push as cli_push
 from rs_gguf.cli import remeasure as cli_remeasure
+from rs_gguf.cli.extras import missing_extra
 from rs_gguf.errors import InputError, RsGgufError, escape_control_chars
 from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
 from rs_gguf.version import __version__
@@ -61,6 +62,9 @@ class _Group(click.Group):
             # A message may quote names and texts from files and servers.
             click.echo("\n".join(map(escape_control_chars, f"Error: {error}".split("\n"))), err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            click.echo(f"Error: {missing_extra(error)}", err=True)
+            ctx.exit(2)
         except BrokenPipeError:
             raise  # click then exits without a message
         except OSError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
@@ -35,6 +36,8 @@ _FLOATS = (
     GGMLQuantizationType.F16,
     GGMLQuantizationType.BF16,
 )
+_SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""Types of safetensors files that hold directions, and how NumPy reads their numbers."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +136,21 @@ def _safetensors_rows(
     path: str | Path, data: bytes, notes: list[str]
 ) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
     """Yield (name, number, row) of each tensor named by one number, or of each row of one matrix [L, D]."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = load(data)
+        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(
             f"{path}: not a sound safetensors file ({error}). Download or write it again."
         ) from error
-    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     total = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in kinds:
+        if tensor["dtype"] not in _SAFETENSORS:
             raise InputError(
-                f"{path}: tensor {name!r} has type {tensor.dtype}; floats of at least 16 bits are needed."
+                f"{path}: tensor {name!r} has type {tensor['dtype']}; floats of at least 16 bits are needed."
             )
-        total += tensor.numel()
+        total += math.prod(tensor["shape"])
         if total > MAX_NUMBERS:
             raise InputError(f"{path}: more than {MAX_NUMBERS} numbers; a vector has fewer. Is this a model?")
         if re.search(r"(?<![A-Za-z0-9])-[0-9]", name):  # a minus sign, unlike the hyphen in layer-12
@@ -164,7 +164,7 @@ def _safetensors_rows(
                 f"{path}: tensor {name!r} belongs to {inside[0]}, but llama.cpp adds directions to layer "
                 "outputs. Give directions of layer outputs (hook_resid_post, or resid_pre of the next layer)."
             )
-        rows = tensor.to(torch.float32).numpy()
+        rows = _float32(tensor["data"], tensor["dtype"]).reshape(tensor["shape"])
         numbers = re.findall(r"[0-9]+", name)
         if len(numbers) == 1 and len(numbers[0]) < 10:
             yield name, int(numbers[0]), rows
@@ -176,7 +176,15 @@ def _safetensors_rows(
                 "names with one number, such as layer_12 or model.layers.12, or a single matrix with a row "
                 "for each layer."
             )
-    _note_types({kinds[tensor.dtype] for tensor in tensors.values()}, notes)
+    _note_types({tensor["dtype"] for tensor in tensors.values()}, notes)
+
+
+def _float32(data: bytes, kind: str) -> npt.NDArray[np.float32]:
+    """Return numbers of one of the types `_SAFETENSORS` as float32."""
+    if kind == "BF16":  # the upper half of a float32; NumPy has no such type
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # infinite numbers are refused later, by their place
+        return np.frombuffer(data, _SAFETENSORS[kind]).astype(np.float32)
 
 
 def _placed(
