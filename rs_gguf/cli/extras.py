@@ -1,7 +1,7 @@
 """The extras of the installation: the modules of each one, and the error of a command that lacks a module.
 
 `pip install rs-gguf` is enough for commands that read and write files. The extra `run` adds the packages that
-run and fit models.
+run and fit models, and `try` the ones of its page besides.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ EXTRAS = {
         "accelerate", "httpx", "llama_cpp", "matplotlib", "optuna", "pydantic", "pydantic_core",
         "pydantic_settings", "scipy", "sklearn", "tomli_w", "torch", "transformers",
     ),
+    "try": ("gradio",),
 }  # fmt: skip
 """Top-level modules that each extra installs."""
 

@@ -7,7 +7,7 @@ sensitive prompt an activation of 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,12 +62,6 @@ def gate_activations(
 
     The second is the mean over the first tokens of the answer; NaN without a token.
     """
-    places = {name: (int(name.split(".")[1]), name.split(".")[2]) for name in gates}
-    layers = sorted({layer for layer, _ in places.values()})
-    matrices = {matrix for _, matrix in places.values()}
-    tensors = {matrix: name for matrix, name in input_tensors(model).items() if matrix in matrices}
-    # The fit scales inputs as the model scales products, so the gate vectors are for scaled inputs.
-    scale = product_scale(model.architecture, model.n_layer, model.metadata)
     sequences = [[*prompt, *answer[:_TOKENS]] for prompt, answer in conversations]
     positions = [
         range(len(prompt) - 1, len(sequence))
@@ -75,19 +69,37 @@ def gate_activations(
     ]
     values: list[dict[int, float]] = [{} for _ in conversations]
     with model.steered(steering):
-        for i, position, rows in model.read(sequences, positions, layers, list(tensors.values())):
-            values[i][position] = scale * float(
-                np.mean(
-                    [
-                        gates[name].astype(np.float64) @ rows[tensors[matrix]][layers.index(layer)]
-                        for name, (layer, matrix) in places.items()
-                    ]
-                )
-            )
+        for i, position, by_matrix in activations_by_matrix(model, gates, sequences, positions):
+            values[i][position] = float(np.mean(list(by_matrix.values())))
     pairs = [
         (value[p.start], _mean([value[k] for k in p[1:]])) for value, p in zip(values, positions, strict=True)
     ]
     return np.reshape(np.array(pairs, np.float64), (-1, 2))
+
+
+def activations_by_matrix(
+    model: Engine,
+    gates: Gates,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Yield (index, position, {matrix: aᵀx}) for each of `positions[index]`, under the steering in force."""
+    places = {name: (int(name.split(".")[1]), name.split(".")[2]) for name in gates}
+    layers = sorted({layer for layer, _ in places.values()})
+    matrices = {matrix for _, matrix in places.values()}
+    tensors = {matrix: name for matrix, name in input_tensors(model).items() if matrix in matrices}
+    # The fit scales inputs as the model scales products, so the gate vectors are for scaled inputs.
+    scale = product_scale(model.architecture, model.n_layer, model.metadata)
+    for i, position, rows in model.read(sequences, positions, layers, list(tensors.values())):
+        yield (
+            i,
+            position,
+            {
+                name: scale
+                * float(gates[name].astype(np.float64) @ rows[tensors[matrix]][layers.index(layer)])
+                for name, (layer, matrix) in places.items()
+            },
+        )
 
 
 def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:

@@ -112,17 +112,22 @@ class LlamaContexts(LlamaFile):
         Raises:
             InputError: the model lacks a layer or width of a direction, or an adapter cannot be used.
         """
+        active = self._active(steering)
+        try:
+            self._apply(active)
+            yield
+        finally:
+            self._apply(ActiveSteering())
+
+    def _active(self, steering: Steering) -> ActiveSteering:
+        """Return a steering in llama.cpp's form, with its adapters loaded. Raises as `steered` does."""
         steering.check(self.n_layer, self.n_embd, self.path.name)
         scales: dict[Path, float] = {}
         for path, scale in steering.adapters:
             # llama.cpp's programs load a repeated file twice. Here it has one handle, which takes one scale.
             scales[path.resolve()] = scales.get(path.resolve(), 0.0) + scale
         adapters = tuple((self._adapter(path), scale) for path, scale in scales.items())
-        try:
-            self._apply(ActiveSteering.of(self, steering.directions, adapters))
-            yield
-        finally:
-            self._apply(ActiveSteering())
+        return ActiveSteering.of(self, steering.directions, adapters)
 
     def _apply(self, steering: ActiveSteering) -> None:
         self._steering = steering

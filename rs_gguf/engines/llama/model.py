@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.engine import Can
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.engines.generation import (
     GREEDY,
     Pairs,
@@ -113,6 +113,37 @@ class LlamaModel(LlamaContexts):
                     del running[token.seq], draws[i]
                     tokens = answers.pop(i)
                     yield i, Generation(tokens, self.detokenize(tokens), finished)
+
+    def stream(
+        self, prompt: Sequence[int], steering: Steering, *, max_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yield the tokens of one answer as they are drawn, in a context of its own under `steering`.
+
+        Streams under different steerings can take turns. Close an unfinished stream before the model.
+
+        Raises:
+            InputError: the prompt is empty or too long, or as in `steered`.
+        """
+        if not prompt:
+            raise InputError("an empty prompt cannot be answered: give at least one token.")
+        self.check_lengths([prompt], max_tokens)
+        context = self._new_context(1, kv_cells(len(prompt) + max_tokens), unified=False)
+        try:
+            context.steer(self._active(steering))
+            rng = np.random.default_rng(seeds([prompt], sampling.seed)[0])
+            tokens, start = list(prompt), 0
+            while len(tokens) < len(prompt) + max_tokens:
+                last = len(tokens) - 1
+                batch = [BatchToken(tokens[pos], pos, 1, pos == last) for pos in range(start, last + 1)]
+                ((_, logits),) = context.decode(batch)
+                drawn = draw(logits, sampling, rng)
+                if self._ends(drawn):
+                    return
+                start = len(tokens)
+                tokens.append(drawn)
+                yield drawn
+        finally:
+            context.free()
 
     def _forward(
         self, sequences: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]

@@ -15,6 +15,7 @@ import ipaddress
 import json
 import os
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -97,18 +98,40 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
             `ForbiddenError` if the request may also be the reason.
     """
     key = _key(url, key_variable)
+    with _response(url, path, data, timeout, key_variable) as response:
+        raw = _body(url, response)
+    try:
+        return json.loads(_without(key, raw.decode("utf-8")))
+    except (ValueError, RecursionError):
+        raise TryFailedError("the answer is not JSON", suspect=True) from None
+
+
+def event_lines(url: str, path: str, data: bytes, timeout: float, key_variable: str) -> Iterator[str]:
+    """Yield the lines of a server's answer to `data` as they arrive. Raises as `exchange` does."""
+    key = _key(url, key_variable)
+    with _response(url, path, data, timeout, key_variable) as response:
+        for line in response.iter_lines():
+            yield _without(key, line)
+
+
+@contextlib.contextmanager
+def _response(
+    url: str, path: str, data: bytes | None, timeout: float, key_variable: str
+) -> Iterator[httpx.Response]:
+    """Yield a successful response whose body is not read yet. Raises as `exchange` does."""
+    key = _key(url, key_variable)
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    method, raw = "POST" if data else "GET", bytearray()
+    method = "POST" if data else "GET"
     try:
         with _http().stream(method, url + path, content=data, headers=headers, timeout=timeout) as response:
-            for chunk in response.iter_bytes():
-                raw += chunk
-                if len(raw) > _MAX_BODY:
-                    raise RequestRefusedError(
-                        f"the answer of {url} has more than {_MAX_BODY >> 20} MiB, the most that is read."
-                    )
+            if not response.is_success:
+                # The key is removed before the text is cut: half a key would not be recognised.
+                text = shortened(_without(key, _body(url, response).decode("utf-8", "replace")))
+                status = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
+                raise _failure(url, response, f"{status} ({text})" if text else status, key, key_variable)
+            yield response
     except httpx.RequestError as error:
         problem = _without(key, str(error) or type(error).__name__)
         # Another try cannot succeed after these two: the address is wrong, or a redirect of it.
@@ -117,15 +140,18 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
                 f"cannot send a request to {url} ({problem}). Check the address and its certificate."
             ) from None
         raise TryFailedError(problem) from None
-    if not response.is_success:
-        # The key is removed before the text is cut: half a key would not be recognised.
-        text = shortened(_without(key, raw.decode("utf-8", "replace")))
-        status = _without(key, f"HTTP {response.status_code} {response.reason_phrase}")
-        raise _failure(url, response, f"{status} ({text})" if text else status, key, key_variable)
-    try:
-        return json.loads(_without(key, raw.decode("utf-8")))
-    except (ValueError, RecursionError):
-        raise TryFailedError("the answer is not JSON", suspect=True) from None
+
+
+def _body(url: str, response: httpx.Response) -> bytes:
+    """Return the body of a response. Raise `RequestRefusedError` if it is too long."""
+    raw = bytearray()
+    for chunk in response.iter_bytes():
+        raw += chunk
+        if len(raw) > _MAX_BODY:
+            raise RequestRefusedError(
+                f"the answer of {url} has more than {_MAX_BODY >> 20} MiB, the most that is read."
+            )
+    return bytes(raw)
 
 
 def _failure(

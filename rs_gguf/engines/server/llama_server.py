@@ -9,6 +9,7 @@ log-probabilities of given text, so neither is supported.
 from __future__ import annotations
 
 import filecmp
+import json
 import math
 import shlex
 import time
@@ -25,6 +26,7 @@ from rs_gguf.engines.server.exchange import (
     SERVER_KEY_VARIABLE,
     RequestRefusedError,
     TryFailedError,
+    event_lines,
     exchange,
 )
 from rs_gguf.engines.server.replies import served_models
@@ -34,6 +36,7 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.prompts.trace import final_answer
 from rs_gguf.records.conversation import Answer, Generation, Prompt
 
+_SILENCE = 600.0  # seconds without a byte after which a stream fails
 _REQUESTS = 8  # concurrent requests for each server
 # Raised if a server gives no information, or none that can be parsed.
 _NO_INFORMATION = (TryFailedError, KeyError, TypeError, ValueError, OverflowError)
@@ -139,6 +142,28 @@ class LlamaServer:
             # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
             degenerate = looks_degenerate and bool(text or completion.finished)
             yield i, Answer([], text, completion.finished, degenerate)
+
+    def stream(self, prompt: Prompt, factor: float, asking: Asking) -> Iterator[str]:
+        """Yield the text of an answer of the first server, as far as it has come, each time that it grows.
+
+        Raises:
+            InputError: the server cannot be used, refuses the prompt or breaks off.
+        """
+        body = {**self._body(prompt, factor, asking), "model": self._client.model, "stream": True}
+        url, text = self._client.urls[0], ""
+        data = json.dumps(body).encode()
+        try:
+            for line in event_lines(url, "/chat/completions", data, _SILENCE, SERVER_KEY_VARIABLE):
+                event = line.removeprefix("data:").strip()
+                if event == line or event == "[DONE]":  # a comment or an empty line between events; the end
+                    continue
+                choices = json.loads(event)["choices"]
+                piece = choices[0]["delta"].get("content") if choices else None
+                if piece:
+                    text += str(piece)
+                    yield text
+        except (*_NO_INFORMATION, IndexError, AttributeError) as error:
+            raise InputError(f"{url} broke off an answer ({error}). Check the server and its log.") from None
 
     def answer_logprobs(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], factor: float, asking: Asking

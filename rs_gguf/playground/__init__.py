@@ -1,0 +1,1 @@
+"""The local page of `rs-export try`: a prompt goes in, the unsteered and the steered answer come out."""
