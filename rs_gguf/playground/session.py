@@ -134,7 +134,7 @@ class ServedModel:
         asked = Prompt(prompt, "sensitive")
         yield from side_by_side(*(self._server.stream(asked, scale, self._asking) for scale in (0.0, factor)))
 
-    def gates(self, prompt: str, factor: float) -> None:
+    def gates(self, prompt: str, factor: float) -> GateReading | None:
         """Return None: a server does not show the inputs of its matrices."""
 
 

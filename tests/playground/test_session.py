@@ -140,7 +140,11 @@ def test_a_server_streams_both_answers(monkeypatch: pytest.MonkeyPatch) -> None:
             b'data: {"error": "out of memory"}\n\n',
             b'data: {"choices": [7]}\n\n',
         ):
-            server.behave = lambda body, broken=broken: (200, broken)
+
+            def broken_reply(body: dict[str, object], data: bytes = broken) -> tuple[int, bytes]:
+                return 200, data
+
+            server.behave = broken_reply
             with pytest.raises(InputError, match="broke off an answer"):
                 list(session.answers(QUESTION, 0.5))
         server.behave = lambda body: (400, {"error": "too long"})
