@@ -107,6 +107,9 @@ def launch(page: gr.Blocks, port: int | None) -> str:
     Raises:
         InputError: the port is taken.
     """
+    # Gradio asks its own server whether it runs, which a proxy of the environment could not reach.
+    direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    os.environ["no_proxy"] = ",".join(filter(None, [direct, HOST]))
     options: dict[str, Any] = {
         "middleware": [
             # A page elsewhere could otherwise reach this one under a host name of its own.

@@ -66,7 +66,11 @@ def address(session: Echo) -> Iterator[str]:
     from rs_gguf.playground.page import build, launch
 
     page = build(session, [Prompt("plain", "benign"), Prompt(HOSTILE, "sensitive")])
-    yield launch(page, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "")
+        patch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy that does not answer must not matter
+        started = launch(page, None)
+    yield started
     page.close()
 
 
