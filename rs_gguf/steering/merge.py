@@ -74,6 +74,8 @@ def merge(
         InputError: a file cannot be merged faithfully, `output` is one of the inputs, or the disk is full.
         VerificationError: the check failed. Nothing is written then.
     """
+    if check:  # Without the extra `run` this fails here, and not after the work.
+        import rs_gguf.engines.llama.model  # noqa: F401
     parts = rewrite.parts_of(model)
     model = parts[0].path
     _check_paths([*(part.path for part in parts), *(path for path, _ in files)], output)

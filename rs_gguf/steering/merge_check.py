@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.engines.generation import Pairs
@@ -89,6 +88,8 @@ def _pairs(model: Engine) -> Pairs:
 
 def _distributions(model: Engine, pairs: Pairs) -> NDArray[np.float64]:
     """Return the log-probabilities [N, V] at every token of the continuations."""
+    from scipy.special import log_softmax  # the extra `run` has it; a merge without a check needs none
+
     rows = {(i, step): logits.astype(np.float64) for i, step, logits in model.answer_logits(pairs)}
     return np.asarray(log_softmax(np.stack([rows[key] for key in sorted(rows)]), axis=1))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny_gguf import write_tiny_qwen2
 from safetensors.torch import save_file
 
 from rs_gguf.cli.extras import EXTRAS, missing_extra
@@ -48,10 +49,11 @@ def without_extras(folder: Path, *arguments: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    row = np.linspace(-1, 1, 8, dtype=np.float32)
+    row = np.linspace(-1, 1, 32, dtype=np.float32)
     write_vector(SteeringVector({1: row}, architecture="qwen2"), folder / "v.gguf")
     factors = {"blk.1.attn_output.weight": (row[np.newaxis], row[:, np.newaxis])}
     write_adapter(LoraAdapter(factors, "qwen2"), folder / "a.gguf")
+    write_tiny_qwen2(folder / "tiny.gguf")
     save_file({"layer_1": torch.ones(8, dtype=torch.bfloat16)}, folder / "foreign.safetensors")
     return folder
 
@@ -67,6 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inspect a.gguf --json",
         "combine v.gguf v.gguf:-0.5 --output sum.gguf",
         "convert --from huggingface --architecture qwen2 foreign.safetensors --output converted.gguf",
+        "merge a.gguf --model tiny.gguf --output merged.gguf --no-check",
         "models list",
     ],
 )
@@ -87,6 +90,7 @@ def test_the_commands_for_files_need_no_extra(command: str, files: Path) -> None
         "remeasure folder",
         "check v.gguf --model foreign.safetensors",
         "convert --to peft --model m.gguf a.gguf --output peft",
+        "merge a.gguf --model tiny.gguf --output merged.gguf",
     ],
 )
 def test_other_commands_name_the_extra(command: str, files: Path) -> None:
