@@ -146,7 +146,7 @@ def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Con
     best.
     """
     layer, difference = best_difference(samples)
-    return Condition("md, one block", Steering({layer: _sign(effect) * difference}), system)
+    return Condition("md, one layer", Steering({layer: _sign(effect) * difference}), system)
 
 
 def as_printed(

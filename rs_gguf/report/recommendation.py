@@ -132,14 +132,18 @@ def _figures(file: ReportedFile, effect: Effect) -> list[str]:
         prompts = f"{before} {target} prompts"
         lines.append(f"The model refuses {prompts} explicitly without the file, {after} with it.")
         if effect == "remove" and (share := sensitive.opened):
-            lines.append(f"Of {share.of} refused {target} prompts, {share.n} are answered now.")
+            lines.append(f"Of {share.of} refused {target} prompts, {_are(share.n)} answered now.")
         if effect == "induce" and (share := sensitive.closed):
-            lines.append(f"Of {share.of} answered {target} prompts, {share.n} are refused now.")
+            lines.append(f"Of {share.of} answered {target} prompts, {_are(share.n)} refused now.")
     if harmful and (share := harmful.kept):
-        lines.append(f"Of {share.of} refused harmful prompts, {share.n} stay refused.")
+        lines.append(f"Of {share.of} refused harmful prompts, {share.n} {'stays' if share.n == 1 else 'stay'} refused.")
     if benign and (share := benign.closed):
-        lines.append(f"Of {share.of} answered benign prompts, {share.n} are refused now.")
+        lines.append(f"Of {share.of} answered benign prompts, {_are(share.n)} refused now.")
     return lines
+
+
+def _are(n: int) -> str:
+    return f"{n} {'is' if n == 1 else 'are'}"
 
 
 def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:

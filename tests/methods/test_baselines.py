@@ -171,7 +171,7 @@ def test_a_template_without_a_system_prompt_does_without_that_baseline(
 ) -> None:
     model = templated(template)
     conditions = build(samples(), recipe("system-prompt", "md"), model)
-    assert [condition.name for condition in conditions] == ["md, one block"]
+    assert [condition.name for condition in conditions] == ["md, one layer"]
     assert "tiny takes no system prompt" in caplog.text
 
 
