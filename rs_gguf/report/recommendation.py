@@ -136,7 +136,9 @@ def _figures(file: ReportedFile, effect: Effect) -> list[str]:
         if effect == "induce" and (share := sensitive.closed):
             lines.append(f"Of {share.of} answered {target} prompts, {_are(share.n)} refused now.")
     if harmful and (share := harmful.kept):
-        lines.append(f"Of {share.of} refused harmful prompts, {share.n} {'stays' if share.n == 1 else 'stay'} refused.")
+        lines.append(
+            f"Of {share.of} refused harmful prompts, {share.n} {'stays' if share.n == 1 else 'stay'} refused."
+        )
     if benign and (share := benign.closed):
         lines.append(f"Of {share.of} answered benign prompts, {_are(share.n)} refused now.")
     return lines
