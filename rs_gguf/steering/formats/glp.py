@@ -238,6 +238,11 @@ def of_adapter(adapter: LoraAdapter, model: Path) -> tuple[Projection, tuple[str
     if odd:
         raise _not_ablation(f"its strength is {alpha:.4g}, but {alphas[odd[0]]:.4g} at {odd[0]}")
     notes = ["A projection removes the whole component, also what the embedding and biases added."]
+    if hook == _RESIDUAL and not math.isclose(alpha, 1, rel_tol=_TOLERANCE):
+        notes.append(
+            f"The strength, {alpha:.4g}, is of single matrices. A projection repeats it at each layer, so "
+            "another one may be needed."
+        )
     if directions.pop(0, None) is not None:
         notes.append("Left out layer 0, which the format cannot hold.")
     vector = SteeringVector(directions, {}, adapter.architecture)

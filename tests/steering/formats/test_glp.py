@@ -241,7 +241,9 @@ def test_a_projection_comes_back(
     path = write(tmp_path / "v.gguf", rows, {"glp.hook_point": hook, "glp.alpha_default": 0.75})
     adapter, _ = glp.to_adapter(path, model)
     projection, notes = glp.of_adapter(adapter, model)
-    assert len(notes) == 1
+    # Three layers that each add 1 along d: matrices at α = 0.5 leave 1.5, the stream's projection 0.875.
+    assert len(notes) == 1 + (hook == "residual_stream_post_layer")
+    assert "strength, 0.75, is of single matrices" in notes[-1] or len(notes) == 1
     glp.write(projection, tmp_path / "w.gguf")
     found = glp.read(tmp_path / "w.gguf")
     assert (found.hook, found.vector.layers) == (hook, [1, 2])
