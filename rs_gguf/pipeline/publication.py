@@ -33,6 +33,7 @@ from rs_gguf.report.results import printable, without_home
 from rs_gguf.report.text import card_notice, markdown_environment
 from rs_gguf.steering.file import kind_of
 from rs_gguf.steering.preset import preset_ini
+from rs_gguf.steering.vector_file import MODE_KEY
 from rs_gguf.version import __version__
 
 # What a result depends on.
@@ -116,6 +117,8 @@ def _steering_files(folder: Path, left_out: dict[str, str]) -> dict[str, Path]:
         values = header.read(path).values
         if values.get("general.architecture") != "controlvector" and values.get("general.type") != "adapter":
             left_out[path.name] = "neither a control vector nor an adapter"
+        elif values.get(MODE_KEY, "add") != "add":
+            left_out[path.name] = "a GLP file, whose directions llama.cpp would add"
         elif not _FILE_NAME.fullmatch(path.name):
             left_out[path.name] = "its name has other characters than letters, digits, dots and dashes"
         else:

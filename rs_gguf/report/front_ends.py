@@ -73,7 +73,8 @@ def front_ends(
         "string": json.dumps(file, ensure_ascii=False),
         "options": options,
         # A preset cannot hold options with two values, such as a range of layers. A file needs no range.
-        "settings": f"{option} = {file}" + ("\nreasoning = off" if reasoning_off else ""),
+        "settings": f"{option} = {file}",
+        "setting": "\nreasoning = off" if reasoning_off else "",
         "thinking": " --reasoning off" if reasoning_off else "",
     }
     text = (resources.files("rs_gguf") / "data" / "front_ends.toml").read_text(encoding="utf-8")

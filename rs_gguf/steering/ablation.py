@@ -14,6 +14,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
 from rs_gguf.steering.lora import Factors
@@ -30,11 +31,21 @@ def outputs_along(
     """Yield the name and dᵀW [in] of each output matrix W in a layer with a direction d [D].
 
     d dᵀW is what the matrix adds along a direction of length 1. One matrix is in memory at a time.
+
+    Raises:
+        InputError: a matrix has a type that the `gguf` package cannot read.
     """
     for tensor in GGUFReader(model).tensors:
         layer = int(tensor.name.split(".")[1]) if is_output_matrix(tensor.name) else -1
         if layer in directions:
-            yield tensor.name, directions[layer] @ dequantize(tensor.data, tensor.tensor_type)
+            try:
+                matrix = dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise InputError(
+                    f"{model}: {tensor.name} has the type {tensor.tensor_type.name}, which the gguf package "
+                    "cannot read. Give a file of another type, such as Q8_0."
+                ) from error
+            yield tensor.name, directions[layer] @ matrix
 
 
 def ablated(direction: NDArray[np.float32], along: NDArray[np.float32], alpha: float = 1.0) -> Factors:

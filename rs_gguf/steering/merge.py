@@ -32,6 +32,7 @@ from rs_gguf.steering import lora_file
 from rs_gguf.steering.container import PREFIX, SCHEMA_KEY, add_provenance, finish
 from rs_gguf.steering.effect_check import other_model
 from rs_gguf.steering.file import kind_of
+from rs_gguf.steering.formats.glp import is_projection
 from rs_gguf.steering.lora import Factors, LoraAdapter
 from rs_gguf.steering.merge_check import EXACT, QUANTISED, MergeCheck, check_merge
 from rs_gguf.steering.provenance import ProvenanceValue
@@ -82,9 +83,11 @@ def merge(
     adapters = [_adapter(path, model) for path, _ in files]
     scales = [scale for _, scale in files]
     merged = LoraAdapter.combined(list(zip(adapters, scales, strict=True)))
-    if not any(merged.norms.values()):
+    norms = merged.norms
+    if not any(norms.values()):
         raise InputError("every change is zero: the merged model would be the same. Give other scales.")
-    changes = _changes(merged, parts, type_)
+    # A matrix whose change is zero keeps its bytes.
+    changes = {name: change for name, change in _changes(merged, parts, type_).items() if norms[name]}
     tensors = {tensor.name: tensor for part in parts for tensor in part.header.tensors}
     _check_space(parts, tensors, changes, output)
     entries = _entries(_facts(files, parts, changes), parts[0].header.values)
@@ -105,6 +108,12 @@ def merge(
         for (path, _), adapter in zip(files, adapters, strict=True)
         for warning in other_model(adapter.provenance, model)
     ]
+    warnings += [
+        f"the check says little: on its prompts, the adapters have an effect of {found.effect:.2g} nats at "
+        f"most, within the tolerance of {found.tolerance:g}. Compare answers to prompts that they are for."
+        for found in checks
+        if found.effect <= found.tolerance
+    ]
     return Merged(types, warnings, checks[0] if checks else None)
 
 
@@ -119,6 +128,11 @@ def _check_paths(inputs: Sequence[Path], output: Path) -> None:
 
 def _adapter(path: Path, model: Path) -> LoraAdapter:
     """Return the adapter in a file, for the family of `model`. Raise `InputError` with the reason if not."""
+    if kind_of(path) is SteeringVector and is_projection(path):
+        raise InputError(
+            f"{path} is a GLP file. Make an adapter of it first: rs-export convert FILE --from glp --model "
+            "MODEL --output F."
+        )
     if kind_of(path) is SteeringVector:
         raise InputError(
             f"{path} cannot be merged: a control vector adds a bias to the output of a layer, and the model "
@@ -241,15 +255,15 @@ def _facts(
     files: Sequence[tuple[Path, float]], parts: Sequence[Part], changes: Mapping[str, Change]
 ) -> dict[str, ProvenanceValue]:
     """Return what was merged, under `merge.N.` with the first N that the model does not have yet."""
-    known = re.compile(rf"{re.escape(PREFIX)}merge\.(\d+)\.file")
+    known = re.compile(rf"{re.escape(PREFIX)}merge\.([0-9]{{1,9}})\..*")
     taken = [int(match[1]) for key in parts[0].header.values if (match := known.fullmatch(key))]
     start = max(taken, default=-1) + 1
-    names = [part.path.name for part in parts]
+    names = [_name(part.path) for part in parts]
     hashes = [fingerprint(part.path) for part in parts]
     facts: dict[str, ProvenanceValue] = {}
     for number, (path, scale) in enumerate(files, start):
         facts |= {
-            f"merge.{number}.file": path.name,
+            f"merge.{number}.file": _name(path),
             f"merge.{number}.sha256": fingerprint(path),
             f"merge.{number}.scale": float(scale),
             f"merge.{number}.model": names,
@@ -257,6 +271,11 @@ def _facts(
             f"merge.{number}.types": sorted({Type(change.type).name for change in changes.values()}),
         }
     return facts
+
+
+def _name(path: Path) -> str:
+    """Return a file's name as UTF-8 can hold it: Linux allows any bytes."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
 
 
 def _entries(facts: Mapping[str, ProvenanceValue], present: Mapping[str, object]) -> list[bytes]:

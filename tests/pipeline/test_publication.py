@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import yaml
 from fixtures.published_run import SECRET, publishable_run
@@ -15,6 +16,8 @@ from fixtures.published_run import SECRET, publishable_run
 from rs_gguf.errors import InputError
 from rs_gguf.pipeline.publication import Publication, prepare
 from rs_gguf.report.page import write_card
+from rs_gguf.steering.formats import glp
+from rs_gguf.steering.vector import SteeringVector
 
 
 def text(publication: Publication, name: str) -> str:
@@ -88,8 +91,12 @@ def test_a_whole_model_and_odd_names_stay_here(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    projection = glp.Projection(SteeringVector({1: np.ones(4, np.float32)}), 1.0, next(iter(glp.HOOKS)))
+    glp.write(projection, run / "glp.gguf")
     publication = prepare(run)
-    assert publication.left_out.keys() == {"a b.gguf", "merged.gguf"}
+    assert publication.left_out.keys() == {"a b.gguf", "merged.gguf", "glp.gguf"}
+    assert "llama.cpp would add" in publication.left_out["glp.gguf"]
+    assert "glp" not in text(publication, "preset.ini")
     for path in run.glob("*.gguf"):
         path.unlink()
     with pytest.raises(InputError, match="no control vector and no adapter"):

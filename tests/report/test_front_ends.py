@@ -61,11 +61,17 @@ def test_settings_files_are_read_as_what_they_mean(is_vector: bool) -> None:
     preset = configparser.ConfigParser()
     preset.read_string("[top]\n" + found["Two model names on one llama-server"].blocks[0].text)
     option, file = ("control-vector", "v.gguf") if is_vector else ("lora", "a.gguf")
-    assert dict(preset["unsteered"]) == {"model": "m.gguf"}
+    # Both names answer without thinking, so that they differ by the file only.
+    assert dict(preset["unsteered"]) == {"model": "m.gguf", "reasoning": "off"}
     assert dict(preset["steered"]) == {"model": "m.gguf", option: file, "reasoning": "off"}
     models = yaml.safe_load(found["llama-swap"].blocks[0].text)["models"]
     options = VECTOR if is_vector else ADAPTER
+    assert models["unsteered"]["cmd"] == "llama-server --port ${PORT} -m m.gguf --reasoning off"
     assert models["steered"]["cmd"] == f"llama-server --port ${{PORT}} -m m.gguf {options}"
+
+
+def test_the_merged_file_stays_where_it_is() -> None:
+    assert recipes(False)["LM Studio"].blocks[0].text == "lms import merged.gguf --copy"
 
 
 def test_names_are_quoted_for_the_shell_and_for_python() -> None:

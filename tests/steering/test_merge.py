@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tracemalloc
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from rs_gguf.models.architecture import is_output_matrix
 from rs_gguf.records.files import sha256
 from rs_gguf.steering import lora_file, merge_check, vector_file
 from rs_gguf.steering.container import finish, metadata
+from rs_gguf.steering.formats import glp
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.merge import TYPES, merge
 from rs_gguf.steering.vector import SteeringVector
@@ -187,6 +189,40 @@ def test_the_file_says_what_was_merged(model: Path, adapter: Path, tmp_path: Pat
     np.testing.assert_allclose(weights(tmp_path / "one.gguf")[OUT], expected, atol=1e-5)
 
 
+def test_a_model_with_another_entry_of_a_merge_gets_the_next_number(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    key = "rs_gguf.merge.0.sha256"
+    writer = gguf.GGUFWriter(tmp_path / "facts.gguf", "qwen2")
+    writer.add_string(key, "of another tool")
+    finish(writer)
+    start, end = gguf_header.read(tmp_path / "facts.gguf").spans[key]
+    with (tmp_path / "model.gguf").open("wb") as file:
+        entry = (tmp_path / "facts.gguf").read_bytes()[start:end]
+        rewrite.write(file, rewrite.parts_of(model), {}, [entry])
+    merge([(adapter, 1.0)], tmp_path / "model.gguf", tmp_path / "merged.gguf", check=False)
+    assert gguf_header.read(tmp_path / "merged.gguf").values["rs_gguf.merge.1.file"] == adapter.name
+
+
+def test_names_that_are_not_utf_8_are_recorded(model: Path, adapter: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff.gguf")
+    try:
+        shutil.copy(adapter, odd)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    merge([(odd, 1.0)], model, tmp_path / "merged.gguf", check=False)
+    assert gguf_header.read(tmp_path / "merged.gguf").values["rs_gguf.merge.0.file"] == "\\udcff.gguf"
+
+
+def test_matrices_with_a_zero_change_keep_their_bytes(model: Path, tmp_path: Path) -> None:
+    source = write_quantised(model, tmp_path / "q.gguf", {"attn_output": Type.Q4_0, "ffn_down": Type.Q4_0})
+    one = written(LoraAdapter({OUT: factors(1, 64, 64)}, "qwen2"), tmp_path / "one.gguf")
+    other = written(LoraAdapter({DOWN: factors(1, 128, 64)}, "qwen2"), tmp_path / "other.gguf")
+    merged = merge([(one, 1.0), (other, 0.0)], source, tmp_path / "merged.gguf", check=False)
+    assert merged.changed == {OUT: (Type.Q4_0, Type.Q8_0)}
+    assert_rest_is_unchanged([source], tmp_path / "merged.gguf", {OUT})
+
+
 def test_the_same_inputs_give_the_same_bytes(model: Path, adapter: Path, tmp_path: Path) -> None:
     for name in ("one.gguf", "two.gguf"):
         merge([(adapter, 1.0)], model, tmp_path / name, type_=Type.Q8_0, check=False)
@@ -259,6 +295,18 @@ def test_the_merged_model_is_run(
     assert check.positions == 4 * 8
 
 
+def test_an_effect_that_the_check_cannot_see_gives_a_warning(model: Path, tmp_path: Path) -> None:
+    """Within the tolerance, also a merge that leaves the effect out would pass."""
+    source = write_quantised(model, tmp_path / "q.gguf", {"attn_output": Type.Q4_0})
+    a, b = factors(1, 64, 64)
+    file = written(LoraAdapter({OUT: (a, b * np.float32(1e-3))}, "qwen2"), tmp_path / "a.gguf")
+    merged = merge([(file, 1.0)], source, tmp_path / "merged.gguf")
+    assert merged.check is not None
+    assert merged.check.effect <= merged.check.tolerance
+    (warning,) = merged.warnings
+    assert "the check says little" in warning
+
+
 def test_a_merge_that_does_something_else_is_not_written(
     model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +332,12 @@ def test_a_control_vector_is_refused(model: Path, adapter: Path, tmp_path: Path)
     vector_file.write(SteeringVector({1: np.ones(64, np.float32)}), tmp_path / "v.gguf")
     why = r"v\.gguf cannot be merged: a control vector adds a bias .* --control-vector"
     refused([adapter, tmp_path / "v.gguf"], model, tmp_path / "merged.gguf", why)
+
+
+def test_a_projection_is_refused_with_other_advice(model: Path, tmp_path: Path) -> None:
+    direction = SteeringVector({1: np.ones(64, np.float32)})
+    glp.write(glp.Projection(direction, 1.0, next(iter(glp.HOOKS))), tmp_path / "v.gguf")
+    refused([tmp_path / "v.gguf"], model, tmp_path / "merged.gguf", r"is a GLP file\. .*--from glp")
 
 
 def test_an_adapter_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ HOOKS = {
     "attn_out_pre_residual": ("attn_output",),
     "ffn_out_pre_residual": ("ffn_down",),
 }
+_TENSOR = re.compile(r"direction\.(0|[1-9][0-9]*)")
 _TOLERANCE = 1e-3  # relative, of what is compared in float32
 _UNIT = 1e-2  # by how much the length of a direction may differ from 1
 
@@ -85,11 +87,11 @@ def read(path: Path) -> Projection:
     fault = _fault(values)
     directions: dict[int, Any] = {}
     for tensor in reader.tensors:
-        number = tensor.name.removeprefix("direction.")
-        if not number.isdecimal() or tensor.tensor_type != GGMLQuantizationType.F32:
+        number = _TENSOR.fullmatch(tensor.name)
+        if number is None or tensor.tensor_type != GGMLQuantizationType.F32:
             fault = fault or f"tensor {tensor.name!r} is not an F32 tensor direction.N"
         else:
-            directions[int(number)] = np.array(tensor.data)
+            directions[int(number[1])] = np.array(tensor.data)
     layers = ",".join(map(str, sorted(directions)))
     if values.get("glp.layer_ids_zero_based", layers) != layers:
         fault = fault or f"its layers are {layers}, but glp.layer_ids_zero_based says otherwise"
@@ -114,7 +116,7 @@ def _fault(values: Mapping[str, Any]) -> str:
         return f"glp.spec_version is {version!r:.80}; 1 and 2 are accepted"
     if values.get("glp.rank", 1) != 1 or "glp.dir_scales" in values or "glp.layer_scales" in values:
         return "it has several directions a layer, or a scale for each layer"
-    if hook not in HOOKS:
+    if not isinstance(hook, str) or hook not in HOOKS:
         return f"glp.hook_point is {hook!r:.80}; accepted are {', '.join(HOOKS)}"
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         return f"glp.alpha_default is {alpha!r:.80}; a finite number is needed"
@@ -236,6 +238,11 @@ def of_adapter(adapter: LoraAdapter, model: Path) -> tuple[Projection, tuple[str
     if odd:
         raise _not_ablation(f"its strength is {alpha:.4g}, but {alphas[odd[0]]:.4g} at {odd[0]}")
     notes = ["A projection removes the whole component, also what the embedding and biases added."]
+    if hook == _RESIDUAL and not math.isclose(alpha, 1, rel_tol=_TOLERANCE):
+        notes.append(
+            f"The strength, {alpha:.4g}, is of single matrices. A projection repeats it at each layer, so "
+            "another one may be needed."
+        )
     if directions.pop(0, None) is not None:
         notes.append("Left out layer 0, which the format cannot hold.")
     vector = SteeringVector(directions, {}, adapter.architecture)

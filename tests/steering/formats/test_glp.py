@@ -15,7 +15,7 @@ import transformers
 from fixtures.adapters import PROMPTS, factors, llama_logits
 from fixtures.tiny_gguf import write_tiny_qwen2
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from rs_gguf.errors import InputError
 from rs_gguf.records.files import sha256
@@ -50,6 +50,7 @@ def write(
     }
     add = {str: GGUFWriter.add_string, int: GGUFWriter.add_uint32, float: GGUFWriter.add_float32}
     writer = GGUFWriter(path, "controlvector")
+    add[list] = GGUFWriter.add_array
     for key, value in keys.items():
         if value is not None:
             add[type(value)](writer, key, value)
@@ -121,6 +122,7 @@ def test_the_content_is_read(tmp_path: Path) -> None:
         ({"glp.rank": 2, "glp.spec_version": 2}, "several directions a layer"),
         ({"glp.layer_scales": "1:2.0", "glp.spec_version": 2}, "a scale for each layer"),
         ({"glp.hook_point": "embedding"}, "glp.hook_point is 'embedding'"),
+        ({"glp.hook_point": ["attn_out_pre_residual"]}, r"glp.hook_point is \['attn_out_pre_residual'\]"),
         ({"glp.alpha_default": "four"}, "glp.alpha_default is 'four'"),
         ({"glp.alpha_default": float("nan")}, "glp.alpha_default is nan"),
         ({"glp.layer_ids_zero_based": "0,1"}, "its layers are 1,2"),
@@ -135,6 +137,8 @@ def test_tensors_of_another_form_are_refused(tmp_path: Path) -> None:
     for file in (
         write(tmp_path / "a.gguf", units(1, 2), name="direction.1"),  # a second direction of layer 1
         write(tmp_path / "b.gguf", {1: units(1)[1].astype(np.float16)}),
+        write(tmp_path / "d.gguf", units(1), name="direction.0"),
+        write(tmp_path / "e.gguf", {1: units(1)[1]}, name="other"),
     ):
         with pytest.raises(InputError, match=r"is not an F32 tensor direction\.N"):
             glp.read(file)
@@ -205,6 +209,19 @@ def test_models_that_do_not_fit_are_refused(
         glp.to_adapter(path, tmp_path / "experts.gguf")
 
 
+def test_matrices_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer.add_block_count(2)
+    writer.add_embedding_length(128)
+    size = GGML_QUANT_SIZES[GGMLQuantizationType.Q1_0][1]
+    matrix = np.zeros((128, size), np.uint8)
+    writer.add_tensor("blk.1.attn_output.weight", matrix, raw_dtype=GGMLQuantizationType.Q1_0)
+    finish(writer)
+    path = write(tmp_path / "v.gguf", {1: np.ones(128, np.float32)})
+    with pytest.raises(InputError, match=r"blk\.1\.attn_output\.weight has the type Q1_0, which"):
+        glp.to_adapter(path, tmp_path / "model.gguf")
+
+
 def test_directions_that_are_not_unit_vectors_are_noted(
     tiny: tuple[Path, transformers.Qwen2ForCausalLM], tmp_path: Path
 ) -> None:
@@ -224,7 +241,9 @@ def test_a_projection_comes_back(
     path = write(tmp_path / "v.gguf", rows, {"glp.hook_point": hook, "glp.alpha_default": 0.75})
     adapter, _ = glp.to_adapter(path, model)
     projection, notes = glp.of_adapter(adapter, model)
-    assert len(notes) == 1
+    # Three layers that each add 1 along d: matrices at α = 0.5 leave 1.5, the stream's projection 0.875.
+    assert len(notes) == 1 + (hook == "residual_stream_post_layer")
+    assert "strength, 0.75, is of single matrices" in notes[-1] or len(notes) == 1
     glp.write(projection, tmp_path / "w.gguf")
     found = glp.read(tmp_path / "w.gguf")
     assert (found.hook, found.vector.layers) == (hook, [1, 2])
