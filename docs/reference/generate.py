@@ -90,10 +90,6 @@ def _front_ends() -> Iterator[str]:
         is_vector = option == "control-vector"
         for one in front_ends(file, f"--{option} {file}", is_vector=is_vector, model="model.gguf"):
             recipes.setdefault(one.name, {})[option] = one
-    yield from ("", "| recipe | adapter | control vector |", "| --- | --- | --- |")
-    for name, kinds in recipes.items():
-        marks = [("tested" if kinds[kind].tested else "untested") if kind in kinds else "" for kind in _NAMES]
-        yield f"| {name} | {' | '.join(marks)} |"
     settings = [(f"--{option} {file}", f"{option} = {file}") for option, file in _NAMES.items()]
     for name, kinds in recipes.items():
         yield from ("", f"## {name}")
