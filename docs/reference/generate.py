@@ -1,12 +1,13 @@
 """Writes the lower part of three pages out of the code: `python docs/reference/generate.py`.
 
-`cli.md` gets the text of every `--help`, `recipe.md` a table of every key of the recipe, and
+`cli.md` gets the help of every command, `recipe.md` a table of every key of the recipe, and
 `howto/front-ends.md` the recipes of the package's data. What stands above the marker is kept.
 `tests/test_reference.py` fails when a page is not what this makes of it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,21 +16,52 @@ from pydantic import BaseModel
 
 from rs_gguf.cli.main import main
 from rs_gguf.pipeline.recipe import Recipe
-from rs_gguf.report.front_ends import FrontEnd, front_ends
+from rs_gguf.records.artefacts import STAGES
+from rs_gguf.report.front_ends import CodeBlock, FrontEnd, front_ends
 
 MARKER = "<!-- Written by docs/reference/generate.py from here on. -->\n"
 
 
-def _commands(
-    command: click.Command = main, name: str = "rs-export", parent: click.Context | None = None
-) -> Iterator[str]:
-    context = click.Context(
-        command, parent, name, max_content_width=80, terminal_width=80, **command.context_settings
-    )
-    yield from ("", f"## `{context.command_path}`", "", "```text", command.get_help(context), "```")
-    if isinstance(command, click.Group):
-        for part, found in command.commands.items():  # in the order of the pipeline
-            yield from _commands(found, part, context)
+def _commands(group: click.Group = main, parent: click.Context | None = None) -> Iterator[str]:
+    name = group.name if parent else "rs-export"
+    context = click.Context(group, parent, name, **group.context_settings)
+    for part, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, context)
+        elif part not in STAGES:
+            yield from _command(command, click.Context(command, context, part))
+            if part == "run":
+                yield from _stages(command, context)
+
+
+def _command(command: click.Command, context: click.Context) -> Iterator[str]:
+    arguments = (part.make_metavar(context) for part in command.params if isinstance(part, click.Argument))
+    formatter = click.HelpFormatter(width=80)
+    if rows := _options(command, context):
+        formatter.write_dl(rows)
+    text = click.wrap_text(inspect.cleandoc(command.help or ""), 80, preserve_paragraphs=True)
+    yield from ("", f"## `{' '.join([context.command_path, *arguments])}`", "", "```text", text)
+    yield from (*(["", formatter.getvalue().rstrip()] if rows else []), "```")
+
+
+def _options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
+    """Every option with its help, except --help."""
+    options = (part for part in command.params if isinstance(part, click.Option))
+    return [row for option in options if (row := option.get_help_record(context))]
+
+
+def _stages(run: click.Command, parent: click.Context) -> Iterator[str]:
+    of_run = _options(run, parent)
+    options = {name: _options(main.commands[name], parent) for name in STAGES}
+    shared = [row for row in of_run if all(row in rows for rows in options.values())]
+    names = ", ".join(f"`{name}`" for name, _ in shared)
+    yield from ("", "## The stages of `rs-export run`", "")
+    yield f"Each runs earlier stages first if needed, and takes `[RECIPE]`, {names} as `run` does."
+    yield from ("", "| stage | what it does | other options |", "| --- | --- | --- |")
+    for name, info in STAGES.items():
+        others = (row for row in options[name] if row not in shared)
+        texts = (f"`{row[0]}`{' as in `run`' if row in of_run else f': {row[1]}'}" for row in others)
+        yield f"| `{name}` | {info.summary} | {', '.join(texts)} |"
 
 
 def _recipe(model: type[BaseModel] = Recipe, section: str = "") -> Iterator[str]:
@@ -49,31 +81,32 @@ def _recipe(model: type[BaseModel] = Recipe, section: str = "") -> Iterator[str]
         yield from _recipe(part, name)
 
 
+_NAMES = {"lora": "remove-adapter.gguf", "control-vector": "remove.gguf"}
+
+
 def _front_ends() -> Iterator[str]:
-    names = {"adapter": "remove-adapter.gguf", "control vector": "remove.gguf"}
-    options = {
-        "adapter": f"--lora {names['adapter']}",
-        "control vector": f"--control-vector {names['control vector']}",
-    }
     recipes: dict[str, dict[str, FrontEnd]] = {}
-    for kind, name in names.items():
-        for one in front_ends(name, options[kind], is_vector=kind == "control vector", model="model.gguf"):
-            recipes.setdefault(one.name, {})[kind] = one
-    yield from ("", "| recipe | adapter | control vector |", "| --- | --- | --- |")
-    for name, kinds in recipes.items():
-        marks = [("tested" if kinds[kind].tested else "untested") if kind in kinds else "" for kind in names]
-        yield f"| {name} | {' | '.join(marks)} |"
+    for option, file in _NAMES.items():
+        is_vector = option == "control-vector"
+        for one in front_ends(file, f"--{option} {file}", is_vector=is_vector, model="model.gguf"):
+            recipes.setdefault(one.name, {})[option] = one
+    settings = [(f"--{option} {file}", f"{option} = {file}") for option, file in _NAMES.items()]
     for name, kinds in recipes.items():
         yield from ("", f"## {name}")
-        texts: set[str] = set()
-        for kind, one in kinds.items():
-            if one.text not in texts:
-                texts.add(one.text)
-                yield from ("", f"{one.mark.capitalize()}. {one.text}")
-            if one.blocks and len(kinds) > 1:
-                yield from ("", f"With {'an' if kind == 'adapter' else 'a'} {kind}:")
-            for block in one.blocks:
-                yield from ("", f"```{block.language}", block.text, "```")
+        shown: set[str] = set()
+        for one in kinds.values():
+            mark = f"{one.mark.capitalize()}{', with a control vector' if shown else ''}."
+            for text in (one.text, *map(_fenced, one.blocks)):
+                as_adapter = text
+                for adapter, vector in zip(*settings, strict=True):
+                    as_adapter = as_adapter.replace(vector, adapter)
+                if as_adapter not in shown:
+                    shown.add(as_adapter)
+                    yield from ("", f"{mark} {text}" if text is one.text else text)
+
+
+def _fenced(block: CodeBlock) -> str:
+    return f"```{block.language}\n{block.text}\n```"
 
 
 _REFERENCE = Path(__file__).parent

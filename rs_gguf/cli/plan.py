@@ -35,8 +35,6 @@ def plan(
 ) -> None:
     """Estimate time, memory and disk of a run.
 
-    Prints the time of each stage, and the memory and disk that the run needs.
-
     Nothing is downloaded. Without --measure, no weights are read, so the recipe's model may be a folder with
     only a config.json.
     """
