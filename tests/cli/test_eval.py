@@ -566,7 +566,7 @@ def test_a_server_cannot_pass_for_want_of_drift() -> None:
         (["--lora", "@v.gguf"], "is not a LoRA adapter"),
         (["--lora", "@plain.txt"], "plain.txt"),
         (["--control-vector", "@v.gguf", "--layer-range", "9", "12"], "no vector has a direction"),
-        (["--control-vector", "@wide.gguf"], "belongs to another model"),
+        (["--control-vector", "@wide.gguf"], "shape (64,), but tiny.gguf has width 32"),
         (["--scales", "0,1"], "give at least one of them"),
         (["--capability"], "Inspect or lm-evaluation-harness"),
         (["--control-vector", "@v.gguf", "--scales", "0,x"], "'x' is not a finite number"),

@@ -183,7 +183,7 @@ def _float32(data: bytes, kind: str) -> npt.NDArray[np.float32]:
     """Return numbers of one of the types `_SAFETENSORS` as float32."""
     if kind == "BF16":  # the upper half of a float32; NumPy has no such type
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # infinite numbers are refused later, by their place
+    with np.errstate(over="ignore", invalid="ignore"):  # such numbers are refused later, by their place
         return np.frombuffer(data, _SAFETENSORS[kind]).astype(np.float32)
 
 
