@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fixtures.adapters import random_adapter
 from fixtures.architectures import llama
-from fixtures.binaries import Server, completion
+from fixtures.binaries import ENDED, Server, completion
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.engine import Steering, read_last
@@ -110,7 +110,7 @@ def test_llama_completion_steers_like_python(
         expected = tiny.detokenize(answers(tiny)[0])
     options = ["--model", str(tiny_file), *EXACT, *options, "--prompt", TEXTS[0], "--predict", str(TOKENS)]
     options += ["--temp", "0", "--no-conversation", "--no-display-prompt"]
-    assert completion(*options)[0].startswith(expected)
+    assert completion(*options, until=ENDED)[0].startswith(expected)
 
 
 @pytest.mark.parametrize("is_vector", [False, True])
