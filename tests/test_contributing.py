@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,21 @@ def test_workflows_and_forms_are_yaml_and_their_targets_exist() -> None:
         assert set(re.findall(r"run: make ([\w-]+)", text)) <= targets, path
         for part in re.findall(r"uses: \./(\S+)", text):
             assert (ROOT / part).is_file(), f"{path}: {part}"
+
+
+def test_make_keeps_the_sources_of_models_that_a_user_allows(tmp_path: Path) -> None:
+    line = re.search(
+        r"^export RS_GGUF_MODEL_SOURCES .*$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
+    )
+    assert line is not None
+    (tmp_path / "Makefile").write_text(f"{line[0]}\nshow:\n\t@echo $$RS_GGUF_MODEL_SOURCES\n")
+    others = {key: value for key, value in os.environ.items() if not key.startswith(("RS_GGUF_", "MAKE"))}
+    for given, expected in (({}, "hub,packages"), ({"RS_GGUF_MODEL_SOURCES": "hub"}, "hub")):
+        command = ["make", "--silent", "show"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=others | given, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -143,22 +143,24 @@ def _fetch(repository: str, recipe: Path | None, out: Path, overrides: tuple[str
         return fetch(repository, out, overrides, progress.download)
 
 
+def _with_options(
+    overrides: tuple[str, ...], budget: str | None, second_judge: str | None
+) -> tuple[str, ...]:
+    """Return the overrides with the ones of `--budget` and `--second-judge`."""
+    options = {"tune.budget": budget, "judge_second": second_judge}
+    return (*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None))
+
+
 def _run(
     recipe: Path | None,
     out: Path,
     overrides: tuple[str, ...],
     fresh: bool,
     until: str,
-    budget: str | None = None,
-    second_judge: str | None = None,
 ) -> dict[str, Any]:
     from rs_gguf.pipeline import recipe as recipes
     from rs_gguf.pipeline.run import run
 
-    if budget is not None:
-        overrides = (*overrides, f"tune.budget={budget}")
-    if second_judge is not None:
-        overrides = (*overrides, f"judge_second={second_judge}")
     stored = out / "recipe.toml"
     if recipe is None and stored.is_file():
         recipe = stored  # the default recipe would start a different run in this folder
@@ -198,8 +200,9 @@ def run_command(
     Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
     Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
+    overrides = _with_options(overrides, budget, second_judge)
     published = _fetch(repository, recipe, out, overrides) if repository is not None else None
-    metrics = _run(recipe, out, overrides, fresh, LAST, budget, second_judge)
+    metrics = _run(recipe, out, overrides, fresh, LAST)
     if not metrics:  # one of several processes; only rank 0 prints
         return
     if as_json:
@@ -231,7 +234,7 @@ def _add_stage(info: StageInfo) -> None:
         second_judge: str | None = None,
         harmful_answers: bool = False,
     ) -> None:
-        metrics = _run(recipe, out, overrides, fresh, name, budget, second_judge)
+        metrics = _run(recipe, out, _with_options(overrides, budget, second_judge), fresh, name)
         if name == "score":
             from rs_gguf.cli.summary import print_counts
 

@@ -81,5 +81,8 @@ def _session(model: str, files: Sequence[tuple[Path, float]], asking: Asking) ->
 
     with contextlib.closing(TerminalProgress(Console(stderr=True))) as progress:
         path = resolve_gguf(model, progress=progress.download)
-    with LlamaModel(path, n_parallel=1) as loaded:
-        yield LoadedModel(loaded, files, asking)
+    with (
+        LlamaModel(path, n_parallel=1) as loaded,
+        contextlib.closing(LoadedModel(loaded, files, asking)) as session,
+    ):
+        yield session

@@ -7,11 +7,13 @@ and reproduce.json. The report is made anew, without answers to harmful prompts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import re
+import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import tomli_w
 
 from rs_gguf.errors import InputError
+from rs_gguf.judges.registry import kind_and_name
 from rs_gguf.models import header
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.reproduce import NAME, Reproduction, prompt_file, read_recipe, without_private_values
@@ -27,10 +30,10 @@ from rs_gguf.prompts import user_files
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import from_home, sha256
 from rs_gguf.records.metrics import RunRecord
-from rs_gguf.records.rows import json_text
+from rs_gguf.records.rows import Row, json_text
 from rs_gguf.report.page import write_report
 from rs_gguf.report.results import printable, without_home
-from rs_gguf.report.text import card_notice, markdown_environment
+from rs_gguf.report.text import card_notice, file_name, markdown_environment, markdown_text
 from rs_gguf.steering.file import kind_of
 from rs_gguf.steering.preset import preset_ini
 from rs_gguf.steering.vector_file import MODE_KEY
@@ -83,14 +86,21 @@ def prepare(folder: Path) -> Publication:
     prompts = _prompts(folder, shared)
     spec = str(values.get("model", models.DEFAULT))
     source = models.public_source(spec, model_sha256)
+    hidden = _hidden(values, shared, record)
+
+    def public(text: str) -> str:
+        for private, shown in hidden.items():
+            text = text.replace(private, shown)
+        return without_home(text)
+
     contents: dict[str, Path | bytes] = dict(files)
     contents |= prompts
-    contents["recipe.toml"] = _bytes(tomli_w.dumps(shared))
+    contents["recipe.toml"] = public(tomli_w.dumps(shared)).encode()
     if record is not None:
-        contents["metrics.json"] = _bytes(json_text(record.mapping(), indent=2))
-        report = _report(folder, left_out)
+        contents["metrics.json"] = public(json_text(record.mapping(), indent=2)).encode()
+        report = _report(folder, left_out, public)
         if report is not None:
-            contents["report.html"] = _bytes(report)
+            contents["report.html"] = report.encode()
     reproduction = Reproduction(
         tool=(record.tool if record else None) or f"rs-gguf {__version__}",
         date=record.date if record else "",
@@ -102,12 +112,12 @@ def prepare(folder: Path) -> Publication:
         files=hashes,
         prompts={name: hashlib.sha256(content).hexdigest() for name, content in prompts.items()},
     )
-    contents[NAME] = _bytes(json_text(reproduction.model_dump(mode="json"), indent=2))
+    contents[NAME] = public(json_text(reproduction.model_dump(mode="json"), indent=2)).encode()
     name = record.model.name if record else printable(Path(spec).name.removesuffix(".gguf"))
     off = record is not None and any(file.llama_cpp.reasoning_off for file in record.files.values())
     options = {file: kind_of(path).option for file, path in files.items()}
-    contents["preset.ini"] = _bytes(preset_ini(name, source, options, reasoning_off=off))
-    contents["README.md"] = _bytes(_card(folder, record, hashes, unmeasured, name, source))
+    contents["preset.ini"] = public(preset_ini(name, source, options, reasoning_off=off)).encode()
+    contents["README.md"] = public(_card(folder, record, hashes, unmeasured, name, source)).encode()
     return Publication(dict(sorted(contents.items())), left_out, unmeasured)
 
 
@@ -145,13 +155,23 @@ def _prompts(folder: Path, shared: dict[str, Any]) -> dict[str, bytes]:
     return contents
 
 
-def _report(folder: Path, left_out: dict[str, str]) -> str | None:
+def _report(folder: Path, left_out: dict[str, str], public: Callable[[str], str]) -> str | None:
     """Return the report, made anew: the page in the folder may show answers to harmful prompts."""
     if not (folder / "test_answers.jsonl").is_file():
         left_out["report.html"] = "it cannot be made anew, without test_answers.jsonl"
         return None
     with tempfile.TemporaryDirectory() as scratch:
-        return write_report(folder, path=Path(scratch) / "report.html").read_text(encoding="utf-8")
+        # Made of public values: the page breaks commands into words, which could not be replaced later.
+        for path in folder.iterdir():
+            copy = Path(scratch) / path.name
+            if path.suffix in (".json", ".toml"):
+                copy.write_text(public(path.read_text(encoding="utf-8")), encoding="utf-8")
+            elif path.name == "test_answers.jsonl":
+                copy.write_bytes(path.read_bytes())
+            else:
+                with contextlib.suppress(OSError):  # without links, the page leaves out some pictures
+                    copy.symlink_to(path.resolve())
+        return write_report(Path(scratch)).read_text(encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:
@@ -190,5 +210,35 @@ def _card(
     return card_notice(text, notices)
 
 
-def _bytes(text: str) -> bytes:
-    return without_home(text).encode("utf-8")
+def _hidden(values: Row, shared: Row, record: RunRecord | None) -> dict[str, str]:
+    """Return what replaces each server and local path, longest first, in every form that a text may have.
+
+    Card and report have the whole recipe as it was, and the commands of metrics.json have paths.
+    """
+    private: dict[str, str] = {}
+    for key in ("model", "judge", "judge_second"):
+        if values.get(key) is not None and values[key] != shared.get(key):
+            private |= _replacements(kind_and_name(str(values[key]))[1])
+    private |= _replacements(str(values.get("answers", {}).get("servers") or ""))
+    for kind in KINDS:
+        private |= {str(name): prompt_file(kind) for name in values.get("prompts", {}).get(kind, ())}
+    for file in record.files.values() if record else ():
+        with contextlib.suppress(ValueError):  # a foreign record's quotes may be open
+            for word in map(without_home, shlex.split(file.llama_cpp.command)):
+                private |= _replacements(word) if Path(word).is_absolute() else {}
+    forms = {
+        form: shown
+        for text, shown in private.items()
+        for plain in (text, without_home(text))
+        for form in (plain, json_text(plain)[1:-1], markdown_text(plain))
+        if plain != shown
+    }
+    return dict(sorted(forms.items(), key=lambda item: -len(item[0])))
+
+
+def _replacements(text: str) -> dict[str, str]:
+    """Return what replaces a path, or each address of servers."""
+    if not text.startswith(("http://", "https://")):
+        return {text: file_name(text)} if text else {}
+    urls = [url.strip().rstrip("/") for url in text.partition("#")[0].split(",")]
+    return {root: "http://server" for url in urls for root in (url, url.removesuffix("/v1"))}

@@ -8,11 +8,12 @@ name public models and its own prompt files only, and no server.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from rs_gguf.models import resolve as models
 from rs_gguf.models import sources
 from rs_gguf.models.upload import check_repository
 from rs_gguf.pipeline import recipe as recipes
+from rs_gguf.pipeline.settings import PREFIX
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256, write_atomic, write_text
 
@@ -96,6 +98,11 @@ def _is(path: Path, digest: str) -> bool:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys and values of a recipe file. Raise `InputError` if it is not a valid recipe."""
+    return {key.lower(): value for key, value in _keys(path).items()}
+
+
+def _keys(path: Path) -> dict[str, Any]:
+    """Return a recipe file as it is: `recipes.load`, which checks it, accepts `Judge` as `judge`."""
     recipes.load(path)
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -137,25 +144,31 @@ def fetch(
 
     A folder that holds this very run stays as it is, so that a killed run goes on.
 
-    overrides: `KEY=VALUE` of the user, who must set the keys in `to_set`.
+    overrides: `KEY=VALUE` of the user, who must set the keys in `to_set`. recipe.toml keeps them.
 
     Raises:
         InputError: the repository has no valid reproduce.json, its recipe names a file or a server, a hash
-            differs, or `out` holds another run.
+            differs, or `out` holds another run or other prompts.
     """
     check_repository(repository)
     path = sources.hub_download(repository, NAME, None)
     published = Reproduction.read(path)
-    stored = out / NAME
-    if stored.is_file() and stored.read_bytes() == path.read_bytes():
+    given = {override.partition("=")[0].strip() for override in overrides}
+    given |= {name.lower().removeprefix(PREFIX.lower()).replace("__", ".") for name in os.environ}
+    stored, recipe_file = out / NAME, out / "recipe.toml"
+    if recipe_file.exists():
+        if not (stored.is_file() and stored.read_bytes() == path.read_bytes()):
+            raise InputError(f"{out} holds another run. Choose another folder (--out).")
+        # The folder may be a copy of the repository: then its recipe is the stranger's, too.
+        _refuse_private(_keys(recipe_file), given, out)
         return published
-    if (out / "recipe.toml").exists():
-        raise InputError(f"{out} holds another run. Choose another folder (--out).")
-    values = _checked(published, {override.partition("=")[0].strip() for override in overrides})
+    values = _checked(published, given)
     files = {name: sources.hub_download(repository, name, None) for name in published.prompts}
     for name, file in files.items():
         if sha256(file) != published.prompts[name]:
             raise InputError(f"{repository}/{name} is not the file that {NAME} names: its SHA-256 differs.")
+        if (out / name).exists() and not _is(out / name, published.prompts[name]):
+            raise InputError(f"{out / name} is another file, which stays. Choose another folder (--out).")
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / "recipe.toml"
         write_text(draft, _toml(values, out))
@@ -169,8 +182,9 @@ def fetch(
     for name, file in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, out / name)
-    write_text(out / "recipe.toml", _toml(values, out))
     write_atomic(stored, lambda target: target.write(path.read_bytes()))
+    # With the user's values in place of the stranger's, which a later run in this folder would use.
+    recipes.dump(recipe, recipe_file)
     return published
 
 
@@ -182,23 +196,42 @@ def _checked(published: Reproduction, given: set[str]) -> dict[str, Any]:
             f"{NAME} does not have {', '.join(missing)}, which only the machine of the run could use. Give "
             f"--set {missing[0]}=…"
         )
-    faults = [f"{key} = {values[key]!r}" for key in _private_keys(values) if key not in given]
+    known = {prompt_file(kind) for kind in KINDS}
+    if strange := [f"prompts: {name!r}" for name in published.prompts if name not in known]:
+        raise _refused(strange)
+    _refuse_private(values, given, Path(), published.prompts)
+    return values
+
+
+def _refuse_private(
+    values: Mapping[str, Any], given: Container[str], folder: Path, published: Container[str] | None = None
+) -> None:
+    """Raise `InputError` if a stranger's recipe names more than public models and the prompts of `folder`.
+
+    given: keys that the user sets. published: names of the prompt files; None for any.
+    """
+    # Not left to the validation, which accepts `Judge` as `judge`.
+    faults = [f"{key} = {value!r}" for key, value in values.items() if key not in recipes.Recipe.model_fields]
+    faults += [f"{key} = {values[key]!r}" for key in _private_keys(values) if key not in given]
     answers, prompts = values.get("answers"), values.get("prompts")
-    if isinstance(answers, dict) and answers.get("servers") is not None:
+    if isinstance(answers, dict) and answers.get("servers") is not None and "answers.servers" not in given:
         faults.append(f"answers.servers = {answers['servers']!r}")
-    names = {prompt_file(kind): kind for kind in KINDS}
-    faults += [f"prompts: {name!r}" for name in published.prompts if name not in names]
     for kind in KINDS:
         listed = prompts.get(kind) or [] if isinstance(prompts, dict) else []
-        if listed not in ([], [prompt_file(kind)]) or (listed and prompt_file(kind) not in published.prompts):
+        name = prompt_file(kind)
+        own = listed == [str(folder / name)] and (published is None or name in published)
+        if listed != [] and not own and f"prompts.{kind}" not in given:
             faults.append(f"prompts.{kind} = {listed!r}")
     if faults:
-        shown = "; ".join(escape_control_chars(fault[:200]) for fault in faults[:10])
-        raise InputError(
-            f"the recipe in {NAME} is refused: {shown}. Only public models, judges that run here and the "
-            "prompt files of the repository are accepted. Give other values with --set."
-        )
-    return values
+        raise _refused(faults)
+
+
+def _refused(faults: Sequence[str]) -> InputError:
+    shown = "; ".join(escape_control_chars(fault[:200]) for fault in faults[:10])
+    return InputError(
+        f"the recipe in {NAME} is refused: {shown}. Only public models, judges that run here and the "
+        "prompt files of the repository are accepted. Give other values with --set."
+    )
 
 
 def _toml(values: Mapping[str, Any], out: Path) -> str:
@@ -208,7 +241,9 @@ def _toml(values: Mapping[str, Any], out: Path) -> str:
         moved = {kind: [str(out / name) for name in prompts[kind]] for kind in KINDS if prompts.get(kind)}
         values = {**values, "prompts": {**prompts, **moved}}
     try:
-        return tomli_w.dumps(values)
+        text = tomli_w.dumps(values)
+        text.encode()  # JSON can spell half of a surrogate pair, which UTF-8 does not have
+        return text
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"the recipe in {NAME} is not a recipe ({error}). Use another repository."

@@ -18,6 +18,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import; nothing may 
 import gradio as gr
 from fastapi.middleware import Middleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rs_gguf.errors import InputError
@@ -27,13 +29,16 @@ from rs_gguf.records.conversation import Prompt
 
 HOST = "127.0.0.1"
 _SYSTEM_FONT = ["system-ui", "sans-serif"]  # Gradio's own themes load fonts from elsewhere
-_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+_POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 _NO_GATES = "<p>No gate activations: no file has gates, or a server has the model.</p>"
 Shown = tuple[str, str, str, str]  # unsteered answer, steered answer, shaded prompt, bars
 
 
 class _OwnContentOnly:
-    """Middleware that lets the browser load nothing from elsewhere."""
+    """Middleware that lets the browser load nothing from elsewhere, and refuses what other sites send."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -45,6 +50,10 @@ class _OwnContentOnly:
                 message = {**message, "headers": headers}
             await send(message)
 
+        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else {}
+        if headers.get("origin", own := f"http://{headers.get('host')}") != own:
+            await PlainTextResponse("Another site asked.", 403)(scope, receive, send)
+            return
         await self._app(scope, receive, send_with_policy)
 
 

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class Session(Protocol):
 
 
 class LoadedModel:
-    """A `Session` of a model in this process.
+    """A `Session` of a model in this process. Close it before the model.
 
     Args:
         model: the loaded model.
@@ -74,20 +75,42 @@ class LoadedModel:
         self.name = model.path.name
         self._model, self._asking = model, asking
         self._steering, self._gates = NO_STEERING, dict[str, NDArray[np.float32]]()
+        # Held while llama.cpp computes: the page does so in threads of its own, which Ctrl-C does not stop.
+        self._computing, self._closed = Lock(), False
+        self._streams = contextlib.ExitStack()  # of the last answers
         for path, scale in files:
             content = steering_file.read(path)
             self._steering = self._steering.with_added(content.steering(path, scale))
             self._gates |= content.gates
 
+    def close(self) -> None:
+        """End what is running, so that the model can be closed. There are no answers afterwards."""
+        self._closed = True
+        with self._computing:
+            self._streams.close()
+
     def answers(self, prompt: str, factor: float) -> Answers:
         """Yield both answers, a token of each at a time."""
-        (tokens,) = chat_tokens(self._model, [Prompt(prompt, "sensitive")], self._asking.system)
-        with contextlib.ExitStack() as streams:
+        with self._computing:
+            if self._closed:
+                return
+            (tokens,) = chat_tokens(self._model, [Prompt(prompt, "sensitive")], self._asking.system)
+            self._streams = streams = contextlib.ExitStack()
             unsteered, steered = (
                 streams.enter_context(contextlib.closing(self._texts(tokens, steering)))
                 for steering in (NO_STEERING, self._steering.scaled(factor))
             )
-            yield from side_by_side(unsteered, steered)
+        texts = side_by_side(unsteered, steered)
+        try:
+            while (both := self._next(texts)) is not None:
+                yield both
+        finally:
+            with self._computing:
+                streams.close()
+
+    def _next(self, texts: Answers) -> tuple[str, str] | None:
+        with self._computing:
+            return None if self._closed else next(texts, None)
 
     def _texts(self, prompt: Sequence[int], steering: Steering) -> Generator[str, None, None]:
         tokens: list[int] = []
@@ -100,8 +123,10 @@ class LoadedModel:
 
     def gates(self, prompt: str, factor: float) -> GateReading | None:
         """Return the gate activations of a prompt with the files in force; None without gates."""
-        if not self._gates:
-            return None
+        with self._computing:
+            return self._read_gates(prompt, factor) if self._gates and not self._closed else None
+
+    def _read_gates(self, prompt: str, factor: float) -> GateReading:
         (tokens,) = chat_tokens(self._model, [Prompt(prompt, "sensitive")], self._asking.system)
         by_position: dict[int, dict[str, float]] = {}
         with self._model.steered(self._steering.scaled(factor)):

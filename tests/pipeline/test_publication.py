@@ -138,3 +138,30 @@ def test_what_only_this_machine_can_use_is_not_published(tmp_path: Path) -> None
     assert reproduction["recipe"]["judge_second"] == "labels:qwen2.5-coder-1.5b"
     assert reproduction["recipe"]["answers"] == {"tokens": 24}
     assert "10.0.0" not in text(publication, "recipe.toml")
+
+
+def test_no_file_names_a_server_or_a_local_path(tmp_path: Path) -> None:
+    own = tmp_path / "a & b" / "own.jsonl"
+    own.parent.mkdir()
+    own.write_text(json.dumps({"prompt": "Who won?"}) + "\n")
+
+    def private(recipe: dict[str, Any]) -> dict[str, Any]:
+        recipe["model"] = "/secret & place/model.gguf"
+        recipe["Judge"] = "http://10.0.0.7:8080/v1,http://10.0.0.8:8080/v1#judge"
+        recipe["judge_second"] = "labels:/secret & place/judge.gguf"
+        recipe["answers"] = {"servers": "http://10.0.0.9:8080/v1/"}
+        recipe["prompts"]["sensitive"] = [str(own)]
+        return recipe
+
+    run = publishable_run(tmp_path / "run", recipe=private)
+    metrics = (run / "metrics.json").read_text(encoding="utf-8")
+    (run / "metrics.json").write_text(metrics.replace("'my models/", "'/secret models/"))
+    write_card(run)
+    (run / "activations").mkdir()  # the page's pictures come from there
+    publication = prepare(run)
+    for name in publication.contents:
+        if not name.endswith(".gguf"):
+            for private_text in ("10.0.0", "secret", str(tmp_path), "a & b", "a &amp; b"):
+                assert private_text not in text(publication, name), (name, private_text)
+    assert "http://server" in publication.card
+    assert "prompts/sensitive.jsonl" in publication.card

@@ -124,7 +124,13 @@ def with_recipe(**values: Any) -> dict[str, Any]:
         (published(prompts={"prompts/sensitive.jsonl": digest(b"")}), r"its SHA-256 differs"),
         (published(model_sha256=digest(b"other")), r"was made on"),
         (published(to_set=["model"]), r"does not have model.*--set model="),
-        (with_recipe(run="rm"), r"run: Extra inputs"),
+        (with_recipe(run="rm"), r"refused: run = 'rm'"),
+        # The validation of a recipe accepts such spellings of a key.
+        (with_recipe(Judge="http://example.invalid/v1#x"), r"refused: Judge = 'http"),
+        (with_recipe(MODEL="/etc/passwd"), r"refused: MODEL"),
+        (with_recipe(Answers={"servers": "http://example.invalid"}), r"refused: Answers"),
+        (with_recipe(Prompts={"sensitive": ["/etc/passwd"]}), r"refused: Prompts"),
+        (with_recipe(prompts={"system": "\ud800"}), r"surrogates not allowed"),
         (with_recipe(seed=None), r"is not a recipe"),
         (with_recipe(tune={"logprob_trials": "many"}), r"tune.logprob_trials"),
         (published(command="rm"), r"command: Extra inputs"),
@@ -145,9 +151,55 @@ def test_what_is_not_safe_is_refused_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_user_may_set_what_the_recipe_may_not(serve: Serve, tmp_path: Path) -> None:
+def test_the_user_may_set_what_the_recipe_may_not(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve(with_recipe(judge="http://example.invalid/v1#x") | {"to_set": ["judge_second"]})
-    fetch("owner/name", tmp_path / "out", ["judge=keywords", "judge_second=labels:/m.gguf"])
+    out, overrides = tmp_path / "out", ["judge=keywords", "judge_second=labels:/m.gguf"]
+    found = fetch("owner/name", out, overrides)
+    # A later run in the folder, without --set, must not use the stranger's judge.
+    assert "example.invalid" not in (out / "recipe.toml").read_text()
+    assert fetch("owner/name", out, overrides) == found
+    with pytest.raises(InputError, match="refused: judge_second"):
+        fetch("owner/name", out)
+    monkeypatch.setenv("RS_GGUF_JUDGE_SECOND", "labels:/m.gguf")
+    assert fetch("owner/name", out) == found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'judge = "http://example.invalid/v1#x"',
+        'judge = "keywords"\nJudge = "http://example.invalid/v1#x"',
+        'answers.servers = "http://example.invalid"',
+        'prompts.benign = ["/etc/passwd"]',
+    ],
+)
+def test_the_recipe_in_a_copy_of_the_repository_is_not_trusted(
+    serve: Serve, tmp_path: Path, line: str
+) -> None:
+    serve(published())
+    (tmp_path / "reproduce.json").write_text(json.dumps(published()), encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(line + "\n")
+    with pytest.raises(InputError, match="refused: "):
+        fetch("owner/name", tmp_path)
+
+
+def test_a_copy_without_recipe_gets_the_published_one(serve: Serve, tmp_path: Path) -> None:
+    serve(published())
+    (tmp_path / "reproduce.json").write_text(json.dumps(published()), encoding="utf-8")
+    fetch("owner/name", tmp_path)
+    assert tomllib.loads((tmp_path / "recipe.toml").read_text())["seed"] == 3
+
+
+def test_prompts_of_the_user_stay(serve: Serve, tmp_path: Path) -> None:
+    serve(published())
+    own = tmp_path / "prompts" / "sensitive.jsonl"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(InputError, match="is another file, which stays"):
+        fetch("owner/name", tmp_path)
+    assert own.read_text() == "mine"
 
 
 def test_the_command_runs_the_recipe_and_compares_the_files(
@@ -171,6 +223,10 @@ def test_the_command_runs_the_recipe_and_compares_the_files(
     assert "remove.gguf: differs from the published file." in done.stderr
     done = CliRunner().invoke(main, ["run", "recipe.toml", "--from", "owner/name"])
     assert (done.exit_code, "either RECIPE or --from" in done.stderr) == (2, True)
+    serve(published(to_set=["judge_second"]))
+    options = ["--out", str(tmp_path / "second"), "--second-judge", "labels:/m.gguf"]
+    done = CliRunner().invoke(main, ["run", "--from", "owner/name", *options])
+    assert ran.pop().judge_second == "labels:/m.gguf", done.stderr
 
 
 @pytest.mark.slow

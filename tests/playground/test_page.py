@@ -146,5 +146,17 @@ def test_only_this_machine_is_served(address: str) -> None:
     assert foreign.status_code == 400
     ours = httpx.get(address, trust_env=False)
     assert "default-src 'self'" in ours.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in ours.headers["content-security-policy"]
     with pytest.raises(InputError, match=f"cannot serve on port {port}"):
         launch(build(Echo(), []), port)
+
+
+@pytest.mark.parametrize("origin", ["https://elsewhere.example", "null", "http://127.0.0.1:1"])
+def test_other_sites_can_neither_ask_nor_store_files(address: str, session: Echo, origin: str) -> None:
+    asked = len(session.factors)
+    with httpx.Client(base_url=address, headers={"Origin": origin}, trust_env=False) as client:
+        # A browser sends the first of these from any site, without asking this server before.
+        stored = client.post("gradio_api/upload", files={"files": ("x.txt", b"x")})
+        answer = client.post("gradio_api/queue/join", json={"data": ["hi", 1], "fn_index": 1})
+    assert (stored.status_code, answer.status_code) == (403, 403)
+    assert len(session.factors) == asked

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,37 @@ def test_too_long_a_prompt_is_refused(model: LlamaModel, folder: Path) -> None:
         list(session.answers("long " * 2000, 1.0))
     with pytest.raises(InputError, match="at least one token"):
         list(model.stream([], NO_STEERING, max_tokens=1))
+
+
+def test_closing_waits_for_a_token_and_ends_the_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+    with llama(folder / "tiny.gguf", n_ctx=1024) as model:
+        session = LoadedModel(model, [(folder / "adapter.gguf", 1.0)], ASKING)
+        answers = session.answers(QUESTION, 1.0)
+        next(answers)
+        advance, stream = model.detokenize, list[tuple[str, str]]()
+
+        def slow(tokens: Sequence[int]) -> str:
+            computing.set()
+            assert go_on.wait(60)
+            return advance(tokens)
+
+        monkeypatch.setattr(model, "detokenize", slow)
+        page = threading.Thread(target=lambda: stream.extend(answers))
+        page.start()
+        assert computing.wait(60)
+        closing = threading.Thread(target=session.close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive(), "llama.cpp may still compute"
+        go_on.set()
+        closing.join(60)
+        page.join(60)
+        assert len(stream) <= 2
+        assert session.gates(QUESTION, 1.0) is None
+        assert list(session.answers(QUESTION, 1.0)) == []
 
 
 def test_texts_grow_in_turns() -> None:
