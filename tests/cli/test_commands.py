@@ -89,7 +89,11 @@ def test_page_and_card_show_the_option(tmp_path: Path) -> None:
     card = write_card(folder).read_text(encoding="utf-8")
     assert "llama-server -m MODEL.gguf --lora remove-adapter.gguf --reasoning off\n" in card
     assert "llama-cli -m MODEL.gguf --lora remove-adapter.gguf --reasoning off\n" in card
-    assert card.count("--reasoning off") == 2
+    commands = [line for line in card.splitlines() if "llama-" in line and "MODEL.gguf" in line]
+    for option, off in (("--lora", True), ("--control-vector", False)):
+        matching = [line for line in commands if f"{option} " in line or f"{option}-scaled " in line]
+        assert len(matching) >= 2
+        assert [line for line in matching if line.endswith(" --reasoning off") != off] == []
     assert ">--reasoning<" in write_report(folder).read_text(encoding="utf-8")
 
 
