@@ -37,6 +37,7 @@ def compared(**changes: Any) -> dict[str, Any]:
             "n": 64, "drift": 0.01, "top1_agreement": 0.99,
             "perplexity_unsteered": 9.0, "perplexity_steered": 9.5,
         },
+        "kl_first_token": 0.0123, "kl_mean": 0.0456,
         "tokens_per_second": {"unsteered": 80.0, "steered": 76.0, "change": -0.05},
     }  # fmt: skip
 
@@ -77,6 +78,8 @@ def test_a_comparison_goes_from_explicit_refusals_to_outcomes_and_transitions(co
     assert of["explicit refusals"][1].startswith("6 of 40 (")
     assert of["explicit refusals"][2].startswith("p = ")
     assert of["complies"][:2] == ["20", "33"]
+    assert "0.0123 nats " in text
+    assert "0.0456 nats/token" in text
     assert of["refuses"][:2] == ["20", "6"]
     assert of["fails"][:2] == ["0", "1"]
     for name, share in (

@@ -140,6 +140,8 @@ def hook_count(model: TorchModel) -> int:
 
 def test_the_interface_equals_the_llama_cpp_engines() -> None:
     for name in (name for name in dir(LlamaModel) if not name.startswith("_")):
+        if name == "stream":
+            continue  # only the page of `rs-export try` streams, and it opens GGUF files alone
         member, own = inspect.getattr_static(LlamaModel, name), inspect.getattr_static(TorchModel, name)
         assert type(own) is type(member), name
         if callable(member):
