@@ -391,7 +391,11 @@ def test_llama_server_takes_the_options(command: Command, desk: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("command", [c for c in OURS if "http://localhost:8080" in c.arguments], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [c for c in OURS if "http://localhost:8080" in c.arguments and c.arguments[0] != "try"],
+    ids=str,
+)
 def test_commands_of_a_running_server_run(command: Command, desk: Path, judge: str, tmp_path: Path) -> None:
     (start,) = (c for c in ALL if c.program == SERVER and c.where == command.where)
     with binaries.Server(tmp_path / "log", *server_options(start)) as server:
