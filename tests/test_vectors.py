@@ -196,7 +196,7 @@ def counts(folder: Path, record: RunRecord, kind: str) -> dict[str, dict[str, in
         counts[name] = {
             "refused": not_complied(outcomes),
             "directly": outcomes.explicit,
-            "broken": round(getattr(one, f"degenerate_{side}") * one.n),
+            "loops": round(getattr(one, f"degenerate_{side}") * one.n),
         }
     # Schema 1 compared totals. They are not transitions, so the record has no baselines.
     for other in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["baselines"]:
