@@ -637,6 +637,7 @@ def test_a_layer_whose_classes_differ_only_in_harm_has_no_direction(kind: type[D
         kind().fit(two[:, None], confidence, kinds=kinds)
 
 
+@pytest.mark.slow
 def test_a_layer_without_a_direction_ends_no_fit_and_is_not_steered(tmp_path: Path) -> None:
     """LFM2 has such layers: its first convolutions see only the end of the chat template."""
     activations, confidence, kinds, _ = labelled()

@@ -106,6 +106,7 @@ def _fill(path: Path, start: int) -> None:
     assert all(judgements[i].confidence == (start + i) / 100 for i in range(60))
 
 
+@pytest.mark.slow
 def test_processes_share_the_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     path = tmp_path / "cache"

@@ -62,6 +62,7 @@ def test_names_are_its_own() -> None:
     assert all(suffix.endswith(".gguf") for suffix in suffixes)
 
 
+@pytest.mark.slow
 def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
     assert fit.method.suits(Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP, "remove")
 

@@ -619,6 +619,7 @@ def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
     assert "not measured" in write_card(folder).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     rows = invented_rows(8)
     rows = [{**row, "id": str(k), "answer_unsteered": '"&<' * 3000} for k in range(40) for row in rows]
@@ -630,6 +631,7 @@ def test_a_large_run_still_makes_a_small_page(tmp_path: Path) -> None:
     assert f"shows {shown} of {len(rows)} prompts" in one_line(text)
 
 
+@pytest.mark.slow
 def test_names_of_ones_own_and_a_long_search_make_a_small_page_too(tmp_path: Path) -> None:
     rows = [
         {**row, "id": f"{k}", **dict.fromkeys(("topic", "form", "language"), f"{k}{'&' * 500}")}

@@ -329,6 +329,7 @@ def test_an_adapter_too_large_to_read_is_not_written(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_adapters_far_larger_than_vectors_are_read(tmp_path: Path) -> None:
     """Adapters of other tools change every matrix of a large model at rank 16."""
     a, b = np.zeros((64, 65536), np.float32), np.ones((131072, 64), np.float16)

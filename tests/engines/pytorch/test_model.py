@@ -326,6 +326,7 @@ def test_a_sequence_that_ends_leaves_the_others_alone(tmp_path: Path) -> None:
     assert any(end not in answer.tokens for answer in endless.values())  # one answer goes on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATES)
 def test_a_sequence_keeps_its_state_when_others_end(tmp_path: Path, name: str) -> None:
     ends = {0, 2, *range(5, len(VOCABULARY), 5)}

@@ -31,6 +31,7 @@ with Processes.of_torchrun() as processes:
 """
 
 
+@pytest.mark.slow
 def test_every_method_writes_its_file_and_is_loaded(tmp_path: Path) -> None:
     advanced: list[int] = []
     fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=advanced.append)
@@ -42,6 +43,7 @@ def test_every_method_writes_its_file_and_is_loaded(tmp_path: Path) -> None:
     assert [row["estimator"] for row in record["directions"]] == ["md", "wrmd", "wrmd"]
 
 
+@pytest.mark.slow
 def test_a_method_without_its_inputs_writes_nothing(tmp_path: Path) -> None:
     fit(samples_in(tmp_path), OPTIONS, tmp_path, advance=lambda _: None)
     of_folder = replace(samples_in(tmp_path), inputs={}, model=None)

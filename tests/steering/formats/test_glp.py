@@ -164,6 +164,7 @@ def dense(network: transformers.Qwen2ForCausalLM, rows: Rows, alpha: float, kind
         return np.stack([other(torch.tensor([p])).logits[0, -1].numpy() for p in PROMPTS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "alpha"),
     [
