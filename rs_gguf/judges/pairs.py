@@ -18,7 +18,7 @@ class LabelledPair:
     category: str
     language: str
     split: str  # "calibration" | "test"
-    source: str  # "written" for the project | "model": answered by the default model
+    source: str  # "written" for the project | "model": by the default model | "steered": by two models
 
 
 def labelled_pairs() -> list[LabelledPair]:

@@ -7,6 +7,7 @@ A name goes in; a `Judge` comes out, which turns pairs (prompt, answer) into ref
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -147,10 +148,11 @@ def shipped_version() -> str:
     return " ".join([f"{rubric_version()} {reading()}", *(p.fingerprint() for p in probes if p is not None)])
 
 
+@functools.cache
 def shipped_probe(model_sha256: str) -> Probe | None:
     """Return the probe in the package's data for the model file with this hash; None if there is none."""
-    for model in models.CATALOGUE.values():
-        path = resources.files("rs_gguf") / "data" / "judges" / f"{model.name}.safetensors"
-        if model.sha256 == model_sha256 and path.is_file():
-            return load_probe(Path(str(path)))
-    return None
+    model = models.with_hash(model_sha256)
+    if model is None:
+        return None
+    path = resources.files("rs_gguf") / "data" / "judges" / f"{model.name}.safetensors"
+    return load_probe(Path(str(path))) if path.is_file() else None

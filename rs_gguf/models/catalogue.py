@@ -79,6 +79,11 @@ CATALOGUE = {
 }
 
 
+def with_hash(sha256: str) -> CatalogueModel | None:
+    """Return the model whose file has this SHA-256; None if the catalogue has none."""
+    return next((model for model in CATALOGUE.values() if model.sha256 == sha256), None)
+
+
 def cache_folder() -> Path:
     """Return the user's cache folder for models.
 

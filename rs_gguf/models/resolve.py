@@ -19,7 +19,7 @@ from filelock import FileLock
 from rs_gguf.errors import InputError
 from rs_gguf.models import catalogue, sources
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.catalogue import CATALOGUE, DEFAULT, CatalogueModel
+from rs_gguf.models.catalogue import CATALOGUE, DEFAULT, CatalogueModel, with_hash
 from rs_gguf.models.sources import FOLDER_PARTS, OnBytes
 from rs_gguf.records.files import from_home, sha256
 
@@ -36,6 +36,7 @@ __all__ = [
     "pull",
     "resolve",
     "resolve_gguf",
+    "with_hash",
 ]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/\w[\w.-]*)*")
@@ -88,7 +89,7 @@ def public_source(spec: str, sha256: str = "") -> tuple[str, str] | None:
 
     A folder of safetensors has an empty file. A local copy of a catalogue model is recognised by its hash.
     """
-    known = CATALOGUE.get(spec) or next((m for m in CATALOGUE.values() if m.sha256 == sha256), None)
+    known = CATALOGUE.get(spec) or with_hash(sha256)
     if known is not None and sha256 in ("", known.sha256):
         return known.hub
     if not _is_hub_id(spec) or ".." in spec.split("/") or from_home(spec).exists():

@@ -115,9 +115,8 @@ def without_private_values(
     sha256: of the model; a local copy of a catalogue model gets its name.
     """
     shared = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    known = next((model.name for model in models.CATALOGUE.values() if model.sha256 == sha256), None)
-    if known is not None:
-        shared["model"] = known
+    if known := models.with_hash(sha256):
+        shared["model"] = known.name
     private = tuple(_private_keys(shared))
     for key in private:
         del shared[key]

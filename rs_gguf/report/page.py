@@ -95,7 +95,7 @@ def write_card(run_folder: Path) -> Path:
             "base_model": source[0] if source else None,
             "figures": list(hub_figures(common["files"])),
             "examples": answers.examples(run.rows, common["ordered"][0], run.record.effect, harmful=False),
-            "known": next((m for m in models.CATALOGUE.values() if m.sha256 == sha256), None),
+            "known": models.with_hash(sha256),
             "languages": answers.languages(run.rows),
         }
 
