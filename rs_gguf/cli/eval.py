@@ -133,7 +133,7 @@ def evaluate(
     temperature, tokens = how.temperature, tokens or how.tokens
     prompts = prompt_sets(files, suites, copies)
     asked_in = named([name.strip() for value in contexts for name in value.split(",")])
-    progress = TerminalProgress(Console(stderr=True))
+    progress = TerminalProgress()
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         source, name, loaded = stack.enter_context(

@@ -65,8 +65,6 @@ def judge(
 
     The key of an endpoint is read from RS_GGUF_API_KEY. Judgements are cached by judge, prompt and answer.
     """
-    from rich.console import Console
-
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.evaluation import judge_validation
     from rs_gguf.judges import calibration
@@ -82,7 +80,7 @@ def judge(
         raise InputError("--pairs selects labelled test pairs and is accepted only with --agreement.")
     options = judges.EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
     rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
-    progress = TerminalProgress(Console(stderr=True))
+    progress = TerminalProgress()
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         judge_model = stack.enter_context(

@@ -31,7 +31,6 @@ from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
 from rs_gguf.version import __version__
 
 if TYPE_CHECKING:
-    from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline.reproduce import Reproduction
 
 
@@ -126,20 +125,13 @@ _second_judge = click.option(
 )
 
 
-def _progress() -> TerminalProgress:
-    from rich.console import Console
-
-    from rs_gguf.cli.terminal import TerminalProgress
-
-    return TerminalProgress(Console(stderr=True))
-
-
 def _fetch(repository: str, recipe: Path | None, out: Path, overrides: tuple[str, ...]) -> Reproduction:
+    from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline.reproduce import fetch
 
     if recipe is not None:
         raise InputError("give either RECIPE or --from: the repository has a recipe of its own.")
-    with contextlib.closing(_progress()) as progress:
+    with contextlib.closing(TerminalProgress()) as progress:
         return fetch(repository, out, overrides, progress.download)
 
 
@@ -158,6 +150,7 @@ def _run(
     fresh: bool,
     until: str,
 ) -> dict[str, Any]:
+    from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline import recipe as recipes
     from rs_gguf.pipeline.run import run
 
@@ -166,7 +159,7 @@ def _run(
         recipe = stored  # the default recipe would start a different run in this folder
     settings = recipes.load(recipe, overrides)
     try:
-        with contextlib.closing(_progress()) as progress:
+        with contextlib.closing(TerminalProgress()) as progress:
             return run(settings, out, fresh=fresh, progress=progress, until=until)
     except KeyboardInterrupt:
         note = ", without --fresh if a stage has begun" if fresh else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -42,16 +43,11 @@ def models_list(as_json: bool) -> None:
 @click.argument("name")
 def models_pull(name: str) -> None:
     """Download a model, verify it and print its path."""
-    from rich.console import Console
-
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.models.resolve import pull
 
-    progress = TerminalProgress(Console(stderr=True))
-    try:
+    with contextlib.closing(TerminalProgress()) as progress:
         click.echo(pull(name, progress=progress.download))
-    finally:
-        progress.close()
 
 
 @models.command("path")

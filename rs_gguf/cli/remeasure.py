@@ -35,7 +35,7 @@ def remeasure(folder: Path, sealed: Path | None, as_json: bool) -> None:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline.remeasure import remeasure as measure_again
 
-    with contextlib.closing(TerminalProgress(Console(stderr=True))) as progress:
+    with contextlib.closing(TerminalProgress()) as progress:
         record, path = measure_again(folder, sealed=sealed, progress=progress)
     if as_json:
         click.echo(json.dumps(record.mapping(), indent=2))

@@ -26,10 +26,10 @@ from rs_gguf.report.text import duration
 
 
 class TerminalProgress:
-    """Progress of a run, drawn on a console."""
+    """Progress of a run, drawn on stderr."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
         self._download: tuple[Progress, TaskID] | None = None
 
     @contextlib.contextmanager

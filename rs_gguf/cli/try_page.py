@@ -72,14 +72,12 @@ def _session(model: str, files: Sequence[tuple[Path, float]], asking: Asking) ->
                 )
         yield ServedModel(LlamaServer(model, files), asking)
         return
-    from rich.console import Console
-
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.llama.model import LlamaModel
     from rs_gguf.models.resolve import resolve_gguf
     from rs_gguf.playground.session import LoadedModel
 
-    with contextlib.closing(TerminalProgress(Console(stderr=True))) as progress:
+    with contextlib.closing(TerminalProgress()) as progress:
         path = resolve_gguf(model, progress=progress.download)
     with (
         LlamaModel(path, n_parallel=1) as loaded,
