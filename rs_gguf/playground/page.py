@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from html import escape
 from threading import Lock
 from typing import Any
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rs_gguf.errors import InputError
 from rs_gguf.playground import drawing
-from rs_gguf.playground.session import Session
+from rs_gguf.playground.session import Answers, Session
 from rs_gguf.records.conversation import Prompt
 
 HOST = "127.0.0.1"
@@ -58,23 +57,40 @@ class _OwnContentOnly:
 
 
 def build(session: Session, prompts: Sequence[Prompt]) -> gr.Blocks:
-    """Return the page. It answers one prompt at a time, since a model has one cache."""
+    """Return the page. A model has one cache, so a new question ends the answers to the one before."""
     one_at_a_time = Lock()
+    running: list[Answers] = []
+
+    def end() -> None:
+        while running:
+            running.pop().close()
+
+    def end_after_this_token() -> None:
+        with one_at_a_time:
+            end()
 
     def ask(prompt: str, factor: float) -> Iterator[Shown]:
         if not prompt.strip():
             raise gr.Error("Type a prompt, or choose one.", print_exception=False)
-        with one_at_a_time:
-            try:
+        try:
+            with one_at_a_time:
+                end()
                 gates = session.gates(prompt, factor)
-                tokens = drawing.shaded(gates.tokens) if gates else _NO_GATES
-                layers = drawing.bars(gates.layers) if gates else ""
-                yield "", "", tokens, layers
-                with closing(session.answers(prompt, factor)) as answers:
-                    for unsteered, steered in answers:
-                        yield unsteered, steered, tokens, layers
-            except InputError as error:
-                raise gr.Error(escape(str(error)), print_exception=False) from error
+                answers = session.answers(prompt, factor)
+                running.append(answers)
+            tokens = drawing.shaded(gates.tokens) if gates else _NO_GATES
+            layers = drawing.bars(gates.layers) if gates else ""
+            unsteered = steered = ""
+            while True:
+                yield unsteered, steered, tokens, layers
+                # Gradio may drop this generator at a yield: nothing is locked there.
+                with one_at_a_time:
+                    shown = next(answers, None)
+                if shown is None:
+                    return
+                unsteered, steered = shown
+        except InputError as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from error
 
     choices = [(f"{prompt.kind}: {prompt.prompt[:70]}", prompt.prompt) for prompt in prompts]
     with gr.Blocks(title="rs-export try", analytics_enabled=False) as page:
@@ -100,11 +116,11 @@ def build(session: Session, prompts: Sequence[Prompt]) -> gr.Blocks:
                 gr.HTML("<h3>Gate activation by layer, at the last token</h3><p>Dashed: 1.</p>")
                 layers = gr.HTML()
         chosen.input(None, chosen, prompt, js="text => text ?? ''")  # in the browser, so that it is instant
-        running = gr.on(
+        gr.on(
             [start.click, prompt.submit], ask, [prompt, factor], [unsteered, steered, tokens, layers],
-            concurrency_limit=1, show_progress="hidden",
+            concurrency_limit=None, trigger_mode="multiple", show_progress="hidden",
         )  # fmt: skip
-        stop.click(None, cancels=[running])
+        stop.click(end_after_this_token, show_progress="hidden")
     return page
 
 

@@ -137,7 +137,7 @@ def _common(run: Results) -> Row:
         "files": files,
         "best": best,
         "verdict": recommendation.overall_verdict(files),
-        "ordered": sorted(files, key=lambda file: file is not best),
+        "ordered": recommendation.by_merit(files, effect),
         "baselines": run.record.baselines,
         "headline": recommendation.headline(files, effect),
         "sentences": recommendation.sentences(files, effect),

@@ -75,14 +75,18 @@ def reported_files(record: RunRecord) -> list[ReportedFile]:
     return [ReportedFile(key, file) for key, file in record.files.items()]
 
 
-def recommended_file(files: Sequence[ReportedFile], effect: Effect) -> ReportedFile | None:
-    """Return the file to use, or None if none passed.
+def by_merit(files: Sequence[ReportedFile], effect: Effect) -> list[ReportedFile]:
+    """Return the files in the order in which people should read of them: first those that passed.
 
-    Of several that passed: the one that opens more sensitive prompts (induce: closes more), then the one that
-    keeps more harmful refusals, then the one that drifts less.
+    Then the one that opens more sensitive prompts (induce: closes more), that keeps more harmful refusals,
+    that drifts less.
     """
-    passed = [file for file in files if file.record.passed]
-    return max(passed, key=lambda file: _merits(file, effect), default=None)
+    return sorted(files, key=lambda file: (file.record.passed, _merits(file, effect)), reverse=True)
+
+
+def recommended_file(files: Sequence[ReportedFile], effect: Effect) -> ReportedFile | None:
+    """Return the file to use, the first by merit, or None if none passed."""
+    return next((file for file in by_merit(files, effect) if file.record.passed), None)
 
 
 def overall_verdict(files: Sequence[ReportedFile]) -> Verdict:
@@ -107,7 +111,7 @@ def sentences(files: Sequence[ReportedFile], effect: Effect) -> list[str]:
     """Return why, a string for each file: what the recommended one changes, then how the others stand."""
     best = recommended_file(files, effect)
     if best is None:
-        return [" ".join((_verdict(file), *_figures(file, effect))) for file in files]
+        return [" ".join((_verdict(file), *_figures(file, effect))) for file in by_merit(files, effect)]
     return [
         " ".join((_verdict(best), *_figures(best, effect))),
         *(_beside(best, other, effect) for other in files if other is not best),
@@ -145,7 +149,7 @@ def _figures(file: ReportedFile, effect: Effect) -> list[str]:
 
 
 def _are(n: int) -> str:
-    return f"{n} {'is' if n == 1 else 'are'}"
+    return f"{n or 'none'} {'is' if n < 2 else 'are'}"
 
 
 def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:
@@ -161,7 +165,7 @@ def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:
 
 
 def _merits(file: ReportedFile, effect: Effect) -> tuple[int, int, float]:
-    """Return what decides between files that passed.
+    """Return what decides between files.
 
     Schema 1 knew no transitions. There the change of the explicit refusals stands in for them.
     """

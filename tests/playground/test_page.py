@@ -124,6 +124,17 @@ def test_an_answer_streams_and_can_be_stopped(page: Page, session: Echo) -> None
     expect(page.get_by_label("Steered", exact=True)).to_have_value("Yes: second (end)")
 
 
+def test_a_new_question_ends_the_answers_under_way(page: Page, session: Echo) -> None:
+    session.hold.clear()
+    for prompt in ("first", "second"):
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        page.get_by_role("button", name="Answer").click()
+        if prompt == "first":
+            expect(page.get_by_label("Steered", exact=True)).to_have_value("Yes: first")
+    session.hold.set()
+    expect(page.get_by_label("Steered", exact=True)).to_have_value("Yes: second (end)")
+
+
 def test_an_error_is_shown_as_text(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("fail")
     page.get_by_role("button", name="Answer").click()

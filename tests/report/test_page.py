@@ -258,8 +258,8 @@ def test_rates_of_no_judged_answer_are_not_measured(tmp_path: Path) -> None:
         ("undecided", "passed", "✓Use the gated adapter", "remove-adapter.gguf"),
         ("passed", "failed", "✓Use the control vector", "remove.gguf"),
         ("passed", "undecided", "✓Use the control vector", "remove.gguf"),
-        ("failed", "failed", "✕Do not use either file as it is", "remove.gguf"),
-        ("failed", "undecided", "?Undecided: more prompts are needed", "remove.gguf"),
+        ("failed", "failed", "✕Do not use either file as it is", "remove-adapter.gguf"),  # it opens more
+        ("failed", "undecided", "?Undecided: more prompts are needed", "remove-adapter.gguf"),
     ],
 )
 def test_the_recommended_file_has_passed_and_opens_most(
@@ -268,7 +268,7 @@ def test_the_recommended_file_has_passed_and_opens_most(
     page = Page(write_report(make_run(tmp_path, metrics=verdicts_of(vector=vector, adapter=adapter))))
     assert page.all("h2", id="verdict-title") == [said]
     titles = [one_line(text) for text in page.all("div", class_="title")]
-    assert first in titles[0], "the recommended file comes first"
+    assert first in titles[0], "the recommended file comes first, else the one that opens more"
     mark = {"passed": "✓", "failed": "✕", "undecided": "?"}
     badges = [f"{mark[verdict]} {verdict}" for verdict in (vector, adapter)]
     assert sorted(text.split("gguf ")[1] for text in titles) == sorted(badges)
@@ -1243,10 +1243,10 @@ def test_prompts_of_ones_own_are_not_called_political(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        ("failed", "**Do not use either file as it is.** The control vector failed the acceptance criteria."),
+        ("failed", "**Do not use either file as it is.** The gated adapter failed the acceptance criteria."),
         (
             "undecided",
-            "**Undecided: more prompts are needed.** The control vector is undecided: too few prompts.",
+            "**Undecided: more prompts are needed.** The gated adapter is undecided: too few prompts.",
         ),
     ],
 )
