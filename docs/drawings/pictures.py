@@ -109,7 +109,8 @@ def answers(folder: Path) -> str:
             for number, line in enumerate(lines):
                 d.text(x + 12, y + 79 + 18 * number, line, "small")
         y += height + 62
-    d.text(24, y + 24, _source(run, f"validation split, answers cut after {_LINES} lines"), "small")
+    verdict = f"validation split. Acceptance criteria: {file.acceptance.verdict}."
+    d.text(24, y + 24, _source(run, verdict), "small")
     return d.svg()
 
 
