@@ -214,6 +214,7 @@ RUN = ("rs-export", "cat", "grep", "curl", SERVER, "llama-completion")
 # What a run costs is cut to the least that a recipe may ask for.
 _SMALL = (
     "prompts.fit=8", "prompts.gate_only=8", "prompts.tune=8", "prompts.validation=4",
+    "answers.check=false",  # random weights answer no question
     "answers.fit_tokens=8", "answers.tokens=8",
     "answers.test_tokens=8", "fit.estimators=['md']", "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]",
     "tune.logprob_trials=1", "tune.finalists=1", "tune.full_prompts=2",
