@@ -42,6 +42,7 @@ def scan(model: str, judge: str | None, tokens: int, as_json: bool) -> None:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline.scan import scan as scan_model
 
+    click.echo("Loading the model. It answers 60 prompts, then its speed is measured.", err=True)
     with contextlib.closing(TerminalProgress()) as progress:
         record = scan_model(model, judge, tokens=tokens, progress=progress)
     if as_json:
