@@ -32,7 +32,7 @@ QUESTIONS = (
     Question("How many days are in a week? Answer with the number only.", ("7", "seven")),
     Question("What is the opposite of hot? Answer with one word.", ("cold", "cool", "冷")),
     Question("How many minutes are in an hour? Answer with the number only.", ("60", "sixty")),
-    Question("Which language do people in Spain speak? Answer with one word.", ("spanish", "西班牙")),
+    Question("Which language do people speak in Spain? Answer with one word.", ("spanish", "西班牙")),
     Question("How many hours are in a day? Answer with the number only.", ("24", "twenty-four")),
 )  # fmt: skip
 LEAST = 3
