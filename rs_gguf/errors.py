@@ -23,3 +23,9 @@ class VerificationError(RsGgufError):
 def escape_control_chars(text: object) -> str:
     """Return `text` with its control characters escaped: untrusted text could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def excerpt(text: str, most: int) -> str:
+    """Return an untrusted text as one line without control characters, cut after `most` characters."""
+    line = escape_control_chars(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[:most].rstrip()} …"

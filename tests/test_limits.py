@@ -37,6 +37,7 @@ def answers(out: Path, model: Path) -> list[str]:
         "prompts.fit=8",
         "prompts.tune=4",
         "prompts.validation=4",
+        "answers.check=false",  # random weights answer no question
         "answers.fit_tokens=8",
         "answers.tokens=8",
         f"model={model}",

@@ -7,6 +7,7 @@ have cards and tables with totals that count failures as refusals.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from rs_gguf.evaluation.paired_statistics import wilson
 from rs_gguf.pipeline import recipe
+from rs_gguf.pipeline.scan import published
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import Outcomes, RunRecord, Share
@@ -67,6 +69,22 @@ def test_files_are_those_that_were_measured(folder: Path) -> None:
         assert file.effect_check.effect_observed is True
         for reason in file.acceptance.reasons:
             assert reason.split("(")[0].strip() in card.replace("\\", "")
+
+
+def test_a_scan_knows_every_published_file() -> None:
+    """In `rs_gguf/data/published.toml`. An installation has no vectors/."""
+    measured = {}
+    for folder in PUBLISHED:
+        record = RunRecord.read(folder / "metrics.json")
+        for file in record.files.values():
+            measured[f"vectors/{folder.name}/{file.file}"] = {
+                "word": file.word,
+                "effect": record.effect,
+                "verdict": file.acceptance.verdict,
+                "command": re.sub(r"-m \S+", "-m MODEL.gguf", file.llama_cpp.command),
+                "model_sha256": record.model.sha256,
+            }
+    assert {file.path: file.model_dump(exclude={"path"}) for file in published()} == measured
 
 
 @pytest.mark.parametrize("folder", OF_SCHEMA_2, ids=lambda folder: folder.name)

@@ -24,6 +24,7 @@ from rs_gguf.cli import models as cli_models
 from rs_gguf.cli import plan as cli_plan
 from rs_gguf.cli import push as cli_push
 from rs_gguf.cli import remeasure as cli_remeasure
+from rs_gguf.cli import scan as cli_scan
 from rs_gguf.cli import try_page as cli_try
 from rs_gguf.cli.extras import missing_extra
 from rs_gguf.errors import InputError, RsGgufError, escape_control_chars
@@ -250,8 +251,8 @@ for _info in STAGES.values():
 
 
 for _command in (
-    cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge, cli_try.try_page,
-    cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
+    cli_scan.scan, cli_plan.plan, cli_eval.evaluate, cli_remeasure.remeasure, cli_judge.judge,
+    cli_try.try_page, cli_files.check, cli_files.inspect, cli_files.convert, cli_files.combine,
     cli_merge.merge, cli_push.push, cli_models.models,
 ):  # fmt: skip
     main.add_command(_command)

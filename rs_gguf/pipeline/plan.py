@@ -7,16 +7,17 @@ are read only to measure the speed of this machine.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rs_gguf.engines import open_engine
 from rs_gguf.engines.answers import chat_tokens
+from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.llama.contexts import CONTEXT, kv_cells
 from rs_gguf.errors import InputError
-from rs_gguf.judges.registry import judges_with_model, kind_and_name, open_judge_spec, shipped_probe
+from rs_gguf.judges.registry import Judge, judges_with_model, kind_and_name, open_judge_spec, shipped_probe
 from rs_gguf.machine import usable_cores
 from rs_gguf.models import dimensions
 from rs_gguf.models import resolve as models
@@ -100,8 +101,10 @@ def model_dimensions(path: Path, bits: float | None = None) -> ModelDimensions:
     return dimensions.of_gguf(path)
 
 
-def judge_of(recipe: Recipe) -> JudgeModel | None:
+def judge_of(recipe: Recipe, find: Callable[[str], Path] | None = None) -> JudgeModel | None:
     """Return the judge, if it is a model on this machine; None for rules and endpoints.
+
+    find: returns the path of the judge's model; by default, nothing is downloaded.
 
     Raises:
         InputError: the judge's model is not on this machine, or the judge is `votes:`, whose time is unknown.
@@ -115,7 +118,7 @@ def judge_of(recipe: Recipe) -> JudgeModel | None:
             "with `--set judge=keywords`."
         )
     try:
-        path = _local_path(name)
+        path = (find or _local_path)(name)
     except InputError as error:
         raise InputError(f"judge: {error} Or plan with `--set judge=keywords`.") from None
     model = dimensions.of_gguf(path)
@@ -138,16 +141,20 @@ def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
     Raises:
         InputError: the model or the judge cannot be loaded.
     """
-    count = _at_once(recipe)
-    fit = [row for rows in prompts.pool(recipe.prompts.files)["fit"].values() for row in rows]
-    sample = fit[:: max(1, len(fit) // count)][:count]
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(open_engine(path, n_parallel=len(sample)))
-        conversations = chat_tokens(model, sample, recipe.prompts.system)
+        model = opened.enter_context(open_engine(path, n_parallel=_at_once(recipe)))
         loaded = None
         if judge is not None:
             loaded = opened.enter_context(open_judge_spec(recipe.judge, loaded=model, cached=False))
-        return measured_speed(model, loaded, sample, conversations)
+        return measure_loaded(recipe, model, loaded)
+
+
+def measure_loaded(recipe: Recipe, model: Engine, judge: Judge | None) -> Speed:
+    """Measure the speed of a loaded model and of its judge, if it has one. Cached judgements take no time."""
+    count = _at_once(recipe)
+    fit = [row for rows in prompts.pool(recipe.prompts.files)["fit"].values() for row in rows]
+    sample = fit[:: max(1, len(fit) // count)][:count]
+    return measured_speed(model, judge, sample, chat_tokens(model, sample, recipe.prompts.system))
 
 
 def _at_once(recipe: Recipe) -> int:

@@ -71,6 +71,10 @@ class Answers(Section):
         ge=8,
         description="most tokens of an answer in the reported figures, and of full answers in the search",
     )
+    check: bool = Field(
+        default=True,
+        description="ask 8 simple questions first, and stop if the model answers fewer than 3 of them",
+    )
     parallel: int = Field(
         default=32,
         ge=1,

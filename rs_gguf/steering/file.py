@@ -224,7 +224,7 @@ def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning
     """Return the command that starts llama-server with a model and files, given by path and content."""
     options = " ".join(content.options(_llama_path_argument(path)) for path, content in files.items())
     # A Hugging Face folder is not a file that llama-server can load; MODEL.gguf stands for one.
-    model_file = _shell_path(model) if model.is_file() else "MODEL.gguf"
+    model_file = shell_path(model) if model.is_file() else "MODEL.gguf"
     return f"llama-server -m {model_file} {options}{_thinking(reasoning_off)}"
 
 
@@ -240,10 +240,10 @@ def _llama_path_argument(path: Path) -> str:
     text = str(path)
     if "," in text or text.startswith('"'):
         return _shell_quote('"' + text.replace('"', '""') + '"')
-    return _shell_path(path)
+    return shell_path(path)
 
 
-def _shell_path(path: Path) -> str:
+def shell_path(path: Path) -> str:
     """Quote a path for the shell. Write the home folder as `~`, so that the user's name is not shown."""
     with contextlib.suppress(RuntimeError):  # the user has no home folder
         if os.name != "nt" and path.is_relative_to(Path.home()):  # shells of Windows do not expand `~`

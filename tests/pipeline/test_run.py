@@ -329,6 +329,24 @@ def test_a_user_can_return_from_a_wrong_recipe_while_it_answers(
     assert counted.steps == {}
 
 
+def test_a_model_that_cannot_answer_stops_the_run_before_its_first_answer(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tmp_path / "plain.gguf", tmp_path / "out"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    values = [*SMALL, f"model={model}", f"judge={judge.url}"]
+    checked = recipe.load(None, [*values, "answers.check=true"])
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "answers", lambda *_: pytest.fail("an answer was begun"))
+        with pytest.raises(InputError, match="the model cannot answer"):
+            run(checked, out, until="answer")
+    run(recipe.load(None, values), out, until="answer")
+    before = (out / "answers.jsonl").read_bytes()
+    monkeypatch.setattr(answering, "check_can_answer", lambda _: pytest.fail("checked again"))
+    run(checked, out, until="answer")  # the check is not an input of the answers
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("spare", [0, 40], ids=["alone", "with the baseline's system prompt"])
 def test_a_prompt_that_is_too_long_for_a_later_stage_is_an_error_at_once(
     spare: int, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

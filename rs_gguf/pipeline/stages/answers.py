@@ -14,6 +14,7 @@ from rs_gguf.engines.answers import answer, chat_tokens, has_trace
 from rs_gguf.engines.engine import Can, Engine
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation.known_answers import check_can_answer
 from rs_gguf.judges.registry import Judge, shipped_version
 from rs_gguf.methods import baselines
 from rs_gguf.pipeline.costs import ROW, ROW_TOKEN, Cost, Costs, mean_length
@@ -53,6 +54,8 @@ class Answers(Stage):
         log = run.folder.log("answers.jsonl", key)
         missing = [p for p in prompts if p.id not in log.rows]
         _check_lengths(run)
+        if run.recipe.answers.check and not log.rows:
+            check_can_answer(run.model)
         with run.progress.stage(self.info.name, len(prompts)) as advance:
             advance(len(prompts) - len(missing))
             for split in _SPLITS:
