@@ -144,7 +144,8 @@ def _measure(
     tune = run.prompts["tune"] if "system-prompt" in names else []
     key = key_of(
         run.model_hash, run.judge.identity, run.judge_hash,
-        recipe.model_dump(mode="json", exclude={"judge_second"}),  # which grades after everything in the log
+        # The second judge grades after everything in the log; the check changes no answer.
+        recipe.model_dump(mode="json", exclude={"judge_second": True, "answers": {"check"}}),
         [p.to_row() for p in (*prompts, *tune)],
         {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
     )  # fmt: skip
