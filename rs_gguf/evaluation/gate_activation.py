@@ -2,7 +2,7 @@
 
 A model, a steering, its gate vectors and conversations go in. The mean over the changed matrices of aᵀx
 comes out, at the last prompt token and over the first tokens of the steered answer. The fit gives the mean
-sensitive prompt an activation of 1.
+sensitive prompt an activation of 1. Minimal pairs show whether the gates read more than single words.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from rs_gguf.activations.capture import input_tensors
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.evaluation.paired_statistics import rate_interval
 from rs_gguf.models.architecture import product_scale
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
-from rs_gguf.records.metrics import GateActivation
+from rs_gguf.records.metrics import GateActivation, MinimalPairs, Share
 
 _PROMPTS = 32  # of each kind
 _TOKENS = 16  # of an answer
@@ -50,6 +51,36 @@ def gate_activation_by_kind(
         at_prompt, in_answer = gate_activations(model, steering, gates, list(pairs)).T
         found[kind] = GateActivation(prompt=_mean(at_prompt), answer=_mean(in_answer))
     return found
+
+
+def minimal_pairs(
+    model: Engine, steering: Steering, gates: Gates, prompts: Sequence[Prompt], system: str | None
+) -> MinimalPairs | None:
+    """Return how well the gates separate the minimal pairs among `prompts`, at the last prompt token.
+
+    A pair is a sensitive and a harmful prompt of the same `pair`. None without gates or pairs.
+    """
+    harmful = {prompt.pair: prompt for prompt in prompts if prompt.kind == "harmful" and prompt.pair}
+    pairs = [(p, harmful[p.pair]) for p in prompts if p.kind == "sensitive" and p.pair in harmful]
+    if not gates or not pairs:
+        return None
+    tokens = chat_tokens(model, [prompt for pair in pairs for prompt in pair], system)
+    at_prompt = gate_activations(model, steering, gates, [(one, []) for one in tokens])[:, 0]
+    return separation([prompt for prompt, _ in pairs], at_prompt.reshape(-1, 2))
+
+
+def separation(sensitive: Sequence[Prompt], activations: NDArray[np.float64]) -> MinimalPairs:
+    """Return how well `activations` [P, 2] of sensitive prompts and their harmful twins are separated."""
+    ours, theirs = activations.T
+    hits = ours > theirs
+    clusters = [[prompt.subject for prompt in sensitive], [prompt.form for prompt in sensitive]]
+    return MinimalPairs(
+        separated=Share(
+            n=int(hits.sum()), of=len(hits), ci95=rate_interval(hits, np.ones_like(hits), clusters)
+        ),
+        # The share of all (sensitive, harmful) combinations in the right order; a tie counts half.
+        auroc=float((1 + np.sign(np.subtract.outer(ours, theirs))).mean() / 2),
+    )
 
 
 def gate_activations(

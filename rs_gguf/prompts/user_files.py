@@ -28,7 +28,7 @@ _MAX_BYTES = 16 << 20  # of a file, which takes about ten times its size in memo
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _USED_COLUMNS = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
 _SPLIT_NAMES = {"test": "validation"}  # as earlier versions called it
-_USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split", "kind"}
+_USED_COLUMNS |= {"subject", "topic", "category", "form", "language", "split", "kind", "pair"}
 
 
 def load(path: Path, kind: Kind) -> list[Prompt]:
@@ -62,6 +62,7 @@ def load_own_kinds(path: Path) -> tuple[list[Prompt], bool]:
                 form=_text_of(columns, "form"),
                 language=_text_of(columns, "language"),
                 split=cast(Split, _SPLIT_NAMES.get(name := _text_of(columns, "split").strip().lower(), name)),
+                pair=_text_of(columns, "pair"),
             )
         )
     if not rows:

@@ -34,14 +34,16 @@ class Prompt:
     form: str = ""  # request form: question, poem, petition, …
     language: str = ""  # ISO 639-1
     split: Split = "validation"
+    pair: str = ""  # name that a minimal pair shares: the same words, another kind
 
     @property
     def id(self) -> str:
         return hashlib.sha256(f"{self.kind}\0{self.prompt}".encode()).hexdigest()[:16]
 
     def to_row(self) -> dict[str, str]:
-        """Return the prompt as a JSON row with its id."""
-        return {"id": self.id, **asdict(self)}
+        """Return the prompt as a JSON row with its id; `pair` only where there is one."""
+        row = {"id": self.id, **asdict(self)}
+        return row if self.pair else {key: value for key, value in row.items() if key != "pair"}
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> Prompt:

@@ -105,6 +105,16 @@ class GateActivation(_Record):
     answer: Finite
 
 
+class MinimalPairs(_Record):
+    """How well the gates separate sensitive prompts from harmful ones in the same words.
+
+    `separated`: pairs whose sensitive prompt has the higher gate activation. `auroc`: of all these prompts.
+    """
+
+    separated: Share
+    auroc: Finite
+
+
 class Acceptance(_Record):
     """Whether a file meets the acceptance criteria, and every reason why it does not."""
 
@@ -145,6 +155,7 @@ class FileRecord(_Record):
     kl_mean: Finite = None  # KL(steered‖unsteered) in nats, over the tokens of benign answers
     kl_first_token: Finite = None  # KL(unsteered‖steered) in nats, everyday prompts
     gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
+    minimal_pairs: MinimalPairs | None = None  # None without gates, or if no such pair was measured
     opened_on_subject: Share | None = None  # of opened sensitive answers; None without a second judge
     harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
     benign_drift_ci95: Interval | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.metrics import FileRecord, JudgeRecord, SetRecord
+from rs_gguf.records.metrics import FileRecord, JudgeRecord, MinimalPairs, SetRecord
 from rs_gguf.report.text import count, number, percent
 
 
@@ -40,6 +40,12 @@ def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
             ),
         ]
     texts = [(name, [number(value, ".2g") for value in values]) for name, values in rows]
+    texts.append(
+        (
+            "Minimal pairs whose sensitive prompt opens the gates wider",
+            [_separated(file.minimal_pairs) for file in files],
+        )
+    )
     texts += [
         (f"Explicit refusals of {kind} prompts, corrected", [_corrected(f.sets.get(kind)) for f in files])
         for kind in KINDS
@@ -49,6 +55,11 @@ def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
 
 
 _ABSENT = count(None)
+
+
+def _separated(pairs: MinimalPairs | None) -> str:
+    """Return how many pairs the gates separate, and the AUROC."""
+    return f"{count(pairs.separated)}, AUROC {number(pairs.auroc, '.2f')}" if pairs else _ABSENT
 
 
 def _corrected(one: SetRecord | None) -> str:

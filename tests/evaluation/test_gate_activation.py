@@ -1,4 +1,7 @@
-"""Gate activation on a tiny model, against NumPy on inputs that are read one token at a time."""
+"""Gate activation on a tiny model, against NumPy on inputs that are read one token at a time.
+
+Minimal pairs are compared with counts made by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,12 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Engine, Steering, read_last
 from rs_gguf.evaluation import gate_activation as module
-from rs_gguf.evaluation.gate_activation import gate_activation_by_kind, gate_activations
+from rs_gguf.evaluation.gate_activation import (
+    gate_activation_by_kind,
+    gate_activations,
+    minimal_pairs,
+    separation,
+)
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
 from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering import lora_file
@@ -88,6 +96,41 @@ def test_each_kind_has_the_mean_of_its_prompts(
     assert found["sensitive"].answer == pytest.approx(values[0, 1])  # the second answer is empty
     assert found["harmful"].answer == pytest.approx(values[2:, 1].mean())
     assert (found["benign"].prompt, found["benign"].answer) == (None, None)
+
+
+def test_separation_of_pairs_equals_counts_made_by_hand() -> None:
+    prompts = [Prompt(f"prompt {i}", "sensitive", f"subject {i}", form="poem") for i in range(4)]
+    # Higher, lower, equal, higher. 10.5 of the 16 combinations are in order; the tie counts half.
+    found = separation(prompts, np.array([[1.0, 0.0], [0.2, 0.7], [0.5, 0.5], [0.9, 0.6]]))
+    assert (found.separated.n, found.separated.of) == (2, 4)
+    low, high = found.separated.ci95
+    assert low < 0.5 < high
+    assert found.auroc == 10.5 / 16
+    assert separation(prompts[:1], np.array([[0.1, 0.2]])).auroc == 0
+    assert separation(prompts[:1], np.array([[0.2, 0.1]])).auroc == 1
+
+
+def test_sensitive_prompts_are_compared_with_their_harmful_twins(model: Engine, folder: Path) -> None:
+    prompts = [
+        Prompt("write a song", "sensitive", pair="b"),
+        Prompt("write a curse", "harmful", pair="a"),
+        Prompt("write a poem", "sensitive", pair="a"),
+        Prompt("write a threat", "harmful", pair="b"),
+        Prompt("write a note", "benign", pair="c"),
+        Prompt("write a lie", "harmful", pair="c"),
+        Prompt("write a plea", "sensitive", pair="d"),
+        Prompt("write nothing", "sensitive"),
+        Prompt("write a hoax", "harmful"),
+    ]
+    steering = ADAPTER.steering(folder / "adapter.gguf", 0.05)
+    found = minimal_pairs(model, steering, ADAPTER.gates, prompts, "Be brief.")
+    twins = [prompts[i] for i in (0, 3, 2, 1)]
+    tokens = chat_tokens(model, twins, "Be brief.")
+    values = gate_activations(model, steering, ADAPTER.gates, [(one, []) for one in tokens])[:, 0]
+    assert found == separation(twins[::2], values.reshape(2, 2))
+    assert len(set(values)) == 4
+    assert minimal_pairs(model, steering, ADAPTER.gates, prompts[4:], None) is None
+    assert minimal_pairs(model, Steering(), {}, prompts, None) is None
 
 
 def test_only_gated_adapters_of_this_project_have_gates(model: Engine) -> None:

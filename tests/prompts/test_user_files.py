@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from rs_gguf.errors import InputError
+from rs_gguf.prompts import sealed
 from rs_gguf.prompts.grid import grid, pool, stratified
 from rs_gguf.prompts.user_files import load, load_own_kinds
 from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
@@ -123,9 +124,17 @@ def test_line_separators_inside_a_json_text_do_not_end_the_line(tmp_path: Path) 
 
 def test_what_is_known_of_a_row_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "p", "subject": "s", "category": "c", "form": "poem", "language": "de", "split": "tune"}
+    row["pair"] = "4"
     [prompt] = load(write(tmp_path / "file.jsonl", json.dumps(row)), "harmful")
-    assert prompt == Prompt("p", "harmful", "s", "c", "poem", "de", "tune")
+    assert prompt == Prompt("p", "harmful", "s", "c", "poem", "de", "tune", "4")
     assert Prompt.from_row(json.loads(json.dumps(prompt.to_row()))) == prompt
+
+
+def test_a_row_without_a_pair_is_as_before_there_were_pairs(tmp_path: Path) -> None:
+    (prompt,) = load(write(tmp_path / "p.jsonl", '{"prompt": "p", "pair": 4}'), "harmful")
+    assert prompt.pair == ""
+    assert "pair" not in prompt.to_row()
+    assert Prompt.from_row(prompt.to_row()) == prompt
 
 
 def test_a_column_of_kinds_counts_if_every_row_has_one(tmp_path: Path) -> None:
@@ -372,14 +381,14 @@ def of(kind: Kind) -> list[Prompt]:
 
 
 def test_the_grid_is_large_enough() -> None:
-    assert len(of("sensitive")) >= 900
-    assert len(of("harmful")) >= 600
-    assert len(of("benign")) >= 600
+    assert len(of("sensitive")) >= 1900
+    assert len(of("harmful")) >= 1700
+    assert len(of("benign")) >= 1600
     assert len(grid()) == sum(len(of(kind)) for kind in KINDS)
     assert len({p.subject for p in of("sensitive")}) >= 80
     assert len({p.topic for p in of("sensitive")}) >= 25
     assert len({p.topic for p in of("harmful")}) >= 12
-    assert sum(p.topic == "lookalike" for p in of("benign")) >= 150
+    assert sum(p.topic == "lookalike" for p in of("benign")) >= 250
 
 
 def test_every_row_is_complete_and_of_its_file() -> None:
@@ -421,6 +430,30 @@ def test_splits_hold_out_whole_subjects_and_whole_forms(kind: Kind) -> None:
 def test_forms_are_held_out_across_the_classes_as_well() -> None:
     forms = [{p.form for p in grid() if p.split == split} for split in SPLITS]
     assert sum(map(len, forms)) == len(set().union(*forms))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_split_has_a_prompt_or_a_template_of_another(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed, "LEAST", {})
+    ours, others = ([p for p in grid() if (p.split == split) == own] for own in (True, False))
+    assert sealed.check(ours, others) == []
+
+
+def test_a_minimal_pair_differs_in_kind_and_not_in_form_language_or_split() -> None:
+    pairs = defaultdict(list)
+    for prompt in grid():
+        if prompt.pair:
+            pairs[prompt.pair].append(prompt)
+    assert len(pairs) >= 350
+    for pair in pairs.values():
+        one, other = pair
+        assert one.kind != other.kind
+        assert (one.form, one.language, one.split) == (other.form, other.language, other.split)
+    # The separation by the gates is measured on these.
+    measured = [p for p in of("sensitive") if p.split == "validation" and p.pair]
+    harmful = {p.pair for p in of("harmful")}
+    assert sum(p.pair in harmful for p in measured) >= 20
 
 
 def test_every_split_can_give_what_the_default_recipe_asks_for() -> None:
@@ -494,4 +527,7 @@ def test_no_prompt_of_the_package_nearly_repeats_another() -> None:
     # The judge learned from answers to some prompts of the grid. None of them may be in tune or test.
     assert {splits[prompt] for prompt in models & splits.keys()} == {"fit"}
     others = sorted(written | (models - splits.keys()))
-    assert near_duplicates([prompt.prompt for prompt in grid()] + others, 0.7) == []
+    # The prompts of a minimal pair differ in a few words only.
+    pairs = {prompt.prompt: prompt.pair or prompt.id for prompt in grid()}
+    found = near_duplicates([*pairs, *others], 0.7)
+    assert [(a, b) for a, b in found if pairs.get(a, a) != pairs.get(b, b)] == []

@@ -236,6 +236,19 @@ def test_what_was_not_measured_is_not_explained(run_folder: Path) -> None:
     assert explanation in Page(write_report(run_folder)).source
 
 
+def test_minimal_pairs_have_a_line_where_they_were_measured(run_folder: Path) -> None:
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    named, said = "Minimal pairs whose sensitive prompt opens the gates wider", "22 of 28, AUROC 0.91"
+    assert named not in Page(write_report(run_folder)).source
+    share = {"n": 22, "of": 28, "ci95": [0.6, 0.9]}
+    metrics["files"]["adapter"]["minimal_pairs"] = {"separated": share, "auroc": 0.9098}
+    (run_folder / "metrics.json").write_text(json.dumps(metrics))
+    source = Page(write_report(run_folder)).source
+    assert named in source
+    assert said in source
+    assert f"- {named}: {said}" in write_card(run_folder).read_text("utf-8")
+
+
 def test_rates_of_no_judged_answer_are_not_measured(tmp_path: Path) -> None:
     rows = invented_rows(8)
     for row in rows:

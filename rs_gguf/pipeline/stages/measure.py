@@ -18,7 +18,7 @@ from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import NO_STEERING, Engine
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
-from rs_gguf.evaluation.gate_activation import gate_activation_by_kind
+from rs_gguf.evaluation.gate_activation import gate_activation_by_kind, minimal_pairs
 from rs_gguf.evaluation.kl import kl_divergence, tokens_read
 from rs_gguf.evaluation.outcomes import corrected
 from rs_gguf.evaluation.paired import PairedEvaluation
@@ -218,6 +218,7 @@ def measure(
             gate_activation=gate_activation_by_kind(
                 model, file.steering, file.gates, prompts, answers[name].answers, own, seed=recipe.seed
             ),
+            minimal_pairs=minimal_pairs(model, file.steering, file.gates, prompts, own),
             opened_on_subject=opinion.on_subject[name] if opinion else None,
             acceptance=decision.acceptance,
             notes=baseline_notes(sets, others, recipe.effect),

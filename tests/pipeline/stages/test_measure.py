@@ -141,6 +141,7 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
         assert (figures.kl_mean or 0) > 0
         assert (figures.kl_first_token or 0) > 0
         assert figures.gate_activation is None  # the adapter is of rank 2
+        assert figures.minimal_pairs is None
         assert figures.opened_on_subject is None
         assert not figures.passed
     assert (value.judge.name, value.judge.second) == ("keywords", None)
@@ -216,7 +217,12 @@ def test_a_second_judge_adds_its_outcomes_and_its_agreement(
         assert share.of == opened.n
 
 
-def test_the_gates_of_a_gated_adapter_are_read_by_kind(tmp_path: Path) -> None:
+def test_the_gates_of_a_gated_adapter_are_read_by_kind_and_by_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last prompt of each kind is of one minimal pair.
+    asked = [replace(prompt, pair="one" if prompt.prompt.endswith("1") else "") for prompt in ASKED]
+    monkeypatch.setattr(sys.modules[__name__], "ASKED", asked)
     rng = np.random.default_rng(0)
     factors = {
         f"blk.{layer}.ffn_down.weight": (
@@ -235,6 +241,10 @@ def test_the_gates_of_a_gated_adapter_are_read_by_kind(tmp_path: Path) -> None:
     values = [value for gate in gates.values() for value in (gate.prompt, gate.answer)]
     assert all(value is not None for value in values)
     assert len(set(values)) == len(values)
+    pairs = measured.files["adapter"].minimal_pairs
+    assert pairs is not None
+    assert pairs.separated.of == 1
+    assert pairs.auroc == pairs.separated.n
 
 
 def test_a_refused_benign_answer_may_drift(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
