@@ -735,11 +735,11 @@ def test_a_sweep_of_other_prompts_goes_by_its_sets_and_names_no_folder(run_folde
     given = {
         "set": "mine",
         "prompt": "Not of the run.",
-        "control_vectors": ["/home/me/secret/remove.gguf:0.5", r"C:\secret\other.gguf:2"],
+        "control_vectors": ["/home/me/my-folder/remove.gguf:0.5", r"C:\my-folder\other.gguf:2"],
     }
     page = Page(write_report(with_sweep(run_folder, **given)))
     assert "mine at scale 0.5" in page.source
-    assert "secret" not in page.source
+    assert "my-folder" not in page.source
     assert "remove.gguf:0.5" in page.source
     assert "other.gguf:2" in page.source
 
