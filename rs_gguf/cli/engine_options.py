@@ -47,14 +47,14 @@ _OPTIONS = (
                  help="Layers on the GPU.  [default: auto, which is all]"),
     click.option("-t", "--threads", cls=EngineOption, metavar="N", type=click.IntRange(-1, 512),
                  help="CPU threads; -1 for one on each usable core.  [default: -1]"),
-    click.option("-c", "--ctx-size", cls=EngineOption, metavar="N", type=click.IntRange(1, 2**30),
+    click.option("-c", "--ctx-size", cls=EngineOption, metavar="N", type=click.IntRange(1),
                  help="KV cells that all sequences share.  [default: 8192]"),
     click.option("-b", "--batch-size", cls=EngineOption, metavar="N", type=click.IntRange(1),
                  help="Maximum tokens of one decoding step.  [default: 512]"),
     click.option("-fa", "--flash-attn", cls=EngineOption, type=click.Choice(["on", "off", "auto"]),
                  help="Flash attention.  [default: auto]"),
     click.option("-ctk", "--cache-type-k", cls=EngineOption, metavar="TYPE", type=_CACHE_TYPES,
-                 help="Type of the cached keys.  [default: f16]"),
+                 help=f"Type of the cached keys: {', '.join(_CACHE_TYPES.choices)}.  [default: f16]"),
     click.option("-ctv", "--cache-type-v", cls=EngineOption, metavar="TYPE", type=_CACHE_TYPES,
                  help="Type of the cached values; a quantised one needs flash attention.  [default: f16]"),
     click.option("-sm", "--split-mode", cls=EngineOption,
@@ -63,7 +63,8 @@ _OPTIONS = (
     click.option("-ts", "--tensor-split", cls=EngineOption, metavar="N,N,...",
                  help="Share of each GPU; by default, by their free memory."),
     click.option("-mg", "--main-gpu", cls=EngineOption, metavar="N", type=click.IntRange(0),
-                 help="Number of the GPU to use with --split-mode none.  [default: 0]"),
+                 help="Number of the GPU for --split-mode none, or for intermediate results with row.  "
+                      "[default: 0]"),
 )  # fmt: skip
 
 

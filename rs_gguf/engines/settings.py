@@ -12,7 +12,7 @@ read. Names and defaults are the ones of llama.cpp's options, with three excepti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -61,7 +61,9 @@ class EngineSettings(BaseModel):
     flash_attn: FlashAttention = Field(
         default="auto", description="flash attention: `on`, `off` or `auto`, where the device supports it"
     )
-    cache_type_k: CacheType = Field(default="f16", description="type of the cached keys")
+    cache_type_k: CacheType = Field(
+        default="f16", description=f"type of the cached keys: {', '.join(get_args(CacheType))}"
+    )
     cache_type_v: CacheType = Field(
         default="f16", description="type of the cached values; a quantised one needs flash attention"
     )
@@ -73,7 +75,11 @@ class EngineSettings(BaseModel):
         pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?)*)?$",
         description="share of each GPU, such as `3,1`; empty to follow their free memory",
     )
-    main_gpu: int = Field(default=0, ge=0, description="number of the GPU to use with `split_mode` `none`")
+    main_gpu: int = Field(
+        default=0,
+        ge=0,
+        description="number of the GPU for `split_mode` `none`, or for intermediate results with `row`",
+    )
 
     @model_validator(mode="after")
     def _check_flash_attention(self) -> Self:
