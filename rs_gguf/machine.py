@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import re
 import sys
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 """Where a fit computes; `auto` is CUDA if PyTorch sees a CUDA device, else the CPU."""
 
+_log = logging.getLogger("rs_gguf.machine")
+
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -33,20 +37,31 @@ _MATRICES = 4  # float64 matrices [width, width] that the fit of one layer holds
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity's, shared with the ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity's, shared with the ranks on this machine.
+
+    Where the system reports no affinity, as macOS does not, return all cores, with one warning.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+        _warn(f"This system does not report which cores a process may use: all {cores} are used.")
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_memory(root: Path = Path("/")) -> int:
     """Return the bytes that Linux can give this process now, within its control groups.
 
-    0 means unknown: another system, or a /proc that cannot be read.
+    0 means unknown, with one warning: another system, or a /proc that cannot be read.
     """
     try:
         meminfo = (root / "proc/meminfo").read_text()
         group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     except OSError:
+        _warn(
+            "This system does not report its free memory as Linux does: models are mapped and not read, and "
+            "the fit uses all cores. If memory runs out, use a smaller model."
+        )
         return 0
     available = re.search(r"MemAvailable: +(\d+) kB", meminfo)
     limits = [int(available[1]) * 1024] if available else [0]
@@ -59,6 +74,12 @@ def free_memory(root: Path = Path("/")) -> int:
     with contextlib.suppress(OSError, ValueError):
         limits.append(int((groups / "memory/memory.limit_in_bytes").read_text()))
     return max(1, min(limits)) if min(limits) else 0  # at least 1, since 0 means unknown
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Log a warning once in a process."""
+    _log.warning(text)
 
 
 def _used(group: Path) -> int:

@@ -1,14 +1,24 @@
-"""`on_all_cores` keeps the order and the errors of its work, and restores the number of threads."""
+"""`on_all_cores` keeps order, errors and the number of threads; systems other than Linux get a warning."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from fixtures.tiny_gguf import write_tiny_qwen2
 
+from rs_gguf import machine
+from rs_gguf.cli.main import main
 from rs_gguf.machine import ALONE, Processes, on_all_cores, one_thread
+from rs_gguf.steering import vector_file
+from rs_gguf.steering.vector import SteeringVector
 
 
 @pytest.fixture
@@ -83,3 +93,49 @@ def test_shares_follow_one_another_and_leave_nothing_out(count: int, ranks: int)
     assert [item for share in shares for item in share] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert items[ALONE.share(count)] == items
+
+
+# ---- systems that lack what Linux has ----------------------------------------------------------------
+
+
+@pytest.fixture
+def without_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Take away core affinity, `/proc` and control groups, as on macOS."""
+    for name in ("sched_getaffinity", "sched_setaffinity", "memfd_create"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.free_memory, "__defaults__", (tmp_path / "root",))
+    machine._warn.cache_clear()
+
+
+@pytest.mark.usefixtures("without_linux")
+def test_without_affinity_and_proc_one_warning_says_what_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert machine.usable_cores() == machine.layers_at_once(896) == 2
+    assert machine.free_memory() == 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "all 2 are used" in messages[0]
+    assert "models are mapped" in messages[1]
+
+
+@pytest.mark.usefixtures("without_linux")
+def test_a_command_runs_a_model_without_linux(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes: list[int] = []
+    load = llama_cpp.llama_model_load_from_file
+
+    def kept(path: bytes, params: llama_cpp.llama_model_params) -> object:
+        modes.append(params.load_mode)
+        return load(path, params)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", kept)
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    vector_file.write(SteeringVector({1: np.ones(32, np.float32)}, {}, "qwen2"), tmp_path / "v.gguf")
+    command = ["check", str(tmp_path / "v.gguf"), "--model", str(tmp_path / "tiny.gguf"), "-c", "512"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert modes == [llama_cpp.LLAMA_LOAD_MODE_AUTO]
+    assert "models are mapped" in caplog.text
+    assert "all 2 are used" in caplog.text

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
+from rs_gguf.cli.engine_options import EngineOption
 from rs_gguf.cli.main import main
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.records.artefacts import STAGES
@@ -32,6 +33,22 @@ def _commands(group: click.Group = main, parent: click.Context | None = None) ->
             yield from _command(command, click.Context(command, context, part))
             if part == "run":
                 yield from _stages(command, context)
+    if parent is None:
+        yield from _engine_options(context)
+
+
+def _engine_options(context: click.Context) -> Iterator[str]:
+    having = {
+        name: [o for o in command.params if isinstance(o, EngineOption)]
+        for name, command in main.commands.items()
+    }
+    names = [name for name, options in having.items() if options and name not in STAGES]
+    formatter = click.HelpFormatter(width=80)
+    formatter.write_dl([row for option in having["run"] if (row := option.get_help_record(context))])
+    yield from ("", "## Engine options", "")
+    yield "Named as in llama.cpp. They hold for every model that the command loads. The stages of `run` take"
+    yield f"them, and {', '.join(f'`{name}`' for name in names)}."
+    yield from ("", "```text", formatter.getvalue().rstrip(), "```")
 
 
 def _command(command: click.Command, context: click.Context) -> Iterator[str]:
@@ -45,8 +62,9 @@ def _command(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 def _options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
-    """Every option with its help, except --help."""
-    options = (part for part in command.params if isinstance(part, click.Option))
+    """Every option with its help, except --help and the engine options, which have a section."""
+    own = (part for part in command.params if not isinstance(part, EngineOption))
+    options = (part for part in own if isinstance(part, click.Option))
     return [row for option in options if (row := option.get_help_record(context))]
 
 

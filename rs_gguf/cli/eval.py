@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import InputError, escape_control_chars
 
 if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
+    from rs_gguf.engines.settings import EngineSettings
     from rs_gguf.evaluation.acceptance import Effect
     from rs_gguf.evaluation.condition import AnswerSource
 
@@ -89,12 +91,13 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
 @click.option("--capability", is_flag=True, hidden=True, is_eager=True, expose_value=False,
               callback=_capability_was_removed)  # fmt: skip
 @click.option("--json", "output", type=_FILE, metavar="OUT", help="File for all figures and answers as JSON.")
+@engine_options
 def evaluate(
     model: str, vectors: tuple[str, ...], layer_range: tuple[int, int] | None, adapters: tuple[str, ...],
     scales: str | None, system_prompt: str | None, files: tuple[Path, ...], suites: tuple[str, ...],
     copies: tuple[Path, ...], protocol: str | None, effect: Effect, contexts: tuple[str, ...],
     judge: str | None, second_judge: str | None, tokens: int | None, temperature: float, seed: int,
-    output: Path | None,
+    output: Path | None, engine: EngineOptions,
 ) -> None:  # fmt: skip
     """Measure refusals and more, unsteered and steered.
 
@@ -133,15 +136,18 @@ def evaluate(
     temperature, tokens = how.temperature, tokens or how.tokens
     prompts = prompt_sets(files, suites, copies)
     asked_in = named([name.strip() for value in contexts for name in value.split(",")])
+    settings = engine.settings()
     progress = TerminalProgress()
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         source, name, loaded = stack.enter_context(
-            _answer_source(model, vector_parts, layer_range, adapter_parts, progress)
+            _answer_source(model, vector_parts, layer_range, adapter_parts, settings, progress)
         )
-        judge_model = stack.enter_context(open_judge_spec(judge, loaded=loaded, progress=progress.download))
+        judge_model = stack.enter_context(
+            open_judge_spec(judge, loaded=loaded, engine=settings, progress=progress.download)
+        )
         second = second_judge and stack.enter_context(
-            open_second_judge(second_judge, loaded=loaded, progress=progress.download)
+            open_second_judge(second_judge, loaded=loaded, engine=settings, progress=progress.download)
         )
         asked_in = shown_contexts(asked_in, loaded)
         conditions = 1 + sum(factor != 0 for factor in factors)
@@ -158,7 +164,7 @@ def evaluate(
             "adapters": list(adapters), "system_prompt": system_prompt,
             "contexts": [context.name for context in asked_in], "judge": judge_model.name,
             "tokens": tokens, "temperature": temperature, "seed": seed, "effect": effect,
-            "protocol": protocol, "draws": how.draws, "suites": prompts.suites,
+            "protocol": protocol, "draws": how.draws, "suites": prompts.suites, "engine": dict(engine.given),
         }  # fmt: skip
     console = Console()
     if scales is None:
@@ -229,6 +235,7 @@ def _answer_source(
     vectors: Parts,
     layer_range: tuple[int, int] | None,
     adapters: Parts,
+    settings: EngineSettings,
     progress: TerminalProgress,
 ) -> Iterator[tuple[AnswerSource, str, Engine | None]]:
     """Yield the source of answers, its name, and the model if this process loads it, else None."""
@@ -248,7 +255,7 @@ def _answer_source(
 
     steering = _steering(vectors, layer_range, adapters)
     path = models.resolve_gguf(model, progress=progress.download)
-    with open_engine(path) as loaded:
+    with open_engine(path, settings=settings) as loaded:
         yield SteeredModel(loaded, steering), str(path), loaded
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.records.rows import finite
 from rs_gguf.steering.formats.tools import FORMATS, PROJECTIONS, TARGETS
@@ -29,7 +30,8 @@ _FILE = click.Path(path_type=Path)
     help="Model (GGUF file or catalogue name): also run FILE on it and check its effect.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-def check(file: Path, model: str | None, as_json: bool) -> None:
+@engine_options
+def check(file: Path, model: str | None, as_json: bool, engine: EngineOptions) -> None:
     """Check whether llama.cpp will use FILE as intended.
 
     Lists every reason why not. Exit code 1 if it will not.
@@ -37,7 +39,10 @@ def check(file: Path, model: str | None, as_json: bool) -> None:
     from rs_gguf.models import resolve as models
     from rs_gguf.steering import file as steering_file
 
-    report = steering_file.check(file, models.resolve_gguf(model) if model else None)
+    if model:
+        report = steering_file.check(file, models.resolve_gguf(model), engine.settings())
+    else:  # needs no package of the extra `run`
+        report = steering_file.check(file)
     if as_json:
         value = {
             "file": report.path, "valid": report.valid, "errors": list(report.errors),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.judges import FORMS
 
@@ -55,9 +56,11 @@ _BATCH = 128  # rows that a judge gets together, so that it reads the text that 
 )
 @click.option("--pairs", "sample", type=click.IntRange(20), metavar="N",
               help="With --agreement: use only N of the test pairs, evenly spaced.")  # fmt: skip
+@engine_options
 def judge(
     source: str, target: str, spec: str | None, no_cache: bool, concurrency: int, per_minute: float | None,
     price: tuple[float, float], show_rubric: bool, agreement: bool, sample: int | None,
+    engine: EngineOptions,
 ) -> None:  # fmt: skip
     """Judge answers: refusal, answer, failure or unclear.
 
@@ -79,12 +82,15 @@ def judge(
     if sample is not None and not agreement:
         raise InputError("--pairs selects labelled test pairs and is accepted only with --agreement.")
     options = judges.EndpointOptions(concurrency=concurrency, per_minute=per_minute, price=price)
+    settings = engine.settings()
     rows: Iterator[dict[str, Any]] = iter(()) if agreement else _rows(source)
     progress = TerminalProgress()
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         judge_model = stack.enter_context(
-            judges.open_judge_spec(spec, cached=not no_cache, options=options, progress=progress.download)
+            judges.open_judge_spec(
+                spec, engine=settings, cached=not no_cache, options=options, progress=progress.download
+            )
         )
         click.echo(f"Judge: {escape_control_chars(judge_model.name)}", err=True)
         if agreement:

@@ -26,6 +26,7 @@ from rs_gguf.cli import push as cli_push
 from rs_gguf.cli import remeasure as cli_remeasure
 from rs_gguf.cli import scan as cli_scan
 from rs_gguf.cli import try_page as cli_try
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.cli.extras import missing_extra
 from rs_gguf.errors import InputError, RsGgufError, escape_control_chars
 from rs_gguf.records.artefacts import LAST, STAGES, StageInfo
@@ -137,11 +138,12 @@ def _fetch(repository: str, recipe: Path | None, out: Path, overrides: tuple[str
 
 
 def _with_options(
-    overrides: tuple[str, ...], budget: str | None, second_judge: str | None
+    overrides: tuple[str, ...], budget: str | None, second_judge: str | None, engine: EngineOptions
 ) -> tuple[str, ...]:
-    """Return the overrides with the ones of `--budget` and `--second-judge`."""
+    """Return the overrides with the ones of `--budget`, `--second-judge` and the engine's options."""
     options = {"tune.budget": budget, "judge_second": second_judge}
-    return (*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None))
+    given = (f"{key}={value}" for key, value in options.items() if value is not None)
+    return (*overrides, *given, *engine.overrides())
 
 
 def _run(
@@ -179,6 +181,7 @@ def _run(
     help="Repeat a run that was published with `rs-export push`: its recipe, in --out.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
+@engine_options
 def run_command(
     recipe: Path | None,
     out: Path,
@@ -188,13 +191,14 @@ def run_command(
     second_judge: str | None,
     repository: str | None,
     as_json: bool,
+    engine: EngineOptions,
 ) -> None:
     """Run the whole pipeline; resume an interrupted run.
 
     Without RECIPE, uses the recipe of the run folder, or the embedded default in a new folder.
     Exit code 1 if no file meets the acceptance criteria; the files are written nevertheless.
     """
-    overrides = _with_options(overrides, budget, second_judge)
+    overrides = _with_options(overrides, budget, second_judge, engine)
     published = _fetch(repository, recipe, out, overrides) if repository is not None else None
     metrics = _run(recipe, out, overrides, fresh, LAST)
     if not metrics:  # one of several processes; only rank 0 prints
@@ -219,16 +223,18 @@ def _add_stage(info: StageInfo) -> None:
 
     @main.command(name, help=help_text)
     @_run_options
+    @engine_options
     def stage(
         recipe: Path | None,
         out: Path,
         overrides: tuple[str, ...],
         fresh: bool,
+        engine: EngineOptions,
         budget: str | None = None,
         second_judge: str | None = None,
         harmful_answers: bool = False,
     ) -> None:
-        metrics = _run(recipe, out, _with_options(overrides, budget, second_judge), fresh, name)
+        metrics = _run(recipe, out, _with_options(overrides, budget, second_judge, engine), fresh, name)
         if name == "score":
             from rs_gguf.cli.summary import print_counts
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
+
 _FILE = click.Path(path_type=Path)
 _TYPES = ("q8_0", "f16", "f32")  # `steering.merge.TYPES`, without its imports
 
@@ -30,7 +32,11 @@ _TYPES = ("q8_0", "f16", "f32")  # `steering.merge.TYPES`, without its imports
     help="Type of the changed matrices. By default F32, F16 and BF16 stay, and quantised ones become q8_0.",
 )
 @click.option("--no-check", is_flag=True, help="Do not run the merged model and compare it.")
-def merge(files: tuple[str, ...], model: str, output: Path, type_: str | None, no_check: bool) -> None:
+@engine_options
+def merge(
+    files: tuple[str, ...], model: str, output: Path, type_: str | None, no_check: bool,
+    engine: EngineOptions,
+) -> None:  # fmt: skip
     """Write a model that holds the effect of adapters.
 
     The file is for programs without --lora. SCALE is 1 by default. Runs the merged model and compares it with
@@ -47,6 +53,7 @@ def merge(files: tuple[str, ...], model: str, output: Path, type_: str | None, n
         output,
         type_=None if type_ is None else TYPES[type_],
         check=not no_check,
+        engine=None if no_check else engine.settings(),
     )
     for warning in merged.warnings:
         click.echo(f"warning: {warning}", err=True)

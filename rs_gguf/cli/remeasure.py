@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -22,7 +24,8 @@ _FILE = click.Path(path_type=Path)
               help="Open this sealed set, and measure on it in place of the validation split. The ledger "
                    "opened.jsonl beside it records that; a set is opened for one release only.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON in place of the tables.")
-def remeasure(folder: Path, sealed: Path | None, as_json: bool) -> None:
+@engine_options
+def remeasure(folder: Path, sealed: Path | None, as_json: bool, engine: EngineOptions) -> None:
     """Measure the files in FOLDER again.
 
     FOLDER holds recipe.toml, metrics.json and the GGUF files that it names. Writes new metrics.json,
@@ -36,7 +39,7 @@ def remeasure(folder: Path, sealed: Path | None, as_json: bool) -> None:
     from rs_gguf.pipeline.remeasure import remeasure as measure_again
 
     with contextlib.closing(TerminalProgress()) as progress:
-        record, path = measure_again(folder, sealed=sealed, progress=progress)
+        record, path = measure_again(folder, sealed=sealed, overrides=engine.overrides(), progress=progress)
     if as_json:
         click.echo(json.dumps(record.mapping(), indent=2))
     else:

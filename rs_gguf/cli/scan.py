@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import escape_control_chars, excerpt
 from rs_gguf.judges import FORMS
 
@@ -31,7 +32,8 @@ _SHOWN = 160  # characters of a prompt or an answer
 @click.option("--tokens", default=48, show_default=True, type=click.IntRange(8),
               help="Maximum tokens of an answer. A model that thinks first needs some 1000.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the tables.")
-def scan(model: str, judge: str | None, tokens: int, as_json: bool) -> None:
+@engine_options
+def scan(model: str, judge: str | None, tokens: int, as_json: bool, engine: EngineOptions) -> None:
     """Find out in minutes whether a model refuses.
 
     Asks 60 embedded prompts. Prints the outcomes with examples, published files for this very model file, the
@@ -44,7 +46,7 @@ def scan(model: str, judge: str | None, tokens: int, as_json: bool) -> None:
 
     click.echo("Loading the model. It answers 60 prompts, then its speed is measured.", err=True)
     with contextlib.closing(TerminalProgress()) as progress:
-        record = scan_model(model, judge, tokens=tokens, progress=progress)
+        record = scan_model(model, judge, tokens=tokens, overrides=engine.overrides(), progress=progress)
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json"), indent=2))
     else:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
     from rs_gguf.engines.generation import Asking
+    from rs_gguf.engines.settings import EngineSettings
     from rs_gguf.playground.session import Session
 
 
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
               help="Random seed for sampling.")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), help="Port; by default the first free one from 7860.")
+@engine_options
 def try_page(
     files: tuple[str, ...], model: str, system_prompt: str | None, tokens: int, temperature: float,
-    seed: int, port: int | None,
+    seed: int, port: int | None, engine: EngineOptions,
 ) -> None:  # fmt: skip
     """Show unsteered and steered answers on a local page.
 
@@ -49,14 +52,16 @@ def try_page(
 
     parts = [path_and_scale(file) for file in files]
     asking = Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed))
-    with _session(model, parts, asking) as session:
+    with _session(model, parts, asking, engine.settings()) as session:
         page = build(session, examples([path for path, _ in parts]))
         click.echo(f"Open {launch(page, port)} in a browser. Ctrl-C stops.")
         page.block_thread()
 
 
 @contextlib.contextmanager
-def _session(model: str, files: Sequence[tuple[Path, float]], asking: Asking) -> Iterator[Session]:
+def _session(
+    model: str, files: Sequence[tuple[Path, float]], asking: Asking, settings: EngineSettings
+) -> Iterator[Session]:
     """Yield what answers. Raise `InputError` if the model or a file cannot be used."""
     if model.startswith(("http://", "https://")):
         from rs_gguf.engines.server.llama_server import LlamaServer
@@ -80,7 +85,7 @@ def _session(model: str, files: Sequence[tuple[Path, float]], asking: Asking) ->
     with contextlib.closing(TerminalProgress()) as progress:
         path = resolve_gguf(model, progress=progress.download)
     with (
-        LlamaModel(path, n_parallel=1) as loaded,
+        LlamaModel(path, n_parallel=1, settings=settings) as loaded,
         contextlib.closing(LoadedModel(loaded, files, asking)) as session,
     ):
         yield session

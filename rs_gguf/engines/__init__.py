@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rs_gguf.engines.engine import Engine
+    from rs_gguf.engines.settings import EngineSettings
+
+_log = logging.getLogger("rs_gguf.engine")
 
 # On processors with AMX, llama.cpp configures the matrix tiles of a thread once. oneDNN and MKL, which
 # multiply bfloat16 for PyTorch, configure them differently. llama.cpp's next step would then end the process
@@ -30,10 +34,20 @@ def engine_for(path: Path) -> type[Engine]:
     return LlamaModel
 
 
-def open_engine(path: Path, *, n_parallel: int = 32) -> Engine:
+def open_engine(path: Path, *, n_parallel: int = 32, settings: EngineSettings | None = None) -> Engine:
     """Load the model at `path`. It answers up to `n_parallel` sequences at once.
 
+    settings: how llama.cpp runs it; None for the defaults. PyTorch uses none of them, and a warning says so.
+
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: the model cannot be loaded, or does not support the settings.
     """
-    return engine_for(path)(path, n_parallel=n_parallel)
+    if settings is None or not settings.changed:
+        return engine_for(path)(path, n_parallel=n_parallel)
+    if path.is_dir():
+        ignored = ", ".join(settings.changed)
+        _log.warning("PyTorch runs %s: settings of llama.cpp have no effect (%s).", path, ignored)
+        return engine_for(path)(path, n_parallel=n_parallel)
+    from rs_gguf.engines.llama.model import LlamaModel
+
+    return LlamaModel(path, n_parallel=n_parallel, settings=settings)

@@ -34,11 +34,13 @@ def default_path() -> Path:
 class CachedJudge:
     """A judge with a cache. A failed judgement is not kept, so another run tries again.
 
+    variant: how the engine runs the judge's model, if that changes judgements; else "".
+
     `judge` raises `InputError` if the file cannot be used.
     """
 
-    def __init__(self, judge: Judge, path: Path | None = None) -> None:
-        self._judge, self._path = judge, path or default_path()
+    def __init__(self, judge: Judge, path: Path | None = None, *, variant: str = "") -> None:
+        self._judge, self._path, self._variant = judge, path or default_path(), variant
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class CachedJudge:
 
     @property
     def identity(self) -> str:
-        return self._judge.identity
+        identity = self._judge.identity
+        return f"{identity} {self._variant}" if self._variant else identity
 
     @property
     def usage(self) -> Usage | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from rs_gguf.engines import open_engine
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.server.client import EndpointOptions
+from rs_gguf.engines.settings import DEFAULTS, EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.judges.cache import CachedJudge
 from rs_gguf.judges.endpoint import EndpointJudge
@@ -69,6 +70,7 @@ def open_judge_spec(
     spec: str | None,
     *,
     loaded: Engine | None = None,
+    engine: EngineSettings = DEFAULTS,
     cached: bool = True,
     options: EndpointOptions | None = None,
     progress: models.OnBytes | None = None,
@@ -85,6 +87,7 @@ def open_judge_spec(
         spec: the name of the judge, as above.
         loaded: an open model, used if `spec` names its file. It must be unsteered when it judges, and stays
             open.
+        engine: how llama.cpp runs a model, also the one in `loaded`.
         cached: keep judgements in the user's cache folder, and reuse them.
         options: how an endpoint is used.
         progress: called during the download of a model.
@@ -99,9 +102,9 @@ def open_judge_spec(
         endpoint = EndpointJudge.of(name, options or EndpointOptions())
         yield CachedJudge(endpoint) if cached else endpoint
     else:
-        with _open_model(name, loaded, progress) as model:
+        with _open_model(name, loaded, engine, progress) as model:
             judge = _OF_MODELS.get(kind, open_judge)(model)
-            yield CachedJudge(judge) if cached else judge
+            yield CachedJudge(judge, variant=engine.result_options) if cached else judge
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,11 @@ class SecondJudge:
 
 @contextlib.contextmanager
 def open_second_judge(
-    spec: str, *, loaded: Engine | None = None, progress: models.OnBytes | None = None
+    spec: str,
+    *,
+    loaded: Engine | None = None,
+    engine: EngineSettings = DEFAULTS,
+    progress: models.OnBytes | None = None,
 ) -> Iterator[SecondJudge]:
     """Open the second judge that `spec` names, for the `with` block; see `open_judge_spec`.
 
@@ -127,18 +134,21 @@ def open_second_judge(
             f"second judge {spec}: only a model that this machine runs is accepted. Give a catalogue name, a "
             "GGUF file, a hub id, labels:MODEL or votes:MODEL."
         )
-    with _open_model(name, loaded, progress) as model:
-        yield SecondJudge(CachedJudge(_OF_MODELS.get(kind, open_judge)(model)), model)
+    with _open_model(name, loaded, engine, progress) as model:
+        judge = _OF_MODELS.get(kind, open_judge)(model)
+        yield SecondJudge(CachedJudge(judge, variant=engine.result_options), model)
 
 
 @contextlib.contextmanager
-def _open_model(name: str, loaded: Engine | None, progress: models.OnBytes | None) -> Iterator[Engine]:
+def _open_model(
+    name: str, loaded: Engine | None, engine: EngineSettings, progress: models.OnBytes | None
+) -> Iterator[Engine]:
     """Yield the named model: `loaded` if that is its file, which stays open, else a new engine."""
     path = models.resolve_gguf(name, progress=progress)
     if loaded is not None and loaded.path.resolve() == path.resolve():
         yield loaded
     else:
-        with open_engine(path) as model:
+        with open_engine(path, settings=engine) as model:
             yield model
 
 

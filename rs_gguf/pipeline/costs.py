@@ -14,7 +14,7 @@ from statistics import fmean
 
 from rs_gguf.activations.capture import ANSWER_TOKENS
 from rs_gguf.engines.engine import Can
-from rs_gguf.engines.llama.contexts import BATCH, CONTEXT, kv_cells
+from rs_gguf.engines.llama.contexts import kv_cells
 from rs_gguf.methods import suited_methods
 from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline.recipe import Recipe
@@ -100,15 +100,16 @@ class Costs:
 
     def memory(self, *, logits: bool = False) -> float:
         """Return the bytes of the process with its models; `logits` adds two copies for half a batch."""
-        model, answers = self.model, self.recipe.answers
+        model, answers, engine = self.model, self.recipe.answers, self.recipe.engine
         cells: int = kv_cells(
             math.ceil(self._longest + max(answers.fit_tokens, answers.tokens, answers.test_tokens))
         )
-        slots = max(1, min(answers.parallel, CONTEXT // cells))
-        total: float = _PYTHON + model.weights + 2 * model.cache * (CONTEXT + (slots + 1) * cells)
-        if self._judge is not None and self._judge.model != model:
-            total += self._judge.model.weights + 2 * self._judge.model.cache * CONTEXT
-        return total + (2 * 4 * BATCH / 2 * model.n_vocab if logits else 0)
+        slots = max(1, min(answers.parallel, engine.ctx_size // cells))
+        total: float = _PYTHON + model.weights
+        total += engine.cache_bytes * model.cache * (engine.ctx_size + (slots + 1) * cells)
+        if self._judge is not None and (judge := self._judge.model) != model:
+            total += judge.weights + engine.cache_bytes * judge.cache * engine.ctx_size
+        return total + (2 * 4 * engine.batch_size / 2 * model.n_vocab if logits else 0)
 
     def other_tokens(self) -> float:
         """Return the number of tokens of prompts and answers to read besides the last one of each prompt.

@@ -15,10 +15,9 @@ from typing import Any
 from rs_gguf.engines import open_engine
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Engine
-from rs_gguf.engines.llama.contexts import CONTEXT, kv_cells
+from rs_gguf.engines.llama.contexts import kv_cells
 from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import Judge, judges_with_model, kind_and_name, open_judge_spec, shipped_probe
-from rs_gguf.machine import usable_cores
 from rs_gguf.models import dimensions
 from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
@@ -131,8 +130,8 @@ def judge_of(recipe: Recipe, find: Callable[[str], Path] | None = None) -> Judge
 
 
 def stored(recipe: Recipe, model: ModelDimensions, judge: JudgeModel | None) -> Speed:
-    """Return the stored speed of a server core, times the cores that this process may use."""
-    return stored_speed(usable_cores(), model, judge, _at_once(recipe))
+    """Return the stored speed of a server core, times the threads of the recipe."""
+    return stored_speed(recipe.engine.n_threads, model, judge, _at_once(recipe))
 
 
 def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
@@ -142,10 +141,12 @@ def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
         InputError: the model or the judge cannot be loaded.
     """
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(open_engine(path, n_parallel=_at_once(recipe)))
+        engine = recipe.engine
+        model = opened.enter_context(open_engine(path, n_parallel=_at_once(recipe), settings=engine))
         loaded = None
         if judge is not None:
-            loaded = opened.enter_context(open_judge_spec(recipe.judge, loaded=model, cached=False))
+            spec = open_judge_spec(recipe.judge, loaded=model, engine=engine, cached=False)
+            loaded = opened.enter_context(spec)
         return measure_loaded(recipe, model, loaded)
 
 
@@ -159,7 +160,7 @@ def measure_loaded(recipe: Recipe, model: Engine, judge: Judge | None) -> Speed:
 
 def _at_once(recipe: Recipe) -> int:
     """Return how many short prompts are answered at once."""
-    return min(recipe.answers.parallel, CONTEXT // kv_cells(1))
+    return max(1, min(recipe.answers.parallel, recipe.engine.ctx_size // kv_cells(1)))
 
 
 def _local_path(model: str) -> Path:

@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from rs_gguf.engines.generation import Asking, Sampling
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.models import resolve as models
@@ -77,6 +78,7 @@ class Recipe(BaseSettings):
     fit: Fit = Fit()
     tune: Tune = Tune()
     measure: Measure = Measure()
+    engine: EngineSettings = EngineSettings()
 
     @property
     def estimators(self) -> Sequence[str]:

@@ -47,13 +47,18 @@ _INFEASIBLE = ("no candidate met every limit", "no configuration held every limi
 
 
 def remeasure(
-    path: Path, *, sealed: Path | None = None, progress: Progress | None = None
+    path: Path,
+    *,
+    sealed: Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> tuple[RunRecord, Path]:
     """Measure the files in the folder `path` and return the record, and the file that holds it.
 
     A killed call goes on where it stopped. The recipe's judge grades; answers have the recipe's
     `test_tokens`, and 100 at least.
 
+    overrides: changes of the recipe, such as `engine.gpu_layers=20`.
     sealed: the sealed set to open, in place of the validation split. The files stay unchanged.
 
     Raises:
@@ -62,9 +67,9 @@ def remeasure(
     """
     folder = RunFolder(path)
     old = RunRecord.read(folder / "metrics.json")
-    recipe = recipes.load(folder / "recipe.toml")
+    recipe = recipes.load(folder / "recipe.toml", overrides)
     if recipe.answers.test_tokens < _LEAST_TOKENS:
-        recipe = recipes.load(folder / "recipe.toml", [f"answers.test_tokens={_LEAST_TOKENS}"])
+        recipe = recipes.load(folder / "recipe.toml", [*overrides, f"answers.test_tokens={_LEAST_TOKENS}"])
     files = {name: _written(folder, name, file) for name, file in old.files.items()}
     with folder.locked(), open_run(recipe, folder, progress) as run:
         if run.model_hash != old.model.sha256:
@@ -144,8 +149,12 @@ def _measure(
     tune = run.prompts["tune"] if "system-prompt" in names else []
     key = key_of(
         run.model_hash, run.judge.identity, run.judge_hash,
-        # The second judge grades after everything in the log; the check changes no answer.
-        recipe.model_dump(mode="json", exclude={"judge_second": True, "answers": {"check"}}),
+        # The second judge grades after everything in the log. Neither the check nor most of the engine's
+        # settings change an answer.
+        recipe.model_dump(
+            mode="json", exclude={"judge_second": True, "engine": True, "answers": {"check"}}
+        ),
+        *recipe.engine.result_options.split(),
         [p.to_row() for p in (*prompts, *tune)],
         {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
     )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from rs_gguf.engines.settings import OF_RESULTS
 from rs_gguf.errors import InputError, escape_control_chars
 from rs_gguf.judges.registry import judges_with_model, kind_and_name
 from rs_gguf.models import resolve as models
@@ -121,6 +122,8 @@ def without_private_values(
     for key in private:
         del shared[key]
     shared.get("answers", {}).pop("servers", None)  # their answers are the model's own
+    if "engine" in shared:  # another machine has other cores and GPUs
+        shared["engine"] = {key: value for key, value in shared["engine"].items() if key in OF_RESULTS}
     return shared, private
 
 

@@ -36,26 +36,36 @@ _LEAST_REFUSED = 0.1  # share of the sensitive prompts; with less, a default run
 
 
 def scan(
-    spec: str, judge_spec: str | None = None, *, tokens: int = 48, progress: Progress | None = None
+    spec: str,
+    judge_spec: str | None = None,
+    *,
+    tokens: int = 48,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> ScanRecord:
     """Return what a model does unsteered, and what is advisable.
 
     spec: the model, as in a recipe. judge_spec: the judge; None for the recipe's default. tokens: the most of
-    an answer.
+    an answer. overrides: changes of the default recipe, such as `engine.gpu_layers=20`.
 
     Raises:
         InputError: the model or the judge cannot be used, or the model cannot answer.
     """
     progress = progress or Silent()
     chosen = {"model": spec, "judge": judge_spec}
-    recipe = recipes.load().model_copy(update={k: v for k, v in chosen.items() if v is not None})
+    recipe = recipes.load(None, overrides).model_copy(
+        update={k: v for k, v in chosen.items() if v is not None}
+    )
     path = models.resolve(spec, progress=progress.download)
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(open_engine(path, n_parallel=recipe.answers.parallel))
+        engine = recipe.engine
+        model = opened.enter_context(open_engine(path, n_parallel=recipe.answers.parallel, settings=engine))
         check_can_answer(model)
         # Not cached, since the time of judgements is measured.
         judge = opened.enter_context(
-            open_judge_spec(recipe.judge, loaded=model, cached=False, progress=progress.download)
+            open_judge_spec(
+                recipe.judge, loaded=model, engine=engine, cached=False, progress=progress.download
+            )
         )
         try_out(judge)
         prompts = sample()

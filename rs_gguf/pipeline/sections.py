@@ -79,8 +79,8 @@ class Answers(Section):
         default=32,
         ge=1,
         le=255,  # llama.cpp has 256 sequences; one of them holds the common beginning of all prompts
-        description="sequences answered at once; a GGUF file answers at most 32 (8,192 KV cells, 256 per "
-        "sequence)",
+        description="sequences answered at once; a GGUF file answers at most 32 (`engine.ctx_size`, 256 KV "
+        "cells per sequence)",
     )
     temperature: float = Field(
         default=0.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"

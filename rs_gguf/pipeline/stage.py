@@ -247,7 +247,8 @@ class Run:
     @cached_property
     def model(self) -> Engine:
         """Return the loaded model."""
-        model = open_engine(self.model_path, n_parallel=self.recipe.answers.parallel)
+        recipe = self.recipe
+        model = open_engine(self.model_path, n_parallel=recipe.answers.parallel, settings=recipe.engine)
         self._open.callback(model.close)
         return model
 
@@ -264,16 +265,17 @@ class Run:
     @cached_property
     def judge(self) -> Judge:
         """Return the loaded judge."""
-        opened = open_judge_spec(self.recipe.judge, loaded=self.model, progress=self.progress.download)
+        recipe, progress = self.recipe, self.progress.download
+        opened = open_judge_spec(recipe.judge, loaded=self.model, engine=recipe.engine, progress=progress)
         return self._open.enter_context(opened)
 
     @cached_property
     def second_judge(self) -> SecondJudge | None:
         """Return the loaded second judge; None if the recipe names none."""
-        spec = self.recipe.judge_second
+        spec, engine, progress = self.recipe.judge_second, self.recipe.engine, self.progress.download
         if spec is None:
             return None
-        opened = open_second_judge(spec, loaded=self.model, progress=self.progress.download)
+        opened = open_second_judge(spec, loaded=self.model, engine=engine, progress=progress)
         return self._open.enter_context(opened)
 
 

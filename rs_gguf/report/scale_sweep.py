@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import KINDS
@@ -106,7 +107,7 @@ def options(recipe: Mapping[str, Any], tokens: int) -> str:
         ("--seed", temperature and recipe.get("seed")),
     ):
         words += [option, str(value)] if value else []
-    return shlex.join(words)
+    return shlex.join([*words, *EngineSettings.of(recipe.get("engine", {})).result_options.split()])
 
 
 def searched(tune: Mapping[str, Any], files: Sequence[ReportedFile]) -> list[Row]:

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.report import CheckReport, EffectCheck
 from rs_gguf.steering.vector import SteeringVector
 from rs_gguf.steering.vector import options as vector_options
+
+if TYPE_CHECKING:
+    from rs_gguf.engines.settings import EngineSettings
 
 
 class Displayed(Protocol):
@@ -133,10 +136,14 @@ def write(content: SteeringFile, path: str | Path) -> None:
         vector_file.write(content, path)
 
 
-def check(path: str | Path, model: str | Path | None = None) -> CheckReport[SteeringFile]:
+def check(
+    path: str | Path, model: str | Path | None = None, engine: EngineSettings | None = None
+) -> CheckReport[SteeringFile]:
     """Check a file against the rules of llama.cpp's loader and for useless content; report every reason.
 
     With `model`, a GGUF file, also run the file there and check its effect. A bad file raises nothing.
+
+    engine: how llama.cpp runs the model; None for the defaults.
 
     Raises:
         InputError: the model cannot be run, or the disk has no room for drafts.
@@ -147,7 +154,7 @@ def check(path: str | Path, model: str | Path | None = None) -> CheckReport[Stee
         adapter = True  # the adapter check allows larger files and names the rule that this one breaks
     except InputError:
         adapter = False  # both checks report the same errors of the container
-    return _on_model(lora_file.check(path) if adapter else vector_file.check(path), model)
+    return _on_model(lora_file.check(path) if adapter else vector_file.check(path), model, engine)
 
 
 def check_vector(path: str | Path, model: str | Path | None = None) -> CheckReport[SteeringFile]:
@@ -155,14 +162,17 @@ def check_vector(path: str | Path, model: str | Path | None = None) -> CheckRepo
     return _on_model(vector_file.check(path), model)
 
 
-def _on_model(report: CheckReport[SteeringFile], model: str | Path | None) -> CheckReport[SteeringFile]:
+def _on_model(
+    report: CheckReport[SteeringFile], model: str | Path | None, engine: EngineSettings | None = None
+) -> CheckReport[SteeringFile]:
     """Return the report with the effect on `model` added, unless the file itself has an error."""
     if model is None or report.content is None or not report.valid:
         return report
     from rs_gguf.engines.llama.model import LlamaModel
+    from rs_gguf.engines.settings import DEFAULTS
     from rs_gguf.steering.effect_check import other_model
 
-    with LlamaModel(Path(model), n_parallel=4) as loaded:
+    with LlamaModel(Path(model), n_parallel=4, settings=engine or DEFAULTS) as loaded:
         effect = _effect_on(report.content, Path(report.path), loaded)
     return replace(
         report,

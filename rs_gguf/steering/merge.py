@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
@@ -37,6 +37,9 @@ from rs_gguf.steering.lora import Factors, LoraAdapter
 from rs_gguf.steering.merge_check import EXACT, QUANTISED, MergeCheck, check_merge
 from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from rs_gguf.engines.settings import EngineSettings
 
 Type = GGMLQuantizationType
 TYPES = {"q8_0": Type.Q8_0, "f16": Type.F16, "f32": Type.F32}
@@ -64,12 +67,14 @@ def merge(
     *,
     type_: GGMLQuantizationType | None = None,
     check: bool = True,
+    engine: EngineSettings | None = None,
 ) -> Merged:
     """Write `output`: the model with the adapters `files`, each with its scale, in its matrices.
 
     model: a GGUF file, or any part of a split model.
     type_: of the changed matrices. By default F32, F16 and BF16 stay, and quantised ones become Q8_0.
     check: compare the merged model with the model that has the adapters loaded.
+    engine: how llama.cpp runs them; None for the defaults.
 
     Raises:
         InputError: a file cannot be merged faithfully, `output` is one of the inputs, or the disk is full.
@@ -100,7 +105,8 @@ def merge(
         if check:
             file.flush()
             # The draft takes its place only if the check passes.
-            checks.append(check_merge(Path(file.name), model, files, EXACT if exact else QUANTISED))
+            tolerance = EXACT if exact else QUANTISED
+            checks.append(check_merge(Path(file.name), model, files, tolerance, engine))
 
     write_atomic(output, write)
     warnings = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from rs_gguf.engines.generation import Pairs
 from rs_gguf.errors import VerificationError
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering.effect_check import PROMPTS
+
+if TYPE_CHECKING:
+    from rs_gguf.engines.settings import EngineSettings
 
 EXACT, QUANTISED = 1e-3, 0.05
 """Tolerances: the largest KL divergence in nats at one position that a merge may cause.
@@ -45,22 +49,30 @@ class MergeCheck:
 
 
 def check_merge(
-    merged: Path, model: Path, files: Sequence[tuple[Path, float]], tolerance: float
+    merged: Path,
+    model: Path,
+    files: Sequence[tuple[Path, float]],
+    tolerance: float,
+    engine: EngineSettings | None = None,
 ) -> MergeCheck:
     """Return how far the merged model is from the model with the adapters `files`, each at its scale.
+
+    engine: how llama.cpp runs them; None for the defaults.
 
     Raises:
         InputError: llama.cpp cannot run one of the two models, or load an adapter.
         VerificationError: they differ by more than `tolerance`, or a probability is not finite.
     """
     from rs_gguf.engines.llama.model import LlamaModel
+    from rs_gguf.engines.settings import DEFAULTS
 
-    with LlamaModel(model, n_parallel=4, as_stored=True) as loaded:
+    engine = engine or DEFAULTS
+    with LlamaModel(model, n_parallel=4, settings=engine, as_stored=True) as loaded:
         pairs = _pairs(loaded)
         plain = _distributions(loaded, pairs)
         with loaded.steered(Steering(adapters=list(files))):
             adapted = _distributions(loaded, pairs)
-    with LlamaModel(merged, n_parallel=4, as_stored=True) as loaded:
+    with LlamaModel(merged, n_parallel=4, settings=engine, as_stored=True) as loaded:
         result = _distributions(loaded, pairs)
     found = MergeCheck(
         positions=len(adapted),

@@ -15,12 +15,13 @@ from fixtures.invented_run import figures_of_file, make_run
 from fixtures.tiny_qwen3 import write_tiny_qwen3
 
 from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.models import q8_copy as widening
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages.file_record import WrittenFile
+from rs_gguf.pipeline.stages.file_record import WrittenFile, llama_cpp_of
 from rs_gguf.pipeline.stages.measure import measure
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import KINDS, Prompt
@@ -30,6 +31,7 @@ from rs_gguf.report.page import write_card, write_report
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.vector import SteeringVector
 
+TRIAL = Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "short", 0.0, 1.0, feasible=True)
 posix_only = pytest.mark.skipif(os.name == "nt", reason="quoted for a POSIX shell")
 
 
@@ -62,17 +64,26 @@ def test_the_command_switches_thinking_off(estimator: str, tmp_path: Path) -> No
     assert [plain["reasoning_off"], off["reasoning_off"]] == [False, True]
 
 
+def test_the_command_has_the_engine_settings_that_change_results(tmp_path: Path) -> None:
+    control_vector.write(SteeringVector({2: np.ones(32, np.float32)}, {}, "qwen3"), tmp_path / "v.gguf")
+    file = WrittenFile("control vector", [tmp_path / "v.gguf"], TRIAL, {})
+    plain, quantised = (
+        llama_cpp_of(tmp_path / "m.gguf", file, engine, reasoning_off=False).command
+        for engine in (EngineSettings(threads=3), EngineSettings(threads=3, cache_type_k="q8_0"))
+    )
+    assert quantised == f"{plain} --cache-type-k q8_0"
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 def test_the_command_follows_the_models_template(thinks: bool, tmp_path: Path) -> None:
     template = "{{ messages[0].content }}" + "{% if enable_thinking %}<think>{% endif %}" * thinks
     write_tiny_qwen3(tmp_path / "m.gguf", template)
     direction = np.ones(32, dtype=np.float32)
     control_vector.write(SteeringVector({2: direction}, {"measured": False}, "qwen3"), tmp_path / "v.gguf")
-    trial = Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "short", 0.0, 1.0, feasible=True)
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
         record = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
-            {"vector": WrittenFile("control vector", [tmp_path / "v.gguf"], trial, {})}, (),
+            {"vector": WrittenFile("control vector", [tmp_path / "v.gguf"], TRIAL, {})}, (),
             load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             advance=lambda n: None,

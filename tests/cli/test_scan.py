@@ -45,8 +45,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command asked for; the answer is `RECORD`."""
     calls: dict[str, Any] = {}
 
-    def scan(model: str, judge: str | None, *, tokens: int, progress: object) -> ScanRecord:
-        calls.update(model=model, judge=judge, tokens=tokens)
+    def scan(
+        model: str, judge: str | None, *, tokens: int, overrides: tuple[str, ...], progress: object
+    ) -> ScanRecord:
+        calls.update(model=model, judge=judge, tokens=tokens, overrides=overrides)
         return RECORD
 
     monkeypatch.setattr("rs_gguf.pipeline.scan.scan", scan)
@@ -56,7 +58,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_record_is_printed(asked: dict[str, Any]) -> None:
     done = CliRunner().invoke(main, ["scan", "--model", "m", "--judge", "keywords"])
     assert done.exit_code == 0, done.output
-    assert asked == {"model": "m", "judge": "keywords", "tokens": 48}
+    assert asked == {"model": "m", "judge": "keywords", "tokens": 48, "overrides": ()}
     lines = done.stdout.splitlines()
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in lines if line.count("│") == 8}
     assert [cell.strip() for cell in cells["sensitive"]] == ["20", "11", "4", "3", "2", "0"]
@@ -70,8 +72,9 @@ def test_the_record_is_printed(asked: dict[str, Any]) -> None:
 
 
 def test_json_is_the_record(asked: dict[str, Any]) -> None:
-    done = CliRunner().invoke(main, ["scan", "--model", "m", "--tokens", "64", "--json"])
-    assert asked == {"model": "m", "judge": None, "tokens": 64}
+    done = CliRunner().invoke(main, ["scan", "--model", "m", "--tokens", "64", "--json", "-ngl", "9"])
+    overrides = ('engine.gpu_layers="9"',)
+    assert asked == {"model": "m", "judge": None, "tokens": 64, "overrides": overrides}
     value = json.loads(done.stdout)
     assert value["schema_version"] == 1
     assert ScanRecord.model_validate(value) == RECORD

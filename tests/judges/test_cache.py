@@ -58,6 +58,10 @@ def test_another_judge_prompt_or_answer_is_another_entry(tmp_path: Path) -> None
     other = Counting("two")
     list(CachedJudge(other, path).judge([("p", "ab")]))
     assert len(other.pairs) == 1
+    quantised, again = Counting(), Counting()
+    list(CachedJudge(quantised, path, variant="--cache-type-k q8_0").judge([("p", "ab")]))
+    list(CachedJudge(again, path, variant="").judge([("p", "ab")]))
+    assert (len(quantised.pairs), len(again.pairs)) == (1, 0)
     same = Counting()
     # The boundary between prompt and answer matters.
     list(CachedJudge(same, path).judge([("pa", "b"), ("p", "ab "), ("P", "ab")]))

@@ -36,7 +36,7 @@ from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
 from rs_gguf.pipeline import costs, recipe
 from rs_gguf.pipeline import speed as speeds
-from rs_gguf.pipeline.plan import Plan, judge_of, plan
+from rs_gguf.pipeline.plan import Plan, judge_of, plan, stored
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.speed import JudgeModel, Speed
 from rs_gguf.pipeline.stages import measure
@@ -466,6 +466,16 @@ def test_a_fit_is_products_and_factors_of_every_layer_on_all_cores(shape: ModelD
 def test_memory_grows_with_the_size_of_the_file(shape: ModelDimensions) -> None:
     before, after = (planned(replace(shape, weights=weights)).memory for weights in (0, 10**9))
     assert after == pytest.approx(before + 10**9)
+
+
+def test_memory_and_speed_follow_the_engine_settings(shape: ModelDimensions) -> None:
+    caches = ("engine.cache_type_k=q8_0", "engine.cache_type_v=q8_0")
+    plain, quantised, short = (
+        planned(shape, *values).memory for values in ((), caches, ("engine.ctx_size=4096",))
+    )
+    assert short < quantised < plain
+    loaded = recipe.load(None, ["engine.threads=3"])
+    assert stored(loaded, shape, None).source.startswith("3 server cores")
 
 
 def test_the_cost_of_a_judge_grows_with_its_layers(shape: ModelDimensions) -> None:

@@ -128,6 +128,7 @@ def test_what_only_this_machine_can_use_is_not_published(tmp_path: Path) -> None
         recipe["judge"] = "http://10.0.0.7:8080/v1#judge"
         recipe["judge_second"] = "labels:qwen2.5-coder-1.5b"
         recipe["answers"] = {"servers": "http://10.0.0.8:8080", "tokens": 24}
+        recipe["engine"] = {"gpu_layers": "20", "threads": 64, "cache_type_k": "q8_0"}
         return recipe
 
     publication = prepare(publishable_run(tmp_path / "run", recipe=private))
@@ -137,6 +138,7 @@ def test_what_only_this_machine_can_use_is_not_published(tmp_path: Path) -> None
     assert reproduction["to_set"] == ["judge"]
     assert reproduction["recipe"]["judge_second"] == "labels:qwen2.5-coder-1.5b"
     assert reproduction["recipe"]["answers"] == {"tokens": 24}
+    assert reproduction["recipe"]["engine"] == {"cache_type_k": "q8_0"}
     assert "10.0.0" not in text(publication, "recipe.toml")
 
 

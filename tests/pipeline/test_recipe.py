@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.estimators import ESTIMATORS
 from rs_gguf.models import resolve as models
@@ -107,7 +108,8 @@ def test_all_faults_come_in_one_message(tmp_path: Path, monkeypatch: pytest.Monk
     "override", ["fit.ridges=[0.0]", "fit.ridges=[nan]", "fit.ridges=[inf]", "fit.ridges=[]",
                  "answers.temperature=inf", "tune.max_benign_drift=0", "prompts.fit=1", "tune.budget=-1",
                  "tune.budget=2 days", "tune.budget=inf", "measure.baselines=['steering']",
-                 "seed=4294967296", "answers.parallel=256"],
+                 "seed=4294967296", "answers.parallel=256", "engine.threads=513", "engine.cache_type_k=f8",
+                 "engine.flash_attn=maybe", "engine.gpu_layers=most", "engine.ctx_size=0"],
 )  # fmt: skip
 def test_values_that_cannot_work_are_errors(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0].replace(".", r"\.")):
@@ -146,6 +148,9 @@ def test_a_variable_of_a_section_that_is_not_json(monkeypatch: pytest.MonkeyPatc
         ('prompts.benign=["a.csv", "b.txt"]', lambda r: r.prompts.benign == [Path("a.csv"), Path("b.txt")]),
         ('fit.estimators=["wrmd"]', lambda r: r.fit.estimators == ["wrmd"]),
         ("fit={ridges = [2]}", lambda r: r.fit.ridges == [2.0]),
+        ("engine.gpu_layers=20", lambda r: r.engine.gpu_layers == "20"),
+        ("engine.tensor_split=3,1", lambda r: r.engine.shares == [3.0, 1.0]),
+        ("engine.tensor_split=", lambda r: r.engine.shares == []),
     ],
 )  # fmt: skip
 def test_set_takes_toml_values_and_plain_text(override: str, get: object) -> None:
@@ -163,6 +168,19 @@ def test_a_budget_is_a_time(given: str, seconds: float, tmp_path: Path) -> None:
     dump(recipe, tmp_path / "recipe.toml")
     assert load(tmp_path / "recipe.toml") == recipe
     assert load().tune.budget is None
+
+
+def test_engine_settings_are_a_table_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe_file(tmp_path, '[engine]\ngpu_layers = 20\nthreads = 2\ncache_type_v = "q8_0"\n')
+    monkeypatch.setenv("RS_GGUF_ENGINE__THREADS", "3")
+    monkeypatch.setenv("RS_GGUF_ENGINE__GPU_LAYERS", "all")
+    recipe = load(path, ["engine.tensor_split=3,1"])
+    expected = EngineSettings(gpu_layers="all", threads=3, cache_type_v="q8_0", tensor_split="3,1")
+    assert recipe.engine == expected
+    dump(recipe, tmp_path / "resolved.toml")
+    assert load(tmp_path / "resolved.toml") == recipe
+    with pytest.raises(InputError, match="engine: a cache_type_v of q8_0 needs flash attention"):
+        load(path, ["engine.flash_attn=off"])
 
 
 @pytest.mark.parametrize(

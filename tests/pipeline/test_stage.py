@@ -171,6 +171,8 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("answers.tokens=40", "answer"),
         ("answers.temperature=1.0", "answer"),
         ("prompts.system=Be kind.", "answer"),
+        ("engine.cache_type_k=q8_0", "answer"),
+        ("engine.flash_attn=off", "answer"),
         ("prompts.fit=24", "answer"),
         ("prompts.tune=24", "answer"),
         ("prompts.gate_only=8", "capture"),
@@ -195,6 +197,15 @@ def test_each_choice_changes_keys_from_the_first_stage_that_depends_on_it(
     after = [*before, changed.replace("@", f"{two_models}/")]
     one, other = (keys(tmp_path, *values, stages=tuple(STAGES)) for values in (before, after))
     assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
+
+
+def test_settings_that_change_no_result_change_no_key(two_models: Path, tmp_path: Path) -> None:
+    values = [f"model={two_models / 'one.gguf'}", "judge=keywords"]
+    sizes = ["threads=2", "ctx_size=512", "batch_size=64", "flash_attn=auto"]
+    gpus = ["gpu_layers=2", "split_mode=row", "tensor_split=3,1", "main_gpu=1"]
+    others = [*values, *(f"engine.{value}" for value in (*sizes, *gpus))]
+    one, other = (keys(tmp_path, *both, stages=tuple(STAGES)) for both in (values, others))
+    assert one == other
 
 
 @pytest.mark.parametrize("how", ["", "labels:", "votes:"])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import grid as prompt_sets
 from rs_gguf.prompts.template import ChatFormat
@@ -53,19 +53,10 @@ def activations_of(model: Engine, prompts: list[list[int]]) -> np.ndarray:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, LlamaModel]]:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     network = write_tiny_qwen2(path, n_layer=TINY_LAYERS, n_embd=TINY_WIDTH)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_context_default_params", _f32_cache)
-        model = LlamaModel(path, n_parallel=4, n_ctx=256, n_threads=1)
-    with model:
-        yield network, model
-
-
-def _f32_cache(defaults: Any = llama_cpp.llama_context_default_params) -> Any:
     # llama.cpp rounds keys and values to F16 by default, which alone moves these logits by 4e-3.
-    params = defaults()
-    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return params
+    exact = EngineSettings(ctx_size=256, threads=1, flash_attn="off", cache_type_k="f32", cache_type_v="f32")
+    with LlamaModel(path, n_parallel=4, settings=exact) as model:
+        yield network, model
 
 
 @pytest.mark.parametrize("scale", [1.0, -2.0])

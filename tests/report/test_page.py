@@ -718,7 +718,7 @@ def test_answers_of_a_sweep_that_are_unjudged_are_not_a_point_at_zero(run_folder
 
 def test_a_curve_is_measured_as_the_run_was(tmp_path: Path) -> None:
     def change(recipe: dict[str, Any]) -> dict[str, Any]:
-        drawn = {"answers": {"temperature": 0.8}, "seed": 3}
+        drawn = {"answers": {"temperature": 0.8}, "seed": 3, "engine": {"threads": 2, "flash_attn": "off"}}
         system = {**recipe["prompts"], "system": "Don't."}
         return {**recipe, **drawn, "judge": "labels:m.gguf", "prompts": system}
 
@@ -726,7 +726,7 @@ def test_a_curve_is_measured_as_the_run_was(tmp_path: Path) -> None:
     words = shlex.split(html.unescape(re.sub("<[^>]*>", "", strength.split("<pre>")[1].split("</pre>")[0])))
     for option, value in {
         "--tokens": "64", "--judge": "labels:m.gguf", "--system-prompt": "Don't.",
-        "--temperature": "0.8", "--seed": "3",
+        "--temperature": "0.8", "--seed": "3", "--flash-attn": "off",
     }.items():  # fmt: skip
         assert words[words.index(option) + 1] == value
 

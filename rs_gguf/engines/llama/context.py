@@ -20,8 +20,15 @@ from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.engines.llama.calls import calling
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.engines.llama.graph import GraphReader
+from rs_gguf.engines.settings import EngineSettings, ggml_type
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import FIRST_STEERABLE
+
+_FLASH_ATTENTION = {
+    "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
 
 
 @dataclass(frozen=True)
@@ -65,28 +72,30 @@ class LlamaContext:
         file: the model. It must outlive the context.
         n_cells: KV cells for one sequence; with `unified`, for all sequences together.
         unified: let all sequences share their prefix's cells, and let `graph` read tensors.
-        n_batch: the most tokens of one decoding step.
-        n_threads: CPU threads.
+        settings: threads, batch size, attention and types of the cache.
 
     Raises:
-        InputError: the memory is not enough, or the model does not continue a text token by token.
+        InputError: the memory is not enough, the model does not support the types of the cache, or it does
+            not continue a text token by token.
     """
 
     def __init__(
-        self, file: LlamaFile, n_slots: int, n_cells: int, *, unified: bool, n_batch: int, n_threads: int
+        self, file: LlamaFile, n_slots: int, n_cells: int, *, unified: bool, settings: EngineSettings
     ) -> None:
         if llama_cpp.llama_model_has_encoder(file.handle):  # T5: decoding would end the process
             raise _does_not_continue(file)
-        self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, n_batch
+        self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, settings.batch_size
         self.graph = GraphReader()
         self._file = file
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_cells if unified else n_cells * (n_slots + 1)
         # One physical batch per call keeps the callback's rows in the order of the tokens.
-        params.n_batch = params.n_ubatch = n_batch
+        params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = n_slots + 1
         params.kv_unified = unified
-        params.n_threads = params.n_threads_batch = n_threads
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.flash_attn_type = _FLASH_ATTENTION[settings.flash_attn]
+        params.type_k, params.type_v = ggml_type(settings.cache_type_k), ggml_type(settings.cache_type_v)
         params.no_perf = True
         if unified:
             params.cb_eval = self.graph.callback
@@ -100,14 +109,16 @@ class LlamaContext:
             raise
         if not self._handle:
             advice = "" if unified else ", or answer fewer prompts at once (`answers.parallel`)"
+            if settings.result_options:
+                advice += f", or leave out {settings.result_options}"
             raise InputError(
                 llama_log.failure(f"llama.cpp cannot make a context of {params.n_ctx} tokens for {file.path}")
-                + f" Use a smaller model{advice}."
+                + f" Use a smaller model or `ctx_size`{advice}."
             )
         if not self._memory:  # diffusion and embedding models keep nothing of earlier tokens
             llama_cpp.llama_free(self._handle)
             raise _does_not_continue(file)
-        self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
 
     @property
     def _memory(self) -> Any:

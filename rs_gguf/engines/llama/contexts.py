@@ -14,13 +14,8 @@ import llama_cpp
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama.context import ActiveSteering, LlamaContext
 from rs_gguf.engines.llama.file import LlamaFile
+from rs_gguf.engines.settings import DEFAULTS, EngineSettings
 from rs_gguf.errors import InputError
-from rs_gguf.machine import usable_cores
-
-CONTEXT = 8192
-"""KV cells of a model."""
-BATCH = 512
-"""The most tokens of one decoding step."""
 
 
 class LlamaContexts(LlamaFile):
@@ -36,8 +31,8 @@ class LlamaContexts(LlamaFile):
     Args:
         path: a GGUF file.
         n_parallel: the most sequences that are answered at once.
-        n_ctx: KV cells that all sequences share. They bound the memory.
-        n_threads: CPU threads; by default all that this process may use.
+        settings: how llama.cpp loads the model and decodes.
+        n_ctx, n_threads: `settings.ctx_size` and `settings.threads`, if these two alone are changed.
         as_stored: see `LlamaFile`.
 
     Raises:
@@ -49,29 +44,29 @@ class LlamaContexts(LlamaFile):
         path: Path,
         *,
         n_parallel: int = 32,
-        n_ctx: int = CONTEXT,
+        settings: EngineSettings = DEFAULTS,
+        n_ctx: int | None = None,
         n_threads: int | None = None,
         as_stored: bool = False,
     ) -> None:
-        super().__init__(path, as_stored=as_stored)
+        super().__init__(path, settings=settings, as_stored=as_stored)
         self.n_parallel = n_parallel
-        self.n_ctx = n_ctx
-        self.max_length: int = min(n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))
-        self._n_threads = n_threads or usable_cores()
+        self.n_ctx = n_ctx or settings.ctx_size
+        self.max_length: int = min(self.n_ctx, llama_cpp.llama_model_n_ctx_train(self.handle))
+        n_batch = min(settings.batch_size, self.n_ctx)
+        n_threads = n_threads or settings.n_threads
+        self._settings = settings.model_copy(update={"batch_size": n_batch, "threads": n_threads})
         self._steering = ActiveSteering()
         self._forward_context: LlamaContext | None = None
         self._answer_context: LlamaContext | None = None
         try:
-            self._forward_context = self._new_context(n_parallel, n_ctx, unified=True)
+            self._forward_context = self._new_context(n_parallel, self.n_ctx, unified=True)
         except BaseException:
             self.close()
             raise
 
     def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> LlamaContext:
-        n_batch = min(BATCH, self.n_ctx)
-        context = LlamaContext(
-            self, n_slots, n_cells, unified=unified, n_batch=n_batch, n_threads=self._n_threads
-        )
+        context = LlamaContext(self, n_slots, n_cells, unified=unified, settings=self._settings)
         try:
             context.steer(self._steering)
         except BaseException:

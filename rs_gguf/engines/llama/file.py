@@ -6,6 +6,8 @@ A path goes in. Metadata, tokens of a text, text of tokens, and handles for a `L
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +17,13 @@ import llama_cpp
 
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.engines.llama.calls import calling
+from rs_gguf.engines.settings import DEFAULTS, EngineSettings
 from rs_gguf.errors import InputError
 from rs_gguf.machine import free_memory
 from rs_gguf.models import header as gguf_header
 from rs_gguf.models import q8_copy
+
+_log = logging.getLogger("rs_gguf.engine")
 
 # Share of the free memory that a file may fill. A larger file is mapped, and runs as far as there is room.
 _MAX_READ_SHARE = 0.75
@@ -28,6 +33,7 @@ _KEPT_ADAPTERS = 8  # adapters that stay loaded, unless more are in use at once:
 class LlamaFile:
     """The weights and the vocabulary of a GGUF file.
 
+    settings: GPU layers and GPUs; a build of llama.cpp without GPU support ignores them, with one warning.
     as_stored: load the file itself and not its faster Q8_0 copy; also load all parts of a split model, whose
         first part is `path`.
 
@@ -37,7 +43,7 @@ class LlamaFile:
             quotes llama.cpp's own errors, if there are any.
     """
 
-    def __init__(self, path: Path, *, as_stored: bool = False) -> None:
+    def __init__(self, path: Path, *, settings: EngineSettings = DEFAULTS, as_stored: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(
@@ -54,8 +60,7 @@ class LlamaFile:
         faster = [] if as_stored else [q8_copy.file_to_load(self.path)]
         for file in dict.fromkeys([*faster, self.path]):
             llama_log.forget_errors()
-            params = llama_cpp.llama_model_default_params()
-            params.load_mode = _load_mode(file)
+            params = _parameters(file, settings)
             try:
                 with calling():
                     self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
@@ -178,6 +183,39 @@ class LlamaFile:
         unused = [key for key, handle in self._adapters.items() if not any(handle is used for used in in_use)]
         for key in unused[: max(0, len(self._adapters) - _KEPT_ADAPTERS)]:
             llama_cpp.llama_adapter_lora_free(self._adapters.pop(key))
+
+
+def _parameters(file: Path, settings: EngineSettings) -> Any:
+    """Return the parameters with which llama.cpp loads a file."""
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode = _load_mode(file)
+    if not llama_cpp.llama_supports_gpu_offload():
+        if settings.for_gpus:
+            _warn_about_gpus(settings.for_gpus)
+        return params
+    layers = settings.gpu_layers
+    params.n_gpu_layers = int(layers) if layers.isdigit() else -1  # a negative number means all layers
+    params.split_mode = getattr(llama_cpp, f"LLAMA_SPLIT_MODE_{settings.split_mode.upper()}")
+    params.main_gpu = settings.main_gpu
+    if settings.shares:
+        most = llama_cpp.llama_max_devices()
+        if len(settings.shares) > most:
+            raise InputError(
+                f"tensor_split has {len(settings.shares)} shares; llama.cpp accepts at most {most}, one for "
+                "each GPU. Give fewer."
+            )
+        params.tensor_split = (ctypes.c_float * most)(*settings.shares)  # the object keeps the array alive
+    return params
+
+
+@functools.cache
+def _warn_about_gpus(names: tuple[str, ...]) -> None:
+    """Log once, although a run may load several models."""
+    _log.warning(
+        "This build of llama.cpp has no GPU support, so these settings have no effect: %s. "
+        "docs/howto/big-quantised-model.md has the command for a build with it.",
+        ", ".join(names),
+    )
 
 
 def _load_mode(file: Path) -> int:

@@ -47,6 +47,7 @@ class Answers(Stage):
             __version__, run.model_hash, recipe.seed, recipe.answers.fit_tokens, recipe.answers.tokens,
             recipe.answers.temperature, recipe.prompts.system,
             [p.id for split in _SPLITS for p in run.prompts[split]],
+            *recipe.engine.result_options.split(),  # nothing by default: older folders keep their keys
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:

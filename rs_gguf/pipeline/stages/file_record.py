@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
+from rs_gguf.engines.settings import EngineSettings
 from rs_gguf.evaluation.acceptance import Decision, Effect
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.kl import KlDivergence
@@ -135,13 +136,15 @@ def _merits(sets: Mapping[str, SetRecord], effect: Effect) -> tuple[int, int]:
     return (changed.n if changed else 0), (kept.n if kept else 0)
 
 
-def llama_cpp_of(model: Path, file: WrittenFile, *, reasoning_off: bool) -> LlamaCpp:
+def llama_cpp_of(model: Path, file: WrittenFile, engine: EngineSettings, *, reasoning_off: bool) -> LlamaCpp:
     """Return how llama.cpp loads the file, and which build of it is here.
 
+    engine: its settings that change results are a part of the command.
     reasoning_off: whether llama.cpp needs the option against thinking (`ChatFormat.thinks_in_server`).
     """
+    command = steering_file.server_command(model, file.files, reasoning_off=reasoning_off)
     return LlamaCpp(
-        command=steering_file.server_command(model, file.files, reasoning_off=reasoning_off),
+        command=f"{command} {engine.result_options}".rstrip(),
         build=llama_log.build(),
         reasoning_off=reasoning_off,
     )

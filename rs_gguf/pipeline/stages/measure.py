@@ -224,7 +224,7 @@ def measure(
             notes=baseline_notes(sets, others, recipe.effect),
             drift_ci95=drifts.interval(name),
             speed=Speed(unsteered=before.tokens_per_second, steered=answers[name].tokens_per_second),
-            llama_cpp=llama_cpp_of(model.path, file, reasoning_off=reasoning_off),
+            llama_cpp=llama_cpp_of(model.path, file, recipe.engine, reasoning_off=reasoning_off),
         )
     columns = [evaluations[name].rows(name) for name in files] + ([opinion.rows] if opinion else [])
     rows = [{k: v for part in parts for k, v in part.items()} for parts in zip(*columns, strict=True)]
