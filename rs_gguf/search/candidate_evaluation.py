@@ -164,7 +164,8 @@ class CandidateEvaluator:
     def _full_unsteered(self) -> tuple[list[int], JudgedAnswers]:
         """Indices and unsteered answers, at full length, of what `full` asks."""
         indices = self._full_prompt_indices
-        return indices, self._answers(indices, NO_STEERING, self._full)
+        short = self._unsteered.take(indices).answers
+        return indices, self._answers(indices, NO_STEERING, self._full, short)
 
     @cached_property
     def _full_prompt_indices(self) -> list[int]:
@@ -184,11 +185,13 @@ class CandidateEvaluator:
         """How many harmful prompts are refused unsteered; at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _answers(self, indices: Sequence[int], steering: Steering, asking: Asking) -> JudgedAnswers:
-        """Answer the prompts at these indices under a steering, and judge the answers."""
+    def _answers(
+        self, indices: Sequence[int], steering: Steering, asking: Asking, drafts: Sequence[Answer]
+    ) -> JudgedAnswers:
+        """Answer the prompts at these indices under a steering, from drafts, and judge the answers."""
         prompts = [self._unsteered.prompts[i] for i in indices]
         condition = Condition("candidate", steering, asking.system)
-        return answer_condition(self.model, self._judge, condition, prompts, asking)
+        return answer_condition(self.model, self._judge, condition, prompts, asking, drafts=drafts)
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
@@ -262,7 +265,7 @@ class CandidateEvaluator:
         asking = self._full if full else self._short
         indices, before = self._full_unsteered if full else self._short_unsteered
         steering = self.steering(candidate)
-        after = self._answers(indices, steering, asking)
+        after = self._answers(indices, steering, asking, before.answers)
         drift = self._drift(steering)
         evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in indices], before, after, drift)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)

@@ -974,10 +974,15 @@ def test_candidates_answer_at_the_recipes_temperature(
     drawn = []
 
     def noted(
-        model: Any, judge: Any, condition: Condition, prompts: Sequence[Prompt], asking: Asking
+        model: Any,
+        judge: Any,
+        condition: Condition,
+        prompts: Sequence[Prompt],
+        asking: Asking,
+        **options: Any,
     ) -> JudgedAnswers:
         drawn.append(asking.sampling)
-        return answer_condition(model, judge, condition, prompts, asking)
+        return answer_condition(model, judge, condition, prompts, asking, **options)
 
     monkeypatch.setattr(rungs_module, "answer_condition", noted)
     warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
