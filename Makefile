@@ -77,7 +77,7 @@ docs: install
 
 # front.py, fidelity.py and transfer.py read a run: give them its folder.
 bench: install
-	for script in $(filter-out benchmarks/front.py benchmarks/fidelity.py benchmarks/transfer.py, $(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/front.py benchmarks/fidelity.py benchmarks/transfer.py benchmarks/rereading.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \
 	done
 

@@ -91,7 +91,7 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
 
 
 def rest_of_draft(draft: Sequence[int], answer: Sequence[int], max_tokens: int) -> Sequence[int]:
-    """Return the tokens of `draft` after those of `answer`; none if the answer differs from the draft.
+    """Return the tokens that `draft` has after `answer`; none if it does not begin with `answer`.
 
     The last of `max_tokens` tokens is left out: no token is drawn after it, so it need not be read.
     """

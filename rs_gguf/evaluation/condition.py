@@ -88,7 +88,7 @@ def resume_condition(
 ) -> JudgedAnswers:
     """Answer the prompts that `log` does not have yet, in parts, and return all answers from it.
 
-    A row has the id `CONDITION:PROMPT`. The speed is that of the first part.
+    A row has the id `CONDITION:PROMPT`. The speed is the first part's.
 
     drafts: as in `answer_condition`.
     timed: answer the first part without drafts, so that its speed can be compared.

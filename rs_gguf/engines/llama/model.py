@@ -8,7 +8,7 @@ yielded as soon as they are ready, so a killed run loses only the current batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,7 +36,7 @@ from rs_gguf.records.conversation import Generation
 # Outputs of a step that reads drafts. Logits of each are kept twice: 1.2 MB with a vocabulary of 150,000.
 _OUTPUTS = 96
 # Tokens of a draft in one step, or as many as have agreed so far. Those after a wrong one are read in vain.
-_PIECE = 16
+_PIECE = 8
 
 
 @dataclass
@@ -105,11 +105,9 @@ class LlamaModel(LlamaContexts):
                     running[slot] = queue.popleft()
                     context.begin(slot)
             context.close_gaps(running)
-            rests = {slot: rest_of_draft(one.draft, one.tokens, max_tokens) for slot, one in running.items()}
-            share = max(0, _OUTPUTS - len(running)) // max(1, sum(map(bool, rests.values())))
-            guesses, batch = {}, []
+            guesses = _guesses(running, max_tokens)
+            batch = []
             for slot, one in sorted(running.items()):
-                guesses[slot] = rests[slot][: min(share, max(_PIECE, len(one.tokens)))]
                 known = [*one.prompt, *one.tokens]
                 start = len(known) - 1 if one.tokens else prefix
                 batch += [
@@ -267,3 +265,18 @@ class LlamaModel(LlamaContexts):
             for _ in self.next_logits([[0]]):
                 pass
         return names
+
+
+def _guesses(running: Mapping[int, _Answering], max_tokens: int) -> dict[int, Sequence[int]]:
+    """Return by slot the tokens of its draft that the next step reads, perhaps none."""
+    rests = {slot: rest_of_draft(one.draft, one.tokens, max_tokens) for slot, one in running.items()}
+    share = max(0, _OUTPUTS - len(running)) // max(1, sum(map(bool, rests.values())))
+    guesses = {
+        slot: rest[: min(share, max(_PIECE, len(running[slot].tokens)))] for slot, rest in rests.items()
+    }
+    # llama.cpp computes guesses after the next tokens of all answers, in a batch of their own or with new
+    # prompts. A batch that is smaller than the one for all answers would take more time for a token.
+    begun = [slot for slot, one in running.items() if one.tokens]
+    if sum(len(guesses[slot]) for slot in begun) < len(running):
+        guesses |= dict.fromkeys(begun, ())
+    return guesses
