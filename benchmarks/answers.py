@@ -4,9 +4,9 @@ The peer gets good conditions: the same file and threads, one context that it ke
 decodes greedily, with its prompt cache for the shared system prompt. Both answer the same prompts. The order
 alternates after a first answer of each, which is not timed. Prints prompts/s and the ratio of the medians.
 
-With `--drafts`, steered answers that begin from the unsteered ones take turns with plain decoding instead. For
-each kind of prompt, a table has the share of draft tokens that the steered model draws too. It also counts
-the answers that differ from plain decoding: with drafts, and in another order of the prompts (near ties).
+With `--drafts`, steered answers that begin from the unsteered ones take turns with plain decoding instead.
+For each kind of prompt, a table has the share of draft tokens that the steered model draws too. It also
+counts the answers that differ from plain decoding: with drafts, and in another order (near ties).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def print_ratio(methods: Mapping[str, Callable[[], int]], n: int, repeats: int) 
     """Time two methods in turns. Each returns the tokens of its `n` answers."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(repeats):
-        for name in list(methods) if repeat % 2 == 0 else reversed(methods):
+        for name in list(methods)[:: 1 if repeat % 2 == 0 else -1]:
             start = time.perf_counter()
             count = methods[name]()
             seconds[name].append(time.perf_counter() - start)
