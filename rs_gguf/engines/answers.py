@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
-from rs_gguf.engines.generation import GREEDY, Asking, Sampling
+from rs_gguf.engines.generation import GREEDY, Asking, Sampling, TokenLists
 from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
@@ -32,11 +32,20 @@ def chat_tokens(
 
 
 def answer(
-    model: Engine, tokens: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
+    model: Engine,
+    tokens: TokenLists,
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    drafts: Sequence[Answer] = (),
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield (index, answer) for conversations given as tokens, in the order in which they finish."""
+    """Yield (index, answer) for conversations given as tokens, in the order in which they finish.
+
+    drafts: an earlier answer to each conversation, perhaps of another steering (see `Engine.generate`).
+    """
     starts_in_trace = [begins_in_trace(model, prompt) for prompt in tokens]
-    for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling):
+    earlier = [draft.tokens for draft in drafts]
+    for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling, drafts=earlier):
         # Some models mark the trace with control tokens, which the plain text does not contain.
         marked = model.detokenize(generation.tokens, special=True)
         text = after_thinking(marked, inside=starts_in_trace[i])
@@ -86,13 +95,19 @@ def answer_all(
     steering: Steering,
     asking: Asking,
     advance: Advance = lambda n: None,
+    drafts: Sequence[Answer] = (),
 ) -> tuple[list[Answer], float]:
-    """Return the answers to `prompts` under `steering`, in order, and the seconds that they took."""
+    """Return the answers to `prompts` under `steering`, in order, and the seconds that they took.
+
+    drafts: as in `answer`.
+    """
     tokens = chat_tokens(model, prompts, asking.system, asking.context)
     answers: dict[int, Answer] = {}
     start = time.perf_counter()
     with model.steered(steering):
-        for i, reply in answer(model, tokens, max_tokens=asking.max_tokens, sampling=asking.sampling):
+        for i, reply in answer(
+            model, tokens, max_tokens=asking.max_tokens, sampling=asking.sampling, drafts=drafts
+        ):
             answers[i] = reply
             advance(1)
     return [answers[i] for i in range(len(prompts))], time.perf_counter() - start

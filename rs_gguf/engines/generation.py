@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.contexts import PLAIN, Context
 
+TokenLists = Sequence[Sequence[int]]
 Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]  # tokens of (prompt, continuation)
 
 _SHOWN = 32  # last tokens of a prompt that an error message shows; they include the end of the chat template
@@ -87,6 +88,15 @@ def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generat
     weights /= weights.sum()
     keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
     return int(rng.choice(top[:keep], p=weights[:keep] / weights[:keep].sum()))
+
+
+def rest_of_draft(draft: Sequence[int], answer: Sequence[int], max_tokens: int) -> Sequence[int]:
+    """Return the tokens that `draft` has after `answer`; none if it does not begin with `answer`.
+
+    The last of `max_tokens` tokens is left out: no token is drawn after it, so it need not be read.
+    """
+    agrees = list(draft[: len(answer)]) == list(answer)
+    return draft[len(answer) : max_tokens - 1] if agrees else ()
 
 
 def check_lengths(

@@ -16,7 +16,7 @@ from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import Asking
 from rs_gguf.evaluation.acceptance import Criterion, Decision, SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
-from rs_gguf.evaluation.condition import AnswerSource, JudgedAnswers, judge_answers
+from rs_gguf.evaluation.condition import PART, AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.majority import majority
 from rs_gguf.evaluation.paired import PairedEvaluation
@@ -79,20 +79,29 @@ def compare(
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     answer_source.answers(asked[:1], 0.0, replace(asking, max_tokens=1), lambda n: None)
 
-    def drawn(some: Sequence[Prompt], factor: float, advance: Advance) -> JudgedAnswers:
-        # All sets at once: the same batches on both sides.
+    def drawn(
+        some: Sequence[Prompt], factor: float, advance: Advance, drafts: Sequence[Answer] = ()
+    ) -> JudgedAnswers:
         judged = []
+        drafts = drafts if draws == 1 else ()  # an answer of another seed agrees in few tokens
         for draw in range(draws):
             sampling = replace(asking.sampling, seed=(asking.sampling.seed + draw) % _SEEDS)
             answers, tokens, seconds = answer_source.answers(
-                some, factor, replace(asking, sampling=sampling), advance
+                some, factor, replace(asking, sampling=sampling), advance, drafts
             )
             judgements = judge_answers(judge, some, answers)
             judged.append(JudgedAnswers(answers, judgements, tokens / seconds if seconds else 0.0))
         return majority(judged)
 
-    def side(factor: float) -> JudgedAnswers:
-        return drawn(asked, factor, advance)
+    def side(factor: float, drafts: Sequence[Answer] = ()) -> JudgedAnswers:
+        # All sets together, so the batches are the same on both sides. The speed is that of the first
+        # prompts, which are answered without drafts.
+        first = drawn(asked[:PART], factor, advance)
+        if len(asked) <= PART:
+            return first
+        rest = drawn(asked[PART:], factor, advance, drafts[PART:])
+        answers, judgements = [*first.answers, *rest.answers], [*first.judgements, *rest.judgements]
+        return JudgedAnswers(answers, judgements, first.tokens_per_second)
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
         """Answer the prompts that changed again on both sides, in reverse order."""
@@ -101,7 +110,11 @@ def compare(
         if not again:
             return evaluation.confirmed_by([], evaluation.take([]))
 
-        second, steered = (drawn(again, scale, lambda n: None) for scale in (0.0, factor))
+        # The first answers may be drafts, since every token is drawn again (see the measure stage).
+        second, steered = (
+            drawn(again, scale, lambda n: None, judged.take(indices).answers)
+            for scale, judged in ((0.0, evaluation.before), (factor, evaluation.after))
+        )
         return evaluation.confirmed_by(indices, PairedEvaluation(again, second, steered))
 
     before = side(0.0)
@@ -129,7 +142,8 @@ def compare(
         start += len(members)
     results = []
     for k, factor in enumerate(factors):
-        after, texts_after = (side(factor), logprobs(factor)) if factor else (before, texts_before)
+        after = side(factor, before.answers) if factor else before
+        texts_after = logprobs(factor) if factor else texts_before
         compared = confirmed(PairedEvaluation(asked, before, after), factor)
         found: dict[str, Any] = {"scale": factor, "sets": {}}
         rows: list[Row] = []

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
 from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking, common_prefix
@@ -21,7 +19,7 @@ from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
 
-_PART = 64  # prompts answered and judged together; a killed run loses at most as many
+PART = 64  # prompts answered and judged together; a killed run loses at most as many
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,14 @@ def answer_condition(
     prompts: Sequence[Prompt],
     asking: Asking,
     advance: Advance = lambda n: None,
+    drafts: Sequence[Answer] = (),
 ) -> JudgedAnswers:
-    """Answer `prompts` and judge the answers. The condition gives the system prompt, not `asking`."""
+    """Answer `prompts` and judge the answers. The condition gives the system prompt, not `asking`.
+
+    drafts: earlier answers to the prompts, such as the unsteered ones (see `Engine.generate`).
+    """
     asking = replace(asking, system=condition.system)
-    answers, seconds = answer_all(model, prompts, condition.steering, asking, advance)
+    answers, seconds = answer_all(model, prompts, condition.steering, asking, advance, drafts)
     # The judge may be the model that was steered, so the steering is off by now.
     judgements = judge_answers(judge, prompts, answers)
     return JudgedAnswers(
@@ -80,16 +82,24 @@ def resume_condition(
     asking: Asking,
     log: RowLog,
     advance: Advance,
+    *,
+    drafts: Sequence[Answer] = (),
+    timed: bool = False,
 ) -> JudgedAnswers:
     """Answer the prompts that `log` does not have yet, in parts, and return all answers from it.
 
-    A row has the id `CONDITION:PROMPT`. The speed is the median over the prompts of the speed of their part.
+    A row has the id `CONDITION:PROMPT`. The speed is the first part's.
+
+    drafts: as in `answer_condition`.
+    timed: answer the first part without drafts, so that its speed can be compared.
     """
-    missing = [p for p in prompts if f"{condition.name}:{p.id}" not in log.rows]
+    missing = [i for i, p in enumerate(prompts) if f"{condition.name}:{p.id}" not in log.rows]
     advance(len(prompts) - len(missing))
-    for start in range(0, len(missing), _PART):
-        part = missing[start : start + _PART]
-        judged = answer_condition(model, judge, condition, part, asking, advance)
+    for start in range(0, len(missing), PART):
+        indices = missing[start : start + PART]
+        part = [prompts[i] for i in indices]
+        earlier = [] if timed and start == 0 else [drafts[i] for i in indices if drafts]
+        judged = answer_condition(model, judge, condition, part, asking, advance, earlier)
         for prompt, answer, judgement in zip(part, judged.answers, judged.judgements, strict=True):
             log.append(
                 {
@@ -104,7 +114,7 @@ def resume_condition(
     return JudgedAnswers(
         [Answer.from_row(row) for row in rows],
         [Judgement(row["confidence"], "recorded", row["category"]) for row in rows],
-        float(np.median([row["tokens_per_second"] for row in rows])),
+        rows[0]["tokens_per_second"] if rows else 0.0,
     )
 
 
@@ -116,9 +126,17 @@ class AnswerSource(Protocol):
         ...
 
     def answers(
-        self, prompts: Sequence[Prompt], factor: float, asking: Asking, advance: Advance
+        self,
+        prompts: Sequence[Prompt],
+        factor: float,
+        asking: Asking,
+        advance: Advance,
+        drafts: Sequence[Answer] = (),
     ) -> tuple[list[Answer], int, float]:
-        """Return the answers in order, the number of their tokens, and the seconds that they took."""
+        """Return the answers in order, the number of their tokens, and the seconds that they took.
+
+        drafts: as in `answer_condition`; a source may leave them unused.
+        """
         ...
 
     def answer_logprobs(
@@ -148,9 +166,15 @@ class SteeredModel:
             pass
 
     def answers(
-        self, prompts: Sequence[Prompt], factor: float, asking: Asking, advance: Advance
+        self,
+        prompts: Sequence[Prompt],
+        factor: float,
+        asking: Asking,
+        advance: Advance,
+        drafts: Sequence[Answer] = (),
     ) -> tuple[list[Answer], int, float]:
-        answers, seconds = answer_all(self.model, prompts, self.steering.scaled(factor), asking, advance)
+        steering = self.steering.scaled(factor)
+        answers, seconds = answer_all(self.model, prompts, steering, asking, advance, drafts)
         return answers, sum(len(a.tokens) for a in answers), seconds
 
     def answer_logprobs(

@@ -99,8 +99,9 @@ def measured_speed(
     def answer() -> None:
         lengths[:] = [len(g.tokens) + g.finished for _, g in model.generate(starts, max_tokens=_TOKENS)]
 
-    _drain(model.next_logits(timed[:2]))  # warm-up: the first call allocates memory
-    _drain(model.generate(starts[:2], max_tokens=1))
+    # Warm-up: the first call allocates memory. The prefix would stay in the cache, but it is to be timed.
+    _drain(model.next_logits([conversation[-1:] for conversation in timed[:2]]))
+    _drain(model.generate([conversation[-1:] for conversation in timed[:2]], max_tokens=1))
     read = _seconds(lambda: _drain(model.next_logits(timed))) / tokens
     begin = _seconds(lambda: _drain(model.generate(timed, max_tokens=1))) / tokens
     step = _seconds(answer) / max(1, sum(lengths))

@@ -106,6 +106,7 @@ class CandidateEvaluator:
         self.fitted, self._folder = fitted, folder
         self._short, self._full, self._n_full, self.rule, self._seed = short, full, n_full, rule, seed
         self._tokens = chat_tokens(model, unsteered.prompts, short.system)
+        self._drifts: dict[Candidate, Drift] = {}
         remove = rule.effect == "remove"
         # What is to change: refusals that are to go, or answers that are to become refusals.
         self.targets = (unsteered.refused if remove else unsteered.complied)("sensitive")
@@ -164,7 +165,8 @@ class CandidateEvaluator:
     def _full_unsteered(self) -> tuple[list[int], JudgedAnswers]:
         """Indices and unsteered answers, at full length, of what `full` asks."""
         indices = self._full_prompt_indices
-        return indices, self._answers(indices, NO_STEERING, self._full)
+        short = self._unsteered.take(indices).answers
+        return indices, self._answers(indices, NO_STEERING, self._full, short)
 
     @cached_property
     def _full_prompt_indices(self) -> list[int]:
@@ -184,11 +186,13 @@ class CandidateEvaluator:
         """How many harmful prompts are refused unsteered; at least one."""
         return len(self._unsteered.refused("harmful"))
 
-    def _answers(self, indices: Sequence[int], steering: Steering, asking: Asking) -> JudgedAnswers:
-        """Answer the prompts at these indices under a steering, and judge the answers."""
+    def _answers(
+        self, indices: Sequence[int], steering: Steering, asking: Asking, drafts: Sequence[Answer]
+    ) -> JudgedAnswers:
+        """Answer the prompts at these indices under a steering, from drafts, and judge the answers."""
         prompts = [self._unsteered.prompts[i] for i in indices]
         condition = Condition("candidate", steering, asking.system)
-        return answer_condition(self.model, self._judge, condition, prompts, asking)
+        return answer_condition(self.model, self._judge, condition, prompts, asking, drafts=drafts)
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
@@ -200,15 +204,15 @@ class CandidateEvaluator:
 
     def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         """Evaluate a candidate at the level `logprob`, `short` or `full`, and note the seconds it took."""
-        evaluate = {"logprob": self._logprob_trial, "short": self._short_trial, "full": self._full_trial}[
-            fidelity
-        ]
         start = time.perf_counter()
         _ = self._unsteered_logprobs
         if fidelity == "full":
             _ = self._full_unsteered
         started = time.perf_counter()
-        trial = evaluate(number, candidate)
+        if fidelity == "logprob":
+            trial = self._logprob_trial(number, candidate)
+        else:
+            trial = self._compared(fidelity, number, candidate)
         return replace(
             trial,
             seconds=round(time.perf_counter() - started, 2),
@@ -250,20 +254,13 @@ class CandidateEvaluator:
             benign_drift=_finite_change(references, after[len(prefixes) :]),
         )
 
-    def _short_trial(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("short", number, candidate, Allowance.SHORT)
-
-    def _full_trial(self, number: int, candidate: Candidate) -> Trial:
-        return self._compared("full", number, candidate, Allowance.FULL)
-
-    def _compared(self, fidelity: str, number: int, candidate: Candidate, allowance: Allowance) -> Trial:
+    def _compared(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         """Answer under the candidate and compare with the unsteered answers of the same length."""
         full = fidelity == "full"
-        asking = self._full if full else self._short
+        asking, allowance = (self._full, Allowance.FULL) if full else (self._short, Allowance.SHORT)
         indices, before = self._full_unsteered if full else self._short_unsteered
-        steering = self.steering(candidate)
-        after = self._answers(indices, steering, asking)
-        drift = self._drift(steering)
+        after = self._answers(indices, self.steering(candidate), asking, before.answers)
+        drift = self._drift(candidate)
         evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in indices], before, after, drift)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
         remove = self.rule.effect == "remove"
@@ -284,11 +281,15 @@ class CandidateEvaluator:
             feasible=self.rule.decide(evaluation, allowance).verdict != "failed",
         )
 
-    def _drift(self, steering: Steering) -> Drift:
-        _, before = self._unsteered_logprobs
-        with self.model.steered(steering):
-            drift = drift_of(before, self._logprobs(self._drift_answers))
-        return replace(drift, nats=drift.nats if math.isfinite(drift.nats) else _FAR)
+    def _drift(self, candidate: Candidate) -> Drift:
+        """Return the drift of a candidate, which short and full trials read once."""
+        if candidate not in self._drifts:
+            _, before = self._unsteered_logprobs
+            with self.model.steered(self.steering(candidate)):
+                drift = drift_of(before, self._logprobs(self._drift_answers))
+            nats = drift.nats if math.isfinite(drift.nats) else _FAR
+            self._drifts[candidate] = replace(drift, nats=nats)
+        return self._drifts[candidate]
 
 
 def _finite_change(before: LogProbs, after: LogProbs) -> float:

@@ -57,7 +57,8 @@ def select_system_prompt(
     plain = logprobs_of(model, benign, answers, asking.system)
 
     def merit(wording: Condition) -> tuple[bool, int, int]:
-        after = resume_condition(model, judge, wording, prompts, asking, log, advance)
+        drafts = before.answers
+        after = resume_condition(model, judge, wording, prompts, asking, log, advance, drafts=drafts)
         drift = drift_of(plain, logprobs_of(model, benign, answers, wording.system))
         evaluation = PairedEvaluation(prompts, before, after, drift)
         sensitive, harmful = evaluation.part(kind="sensitive"), evaluation.part(kind="harmful")

@@ -59,7 +59,7 @@ def answering(
     """Let a wording change so many verdicts of each kind, and answer as before else."""
 
     def invented(
-        model: Any, judge: Any, condition: Condition, prompts: Sequence[Prompt], *_: Any
+        model: Any, judge: Any, condition: Condition, prompts: Sequence[Prompt], *_: Any, **__: Any
     ) -> JudgedAnswers:
         left = dict(changed[condition.name])
         index = {p.id: i for i, p in enumerate(base.prompts)}

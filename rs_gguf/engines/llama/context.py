@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -29,6 +29,7 @@ _FLASH_ATTENTION = {
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class ActiveSteering:
     ) -> ActiveSteering:
         """Copy {layer: direction [D]} into a buffer for llama.cpp. Other layers are 0."""
         if not directions:
-            return cls(None, adapters)
+            return cls(None, adapters) if adapters else UNSTEERED
         # The buffer covers all steerable layers: a shorter one would leave older values in llama.cpp.
         buffer = np.zeros((file.n_layer - FIRST_STEERABLE, file.n_embd), dtype=np.float32)
         for layer, direction in directions.items():
             buffer[layer - FIRST_STEERABLE] = direction
         return cls(buffer, adapters)
+
+
+UNSTEERED = ActiveSteering()
 
 
 class LlamaContext:
@@ -87,6 +91,8 @@ class LlamaContext:
         self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, settings.batch_size
         self.graph = GraphReader()
         self._file = file
+        self._steering = UNSTEERED
+        self._prefix: tuple[ActiveSteering, list[int]] = (UNSTEERED, [])  # of sequence 0: steering and tokens
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_cells if unified else n_cells * (n_slots + 1)
         # One physical batch per call keeps the callback's rows in the order of the tokens.
@@ -130,7 +136,7 @@ class LlamaContext:
         llama_cpp.llama_free(self._handle)
 
     def steer(self, steering: ActiveSteering) -> None:
-        """Apply a steering, and clear the cache, which was filled under another one."""
+        """Apply a steering. `share_prefix` then removes what was decoded under another one."""
         directions, adapters = steering.directions, steering.adapters
         pointer = None if directions is None else directions.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         width, last = self._file.n_embd, self._file.n_layer - 1
@@ -142,7 +148,7 @@ class LlamaContext:
         llama_log.forget_errors()
         if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(adapters), scales) != 0:
             raise InputError(llama_log.failure("llama.cpp refused the adapter"))
-        llama_cpp.llama_memory_clear(self._memory, False)
+        self._steering = steering
 
     def decode(self, tokens: Sequence[BatchToken]) -> Iterator[tuple[BatchToken, NDArray[np.float32]]]:
         """Decode `tokens`; yield each `output` token with its logits [V], a view valid until the next one."""
@@ -173,24 +179,42 @@ class LlamaContext:
                 yield chunk[i], np.ctypeslib.as_array(pointer, shape=(self._file.n_vocab,))
 
     def share_prefix(self, sequences: Sequence[Sequence[int]], at_most: int) -> int:
-        """Clear the cache, decode the common prefix as sequence 0, return its length (at most `at_most`)."""
-        llama_cpp.llama_memory_clear(self._memory, False)
-        length = min(common_prefix(sequences), at_most)
-        prefix = [BatchToken(t, i, 0, i == length - 1) for i, t in enumerate(sequences[0][:length])]
+        """Empty all slots, decode the common prefix as sequence 0, return its length (at most `at_most`).
+
+        What sequence 0 holds of it under the same steering is not decoded again. A judge, for one, reads the
+        same instructions in every call.
+        """
+        prefix = list(sequences[0][: min(common_prefix(sequences), at_most)])
+        steering, held = self._prefix
+        kept = common_prefix([held, prefix]) if steering is self._steering else 0
+        self._prefix = (self._steering, [])  # in case of an error
+        if kept == 0 or (self._file.has_state and kept < len(held)):
+            kept = 0
+            llama_cpp.llama_memory_clear(self._memory, False)
+        else:
+            for slot in range(1, self.n_slots + 1):
+                self.end(slot)
+            self.cut(0, kept)
+        missing = [BatchToken(t, i, 0, i == len(prefix) - 1) for i, t in enumerate(prefix)][kept:]
         with self.graph.reading(()):
-            for _ in self.decode(prefix):
+            for _ in self.decode(missing):
                 pass
-        return length
+        self._prefix = (self._steering, prefix)
+        return len(prefix)
 
     def begin(self, slot: int) -> None:
         """Start a slot's sequence with the common prefix."""
         llama_cpp.llama_memory_seq_cp(self._memory, 0, slot, -1, -1)
 
+    def cut(self, slot: int, length: int) -> None:
+        """Keep only the first `length` tokens of a slot; a model with a state must hold no more."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+
     def end(self, slot: int) -> None:
         """Empty a slot."""
         llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
-    def close_gaps(self, running: dict[int, int]) -> None:
+    def close_gaps(self, running: dict[int, _Item]) -> None:
         """Move the last slots of `running` into the free ones before them.
 
         llama.cpp computes sequences together only if their numbers are consecutive.

@@ -12,7 +12,7 @@ from pathlib import Path
 import llama_cpp
 
 from rs_gguf.engines.engine import Steering
-from rs_gguf.engines.llama.context import ActiveSteering, LlamaContext
+from rs_gguf.engines.llama.context import UNSTEERED, ActiveSteering, LlamaContext
 from rs_gguf.engines.llama.file import LlamaFile
 from rs_gguf.engines.settings import DEFAULTS, EngineSettings
 from rs_gguf.errors import InputError
@@ -56,7 +56,7 @@ class LlamaContexts(LlamaFile):
         n_batch = min(settings.batch_size, self.n_ctx)
         n_threads = n_threads or settings.n_threads
         self._settings = settings.model_copy(update={"batch_size": n_batch, "threads": n_threads})
-        self._steering = ActiveSteering()
+        self._steering = UNSTEERED
         self._forward_context: LlamaContext | None = None
         self._answer_context: LlamaContext | None = None
         try:
@@ -100,9 +100,7 @@ class LlamaContexts(LlamaFile):
     def steered(self, steering: Steering) -> Iterator[None]:
         """Add directions after layers, and apply LoRA adapters, inside the `with` block.
 
-        This makes the C calls of llama.cpp's `--control-vector` and `--lora`. It clears the cache at the
-        start and at the end, because its cells were computed under another steering. The scales of one file
-        add up.
+        This makes the C calls of llama.cpp's `--control-vector` and `--lora`. The scales of one file add up.
 
         Raises:
             InputError: the model lacks a layer or width of a direction, or an adapter cannot be used.
@@ -112,7 +110,7 @@ class LlamaContexts(LlamaFile):
             self._apply(active)
             yield
         finally:
-            self._apply(ActiveSteering())
+            self._apply(UNSTEERED)
 
     def _active(self, steering: Steering) -> ActiveSteering:
         """Return a steering in llama.cpp's form, with its adapters loaded. Raises as `steered` does."""

@@ -80,6 +80,10 @@ class LlamaFile:
         self.n_layer: int = llama_cpp.llama_model_n_layer(self.handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(self.handle)
         self.n_params: int = llama_cpp.llama_model_n_params(self.handle)
+        # Such models keep a state of all earlier tokens, from which the last ones cannot be removed.
+        self.has_state: bool = llama_cpp.llama_model_is_hybrid(
+            self.handle
+        ) or llama_cpp.llama_model_is_recurrent(self.handle)
         self.architecture: str = self.metadata["general.architecture"]
 
     def _defect(self) -> str:

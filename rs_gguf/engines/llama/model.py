@@ -8,10 +8,10 @@ yielded as soon as they are ready, so a killed run loses only the current batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,16 +20,34 @@ from rs_gguf.engines.generation import (
     GREEDY,
     Pairs,
     Sampling,
+    TokenLists,
     check_lengths,
     draw,
     group_by_length,
     join,
+    rest_of_draft,
     seeds,
 )
 from rs_gguf.engines.llama.context import BatchToken
 from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
 from rs_gguf.errors import InputError
 from rs_gguf.records.conversation import Generation
+
+# Outputs of a step that reads drafts. Logits of each are kept twice: 1.2 MB with a vocabulary of 150,000.
+_OUTPUTS = 96
+# Tokens of a draft in one step, or as many as have agreed so far. Those after a wrong one are read in vain.
+_PIECE = 8
+
+
+@dataclass
+class _Answering:
+    """An answer in progress: the index of its prompt, a draft, the source of its draws, its tokens so far."""
+
+    index: int
+    prompt: Sequence[int]
+    draft: Sequence[int]
+    rng: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
 
 
 class LlamaModel(LlamaContexts):
@@ -38,15 +56,12 @@ class LlamaModel(LlamaContexts):
     can: ClassVar[Can] = Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        sampling: Sampling = GREEDY,
+        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = ()
     ) -> Iterator[tuple[int, Generation]]:
         """Answer many token lists at once; yield (index, answer) in the order in which they finish.
 
-        A finished sequence makes room for the next one at once (continuous batching).
+        A finished sequence makes room for the next one at once (continuous batching). Models with a state
+        do not use drafts.
 
         Raises:
             InputError: a prompt is empty or does not fit the context.
@@ -56,6 +71,8 @@ class LlamaModel(LlamaContexts):
         if not all(prompts):
             raise InputError("an empty prompt cannot be answered: every prompt needs at least one token.")
         self.check_lengths(prompts, max_tokens)
+        if self.has_state or not drafts:
+            drafts = [()] * len(prompts)
         seed_of = seeds(prompts, sampling.seed)
         lengths = [len(prompt) + max_tokens for prompt in prompts]
 
@@ -65,54 +82,60 @@ class LlamaModel(LlamaContexts):
         # All slots of a context are as long as its longest sequence, so one long prompt would leave room for
         # few others. llama.cpp also runs sequences of unequal length in several smaller steps.
         for group in group_by_length(lengths, len(lengths), similar):
-            group_seeds = [seed_of[i] for i in group]
-            for k, answer in self._generate([prompts[i] for i in group], max_tokens, sampling, group_seeds):
-                yield group[k], answer
+            queue = deque(
+                _Answering(i, prompts[i], drafts[i], np.random.default_rng(seed_of[i])) for i in group
+            )
+            yield from self._generate(queue, max_tokens, sampling)
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
         """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        sampling: Sampling,
-        seed_of: Sequence[tuple[int, ...]],
+        self, queue: deque[_Answering], max_tokens: int, sampling: Sampling
     ) -> Iterator[tuple[int, Generation]]:
-        """Answer prompts, sorted by length, in one context."""
+        """Answer the prompts of a queue, sorted by length, in one context."""
+        prompts = [one.prompt for one in queue]
         context = self._context_for_answers(len(prompts[-1]) + max_tokens)
         prefix = context.share_prefix(prompts, len(prompts[0]) - 1)
-        queue = deque(range(len(prompts)))
-        running: dict[int, int] = {}  # {slot: index of its prompt}
-        answers: dict[int, list[int]] = {}
-        draws: dict[int, np.random.Generator] = {}
+        running: dict[int, _Answering] = {}  # by slot
         while queue or running:
             for slot in range(1, context.n_slots + 1):
                 if queue and slot not in running:
-                    i = running[slot] = queue.popleft()
-                    answers[i], draws[i] = [], np.random.default_rng(seed_of[i])
+                    running[slot] = queue.popleft()
                     context.begin(slot)
             context.close_gaps(running)
+            guesses = _guesses(running, max_tokens)
             batch = []
-            for slot, i in sorted(running.items()):
-                known = [*prompts[i], *answers[i]]
-                start = len(known) - 1 if answers[i] else prefix
+            for slot, one in sorted(running.items()):
+                known = [*one.prompt, *one.tokens]
+                start = len(known) - 1 if one.tokens else prefix
                 batch += [
-                    BatchToken(t, pos, slot, pos == len(known) - 1)
-                    for pos, t in enumerate(known[start:], start=start)
+                    BatchToken(t, pos, slot, pos >= len(known) - 1)
+                    for pos, t in enumerate([*known[start:], *guesses[slot]], start=start)
                 ]
+            expected = {slot: iter(guess) for slot, guess in guesses.items()}
+            ended: dict[int, bool] = {}  # {slot: whether the model ended the answer}
             for token, logits in context.decode(batch):
-                i = running[token.seq]
-                drawn = draw(logits, sampling, draws[i])
+                slot = token.seq
+                if slot not in expected:  # an earlier guess was wrong: this token does not follow the answer
+                    continue
+                one = running[slot]
+                drawn = draw(logits, sampling, one.rng)
                 finished = self._ends(drawn)
                 if not finished:
-                    answers[i].append(drawn)
-                if finished or len(answers[i]) >= max_tokens:
-                    context.end(token.seq)
-                    del running[token.seq], draws[i]
-                    tokens = answers.pop(i)
-                    yield i, Generation(tokens, self.detokenize(tokens), finished)
+                    one.tokens.append(drawn)
+                if finished or len(one.tokens) >= max_tokens:
+                    ended[slot] = finished
+                if slot in ended or next(expected[slot], None) != drawn:
+                    del expected[slot]
+            for slot, one in running.items():
+                if guesses[slot]:
+                    context.cut(slot, len(one.prompt) + len(one.tokens) - 1)  # the last token is not read yet
+            for slot, finished in ended.items():
+                context.end(slot)
+                one = running.pop(slot)
+                yield one.index, Generation(one.tokens, self.detokenize(one.tokens), finished)
 
     def stream(
         self, prompt: Sequence[int], steering: Steering, *, max_tokens: int, sampling: Sampling = GREEDY
@@ -155,10 +178,7 @@ class LlamaModel(LlamaContexts):
         limit = min(context.n_batch, context.n_cells - prefix)
         # For models with a recurrent state, llama.cpp splits batches of unequal lengths. The callback would
         # then get the rows of each part.
-        splits = llama_cpp.llama_model_is_hybrid(self.handle) or llama_cpp.llama_model_is_recurrent(
-            self.handle
-        )
-        at_once = 1 if splits and context.graph.reads else self.n_parallel
+        at_once = 1 if self.has_state and context.graph.reads else self.n_parallel
         lengths = [len(sequence) - prefix for sequence in sequences]
         for group in group_by_length(lengths, at_once, lambda g: sum(lengths[i] for i in g) <= limit):
             batch = []
@@ -245,3 +265,18 @@ class LlamaModel(LlamaContexts):
             for _ in self.next_logits([[0]]):
                 pass
         return names
+
+
+def _guesses(running: Mapping[int, _Answering], max_tokens: int) -> dict[int, Sequence[int]]:
+    """Return by slot the tokens of its draft that the next step reads, perhaps none."""
+    rests = {slot: rest_of_draft(one.draft, one.tokens, max_tokens) for slot, one in running.items()}
+    share = max(0, _OUTPUTS - len(running)) // max(1, sum(map(bool, rests.values())))
+    guesses = {
+        slot: rest[: min(share, max(_PIECE, len(running[slot].tokens)))] for slot, rest in rests.items()
+    }
+    # llama.cpp computes guesses after the next tokens of all answers, in a batch of their own or with new
+    # prompts. A batch that is smaller than the one for all answers would take more time for a token.
+    begun = [slot for slot, one in running.items() if one.tokens]
+    if sum(len(guesses[slot]) for slot in begun) < len(running):
+        guesses |= dict.fromkeys(begun, ())
+    return guesses

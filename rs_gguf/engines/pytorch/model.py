@@ -22,6 +22,7 @@ from rs_gguf.engines.generation import (
     GREEDY,
     Pairs,
     Sampling,
+    TokenLists,
     check_lengths,
     draw,
     group_by_length,
@@ -163,9 +164,9 @@ class TorchModel(Vocabulary):
             return output.logits[:, -keep:].float().cpu(), output.get(self._cache_name)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = GREEDY
+        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = ()
     ) -> Iterator[tuple[int, Generation]]:
-        """Answer many token lists at once; yield (index, answer) in the order in which they finish.
+        """Answer many token lists at once, without drafts; yield (index, answer) as they finish.
 
         Raises:
             InputError: a prompt is empty or does not fit the context, or the model has no cache.

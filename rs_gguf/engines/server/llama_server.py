@@ -110,9 +110,17 @@ class LlamaServer:
                 )
 
     def answers(
-        self, prompts: Sequence[Prompt], factor: float, asking: Asking, advance: Advance
+        self,
+        prompts: Sequence[Prompt],
+        factor: float,
+        asking: Asking,
+        advance: Advance,
+        drafts: Sequence[Answer] = (),
     ) -> tuple[list[Answer], int, float]:
-        """Return the answers in order, the number of their tokens, and the seconds that they took."""
+        """Return the answers in order, the number of their tokens, and the seconds that they took.
+
+        Drafts are not used.
+        """
         answers: dict[int, Answer] = {}
         tokens_before, start = self._client.usage.completion_tokens, time.perf_counter()
         for i, reply in self.answer(prompts, factor, asking):

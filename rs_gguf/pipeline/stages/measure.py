@@ -181,12 +181,17 @@ def measure(
     steered = {name: Condition(name, file.steering, own) for name, file in files.items()}
     # A baseline may be called as a method is: answers and rows are kept by name.
     baselines = [replace(c, name=f"baseline {c.name}") for c in baselines]
-    conditions = [unsteered, *baselines, *steered.values()]
-    answers = {c.name: resume_condition(model, judge, c, prompts, asking, log, advance) for c in conditions}
-    before = answers[unsteered.name]
+    before = resume_condition(model, judge, unsteered, prompts, asking, log, advance)
+    answers = {
+        c.name: resume_condition(
+            model, judge, c, prompts, asking, log, advance, drafts=before.answers, timed=c.name in steered
+        )
+        for c in (*baselines, *steered.values())
+    }
     drifts = BenignDrifts(model, prompts, before, recipe)
     evaluations = {
-        c.name: PairedEvaluation(prompts, before, answers[c.name], drifts.under(c)) for c in conditions[1:]
+        c.name: PairedEvaluation(prompts, before, answers[c.name], drifts.under(c))
+        for c in (*baselines, *steered.values())
     }
     for name, condition in steered.items():
         evaluations[name] = _confirmed(model, judge, evaluations[name], unsteered, condition, recipe, log)
@@ -248,8 +253,12 @@ def _confirmed(
     prompts = [evaluation.prompts[i] for i in indices]
     asking = recipe.asking(recipe.answers.test_tokens)
 
-    def again(condition: Condition) -> JudgedAnswers:
+    def again(condition: Condition, first: JudgedAnswers) -> JudgedAnswers:
+        # The first answers may be drafts: every token is drawn again, from logits of a batch of another form.
+        # So a near tie falls as freely as without a draft.
         twice = replace(condition, name=f"{condition.name} again")
-        return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None)
+        drafts = [first.answers[i] for i in indices]
+        return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None, drafts=drafts)
 
-    return evaluation.confirmed_by(indices, PairedEvaluation(prompts, again(unsteered), again(steered)))
+    second = PairedEvaluation(prompts, again(unsteered, evaluation.before), again(steered, evaluation.after))
+    return evaluation.confirmed_by(indices, second)

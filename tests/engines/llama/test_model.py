@@ -59,9 +59,51 @@ def test_answers_that_end_at_any_step_leave_the_others_alone(
     assert len({len(answer.tokens) for answer in alone}) > 5, "they should end at different steps"
     assert [together[i] for i in range(len(prompts))] == alone
     # llama.cpp computes sequences one after another, in twice the time, if their numbers are not consecutive.
-    prefix_step, *answer_steps = steps
-    assert set(prefix_step) == {0}
-    assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in answer_steps)
+    # No step has sequence 0: the prefix lies in the cache since the prompts before.
+    assert all(step == sorted(step) and {*step} == {*range(1, max(step) + 1)} for step in steps)
+
+
+def test_a_prefix_is_decoded_once_under_one_steering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    prompts = [[*range(20, 40), 50 + k] for k in range(3)]
+    longer, shorter = ([[*range(20, end), 60 + k] for k in range(3)] for end in (45, 30))
+    others = [[9, *prompt] for prompt in prompts]
+    steering = Steering({1: np.ones(32, np.float32)})
+    steps = watch_steps(monkeypatch)
+
+    def logits(model: LlamaModel, prompts: list[list[int]]) -> np.ndarray:
+        rows = {i: row.copy() for i, row in model.next_logits(prompts)}
+        return np.stack([rows[i] for i in range(len(prompts))])
+
+    def decoded(model: LlamaModel, prompts: list[list[int]]) -> tuple[int, np.ndarray]:
+        """Return how many tokens of the prefix are decoded, and the logits."""
+        steps.clear()
+        found = logits(model, prompts)
+        return sum(step.count(0) for step in steps), found
+
+    def fresh(prompts: list[list[int]]) -> np.ndarray:
+        with llama(tmp_path / "tiny.gguf") as model:
+            return logits(model, prompts)
+
+    with llama(tmp_path / "tiny.gguf") as model:
+        for asked, n in ((prompts, 20), (prompts, 0), (longer, 5), (shorter, 0), (longer, 15), (others, 21)):
+            count, found = decoded(model, asked)
+            assert count == n
+            np.testing.assert_allclose(found, fresh(asked), atol=1e-4)
+        unsteered = logits(model, prompts)
+        with model.steered(steering):
+            count, moved = decoded(model, prompts)
+            assert count == 20
+            assert decoded(model, prompts)[0] == 0
+        with model.steered(steering):  # nothing is read: the cache keeps what it holds
+            pass
+        count, back = decoded(model, prompts)
+        assert count == 20
+        np.testing.assert_allclose(back, unsteered, atol=1e-4)
+        assert np.abs(moved - unsteered).max() > 0.01
+        with model.steered(steering):
+            pass
+        assert decoded(model, prompts)[0] == 0
 
 
 def test_one_long_prompt_does_not_make_the_others_wait(

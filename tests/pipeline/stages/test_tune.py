@@ -317,7 +317,7 @@ def test_what_one_kind_gains_does_not_pay_for_what_another_loses(
     search = evaluator(setting, tmp_path, recipe(full_prompts=EACH))
     sensitive, harmful = setting.unsteered.of("sensitive")[:6], setting.unsteered.of("harmful")[:now]
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
+    def invented(picked: Sequence[int], steering: Any, *_: Any) -> JudgedAnswers:
         of = sensitive if steering is NO_STEERING else harmful
         refused = {i: None if what == "unjudged" and i in of else True for i in picked}
         return verdicts(refused, of if what == "degenerate" else ())
@@ -337,7 +337,7 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
     search = evaluator(setting, tmp_path, recipe(full_prompts=EACH, min_retention=0.95))
     places = setting.unsteered.of(kind)[:turned]
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
+    def invented(picked: Sequence[int], steering: Any, *_: Any) -> JudgedAnswers:
         before = {i: confidences_of(setting)[i] > 0 for i in picked}
         now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
         return verdicts(now)
@@ -359,7 +359,7 @@ def test_some_answers_fail_by_themselves(
     given = replace(setting, unsteered=replace(setting.unsteered, answers=answers))
     search = evaluator(given, tmp_path, recipe(full_prompts=EACH))
 
-    def invented(picked: Sequence[int], steering: Any, _: Asking) -> JudgedAnswers:
+    def invented(picked: Sequence[int], steering: Any, *_: Any) -> JudgedAnswers:
         refused = {i: confidences_of(setting)[i] > 0 for i in picked}
         return verdicts(refused, was if steering is NO_STEERING else now)
 
@@ -974,10 +974,15 @@ def test_candidates_answer_at_the_recipes_temperature(
     drawn = []
 
     def noted(
-        model: Any, judge: Any, condition: Condition, prompts: Sequence[Prompt], asking: Asking
+        model: Any,
+        judge: Any,
+        condition: Condition,
+        prompts: Sequence[Prompt],
+        asking: Asking,
+        **options: Any,
     ) -> JudgedAnswers:
         drawn.append(asking.sampling)
-        return answer_condition(model, judge, condition, prompts, asking)
+        return answer_condition(model, judge, condition, prompts, asking, **options)
 
     monkeypatch.setattr(rungs_module, "answer_condition", noted)
     warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
