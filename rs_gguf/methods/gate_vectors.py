@@ -1,0 +1,216 @@
+"""Solve for the gate vectors of one output matrix in one layer (method §8).
+
+Inputs of the matrix and weights of the samples go in; gate vectors a and intercepts c come out, for each
+ridge. The gate activation aᵀx + c meets targets on means of prompts, and is as small as possible elsewhere:
+minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric. The ridge does not
+penalise the intercept.
+
+With the rows xᵢ of weight wᵢ on which a gate should stay near 0, let G = Σ wᵢxᵢxᵢᵀ + ρI, and let s = Σ wᵢxᵢ
+and w = Σ wᵢ run over those rows that are not centred. M are the constrained means, e the targets. Then
+
+    K = MᵀG⁻¹M, u = 1 − MᵀG⁻¹s, c = uᵀK⁻¹e / (uᵀK⁻¹u + w − sᵀG⁻¹s), a = G⁻¹MK⁻¹(e − cu) − cG⁻¹s.
+
+This is the solution for x̃ = [x; 1], by elimination of c. For any given c the same a is the constrained
+minimum, so a share of the free c needs no other formula; c = 0 gives the gate through the origin. With the
+free c, the gate activation does not change if one point is subtracted from all inputs: centred features need
+no variant of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rs_gguf.activations.activations import Activations, MatrixInputs
+from rs_gguf.errors import InputError
+from rs_gguf.estimators.moments import Float64, add_product, centred_chunks, lower_product, weighted_means
+from rs_gguf.estimators.path import ROUNDING
+from rs_gguf.machine import Processes
+from rs_gguf.methods.options import GateOptions
+
+# Gate activation on the mean harmful prompt, relative to the benign target. Benign prompts of an unseen form
+# may have a gate activation 0.3 lower than the others, and must not be moved towards refusal.
+HARMFUL_TARGET_RATIO = -0.25
+_SINGULAR = 1e12  # condition number: the constraints do not differ
+
+
+@dataclass(frozen=True)
+class OutputMatrixInputs:
+    """The inputs [n, L, W] of one output matrix that this process has."""
+
+    last_token: Activations  # of each sample
+    tokens: Sequence[tuple[Activations, int]]  # other tokens by sort, and how many all processes have
+
+    @classmethod
+    def of(cls, output_matrix: str, inputs: MatrixInputs, processes: Processes) -> OutputMatrixInputs:
+        name = f"gated adapter: the inputs of {output_matrix}"
+        sorts = (inputs.last_token, inputs.prompt_tokens, inputs.answer_tokens, inputs.template_tokens)
+        parts = [Activations.of(rows, name=name) for rows in sorts]
+        counts = [sum(shares) for shares in zip(*processes.gather([len(p) for p in parts]), strict=True)]
+        return cls(parts[0], list(zip(parts[1:], counts[1:], strict=True)))
+
+    @property
+    def width(self) -> int:
+        return self.last_token.shape[2]
+
+
+@dataclass(frozen=True)
+class SampleWeights:
+    """Normalised weights of the N samples of all processes: each row adds up to 1.
+
+    kinds: [3, N], of sensitive, benign and harmful samples.
+    groups: [G, N], of groups of harmful or benign samples.
+    local: the samples that this process has.
+    """
+
+    kinds: Tensor
+    groups: Tensor
+    local: slice
+
+    @property
+    def count(self) -> int:
+        """The number of weighted rows that the samples give."""
+        return int((self.kinds > 0).sum()) + len(self.groups)
+
+
+def gate_vectors(
+    inputs: OutputMatrixInputs,
+    layer: int,
+    weights: SampleWeights,
+    ridges: Float64,
+    off_target_weight: float,
+    options: GateOptions,
+    processes: Processes,
+) -> tuple[Tensor, Tensor]:
+    """Return gates [2, R, W] and intercepts [2, R] for R ridges: first the sensitive gate, then the benign.
+
+    Both are zero if the means of the kinds are equal. Without `options.intercept`, all intercepts are 0.
+    """
+    kinds, local = weights.kinds, weights.local
+    gates, intercepts = kinds.new_zeros((2, len(ridges), inputs.width)), kinds.new_zeros((2, len(ridges)))
+    shares = torch.cat([kinds, weights.groups])[:, local]
+    rows = weighted_means(inputs.last_token, layer, shares, processes=processes)
+    means, groups = rows[:3].T, rows[3:]  # [W, 3], [G, W]
+    spread = means.amax(dim=1) - means.amin(dim=1)
+    if spread.norm() <= ROUNDING * means.norm():
+        return gates, intercepts
+    constrained, targets = _constraints(means, options)
+    energy = _off_target_rows(inputs, layer, kinds[:, local], means, off_target_weight)
+    if processes.rank == 0 and len(groups):
+        energy = itertools.chain(energy, [groups / len(groups) ** 0.5])
+    count = weights.count + sum(n for _, n in inputs.tokens)
+    right, uncentred = constrained, None
+    if options.intercept:
+        uncentred = _uncentred(inputs, layer, groups, off_target_weight, processes)
+        right = torch.cat([constrained, -uncentred[0][:, None]], dim=1)
+    for k, solved in enumerate(_solve(energy, count, right, ridges, processes)):
+        for part, solution in _multipliers(solved, constrained, targets, options.intercept, uncentred):
+            gates[:, k] += part * (solved[:, : len(solution)] @ solution).T
+            if len(solution) > len(targets):
+                intercepts[:, k] = part * solution[-1]
+    return gates, intercepts
+
+
+def _multipliers(
+    solved: Tensor,
+    constrained: Tensor,
+    targets: Tensor,
+    share: float,
+    uncentred: tuple[Tensor, float] | None,
+) -> list[tuple[float, Tensor]]:
+    """Return the parts of the minimum: without an intercept [C, 2] and with the free one, which adds a row.
+
+    Each comes with its share. There are none if the constraints of one do not differ.
+
+    solved: G⁻¹M [W, C] and, with an intercept, −G⁻¹s in one more column.
+    uncentred: s [W] and w.
+    """
+    gram = constrained.T @ solved[:, : len(targets)]  # K
+    systems = [(1 - share, gram, targets)] if share < 1 else []
+    if uncentred is not None:
+        (total, weight), pull = uncentred, solved[:, -1]
+        missing = 1 + constrained.T @ pull  # u [C]
+        border = torch.cat([missing, -weight - total @ pull[:, None]])  # uᵀ, −r
+        system = torch.cat([torch.cat([gram, missing[:, None]], dim=1), border[None]])
+        systems.append((share, system, torch.cat([targets, targets.new_zeros((1, 2))])))
+    if any(torch.linalg.cond(system) > _SINGULAR for _, system, _ in systems):
+        return []
+    return [(part, torch.linalg.solve(system, right)) for part, system, right in systems]
+
+
+def _constraints(means: Tensor, options: GateOptions) -> tuple[Tensor, Tensor]:
+    """Return the constrained means M [W, C], and targets [C, 2] with one column for each gate.
+
+    means: [W, 3], of sensitive, benign and harmful prompts.
+    """
+    targets = means.new_tensor([[1.0, 0.0], [0.0, 1.0], [0.0, HARMFUL_TARGET_RATIO]])
+    return (means[:, [0, 2]], targets[[0, 2]]) if options.benign_free else (means, targets)
+
+
+def _off_target_rows(
+    inputs: OutputMatrixInputs, layer: int, kind_shares: Tensor, kinds: Tensor, off_target_weight: float
+) -> Iterator[Tensor]:
+    """Yield the weighted rows [n, W] of A that this process has, without the group means."""
+    for mean, shares in zip(kinds.T, kind_shares, strict=True):
+        yield from centred_chunks(inputs.last_token, layer, shares / len(kind_shares), mean)
+    for tokens, count in inputs.tokens:
+        for _, rows in tokens.chunks(layer, np.arange(len(tokens)), kind_shares.device):
+            yield rows * (off_target_weight / count) ** 0.5
+
+
+def _uncentred(
+    inputs: OutputMatrixInputs, layer: int, groups: Tensor, off_target_weight: float, processes: Processes
+) -> tuple[Tensor, float]:
+    """Return the sum s [W] and the total weight w of the rows that are not centred: other tokens, groups."""
+    total, weight = groups.new_zeros(groups.shape[1]), 0.0
+    for tokens, count in inputs.tokens:
+        for _, rows in tokens.chunks(layer, np.arange(len(tokens)), groups.device):
+            total += rows.sum(dim=0) * (off_target_weight / count)
+        weight += off_target_weight if count else 0.0
+    processes.sum(total)
+    if len(groups):
+        total, weight = total + groups.mean(dim=0), weight + 1.0
+    return total, weight
+
+
+def _solve(
+    parts: Iterable[Tensor], count: int, right: Tensor, ridges: Float64, processes: Processes
+) -> Iterator[Tensor]:
+    """Yield (AᵀA + ρI)⁻¹B [W, r] for B = `right` [W, r] and each ρ = λ tr(AᵀA)/W; nothing if A is 0.
+
+    `parts` are the rows of A that this process has; `count` is the number of rows of all processes. The
+    smaller of AᵀA and AAᵀ is factorised by Cholesky; AAᵀ gives the solution by Woodbury's identity.
+    """
+    width, factor = len(right), None
+    if count < width:
+        own, filled = right.new_empty((count, width)), 0
+        for rows in parts:
+            own[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        factor = processes.concatenate(own[:filled])
+        gram = lower_product(factor.T)
+    else:
+        gram = right.new_zeros((width, width))
+        for rows in parts:
+            add_product(gram, rows)
+        processes.sum(gram)
+    diagonal = gram.diagonal().clone()
+    trace = float(diagonal.sum())
+    if trace == 0.0:
+        return
+    inner = right if factor is None else factor @ right
+    for ridge in ridges * (trace / width):
+        gram.diagonal().copy_(diagonal + ridge)
+        cholesky, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise InputError(
+                f"gated adapter: ridge {ridge:.3g} (absolute) is lost in the rounding of a metric with trace "
+                f"{trace:.3g}; use a larger ridge."
+            )
+        solved = torch.cholesky_solve(inner, cholesky)
+        yield solved if factor is None else (right - factor.T @ solved) / ridge
