@@ -42,8 +42,8 @@ class SteeringMethod(Protocol[Fitted]):
     suffixes: ClassVar[tuple[str, ...]]
     artefact: ClassVar[str]
 
-    def suits(self, can: Can, effect: Effect) -> bool:
-        """Return whether an engine with these abilities reads what the fit needs, and loads the files."""
+    def suits(self, can: Can, options: FitOptions) -> bool:
+        """Return whether the options ask for it, and an engine with these abilities can fit and load it."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         """Return the number of steps by which `fit` and `draw` together advance."""

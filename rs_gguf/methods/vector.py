@@ -77,7 +77,7 @@ class ControlVector:
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     artefact: ClassVar[str] = "directions.safetensors"
 
-    def suits(self, can: Can, effect: Effect) -> bool:
+    def suits(self, can: Can, options: FitOptions) -> bool:
         return True
 
     def steps(self, options: FitOptions, n_layer: int) -> int:

@@ -115,6 +115,17 @@ class Fit(Section):
         min_length=1,
         description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
+    gate_intercept: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="experimental: share of the free intercept of the gates. Above 0 the run also makes the "
+        "pair: an adapter and the control vector that holds the intercept",
+    )
+    gate_benign: Literal["fixed", "free"] = Field(
+        default="fixed",
+        description="experimental: gate activation of the mean benign prompt, at its target or free",
+    )
 
 
 class Tune(Section):

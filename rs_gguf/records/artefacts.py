@@ -42,7 +42,13 @@ _INFOS = (
         "fit",
         "Fit directions and gated adapters.",
         "Fitting directions",
-        ("directions.safetensors", "gated_adapter.safetensors", "fit.json", "figures/"),
+        (
+            "directions.safetensors",
+            "gated_adapter.safetensors",
+            "gated_pair.safetensors",
+            "fit.json",
+            "figures/",
+        ),
     ),
     StageInfo(
         "tune",

@@ -47,10 +47,12 @@ class Fit(Stage):
 
     def inputs(self, run: Run) -> list[Any]:
         recipe, device = run.recipe, resolve_device(run.recipe.fit.device).type
-        fit = recipe.fit.model_dump(exclude={"device"})
+        # Options that older recipes lack count only where they are set: keys of those recipes stay valid.
+        fit = recipe.fit.model_dump(include={"estimators", "ridges", "gate_ridges"})
+        fit |= recipe.fit.model_dump(exclude_defaults=True, exclude={"device"})
         return [
             recipe.effect,
-            # Older recipes have no device and were fitted on the CPU: their keys must stay valid.
+            # Older recipes were fitted on the CPU.
             fit if device == "cpu" else {**fit, "device": device},
             # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
@@ -58,7 +60,7 @@ class Fit(Stage):
 
     def work(self, run: Run, key: str) -> None:
         options, n_layer = run.recipe.fit_options, run.model.n_layer
-        suited = suited_methods(run.model.can, options.effect)
+        suited = suited_methods(run.model.can, options)
         total = sum(METHODS[name].steps(options, n_layer) for name in suited)
         with run.progress.stage(self.info.name, total) as advance:
             fit(samples(run), options, run.folder.path, suited, processes=run.processes, advance=advance)
@@ -75,7 +77,7 @@ class Fit(Stage):
         operations = (
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
-        operations += sum(
+        operations += (costs.files - 1) * sum(  # all methods except the control vector have gates
             cholesky(rows, width) + rows * width * _NUMBER for width in model.output_matrices.values()
         )
         seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
