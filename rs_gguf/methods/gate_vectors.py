@@ -8,12 +8,16 @@ penalise the intercept.
 With the rows xᵢ of weight wᵢ on which a gate should stay near 0, let G = Σ wᵢxᵢxᵢᵀ + ρI, and let s = Σ wᵢxᵢ
 and w = Σ wᵢ run over those rows that are not centred. M are the constrained means, e the targets. Then
 
-    K = MᵀG⁻¹M, u = 1 − MᵀG⁻¹s, c = uᵀK⁻¹e / (uᵀK⁻¹u + w − sᵀG⁻¹s), a = G⁻¹MK⁻¹(e − cu) − cG⁻¹s.
+    [K u; uᵀ −r] [λ; c] = [e; 0], a = G⁻¹(Mλ − cs),
+    K = MᵀG⁻¹M, u = 1 − MᵀG⁻¹s, r = w − sᵀG⁻¹s.
 
-This is the solution for x̃ = [x; 1], by elimination of c. For any given c the same a is the constrained
-minimum, so a share of the free c needs no other formula; c = 0 gives the gate through the origin. With the
-free c, the gate activation does not change if one point is subtracted from all inputs: centred features need
-no variant of their own.
+This is the minimum for x̃ = [x; 1]. It does not change if one point is subtracted from all inputs, so centred
+features need no variant of their own. Without an intercept Kλ = e and a = G⁻¹Mλ. A part of the free intercept
+gives the minimum for that c, which lies between both: it is linear in c.
+
+With a hard null space, a is orthogonal to the directions in which benign and harmful prompts have most
+energy, as in AlphaSteer (arXiv 2506.07022). Each direction is a constraint with target 0, and without the 1
+of u. These constraints replace the ones on benign and harmful means.
 """
 
 from __future__ import annotations
@@ -65,11 +69,13 @@ class SampleWeights:
 
     kinds: [3, N], of sensitive, benign and harmful samples.
     groups: [G, N], of groups of harmful or benign samples.
+    harmful: [H, N], of the parts of the harmful samples that are constrained one by one; H may be 0.
     local: the samples that this process has.
     """
 
     kinds: Tensor
     groups: Tensor
+    harmful: Tensor
     local: slice
 
     @property
@@ -93,35 +99,65 @@ def gate_vectors(
     """
     kinds, local = weights.kinds, weights.local
     gates, intercepts = kinds.new_zeros((2, len(ridges), inputs.width)), kinds.new_zeros((2, len(ridges)))
-    shares = torch.cat([kinds, weights.groups])[:, local]
+    shares = torch.cat([kinds, weights.groups, weights.harmful])[:, local]
     rows = weighted_means(inputs.last_token, layer, shares, processes=processes)
-    means, groups = rows[:3].T, rows[3:]  # [W, 3], [G, W]
+    means, groups, parts = rows[:3].T, rows[3:][: len(weights.groups)], rows[3 + len(weights.groups) :]
     spread = means.amax(dim=1) - means.amin(dim=1)
     if spread.norm() <= ROUNDING * means.norm():
         return gates, intercepts
-    constrained, targets = _constraints(means, options)
+    if options.null_space:
+        quiet = _quiet_directions(inputs, layer, kinds[1:, local], options.null_space, processes)
+        constraints = _Constraints.null_space(rows[:1], quiet)
+    else:
+        benign = rows[:0] if options.benign_free else rows[1:2]
+        constraints = _Constraints.of_means(rows[:1], benign, parts if len(parts) else rows[2:3])
     energy = _off_target_rows(inputs, layer, kinds[:, local], means, off_target_weight)
     if processes.rank == 0 and len(groups):
         energy = itertools.chain(energy, [groups / len(groups) ** 0.5])
     count = weights.count + sum(n for _, n in inputs.tokens)
-    right, uncentred = constrained, None
+    right, uncentred = constraints.rows.T, None
     if options.intercept:
         uncentred = _uncentred(inputs, layer, groups, off_target_weight, processes)
-        right = torch.cat([constrained, -uncentred[0][:, None]], dim=1)
+        right = torch.cat([right, -uncentred[0][:, None]], dim=1)
     for k, solved in enumerate(_solve(energy, count, right, ridges, processes)):
-        for part, solution in _multipliers(solved, constrained, targets, options.intercept, uncentred):
+        for part, solution in _multipliers(solved, constraints, options.intercept, uncentred):
             gates[:, k] += part * (solved[:, : len(solution)] @ solution).T
-            if len(solution) > len(targets):
+            if len(solution) > len(constraints.targets):
                 intercepts[:, k] = part * solution[-1]
     return gates, intercepts
 
 
+@dataclass(frozen=True)
+class _Constraints:
+    """What a gate vector a and its intercept c must meet: Ra + kc = e.
+
+    rows: R [C, W], means of prompts, or directions.
+    constants: k [C], 1 for a mean and 0 for a direction.
+    targets: e [C, 2], one column for each gate.
+    """
+
+    rows: Tensor
+    constants: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of_means(cls, sensitive: Tensor, benign: Tensor, harmful: Tensor) -> _Constraints:
+        """Return the constraints on means [·, W] of sensitive, benign and harmful prompts."""
+        rows = torch.cat([sensitive, benign, harmful])
+        targets = [[1.0, 0.0]] + [[0.0, 1.0]] * len(benign) + [[0.0, HARMFUL_TARGET_RATIO]] * len(harmful)
+        return cls(rows, rows.new_ones(len(rows)), rows.new_tensor(targets))
+
+    @classmethod
+    def null_space(cls, sensitive: Tensor, quiet: Tensor) -> _Constraints:
+        """Return the constraints on the sensitive mean [1, W], and on directions [r, W] to ignore."""
+        rows = torch.cat([sensitive, quiet])
+        constants, targets = rows.new_zeros(len(rows)), rows.new_zeros((len(rows), 2))
+        constants[0] = targets[0, 0] = 1.0
+        return cls(rows, constants, targets)
+
+
 def _multipliers(
-    solved: Tensor,
-    constrained: Tensor,
-    targets: Tensor,
-    share: float,
-    uncentred: tuple[Tensor, float] | None,
+    solved: Tensor, constraints: _Constraints, share: float, uncentred: tuple[Tensor, float] | None
 ) -> list[tuple[float, Tensor]]:
     """Return the parts of the minimum: without an intercept [C, 2] and with the free one, which adds a row.
 
@@ -130,11 +166,12 @@ def _multipliers(
     solved: G⁻¹M [W, C] and, with an intercept, −G⁻¹s in one more column.
     uncentred: s [W] and w.
     """
-    gram = constrained.T @ solved[:, : len(targets)]  # K
+    rows, targets = constraints.rows, constraints.targets
+    gram = rows @ solved[:, : len(targets)]  # K
     systems = [(1 - share, gram, targets)] if share < 1 else []
     if uncentred is not None:
         (total, weight), pull = uncentred, solved[:, -1]
-        missing = 1 + constrained.T @ pull  # u [C]
+        missing = constraints.constants + rows @ pull  # u [C]
         border = torch.cat([missing, -weight - total @ pull[:, None]])  # uᵀ, −r
         system = torch.cat([torch.cat([gram, missing[:, None]], dim=1), border[None]])
         systems.append((share, system, torch.cat([targets, targets.new_zeros((1, 2))])))
@@ -143,13 +180,22 @@ def _multipliers(
     return [(part, torch.linalg.solve(system, right)) for part, system, right in systems]
 
 
-def _constraints(means: Tensor, options: GateOptions) -> tuple[Tensor, Tensor]:
-    """Return the constrained means M [W, C], and targets [C, 2] with one column for each gate.
+def _quiet_directions(
+    inputs: OutputMatrixInputs, layer: int, kind_shares: Tensor, share: float, processes: Processes
+) -> Tensor:
+    """Return the directions [r, W] of most energy of benign and harmful prompts, which a gate must ignore.
 
-    means: [W, 3], of sensitive, benign and harmful prompts.
+    They are the eigenvectors of the mean of both second moments, less the lowest `share` of all W. Directions
+    without energy stay too, if there are more of them.
+
+    kind_shares: [2, n], of the benign and harmful samples that this process has.
     """
-    targets = means.new_tensor([[1.0, 0.0], [0.0, 1.0], [0.0, HARMFUL_TARGET_RATIO]])
-    return (means[:, [0, 2]], targets[[0, 2]]) if options.benign_free else (means, targets)
+    origin = kind_shares.new_zeros(inputs.width)
+    chunks = (centred_chunks(inputs.last_token, layer, shares, origin) for shares in kind_shares)
+    own = torch.cat([origin.new_empty((0, inputs.width)), *itertools.chain.from_iterable(chunks)])
+    _, sizes, directions = torch.linalg.svd(processes.concatenate(own), full_matrices=False)
+    with_energy = int((sizes > ROUNDING * sizes[0]).sum())
+    return directions[: min(with_energy, inputs.width - int(share * inputs.width))]
 
 
 def _off_target_rows(

@@ -175,7 +175,9 @@ def fit_gated_adapter(
     kind_shares = torch.from_numpy(np.stack([w / w.sum() for w in kinds.values()])).to(torch_device)
     groups = _group_weights(labels, kinds)
     group_shares = torch.from_numpy(np.stack(groups)).to(torch_device) if groups else kind_shares[:0]
-    sample_weights = SampleWeights(kind_shares, group_shares, labels.local)
+    parts = _harmful_parts(labels, kinds["harmful"], options.harm_topics)
+    part_shares = torch.from_numpy(np.stack(parts)).to(torch_device) if parts else kind_shares[:0]
+    sample_weights = SampleWeights(kind_shares, group_shares, part_shares, labels.local)
     matrices = {name: OutputMatrixInputs.of(name, rows, processes) for name, rows in inputs.items()}
     n_layers = outputs.shape[1]
     sensitive_gate = {name: np.zeros((len(grid), n_layers, rows.width)) for name, rows in matrices.items()}
@@ -232,3 +234,18 @@ def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64
                 if np.count_nonzero(inside) >= MIN_SAMPLES:
                     groups.append(inside / inside.sum())
     return groups
+
+
+def _harmful_parts(labels: Labels, harmful: Float64, least: int) -> list[Float64]:
+    """Return normalised weights [N] of each harmful topic with `least` samples, then of the other samples.
+
+    The first grouping of the labels is the topic. If `least` is 0, or no topic has so many samples, there
+    are no parts.
+    """
+    names = labels.groups[:, 0] if labels.groups.shape[1] else np.full(len(harmful), "")
+    topics = [names == name for name in sorted({str(name) for name in names[harmful > 0]} - {""})]
+    large = [topic for topic in topics if least and np.count_nonzero(harmful[topic]) >= least]
+    if not large:
+        return []
+    masks = [*large, ~np.any(large, axis=0)]
+    return [np.where(mask, harmful, 0.0) / harmful[mask].sum() for mask in masks if harmful[mask].any()]

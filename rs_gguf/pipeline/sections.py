@@ -126,6 +126,19 @@ class Fit(Section):
         default="fixed",
         description="experimental: gate activation of the mean benign prompt, at its target or free",
     )
+    gate_null_space: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
+        "may use, those of least energy, such as 0.5; 0 for constraints on means instead",
+    )
+    gate_harm_topics: int = Field(
+        default=0,
+        ge=0,
+        description="experimental: constrain the mean of each harmful topic with at least this many prompts; "
+        "0 for one mean",
+    )
 
 
 class Tune(Section):

@@ -165,7 +165,37 @@ VARIANTS = [
     GateOptions(intercept=1.0),
     GateOptions(benign_free=True),
     GateOptions(intercept=1.0, benign_free=True),
+    GateOptions(null_space=0.5),
+    GateOptions(intercept=1.0, null_space=0.5),
+    GateOptions(harm_topics=1),
+    GateOptions(intercept=1.0, harm_topics=1),
 ]
+
+
+def conditions(
+    inputs: MatrixInputs, layer: int, labels: Labels, options: GateOptions
+) -> tuple[Float64, Float64]:
+    """Return the constraints [C, W] of a variant, and their targets [C, 2], without the constants."""
+    sensitive, benign, harmful = means(inputs, layer, labels)
+    if options.null_space:
+        x = np.asarray(inputs.last_token[:, layer], dtype=np.float64)
+        of_kind = members(labels)
+        moment = sum(of_kind[kind][:, None] * x for kind in ("benign", "harmful")).T @ x
+        values, vectors = np.linalg.eigh(moment)  # ascending
+        loud = vectors[:, int(options.null_space * x.shape[1]) :][
+            :, values[int(options.null_space * x.shape[1]) :] > 1e-9 * values[-1]
+        ]
+        rows = np.concatenate([sensitive[None], loud.T])
+        return rows, np.eye(len(rows), 1) * [1, 0]
+    harm = [harmful]
+    if options.harm_topics:
+        x, weights = np.asarray(inputs.last_token[:, layer], dtype=np.float64), members(labels)["harmful"]
+        parts = [np.where(labels.groups[:, 0] == name, weights, 0.0) for name in ("law", "health", "")]
+        harm = [part @ x / part.sum() for part in parts]
+    rows, targets = [sensitive, *([] if options.benign_free else [benign]), *harm], [[1.0, 0.0]]
+    targets += [] if options.benign_free else [[0.0, 1.0]]
+    targets += [[0.0, HARMFUL_TARGET_RATIO]] * len(harm)
+    return np.stack(rows), np.array(targets)
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
@@ -175,26 +205,25 @@ def test_variants_are_the_constrained_minimum_of_the_augmented_inputs(
 ) -> None:
     """The reference is one linear system in [a; c] and the multipliers. The ridge is on a alone."""
     inputs, activations, labels = problem(per_class, width)
-    labels = in_groups(labels, np.random.default_rng(1).choice(["law", "health", ""], len(labels.confidence)))
+    labels = in_groups(labels, np.resize(["law", "health", ""], len(labels.confidence)))
     gates = fitted(inputs, activations, labels, options=options)
     augmented = with_ones(inputs) if options.intercept else inputs
     size = width + bool(options.intercept)
-    kept = [0, 2] if options.benign_free else [0, 1, 2]
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
             energy = metric(augmented, layer, labels, 0.0, OFF_TARGET_WEIGHT)
             energy[:width, :width] += ridge * np.trace(energy[:width, :width]) / width * np.eye(width)
-            constraints = means(augmented, layer, labels)[kept]
-            system = np.block([[energy, constraints.T], [constraints, np.zeros((len(kept),) * 2)]])
-            for number, (gate, targets) in enumerate(
-                [(gates.sensitive_gate, [1, 0, 0]), (gates.benign_gate, [0, 1, HARMFUL_TARGET_RATIO])]
-            ):
-                right = np.concatenate([np.zeros(size), np.array(targets)[kept]])
-                expected = np.linalg.solve(system, right)[:size]
-                np.testing.assert_allclose(gate["ffn_down"][k, layer], expected[:width], rtol=0, atol=1e-10)
+            rows, targets = conditions(inputs, layer, labels, options)
+            constants = targets.any(axis=1)[:, None] if options.intercept else rows[:, :0]
+            constraints = np.concatenate([rows, constants], axis=1)
+            system = np.block([[energy, constraints.T], [constraints, np.zeros((len(rows),) * 2)]])
+            expected = np.linalg.solve(system, np.concatenate([np.zeros((size, 2)), targets]))
+            for number, gate in enumerate((gates.sensitive_gate, gates.benign_gate)):
+                vector = expected[:width, number]
+                np.testing.assert_allclose(gate["ffn_down"][k, layer], vector, rtol=0, atol=1e-10)
                 if options.intercept:
                     constant = gates.intercepts["ffn_down"][number, k, layer]
-                    np.testing.assert_allclose(constant, expected[-1], rtol=0, atol=1e-10)
+                    np.testing.assert_allclose(constant, expected[width, number], rtol=0, atol=1e-10)
     assert bool(gates.intercepts) == bool(options.intercept)
 
 
@@ -223,6 +252,36 @@ def test_centred_features_are_the_free_intercept(per_class: int, width: int) -> 
         np.testing.assert_allclose(getattr(after, gate)["ffn_down"][0, 1], vector, rtol=0, atol=1e-10)
         moved = before.intercepts["ffn_down"][number, 0, 1] + vector @ centre
         np.testing.assert_allclose(after.intercepts["ffn_down"][number, 0, 1], moved, rtol=0, atol=1e-10)
+
+
+def test_a_null_space_closes_the_gate_for_every_benign_and_harmful_prompt_if_they_are_few() -> None:
+    """With fewer prompts than half of the width, a gate orthogonal to the loudest half is so to all."""
+    inputs, activations, labels = problem(per_class=2, width=40)
+    gates = fitted(inputs, activations, labels, options=GateOptions(null_space=0.5))
+    assert not gates.benign_gate["ffn_down"].any()
+    for layer in range(LAYERS):
+        gate = gates.sensitive_gate["ffn_down"][0, layer]
+        activation = inputs.last_token[:, layer].astype(np.float64) @ gate
+        assert np.abs(activation[labels.kinds != "sensitive"]).max() < 1e-9
+        np.testing.assert_allclose(activation[labels.kinds == "sensitive"].mean(), 1.0, atol=1e-9)
+
+
+def test_topics_with_fewer_samples_share_a_constraint() -> None:
+    inputs, activations, labels = problem(per_class=6)
+    names = np.full(len(labels.confidence), "", dtype="<U8")
+    harmful = np.flatnonzero(members(labels)["harmful"])
+    names[harmful[:5]], names[harmful[5:8]], names[harmful[8:]] = "fraud", "rare", "weapons"
+    labels = in_groups(labels, names)
+    gates = fitted(inputs, activations, labels, options=GateOptions(harm_topics=MIN_SAMPLES))
+    x = inputs.last_token[:, 1].astype(np.float64)
+    for part in (harmful[:5], harmful[5:8], harmful[8:]):
+        activation = x[part].mean(axis=0) @ gates.benign_gate["ffn_down"][0, 1]
+        np.testing.assert_allclose(activation, HARMFUL_TARGET_RATIO, atol=1e-9)
+    none, rare = (
+        fitted(inputs, activations, labels, options=GateOptions(harm_topics=least)).benign_gate["ffn_down"]
+        for least in (0, 99)
+    )
+    np.testing.assert_array_equal(none, rare)
 
 
 def test_an_intercept_needs_no_other_tokens_and_no_groups() -> None:
