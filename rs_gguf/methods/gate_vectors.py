@@ -5,8 +5,8 @@ ridge. The gate activation aᵀx + c meets targets on means of prompts, and is a
 minimum-variance beamforming under linear constraints (Frost 1972) in a ridge metric. The ridge does not
 penalise the intercept.
 
-With the rows xᵢ of weight wᵢ on which a gate should stay near 0, let G = Σ wᵢxᵢxᵢᵀ + ρI, and let s = Σ wᵢxᵢ
-and w = Σ wᵢ run over those rows that are not centred. M are the constrained means, e the targets. Then
+On rows xᵢ of weight wᵢ a gate should stay near 0. Let G = Σ wᵢxᵢxᵢᵀ + ρI. Let s = Σ wᵢxᵢ and w = Σ wᵢ, over
+the rows that are not centred. M are the constrained means, e the targets. Then
 
     [K u; uᵀ −r] [λ; c] = [e; 0], a = G⁻¹(Mλ − cs),
     K = MᵀG⁻¹M, u = 1 − MᵀG⁻¹s, r = w − sᵀG⁻¹s.
@@ -195,7 +195,8 @@ def _quiet_directions(
     own = torch.cat([origin.new_empty((0, inputs.width)), *itertools.chain.from_iterable(chunks)])
     _, sizes, directions = torch.linalg.svd(processes.concatenate(own), full_matrices=False)
     with_energy = int((sizes > ROUNDING * sizes[0]).sum())
-    return directions[: min(with_energy, inputs.width - int(share * inputs.width))]
+    quiet: Tensor = directions[: min(with_energy, inputs.width - int(share * inputs.width))]
+    return quiet
 
 
 def _off_target_rows(

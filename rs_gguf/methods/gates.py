@@ -3,9 +3,9 @@
 Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
 activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
-harmful one, and as little as possible elsewhere (`rs_gguf.methods.gate_vectors`). The output vector d is what
-the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which moves
-every prompt equally.
+harmful one. Elsewhere it has as little as possible (`rs_gguf.methods.gate_vectors`). The output vector d is
+what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which
+moves every prompt equally.
 
 With an intercept c the gate activation is aᵀx + c. A LoRA cannot hold −s·d·c, so it becomes the direction of
 a control vector, which llama.cpp adds after the same layer. For `ffn_down` that is exact: both add to the
@@ -39,6 +39,9 @@ from rs_gguf.methods.options import PLAIN, GateOptions
 from rs_gguf.steering.lora import Factors
 
 OFF_TARGET_WEIGHT = 2.0  # in the metric, of each sort of other tokens, relative to the samples of the kinds
+
+# A direction that float32 rounding of the residual stream removes would fail the effect check.
+_LEAST_CONSTANT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class GatedAdapterFit:
     ) -> dict[int, NDArray[np.float32]]:
         """Return the directions [D] of the control vector that belongs to the `factors`, by layer.
 
-        They hold what the intercepts add. Without an intercept there are none.
+        They hold what the intercepts add. Without an intercept there are none. A layer whose intercepts add
+        up to next to nothing is left out.
         """
         index = self._index(ridge)
         directions = {}
@@ -103,9 +107,9 @@ class GatedAdapterFit:
             constants = [
                 self.intercepts[name][:, index, layer] for name in output_matrices if self.intercepts
             ]
-            if constants:
-                sensitive, benign = np.sum(constants, axis=0)
-                directions[layer] = ((sensitive + benign_target * benign) * output_vector).astype(np.float32)
+            constant = sum(sensitive + benign_target * benign for sensitive, benign in constants)
+            if abs(constant) > _LEAST_CONSTANT:
+                directions[layer] = (constant * output_vector).astype(np.float32)
         return directions
 
     def _index(self, ridge: float) -> int:
@@ -239,8 +243,8 @@ def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64
 def _harmful_parts(labels: Labels, harmful: Float64, least: int) -> list[Float64]:
     """Return normalised weights [N] of each harmful topic with `least` samples, then of the other samples.
 
-    The first grouping of the labels is the topic. If `least` is 0, or no topic has so many samples, there
-    are no parts.
+    The first grouping of the labels is the topic. There are no parts if `least` is 0, or if every topic has
+    fewer samples.
     """
     names = labels.groups[:, 0] if labels.groups.shape[1] else np.full(len(harmful), "")
     topics = [names == name for name in sorted({str(name) for name in names[harmful > 0]} - {""})]

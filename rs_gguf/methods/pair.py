@@ -1,6 +1,6 @@
 """Make a pair: a gated adapter, and the control vector that holds the constant part of its gates.
 
-`Samples` of the fit split go in. The fit is kept in `gated_pair.safetensors`: that of a gated adapter, with
+`Samples` of the fit split go in. The fit is kept in `gated_pair.safetensors`, as a gated adapter's fit with
 intercepts. A candidate of the search becomes a `LoraAdapter` and a `SteeringVector`, which llama.cpp loads
 together. `rs_gguf.methods.gates` says where the constant part enters the model.
 """

@@ -177,20 +177,17 @@ def conditions(
 ) -> tuple[Float64, Float64]:
     """Return the constraints [C, W] of a variant, and their targets [C, 2], without the constants."""
     sensitive, benign, harmful = means(inputs, layer, labels)
+    x, of_kind = np.asarray(inputs.last_token[:, layer], dtype=np.float64), members(labels)
     if options.null_space:
-        x = np.asarray(inputs.last_token[:, layer], dtype=np.float64)
-        of_kind = members(labels)
-        moment = sum(of_kind[kind][:, None] * x for kind in ("benign", "harmful")).T @ x
+        moment = ((of_kind["benign"] + of_kind["harmful"])[:, None] * x).T @ x
         values, vectors = np.linalg.eigh(moment)  # ascending
-        loud = vectors[:, int(options.null_space * x.shape[1]) :][
-            :, values[int(options.null_space * x.shape[1]) :] > 1e-9 * values[-1]
-        ]
-        rows = np.concatenate([sensitive[None], loud.T])
-        return rows, np.eye(len(rows), 1) * [1, 0]
+        loud = np.arange(len(values)) >= int(options.null_space * len(values))
+        constraints = np.concatenate([sensitive[None], vectors[:, loud & (values > 1e-9 * values[-1])].T])
+        return constraints, np.eye(len(constraints), 1) * [1, 0]
     harm = [harmful]
     if options.harm_topics:
-        x, weights = np.asarray(inputs.last_token[:, layer], dtype=np.float64), members(labels)["harmful"]
-        parts = [np.where(labels.groups[:, 0] == name, weights, 0.0) for name in ("law", "health", "")]
+        topics = [labels.groups[:, 0] == name for name in ("law", "health", "")]
+        parts = [np.where(topic, of_kind["harmful"], 0.0) for topic in topics]
         harm = [part @ x / part.sum() for part in parts]
     rows, targets = [sensitive, *([] if options.benign_free else [benign]), *harm], [[1.0, 0.0]]
     targets += [] if options.benign_free else [[0.0, 1.0]]
@@ -214,8 +211,8 @@ def test_variants_are_the_constrained_minimum_of_the_augmented_inputs(
             energy = metric(augmented, layer, labels, 0.0, OFF_TARGET_WEIGHT)
             energy[:width, :width] += ridge * np.trace(energy[:width, :width]) / width * np.eye(width)
             rows, targets = conditions(inputs, layer, labels, options)
-            constants = targets.any(axis=1)[:, None] if options.intercept else rows[:, :0]
-            constraints = np.concatenate([rows, constants], axis=1)
+            constants = np.abs(targets).max(axis=1, keepdims=True) > 0
+            constraints = np.concatenate([rows, constants], axis=1) if options.intercept else rows
             system = np.block([[energy, constraints.T], [constraints, np.zeros((len(rows),) * 2)]])
             expected = np.linalg.solve(system, np.concatenate([np.zeros((size, 2)), targets]))
             for number, gate in enumerate((gates.sensitive_gate, gates.benign_gate)):
@@ -606,6 +603,17 @@ def test_the_layers_together_add_the_whole_contrast_at_the_mean_sensitive_prompt
     np.testing.assert_allclose(added["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(added["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(added["harmful"], HARMFUL_TARGET_RATIO * -0.25 * 0.5 * contrast, atol=1e-4)
+
+
+def test_a_layer_whose_intercepts_add_up_to_nothing_has_no_direction() -> None:
+    gates = fitted(*problem(), options=GateOptions(intercept=1.0))
+    assert list(gates.directions(1.0, 0, 2, 0.5)) == [0, 1, 2]
+    gates.intercepts["ffn_down"][:, :, 1] = 1e-4
+    assert list(gates.directions(1.0, 0, 2, 0.5)) == [0, 2]
+    # Each gate has its own constant: here they cancel at one benign target.
+    gates.intercepts["ffn_down"][:, :, 1] = [[0.5] * len(RIDGES), [-2.0] * len(RIDGES)]
+    assert list(gates.directions(1.0, 0, 2, 0.5, benign_target=0.25)) == [0, 2]
+    assert list(gates.directions(1.0, 0, 2, 0.5, benign_target=0.4)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("induce", [False, True])
