@@ -44,6 +44,7 @@ class GatedAdapter:
     source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = ("-adapter.gguf",)
     artefact: ClassVar[str] = "gated_adapter.safetensors"
+    can_refit: ClassVar[bool] = True
 
     def suits(self, can: Can, options: FitOptions) -> bool:
         return Can.MATRIX_INPUTS in can

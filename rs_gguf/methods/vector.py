@@ -76,6 +76,7 @@ class ControlVector:
     source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     artefact: ClassVar[str] = "directions.safetensors"
+    can_refit: ClassVar[bool] = False
 
     def suits(self, can: Can, options: FitOptions) -> bool:
         return True

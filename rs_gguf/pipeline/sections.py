@@ -131,13 +131,19 @@ class Fit(Section):
         ge=0,
         lt=1,
         description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
-        "may use, those of least energy, such as 0.5; 0 for constraints on means instead",
+        "may use, lowest energy first, such as 0.5; 0 for constraints on means instead",
     )
     gate_harm_topics: int = Field(
         default=0,
         ge=0,
         description="experimental: constrain the mean of each harmful topic with at least this many prompts; "
         "0 for one mean",
+    )
+    gate_refits: int = Field(
+        default=0,
+        ge=0,
+        description="experimental: how often the gates are fitted again, on inputs and answers under a file "
+        "of the fit before",
     )
 
 

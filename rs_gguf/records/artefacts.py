@@ -48,6 +48,7 @@ _INFOS = (
             "gated_pair.safetensors",
             "fit.json",
             "figures/",
+            "activations-refit/",
         ),
     ),
     StageInfo(
