@@ -75,9 +75,9 @@ lint-prose: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# front.py, fidelity.py and transfer.py read a run: give them its folder.
+# front.py, fidelity.py, gates.py and transfer.py read a run: give them its folder.
 bench: install
-	for script in $(filter-out benchmarks/front.py benchmarks/fidelity.py benchmarks/transfer.py, $(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/front.py benchmarks/fidelity.py benchmarks/gates.py benchmarks/transfer.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \
 	done
 
