@@ -75,9 +75,10 @@ lint-prose: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# front.py, fidelity.py and transfer.py read a run: give them its folder. rereading.py makes one.
+# front.py, fidelity.py, gates.py and transfer.py read a run: give them its folder. rereading.py makes one.
+NOT_ALONE := $(patsubst %,benchmarks/%.py,front fidelity gates transfer rereading)
 bench: install
-	for script in $(filter-out benchmarks/front.py benchmarks/fidelity.py benchmarks/transfer.py benchmarks/rereading.py, $(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \
 	done
 

@@ -18,7 +18,7 @@ from rs_gguf.evaluation.acceptance import RETENTION_BOUND, SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.paired_statistics import lower_bound
 from rs_gguf.methods.adapter import space_of
-from rs_gguf.methods.gates import HARMFUL_TARGET_RATIO
+from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
 from rs_gguf.pipeline.recipe import Recipe
 
 HERE = Path(__file__).parent

@@ -2,7 +2,7 @@
 
 `Samples` of the fit split go in. The fit is kept in `gated_adapter.safetensors`: gate vectors for every
 output matrix, ridge and layer, and the refusal contrast that gives the output vectors. A candidate of the
-search becomes a `LoraAdapter`.
+search becomes a `LoraAdapter`; in the module `pair`, also a control vector beside it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
-from rs_gguf.methods.options import FitOptions
+from rs_gguf.methods.options import FitOptions, GateOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.files import load_arrays, save_arrays
 from rs_gguf.records.trials import Candidate
 from rs_gguf.steering import lora_file
+from rs_gguf.steering.file import SteeringFile
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 
-_GATES = ("sensitive_gate", "benign_gate")  # names of arrays in the artefact, before that of the matrix
+# Names of arrays in the artefact, before that of the matrix.
+_GATES = ("sensitive_gate", "benign_gate")
+_INTERCEPTS = "intercepts"
 
 
 class GatedAdapter:
@@ -41,9 +44,14 @@ class GatedAdapter:
     source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = ("-adapter.gguf",)
     artefact: ClassVar[str] = "gated_adapter.safetensors"
+    can_refit: ClassVar[bool] = True
 
-    def suits(self, can: Can, effect: Effect) -> bool:
+    def suits(self, can: Can, options: FitOptions) -> bool:
         return Can.MATRIX_INPUTS in can
+
+    def gate_options(self, options: FitOptions) -> GateOptions:
+        """Return the variants of the closed form that apply here: an adapter alone has no intercept."""
+        return replace(options.gate, intercept=0.0)
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         return n_layer
@@ -69,6 +77,7 @@ class GatedAdapter:
             ridges=options.gate_ridges,
             induce=options.effect == "induce",
             categories=list(itertools.chain.from_iterable(shares)),
+            options=self.gate_options(options),
             device=options.device,
             processes=processes,
             advance=advance,
@@ -90,6 +99,7 @@ class GatedAdapter:
         for gate, rows_of in zip(_GATES, (fitted.sensitive_gate, fitted.benign_gate), strict=True):
             for output_matrix, rows in rows_of.items():
                 arrays[f"{gate}/{output_matrix}"] = rows.astype(np.float32)
+        arrays |= {f"{_INTERCEPTS}/{name}": constants for name, constants in fitted.intercepts.items()}
         save_arrays(folder / self.artefact, arrays)
         return {}
 
@@ -98,32 +108,33 @@ class GatedAdapter:
         if not path.is_file():
             return None
         arrays = load_arrays(path)
-        sensitive_gate, benign_gate = (
+        sensitive_gate, benign_gate, intercepts = (
             {
-                name.removeprefix(f"{gate}/"): rows.astype(np.float64)
+                name.removeprefix(f"{part}/"): rows.astype(np.float64)
                 for name, rows in arrays.items()
-                if name.startswith(f"{gate}/")
+                if name.startswith(f"{part}/")
             }
-            for gate in _GATES
+            for part in (*_GATES, _INTERCEPTS)
         )
-        return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"])
+        return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"], intercepts)
 
     def space(self, fitted: GatedAdapterFit, n_layer: int, effect: Effect) -> Space:
-        return space_of(fitted.ridges.tolist(), n_layer, induce=effect == "induce")
+        return space_of(fitted.ridges.tolist(), n_layer, induce=effect == "induce", method=self.name)
 
     def steering(
         self, fitted: GatedAdapterFit, candidate: Candidate, architecture: str, scratch: Path
     ) -> Steering:
         """Return the adapter of unit strength, as a file in `scratch`, with the strength as its scale.
 
-        Candidates that differ in strength alone share the file.
+        Candidates that differ in strength alone share the file. The directions of a control vector that
+        belongs to it are scaled alike.
         """
         unit = replace(candidate, strength=1.0)
-        path = scratch / f"gate-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.benign_target:g}.gguf"
+        name = f"{self.name}-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.benign_target:g}.gguf"
+        path = scratch / name
         if not path.exists():
-            (adapter,) = self.files(fitted, unit, architecture, {})
-            lora_file.write(adapter, path)
-        return Steering({}, [(path, candidate.strength)])
+            lora_file.write(LoraAdapter(fitted.factors(*arguments(unit)), architecture), path)
+        return Steering(fitted.directions(*arguments(candidate)), [(path, candidate.strength)])
 
     def files(
         self,
@@ -131,14 +142,18 @@ class GatedAdapter:
         candidate: Candidate,
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
-    ) -> tuple[LoraAdapter]:
-        factors = fitted.factors(
-            candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.benign_target
-        )
-        return (LoraAdapter(factors, architecture, facts),)
+    ) -> tuple[SteeringFile, ...]:
+        return (LoraAdapter(fitted.factors(*arguments(candidate)), architecture, facts),)
 
 
-def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
+def arguments(candidate: Candidate) -> tuple[float, int, int, float, float]:
+    """Return what `GatedAdapterFit.factors` and `directions` take of a candidate."""
+    return candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.benign_target
+
+
+def space_of(
+    ridges: Sequence[float], n_layer: int, *, induce: bool = False, method: str = GatedAdapter.name
+) -> Space:
     """Return a search space of long layer ranges: each layer adds a little, and 4 layers alone remove little.
 
     The search starts behind the first third of the layers, since a change there affects all later layers.
@@ -152,11 +167,9 @@ def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> 
     least = 0.5
     most = 2.5 if induce else 1.5
     strength = 1.25 if induce else least
-    start = [
-        Candidate(GatedAdapter.name, "", ridge, first, last, strength, benign_target) for ridge in ridges
-    ]
+    start = [Candidate(method, "", ridge, first, last, strength, benign_target) for ridge in ridges]
     return Space(
-        GatedAdapter.name,
+        method,
         [("", ridge) for ridge in ridges],
         first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer // 2)),
         length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),

@@ -3,38 +3,45 @@
 Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
 activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
-harmful one. Elsewhere it gives as little as possible: minimum-variance beamforming under linear constraints
-(Frost 1972) in a ridge metric, as in `constrained.SafeRidge`. The output vector d is what the layer adds to
-the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which moves every prompt equally.
+harmful one. Elsewhere it has as little as possible (`rs_gguf.methods.gate_vectors`). The output vector d is
+what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which
+moves every prompt equally.
+
+With an intercept c the gate activation is aᵀx + c. A LoRA cannot hold −s·d·c, so it becomes the direction of
+a control vector, which llama.cpp adds after the same layer. For `ffn_down` that is exact: both add to the
+residual stream at the same place. For `attn_output` the direction comes later than the LoRA: the layer's own
+feed-forward network does not see it. After the layer, the sum is the same. The fit counts what each layer
+adds to its output, so it needs no correction. Added one layer earlier, the constant would reach that
+feed-forward network, but also the attention of the layer, which the LoRA does not change.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
 from rs_gguf.estimators.device import resolve_device, workers
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
-from rs_gguf.estimators.moments import Float64, add_product, centred_chunks, lower_product, weighted_means
-from rs_gguf.estimators.path import ROUNDING
+from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Device, Processes, on_all_cores, one_thread
+from rs_gguf.methods.gate_vectors import OutputMatrixInputs, SampleWeights, gate_vectors
+from rs_gguf.methods.options import PLAIN, GateOptions
 from rs_gguf.steering.lora import Factors
 
-# Gate activation on the mean harmful prompt, relative to the benign target. Benign prompts of an unseen form
-# may have a gate activation 0.3 lower than the others, and must not be moved towards refusal.
-HARMFUL_TARGET_RATIO = -0.25
 OFF_TARGET_WEIGHT = 2.0  # in the metric, of each sort of other tokens, relative to the samples of the kinds
+
+# A direction that float32 rounding of the residual stream removes would fail the effect check.
+_LEAST_CONSTANT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,18 @@ class GatedAdapterFit:
         activations of answered minus refused prompts. Benign prompts replace answered sensitive ones if the
         model answers fewer than 4 of them (`MIN_SAMPLES`).
 
-    Both gates are zero where the inputs do not separate the kinds: the adapter leaves out such a matrix.
+    intercepts: [2, R, L] float64 by output matrix: the constants that belong to the activations of the
+        sensitive and of the benign gate; empty without an intercept.
+
+    Both gates are zero where the inputs do not separate the kinds: the adapter leaves out such a matrix. With
+    `GateOptions.benign_free`, their activations on the mean benign input are as the minimum has them.
     """
 
     ridges: Float64
     sensitive_gate: Mapping[str, Float64]
     benign_gate: Mapping[str, Float64]
     contrast: Float64
+    intercepts: Mapping[str, Float64] = field(default_factory=dict)
 
     def factors(
         self, ridge: float, first: int, last: int, strength: float, benign_target: float = 0.0
@@ -69,26 +81,57 @@ class GatedAdapterFit:
         few harmful prompts are moved towards an answer and few benign ones towards a refusal. It is negative
         to induce refusals. The output matrices of a layer add equal parts.
         """
-        index = self.ridges.tolist().index(ridge)
+        index = self._index(ridge)
         factors = {}
-        before: Float64 | float = 0.0
-        for layer in range(first, last + 1):
-            sensitive_gates = {
-                output_matrix: rows[index, layer]
-                for output_matrix, rows in self.sensitive_gate.items()
-                if rows[index, layer].any()
-            }
-            if not sensitive_gates:  # the next layer with a gate adds the part of this one too
-                continue
-            output_vector = (self.contrast[layer] - before) * (-strength / len(sensitive_gates))
-            before = self.contrast[layer]
-            for output_matrix, sensitive_gate in sensitive_gates.items():
-                gate_vector = sensitive_gate + benign_target * self.benign_gate[output_matrix][index, layer]
+        for layer, output_matrices, output_vector in self._output_vectors(index, first, last, strength):
+            for output_matrix in output_matrices:
+                sensitive, benign = self.sensitive_gate[output_matrix], self.benign_gate[output_matrix]
+                gate_vector = sensitive[index, layer] + benign_target * benign[index, layer]
                 factors[f"blk.{layer}.{output_matrix}.weight"] = (
                     gate_vector[np.newaxis].astype(np.float32),
                     output_vector[:, np.newaxis].astype(np.float32),
                 )
         return factors
+
+    def directions(
+        self, ridge: float, first: int, last: int, strength: float, benign_target: float = 0.0
+    ) -> dict[int, NDArray[np.float32]]:
+        """Return the directions [D] of the control vector that belongs to the `factors`, by layer.
+
+        They hold what the intercepts add. Without an intercept there are none. A layer whose intercepts add
+        up to next to nothing is left out.
+        """
+        index = self._index(ridge)
+        directions = {}
+        for layer, output_matrices, output_vector in self._output_vectors(index, first, last, strength):
+            constants = [
+                self.intercepts[name][:, index, layer] for name in output_matrices if self.intercepts
+            ]
+            constant = sum(sensitive + benign_target * benign for sensitive, benign in constants)
+            if abs(constant) > _LEAST_CONSTANT:
+                directions[layer] = (constant * output_vector).astype(np.float32)
+        return directions
+
+    def _index(self, ridge: float) -> int:
+        return list(self.ridges).index(ridge)
+
+    def _output_vectors(
+        self, index: int, first: int, last: int, strength: float
+    ) -> Iterator[tuple[int, list[str], Float64]]:
+        """Yield each layer with a gate, its output matrices that have one, and the vector [D] that each adds.
+
+        The vector is for a gate activation of 1.
+        """
+        before: Float64 | float = 0.0
+        for layer in range(first, last + 1):
+            output_matrices = [name for name, rows in self.sensitive_gate.items() if rows[index, layer].any()]
+            if output_matrices:  # else the next layer with a gate adds the part of this one too
+                yield (
+                    layer,
+                    output_matrices,
+                    (self.contrast[layer] - before) * (-strength / len(output_matrices)),
+                )
+                before = self.contrast[layer]
 
 
 def fit_gated_adapter(
@@ -99,6 +142,7 @@ def fit_gated_adapter(
     ridges: npt.ArrayLike,
     induce: bool = False,
     categories: Sequence[str | None] = (),
+    options: GateOptions = PLAIN,
     off_target_weight: float = OFF_TARGET_WEIGHT,
     device: Device = "auto",
     processes: Processes = ALONE,
@@ -117,6 +161,7 @@ def fit_gated_adapter(
         ridges: [R], relative to the mean diagonal of the metric.
         induce: move prompts towards refusal; else move sensitive prompts away from it.
         categories: refusal categories of the samples of all processes, as for `contrast_weights`.
+        options: variants of the closed form.
         off_target_weight: weight of each sort of other tokens in the metric.
         device: where the fit computes.
         processes: the processes that share the samples. The arrays are the share of this process; `labels`
@@ -134,10 +179,14 @@ def fit_gated_adapter(
     kind_shares = torch.from_numpy(np.stack([w / w.sum() for w in kinds.values()])).to(torch_device)
     groups = _group_weights(labels, kinds)
     group_shares = torch.from_numpy(np.stack(groups)).to(torch_device) if groups else kind_shares[:0]
-    matrices = {name: _Inputs.of(name, rows, processes) for name, rows in inputs.items()}
+    parts = _harmful_parts(labels, kinds["harmful"], options.harm_topics)
+    part_shares = torch.from_numpy(np.stack(parts)).to(torch_device) if parts else kind_shares[:0]
+    sample_weights = SampleWeights(kind_shares, group_shares, part_shares, labels.local)
+    matrices = {name: OutputMatrixInputs.of(name, rows, processes) for name, rows in inputs.items()}
     n_layers = outputs.shape[1]
     sensitive_gate = {name: np.zeros((len(grid), n_layers, rows.width)) for name, rows in matrices.items()}
     benign_gate = {name: np.zeros_like(rows) for name, rows in sensitive_gate.items()}
+    intercepts = {name: np.zeros((2, len(grid), n_layers)) for name in matrices if options.intercept}
     contrast = np.empty((n_layers, outputs.shape[2]))
     with one_thread():
         weights = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
@@ -147,10 +196,12 @@ def fit_gated_adapter(
         rows = outputs.layer_rows(layer, device=torch_device)
         contrast[layer] = processes.sum(contrast_shares @ rows).cpu().numpy()
         for name, matrix in matrices.items():
-            gates = _gates(
-                matrix, layer, kind_shares, group_shares, labels.local, grid, off_target_weight, processes
+            gates, constants = gate_vectors(
+                matrix, layer, sample_weights, grid, off_target_weight, options, processes
             )
             sensitive_gate[name][:, layer], benign_gate[name][:, layer] = gates.cpu().numpy()
+            if options.intercept:
+                intercepts[name][:, :, layer] = constants.cpu().numpy()
 
     cores = workers(torch_device, max(matrix.width for matrix in matrices.values()), processes)
     for _ in on_all_cores(fit_layer, range(n_layers), workers=cores):
@@ -161,27 +212,7 @@ def fit_gated_adapter(
             "such layer is needed. Use sets that differ in subject (prompts.sensitive, prompts.harmful, "
             "prompts.benign)."
         )
-    return GatedAdapterFit(grid, sensitive_gate, benign_gate, contrast)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The inputs [n, L, W] of one output matrix that this process has."""
-
-    last_token: Activations  # of each sample
-    tokens: Sequence[tuple[Activations, int]]  # other tokens by sort, and how many all processes have
-
-    @classmethod
-    def of(cls, output_matrix: str, inputs: MatrixInputs, processes: Processes) -> _Inputs:
-        name = f"gated adapter: the inputs of {output_matrix}"
-        sorts = (inputs.last_token, inputs.prompt_tokens, inputs.answer_tokens, inputs.template_tokens)
-        parts = [Activations.of(rows, name=name) for rows in sorts]
-        counts = [sum(shares) for shares in zip(*processes.gather([len(p) for p in parts]), strict=True)]
-        return cls(parts[0], list(zip(parts[1:], counts[1:], strict=True)))
-
-    @property
-    def width(self) -> int:
-        return self.last_token.shape[2]
+    return GatedAdapterFit(grid, sensitive_gate, benign_gate, contrast, intercepts)
 
 
 def _kind_weights(labels: Labels) -> dict[str, Float64]:
@@ -209,88 +240,16 @@ def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64
     return groups
 
 
-def _gates(
-    inputs: _Inputs,
-    layer: int,
-    kind_shares: Tensor,
-    group_shares: Tensor,
-    local: slice,
-    ridges: Float64,
-    off_target_weight: float,
-    processes: Processes,
-) -> Tensor:
-    """Return the sensitive and the benign gates of one matrix and layer for each ridge: [2, R, W].
+def _harmful_parts(labels: Labels, harmful: Float64, least: int) -> list[Float64]:
+    """Return normalised weights [N] of each harmful topic with `least` samples, then of the other samples.
 
-    Each is argmin aᵀ(S + ρI)a subject to the activations on the kind means that `GatedAdapterFit` states, and
-    zero if the means are equal. S is AᵀA of rows on which a gate should stay near 0: samples about the mean
-    of their kind, other tokens, and group means.
-
-    kind_shares, group_shares: normalised weights [3, N] and [G, N] of all samples; `local` are those here.
+    The first grouping of the labels is the topic. There are no parts if `least` is 0, or if every topic has
+    fewer samples.
     """
-    gates = kind_shares.new_zeros((2, len(ridges), inputs.width))
-    shares = torch.cat([kind_shares, group_shares])
-    means = weighted_means(inputs.last_token, layer, shares[:, local], processes=processes)
-    kinds, groups = means[:3].T, means[3:]  # [W, 3], [G, W]
-    spread = kinds.amax(dim=1) - kinds.amin(dim=1)
-    if spread.norm() <= ROUNDING * kinds.norm():
-        return gates
-    # One row for each of sensitive, benign, harmful; one column for each gate.
-    targets = kind_shares.new_tensor([[1.0, 0.0], [0.0, 1.0], [0.0, HARMFUL_TARGET_RATIO]])
-    parts = _off_target_rows(inputs, layer, kind_shares[:, local], kinds, off_target_weight)
-    if processes.rank == 0 and len(groups):
-        parts = itertools.chain(parts, [groups / len(groups) ** 0.5])
-    count = int((kind_shares > 0).sum()) + len(group_shares) + sum(n for _, n in inputs.tokens)
-    for k, solved in enumerate(_solve(parts, count, kinds, ridges, processes)):  # [W, 3]
-        gram = kinds.T @ solved
-        if torch.linalg.cond(gram) <= 1e12:
-            gates[:, k] = (solved @ torch.linalg.solve(gram, targets)).T
-    return gates
-
-
-def _off_target_rows(
-    inputs: _Inputs, layer: int, kind_shares: Tensor, kinds: Tensor, off_target_weight: float
-) -> Iterator[Tensor]:
-    """Yield the weighted rows [n, W] of A that this process has, without the group means."""
-    for mean, shares in zip(kinds.T, kind_shares, strict=True):
-        yield from centred_chunks(inputs.last_token, layer, shares / len(kind_shares), mean)
-    for tokens, count in inputs.tokens:
-        for _, rows in tokens.chunks(layer, np.arange(len(tokens)), kind_shares.device):
-            yield rows * (off_target_weight / count) ** 0.5
-
-
-def _solve(
-    parts: Iterable[Tensor], count: int, right: Tensor, ridges: Float64, processes: Processes
-) -> Iterator[Tensor]:
-    """Yield (AᵀA + ρI)⁻¹B [W, r] for B = `right` [W, r] and each ρ = λ tr(AᵀA)/W; nothing if A is 0.
-
-    `parts` are the rows of A that this process has; `count` is the number of rows of all processes. The
-    smaller of AᵀA and AAᵀ is factorised by Cholesky; AAᵀ gives the solution by Woodbury's identity.
-    """
-    width, factor = len(right), None
-    if count < width:
-        own, filled = right.new_empty((count, width)), 0
-        for rows in parts:
-            own[filled : filled + len(rows)] = rows
-            filled += len(rows)
-        factor = processes.concatenate(own[:filled])
-        gram = lower_product(factor.T)
-    else:
-        gram = right.new_zeros((width, width))
-        for rows in parts:
-            add_product(gram, rows)
-        processes.sum(gram)
-    diagonal = gram.diagonal().clone()
-    trace = float(diagonal.sum())
-    if trace == 0.0:
-        return
-    inner = right if factor is None else factor @ right
-    for ridge in ridges * (trace / width):
-        gram.diagonal().copy_(diagonal + ridge)
-        cholesky, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            raise InputError(
-                f"gated adapter: ridge {ridge:.3g} (absolute) is lost in the rounding of a metric with trace "
-                f"{trace:.3g}; use a larger ridge."
-            )
-        solved = torch.cholesky_solve(inner, cholesky)
-        yield solved if factor is None else (right - factor.T @ solved) / ridge
+    names = labels.groups[:, 0] if labels.groups.shape[1] else np.full(len(harmful), "")
+    topics = [names == name for name in sorted({str(name) for name in names[harmful > 0]} - {""})]
+    large = [topic for topic in topics if least and np.count_nonzero(harmful[topic]) >= least]
+    if not large:
+        return []
+    masks = [*large, ~np.any(large, axis=0)]
+    return [np.where(mask, harmful, 0.0) / harmful[mask].sum() for mask in masks if harmful[mask].any()]

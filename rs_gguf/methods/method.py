@@ -34,6 +34,7 @@ class SteeringMethod(Protocol[Fitted]):
     source: where it comes from, for the provenance of its files.
     suffixes: ends of the names of its files, after the effect; one per file.
     artefact: the file of a run folder that holds the fit.
+    can_refit: whether the fit reads inputs of matrices, which its own file changes.
     """
 
     name: ClassVar[str]
@@ -41,9 +42,10 @@ class SteeringMethod(Protocol[Fitted]):
     source: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     artefact: ClassVar[str]
+    can_refit: ClassVar[bool]
 
-    def suits(self, can: Can, effect: Effect) -> bool:
-        """Return whether an engine with these abilities reads what the fit needs, and loads the files."""
+    def suits(self, can: Can, options: FitOptions) -> bool:
+        """Return whether the options ask for it, and an engine with these abilities can fit and load it."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         """Return the number of steps by which `fit` and `draw` together advance."""

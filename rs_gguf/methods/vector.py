@@ -76,8 +76,9 @@ class ControlVector:
     source: ClassVar[str] = REFUSAL_STEERING
     suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
     artefact: ClassVar[str] = "directions.safetensors"
+    can_refit: ClassVar[bool] = False
 
-    def suits(self, can: Can, effect: Effect) -> bool:
+    def suits(self, can: Can, options: FitOptions) -> bool:
         return True
 
     def steps(self, options: FitOptions, n_layer: int) -> int:

@@ -101,10 +101,13 @@ class Recipe(BaseSettings):
     def fit_options(self) -> FitOptions:
         """Return the options of the fit."""
         # Imported here: the package imports PyTorch for seconds, which reading a recipe does not need.
-        from rs_gguf.methods.options import FitOptions
+        from rs_gguf.methods.options import FitOptions, GateOptions
 
         fit = self.fit
-        return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device)
+        gate = GateOptions(
+            fit.gate_intercept, fit.gate_benign == "free", fit.gate_null_space, fit.gate_harm_topics
+        )
+        return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device, gate)
 
     def asking(self, max_tokens: int) -> Asking:
         """Return how prompts are asked for answers of at most `max_tokens` tokens."""

@@ -120,9 +120,10 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     Raises:
         InputError: the file is missing.
     """
-    path = folder / record.file
-    if not path.is_file():
-        raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
+    paths = [folder / name for name in record.hashes]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
     first, last = record.layers
     plain = Candidate(name, "", record.ridge, first, last, record.strength, record.benign_target)
     if record.estimator == plain.recorded:  # a label, where the method has no estimator
@@ -132,7 +133,7 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     feasible = not any(text in reason for reason in record.acceptance.reasons for text in _INFEASIBLE)
     nan = float("nan")  # of the search: measure() uses neither figure
     trial = Trial(0, candidate, "full", nan, nan, feasible=feasible)
-    return WrittenFile(METHODS[name].word, [path], trial, record.effect_check.model_dump())
+    return WrittenFile(METHODS[name].word, paths, trial, record.effect_check.model_dump())
 
 
 def _measure(

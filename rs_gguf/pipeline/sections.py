@@ -115,6 +115,36 @@ class Fit(Section):
         min_length=1,
         description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
+    gate_intercept: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="experimental: share of the free intercept of the gates. Above 0 the run also makes the "
+        "pair: an adapter and the control vector that holds the intercept",
+    )
+    gate_benign: Literal["fixed", "free"] = Field(
+        default="fixed",
+        description="experimental: gate activation of the mean benign prompt, at its target or free",
+    )
+    gate_null_space: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
+        "may use, lowest energy first, such as 0.5; 0 for constraints on means instead",
+    )
+    gate_harm_topics: int = Field(
+        default=0,
+        ge=0,
+        description="experimental: constrain the mean of each harmful topic with at least this many prompts; "
+        "0 for one mean",
+    )
+    gate_refits: int = Field(
+        default=0,
+        ge=0,
+        description="experimental: how often the gates are fitted again, on inputs and answers under a file "
+        "of the fit before",
+    )
 
 
 class Tune(Section):

@@ -42,7 +42,14 @@ _INFOS = (
         "fit",
         "Fit directions and gated adapters.",
         "Fitting directions",
-        ("directions.safetensors", "gated_adapter.safetensors", "fit.json", "figures/"),
+        (
+            "directions.safetensors",
+            "gated_adapter.safetensors",
+            "gated_pair.safetensors",
+            "fit.json",
+            "figures/",
+            "activations-refit/",
+        ),
     ),
     StageInfo(
         "tune",

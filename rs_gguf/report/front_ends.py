@@ -59,21 +59,30 @@ class FrontEnd:
 
 
 def front_ends(
-    file: str, options: str, *, is_vector: bool, model: str = "MODEL.gguf", reasoning_off: bool = False
+    file: str,
+    options: str,
+    *,
+    is_vector: bool,
+    beside: Sequence[str] = (),
+    model: str = "MODEL.gguf",
+    reasoning_off: bool = False,
 ) -> list[FrontEnd]:
     """Return the recipes for a file, by its name.
 
     options: llama.cpp's options for it, quoted for the shell.
+    beside: names of control vectors that are loaded together with it.
     reasoning_off: the options switch thinking off.
     """
-    option = "control-vector" if is_vector else "lora"
+    settings = [f"{'control-vector' if is_vector else 'lora'} = {file}"]
+    settings += [f"control-vector = {name}" for name in beside]
+    kind = "pair" if beside else "vector" if is_vector else "adapter"
     values = {
         "model": model,
         "file": shlex.quote(file),
         "string": json.dumps(file, ensure_ascii=False),
         "options": options,
         # A preset cannot hold options with two values, such as a range of layers. A file needs no range.
-        "settings": f"{option} = {file}",
+        "settings": "\n".join(settings),
         "setting": "\nreasoning = off" if reasoning_off else "",
         "thinking": " --reasoning off" if reasoning_off else "",
     }
@@ -89,5 +98,5 @@ def front_ends(
             ],
         )
         for row in tomllib.loads(text)["front_end"]
-        if ("vector" if is_vector else "adapter") in row["for"]
+        if kind in row["for"]
     ]

@@ -220,14 +220,17 @@ def path_and_scale(argument: str) -> tuple[Path, float]:
         ) from error
 
 
-def llama_options(file: str, layers: Sequence[int] | None, *, reasoning_off: bool) -> str:
-    """Return llama.cpp's options for a file of a report; `file` must already be quoted for the shell.
+def llama_options(
+    adapters: Sequence[str], vectors: Sequence[str], layers: tuple[int, int], *, reasoning_off: bool
+) -> str:
+    """Return llama.cpp's options for files of a report, which must already be quoted for the shell.
 
-    layers: first and last layer of a control vector; None for an adapter.
+    layers: first and last layer of the control vectors.
     reasoning_off: add the option that switches thinking off (`ChatFormat.thinks_in_server`).
     """
-    options = f"{LoraAdapter.option} {file}" if layers is None else vector_options(file, *map(int, layers))
-    return options + _thinking(reasoning_off)
+    options = [f"{LoraAdapter.option} {file}" for file in adapters]
+    options += [vector_options(file, *map(int, layers)) for file in vectors]
+    return " ".join(options) + _thinking(reasoning_off)
 
 
 def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning_off: bool) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import pytest
 from fixtures.fit_samples import LAYERS, OPTIONS, WIDTH, samples_in
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.engines.engine import Can
+from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.methods import METHODS
+from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.method import SteeringMethod
+from rs_gguf.methods.options import PLAIN
 from rs_gguf.methods.samples import Samples
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.steering import file as steering_file
+from rs_gguf.steering.file import SteeringFile
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def test_names_are_its_own() -> None:
 
 @pytest.mark.slow
 def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
-    assert fit.method.suits(Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP, "remove")
+    assert fit.method.suits(Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP, OPTIONS)
 
 
 def test_it_advances_by_its_steps(fit: Fit) -> None:
@@ -108,8 +111,14 @@ def test_its_candidates_are_read_back_from_rows(fit: Fit) -> None:
         assert load_trials([json.loads(json.dumps(trial.to_row()))]) == [trial]
 
 
-def files(fit: Fit, candidate: Candidate) -> tuple[steering_file.SteeringFile, ...]:
+def files(fit: Fit, candidate: Candidate) -> tuple[SteeringFile, ...]:
     return fit.method.files(fit.fitted, candidate, "qwen2", {"effect": "remove"})
+
+
+def together(method: SteeringMethod[Any], written: Sequence[SteeringFile], folder: Path) -> Steering:
+    """Return the steering of all files of a method, which lie in `folder`."""
+    parts = zip(method.suffixes, written, strict=True)
+    return reduce(Steering.with_added, [file.steering(folder / f"remove{suffix}") for suffix, file in parts])
 
 
 def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp_path: Path) -> None:
@@ -128,28 +137,44 @@ def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp
             return next(model.next_logits(prompt))[1].copy()
 
     of_search = logits(fit.method.steering(fit.fitted, candidate, "qwen2", tmp_path / "scratch"))
-    (of_file,) = (
-        logits(file.steering(tmp_path / f"remove{suffix}"))
-        for suffix, file in zip(fit.method.suffixes, written, strict=True)
-    )
+    of_file = logits(together(fit.method, written, tmp_path))
     unsteered = next(model.next_logits(prompt))[1].copy()
     assert not np.array_equal(of_search, unsteered)
     np.testing.assert_allclose(of_search, of_file, atol=1e-3 * np.abs(of_search - unsteered).max() + 1e-5)
 
 
 def test_inducing_has_its_own_space_and_files(fit: Fit) -> None:
-    if not fit.method.suits(~Can(0), "induce"):
-        pytest.skip("this method can only remove refusals")
     options = replace(OPTIONS, effect="induce")
+    if not fit.method.suits(~Can(0), options):
+        pytest.skip("this method can only remove refusals")
     fitted = fit.method.fit(fit.samples, options)
     candidate = fit.method.space(fitted, LAYERS, "induce").start[0]
-    (induce,) = fit.method.files(fitted, candidate, "qwen2", {})
-    (remove,) = files(fit, candidate)
-    assert all(cosine < 0 for cosine in induce.cosines(remove).values())
+    induce, remove = fit.method.files(fitted, candidate, "qwen2", {}), files(fit, candidate)
+    assert len(induce) == len(remove) == len(fit.method.suffixes)
+    # The sign of a pair's second file is that of its intercepts.
+    assert all(cosine < 0 for cosine in induce[0].cosines(remove[0]).values())
 
 
 def test_without_inputs_no_adapter_is_fitted_or_loaded(tmp_path: Path) -> None:
     samples = replace(samples_in(tmp_path), inputs={})
-    assert METHODS["adapter"].fit(samples, OPTIONS) is None
-    assert METHODS["adapter"].load(tmp_path, OPTIONS) is None
-    assert not METHODS["adapter"].suits(Can(0), "remove")
+    for name in ("adapter", "pair"):
+        assert METHODS[name].fit(samples, OPTIONS) is None
+        assert METHODS[name].load(tmp_path, OPTIONS) is None
+        assert not METHODS[name].suits(Can(0), OPTIONS)
+
+
+def test_without_an_intercept_there_is_no_pair(tmp_path: Path) -> None:
+    without = replace(OPTIONS, gate=PLAIN)
+    assert METHODS["pair"].fit(samples_in(tmp_path), without) is None
+    assert suited_methods(~Can(0), without) == ["vector", "adapter"]
+    assert suited_methods(~Can(0), OPTIONS) == ["vector", "adapter", "pair"]
+
+
+def test_an_intercept_does_not_change_the_adapter_alone(tmp_path: Path) -> None:
+    samples, method = samples_in(tmp_path), METHODS["adapter"]
+    for name, gate in (("with", OPTIONS.gate), ("without", PLAIN)):
+        (tmp_path / name).mkdir()
+        method.save(method.fit(samples, replace(OPTIONS, gate=gate)), tmp_path / name)
+    assert (tmp_path / "with" / method.artefact).read_bytes() == (
+        tmp_path / "without" / method.artefact
+    ).read_bytes()

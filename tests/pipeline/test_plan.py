@@ -26,11 +26,12 @@ from gguf import GGUFReader, GGUFWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from rs_gguf.cli.main import main
+from rs_gguf.engines.engine import Can
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import kl
 from rs_gguf.judges.local import KeywordJudge
-from rs_gguf.methods import METHODS
+from rs_gguf.methods import suited_methods
 from rs_gguf.models import catalogue, dimensions
 from rs_gguf.models import resolve as models
 from rs_gguf.models.dimensions import ModelDimensions
@@ -46,7 +47,7 @@ from rs_gguf.records.conversation import Prompt
 from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32
-FILES = len(METHODS)
+FILES = len(suited_methods(~Can(0), recipe.Recipe().fit_options))
 UNIT = Speed(read=1e-3, begin=1e-3, answer=1e-3, judge=1e-3, algebra=math.inf, source="")
 PLANNED = [name for name in STAGES if name != "report"]  # which takes only seconds
 

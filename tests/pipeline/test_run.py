@@ -42,7 +42,7 @@ from rs_gguf.prompts import contexts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
-from rs_gguf.records.files import save_arrays
+from rs_gguf.records.files import save_arrays, sha256
 from rs_gguf.records.rows import read_json, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
@@ -88,7 +88,9 @@ def check_inputs(one: Run, places: Sequence[int]) -> None:
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
-    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    # With an intercept, so that all methods are part of the run.
+    variants = ["fit.gate_intercept=0.5", "fit.gate_harm_topics=2", "fit.gate_refits=1"]
+    chosen = recipe.load(None, [*SMALL, *variants, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
 
     answers = {row["id"]: row for row in rows(tmp_path / "out" / "answers.jsonl")}
@@ -130,6 +132,18 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert file["effect_check"]["effect_observed"] is True
     assert sum(one_set["n"] for one_set in metrics["files"]["vector"]["sets"].values()) > 0
     assert control_vector.read(tmp_path / "out" / "remove.gguf").architecture == "qwen3"
+    pair, folder = metrics["files"]["pair"], tmp_path / "out"
+    files = ["remove-pair-adapter.gguf", "remove-pair-vector.gguf"]
+    assert [pair["file"], *pair["other_files"]] == files
+    adapter, vector = lora.read(folder / files[0]), control_vector.read(folder / files[1])
+    assert adapter.layers == vector.layers
+    assert adapter.provenance["measured"] is vector.provenance["measured"] is True
+    assert pair["llama_cpp"]["command"] == (
+        f"llama-server -m {model} --lora {folder / files[0]} --control-vector {folder / files[1]} "
+        f"--control-vector-layer-range {vector.layers[0]} {vector.layers[-1]}"
+    )
+    card = (folder / "card.md").read_text("utf-8")
+    assert all(sha256(folder / file) in card for file in files)
     assert (tmp_path / "out" / "report.html").is_file()
 
 

@@ -85,6 +85,7 @@ def file_record(
         word=file.word,
         file=file.paths[0].name,
         sha256=sha256(file.paths[0]),
+        other_files={path.name: sha256(path) for path in file.paths[1:]},
         estimator=candidate.recorded,
         ridge=candidate.ridge,
         layers=(candidate.first, candidate.last),

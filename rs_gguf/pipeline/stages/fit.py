@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rs_gguf.activations.capture import captured
 from rs_gguf.activations.store import DamagedStoreError
@@ -28,6 +29,7 @@ from rs_gguf.pipeline.speed import cholesky, factorisation
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages.answers import judged
 from rs_gguf.pipeline.stages.capture import store_of
+from rs_gguf.pipeline.stages.refit import refit
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import write_json
@@ -47,21 +49,35 @@ class Fit(Stage):
 
     def inputs(self, run: Run) -> list[Any]:
         recipe, device = run.recipe, resolve_device(run.recipe.fit.device).type
-        fit = recipe.fit.model_dump(exclude={"device"})
+        # Options that older recipes lack count only where they are set: keys of those recipes stay valid.
+        fit = recipe.fit.model_dump(include={"estimators", "ridges", "gate_ridges"})
+        fit |= recipe.fit.model_dump(exclude_defaults=True, exclude={"device"})
         return [
             recipe.effect,
-            # Older recipes have no device and were fitted on the CPU: their keys must stay valid.
+            # Older recipes were fitted on the CPU.
             fit if device == "cpu" else {**fit, "device": device},
             # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
         ]
 
     def work(self, run: Run, key: str) -> None:
-        options, n_layer = run.recipe.fit_options, run.model.n_layer
-        suited = suited_methods(run.model.can, options.effect)
-        total = sum(METHODS[name].steps(options, n_layer) for name in suited)
+        options, n_layer, refits = run.recipe.fit_options, run.model.n_layer, run.recipe.fit.gate_refits
+        if refits and run.processes.count > 1:
+            raise InputError(
+                "fit.gate_refits: several processes cannot refit. Start one process, or set it to 0."
+            )
+        suited = suited_methods(run.model.can, options)
+        again = [name for name in suited if METHODS[name].can_refit] * refits
+        total = sum(METHODS[name].steps(options, n_layer) for name in (*suited, *again))
         with run.progress.stage(self.info.name, total) as advance:
-            fit(samples(run), options, run.folder.path, suited, processes=run.processes, advance=advance)
+            found, folder = samples(run), run.folder.path
+            fit(found, options, folder, suited, processes=run.processes, advance=advance)
+            order = np.concatenate(sample_order(run))
+            for name in again:
+                fitted = METHODS[name].load(folder, options)
+                if fitted is not None:
+                    fitted = refit(run, name, fitted, found, order, options, advance=advance)
+                    METHODS[name].save(fitted, folder)
 
     def cost(self, costs: Costs) -> Cost:
         """Return the cost on the CPU, with layers in parallel.
@@ -75,10 +91,13 @@ class Fit(Stage):
         operations = (
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
-        operations += sum(
+        refits = (costs.files - 1) * choices.gate_refits  # of all methods except the control vector
+        operations += (costs.files - 1 + refits) * sum(
             cholesky(rows, width) + rows * width * _NUMBER for width in model.output_matrices.values()
         )
         seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
+        limit = costs.recipe.answers.fit_tokens  # a refit also answers and judges the prompts
+        seconds += refits * (costs.answers(n, limit) + costs.judgements(n, limit))
         # A layer holds two float64 copies of its samples and two of their product while it is fitted.
         widest = max([model.width, *model.output_matrices.values()])
         layer = 8 * (2 * rows * widest + 2 * min(rows, widest) ** 2)
@@ -141,8 +160,7 @@ def samples(run: Run) -> Samples:
     prompts = [(p, "") for p in run.prompts["fit"]]  # with the name of the context
     prompts += [(p, context.name) for p, context in run.in_contexts]
     judgements = judged(run.folder)
-    is_judged = np.array([p.id in judgements for p, _ in prompts])
-    judged_indices, other_indices = np.flatnonzero(is_judged), np.flatnonzero(~is_judged)
+    judged_indices, other_indices = sample_order(run)
     if not judged_indices.size:
         raise InputError(
             f"fit: none of the {len(run.prompts['fit'])} answers could be judged; at least one is needed. "
@@ -170,3 +188,11 @@ def samples(run: Run) -> Samples:
         [prompts[i][1] for i in other_indices],
         run.model_path if Can.LLAMA_CPP in run.model.can else None,
     )
+
+
+def sample_order(run: Run) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the indices, into all captured prompts, of those with a judged answer and of the others."""
+    judgements = judged(run.folder)
+    prompts = [*run.prompts["fit"], *(p for p, _ in run.in_contexts)]
+    is_judged = np.array([p.id in judgements for p in prompts])
+    return np.flatnonzero(is_judged), np.flatnonzero(~is_judged)

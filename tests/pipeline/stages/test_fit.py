@@ -8,13 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from fixtures.fit_samples import LAYERS, OPTIONS, WIDE, samples_in
 
 from rs_gguf.methods import METHODS
-from rs_gguf.pipeline.stages.fit import fit, load
+from rs_gguf.pipeline import sections
+from rs_gguf.pipeline.recipe import Recipe
+from rs_gguf.pipeline.stage import Run
+from rs_gguf.pipeline.stages.fit import Fit, fit, load
 from rs_gguf.records.files import load_arrays
 
 WORKER = """
@@ -29,6 +34,18 @@ with Processes.of_torchrun() as processes:
     own.mkdir()
     fit(samples_in(own, WIDE), OPTIONS, own, processes=processes, advance=lambda n: None)
 """
+
+
+def test_options_that_are_not_set_are_no_inputs_of_the_fit() -> None:
+    """Runs of recipes from before an option existed stay valid."""
+
+    def inputs(**options: Any) -> Any:
+        recipe = Recipe(fit=sections.Fit(device="cpu", **options))
+        run = SimpleNamespace(recipe=recipe, prompts={"fit": [], "tune": []}, gate_only=[])
+        return Fit().inputs(cast("Run", run))
+
+    assert inputs() == ["remove", {"estimators": [], "ridges": [0.3, 3.0], "gate_ridges": [0.2]}, []]
+    assert inputs(gate_intercept=0.5)[1]["gate_intercept"] == 0.5
 
 
 @pytest.mark.slow
