@@ -1,6 +1,6 @@
 """Fit a gated adapter in closed form: a rank-1 LoRA whose effect depends on the input (method §8).
 
-Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
+Inputs of the output matrices (such as `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
 activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
 harmful one. Elsewhere it gives as little as possible: minimum-variance beamforming under linear constraints
@@ -29,6 +29,7 @@ from rs_gguf.estimators.moments import Float64, add_product, centred_chunks, low
 from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Device, Processes, on_all_cores, one_thread
+from rs_gguf.models.architecture import tensor_name
 from rs_gguf.steering.lora import Factors
 
 # Gate activation on the mean harmful prompt, relative to the benign target. Benign prompts of an unseen form
@@ -84,7 +85,7 @@ class GatedAdapterFit:
             before = self.contrast[layer]
             for output_matrix, sensitive_gate in sensitive_gates.items():
                 gate_vector = sensitive_gate + benign_target * self.benign_gate[output_matrix][index, layer]
-                factors[f"blk.{layer}.{output_matrix}.weight"] = (
+                factors[tensor_name(output_matrix, layer)] = (
                     gate_vector[np.newaxis].astype(np.float32),
                     output_vector[:, np.newaxis].astype(np.float32),
                 )

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
+from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix, split_name
 from rs_gguf.steering.lora import Factors
 
 
 def other_output_matrices(model: Path) -> list[str]:
-    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
+    """Return the tensors of a GGUF file that add to the residual stream in another way: experts."""
     return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
 
 
@@ -36,7 +36,7 @@ def outputs_along(
         InputError: a matrix has a type that the `gguf` package cannot read.
     """
     for tensor in GGUFReader(model).tensors:
-        layer = int(tensor.name.split(".")[1]) if is_output_matrix(tensor.name) else -1
+        layer = split_name(tensor.name)[0] if is_output_matrix(tensor.name) else -1
         if layer in directions:
             try:
                 matrix = dequantize(tensor.data, tensor.tensor_type)

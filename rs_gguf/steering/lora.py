@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import split_name
 from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering.provenance import ProvenanceValue, checked_provenance, typed
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
+FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.(?:shortconv\.)?[a-z0-9_]+\.weight)\.lora_([ab])")
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,8 +213,7 @@ def factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float
 
 
 def _order(name: str) -> tuple[int, str]:
-    _, layer, matrix, _ = name.split(".")
-    return int(layer), matrix
+    return split_name(name)
 
 
 def _inner(first: Factors, second: Factors) -> float:

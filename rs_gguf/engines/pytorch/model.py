@@ -261,6 +261,7 @@ class TorchModel(Vocabulary):
         positions: Sequence[Sequence[int]],
         layers: Sequence[int],
         tensors: Sequence[str] = ("l_out",),
+        matrices: Sequence[str] = (),
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {"l_out": [L, D]}) for each of `positions[index]` of each sequence.
 
@@ -272,10 +273,10 @@ class TorchModel(Vocabulary):
         """
         if not sequences:
             return
-        if tuple(tensors) != ("l_out",):
+        if (*tensors, *matrices) != ("l_out",):
             raise InputError(
-                f"cannot read tensors {list(tensors)} in PyTorch, which reads only activations, ['l_out']. "
-                "For other tensors, give the model as a GGUF file to the llama.cpp engine."
+                f"cannot read tensors {[*tensors, *matrices]} in PyTorch, which reads only activations, "
+                "['l_out']. For other tensors, give the model as a GGUF file to the llama.cpp engine."
             )
         if not layers or not all(0 <= layer < self.n_layer for layer in layers):
             raise InputError(
