@@ -171,9 +171,6 @@ class Engine(ChatModel, Protocol):
             InputError: a sequence is empty or has no position, or the model lacks a layer, tensor or matrix.
         """
 
-    def graph_tensors(self) -> Sequence[str]:
-        """Return the names of all readable tensors, such as `l_out-3`, in the order of evaluation."""
-
 
 def read_last(
     engine: Engine,

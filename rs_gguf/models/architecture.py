@@ -45,7 +45,7 @@ _WITHOUT_LORA: Mapping[str, Sequence[str]] = {
     "kimi-linear": ("attn_output",),
 }
 _OUTPUT_MATRIX = re.compile(rf"blk\.\d+\.(?:{'|'.join(map(re.escape, OUTPUT_MATRICES))})\.weight")
-_EXPERTS_OUTPUT_MATRIX = re.compile(r"blk\.\d+\.ffn_down_\w*exps\.weight")
+_EXPERTS = re.compile(r"blk\.\d+\.\w+_\w*exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,19 @@ def is_output_matrix(tensor: str) -> bool:
     return _OUTPUT_MATRIX.fullmatch(tensor) is not None
 
 
-def is_other_output_matrix(tensor: str) -> bool:
+def holds_experts(tensor: str) -> bool:
+    """Return whether a tensor of a GGUF file, by its name, holds a matrix for each expert."""
+    return _EXPERTS.fullmatch(tensor) is not None
+
+
+def is_experts_output(tensor: str) -> bool:
     """Return whether a tensor of a GGUF file holds an output matrix for each expert."""
-    return _EXPERTS_OUTPUT_MATRIX.fullmatch(tensor) is not None
+    return holds_experts(tensor) and ".ffn_down_" in tensor
+
+
+def is_out_of_reach(family: str, tensor: str) -> bool:
+    """Return whether a tensor is an output matrix that llama.cpp multiplies without regard to adapters."""
+    return is_output_matrix(tensor) and split_name(tensor)[1] in _WITHOUT_LORA.get(family, ())
 
 
 def matrix_places(family: str, layers: Mapping[int, Mapping[str, Sequence[int]]]) -> dict[str, MatrixPlaces]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.errors import InputError
+from rs_gguf.models import header
 from rs_gguf.models.architecture import is_output_matrix, split_name
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
@@ -177,6 +178,8 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
             f"{model.architecture!r}: it belongs to another model."
         )
         return EffectCheck(False, (reason,), {}, None)
+    if reasons := _wrong_experts(adapter, model):  # llama.cpp would end the process
+        return EffectCheck(False, tuple(reasons), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
     with contextlib.ExitStack() as steering:
@@ -203,6 +206,18 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
             f"{worst}, tolerance {ADAPTER_TOLERANCE:g})."
         )
     return EffectCheck(not reasons, tuple(reasons), errors, kl)
+
+
+def _wrong_experts(adapter: LoraAdapter, model: Engine) -> list[str]:
+    """Return a reason for each tensor of experts whose number differs from the model's."""
+    counts = {name: len(a) for name, (a, _) in adapter.factors.items() if a.ndim == 3}
+    shapes = {tensor.name: tensor.shape for tensor in header.read(model.path).tensors} if counts else {}
+    return [
+        f"{name} has {count} experts in the adapter but {shapes[name][2]} in {model.path.name}: it belongs "
+        "to another model."
+        for name, count in counts.items()
+        if name in shapes and count != shapes[name][2]
+    ]
 
 
 def _errors_by_matrix(adapter: LoraAdapter, model: Engine, prompts: list[list[int]]) -> dict[str, float]:

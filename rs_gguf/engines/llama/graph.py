@@ -27,13 +27,12 @@ GraphRows = dict[str, NDArray[np.float32]]
 
 
 class GraphReader:
-    """Copies tensors of one context's graph. Reads nothing outside `reading` and `listing`."""
+    """Copies tensors of one context's graph. Reads nothing outside `reading`."""
 
     def __init__(self) -> None:
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self.on_tensor)
         self._wanted: frozenset[str] = frozenset()
         self._products: dict[int, str] = {}  # {address of a product of this batch: its name}
-        self._names: list[str] | None = None
         self._outputs: Sequence[int] = ()
         self._n_tokens = 0
         self._rows: deque[GraphRows] = deque()
@@ -57,16 +56,6 @@ class GraphReader:
         finally:
             self._wanted = previous
 
-    @contextlib.contextmanager
-    def listing(self) -> Iterator[list[str]]:
-        """Add the names of all tensors to the list inside the `with` block, in the order of evaluation."""
-        names: list[str] = []
-        self._names = names
-        try:
-            yield names
-        finally:
-            self._names = None
-
     def expect(self, n_tokens: int, outputs: Sequence[int]) -> None:
         """Prepare for a batch of `n_tokens` tokens; read those at the positions `outputs` of the batch."""
         self._n_tokens, self._outputs = n_tokens, outputs
@@ -85,8 +74,6 @@ class GraphReader:
         With `ask`, return whether llama.cpp must stop at the tensor. Without `ask`, the tensor is computed:
         return False to end the evaluation.
         """
-        if self._names is not None and ask:
-            self._names.append(_Tensor.at(tensor).label)
         found = self._found(tensor) if self._wanted else {}
         if ask or not found:
             return bool(found)

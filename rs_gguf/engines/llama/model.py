@@ -239,10 +239,3 @@ class LlamaModel(LlamaContexts):
                     )
                 stacked = {n: np.stack([rows[f"{n}-{layer}"] for layer in layers]) for n in tensors if layers}
                 yield i, position, stacked | {name: rows[name] for name in matrices}
-
-    def graph_tensors(self) -> list[str]:
-        """Return the tensor names of this model's graph, such as `l_out-3`, in the order of evaluation."""
-        with self._open_context().graph.listing() as names:
-            for _ in self.next_logits([[0]]):
-                pass
-        return names

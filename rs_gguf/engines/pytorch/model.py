@@ -294,7 +294,3 @@ class TorchModel(Vocabulary):
                 self._forward(*weights.pad_left(self.device, [sequences[i] for i in group]))
             for k, (i, position) in enumerate(places):
                 yield i, position, {"l_out": np.stack([activations[layer][k] for layer in layers])}
-
-    def graph_tensors(self) -> list[str]:
-        """Return the names of the tensors that can be read: the activations of all layers."""
-        return [f"l_out-{layer}" for layer in range(self.n_layer)]

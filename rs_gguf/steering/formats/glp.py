@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix, split_name
+from rs_gguf.models.architecture import is_experts_output, is_output_matrix, split_name
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.records.files import sha256
 from rs_gguf.steering.ablation import ablated, outputs_along
@@ -216,7 +216,7 @@ def to_adapter(path: Path, model: Path) -> tuple[LoraAdapter, tuple[str, ...]]:
 
 def _is_other(tensor: str, vector: SteeringVector) -> bool:
     """Return whether a tensor adds to a layer of the file in a way that no hook names: experts, a state."""
-    if not (is_output_matrix(tensor) or is_other_output_matrix(tensor)):
+    if not (is_output_matrix(tensor) or is_experts_output(tensor)):
         return False
     layer, matrix = split_name(tensor)
     return layer in vector.layers and matrix not in HOOKS[_RESIDUAL]
