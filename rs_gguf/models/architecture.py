@@ -103,10 +103,10 @@ def tensor_name(key: str, layer: int) -> str:
 
 
 def product_gate(tensor: str) -> str | None:
-    """Return the matrix of one row whose product's sigmoid multiplies that of an output matrix, if it exists.
+    """Return the matrix of one row that weights the expert of every token in some families.
 
-    Some families weight the expert that every token uses so. The name is without `.weight`; None for other
-    matrices.
+    The sigmoid of its product multiplies the expert's product. `tensor`: the expert's output matrix. The
+    name is without `.weight`; None for other matrices.
     """
     layer, matrix = split_name(tensor)
     return f"blk.{layer}.ffn_gate_inp_shexp" if matrix == "ffn_down_shexp" else None

@@ -241,7 +241,7 @@ def _product_error(
 ) -> float:
     """Return the largest ‖change − B A x‖ over the prompts, relative to the largest ‖B A x‖.
 
-    Only the matrix `name` is changed. x is its input; the change is that of its product.
+    Only the matrix `name` is changed. x is its input; the change is read at its product.
     """
     product = f"{name.removesuffix('.weight')}.product"
 

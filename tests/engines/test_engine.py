@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.adapters import factors
 from fixtures.architectures import llama
 from fixtures.tiny_gguf import CHAT_TEMPLATE, write_tiny_folder, write_tiny_qwen2
 from gguf import GGUFReader
@@ -189,6 +190,21 @@ def test_llama_cpp_reads_other_tensors_and_inputs_and_products_of_matrices(engin
     (matrix,) = [tensor.data for tensor in GGUFReader(engine.path).tensors if tensor.name == name]
     products = read[name] @ np.asarray(matrix).T
     np.testing.assert_allclose(read["blk.1.ffn_down.product"], products, atol=TOLERANCE)
+
+
+def test_a_product_holds_what_all_adapters_add(engine: Engine, tmp_path: Path) -> None:
+    if Can.LORA not in engine.can:
+        return
+    weight, product = "blk.1.ffn_down.weight", "blk.1.ffn_down.product"
+    a, b = factors(2, 2 * WIDTH, WIDTH)
+    for scale in (0.5, 2.0):
+        lora.write(LoraAdapter({weight: (a, b * np.float32(scale))}, "qwen2"), tmp_path / f"{scale}.gguf")
+    before = read_last(engine, PROMPTS, [], (), [weight, product])
+    with engine.steered(Steering(adapters=[(tmp_path / "0.5.gguf", 1.0), (tmp_path / "2.0.gguf", -0.1)])):
+        after = read_last(engine, PROMPTS, [], (), [weight, product])
+    np.testing.assert_array_equal(after[weight], before[weight])
+    change = 0.3 * before[weight] @ a.T @ b.T
+    np.testing.assert_allclose(after[product] - before[product], change, atol=TOLERANCE)
 
 
 # ---- steering ------------------------------------------------------------------------------------

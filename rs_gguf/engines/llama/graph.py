@@ -1,9 +1,8 @@
 """Copy tensors of llama.cpp's compute graph while llama.cpp evaluates it.
 
-A context gets the callback of a `GraphReader` when it is created. Names go in: of tensors of the graph
-(`l_out-7`), of matrices in the GGUF file (`blk.7.ffn_down.weight`, for the input that the graph multiplies by
-the matrix) or of their products (`blk.7.ffn_down.product`, with what adapters add). For each batch, the rows
-at the output tokens come out.
+A context gets the callback of a `GraphReader` when it is created. Names go in. For each batch, the rows at
+the output tokens come out. `l_out-7` is a tensor of the graph. `blk.7.ffn_down.weight` is a matrix of the
+GGUF file, and its input comes out. `blk.7.ffn_down.product` is the product, with what adapters add.
 """
 
 from __future__ import annotations
