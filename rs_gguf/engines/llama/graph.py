@@ -92,11 +92,10 @@ class GraphReader:
         if not (first and second):
             return found
         matrix = _Tensor.at(first).label
-        if matrix in self._wanted:
-            found[matrix] = second
-        product = matrix.removesuffix(WEIGHT) + PRODUCT
-        if product in self._wanted:
-            found[product] = tensor
+        if matrix.endswith(WEIGHT):  # Other wanted tensors, such as `l_out-7`, have consumers too.
+            product = matrix.removesuffix(WEIGHT) + PRODUCT
+            wanted = {matrix: second, product: tensor}
+            found |= {name: source for name, source in wanted.items() if name in self._wanted}
         if first in self._products and _belongs(self._products[first], second):
             found[self._products[first]] = tensor
         return found
