@@ -164,11 +164,10 @@ class Activations:
 class MatrixInputs:
     """The inputs of one kind of output matrix, in every layer: rows [·, L, W] of any float type.
 
-    Layers without the matrix have rows of 0. The rows include the factor that some models apply to the
-    matrix's product. `last_token`: inputs at the
-    last prompt token of each sample. `prompt_tokens`, `answer_tokens`: inputs at other tokens of prompts and
-    answers, where the gate must stay closed. `template_tokens`: inputs at the tokens that the chat template
-    puts before every prompt.
+    Layers without the matrix have rows of 0. The rows include the factors that some models apply to the
+    matrix's product. `last_token`: inputs at the last prompt token of each sample. `prompt_tokens`,
+    `answer_tokens`: inputs at other tokens of prompts and answers, where the gate must stay closed.
+    `template_tokens`: inputs at the tokens that the chat template puts before every prompt.
     """
 
     last_token: Any  # [N, L, W]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine
+from rs_gguf.errors import InputError
 from rs_gguf.models import dimensions, header
 from rs_gguf.models.architecture import product_gate, product_scale, tensor_name
 
@@ -23,6 +24,7 @@ class InputReader:
     """Reads the scaled inputs of a model's output matrices.
 
     `groups`: the names of the matrices in the model's file, by the keys of `architecture.matrix_places`.
+    Empty if llama.cpp's graph multiplies one of them in another way. Control vectors remain possible.
     """
 
     def __init__(self, model: Engine) -> None:
@@ -32,6 +34,11 @@ class InputReader:
             key: [tensor_name(key, layer) for layer in found.layers_with(key)]
             for key in found.output_matrices
         }
+        try:
+            for _ in model.read([[0]], [[0]], (), (), self.names) if self.groups else ():
+                pass
+        except InputError:
+            self.groups = {}
         present = {tensor.name for tensor in header.read(model.path).tensors}
         gates = {name: product_gate(name) for name in self.names}
         self._gates = {name: gate for name, gate in gates.items() if gate and f"{gate}.weight" in present}

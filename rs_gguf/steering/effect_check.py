@@ -229,9 +229,12 @@ def _errors_by_matrix(adapter: LoraAdapter, model: Engine, prompts: list[list[in
     errors: dict[str, float] = {}
     layers, norms = adapter.layers, adapter.norms
     chosen = {layers[0], layers[len(layers) // 2], layers[-1]}
+    present = {tensor.name for tensor in header.read(model.path).tensors}
     for name, pair in adapter.factors.items():
-        # A change of zero shows nothing, and a file with it alone cannot be written.
-        if split_name(name)[0] in chosen and is_output_matrix(name) and norms[name]:
+        # A change of zero shows nothing, and a file with it alone cannot be written. A scale of the matrix
+        # multiplies some products with the change, others without it.
+        scaled = f"{name.removesuffix('.weight')}.scale" in present
+        if split_name(name)[0] in chosen and is_output_matrix(name) and norms[name] and not scaled:
             errors[name] = _product_error(name, pair, adapter.architecture, model, prompts)
     return errors
 

@@ -60,19 +60,19 @@ class LoraAdapter:
             faults.append("the architecture is missing; llama.cpp's loader compares it with the model's")
         if faults:
             raise InputError("; ".join(faults) + ". Fit the adapter again.")
-        ordered = dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+        ordered = dict(sorted(factors.items(), key=lambda item: split_name(item[0])))
         object.__setattr__(self, "factors", ordered)
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
 
     @property
     def layers(self) -> list[int]:
         """The layers that hold a changed matrix, ascending, 0-based."""
-        return sorted({_order(name)[0] for name in self.factors})
+        return sorted({split_name(name)[0] for name in self.factors})
 
     @property
     def matrices(self) -> list[str]:
         """The kinds of matrix that are changed in at least one layer, such as `ffn_down`."""
-        return sorted({_order(name)[1] for name in self.factors})
+        return sorted({split_name(name)[1] for name in self.factors})
 
     @property
     def rank(self) -> int:
@@ -219,10 +219,6 @@ def factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return [f"{name}: NaN or Inf, which would make every logit NaN"]
     return []
-
-
-def _order(name: str) -> tuple[int, str]:
-    return split_name(name)
 
 
 def _inner(first: Factors, second: Factors) -> float:

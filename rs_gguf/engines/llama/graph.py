@@ -96,7 +96,7 @@ class GraphReader:
             product = matrix.removesuffix(WEIGHT) + PRODUCT
             wanted = {matrix: second, product: tensor}
             found |= {name: source for name, source in wanted.items() if name in self._wanted}
-        if first in self._products and _belongs(self._products[first], second):
+        if first in self._products and _is_added_to(self._products[first], second):
             found[self._products[first]] = tensor
         return found
 
@@ -153,16 +153,14 @@ class _Tensor(ctypes.Structure):
         return name.split("#")[1] if name.count("#") > 1 else name
 
 
-def _belongs(product: str, other: int) -> bool:
-    """Return whether a tensor is added to a product by an adapter, or is the scale of its matrix."""
-    matrix, tensor = product.removesuffix(PRODUCT), _Tensor.at(other)
-    if tensor.label == f"{matrix}.scale":
-        return True
+def _is_added_to(product: str, other: int) -> bool:
+    """Return whether a tensor is what an adapter adds to a product."""
+    tensor = _Tensor.at(other)
     for _ in range(2):  # s · (B (A x)): a scale, then the product with B
         if not tensor.sources[0]:
             return False
         tensor = _Tensor.at(tensor.sources[0])
-    return tensor.label == f"{matrix}{WEIGHT}.lora_b"
+    return tensor.label == f"{product.removesuffix(PRODUCT)}{WEIGHT}.lora_b"
 
 
 def _bind_ggml() -> Any:
