@@ -70,5 +70,5 @@ class InputReader:
         """Return what the model multiplies the product of a matrix by, before it adds it."""
         if name not in self._gates:
             return self._scale
-        factor: NDArray[np.float32] = self._scale / (1 + np.exp(-rows[f"{self._gates[name]}.product"]))
-        return factor
+        gate = 1 / (1 + np.exp(-rows[f"{self._gates[name]}.product"]))
+        return self._scale * gate.astype(np.float32)

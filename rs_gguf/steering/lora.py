@@ -77,7 +77,7 @@ class LoraAdapter:
     @property
     def rank(self) -> int:
         """The largest rank among the changes."""
-        return max(a.shape[-2] for a, _ in self.factors.values())
+        return max(int(a.shape[-2]) for a, _ in self.factors.values())
 
     @property
     def norms(self) -> dict[str, float]:

@@ -85,10 +85,11 @@ def test_the_page_says_what_was_measured(measured: dict[str, Measured]) -> None:
 # ---- names ---------------------------------------------------------------------------------------
 
 
-ATTENTION = {"attn_output": (24, 16), "ffn_down": (48, 16)}
-STATE = {"ssm_out": (32, 16), "ffn_down": (48, 16)}
+Shapes = dict[str, tuple[int, ...]]
+ATTENTION: Shapes = {"attn_output": (24, 16), "ffn_down": (48, 16)}
+STATE: Shapes = {"ssm_out": (32, 16), "ffn_down": (48, 16)}
 # Layers, and the width and the layers of each matrix.
-PLACES: dict[str, tuple[list[dict[str, tuple[int, ...]]], dict[str, tuple[int, tuple[int, ...]]]]] = {
+PLACES: dict[str, tuple[list[Shapes], dict[str, tuple[int, tuple[int, ...]]]]] = {
     "the same in all layers": (
         [ATTENTION, ATTENTION],
         {"attn_output": (24, (0, 1)), "ffn_down": (48, (0, 1))},
