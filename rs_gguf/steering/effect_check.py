@@ -231,17 +231,14 @@ def _errors_by_matrix(adapter: LoraAdapter, model: Engine, prompts: list[list[in
     chosen = {layers[0], layers[len(layers) // 2], layers[-1]}
     present = {tensor.name for tensor in header.read(model.path).tensors}
     for name, pair in adapter.factors.items():
-        # A change of zero shows nothing, and a file with it alone cannot be written. A scale of the matrix
-        # multiplies some products with the change, others without it.
+        # A file cannot hold a change of zero alone. Some scales of a matrix multiply its change too.
         scaled = f"{name.removesuffix('.weight')}.scale" in present
         if split_name(name)[0] in chosen and is_output_matrix(name) and norms[name] and not scaled:
             errors[name] = _product_error(name, pair, adapter.architecture, model, prompts)
     return errors
 
 
-def _product_error(
-    name: str, pair: Factors, architecture: str, model: Engine, prompts: list[list[int]]
-) -> float:
+def _product_error(name: str, pair: Factors, family: str, model: Engine, prompts: list[list[int]]) -> float:
     """Return the largest ‖change − B A x‖ over the prompts, relative to the largest ‖B A x‖.
 
     Only the matrix `name` is changed. x is its input; the change is read at its product.
@@ -255,7 +252,7 @@ def _product_error(
     try:
         with tempfile.TemporaryDirectory() as folder:
             single = Path(folder) / "single.gguf"
-            lora_file.write(LoraAdapter({name: pair}, architecture), single)
+            lora_file.write(LoraAdapter({name: pair}, family), single)
             with model.steered(Steering(adapters=[(single, 1.0)])):
                 change = rows()[product] - before[product]
     except OSError as error:
