@@ -32,6 +32,7 @@ class Activations:
     Args:
         parts: arrays, memory maps, tensors or slices of a shard, each [n, L, D].
         indices: the selected samples, as indices into all parts; None selects all.
+        layers: the layers that the parts hold; None if they hold all. Rows of other layers are 0.
         name: the name of the rows in error messages.
     """
 
@@ -41,8 +42,9 @@ class Activations:
         indices: npt.NDArray[np.intp] | None = None,
         *,
         name: str = "activations",
+        layers: Sequence[int] | None = None,
     ) -> None:
-        self._parts, self.name = parts, name
+        self._parts, self.name, self._layers = parts, name, layers
         self._ends = np.cumsum([part.shape[0] for part in parts])
         self._whole = indices is None
         self._indices = np.arange(self._ends[-1]) if indices is None else indices
@@ -69,7 +71,7 @@ class Activations:
 
     def take(self, samples: Samples) -> Activations:
         """Return a selection of samples by a slice, a mask or indices. Read nothing."""
-        return Activations(self._parts, self._indices[samples], name=self.name)
+        return Activations(self._parts, self._indices[samples], name=self.name, layers=self._layers)
 
     def layer_rows(
         self, layer: int, samples: Samples = slice(None), device: torch.device | str = "cpu"
@@ -101,6 +103,10 @@ class Activations:
             yield part, self.layer_rows(layer, part, device)
 
     def _read(self, layer: int, indices: npt.NDArray[np.intp], device: torch.device | str) -> Tensor:
+        if self._layers is not None:
+            if layer not in self._layers:
+                return torch.zeros((len(indices), self.shape[2]), dtype=torch.float64, device=device)
+            layer = self._layers.index(layer)
         part_numbers = np.searchsorted(self._ends, indices, side="right")
         pieces, positions = [], []
         for number in np.unique(part_numbers):
@@ -158,10 +164,10 @@ class Activations:
 class MatrixInputs:
     """The inputs of one kind of output matrix, in every layer: rows [·, L, W] of any float type.
 
-    The rows include the factor that some models apply to the matrix's product. `last_token`: inputs at the
-    last prompt token of each sample. `prompt_tokens`, `answer_tokens`: inputs at other tokens of prompts and
-    answers, where the gate must stay closed. `template_tokens`: inputs at the tokens that the chat template
-    puts before every prompt.
+    Layers without the matrix have rows of 0. The rows include the factors that some models apply to the
+    matrix's product. `last_token`: inputs at the last prompt token of each sample. `prompt_tokens`,
+    `answer_tokens`: inputs at other tokens of prompts and answers, where the gate must stay closed.
+    `template_tokens`: inputs at the tokens that the chat template puts before every prompt.
     """
 
     last_token: Any  # [N, L, W]

@@ -2,9 +2,9 @@
 
 Takes a model and conversations with their answers. Writes arrays by name to the shards of an
 `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2). For the gated adapter also
-`<matrix>/last` [n, L, W] at the same token, and `<matrix>/prompts` and `<matrix>/answers` [·, L, W] at other
-tokens, where the gate must stay closed. Each conversation takes one forward pass. Several processes can share
-the work.
+`<matrix>/last` [n, M, W] at the same token, and `<matrix>/prompts` and `<matrix>/answers` [·, M, W] at other
+tokens, where the gate must stay closed. M are the layers that have the matrix. Each conversation takes one
+forward pass. Several processes can share the work.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
+from rs_gguf.activations.matrix_inputs import InputReader
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Can, Engine, read_last
 from rs_gguf.engines.generation import common_prefix
-from rs_gguf.errors import InputError
 from rs_gguf.machine import ALONE, Processes
-from rs_gguf.models import dimensions
-from rs_gguf.models.architecture import matrix_input_tensors, product_scale
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
@@ -102,18 +100,19 @@ def capture_all(
 
 
 def captured(
-    store: ActivationStore, count: int, *, inputs: bool
+    store: ActivationStore, count: int, *, inputs: bool, layers: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[Activations, dict[str, MatrixInputs]]:
     """Return the activations of `count` prompts from the store, and with `inputs` the matrices' inputs too.
+
+    `layers`: the layers that have each matrix (`ModelDimensions.matrix_layers`); all, if it is not named.
 
     Raises:
         DamagedStoreError: a shard is missing or was changed, or the store has another key.
     """
     shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
-    template: dict[str, Activations] = {}
-    if inputs:
-        template = {name: Activations([part]) for name, part in store.read([_TEMPLATE_SHARD])[0].items()}
-    return Activations([shard["activations"] for shard in shards]), join_matrix_inputs(shards, template)
+    template = store.read([_TEMPLATE_SHARD])[0] if inputs else {}
+    activations = Activations([shard["activations"] for shard in shards])
+    return activations, join_matrix_inputs(shards, template, layers)
 
 
 def _shard_of(start: int) -> str:
@@ -132,7 +131,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
     layers = range(model.n_layer)
     if Can.MATRIX_INPUTS not in model.can:
         return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
-    inputs = input_tensors(model)
+    reader = InputReader(model)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
         sequence, places = _positions(conversation, prefix, np.random.default_rng((seed, number)))
@@ -140,8 +139,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
         positions.append(places)
     last: dict[int, dict[str, NDArray[np.float32]]] = {}
     others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
-    tensors = ("l_out", *inputs.values())
-    for i, position, rows in model.read(sequences, positions, layers, tensors):
+    for i, position, rows in reader.read(sequences, positions, reader.names, layers):
         distance = position - (len(conversations[i].prompt) - 1)
         if distance == 0:
             last[i] = rows
@@ -149,65 +147,48 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
             del rows["l_out"]
             others["answers" if distance > 0 else "prompts"].append(rows)
     samples = [last[i] for i in range(len(conversations))]
-    scale = _product_scale(model)
     arrays: Arrays = {"activations": np.stack([rows["l_out"] for rows in samples])}
-    for matrix, tensor in inputs.items():
-        last_inputs = np.stack([rows[tensor] for rows in samples])
-        arrays[f"{matrix}/last"] = _compact(last_inputs * scale)
+    for matrix, names in reader.groups.items():
+        last_inputs = np.stack([[rows[name] for name in names] for rows in samples])
+        arrays[f"{matrix}/last"] = _compact(last_inputs)
         for sort, tokens in others.items():
-            other_inputs = np.reshape([rows.pop(tensor) for rows in tokens], (-1, *last_inputs.shape[1:]))
-            arrays[f"{matrix}/{sort}"] = _compact(other_inputs * scale)
+            other_inputs = [[rows.pop(name) for name in names] for rows in tokens]
+            arrays[f"{matrix}/{sort}"] = _compact(np.reshape(other_inputs, (-1, *last_inputs.shape[1:])))
     return arrays
 
 
 def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
-    """Return `<matrix>/constant` [T, L, W] at the T tokens that the template puts before every prompt."""
-    inputs = input_tensors(model)
-    if not inputs:
+    """Return `<matrix>/constant` [T, M, W] at the T tokens that the template puts before every prompt."""
+    reader = InputReader(model)
+    if not reader.groups:
         return {}
     positions = range(max(prefix, 1))  # If the template puts nothing there, read one token for the shape.
-    reads = model.read([prompt[: len(positions)]], [positions], range(model.n_layer), tuple(inputs.values()))
-    tokens, scale = [rows for _, _, rows in reads], _product_scale(model)
+    reads = reader.read([prompt[: len(positions)]], [positions], reader.names)
+    tokens = [rows for _, _, rows in reads]
     return {
-        f"{matrix}/constant": np.stack([rows[tensor] for rows in tokens])[:prefix] * scale
-        for matrix, tensor in inputs.items()
-    }
-
-
-def _product_scale(model: Engine) -> np.float32:
-    return np.float32(product_scale(model.architecture, model.n_layer, model.metadata))
-
-
-def input_tensors(model: Engine) -> dict[str, str]:
-    """Return the graph's input tensor of each output matrix that all layers have with the same width."""
-    names, matrices = model.graph_tensors(), dimensions.of_gguf(model.path).output_matrices
-    try:
-        inputs = [matrix_input_tensors(names, layer) for layer in range(model.n_layer)]
-    except InputError:  # A layer has no such matrix. Control vectors remain possible.
-        return {}
-    return {
-        matrix: tensor
-        for matrix, tensor in inputs[0].items()
-        if matrix in matrices and all(layer.get(matrix) == tensor for layer in inputs)
+        f"{matrix}/constant": np.stack([[rows[name] for name in names] for rows in tokens])[:prefix]
+        for matrix, names in reader.groups.items()
     }
 
 
 def join_matrix_inputs(
-    shards: Sequence[Mapping[str, Any]], template: Mapping[str, Any]
+    shards: Sequence[Mapping[str, Any]],
+    template: Mapping[str, Any],
+    layers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, MatrixInputs]:
     """Return the inputs of each output matrix from all shards, in the order of the samples. Read nothing.
 
-    `template`: the arrays of `capture_template_tokens`.
+    `template`: the arrays of `capture_template_tokens`. `layers`: as for `captured`.
     """
-    matrices = [name.removesuffix("/constant") for name in template]
+    parts = {name.removesuffix("/constant"): array for name, array in template.items()}
+
+    def joined(matrix: str, sort: str) -> Activations:
+        rows = [shard[f"{matrix}/{sort}"] for shard in shards] if sort else [parts[matrix]]
+        return Activations(rows, layers=(layers or {}).get(matrix))
+
     return {
-        matrix: MatrixInputs(
-            last_token=Activations([shard[f"{matrix}/last"] for shard in shards]),
-            prompt_tokens=Activations([shard[f"{matrix}/prompts"] for shard in shards]),
-            answer_tokens=Activations([shard[f"{matrix}/answers"] for shard in shards]),
-            template_tokens=template[f"{matrix}/constant"],
-        )
-        for matrix in matrices
+        matrix: MatrixInputs(*(joined(matrix, sort) for sort in ("last", "prompts", "answers", "")))
+        for matrix in parts
     }
 
 

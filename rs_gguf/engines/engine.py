@@ -161,18 +161,18 @@ class Engine(ChatModel, Protocol):
         positions: Sequence[Sequence[int]],
         layers: Sequence[int],
         tensors: Sequence[str] = ("l_out",),
+        matrices: Sequence[str] = (),
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
 
-        `l_out` is the activation (method §2); other tensors need `Can.MATRIX_INPUTS`. The values include the
-        steering. Layers after the deepest of `layers` are not computed.
+        `l_out` is the activation (method §2); other tensors and `matrices` need `Can.MATRIX_INPUTS`. For a
+        matrix such as `blk.3.ffn_down.weight`, its input [width] is yielded under its name; for
+        `blk.3.ffn_down.product`, its product. The values include the steering. Layers after the deepest of
+        `layers` are not computed, unless a product is read.
 
         Raises:
-            InputError: a sequence is empty or has no position, or the model lacks a layer or tensor.
+            InputError: a sequence is empty or has no position, or the model lacks a layer, tensor or matrix.
         """
-
-    def graph_tensors(self) -> Sequence[str]:
-        """Return the names of all readable tensors, such as `l_out-3`, in the order of evaluation."""
 
 
 def read_last(
@@ -180,8 +180,12 @@ def read_last(
     prompts: Sequence[Sequence[int]],
     layers: Sequence[int],
     tensors: Sequence[str] = ("l_out",),
+    matrices: Sequence[str] = (),
 ) -> dict[str, NDArray[np.float32]]:
-    """Return {tensor: [N, L, width]} at the last token of each prompt. Raises as `Engine.read` does."""
+    """Return {tensor: [N, L, width]} and {matrix: [N, width]} at the last token of each prompt.
+
+    Raises as `Engine.read` does.
+    """
     last = [(len(tokens) - 1,) for tokens in prompts]
-    tensor_rows = {i: rows for i, _, rows in engine.read(prompts, last, layers, tensors)}
-    return {name: np.stack([tensor_rows[i][name] for i in range(len(prompts))]) for name in tensors}
+    rows = {i: row for i, _, row in engine.read(prompts, last, layers, tensors, matrices)}
+    return {name: np.stack([rows[i][name] for i in range(len(prompts))]) for name in rows[0]}

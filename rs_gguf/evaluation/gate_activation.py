@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.activations.capture import input_tensors
+from rs_gguf.activations.matrix_inputs import InputReader
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.evaluation.paired_statistics import rate_interval
-from rs_gguf.models.architecture import product_scale
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
 from rs_gguf.records.metrics import GateActivation, MinimalPairs, Share
@@ -115,22 +114,8 @@ def activations_by_matrix(
     positions: Sequence[Sequence[int]],
 ) -> Iterator[tuple[int, int, dict[str, float]]]:
     """Yield (index, position, {matrix: aᵀx}) for each of `positions[index]`, under the steering in force."""
-    places = {name: (int(name.split(".")[1]), name.split(".")[2]) for name in gates}
-    layers = sorted({layer for layer, _ in places.values()})
-    matrices = {matrix for _, matrix in places.values()}
-    tensors = {matrix: name for matrix, name in input_tensors(model).items() if matrix in matrices}
-    # The fit scales inputs as the model scales products, so the gate vectors are for scaled inputs.
-    scale = product_scale(model.architecture, model.n_layer, model.metadata)
-    for i, position, rows in model.read(sequences, positions, layers, list(tensors.values())):
-        yield (
-            i,
-            position,
-            {
-                name: scale
-                * float(gates[name].astype(np.float64) @ rows[tensors[matrix]][layers.index(layer)])
-                for name, (layer, matrix) in places.items()
-            },
-        )
+    for i, position, inputs in InputReader(model).read(sequences, positions, list(gates)):
+        yield i, position, {name: float(a.astype(np.float64) @ inputs[name]) for name, a in gates.items()}
 
 
 def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:

@@ -41,7 +41,7 @@ from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
 from rs_gguf.steering import lora_file
-from rs_gguf.steering.ablation import ablated, other_output_matrices, outputs_along
+from rs_gguf.steering.ablation import ablated, output_matrices_out_of_reach, outputs_along
 from rs_gguf.steering.lora import LoraAdapter
 
 _log = logging.getLogger("rs_gguf.baselines")
@@ -62,20 +62,20 @@ _DEEPEST = 0.8  # of the layers: Arditi et al. (arXiv 2406.11717) take no direct
 def usable(names: Sequence[str], model: Engine) -> list[str]:
     """Return the names of the baselines that the model can have, and log a warning for each other one.
 
-    The system prompt is left out if the model's chat template takes none. Ablation is left out if layers also
-    add to the residual stream through experts or a recurrent state.
+    The system prompt is left out if the model's chat template takes none. Ablation is left out if layers add
+    to the residual stream through a matrix that adapters do not reach.
     """
     names = list(names)
     if "system-prompt" in names and not ChatFormat.of(model).takes_system:
         _log.warning("%s takes no system prompt: the baseline system-prompt is left out.", model.path.stem)
         names.remove("system-prompt")
     if "ablation" in names and Can.LORA in model.can:
-        others = other_output_matrices(model.path)
-        if others:
+        out_of_reach = output_matrices_out_of_reach(model.path)
+        if out_of_reach:
             _log.warning(
-                "%s also adds to the residual stream through %s: the baseline ablation is left out.",
+                "llama.cpp applies no adapter to %s of %s: the baseline ablation is left out.",
+                out_of_reach[0],
                 model.path.stem,
-                others[0],
             )
             names.remove("ablation")
     return names

@@ -1,6 +1,6 @@
 """Fit a gated adapter in closed form: a rank-1 LoRA whose effect depends on the input (method §8).
 
-Inputs of the output matrices (`attn_output`, `ffn_down`), activations and judged labels go in; a
+Inputs of the output matrices (such as `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
 activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
 harmful one. Elsewhere it has as little as possible (`rs_gguf.methods.gate_vectors`). The output vector d is
@@ -36,6 +36,7 @@ from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Device, Processes, on_all_cores, one_thread
 from rs_gguf.methods.gate_vectors import OutputMatrixInputs, SampleWeights, gate_vectors
 from rs_gguf.methods.options import PLAIN, GateOptions
+from rs_gguf.models.architecture import tensor_name
 from rs_gguf.steering.lora import Factors
 
 OFF_TARGET_WEIGHT = 2.0  # in the metric, of each sort of other tokens, relative to the samples of the kinds
@@ -87,7 +88,7 @@ class GatedAdapterFit:
             for output_matrix in output_matrices:
                 sensitive, benign = self.sensitive_gate[output_matrix], self.benign_gate[output_matrix]
                 gate_vector = sensitive[index, layer] + benign_target * benign[index, layer]
-                factors[f"blk.{layer}.{output_matrix}.weight"] = (
+                factors[tensor_name(output_matrix, layer)] = (
                     gate_vector[np.newaxis].astype(np.float32),
                     output_vector[:, np.newaxis].astype(np.float32),
                 )

@@ -1,6 +1,6 @@
 """Every fact about a family of networks: llama.cpp's name for it, its output matrices and their scales.
 
-The functions take names: of a family, of tensors in a GGUF file, or of tensors in llama.cpp's graph.
+The functions take names: of a family, or of tensors in a GGUF file.
 To support a new family, add its facts here and a row in `tests/fixtures/families.py`.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
     import gguf
@@ -29,31 +28,32 @@ PADS_THE_STATE = ("rwkv", "xlstm")
 
 # ---- output matrices -----------------------------------------------------------------------------
 
-# The output matrices, each with the graph's names for its input. llama.cpp's build_ffn names one step after
-# another, so the last step comes first here. BitNet has norms before both matrices.
-OUTPUT_MATRICES: Mapping[str, Sequence[str]] = {
-    "attn_output": ("attn_sub_norm", "kqv_out"),
-    "ffn_down": (
-        "ffn_sub_norm",
-        "ffn_gate_par",
-        "ffn_swiglu_limited",
-        "ffn_swiglu",
-        "ffn_geglu",
-        "ffn_reglu",
-        "ffn_act",
-        "ffn_gelu",
-        "ffn_silu",
-        "ffn_sqr(relu)",
-        "ffn_relu",
-    ),
+ATTENTION_MATRICES = ("attn_output", "ssm_out", "shortconv.out_proj")
+"""The output matrices of attention, of linear attention and recurrent states, and of convolutions."""
+
+FEED_FORWARD_MATRICES = ("ffn_down", "ffn_down_shexp")
+"""The output matrices of a layer's feed-forward network, and of the expert that every token uses."""
+
+OUTPUT_MATRICES = ATTENTION_MATRICES + FEED_FORWARD_MATRICES
+"""The matrices whose products a layer adds to the residual stream, by their names in a GGUF file."""
+
+# llama.cpp multiplies these without build_lora_mm, in some layers or in all, so no adapter reaches them.
+_WITHOUT_LORA: Mapping[str, Sequence[str]] = {
+    "bailingmoe3": ("attn_output",),
+    "glm5-next": ("attn_output",),
+    "kimi-k3": ("attn_output", "ffn_down", "ffn_down_shexp"),
+    "kimi-linear": ("attn_output",),
 }
-# The graph's tensors that hold the product of an output matrix: alone, or within a sum.
-PRODUCT_TENSORS: Mapping[str, frozenset[str]] = {
-    "attn_output": frozenset({"attn_out", "ffn_inp"}),
-    "ffn_down": frozenset({"ffn_down", "ffn_out", "l_out"}),
-}
-_OUTPUT_MATRIX = re.compile(rf"blk\.\d+\.(?:{'|'.join(OUTPUT_MATRICES)})\.weight")
-_OTHER_OUTPUT_MATRIX = re.compile(r"blk\.\d+\.(?:ffn_down_\w*exps|ffn_down_shexp|ssm_out)\.weight")
+_OUTPUT_MATRIX = re.compile(rf"blk\.\d+\.(?:{'|'.join(map(re.escape, OUTPUT_MATRICES))})\.weight")
+_EXPERTS = re.compile(r"blk\.\d+\.\w+_\w*exps\.weight")
+
+
+@dataclass(frozen=True)
+class MatrixPlaces:
+    """The layers that have an output matrix with the same number of inputs, `width`."""
+
+    width: int
+    layers: tuple[int, ...]
 
 
 def is_output_matrix(tensor: str) -> bool:
@@ -61,35 +61,61 @@ def is_output_matrix(tensor: str) -> bool:
     return _OUTPUT_MATRIX.fullmatch(tensor) is not None
 
 
-def is_other_output_matrix(tensor: str) -> bool:
-    """Return whether a tensor of a GGUF file adds to the residual stream in another way: experts, a state."""
-    return _OTHER_OUTPUT_MATRIX.fullmatch(tensor) is not None
+def holds_experts(tensor: str) -> bool:
+    """Return whether a tensor of a GGUF file, by its name, holds a matrix for each expert."""
+    return _EXPERTS.fullmatch(tensor) is not None
 
 
-def matrix_input_tensors(names: Sequence[str], layer: int) -> dict[str, str]:
-    """Return the graph's tensor that each output matrix of a layer multiplies, by matrix.
+def is_experts_output(tensor: str) -> bool:
+    """Return whether a tensor of a GGUF file holds an output matrix for each expert."""
+    return holds_experts(tensor) and ".ffn_down_" in tensor
 
-    `names`: all tensor names of the graph. Matrices that the layer does not have, or has once per expert, are
-    left out.
 
-    Raises:
-        InputError: no matrix is left.
+def is_out_of_reach(family: str, tensor: str) -> bool:
+    """Return whether a tensor is an output matrix that llama.cpp multiplies without regard to adapters."""
+    return is_output_matrix(tensor) and split_name(tensor)[1] in _WITHOUT_LORA.get(family, ())
+
+
+def matrix_places(family: str, layers: Mapping[int, Mapping[str, Sequence[int]]]) -> dict[str, MatrixPlaces]:
+    """Return where an adapter can change each output matrix.
+
+    The keys are names such as `ffn_down`. If its widths differ between layers, a matrix has a key for each
+    width, such as `attn_output/512`.
+
+    layers: dimensions of each layer's tensors, inputs first, by their names without `blk.N.` and `.weight`.
     """
-    present = {name.removesuffix(f"-{layer}") for name in names if name.endswith(f"-{layer}")}
-    if any(name.startswith("ffn_moe_") for name in present):
-        present &= set(OUTPUT_MATRICES["attn_output"])  # The other names belong to a shared expert.
-    inputs = {
-        matrix: next(tensor for tensor in tensors if tensor in present)
-        for matrix, tensors in OUTPUT_MATRICES.items()
-        if present & set(tensors)
-    }
-    if not inputs:
-        raise InputError(
-            "no matrix of this architecture can hold a gated adapter: its graph has none of the tensors "
-            + ", ".join(tensor for tensors in OUTPUT_MATRICES.values() for tensor in tensors)
-            + ". Use a control vector."
-        )
-    return inputs
+    places: dict[str, MatrixPlaces] = {}
+    for matrix in OUTPUT_MATRICES:
+        widths = {
+            layer: tensors[matrix][0]
+            for layer, tensors in sorted(layers.items())
+            if matrix in tensors and matrix not in _WITHOUT_LORA.get(family, ())
+        }
+        for width in sorted(set(widths.values())):
+            key = f"{matrix}/{width}" if len(set(widths.values())) > 1 else matrix
+            places[key] = MatrixPlaces(width, tuple(n for n, other in widths.items() if other == width))
+    return dict(sorted(places.items()))
+
+
+def tensor_name(key: str, layer: int) -> str:
+    """Return the name in a GGUF file of a layer's output matrix, by a key of `matrix_places`."""
+    return f"blk.{layer}.{key.partition('/')[0]}.weight"
+
+
+def product_gate(tensor: str) -> str | None:
+    """Return the matrix of one row that weights the expert of every token in some families.
+
+    The sigmoid of its product multiplies the expert's product. `tensor`: the expert's output matrix. The
+    name is without `.weight`; None for other matrices.
+    """
+    layer, matrix = split_name(tensor)
+    return f"blk.{layer}.ffn_gate_inp_shexp" if matrix == "ffn_down_shexp" else None
+
+
+def split_name(tensor: str) -> tuple[int, str]:
+    """Return the layer and the matrix of a tensor's name, `blk.N.<matrix>.weight`."""
+    _, layer, matrix = tensor.removesuffix(".weight").split(".", 2)
+    return int(layer), matrix
 
 
 def product_scale(family: str, n_layer: int, metadata: Mapping[str, Any]) -> float:

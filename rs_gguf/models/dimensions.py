@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ class ModelDimensions:
     uses the share `used`. `head`: parameters of the last matrix, which gives the logits. `weights`: bytes of
     all that is loaded. `attention`: heads times head width, and `cache`: cached numbers per token, both
     summed over the layers. `output_matrices`: the input width of each matrix that a gated adapter may
-    change, by name; only matrices that every layer has with the same width.
+    change, by the keys of `architecture.matrix_places`. `matrix_layers`: the layers that have it,
+    if not all.
     """
 
     n_layer: int
@@ -48,11 +49,21 @@ class ModelDimensions:
     attention: int
     cache: int
     output_matrices: Mapping[str, int]
+    matrix_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def active(self) -> float:
         """Return the number of layer parameters that one token uses."""
         return self.dense + self.used * self.experts
+
+    def layers_with(self, matrix: str) -> Sequence[int]:
+        """Return the layers that have one of the `output_matrices`."""
+        return self.matrix_layers.get(matrix, range(self.n_layer))
+
+    @property
+    def matrix_inputs(self) -> int:
+        """Return the inputs of all output matrices at one token, in numbers."""
+        return sum(width * len(self.layers_with(matrix)) for matrix, width in self.output_matrices.items())
 
     def flops(self, context: float) -> float:
         """Return the floating-point operations of all layers for a token that attends to `context` others."""
@@ -83,7 +94,8 @@ def of_gguf(path: Path) -> ModelDimensions:
         used = values.get(f"{family}.expert_used_count", 0) / max(1, values.get(f"{family}.expert_count", 1))
         if not 0 <= used <= 1:
             raise ValueError(f"{used:g} of its experts are used")
-        return _dimensions(tensors, n_layer, width, used, q8_copy.size_to_load(path, header), str(path))
+        weights = q8_copy.size_to_load(path, header)
+        return _dimensions(tensors, family, n_layer, width, used, weights, str(path))
     # A number or a matrix is missing, or has the wrong type.
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
@@ -106,7 +118,8 @@ def of_folder(path: Path, bits: float | None = None) -> ModelDimensions:
     if bits is not None:
         return of_config(config, bits)
     dimensions = of_config(config, 16.0 if configuration.keeps_bf16(config) else 32.0)
-    return replace(dimensions, output_matrices={})  # The PyTorch engine reads no inputs of matrices.
+    # The PyTorch engine reads no inputs of matrices.
+    return replace(dimensions, output_matrices={}, matrix_layers={})
 
 
 def of_config(config: transformers.PretrainedConfig, bits: float) -> ModelDimensions:
@@ -123,17 +136,17 @@ def of_config(config: transformers.PretrainedConfig, bits: float) -> ModelDimens
 
     text = config.get_text_config()  # without encoders of images and sound
     network = configuration.network(text)
-    family = architecture.llama_cpp_family(architecture.llama_cpp_name(text.model_type))
-    table = gguf.get_tensor_name_map(family or gguf.MODEL_ARCH.LLAMA, text.num_hidden_layers)
+    family = architecture.llama_cpp_name(text.model_type)
+    known = architecture.llama_cpp_family(family) or gguf.MODEL_ARCH.LLAMA
+    table = gguf.get_tensor_name_map(known, text.num_hidden_layers)
     tensors = [
         (_gguf_name(name, table), tuple(reversed(parameter.shape)))
         for name, parameter in network.named_parameters()
     ]
     count = sum(math.prod(shape) for _, shape in tensors)
     used = configuration.share_of_experts(text)
-    return _dimensions(
-        tensors, text.num_hidden_layers, text.hidden_size, used, int(count * bits / 8), text.model_type
-    )
+    n_layer, width = text.num_hidden_layers, text.hidden_size
+    return _dimensions(tensors, family, n_layer, width, used, int(count * bits / 8), text.model_type)
 
 
 def _gguf_name(name: str, table: Any) -> str:
@@ -148,7 +161,13 @@ def _gguf_name(name: str, table: Any) -> str:
 
 
 def _dimensions(
-    tensors: Iterable[TensorInfo], n_layer: int, width: int, used: float, weights: int, source: str
+    tensors: Iterable[TensorInfo],
+    family: str,
+    n_layer: int,
+    width: int,
+    used: float,
+    weights: int,
+    source: str,
 ) -> ModelDimensions:
     layers: dict[int, dict[str, Sequence[int]]] = defaultdict(dict)
     outside: dict[str, Sequence[int]] = {}
@@ -169,10 +188,7 @@ def _dimensions(
     if min(n_layer, width, *embedding, *output) < 1:
         raise InputError(f"{source}: the embedding or the output is missing or empty. Give a language model.")
     attention = [architecture.attention(layer) for layer in layers.values()]
-    output_matrices = [
-        {(name, layer[name][0]) for name in architecture.OUTPUT_MATRICES if name in layer}
-        for layer in layers.values()
-    ]
+    places = architecture.matrix_places(family, layers)
     return ModelDimensions(
         n_layer=n_layer,
         width=width,
@@ -184,5 +200,6 @@ def _dimensions(
         weights=weights,
         attention=sum(queries for _, queries in attention),
         cache=sum(numbers for numbers, _ in attention),
-        output_matrices=dict(sorted(set.intersection(*output_matrices))) if output_matrices else {},
+        output_matrices={key: p.width for key, p in places.items()},
+        matrix_layers={key: p.layers for key, p in places.items() if len(p.layers) < n_layer},
     )

@@ -71,8 +71,7 @@ class Costs:
         # A model whose output matrices are not known runs in PyTorch, or has none that an adapter can change.
         can = Can.LORA | Can.MATRIX_INPUTS if model.output_matrices else Can(0)
         self.files = len(suited_methods(can, recipe.fit_options))
-        self.inputs = model.n_layer * sum(model.output_matrices.values())
-        """Inputs of all output matrices at one token, in numbers."""
+        self.inputs = model.matrix_inputs
 
     def count(self, *splits: str) -> int:
         """Return the number of prompts of these splits."""
@@ -121,7 +120,8 @@ class Costs:
 
     def adapter(self) -> float:
         """Return the bytes of an adapter for two thirds of the layers."""
-        outputs = self.model.n_layer * self.model.width * len(self.model.output_matrices)
+        model = self.model
+        outputs = model.width * sum(len(model.layers_with(matrix)) for matrix in model.output_matrices)
         return 4 * (self.inputs + outputs) * 2 / 3
 
 

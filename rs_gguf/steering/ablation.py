@@ -16,13 +16,20 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import is_other_output_matrix, is_output_matrix
+from rs_gguf.models.architecture import (
+    is_experts_output,
+    is_out_of_reach,
+    is_output_matrix,
+    split_name,
+)
 from rs_gguf.steering.lora import Factors
 
 
-def other_output_matrices(model: Path) -> list[str]:
-    """Return the tensors of a GGUF file that add to the residual stream in another way: experts, a state."""
-    return [tensor.name for tensor in gguf_header.read(model).tensors if is_other_output_matrix(tensor.name)]
+def output_matrices_out_of_reach(model: Path) -> list[str]:
+    """Return the output matrices of a GGUF file that llama.cpp multiplies without regard to adapters."""
+    header = gguf_header.read(model)
+    family = header.values.get("general.architecture", "")
+    return [tensor.name for tensor in header.tensors if is_out_of_reach(family, tensor.name)]
 
 
 def outputs_along(
@@ -30,13 +37,15 @@ def outputs_along(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield the name and dᵀW [in] of each output matrix W in a layer with a direction d [D].
 
-    d dᵀW is what the matrix adds along a direction of length 1. One matrix is in memory at a time.
+    Of E experts in one tensor, dᵀW is [E, in]. d dᵀW is what the matrix adds along a direction of length 1.
+    One tensor is in memory at a time.
 
     Raises:
         InputError: a matrix has a type that the `gguf` package cannot read.
     """
     for tensor in GGUFReader(model).tensors:
-        layer = int(tensor.name.split(".")[1]) if is_output_matrix(tensor.name) else -1
+        adds = is_output_matrix(tensor.name) or is_experts_output(tensor.name)
+        layer = split_name(tensor.name)[0] if adds else -1
         if layer in directions:
             try:
                 matrix = dequantize(tensor.data, tensor.tensor_type)
@@ -49,5 +58,9 @@ def outputs_along(
 
 
 def ablated(direction: NDArray[np.float32], along: NDArray[np.float32], alpha: float = 1.0) -> Factors:
-    """Return A = α dᵀW [1, in] and B = −d [D, 1] of a matrix W; `along` is dᵀW."""
-    return np.float32(alpha) * along[np.newaxis], -direction[:, np.newaxis]
+    """Return A = α dᵀW [1, in] and B = −d [D, 1] of a matrix W; `along` is dᵀW.
+
+    Of E experts, return A [E, 1, in] and B [E, D, 1].
+    """
+    a = np.float32(alpha) * along[..., np.newaxis, :]
+    return a, np.broadcast_to(-direction[:, np.newaxis], (*a.shape[:-2], len(direction), 1))

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import OUTPUT_MATRICES, PRODUCT_TENSORS, matrix_input_tensors
+from rs_gguf.models import header
+from rs_gguf.models.architecture import is_output_matrix, split_name
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file
-from rs_gguf.steering.lora import LoraAdapter
+from rs_gguf.steering.lora import Factors, LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.report import EffectCheck
 from rs_gguf.steering.vector import SteeringVector
@@ -177,6 +178,8 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
             f"{model.architecture!r}: it belongs to another model."
         )
         return EffectCheck(False, (reason,), {}, None)
+    if reasons := _wrong_experts(adapter, model):  # llama.cpp would end the process
+        return EffectCheck(False, tuple(reasons), {}, None)
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
     with contextlib.ExitStack() as steering:
@@ -205,65 +208,59 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
     return EffectCheck(not reasons, tuple(reasons), errors, kl)
 
 
+def _wrong_experts(adapter: LoraAdapter, model: Engine) -> list[str]:
+    """Return a reason for each tensor of experts whose number differs from the model's."""
+    counts = {name: len(a) for name, (a, _) in adapter.factors.items() if a.ndim == 3}
+    shapes = {tensor.name: tensor.shape for tensor in header.read(model.path).tensors} if counts else {}
+    return [
+        f"{name} has {count} experts in the adapter but {shapes[name][2]} in {model.path.name}: it belongs "
+        "to another model."
+        for name, count in counts.items()
+        if name in shapes and count != shapes[name][2]
+    ]
+
+
 def _errors_by_matrix(adapter: LoraAdapter, model: Engine, prompts: list[list[int]]) -> dict[str, float]:
     """Return the relative error of each matrix in the adapter's first, middle and last layer.
 
-    Each matrix is changed separately, so that its input stays the same. The sum that its product enters must
-    then change by B A x.
+    Each matrix is changed separately, so that its input stays the same. Its product must then change by
+    B A x. Changes of other matrices than output matrices show in the logits alone.
     """
     errors: dict[str, float] = {}
     layers, norms = adapter.layers, adapter.norms
-    graph = model.graph_tensors()
-    for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
-        try:
-            inputs = matrix_input_tensors(graph, layer)
-        except InputError:  # the graph has no such tensor; the logits alone then show the effect
-            continue
-        for matrix in OUTPUT_MATRICES:
-            name = f"blk.{layer}.{matrix}.weight"
-            # A change of zero shows nothing, and a file with it alone cannot be written.
-            if norms.get(name) and matrix in inputs:
-                observed = _next_tensor(graph, inputs[matrix], layer)
-                if observed in PRODUCT_TENSORS[matrix]:
-                    errors[name] = _product_error(adapter, name, inputs[matrix], observed, model, prompts)
+    chosen = {layers[0], layers[len(layers) // 2], layers[-1]}
+    present = {tensor.name for tensor in header.read(model.path).tensors}
+    for name, pair in adapter.factors.items():
+        # A file cannot hold a change of zero alone. Some scales of a matrix multiply its change too.
+        scaled = f"{name.removesuffix('.weight')}.scale" in present
+        if split_name(name)[0] in chosen and is_output_matrix(name) and norms[name] and not scaled:
+            errors[name] = _product_error(name, pair, adapter.architecture, model, prompts)
     return errors
 
 
-def _next_tensor(graph: Sequence[str], name: str, layer: int) -> str:
-    """Return the tensor that a layer evaluates after `name`, or "" if `name` is its last one.
-
-    In some families the next tensor is a norm of the matrix's product, or a part of the product.
-    `graph`: names of all tensors, in the order of evaluation.
-    """
-    tensors = [tensor.rpartition("-")[0] for tensor in graph if tensor.endswith(f"-{layer}")]
-    return [*tensors, ""][tensors.index(name) + 1]
-
-
-def _product_error(
-    adapter: LoraAdapter, name: str, source: str, observed: str, model: Engine, prompts: list[list[int]]
-) -> float:
+def _product_error(name: str, pair: Factors, family: str, model: Engine, prompts: list[list[int]]) -> float:
     """Return the largest ‖change − B A x‖ over the prompts, relative to the largest ‖B A x‖.
 
-    Only the matrix `name` is changed. x is the tensor `source`; the change is read at the tensor `observed`.
+    Only the matrix `name` is changed. x is its input; the change is read at its product.
     """
-    layer = int(name.split(".")[1])
-    a, b = (factor.astype(np.float64) for factor in adapter.factors[name])
+    product = f"{name.removesuffix('.weight')}.product"
 
-    def sums() -> dict[str, NDArray[np.float64]]:
-        return {n: rows[:, 0] for n, rows in _read(model, prompts, [layer], (source, observed)).items()}
+    def rows() -> dict[str, NDArray[np.float64]]:
+        return _read(model, prompts, [], (), (name, product))
 
-    before = sums()
+    before = rows()
     try:
         with tempfile.TemporaryDirectory() as folder:
             single = Path(folder) / "single.gguf"
-            lora_file.write(LoraAdapter({name: adapter.factors[name]}, adapter.architecture), single)
+            lora_file.write(LoraAdapter({name: pair}, family), single)
             with model.steered(Steering(adapters=[(single, 1.0)])):
-                change = sums()[observed] - before[observed]
+                change = rows()[product] - before[product]
     except OSError as error:
         raise InputError(
             f"cannot write a file with {name} alone ({error}). Free disk space or set TMPDIR."
         ) from error
-    expected = before[source] @ a.T @ b.T
+    a, b = (factor.astype(np.float64) for factor in pair)
+    expected = before[name] @ a.T @ b.T
     norm = np.linalg.norm(expected, axis=1).max()
     return float(np.linalg.norm(change - expected, axis=1).max() / norm) if norm else 0.0
 
@@ -274,10 +271,14 @@ def _activations(model: Engine, prompts: list[list[int]], layers: list[int]) -> 
 
 
 def _read(
-    model: Engine, prompts: list[list[int]], layers: list[int], tensors: Sequence[str]
+    model: Engine,
+    prompts: list[list[int]],
+    layers: list[int],
+    tensors: Sequence[str],
+    matrices: Sequence[str] = (),
 ) -> dict[str, NDArray[np.float64]]:
     """Return each tensor [N, L, width] at the last token; batches stay the same, only steering differs."""
-    rows_by_tensor = read_last(model, prompts, layers, tensors)
+    rows_by_tensor = read_last(model, prompts, layers, tensors, matrices)
     return {name: rows.astype(np.float64) for name, rows in rows_by_tensor.items()}
 
 

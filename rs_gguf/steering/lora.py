@@ -18,18 +18,20 @@ import numpy.typing as npt
 
 from rs_gguf.engines.engine import Steering
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import holds_experts, split_name
 from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering.provenance import ProvenanceValue, checked_provenance, typed
 
 Factors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.[a-z0-9_]+\.weight)\.lora_([ab])")
+FACTOR_NAME = re.compile(r"(blk\.[0-9]{1,4}\.(?:shortconv\.)?[a-z0-9_]+\.weight)\.lora_([ab])")
 
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
     """Low-rank changes of named matrices: `factors` maps `blk.N.<matrix>.weight` to A [r, in], B [out, r].
 
-    At scale 1.0, exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
+    A tensor that holds a matrix for each of E experts has A [E, r, in] and B [E, out, r]. At scale 1.0,
+    exactly B A is added to the matrix. `architecture` is llama.cpp's name of the model family,
     which its loader compares with the model. `provenance` is as in `SteeringVector`. `invoked` marks another
     tool's aLoRA, which llama-server applies only after its invocation tokens. Arrays are copied, made
     read-only and sorted by layer.
@@ -58,24 +60,24 @@ class LoraAdapter:
             faults.append("the architecture is missing; llama.cpp's loader compares it with the model's")
         if faults:
             raise InputError("; ".join(faults) + ". Fit the adapter again.")
-        ordered = dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+        ordered = dict(sorted(factors.items(), key=lambda item: split_name(item[0])))
         object.__setattr__(self, "factors", ordered)
         object.__setattr__(self, "provenance", checked_provenance(self.provenance))
 
     @property
     def layers(self) -> list[int]:
         """The layers that hold a changed matrix, ascending, 0-based."""
-        return sorted({_order(name)[0] for name in self.factors})
+        return sorted({split_name(name)[0] for name in self.factors})
 
     @property
     def matrices(self) -> list[str]:
         """The kinds of matrix that are changed in at least one layer, such as `ffn_down`."""
-        return sorted({_order(name)[1] for name in self.factors})
+        return sorted({split_name(name)[1] for name in self.factors})
 
     @property
     def rank(self) -> int:
         """The largest rank among the changes."""
-        return max(len(a) for a, _ in self.factors.values())
+        return max(int(a.shape[-2]) for a, _ in self.factors.values())
 
     @property
     def norms(self) -> dict[str, float]:
@@ -156,7 +158,10 @@ class LoraAdapter:
                     continue
                 _same_shape(name, total[name], (a, b))
                 before = total[name]
-                total[name] = np.concatenate([before[0], a]), np.concatenate([before[1], weighted], axis=1)
+                total[name] = (
+                    np.concatenate([before[0], a], axis=-2),
+                    np.concatenate([before[1], weighted], axis=-1),
+                )
             provenance |= {f"combine.{index}.{key}": value for key, value in adapter.provenance.items()}
             provenance[f"combine.{index}.weight"] = float(weight)
         return cls(total, families[0], provenance)
@@ -201,29 +206,29 @@ def _copied(factor: Any) -> npt.NDArray[np.float32]:
 
 
 def factor_faults(name: str, a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> list[str]:
-    """Return why A [r, in] and B [out, r] cannot change the matrix `name`; an empty list if they can."""
+    """Return why A and B cannot change the matrix `name`; an empty list if they can. See `LoraAdapter`."""
     if not FACTOR_NAME.fullmatch(f"{name}.lora_a"):
         return [f"{name!r} is not the weight of a layer (blk.N.<matrix>.weight)"]
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (a.size, b.size):
-        return [f"{name}: A {a.shape} and B {b.shape} do not multiply; A must be [r, in], B [out, r]"]
+    experts, shapes = ("E, ", 3) if holds_experts(name) else ("", 2)
+    multiply = a.ndim == b.ndim == shapes and (*a.shape[:-2], a.shape[-2]) == (*b.shape[:-2], b.shape[-1])
+    if not multiply or 0 in (a.size, b.size):
+        return [
+            f"{name}: A {a.shape} and B {b.shape} do not multiply; A must be [{experts}r, in], "
+            f"B [{experts}out, r]"
+        ]
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return [f"{name}: NaN or Inf, which would make every logit NaN"]
     return []
 
 
-def _order(name: str) -> tuple[int, str]:
-    _, layer, matrix, _ = name.split(".")
-    return int(layer), matrix
-
-
 def _inner(first: Factors, second: Factors) -> float:
     """Return ⟨B A, B' A'⟩, the sum of products of all entries, without forming either product."""
     (a, b), (c, d) = ([factor.astype(np.float64) for factor in pair] for pair in (first, second))
-    return float(np.sum((b.T @ d) * (a @ c.T)))
+    return float(np.sum((b.swapaxes(-1, -2) @ d) * (a @ c.swapaxes(-1, -2))))
 
 
 def _same_shape(name: str, first: Factors, second: Factors) -> None:
-    shapes = [(len(b), a.shape[1]) for a, b in (first, second)]
+    shapes = [(*b.shape[:-1], a.shape[-1]) for a, b in (first, second)]
     if shapes[0] != shapes[1]:
         raise InputError(
             f"{name} has the shape {shapes[0]} in one adapter and {shapes[1]} in another: they belong to "

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from rs_gguf.errors import InputError
+from rs_gguf.models.architecture import holds_experts
 from rs_gguf.steering.container import (
     add_provenance,
     finish,
@@ -122,7 +123,7 @@ def _survey(reader: GGUFReader) -> tuple[LoraAdapter | None, list[str]]:
         a, b = pair["a"], pair["b"]
         # llama.cpp multiplies by scale · alpha / rank; alpha 0 stands for the scale alone.
         with np.errstate(over="ignore"):  # the constructor below reports it
-            factors[name] = (a, b * np.float32(alpha / len(a)) if alpha else b)
+            factors[name] = (a, b * np.float32(alpha / a.shape[-2]) if alpha else b)
     try:
         invoked = bool(values.get(_INVOCATION))
         return LoraAdapter(factors, str(architecture), provenance_of(values), invoked), []
@@ -143,9 +144,9 @@ def _factor_pairs(reader: GGUFReader, reasons: list[str]) -> dict[str, dict[str,
             )
         elif tensor.tensor_type not in _FLOATS:
             reasons.append(f"tensor {tensor.name!r} is {tensor.tensor_type.name}; F32, F16 or BF16 is needed")
-        elif len(tensor.shape) != 2:
+        elif len(tensor.shape) != (needed := 3 if holds_experts(match[1]) else 2):
             shape = list(map(int, tensor.shape))
-            reasons.append(f"tensor {tensor.name!r} has the shape {shape}; 2-D needed (experts are not read)")
+            reasons.append(f"tensor {tensor.name!r} has the shape {shape}; {needed}-D needed")
         else:
             pairs.setdefault(match[1], {})[match[2]] = dequantize(tensor.data, tensor.tensor_type)
     for name, pair in pairs.items():

@@ -89,3 +89,12 @@ def test_values_whose_squares_overflow_are_still_finite() -> None:
 def test_other_shapes_are_refused(source: Any) -> None:
     with pytest.raises(InputError, match=r"\[samples, layers, width\]"):
         Activations.of(source)
+
+
+def test_layers_that_are_not_held_have_rows_of_zero() -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 2, 3)).astype(np.float32)
+    held = Activations([rows[:2], rows[2:]], layers=(1, 4))
+    np.testing.assert_array_equal(held.layer_rows(4), rows[:, 1])
+    np.testing.assert_array_equal(held.take(np.array([3, 0])).layer_rows(1), rows[[3, 0], 0])
+    for layer in (0, 2, 5):
+        assert held.layer_rows(layer, np.array([0, 2])).tolist() == [[0.0] * 3] * 2

@@ -31,14 +31,15 @@ from rs_gguf.activations.capture import (
 )
 from rs_gguf.activations.capture import captured as captured_of
 from rs_gguf.activations.store import ActivationStore
-from rs_gguf.engines.engine import Steering
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.estimator import MeanDifference, WeightedRidgeMeanDifference, fit_paths
 from rs_gguf.estimators.labels import Labels
 from rs_gguf.methods.gates import fit_gated_adapter
-from rs_gguf.models.architecture import matrix_input_tensors
+from rs_gguf.models import dimensions
+from rs_gguf.models.architecture import product_scale
 from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file as lora
@@ -122,10 +123,6 @@ def distance(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     """Return the largest ‖actual − expected‖ / ‖expected‖ over samples and layers."""
     difference = np.linalg.norm(actual.astype(np.float64) - expected, axis=-1)
     return float((difference / np.linalg.norm(expected, axis=-1)).max())
-
-
-def test_the_writing_matrices_of_the_graph(model: LlamaModel) -> None:
-    assert matrix_input_tensors(model.graph_tensors(), layer=1) == INPUTS
 
 
 def test_last_tokens_are_those_of_each_prompt_by_itself(
@@ -250,17 +247,29 @@ def test_pytorch_gives_activations_alone(network: tuple[Path, Any], captured: Ar
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_gguf(["Gemma 4", "Granite", STREAMS], tmp_path_factory.mktemp("families"))
+    return write_gguf(["Gemma 4", "Granite", "Qwen2-MoE", STREAMS], tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.slow
-def test_a_matrix_that_differs_between_layers_is_left_out(families: dict[str, Path]) -> None:
+def test_a_matrix_of_two_widths_has_arrays_for_each(families: dict[str, Path]) -> None:
     """Heads of Gemma 4 are twice as wide in every other layer."""
+    layers = {"attn_output/64": (0, 2), "attn_output/128": (1, 3)}
     with LlamaModel(families["Gemma 4"], n_parallel=3, n_ctx=512, n_threads=1) as model:
         arrays = capture(model, conversations(), len(PREFIX), seed=7)
         constant = capture_template_tokens(model, conversations()[0].prompt, len(PREFIX))
-    assert arrays.keys() == {"activations", *(f"ffn_down/{rows}" for rows in ("last", "prompts", "answers"))}
-    assert constant.keys() == {"ffn_down/constant"}
+        rows = read_last(model, [list(conversations()[3].prompt)], [], (), ["blk.3.attn_output.weight"])
+    assert dimensions.of_gguf(families["Gemma 4"]).matrix_layers == layers
+    sorts = ("last", "prompts", "answers")
+    assert arrays.keys() == {
+        "activations",
+        *(f"{key}/{sort}" for key in ("ffn_down", *layers) for sort in sorts),
+    }
+    assert constant.keys() == {f"{key}/constant" for key in ("ffn_down", *layers)}
+    joined = join_matrix_inputs([arrays], constant, layers)["attn_output/128"].last_token
+    assert distance(joined.layer_rows(3).numpy()[3:4], rows["blk.3.attn_output.weight"]) < TOLERANCE
+    assert joined.shape == (10, 2, 128)
+    for layer in (0, 2):  # which have other widths
+        assert not joined.layer_rows(layer).any()
 
 
 @pytest.mark.slow
@@ -277,17 +286,23 @@ def test_a_residual_of_several_streams_is_an_error(families: dict[str, Path]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "matrix"),
+    [
+        ("Granite", "ffn_down"),  # adds half of each product to the residual stream
+        ("Qwen2-MoE", "ffn_down_shexp"),  # weights the expert's product by a sigmoid of each token
+    ],
+)
 def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
-    families: dict[str, Path], tmp_path: Path
+    family: str, matrix: str, families: dict[str, Path], tmp_path: Path
 ) -> None:
-    """This Granite model adds half of each product to the residual stream."""
     talks, layer, strength = conversations(48), 2, 0.5
     kinds = ["sensitive", "benign", "harmful"] * 16
     confidence = np.where(np.arange(48) % 6 < 3, 0.9, -0.9)
-    with LlamaModel(families["Granite"], n_parallel=8, n_ctx=2048, n_threads=1) as model:
+    with LlamaModel(families[family], n_parallel=8, n_ctx=2048, n_threads=1) as model:
         read = capture(model, talks, len(PREFIX), seed=7)
         constant = capture_template_tokens(model, talks[0].prompt, len(PREFIX))
-        inputs = {"ffn_down": join_matrix_inputs([read], constant)["ffn_down"]}
+        inputs = {matrix: join_matrix_inputs([read], constant)[matrix]}
         gates = fit_gated_adapter(inputs, read["activations"], Labels.of(confidence, kinds), ridges=[1.0])
         factors = gates.factors(1.0, layer, layer, strength)
         lora.write(LoraAdapter(factors, model.architecture), tmp_path / "gate.gguf")
@@ -321,7 +336,7 @@ def test_a_gate_moves_the_residual_as_promised_where_products_are_scaled(
 )
 def test_what_llama_cpp_scales_products_by(family: str, metadata: dict[str, str], expected: float) -> None:
     model: Any = SimpleNamespace(architecture=family, metadata=metadata, n_layer=16)
-    assert capture_module._product_scale(model) == pytest.approx(expected)
+    assert product_scale(model.architecture, model.n_layer, model.metadata) == pytest.approx(expected)
 
 
 def test_directions_are_those_of_pytorch(network: tuple[Path, Any]) -> None:
@@ -347,7 +362,7 @@ from rs_gguf.activations import capture as module
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.activations.capture import Conversation, capture_all, captured
 from rs_gguf.estimators.estimator import WeightedRidgeMeanDifference, fit_paths
-from rs_gguf.engines.engine import Steering
+from rs_gguf.engines.engine import Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.machine import Processes
 model, folder = map(Path, sys.argv[1:])

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.adapters import factors
 from fixtures.architectures import llama
 from fixtures.tiny_gguf import CHAT_TEMPLATE, write_tiny_folder, write_tiny_qwen2
+from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from rs_gguf.engines import engine_for, open_engine
@@ -170,20 +172,39 @@ def test_activations_are_read_at_any_position(engine: Engine, reference: Engine)
         np.testing.assert_allclose(rows, alone, atol=TOLERANCE)
 
 
-def test_graph_tensors_are_the_readable_tensors(engine: Engine) -> None:
-    names = engine.graph_tensors()
-    assert {f"l_out-{layer}" for layer in range(N_LAYER)} <= set(names)
-    others = {name.rpartition("-")[0] for name in names if name.endswith("-1")} - {"l_out"}
-    assert ("kqv_out" in others) == (Can.MATRIX_INPUTS in engine.can)
-    if Can.MATRIX_INPUTS in engine.can:
-        read = read_last(engine, PROMPTS, [1], ["kqv_out", "ffn_swiglu"])
-        assert {name: rows.shape[2] for name, rows in read.items()} == {
-            "kqv_out": WIDTH,
-            "ffn_swiglu": 2 * WIDTH,
-        }
-    else:
-        with pytest.raises(InputError, match=r"llama\.cpp"):
-            read_last(engine, PROMPTS, [1], ["kqv_out"])
+def test_llama_cpp_reads_other_tensors_and_inputs_and_products_of_matrices(engine: Engine) -> None:
+    name = "blk.1.ffn_down.weight"
+    if Can.MATRIX_INPUTS not in engine.can:
+        for tensors, matrices in ((["kqv_out"], []), (["l_out"], [name])):
+            with pytest.raises(InputError, match=r"llama\.cpp"):
+                read_last(engine, PROMPTS, [1], tensors, matrices)
+        return
+    read = read_last(engine, PROMPTS, [1], ["kqv_out", "ffn_swiglu"], [name, "blk.1.ffn_down.product"])
+    assert {name: rows.shape for name, rows in read.items()} == {
+        "kqv_out": (len(PROMPTS), 1, WIDTH),
+        "ffn_swiglu": (len(PROMPTS), 1, 2 * WIDTH),
+        name: (len(PROMPTS), 2 * WIDTH),
+        "blk.1.ffn_down.product": (len(PROMPTS), WIDTH),
+    }
+    np.testing.assert_array_equal(read[name], read["ffn_swiglu"][:, 0])
+    (matrix,) = [tensor.data for tensor in GGUFReader(engine.path).tensors if tensor.name == name]
+    products = read[name] @ np.asarray(matrix).T
+    np.testing.assert_allclose(read["blk.1.ffn_down.product"], products, atol=TOLERANCE)
+
+
+def test_a_product_holds_what_all_adapters_add(engine: Engine, tmp_path: Path) -> None:
+    if Can.LORA not in engine.can:
+        return
+    weight, product = "blk.1.ffn_down.weight", "blk.1.ffn_down.product"
+    a, b = factors(2, 2 * WIDTH, WIDTH)
+    for scale in (0.5, 2.0):
+        lora.write(LoraAdapter({weight: (a, b * np.float32(scale))}, "qwen2"), tmp_path / f"{scale}.gguf")
+    before = read_last(engine, PROMPTS, [], (), [weight, product])
+    with engine.steered(Steering(adapters=[(tmp_path / "0.5.gguf", 1.0), (tmp_path / "2.0.gguf", -0.1)])):
+        after = read_last(engine, PROMPTS, [], (), [weight, product])
+    np.testing.assert_array_equal(after[weight], before[weight])
+    change = 0.3 * before[weight] @ a.T @ b.T
+    np.testing.assert_allclose(after[product] - before[product], change, atol=TOLERANCE)
 
 
 # ---- steering ------------------------------------------------------------------------------------

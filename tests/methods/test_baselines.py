@@ -12,16 +12,20 @@ import pytest
 from fixtures.tiny_gguf import write_tiny_qwen2
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
-from rs_gguf.engines.engine import NO_STEERING, Can, read_last
+from rs_gguf.engines.engine import NO_STEERING, Can, Steering, read_last
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.condition import Condition
 from rs_gguf.methods import baselines
+from rs_gguf.methods.baselines import usable
 from rs_gguf.methods.samples import Samples
+from rs_gguf.models import architecture, dimensions
 from rs_gguf.pipeline.recipe import Recipe, load
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.steering import lora_file
+from rs_gguf.steering.ablation import ablated, outputs_along
 from rs_gguf.steering.formats import glp
+from rs_gguf.steering.lora import LoraAdapter
 
 LAYERS, WIDTH, N = 10, 32, 240
 
@@ -201,15 +205,36 @@ def test_after_ablation_no_layer_adds_along_the_direction(tmp_path: Path) -> Non
     assert "Left out layer 0" in notes[1]
 
 
-def test_ablation_is_left_out_for_a_model_of_experts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_after_ablation_no_expert_adds_along_the_direction(tmp_path: Path) -> None:
     path = tmp_path / "experts.gguf"
     write_tiny_qwen3(path, THINKING_TEMPLATE, experts=4, n_layer=3)
-    fit_samples = samples(layers=3)
-    with LlamaModel(path, n_parallel=2, n_ctx=256) as model:
-        assert build(fit_samples, recipe("ablation"), model, tmp_path) == []
-    assert "ffn_down_exps" in caplog.text
+    width = dimensions.of_gguf(path).width
+    unit = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+    unit /= np.linalg.norm(unit)
+    factors = {n: ablated(unit, along) for n, along in outputs_along(path, dict.fromkeys(range(3), unit))}
+    assert {name.split(".")[2] for name in factors} == {"attn_output", "ffn_down_exps"}
+    adapter = LoraAdapter(factors, "qwen3moe")
+    lora_file.write(adapter, tmp_path / "ablation.gguf")
+    with LlamaModel(path, n_parallel=2, n_ctx=256, n_threads=1) as model:
+
+        def along() -> np.ndarray:
+            return np.asarray(read_last(model, [[5, 9, 17, 30]], range(3))["l_out"][0] @ unit)
+
+        before = along()
+        assert usable(["ablation"], model) == ["ablation"]
+        with model.steered(Steering(adapters=[(tmp_path / "ablation.gguf", 1.0)])):
+            assert np.ptp(along()) < 1e-3 * np.ptp(before)
+
+
+def test_ablation_is_left_out_where_llama_cpp_applies_no_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_qwen2(path, n_layer=LAYERS, n_embd=WIDTH)
+    monkeypatch.setattr(architecture, "_WITHOUT_LORA", {"qwen2": ("attn_output",)})
+    with LlamaModel(path, n_parallel=2, n_ctx=256, n_threads=1) as model:
+        assert build(samples(), recipe("ablation"), model, tmp_path) == []
+    assert "applies no adapter to blk.0.attn_output.weight" in caplog.text
 
 
 def test_ablation_is_for_removal_from_a_gguf_file(tmp_path: Path) -> None:

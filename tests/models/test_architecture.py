@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 from fixtures.architectures import (
+    EXPERTS,
     INPUT_TOLERANCE,
     NOT_COMPARED,
     PAGE,
@@ -18,8 +17,13 @@ from fixtures.architectures import (
 )
 from fixtures.families import CASES
 
-from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import llama_cpp_name, matrix_input_tensors
+from rs_gguf.models.architecture import (
+    is_output_matrix,
+    llama_cpp_name,
+    matrix_places,
+    split_name,
+    tensor_name,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +64,9 @@ def test_an_adapter_is_a_change_of_the_weights(measured: dict[str, Measured], fa
 @pytest.mark.parametrize("family", [name for name in CASES if name not in NOT_COMPARED])
 def test_what_is_read_is_what_the_matrix_multiplies(measured: dict[str, Measured], family: str) -> None:
     result = measured[family]
-    assert result.inputs.keys() <= {matrix for matrix, layers in result.matrices.items() if layers}
+    assert result.inputs.keys() == {
+        matrix for matrix, layers in result.matrices.items() if layers and matrix != EXPERTS
+    }
     assert all(difference <= INPUT_TOLERANCE for difference in result.inputs.values())
 
 
@@ -79,46 +85,53 @@ def test_the_page_says_what_was_measured(measured: dict[str, Measured]) -> None:
 # ---- names ---------------------------------------------------------------------------------------
 
 
-GRAPHS: dict[str, tuple[list[str], Mapping[str, str]]] = {
-    "a SwiGLU layer": (
-        ["attn_norm-1", "kqv_out-1", "ffn_swiglu-1", "l_out-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_swiglu"},
+Shapes = dict[str, tuple[int, ...]]
+ATTENTION: Shapes = {"attn_output": (24, 16), "ffn_down": (48, 16)}
+STATE: Shapes = {"ssm_out": (32, 16), "ffn_down": (48, 16)}
+# Layers, and the width and the layers of each matrix.
+PLACES: dict[str, tuple[list[Shapes], dict[str, tuple[int, tuple[int, ...]]]]] = {
+    "the same in all layers": (
+        [ATTENTION, ATTENTION],
+        {"attn_output": (24, (0, 1)), "ffn_down": (48, (0, 1))},
     ),
-    "experts": (["kqv_out-1", "ffn_moe_swiglu-1", "l_out-1"], {"attn_output": "kqv_out"}),
-    "a shared expert": (
-        ["kqv_out-1", "ffn_moe_topk-1", "ffn_swiglu-1", "l_out-1"],
-        {"attn_output": "kqv_out"},
+    "linear attention in some": (
+        [STATE, ATTENTION, STATE],
+        {"attn_output": (24, (1,)), "ffn_down": (48, (0, 1, 2)), "ssm_out": (32, (0, 2))},
     ),
-    "a GELU layer": (["kqv_out-1", "ffn_gelu-1"], {"attn_output": "kqv_out", "ffn_down": "ffn_gelu"}),
-    # The graph names the steps in order; the matrix multiplies the last one.
-    "a gated GELU": (
-        ["kqv_out-1", "ffn_gelu-1", "ffn_act-1", "ffn_gate_par-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_gate_par"},
+    "both in one layer": (
+        [ATTENTION | STATE],
+        {"attn_output": (24, (0,)), "ffn_down": (48, (0,)), "ssm_out": (32, (0,))},
     ),
-    "a squared ReLU": (
-        ["kqv_out-1", "ffn_relu-1", "ffn_sqr(relu)-1"],
-        {"attn_output": "kqv_out", "ffn_down": "ffn_sqr(relu)"},
+    "dense layers among experts": (
+        [{"ffn_down": (48, 16)}, {"ffn_down_exps": (8, 16, 4), "ffn_down_shexp": (8, 16)}],
+        {"ffn_down": (48, (0,)), "ffn_down_shexp": (8, (1,))},
     ),
-    "norms before the matrices": (
-        [
-            *("kqv_out-1", "norm-1", "attn_sub_norm-1", "attn_out-1", "ffn_inp-1"),
-            *("ffn_gate-1", "ffn_up-1", "ffn_sub_out-1", "norm-1", "ffn_sub_norm-1", "ffn_down-1", "l_out-1"),
-        ],
-        {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"},
+    "two widths": (
+        [{"attn_output": (24, 16)}, {"attn_output": (48, 16)}, {"attn_output": (24, 16)}],
+        {"attn_output/24": (24, (0, 2)), "attn_output/48": (48, (1,))},
     ),
-    "another layer's tensors": (["kqv_out-1", "ffn_swiglu-11", "ffn_swiglu-0"], {"attn_output": "kqv_out"}),
+    "convolutions": (
+        [{"shortconv.out_proj": (16, 16), "attn_q": (16, 16)}],
+        {"shortconv.out_proj": (16, (0,))},
+    ),
+    "no output matrix": ([{"time_mix_output": (16, 16)}], {}),
 }
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_what_a_writing_matrix_multiplies(name: str) -> None:
-    names, expected = GRAPHS[name]
-    assert matrix_input_tensors(names, 1) == expected
+@pytest.mark.parametrize("name", PLACES)
+def test_output_matrices_are_found_layer_by_layer(name: str) -> None:
+    layers, expected = PLACES[name]
+    found = matrix_places("llama", dict(enumerate(layers)))
+    assert {key: (place.width, place.layers) for key, place in found.items()} == expected
+    for key, (_, numbers) in expected.items():
+        for layer in numbers:
+            tensor = tensor_name(key, layer)
+            assert is_output_matrix(tensor)
+            assert split_name(tensor) == (layer, key.partition("/")[0])
 
 
-def test_an_architecture_without_output_matrices_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"no matrix of this architecture.*Use a control vector"):
-        matrix_input_tensors(["l_out-1", "ssm_out-1"], 1)
+def test_matrices_that_llama_cpp_multiplies_without_an_adapter_are_left_out() -> None:
+    assert matrix_places("kimi-linear", {0: ATTENTION}).keys() == {"ffn_down"}
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,11 @@ def test_published_sizes_of_large_models(
     assert result.weights == pytest.approx(
         (result.dense + result.experts + 2 * result.head) * 4.85 / 8, rel=1e-3
     )
-    # Experts get no gate vector, and models with two sorts of layers get no adapter.
-    assert set(result.output_matrices) == {
-        "qwen3": {"attn_output", "ffn_down"}, "qwen3_moe": {"attn_output"}, "qwen3_next": set(),
+    # Experts of which a token uses some get no gate vector.
+    layers = {matrix: len(result.layers_with(matrix)) for matrix in result.output_matrices}
+    assert layers == {
+        "qwen3": {"attn_output": 36, "ffn_down": 36}, "qwen3_moe": {"attn_output": 48},
+        "qwen3_next": {"attn_output": 12, "ffn_down_shexp": 48, "ssm_out": 36},
     }[config.model_type]  # fmt: skip
 
 
@@ -203,7 +205,8 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     assert result.active == result.dense + result.experts / 4
     assert result.cache == (40 - 24) + 5
     assert (result.attention, result.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
-    assert result.output_matrices == {"attn_output": 24}
+    assert result.output_matrices == {"attn_output": 24, "ffn_down_shexp": 8}
+    assert result.matrix_inputs == 2 * (24 + 8)
 
 
 @pytest.mark.parametrize(
@@ -212,24 +215,31 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
         (  # DeepSeek: experts from the second layer on
             {"attn_output": (16, 24), "ffn_down": (16, 48)},
             {"attn_output": (16, 24), "ffn_down_exps": (4, 16, 8)},
-            {"attn_output": 24},
+            {"attn_output": (24, [0, 1]), "ffn_down": (48, [0])},
         ),
         (  # LFM2: convolutions instead of attention
             {"shortconv.out_proj": (16, 16), "ffn_down": (16, 48)},
             {"attn_output": (16, 16), "ffn_down": (16, 48)},
-            {"ffn_down": 48},
+            {"attn_output": (16, [1]), "ffn_down": (48, [0, 1]), "shortconv.out_proj": (16, [0])},
         ),
         (  # OpenELM: layers of different widths
             {"attn_output": (16, 12), "ffn_down": (16, 32)},
             {"attn_output": (16, 16), "ffn_down": (16, 48)},
-            {},
+            {
+                "attn_output/12": (12, [0]), "attn_output/16": (16, [1]),
+                "ffn_down/32": (32, [0]), "ffn_down/48": (48, [1]),
+            },
         ),
-        ({"ssm_out": (16, 16)}, {"attn_output": (16, 16)}, {}),
+        (
+            {"ssm_out": (16, 16)},
+            {"attn_output": (16, 16)},
+            {"attn_output": (16, [1]), "ssm_out": (16, [0])},
+        ),
     ],
 )  # fmt: skip
-def test_an_adapter_changes_matrices_that_every_layer_has(
-    first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]], writers: dict[str, int],
-    tmp_path: Path,
+def test_an_adapter_changes_the_matrices_of_each_layer(
+    first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]],
+    writers: dict[str, tuple[int, list[int]]], tmp_path: Path,
 ) -> None:  # fmt: skip
     blocks = {
         f"blk.{n}.{name}.weight": s for n, block in enumerate((first, second)) for name, s in block.items()
@@ -238,7 +248,8 @@ def test_an_adapter_changes_matrices_that_every_layer_has(
     result = dimensions.of_gguf(
         _file(tmp_path / "m.gguf", "mixed", tensors, block_count=2, embedding_length=16)
     )
-    assert result.output_matrices == writers
+    found = {key: (width, [*result.layers_with(key)]) for key, width in result.output_matrices.items()}
+    assert found == writers
 
 
 def test_layers_that_llama_cpp_does_not_run_are_not_counted(tiny: Path, tmp_path: Path) -> None:

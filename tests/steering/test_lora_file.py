@@ -72,6 +72,32 @@ def test_round_trip_keeps_every_value_and_type(tmp_path: Path) -> None:
     assert (report.valid, report.errors, report.warnings) == (True, (), ())
 
 
+EXPERTS = "blk.1.ffn_down_exps.weight"
+SHAPES = {"a": (3, 2, 6), "b": (3, 4, 2)}  # three experts, rank 2
+
+
+def of_experts(seed: int = 0) -> LoraAdapter:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in SHAPES.values())
+    return LoraAdapter({EXPERTS: (a, b), DOWN: factors(1, 6, 4)}, "qwen3moe")
+
+
+def test_experts_have_a_pair_each(tmp_path: Path) -> None:
+    adapter = of_experts()
+    lora.write(adapter, tmp_path / "a.gguf")
+    assert lora.read(tmp_path / "a.gguf") == adapter
+    a, b = adapter.factors[EXPERTS]
+    assert adapter.rank == 2
+    assert adapter.norms[EXPERTS] == pytest.approx(np.linalg.norm(b @ a))
+    other = of_experts(1)
+    total = LoraAdapter.combined([(adapter, 0.5), (other, -2.0)])
+    expected = 0.5 * b @ a - 2.0 * other.factors[EXPERTS][1] @ other.factors[EXPERTS][0]
+    np.testing.assert_allclose(total.factors[EXPERTS][1] @ total.factors[EXPERTS][0], expected, rtol=1e-5)
+    c, d = other.factors[EXPERTS]
+    cosine = np.sum((b @ a) * (d @ c)) / np.linalg.norm(b @ a) / np.linalg.norm(d @ c)
+    assert adapter.cosines(other)[EXPERTS] == pytest.approx(cosine)
+
+
 def test_the_file_is_what_llama_cpp_expects(tmp_path: Path) -> None:
     """Read the file with the `gguf` package, which shares only the container code with `read`."""
     lora.write(FULL, tmp_path / "a.gguf")
@@ -214,6 +240,20 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "three dimensions": (
         lambda p: foreign(p, {f"{DOWN}.lora_a": np.ones((2, 1, 6), np.float32), f"{DOWN}.lora_b": B}),
         ["shape [6, 1, 2]; 2-D needed"],
+    ),
+    "experts with one pair": (
+        lambda p: foreign(p, {f"{EXPERTS}.lora_a": A, f"{EXPERTS}.lora_b": B}),
+        ["shape [6, 1]; 3-D needed"],
+    ),
+    "other numbers of experts": (
+        lambda p: foreign(
+            p,
+            {
+                f"{EXPERTS}.lora_a": np.ones((3, 1, 6), np.float32),
+                f"{EXPERTS}.lora_b": np.ones((2, 4, 1), np.float32),
+            },
+        ),
+        ["A must be [E, r, in], B [E, out, r]"],
     ),
     "doubles": (
         lambda p: foreign(p, {f"{DOWN}.lora_a": A.astype(np.float64), f"{DOWN}.lora_b": B}),

@@ -382,11 +382,11 @@ def test_adapters_of_experts_are_refused(model: Path, tmp_path: Path) -> None:
         f"{experts}.lora_a": np.ones((4, 1, 64), np.float32),
         f"{experts}.lora_b": np.ones((4, 64, 1), np.float32),
     }
-    refused([foreign(tmp_path / "a.gguf", **three)], model, tmp_path / "merged.gguf", "2-D needed")
+    file = foreign(tmp_path / "a.gguf", **three)
+    refused([file], model, tmp_path / "merged.gguf", "does not exist in the model")
     writer = gguf.GGUFWriter(tmp_path / "experts.gguf", "qwen2")
     writer.add_tensor(experts, np.zeros((4, 64, 64), np.float32))
     finish(writer)
-    file = written(LoraAdapter({experts: factors(1, 64, 64)}, "qwen2"), tmp_path / "a.gguf")
     refused([file], tmp_path / "experts.gguf", tmp_path / "merged.gguf", "holds a matrix for each expert")
 
 

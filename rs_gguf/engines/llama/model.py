@@ -230,6 +230,7 @@ class LlamaModel(LlamaContexts):
         positions: Sequence[Sequence[int]],
         layers: Sequence[int],
         tensors: Sequence[str] = ("l_out",),
+        matrices: Sequence[str] = (),
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {tensor: [L, width]}) for each of `positions[index]` of each sequence.
 
@@ -240,31 +241,24 @@ class LlamaModel(LlamaContexts):
         """
         if not sequences:
             return
-        if not (layers and all(sequences) and all(positions)):
+        wanted = [f"{name}-{layer}" for name in tensors for layer in layers] + [*matrices]
+        if not (wanted and all(sequences) and all(positions)):
             raise InputError(
                 "nothing to read: give at least one layer, and for every sequence a token and a position."
             )
         self.check_lengths(sequences)
-        wanted = [(name, layer) for name in tensors for layer in layers]
         graph = self._open_context().graph
         with graph.reading(wanted):
             for i, position, _ in self._forward(sequences, positions):
                 rows = graph.take()
-                missing = set(wanted) - rows.keys()
+                missing = [name for name in wanted if name not in rows]
                 if missing:
-                    tensor, layer = min(missing)
                     raise InputError(
                         f"cannot read activations of architecture {self.architecture!r} in llama.cpp: its "
-                        f"graph has no tensor {tensor}-{layer} with one row per token. Use another model."
+                        f"graph has no tensor {missing[0]} with one row per token. Use another model."
                     )
-                yield i, position, {n: np.stack([rows[n, layer] for layer in layers]) for n in tensors}
-
-    def graph_tensors(self) -> list[str]:
-        """Return the tensor names of this model's graph, such as `l_out-3`, in the order of evaluation."""
-        with self._open_context().graph.listing() as names:
-            for _ in self.next_logits([[0]]):
-                pass
-        return names
+                stacked = {n: np.stack([rows[f"{n}-{layer}"] for layer in layers]) for n in tensors if layers}
+                yield i, position, stacked | {name: rows[name] for name in matrices}
 
 
 def _guesses(running: Mapping[int, _Answering], max_tokens: int) -> dict[int, Sequence[int]]:

@@ -262,6 +262,7 @@ class TorchModel(Vocabulary):
         positions: Sequence[Sequence[int]],
         layers: Sequence[int],
         tensors: Sequence[str] = ("l_out",),
+        matrices: Sequence[str] = (),
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.float32]]]]:
         """Yield (index, position, {"l_out": [L, D]}) for each of `positions[index]` of each sequence.
 
@@ -273,10 +274,10 @@ class TorchModel(Vocabulary):
         """
         if not sequences:
             return
-        if tuple(tensors) != ("l_out",):
+        if (*tensors, *matrices) != ("l_out",):
             raise InputError(
-                f"cannot read tensors {list(tensors)} in PyTorch, which reads only activations, ['l_out']. "
-                "For other tensors, give the model as a GGUF file to the llama.cpp engine."
+                f"cannot read tensors {[*tensors, *matrices]} in PyTorch, which reads only activations, "
+                "['l_out']. For other tensors, give the model as a GGUF file to the llama.cpp engine."
             )
         if not layers or not all(0 <= layer < self.n_layer for layer in layers):
             raise InputError(
@@ -294,7 +295,3 @@ class TorchModel(Vocabulary):
                 self._forward(*weights.pad_left(self.device, [sequences[i] for i in group]))
             for k, (i, position) in enumerate(places):
                 yield i, position, {"l_out": np.stack([activations[layer][k] for layer in layers])}
-
-    def graph_tensors(self) -> list[str]:
-        """Return the names of the tensors that can be read: the activations of all layers."""
-        return [f"l_out-{layer}" for layer in range(self.n_layer)]

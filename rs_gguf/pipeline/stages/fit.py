@@ -24,6 +24,7 @@ from rs_gguf.machine import ALONE, Processes, layers_at_once
 from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
+from rs_gguf.models import dimensions
 from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.speed import cholesky, factorisation
 from rs_gguf.pipeline.stage import Run, Stage
@@ -92,10 +93,11 @@ class Fit(Stage):
             estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
         )
         refits = (costs.files - 1) * choices.gate_refits  # of all methods except the control vector
-        operations += (costs.files - 1 + refits) * sum(
-            cholesky(rows, width) + rows * width * _NUMBER for width in model.output_matrices.values()
+        total = model.n_layer * operations + (costs.files - 1 + refits) * sum(
+            len(model.layers_with(matrix)) * (cholesky(rows, width) + rows * width * _NUMBER)
+            for matrix, width in model.output_matrices.items()
         )
-        seconds = model.n_layer * operations / costs.speed.algebra + estimators * _FIGURES
+        seconds = total / costs.speed.algebra + estimators * _FIGURES
         limit = costs.recipe.answers.fit_tokens  # a refit also answers and judges the prompts
         seconds += refits * (costs.answers(n, limit) + costs.judgements(n, limit))
         # A layer holds two float64 copies of its samples and two of their product while it is fitted.
@@ -167,11 +169,10 @@ def samples(run: Run) -> Samples:
             "judgements.jsonl gives the reasons. If answers end within a thinking trace, raise "
             "answers.fit_tokens."
         )
-    key = run.key("capture")
+    key, reads = run.key("capture"), Can.MATRIX_INPUTS in run.model.can
+    layers = dimensions.of_gguf(run.model_path).matrix_layers if reads else {}
     try:
-        activations, inputs = captured(
-            store_of(run.folder, key), len(prompts), inputs=Can.MATRIX_INPUTS in run.model.can
-        )
+        activations, inputs = captured(store_of(run.folder, key), len(prompts), inputs=reads, layers=layers)
     except DamagedStoreError:
         # A store of another recipe or version is not damaged: only a store of this key is captured again.
         if run.folder.is_done("capture", key):

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.models import header as gguf_header
-from rs_gguf.models.architecture import OUTPUT_MATRICES
+from rs_gguf.models.architecture import is_experts_output, is_output_matrix, split_name
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.records.files import sha256
-from rs_gguf.steering.ablation import ablated, other_output_matrices, outputs_along
+from rs_gguf.steering.ablation import ablated, outputs_along
 from rs_gguf.steering.container import add_provenance, finish, metadata, write_verified
 from rs_gguf.steering.formats.vectors import keepable
 from rs_gguf.steering.guard import open_gguf
@@ -179,7 +179,7 @@ def to_adapter(path: Path, model: Path) -> tuple[LoraAdapter, tuple[str, ...]]:
             f"{path} has width {vector.width} and layers up to {vector.layers[-1]}, but {model} has width "
             f"{width} and {n_layer} layers. Give the model of the file."
         )
-    others = [name for name in other_output_matrices(model) if int(name.split(".")[1]) in vector.layers]
+    others = [tensor.name for tensor in header.tensors if _is_other(tensor.name, vector)]
     if others:
         raise InputError(
             f"{model} also adds to the residual stream through {others[0]}, which an adapter of single "
@@ -187,9 +187,9 @@ def to_adapter(path: Path, model: Path) -> tuple[LoraAdapter, tuple[str, ...]]:
         )
     matrices = HOOKS[projection.hook]
     factors = {
-        name: ablated(vector.directions[int(name.split(".")[1])], along, projection.alpha)
+        name: ablated(vector.directions[split_name(name)[0]], along, projection.alpha)
         for name, along in outputs_along(model, vector.directions)
-        if name.split(".")[2] in matrices
+        if split_name(name)[1] in matrices
     }
     provenance: dict[str, ProvenanceValue] = {
         **{f"source.{key}": value for key, value in projection.provenance.items()},
@@ -214,6 +214,14 @@ def to_adapter(path: Path, model: Path) -> tuple[LoraAdapter, tuple[str, ...]]:
     return LoraAdapter(factors, family, provenance), tuple(notes)
 
 
+def _is_other(tensor: str, vector: SteeringVector) -> bool:
+    """Return whether a tensor adds to a layer of the file in a way that no hook names: experts, a state."""
+    if not (is_output_matrix(tensor) or is_experts_output(tensor)):
+        return False
+    layer, matrix = split_name(tensor)
+    return layer in vector.layers and matrix not in HOOKS[_RESIDUAL]
+
+
 def of_adapter(adapter: LoraAdapter, model: Path) -> tuple[Projection, tuple[str, ...]]:
     """Return a directional ablation of a GGUF model as a projection, with a sentence for each difference.
 
@@ -226,11 +234,12 @@ def of_adapter(adapter: LoraAdapter, model: Path) -> tuple[Projection, tuple[str
         raise _not_ablation(f"it changes {', '.join(kinds)} with rank {adapter.rank}")
     directions: dict[int, NDArray[np.float32]] = {}
     for name, (_, b) in adapter.factors.items():
-        directions.setdefault(int(name.split(".")[1]), -b[:, 0] / np.linalg.norm(b[:, 0]))
+        directions.setdefault(split_name(name)[0], -b[:, 0] / np.linalg.norm(b[:, 0]))
     alphas: dict[str, float] = {}
     for name, along in outputs_along(model, directions):
-        if name.split(".")[2] in kinds:
-            alphas[name] = _alpha(name, adapter, directions[int(name.split(".")[1])], along)
+        layer, matrix = split_name(name)
+        if matrix in kinds:
+            alphas[name] = _alpha(name, adapter, directions[layer], along)
     if missing := adapter.factors.keys() - alphas.keys():
         raise _not_ablation(f"{min(missing)} is not in {model}")
     alpha = float(np.median(list(alphas.values())))
@@ -268,5 +277,5 @@ def _alpha(
 def _not_ablation(why: str) -> InputError:
     return InputError(
         f"the adapter is not a directional ablation of this model: {why}. Only one that changes "
-        f"{' and '.join(OUTPUT_MATRICES)} of each of its layers by −α d dᵀW becomes a GLP file."
+        f"{' and '.join(HOOKS[_RESIDUAL])} of each of its layers by −α d dᵀW becomes a GLP file."
     )

@@ -21,10 +21,13 @@ from torch import nn
 from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.models import configuration
 from rs_gguf.models import resolve as models
-from rs_gguf.models.architecture import OUTPUT_MATRICES, llama_cpp_family, llama_cpp_name
+from rs_gguf.models.architecture import llama_cpp_family, llama_cpp_name, split_name
 from rs_gguf.records.files import from_home
 from rs_gguf.steering.container import write_compared
 from rs_gguf.steering.lora import LoraAdapter
+
+# Matrices whose rows and columns have the same order in every GGUF file as in PyTorch.
+_EXPORTED = ("attn_output", "ffn_down")
 
 
 def export(adapter: LoraAdapter, model: str, folder: str | Path) -> None:
@@ -96,9 +99,9 @@ def _modules(adapter: LoraAdapter, model: str) -> dict[str, str]:
     }
     paths = {}
     for name, (a, b) in adapter.factors.items():
-        if name.split(".")[2] not in OUTPUT_MATRICES:
+        if split_name(name)[1] not in _EXPORTED:
             raise InputError(
-                f"{name}: only {' and '.join(OUTPUT_MATRICES)} can be exported. llama.cpp keeps the rows of "
+                f"{name}: only {' and '.join(_EXPORTED)} can be exported. llama.cpp keeps the rows of "
                 "some other matrices in another order."
             )
         if name not in linear:
