@@ -29,8 +29,8 @@ def test_help_lists_commands_before_stages() -> None:
     assert code == 0
     names = [line.split()[0] for line in stdout.split("Commands:")[1].splitlines() if line.strip()]
     assert names == [
-        "run", "scan", "plan", "eval", "remeasure", "judge", "try", "check", "inspect", "convert", "combine", "merge",
-        "push", "models", "Stages", *STAGES,
+        "run", "scan", "plan", "eval", "remeasure", "judge", "try", "check", "inspect", "convert", "combine",
+        "merge", "push", "models", "Stages", *STAGES,
     ]  # fmt: skip
     assert list(STAGES)[:8] == ["answer", "score", "capture", "fit", "tune", "write", "measure", "report"]
 
