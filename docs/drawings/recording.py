@@ -118,9 +118,8 @@ def _line(screen: pyte.Screen, line: int) -> Line:
 def draw(taken: Sequence[Frame], title: str) -> str:
     """Return the SVG of the screens, below a title and the time. A line that stays is drawn once."""
     duration = min(taken[-1].seconds, PLAYED) + HELD
-    pace = (
-        100 * (duration - HELD) / duration / (taken[-1].seconds or 1.0)
-    )  # percent of the animation a second
+    # In percent of the animation for a second of the recording.
+    pace = 100 * (duration - HELD) / duration / (taken[-1].seconds or 1.0)
     starts = [pace * frame.seconds for frame in taken]
     clocks = [(_clock(frame.seconds),) for frame in taken]
     used = (number for frame in taken for number, line in enumerate(frame.lines, 1) if line)

@@ -46,9 +46,17 @@ class JudgedAnswers:
         )
 
 
-def judge_answers(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Judgement]:
-    """Return the judgement of each answer, in order."""
-    judgements = dict(judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]))
+def judge_answers(
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    advance: Advance = lambda n: None,
+) -> list[Judgement]:
+    """Return the judgement of each answer, in order. `advance` is called with 1 after each."""
+    judgements: dict[int, Judgement] = {}
+    for i, judgement in judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]):
+        judgements[i] = judgement
+        advance(1)
     return [judgements[i] for i in range(len(prompts))]
 
 

@@ -15,6 +15,7 @@ from rs_gguf.engines import open_engine
 from rs_gguf.engines.answers import answer_all
 from rs_gguf.engines.engine import NO_STEERING, Engine
 from rs_gguf.engines.generation import Asking
+from rs_gguf.evaluation.condition import judge_answers
 from rs_gguf.evaluation.known_answers import check_can_answer
 from rs_gguf.evaluation.outcomes import Outcome, count_outcomes, outcome_of
 from rs_gguf.judges.judge import Judge, try_out
@@ -151,13 +152,8 @@ def _answered(
     """Return the unsteered answers and their judgements, in order."""
     with progress.stage("answer", len(prompts)) as advance:
         answers, _ = answer_all(model, prompts, NO_STEERING, asking, advance)
-    judgements: dict[int, Judgement] = {}
-    pairs = [(prompt.prompt, reply.to_judge) for prompt, reply in zip(prompts, answers, strict=True)]
     with progress.stage("score", len(prompts)) as advance:
-        for i, judgement in judge.judge(pairs):
-            judgements[i] = judgement
-            advance(1)
-    return answers, [judgements[i] for i in range(len(prompts))]
+        return answers, judge_answers(judge, prompts, answers, advance)
 
 
 def _planned(recipe: Recipe, path: Path, model: Engine, judge: Judge) -> PlannedRun | None:

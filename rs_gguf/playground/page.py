@@ -116,9 +116,10 @@ def build(session: Session, prompts: Sequence[Prompt]) -> gr.Blocks:
                 gr.HTML("<h3>Gate activation by layer, at the last token</h3><p>Dashed: 1.</p>")
                 layers = gr.HTML()
         chosen.input(None, chosen, prompt, js="text => text ?? ''")  # in the browser, so that it is instant
-        gr.on(
-            [start.click, prompt.submit], ask, [prompt, factor], [unsteered, steered, tokens, layers],
-            concurrency_limit=None, trigger_mode="multiple", show_progress="hidden",
+        # The answers under way end before the new ones begin, which their late text would overwrite.
+        gr.on([start.click, prompt.submit], end_after_this_token, show_progress="hidden").then(
+            ask, [prompt, factor], [unsteered, steered, tokens, layers],
+            concurrency_limit=None, trigger_mode="always_last", show_progress="hidden",
         )  # fmt: skip
         stop.click(end_after_this_token, show_progress="hidden")
     return page
