@@ -285,11 +285,12 @@ def test_the_recipes_system_prompt_precedes_every_prompt(
 
     with LlamaModel(tmp_path / "plain.gguf", n_parallel=1, n_ctx=256) as model:
         said = {name: [model.detokenize(t, special=True) for t in tokens] for name, tokens in read.items()}
+        probe = model.detokenize([0], special=True)  # a token that the matrices are looked for with
     own = [f"<|im_start|>system\n{c.system}" for c in contexts.shipped() if c.system]
     for name, texts in said.items():
         others = [text for text in texts if not text.startswith("<|im_start|>system\nBe kind.")]
         assert len(others) < len(texts)
-        assert all(name == "read" and text.startswith(tuple(own)) for text in others)
+        assert all(name == "read" and (text == probe or text.startswith(tuple(own))) for text in others)
     assert any("Be kind.\n\nYou are a helpful assistant." in text for text in said["generate"])
 
 

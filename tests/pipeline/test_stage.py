@@ -48,6 +48,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             "answers.test_tokens=8",
         ]
         values += ["tune.logprob_trials=1", "tune.full_prompts=0", "measure.baselines=['ablation']"]
+        values += ["fit.gate_intercept=0.5"]
         values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
         chosen = recipe.load(None, values)
         added: dict[str, set[str]] = {}
@@ -73,7 +74,8 @@ def test_the_stages_are_those_of_the_table_in_its_order() -> None:
 def test_a_stage_writes_the_files_that_it_declares(stage: Stage, left: dict[str, set[str]]) -> None:
     names, patterns = left[stage.info.name], stage.info.artefacts
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
-    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)} == set()
+    unused = {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)}
+    assert unused <= {"activations-refit/"}  # only a killed refit leaves it
 
 
 @BY_NAME

@@ -109,7 +109,7 @@ class GraphReader:
             return  # the residual of Gemma 3n has four streams
         # The last layer keeps only the rows of output tokens, and none if a batch has no outputs.
         indices = self._outputs if n_rows == self._n_tokens else range(n_rows)
-        offsets = np.unravel_index(list(indices), counts, order="F")
+        offsets = np.unravel_index(np.fromiter(indices, dtype=np.intp), counts, order="F")
         for k, offset in enumerate((np.transpose(offsets) @ node.strides[1:]).tolist()):
             value = np.empty(width, dtype=np.float32)
             _ggml.ggml_backend_tensor_get(tensor, value.ctypes.data, int(offset), value.nbytes)

@@ -181,14 +181,14 @@ def test_a_long_prompt_does_not_slow_later_prompts(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, IndexError])
-@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_nrows"], ids=["ask", "read"])
+@pytest.mark.parametrize("function", ["ggml_get_name", "ggml_backend_tensor_get"], ids=["ask", "read"])
 def test_an_exception_while_tensors_are_read_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, raised: type[BaseException]
 ) -> None:
     """Ctrl-C arrives in the callback, which is the first Python code after the signal."""
     write_tiny_qwen2(tmp_path / "tiny.gguf")
 
-    def fail(tensor: int) -> None:
+    def fail(*_: object) -> None:
         raise raised("on purpose")
 
     with llama(tmp_path / "tiny.gguf") as model:
@@ -197,9 +197,7 @@ def test_an_exception_while_tensors_are_read_is_raised(
             patched.setattr(graph._ggml, function, fail)
             with pytest.raises(raised, match="on purpose"):
                 read_last(model, [[5, 6, 7]], [1])
-            if function == "ggml_get_name":  # it is also called for tensors that are not read
-                with pytest.raises(raised, match="on purpose"):
-                    list(model.next_logits([[5, 6, 7]]))
+            list(model.next_logits([[5, 6, 7]]))  # reads nothing
         after = read_last(model, [[5, 6, 7]], [1])["l_out"]
         np.testing.assert_array_equal(before, after)
 
