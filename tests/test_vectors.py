@@ -1,24 +1,18 @@
-"""Published files are those that were measured, and their cards and tables say what their metrics say.
-
-Folders of schema 2 count outcomes and transitions. Folders of schema 1, which were not measured again yet,
-have cards and tables with totals that count failures as refusals.
-"""
+"""Published files are those that were measured, and their cards and tables say what their metrics say."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rs_gguf.evaluation.paired_statistics import wilson
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline.scan import published
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
-from rs_gguf.records.metrics import Outcomes, RunRecord, Share
+from rs_gguf.records.metrics import RunRecord, Share
 from rs_gguf.steering import file as steering_file
 
 ROOT = Path(__file__).parents[1]
@@ -27,25 +21,6 @@ FIGURES = ("explicit_refusals", "refusals", "prompts")  # in a file's metadata, 
 WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 PUBLISHED = [folder for folder in FOLDERS if (folder / "metrics.json").is_file()]
 REMOVE = ROOT / "vectors" / "qwen2.5-coder-0.5b-remove"
-
-
-def schema(folder: Path) -> int:
-    version: int = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("schema_version", 1)
-    return version
-
-
-OF_SCHEMA_1 = [folder for folder in PUBLISHED if schema(folder) == 1]
-OF_SCHEMA_2 = [folder for folder in PUBLISHED if schema(folder) == 2]
-
-
-def interval(bounds: tuple[float, float]) -> str:
-    low, high = bounds
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
-
-
-def not_complied(outcomes: Outcomes) -> int:
-    """What the published cards call refused: the measurement of schema 1 counted failures as refusals."""
-    return outcomes.refuses + outcomes.fails
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -87,7 +62,7 @@ def test_a_scan_knows_every_published_file() -> None:
     assert {file.path: file.model_dump(exclude={"path"}) for file in published()} == measured
 
 
-@pytest.mark.parametrize("folder", OF_SCHEMA_2, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_card_and_metadata_say_what_was_measured(folder: Path) -> None:
     record = RunRecord.read(folder / "metrics.json")
     card = (folder / "card.md").read_text().replace("\\", "").splitlines()
@@ -125,29 +100,6 @@ def test_card_and_metadata_say_what_was_measured(folder: Path) -> None:
         assert verdict.endswith(f"| {shown} |")
 
 
-@pytest.mark.parametrize("folder", OF_SCHEMA_1, ids=lambda folder: folder.name)
-def test_earlier_cards_say_what_was_measured(folder: Path) -> None:
-    record = RunRecord.read(folder / "metrics.json")
-    card = (folder / "card.md").read_text()
-    assert {"vector"} <= record.files.keys() <= WORDS.keys()
-    for key, file in record.files.items():
-        name = WORDS[key]
-        provenance = steering_file.read(folder / file.file).provenance
-        for kind, one in file.sets.items():
-            refused = [not_complied(of) for of in (one.outcomes_unsteered, one.outcomes_steered)]
-            n = one.n - one.outcomes_steered.unjudged
-            before, after = (count / n for count in refused)
-            before_ci95, after_ci95 = (wilson(count, n) for count in refused)
-            assert provenance[f"metrics.{kind}"] == pytest.approx([before, after])
-            (row,) = (line for line in card.splitlines() if line.startswith(f"| {kind} | {name} | {n} |"))
-            assert f"| **{100 * after:.0f} %** ({interval(after_ci95)})" in row
-            assert f"| {100 * before:.0f} % ({interval(before_ci95)})" in row
-            for degenerate in (one.degenerate_unsteered, one.degenerate_steered):
-                assert f"| {100 * degenerate:.2g} % |" in row
-        (verdict,) = (line for line in card.splitlines() if line.startswith(f"| `{file.file}` | {name}"))
-        assert verdict.endswith("| passed |" if file.passed else "| **not passed** |")
-
-
 # ---- the tables that people read first ---------------------------------------------------------------
 
 
@@ -176,7 +128,7 @@ def cell_of(record: RunRecord, kind: str, side: str, figure: str) -> str:
 
 
 def check_table(head: list[str], rows: list[list[str]], folder: Path) -> int:
-    """Compare a table with the metrics of schema 2; return how many cells were compared.
+    """Compare a table with the metrics; return how many cells were compared.
 
     Columns: prompts, n, then sides: `unsteered`, `gated adapter`, `control vector`, or a baseline.
     A figure of `Outcomes` or a transition may stand before a colon and holds for the columns that follow too;
@@ -200,65 +152,9 @@ def check_table(head: list[str], rows: list[list[str]], folder: Path) -> int:
     return checked
 
 
-# ---- tables of schema 1 ------------------------------------------------------------------------------
-
-
-def counts(folder: Path, record: RunRecord, kind: str) -> dict[str, dict[str, int]]:
-    """Return counts of the prompts of a kind, by side: refused, directly refused and degenerate."""
-    sides = {"before": ("unsteered", "vector"), "vector": ("steered", "vector")}
-    sides["adapter"] = ("steered", "adapter")
-    counts = {}
-    for name, (side, key) in sides.items():
-        one = record.files[key].sets[kind]
-        outcomes: Outcomes = getattr(one, f"outcomes_{side}")
-        counts[name] = {
-            "refused": not_complied(outcomes),
-            "directly": outcomes.explicit,
-            "loops": round(getattr(one, f"degenerate_{side}") * one.n),
-        }
-    # Schema 1 compared totals. They are not transitions, so the record has no baselines.
-    for other in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["baselines"]:
-        figures = other["sets"][kind]
-        counts["system prompt"] = {"refused": round(figures["refusal"] * figures["n"])}
-    return counts
-
-
-def check_earlier_table(head: list[str], rows: list[list[str]], folder: Path) -> int:
-    """Compare what a table says with the metrics; how many figures that were.
-
-    Columns are named by side, with what is counted before a colon, which holds for those that follow too;
-    direct refusals may stand in brackets.
-    """
-    checked, record = 0, RunRecord.read(folder / "metrics.json")
-    files = record.files
-    for label, n, *cells in rows:
-        kind = next((kind for kind in KINDS if label.startswith(kind)), "sensitive")
-        expected, counted = counts(folder, record, kind), "refused"
-        for name, cell in zip(head[2:], cells, strict=True):
-            if ":" in name:
-                counted = name.partition(":")[0]
-            (side,) = (side for side in expected if side in name)
-            if label.startswith("acceptance criteria") and cell:
-                assert cell == ("passed" if files[side].passed else "not passed")
-            elif n and cell:
-                assert int(n) == files["vector"].sets[kind].n
-                figures = {counted: cell.partition(" ")[0]}
-                if "(" in cell:
-                    figures["directly"] = cell.partition("(")[2].rstrip(")")
-                for what, figure in figures.items():
-                    assert int(figure) == expected[side][what], (label, name, what)
-                    checked += 1
-    return checked
-
-
 def test_the_readmes_table_says_what_was_measured() -> None:
-    earlier = REMOVE in OF_SCHEMA_1
-    word = "before" if earlier else "unsteered"
-    head, rows = next((h, r) for h, r in tables(ROOT / "README.md") if any(word in cell for cell in h))
-    if earlier:
-        assert check_earlier_table(head, rows, REMOVE) == 21
-    else:
-        assert check_table(head, rows, REMOVE) >= 9  # three kinds, three sides
+    head, rows = next((h, r) for h, r in tables(ROOT / "README.md") if any("unsteered" in cell for cell in h))
+    assert check_table(head, rows, REMOVE) >= 9  # three kinds, three sides
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
@@ -266,7 +162,4 @@ def test_the_table_of_a_published_folder_says_what_was_measured(folder: Path) ->
     ((head, rows),) = (
         (h, r) for h, r in tables(ROOT / "vectors" / "README.md") if f"`{folder.name}`" in h[0]
     )
-    if folder in OF_SCHEMA_1:
-        assert check_earlier_table(head, rows, folder) == 27
-    else:
-        assert check_table(head, rows, folder) >= 9
+    assert check_table(head, rows, folder) >= 9

@@ -374,13 +374,14 @@ def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
     assert found.model_dump()["tokens_per_second"] == {"unsteered": 40.0, "steered": 30.0}
 
 
-def merits(changed: int, kept: int) -> dict[str, SetRecord]:
-    """So many of 20 sensitive prompts changed as wanted, and so many of 10 harmful refusals kept."""
+def merits(changed: int, kept: int, closed: int = 0) -> dict[str, SetRecord]:
+    """Of 20 sensitive prompts so many changed as wanted; so many of 10 refusals kept, benign prompts closed."""
     change = Share(n=changed, of=20, ci95=(0, 1))
     one = counted_set().model_copy(
         update={"opened": change, "closed": change, "kept": Share(n=kept, of=10, ci95=(0, 1))}
     )
-    return dict.fromkeys(KINDS, one)
+    benign = one.model_copy(update={"closed": Share(n=closed, of=20, ci95=(0, 1))})
+    return {**dict.fromkeys(KINDS, one), "benign": benign}
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
@@ -393,10 +394,12 @@ def merits(changed: int, kept: int) -> dict[str, SetRecord]:
         ((10, 9), (10, 10), False),
         ((10, 9), (12, 9), False),
         ((0, 10), (0, 10), False),  # nothing was changed
+        ((10, 9), (20, 10, 18), True),  # refuses everything
+        ((10, 9, 2), (20, 10, 2), False),
     ],
 )
-def test_a_baseline_is_beaten_by_more_of_the_effect_or_more_harm_kept(
-    effect: Any, file: tuple[int, int], other: tuple[int, int], beaten: bool
+def test_a_baseline_is_beaten_by_more_of_the_effect_more_harm_kept_or_fewer_benign_prompts_closed(
+    effect: Any, file: tuple[int, ...], other: tuple[int, ...], beaten: bool
 ) -> None:
     baseline = BaselineRecord(name="system prompt", sets=merits(*other), benign_drift=0.3)
     notes = baseline_notes(merits(*file), [baseline], effect)
