@@ -14,6 +14,7 @@ LONGEST = 300  # lines of a module
 NO_MIRROR = {
     "cli/test_adapter_files.py",
     "cli/test_commands.py",
+    "engines/llama/test_drafts.py",
     "judges/test_real.py",
     "report/test_browser.py",
 }

