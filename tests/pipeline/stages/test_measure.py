@@ -375,7 +375,7 @@ def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
 
 
 def merits(changed: int, kept: int, closed: int = 0) -> dict[str, SetRecord]:
-    """Of 20 sensitive prompts so many changed as wanted; so many of 10 refusals kept, benign prompts closed."""
+    """Sets of 20 sensitive prompts, 10 harmful refusals and 20 benign prompts."""
     change = Share(n=changed, of=20, ci95=(0, 1))
     one = counted_set().model_copy(
         update={"opened": change, "closed": change, "kept": Share(n=kept, of=10, ci95=(0, 1))}
