@@ -35,6 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs=2, default=(500, 10_000), metavar=("FEW", "MANY"))
     options = parser.parse_args()
+    if not Path("/proc/self/status").exists():
+        print("Not measured: this system does not report the memory of a process as Linux does, in /proc.")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         few, many = (measured(Path(scratch) / str(count), count) for count in options.prompts)
     factor = options.prompts[1] / options.prompts[0]

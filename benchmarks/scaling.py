@@ -4,7 +4,8 @@ Prints three tables. The first has the growth of the stages with samples N, laye
 growth that `rs-export plan` computes. It uses real runs on small random models and fits of random
 activations. The second is the plan for large models from their published configurations, at the stored speed
 of as many cores. With `--run`, the third compares the plan of a run's recipe, at the speed measured here,
-with the seconds in the run's folder.
+with the seconds in the run's folder. With `--gpus`, it prints only the plan for a machine with several GPUs,
+at an assumed speed: nothing was measured there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rs_gguf.models.dimensions import ModelDimensions, of_config
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline.plan import Plan, judge_of, measure, model_dimensions, model_file, plan, stored
 from rs_gguf.pipeline.run import run
-from rs_gguf.pipeline.speed import JudgeModel
+from rs_gguf.pipeline.speed import JudgeModel, Speed, stored_speed
 from rs_gguf.pipeline.stages.fit import fit
 from rs_gguf.records.conversation import KINDS, Prompt
 
@@ -58,7 +59,19 @@ LARGE: dict[str, transformers.PretrainedConfig] = {
         moe_intermediate_size=512, shared_expert_intermediate_size=512, linear_num_key_heads=16,
         linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
     ),
+    "Qwen3-235B-A22B": transformers.Qwen3MoeConfig(
+        **_QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=94, num_attention_heads=64,
+        num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+    ),
 }  # fmt: skip
+
+# What one GPU is assumed to do in a second: a tenth of the operations and a third of the bytes that the data
+# sheet of an NVIDIA H100 SXM names (989e12 in bf16, 3.35e12). Sampling on the host and starting the kernels
+# take STEP seconds of a decoding step; files are read at LOADING bytes/s; the fit has CORES cores.
+GPU_OPERATIONS, GPU_BANDWIDTH, GPU_MEMORY = 100e12, 1e12, 80e9
+STEP, LOADING, CORES = 0.02, 2e9, 16
+CONTEXT = 100  # mean number of tokens before a token, as in the stored speed
+COMMANDS = 3  # of docs/howto/several-gpus.md, each of which loads the model
 
 
 def main() -> None:
@@ -68,7 +81,11 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, nargs="*", default=[], metavar="DIR", help="folders of finished runs"
     )
+    parser.add_argument("--gpus", type=int, metavar="N", help="only plan large models on N GPUs of 80 GB")
     options = parser.parse_args()
+    if options.gpus:
+        on_gpus(options.gpus)
+        return
     for folder in options.run:
         compare(folder)
     extrapolate()
@@ -130,6 +147,56 @@ def extrapolate() -> None:
 def planned(settings: recipe.Recipe, model: ModelDimensions, judge: JudgeModel | None) -> Plan:
     """Return the plan at the stored speed for this machine's number of cores."""
     return plan(settings, model, stored(settings, model, judge), judge)
+
+
+def on_gpus(gpus: int) -> None:
+    """Print the plan of the default recipe for the models of experts, at the assumed speed of the GPUs.
+
+    Each copy of the model takes as many GPUs as it needs. All copies answer and capture; one does the rest.
+    """
+    default = recipe.load()
+    judge = judge_of(default)
+    shown = ("answer", "capture", "fit", "tune", "measure")
+    print(f"| minutes | GPUs a copy | loading | {' | '.join(shown)} | all | memory | disk |")
+    print("| --- |" + " ---: |" * (len(shown) + 5))
+    for name in ("Qwen3-Next-80B-A3B", "Qwen3-235B-A22B"):
+        model = of_config(LARGE[name], BITS)
+        estimate = plan(default, model, gpu_speed(model, judge, default), judge)
+        per_copy = math.ceil(estimate.memory / GPU_MEMORY)
+        copies = gpus // per_copy
+        if not copies:
+            print(f"| {name} | {per_copy} |")
+            continue
+        seconds = {
+            stage: cost.seconds / (copies if stage in ("answer", "capture") else 1)
+            for stage, cost in estimate.stages.items()
+        }
+        loading = COMMANDS * model.weights / LOADING
+        times = [loading, *(seconds[stage] for stage in shown), loading + sum(seconds.values())]
+        minutes = [f"{second / 60:.1f}" for second in times]
+        sizes = [f"{size / 1e9:.1f} GB" for size in (estimate.memory, estimate.disk)]
+        cells = [name, str(per_copy), *minutes, *sizes]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def gpu_speed(model: ModelDimensions, judge: JudgeModel | None, settings: recipe.Recipe) -> Speed:
+    """Return the speed of one copy of a model, whose layers its GPUs compute one after the other."""
+    answers, batch = settings.answers.parallel, settings.engine.batch_size
+
+    def weights(tokens: int) -> float:
+        """Return the seconds per token to read the weights in a step of `tokens` tokens."""
+        return model.bytes_read(tokens) / tokens / GPU_BANDWIDTH
+
+    operations = model.flops(CONTEXT) / GPU_OPERATIONS
+    read = operations + weights(batch)
+    return Speed(
+        read=read,
+        begin=read,
+        answer=operations + 2 * model.head / GPU_OPERATIONS + weights(answers) + STEP / answers,
+        judge=judge.depth * judge.model.flops(CONTEXT) / GPU_OPERATIONS if judge else 0.0,
+        algebra=stored_speed(CORES, model, judge, answers).algebra,
+        source="assumed",
+    )
 
 
 def hours(seconds: float) -> str:

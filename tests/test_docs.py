@@ -200,6 +200,7 @@ LEFT_OUT = {
     ".": "activates it",
     "pip": "fetches and compiles packages for minutes",
     "torchrun": "shares a whole run between processes, as a test on the real model does",
+    "vllm": "needs GPUs, and is marked as untested",
     "lm_eval": "is installed by `make capability`, and takes most tasks from a hub",
     "inspect": "is installed by `make capability`, and takes most tasks from a hub",
     "llama-cli": "waits for a person who types",

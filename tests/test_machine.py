@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +100,27 @@ def test_shares_follow_one_another_and_leave_nothing_out(count: int, ranks: int)
 
 # ---- systems that lack what Linux has ----------------------------------------------------------------
 
+ROOT = Path(__file__).parents[1]
+# macOS has a module `resource` too, but does not heed its limits of memory.
+LINUX_ONLY = re.compile(
+    r"sched_[gs]etaffinity|/proc\b|/sys\b|import resource\b|RLIMIT|prctl|os\.fork\b|memfd_create|fadvise"
+    r"|\.so\b|\blibc\b|\bnproc\b"
+)
+GNU_ONLY = re.compile(
+    r"\b(nproc|tac|readlink -f|realpath|sed -i(?!\.)|sed -r|grep -\w*P|xargs -r|date -d|stat -c|sha256sum)\b"
+)
+
+
+def test_only_one_module_depends_on_linux() -> None:
+    modules = [*(ROOT / "rs_gguf").rglob("*.py")]
+    found = [path.name for path in modules if LINUX_ONLY.search(path.read_text(encoding="utf-8"))]
+    assert found == ["machine.py"]
+
+
+def test_make_needs_no_tool_of_gnu_but_itself() -> None:
+    assert [GNU_ONLY.search(text) is None for text in ("sed -i.bak s#a#b#", "sed -i s#a#b#")] == [True, False]
+    assert GNU_ONLY.search((ROOT / "Makefile").read_text(encoding="utf-8")) is None
+
 
 @pytest.fixture
 def without_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -139,3 +163,13 @@ def test_a_command_runs_a_model_without_linux(
     assert modes == [llama_cpp.LLAMA_LOAD_MODE_AUTO]
     assert "models are mapped" in caplog.text
     assert "all 2 are used" in caplog.text
+
+
+def test_a_benchmark_of_memory_says_that_it_needs_linux(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path) and path.parts[1] != "proc")
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    runpy.run_path(str(ROOT / "benchmarks" / "memory.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("Not measured")
