@@ -135,7 +135,7 @@ def setting(run: Run, variant: str | None, strength: float | None) -> tuple[FitO
 def groups_of(by: str, names: Sequence[str] | None, prompts: Sequence[Prompt]) -> dict[str, Group]:
     """Return the groups by name, each as a test of a prompt.
 
-    prompts: those of the fit.
+    prompts: of the fit.
 
     Raises:
         InputError: a group has no fit prompt.
