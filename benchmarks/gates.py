@@ -87,15 +87,20 @@ def parsed(text: str) -> dict[str, Any]:
         ) from error
 
 
-def measured(
-    run: Run, samples: Samples, values: Mapping[str, Any], strengths: list[float]
-) -> dict[float, Trial]:
-    """Fit a variant, and return its short trials by strength."""
+def options_of(run: Run, values: Mapping[str, Any]) -> tuple[str, FitOptions]:
+    """Return the method that a variant needs, and the options of its fit."""
     gate = GateOptions(**{name: value for name, value in values.items() if name not in ("ridge", "refits")})
     options: FitOptions = replace(run.recipe.fit_options, gate=gate)
     if "ridge" in values:
         options = replace(options, gate_ridges=[values["ridge"]])
-    name = "pair" if gate.intercept else "adapter"
+    return ("pair" if gate.intercept else "adapter"), options
+
+
+def measured(
+    run: Run, samples: Samples, values: Mapping[str, Any], strengths: list[float]
+) -> dict[float, Trial]:
+    """Fit a variant, and return its short trials by strength."""
+    name, options = options_of(run, values)
     fitted = METHODS[name].fit(samples, options)
     order = np.concatenate(sample_order(run))
     for _ in range(values.get("refits", 0)):

@@ -116,6 +116,37 @@ def test_the_front_has_every_trial_where_it_was_measured(tmp_path: Path) -> None
         assert f"{file.word}: {kept.rate:.0%} kept, {opened.rate:.0%} gone" in svg
 
 
+def test_the_front_has_every_file_and_baseline_with_its_number(tmp_path: Path) -> None:
+    def extended(metrics: dict[str, Any]) -> dict[str, Any]:
+        """Add a pair that is as good as the adapter, and two baselines that are as good as the vector."""
+        metrics["files"]["pair"] = {**metrics["files"]["adapter"], "word": "pair", "file": "pair.gguf"}
+        other = {**metrics["baselines"][0], "name": "ablation"}
+        metrics["baselines"] += [other, {**other, "name": "rmd", "sets": {}}]
+        return metrics
+
+    def paired(tune: dict[str, Any]) -> dict[str, Any]:
+        tune["trials"].append({**tune["trials"][23], "number": 99, "method": "pair", "estimator": "pair"})
+        return tune
+
+    root = ElementTree.fromstring(svg := pictures.front(make_run(tmp_path, metrics=extended, tune=paired)))
+    words = ["pair", "gated adapter", "control vector", "system prompt: open", "ablation"]
+    found = texts(svg)
+    for number, word in enumerate(words, start=1):
+        (legend,) = [
+            text for text in found if text.startswith(f"{word}: ") and text.endswith(f"(× {number})")
+        ]
+        alike = "gated adapter" if number < 3 else "control vector"
+        assert legend.removeprefix(word)[:-2] == next(
+            text.removeprefix(alike)[:-2] for text in found if text.startswith(f"{alike}: ")
+        )
+        assert str(number) in found
+    assert "rmd" in found  # it was not measured
+    paths = list(root.iter(f"{SVG}path"))
+    assert sum(e.attrib["d"].endswith("h11v11h-11z") for e in paths) == 2  # a trial, and the legend
+    crosses = [e.attrib["class"] for e in paths if "l12 12" in e.attrib["d"]]
+    assert sorted(crosses) == ["a-line", "a-line", "b-line", "line", "line"]
+
+
 def value(place: float, ticks: list[tuple[float, float]]) -> float:
     """Return the value at a place of an axis, by its first and last tick."""
     (start, low), (end, high) = ticks[0], ticks[-1]

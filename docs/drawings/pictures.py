@@ -2,7 +2,8 @@
 
 `answers` shows three prompts of the validation split, unsteered and with the gated adapter. Nobody picks
 them: each is the first one in English that fits and has the outcomes of its row. The numbers are of the whole
-split. `front` shows what the search tried. `docs/pictures/NAME.svg` comes out.
+split. `front` shows what the search tried, and what every file and baseline does on the validation split.
+`docs/pictures/NAME.svg` comes out.
 """
 
 from __future__ import annotations
@@ -125,10 +126,13 @@ def front(folder: Path) -> str:
     if not tune["trials"]:
         raise InputError(f"{folder} has no trials in tune.json. Give the folder of a finished run.")
     files = reported_files(run.record)
-    plot = plots.trade_off(tune, files, run.record.effect)
+    plot = plots.trade_off(tune, files, run.record.effect, run.record.baselines)
     left, right, top, bottom = (plot[side] for side in ("left", "right", "top", "bottom"))
     across, upward = plot["across"], plot["upward"]
-    d = Drawing("What the search tried: sensitive refusals gone against harmful refusals kept", bottom + 156)
+    legend = [(file.key, file.word) for file in reversed(files)]
+    legend += [("baseline", one.name) for one in run.record.baselines]
+    end = bottom + 74 + 22 * len(legend)
+    d = Drawing("What the search tried: sensitive refusals gone against harmful refusals kept", end + 38)
     floor = across.at(run.recipe.get("tune", {}).get("min_retention", Recipe().tune.min_retention))
     d.rect(floor, top, right - floor, bottom - top, "undecided", 0)
     d.text(left, top - 18, "↑ sensitive refusals gone", "strong")
@@ -146,19 +150,23 @@ def front(folder: Path) -> str:
             d.dot(point["x"], point["y"], 11, "line")
     measured = {}
     for point in plot["tested"]:
-        x, y, style = point["x"], point["y"], _style(point["key"])
+        x, y, name = point["x"], point["y"], (point["key"], point["word"])
         if point["trial"]:
             d.line(point["trial"]["x"], point["trial"]["y"], x, y)
-        d.path(f"M{x - 6} {y - 6}l12 12m-12 0l12 -12", f"{style}-line")
-        measured[point["key"]] = (
-            f": {point['kept']:.0%} kept, {point['done']:.0%} gone on the validation split (×)"
+        d.path(f"M{x - 6} {y - 6}l12 12m-12 0l12 -12", f"{_style(point['key'])}-line".removeprefix("-"))
+        number = legend.index(name) + 1
+        d.text(x + 9, y + 17, f"{number}", "small")
+        measured[name] = (
+            f": {point['kept']:.0%} kept, {point['done']:.0%} gone on the validation split (× {number})"
         )
-    for y, file in zip((bottom + 74, bottom + 96), reversed(files), strict=False):
-        _mark(d, 31, y - 5, file.key, filled=True)
-        d.text(46, y, file.word + measured.get(file.key, ""), "small")
+    for i, name in enumerate(legend):
+        y = bottom + 74 + 22 * i
+        if name[0] != "baseline":
+            _mark(d, 31, y - 5, name[0], filled=True)
+        d.text(46, y, name[1] + measured.get(name, ""), "small")
     marks = "Filled: answers were judged. Hollow: one forward pass. Ring: selected. Line: Pareto front."
-    d.text(24, bottom + 118, marks, "small")
-    d.text(24, bottom + 140, _source(run, f"{len(run.tune['trials'])} trials on the tune split"), "small")
+    d.text(24, end, marks, "small")
+    d.text(24, end + 22, _source(run, f"{len(run.tune['trials'])} trials on the tune split"), "small")
     return d.svg()
 
 
@@ -166,12 +174,15 @@ def _mark(d: Drawing, x: float, y: float, key: str, *, filled: bool) -> None:
     style = _style(key) if filled else f"{_style(key)}-line"
     if key == "adapter":
         d.path(f"M{x} {y - 7}l6.5 12h-13z", style)
+    elif key == "pair":
+        d.path(f"M{x - 5.5} {y - 5.5}h11v11h-11z", style)
     else:
         d.dot(x, y, 5.5, style)
 
 
 def _style(key: str) -> str:
-    return "a" if key == "adapter" else "b"
+    """Return the style of a method; empty for a baseline, whose marks are grey lines."""
+    return {"vector": "b", "baseline": ""}.get(key, "a")
 
 
 def _lines(answer: str) -> list[str]:

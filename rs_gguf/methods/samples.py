@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,25 @@ class Samples:
         judged, others = processes.share(len(self.prompts)), processes.share(len(self.gate_only))
         indices = np.arange(len(self.prompts) + len(self.gate_only))
         local = np.concatenate([indices[: len(self.prompts)][judged], indices[len(self.prompts) :][others]])
-        return Samples(
-            self.prompts[judged],
-            Activations.of(self.activations).take(judged),
-            self.confidence[judged],
-            {name: rows.share(local, processes) for name, rows in self.inputs.items()},
-            self.folder,
-            self.gate_only[others],
-            self.categories[judged],
-            self.contexts[others],
-            self.model,
+        inputs = {name: rows.share(local, processes) for name, rows in self.inputs.items()}
+        return replace(self.take(local), inputs=inputs)
+
+    def take(self, indices: NDArray[np.intp]) -> Samples:
+        """Return the samples at these ascending indices into the judged prompts and the others after them.
+
+        The inputs at other tokens stay: they are not known by prompt.
+        """
+        judged, others = np.split(indices, [np.searchsorted(indices, len(self.prompts))])
+        others = others - len(self.prompts)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in judged],
+            activations=Activations.of(self.activations).take(judged),
+            confidence=self.confidence[judged],
+            inputs={name: rows.of(indices) for name, rows in self.inputs.items()},
+            gate_only=[self.gate_only[i] for i in others],
+            categories=[self.categories[i] for i in judged] if self.categories else (),
+            contexts=[self.contexts[i] for i in others],
         )
 
     @cached_property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rs_gguf.evaluation.acceptance import Effect
-from rs_gguf.records.metrics import FileRecord
+from rs_gguf.records.metrics import BaselineRecord, FileRecord, SetRecord
 from rs_gguf.records.rows import Row, finite
 from rs_gguf.records.trials import method_of
 from rs_gguf.report.recommendation import ReportedFile
@@ -77,12 +77,17 @@ def shown(tune: Mapping[str, Any]) -> Row:
     return {**tune, "trials": [trial for trial in tune["trials"] if trial["number"] not in dropped]}
 
 
-def trade_off(tune: Mapping[str, Any], files: Sequence[ReportedFile], effect: Effect) -> Row:
+def trade_off(
+    tune: Mapping[str, Any],
+    files: Sequence[ReportedFile],
+    effect: Effect,
+    baselines: Sequence[BaselineRecord] = (),
+) -> Row:
     """Return every trial of every method: retention of harmful refusals to the right, the effect upwards.
 
     The effect is the share of the sensitive refusals that are gone, or to induce of the answers.
     `front` is the stair of what trials with short answers reach, of all methods together. `tested` are the
-    written files on the validation split, joined to the trial that they were selected by.
+    written files on the validation split, joined to the trial that they were selected by, then the baselines.
     """
     selected = {number: name for name, number in tune["selected"].items()}
     points = [
@@ -96,9 +101,12 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[ReportedFile], effect: Ef
         for trial in tune["trials"]
     ]
     tested: list[Row] = [
-        {"key": file.key, "word": file.word, "kept": place[0], "done": place[1]}
-        for file in files
-        if (place := _tested(file, effect)) is not None
+        {"key": key, "word": word, "kept": place[0], "done": place[1]}
+        for key, word, sets in (
+            *((file.key, file.word, file.sets) for file in files),
+            *(("baseline", one.name, one.sets) for one in baselines),
+        )
+        if (place := _tested(sets, effect)) is not None
     ]
     everything = [*points, *tested]
     across = Axis.over([0.8, 1.0, *(p["kept"] for p in everything)], _FRONT["left"], _FRONT["right"])
@@ -117,9 +125,11 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[ReportedFile], effect: Ef
     }  # fmt: skip
 
 
-def _tested(file: ReportedFile, effect: Effect) -> tuple[float, float] | None:
-    """Return retention and effect of a file; None where schema 1 measured neither, or nothing was refused."""
-    sensitive, harmful = file.of("sensitive"), file.of("harmful")
+def _tested(sets: Mapping[str, SetRecord], effect: Effect) -> tuple[float, float] | None:
+    """Return retention and effect; None where schema 1 measured neither, or nothing was refused."""
+    sensitive, harmful = (
+        next((one for one in sets.values() if one.kind == kind), None) for kind in ("sensitive", "harmful")
+    )
     if sensitive is None or harmful is None:
         return None
     change = sensitive.closed if effect == "induce" else sensitive.opened
