@@ -80,7 +80,8 @@ def shown(tune: Mapping[str, Any]) -> Row:
 def trade_off(tune: Mapping[str, Any], files: Sequence[ReportedFile], effect: Effect) -> Row:
     """Return every trial of every method: retention of harmful refusals to the right, the effect upwards.
 
-    The effect is the share of the sensitive refusals that are gone, or to induce of the answers.
+    The effect is the share of the sensitive refusals that are gone, or to induce of the answers. A trial that
+    stopped before the sensitive prompts has none.
     `front` is the stair of what trials with short answers reach, of all methods together. `tested` are the
     written files on the validation split, joined to the trial that they were selected by.
     """
@@ -94,6 +95,7 @@ def trade_off(tune: Mapping[str, Any], files: Sequence[ReportedFile], effect: Ef
             "selected": trial["number"] in selected,
         }
         for trial in tune["trials"]
+        if trial["sensitive_remaining"] is not None
     ]
     tested: list[Row] = [
         {"key": file.key, "word": file.word, "kept": place[0], "done": place[1]}
