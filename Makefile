@@ -84,8 +84,9 @@ lint-prose: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# front.py, fidelity.py, gates.py and transfer.py read a run: give them its folder. rereading.py makes one.
-NOT_ALONE := $(patsubst %,benchmarks/%.py,front fidelity gates transfer rereading)
+# front.py, fidelity.py, gates.py and transfer.py read a run: give them its folder. rereading.py makes one, and
+# stopping.py does either.
+NOT_ALONE := $(patsubst %,benchmarks/%.py,front fidelity gates transfer rereading stopping)
 bench: install
 	for script in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \
