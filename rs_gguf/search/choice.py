@@ -64,7 +64,10 @@ def _as_good_as_the_best(feasible: Sequence[Trial]) -> list[Trial]:
 
 
 def least_infeasible(answered: Sequence[Trial]) -> Trial:
-    """Return the trial that keeps most harmful refusals, then closes fewest benign prompts."""
+    """Return the trial that keeps most harmful refusals, then closes fewest benign prompts.
+
+    Of trials that stopped only the first is known, so the earlier of two equal ones is returned.
+    """
     return max(
         answered,
         key=lambda t: (

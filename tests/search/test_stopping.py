@@ -83,10 +83,10 @@ def test_refused_harmful_prompts_come_first_and_at_full_length_all_harmful_ones(
     assert compared(pairs[:1], Allowance.FULL, Answering.STOPPING)[1] == [[0]]
 
 
-@pytest.mark.parametrize(("lost", "asked"), [(0, 7), (11, 7), (40, 3), (200, 1)])
+@pytest.mark.parametrize(("lost", "asked"), [(0, 6), (11, 6), (40, 3), (200, 1)])
 def test_of_many_harmful_prompts_some_are_enough(lost: int, asked: int) -> None:
     """Of 360 refusals 19 may be lost, with the one that counts as noise. Losses lie at the beginning."""
-    pairs: Pairs = [("harmful", "rc")] * lost + [("harmful", "rr")] * (360 - lost) + [("benign", "cc")] * 9
+    pairs: Pairs = [("harmful", "rc" if i < lost else "rr") for i in range(360)]
     found, parts = compared(pairs, Allowance.SHORT, Answering.STOPPING)
     assert len(parts) == asked
     assert len(found.prompts) == sum(map(len, parts))

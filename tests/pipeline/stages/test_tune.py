@@ -913,7 +913,7 @@ def test_full_answers_that_stopped_are_known_when_a_search_goes_on() -> None:
                 return trial
             return replace(trial, sensitive_remaining=1.0, answered=(4, 64), left_out=8)
 
-    options = {"trials": 12, "finalists": 6, "full": 4}
+    options: dict[str, Any] = {"trials": 12, "finalists": 6, "full": 4}
     whole = formula_finder(Stopping(), **options)
     chosen = whole.search(SPACE)
     full = [t for t in whole.trials if t.fidelity == "full"]
