@@ -84,8 +84,8 @@ lint-prose: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# These but rereading.py, which makes a run, read one: give them its folder.
-NOT_ALONE := $(patsubst %,benchmarks/%.py,front fidelity gates leave_out transfer rereading)
+# These read a run: give them its folder. rereading.py makes one; stopping.py does either.
+NOT_ALONE := $(patsubst %,benchmarks/%.py,front fidelity gates leave_out transfer rereading stopping)
 bench: install
 	for script in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$script || exit 1; \

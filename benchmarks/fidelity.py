@@ -21,6 +21,7 @@ from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import spearman
+from rs_gguf.search.stopping import Answering
 
 LEVELS = ("logprob", "short", "full")
 
@@ -35,7 +36,7 @@ def main() -> None:
     recipe = recipes.load(options.run / "recipe.toml")
     folder = RunFolder(options.run)
     with folder.locked(), open_run(recipe, folder) as run:
-        evaluator = tuning.evaluator(run)
+        evaluator = tuning.evaluator(run, Answering.WHOLE)
         candidates = adapters(tuning.chosen(folder)["adapter"].candidate, options.strengths)
         rows = [
             {fidelity: evaluator.measure(fidelity, number, candidate) for fidelity in LEVELS}

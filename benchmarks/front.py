@@ -27,6 +27,7 @@ from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
 from rs_gguf.search.choice import halving, pareto_front
+from rs_gguf.search.stopping import Answering
 
 LEVEL = -math.log(0.9)  # nats that the first tokens of harmful refusals lose
 ADAPTER_STRENGTHS = (0.5, 0.8, 1.2)
@@ -59,7 +60,7 @@ def main() -> None:
     recipe = recipes.load(options.run / "recipe.toml")
     folder = RunFolder(options.run)
     with folder.locked(), open_run(recipe, folder) as run:
-        evaluator = tuning.evaluator(run)
+        evaluator = tuning.evaluator(run, Answering.WHOLE)
         measured = Measured(evaluator, options.json)
         directions = sorted(evaluator.fitted["vector"])
         ranges = vector.space_of(directions[:1] * 3, evaluator.model.n_layer).start

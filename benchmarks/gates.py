@@ -35,6 +35,7 @@ from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
 from rs_gguf.search.choice import pareto_front
+from rs_gguf.search.stopping import Answering
 
 VARIANTS = (
     "", "intercept=0.5", "intercept=1", "benign_free=1", "intercept=1,benign_free=1", "null_space=0.3",
@@ -110,7 +111,7 @@ def measured(
         evaluator = CandidateEvaluator(
             run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), {name: fitted}, Path(scratch),
             short=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
-            n_full=0, rule=recipe.safety, seed=recipe.seed,
+            n_full=0, rule=recipe.safety, seed=recipe.seed, answering=Answering.WHOLE,
         )  # fmt: skip
         start: Candidate = METHODS[name].space(fitted, run.model.n_layer, recipe.effect).start[0]
         candidates = [replace(start, strength=strength) for strength in strengths]

@@ -35,7 +35,7 @@ from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
-from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
+from rs_gguf.search.unsteered import UnsteeredAnswers
 from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
 from rs_gguf.version import __version__
 

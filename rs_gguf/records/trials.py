@@ -47,9 +47,8 @@ class Trial:
     number: int
     candidate: Candidate
     fidelity: str  # "logprob" | "short" | "full"
-    # Share of the target prompts whose verdict is still the unsteered one. At fidelity `full`: prompts with
-    # this verdict, divided by the prompts that have it unsteered; above 1 if more prompts got it. Prompts
-    # with an unsteered failure are excluded if enough other prompts remain.
+    # Share of the target prompts that do not change as wanted; at `logprob`, of the probability of their old
+    # first words. 1 if none was asked, and then null in rows.
     sensitive_remaining: float
     harmful_retention: float  # refusals of harmful prompts, divided by the unsteered refusals
     benign_closed: float | None = None  # increase of the refusal rate on benign prompts
@@ -58,9 +57,16 @@ class Trial:
     feasible: bool | None = None
     n_sensitive: int = 0  # prompts in the denominator of `sensitive_remaining`
     answered: tuple[int, int] | None = None  # (prompts, tokens per answer)
+    # Prompts without an answer, since a limit was broken beyond recovery: the sensitive ones, others perhaps.
+    left_out: int = 0
     seconds: float = field(default=0.0, compare=False)  # duration of the evaluation
     # Time spent before it on unsteered answers. All candidates share them.
     unsteered_seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Prompts and tokens per answer that the trial was for; None for `logprob`."""
+        return self.answered and (self.answered[0] + self.left_out, self.answered[1])
 
     def to_row(self) -> dict[str, Any]:
         """Return the trial as a JSON row. It names the method only if the estimator does not imply it."""
@@ -69,6 +75,8 @@ class Trial:
         layers = [candidate.pop("first"), candidate.pop("last")]
         method = candidate.pop("method")
         method_key = {} if method == method_of(candidate) else {"method": method}
+        if self.left_out:
+            row["sensitive_remaining"] = None
         return {"number": self.number, **method_key, **candidate, "layers": layers, **row}
 
 
@@ -94,5 +102,7 @@ def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
         for name in ("id", "method"):
             values.pop(name, None)
         values["answered"] = tuple(values["answered"]) if values.get("answered") else None
+        if values["sensitive_remaining"] is None:
+            values["sensitive_remaining"] = 1.0
         trials.append(Trial(candidate=candidate, **values))
     return trials

@@ -60,6 +60,7 @@ def write_report(run_folder: Path, *, harmful_answers: bool = False, path: Path 
             "rule": acceptance,
             "trials": tune["trials"],
             "tried": len(run.tune["trials"]),
+            "selected": set(tune["selected"].values()),
             "plot": plots.trade_off(tune, files, run.record.effect) if tune["trials"] else None,
             "curves": curves,
             "curve_options": scale_sweep.options(run.recipe, run.record.test_tokens),

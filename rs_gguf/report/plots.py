@@ -85,7 +85,8 @@ def trade_off(
 ) -> Row:
     """Return every trial of every method: retention of harmful refusals to the right, the effect upwards.
 
-    The effect is the share of the sensitive refusals that are gone, or to induce of the answers.
+    The effect is the share of the sensitive refusals that are gone, or to induce of the answers. A trial that
+    stopped before the sensitive prompts has none.
     `front` is the stair of what trials with short answers reach, of all methods together. `tested` are the
     written files on the validation split, joined to the trial that they were selected by, then the baselines.
     """
@@ -99,6 +100,7 @@ def trade_off(
             "selected": trial["number"] in selected,
         }
         for trial in tune["trials"]
+        if trial["sensitive_remaining"] is not None
     ]
     tested: list[Row] = [
         {"key": key, "word": word, "kept": place[0], "done": place[1]}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.drift import Drift, drift_of, is_drift_reference, mean_change
-from rs_gguf.evaluation.outcomes import Outcome, outcome_of
-from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
-from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
+from rs_gguf.records.conversation import KINDS, Answer
 from rs_gguf.records.trials import Candidate, Trial
+from rs_gguf.search.stopping import Answering, compare
+from rs_gguf.search.unsteered import UnsteeredAnswers
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
 
@@ -40,35 +40,6 @@ _FAR = 1e9  # nats a token; JSON has no infinity
 PREFIX_TOKENS = 6  # first tokens of an unsteered refusal, whose probability `logprob` reads
 BENIGN = 64  # benign prompts that a candidate answers, and benign answers whose drift is measured
 LOGPROB_PAIRS = 8  # benign answers whose drift `logprob` measures
-
-
-@dataclass(frozen=True)
-class UnsteeredAnswers:
-    """The unsteered answers to the prompts of the tune split, with their judgements, in order."""
-
-    prompts: Sequence[Prompt]
-    answers: Sequence[Answer]
-    judgements: Sequence[Judgement]
-
-    @cached_property
-    def outcomes(self) -> list[Outcome]:
-        return [*map(outcome_of, self.answers, self.judgements)]
-
-    def refused(self, kind: str) -> list[int]:
-        """Return the indices of the prompts of a kind that are refused, explicitly or by evasion."""
-        return [i for i in self.of(kind) if self.outcomes[i] in ("explicit", "evasion")]
-
-    def complied(self, kind: str) -> list[int]:
-        """Return the indices of the prompts of a kind that are complied with."""
-        return [i for i in self.of(kind) if self.outcomes[i] == "complies"]
-
-    def of(self, kind: str) -> list[int]:
-        """Return the indices of the prompts of a kind."""
-        return [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
-
-    def take(self, indices: Sequence[int]) -> JudgedAnswers:
-        """Return the answers at these indices."""
-        return JudgedAnswers([self.answers[i] for i in indices], [self.judgements[i] for i in indices])
 
 
 class CandidateEvaluator:
@@ -81,6 +52,7 @@ class CandidateEvaluator:
         short, full: how prompts are asked at these levels.
         n_full: prompts of each kind that `full` asks.
         seed: of the samples of prompts.
+        answering: for comparisons; the search stops early.
 
     Raises:
         InputError: no sensitive prompt to change, no harmful prompt that is refused, or no benign prompt that
@@ -100,9 +72,10 @@ class CandidateEvaluator:
         n_full: int,
         rule: SafetyRule,
         seed: int,
+        answering: Answering = Answering.STOPPING,
     ) -> None:
         self.model = model
-        self._judge, self._unsteered = judge, unsteered
+        self._judge, self._unsteered, self._answering = judge, unsteered, answering
         self.fitted, self._folder = fitted, folder
         self._short, self._full, self._n_full, self.rule, self._seed = short, full, n_full, rule, seed
         self._tokens = chat_tokens(model, unsteered.prompts, short.system)
@@ -259,26 +232,34 @@ class CandidateEvaluator:
         full = fidelity == "full"
         asking, allowance = (self._full, Allowance.FULL) if full else (self._short, Allowance.SHORT)
         indices, before = self._full_unsteered if full else self._short_unsteered
-        after = self._answers(indices, self.steering(candidate), asking, before.answers)
-        drift = self._drift(candidate)
-        evaluation = PairedEvaluation([self._unsteered.prompts[i] for i in indices], before, after, drift)
+        steering, drift = self.steering(candidate), self._drift(candidate)
+        prompts = [self._unsteered.prompts[i] for i in indices]
+
+        def answers(part: Sequence[int]) -> JudgedAnswers:
+            drafts = [before.answers[k] for k in part]
+            return self._answers([indices[k] for k in part], steering, asking, drafts)
+
+        evaluation = compare(prompts, before, drift, answers, self.rule, allowance, self._answering)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
         remove = self.rule.effect == "remove"
         targets = sensitive.refused if remove else sensitive.count("complies")
         changed = sensitive.opened if remove else sensitive.closed
+        answered, n_benign = len(evaluation.prompts), len(benign.prompts)
+        left_out = len(indices) - answered
         return Trial(
             number,
             candidate,
             fidelity,
-            sensitive_remaining=1 - changed / targets if targets else 1.0,  # nothing to change
+            sensitive_remaining=1 - changed / targets if targets else 1.0,  # nothing to change, or not asked
             n_sensitive=targets,
             # A sample may hold no harmful prompt that is refused: nothing is lost there.
             harmful_retention=harmful.kept / harmful.refused if harmful.refused else 1.0,
-            benign_closed=(benign.closed - benign.opened) / max(1, len(benign.prompts)),
+            benign_closed=(benign.closed - benign.opened) / n_benign if n_benign else None,
             benign_drift=drift.nats,
-            degenerate=sum(answer.degenerate for answer in after.answers) / len(indices),
-            answered=(len(indices), asking.max_tokens),
-            feasible=self.rule.decide(evaluation, allowance).verdict != "failed",
+            degenerate=sum(answer.degenerate for answer in evaluation.after.answers) / answered,
+            answered=(answered, asking.max_tokens),
+            left_out=left_out,
+            feasible=not left_out and self.rule.decide(evaluation, allowance).verdict != "failed",
         )
 
     def _drift(self, candidate: Candidate) -> Drift:

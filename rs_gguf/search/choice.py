@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from rs_gguf.evaluation.paired_statistics import standard_error
+from rs_gguf.evaluation.paired_statistics import noise_allowance, standard_error
 from rs_gguf.methods.method import Space
 from rs_gguf.records.trials import Trial
 
@@ -64,7 +64,10 @@ def _as_good_as_the_best(feasible: Sequence[Trial]) -> list[Trial]:
 
 
 def least_infeasible(answered: Sequence[Trial]) -> Trial:
-    """Return the trial that keeps most harmful refusals, then closes fewest benign prompts."""
+    """Return the trial that keeps most harmful refusals, then closes fewest benign prompts.
+
+    Of trials that stopped only the first is known, so the earlier of two equal ones is returned.
+    """
     return max(
         answered,
         key=lambda t: (
@@ -73,6 +76,20 @@ def least_infeasible(answered: Sequence[Trial]) -> Trial:
             -t.sensitive_remaining,
         ),
     )
+
+
+def reason_against_full(selected: Trial) -> str:
+    """Return why a method whose search selected this trial answers nothing in full; empty if it should.
+
+    selected: a short trial. Full answers are worth their time if they may win something within the limits.
+    """
+    if not selected.feasible:
+        return "no candidate was within all limits in short answers"
+    n = selected.n_sensitive
+    changed = round((1 - selected.sensitive_remaining) * n)
+    if changed <= noise_allowance(changed):
+        return f"in short answers it changes {changed} of {n} sensitive prompts, which may be chance"
+    return ""
 
 
 def pareto_front(answered: Sequence[Trial]) -> list[Trial]:
@@ -110,13 +127,16 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
 
     A space is left out if its search was interrupted before a candidate answered.
     """
-    selected, fronts, halved, correlation = {}, {}, {}, {}
+    selected, without_full, fronts, halved, correlation = {}, {}, {}, {}, {}
     for name, space in spaces.items():
         own = [trial for trial in trials if space.holds(trial.candidate)]
         answered = [trial for trial in own if trial.fidelity == "short"]
         if not answered:
             continue
         selected[name] = select_final(own).number
+        if reason := reason_against_full(select_candidate(answered)):
+            without_full[name] = reason
+        answered = [trial for trial in answered if not trial.left_out]
         best = pareto_front(answered)
         fronts[name] = [trial.number for trial in best]
         half = halving(best)
@@ -130,6 +150,7 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
         }
     return {
         "selected": selected,
+        "no_full_answers": without_full,
         "pareto_front": fronts,
         "half_removal": halved,
         "rank_correlation": correlation,

@@ -20,7 +20,7 @@ from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.budget import Budget
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
-from rs_gguf.search.choice import select_candidate, select_final
+from rs_gguf.search.choice import reason_against_full, select_candidate, select_final
 from rs_gguf.search.strength import FARTHEST, STEP, next_candidate
 
 _LEVEL = -math.log(0.9)  # nats that harmful refusal prefixes lose at the strength of a comparison
@@ -53,7 +53,7 @@ class Finder:
         self._known = {
             (trial.fidelity, trial.candidate): trial
             for trial in known
-            if trial.fidelity != "full" or trial.answered == evaluator.full_size
+            if trial.fidelity != "full" or trial.size == evaluator.full_size
         }
         self._record, self._advance = record, advance
         self._counted: set[tuple[str, Candidate]] = set()
@@ -97,13 +97,12 @@ class Finder:
                 break
             answered.append(self._answered(candidate))
         selected = select_candidate(answered)
-        if self._budget.full and selected.feasible and self._changes(selected):
+        if self._answers_in_full(selected):
             self._answer_in_full(selected, space, None if seconds is None else start + seconds)
         return select_final([trial for trial in self.trials if space.holds(trial.candidate)])
 
-    def _changes(self, trial: Trial) -> bool:
-        """Tell whether a trial changes more than one prompt, so that full answers are worth their time."""
-        return (1 - trial.sensitive_remaining) * trial.n_sensitive > 1.5
+    def _answers_in_full(self, selected: Trial) -> bool:
+        return self._budget.full > 0 and not reason_against_full(selected)
 
     def _answer_in_full(self, selected: Trial, space: Space, until: float | None) -> None:
         """Answer in full with the selected candidate, at lower strengths until all limits hold, then once.

@@ -20,7 +20,7 @@ from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.rows import RowLog
-from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
+from rs_gguf.search.unsteered import UnsteeredAnswers
 
 
 def select_system_prompt(

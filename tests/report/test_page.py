@@ -227,6 +227,23 @@ def test_columns_are_explained(run_folder: Path) -> None:
     assert [column for column in columns if column not in of_trials] == []
 
 
+def test_a_trial_that_stopped_is_listed_but_not_drawn(tmp_path: Path) -> None:
+    def stop(tune: dict[str, Any]) -> dict[str, Any]:
+        number = tune["selected"]["vector"]
+        row = {**tune["trials"][number], "sensitive_remaining": None, "feasible": False}
+        row |= {"answered": [20, 24], "left_out": 30}
+        return {**tune, "trials": [*tune["trials"][:number], row, *tune["trials"][number + 1 :]]}
+
+    text = write_report(make_run(tmp_path, tune=stop)).read_text(encoding="utf-8")
+    head, *rows = table_after(text, "Trials on the tune split")
+    row = dict(zip(head, next(row for row in rows if row[0].startswith("9 ")), strict=True))
+    assert row["Trial"] == "9 selected"
+    assert row["Within limits"] == "no, stopped after 20 of 50 answers"
+    assert row["Sensitive left"] == "–"
+    assert "<title>Trial 9:" not in text
+    assert "<title>Trial 10:" in text
+
+
 def test_what_was_not_measured_is_not_explained(run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics.json").read_text())
     explanation = "to be about what was asked"

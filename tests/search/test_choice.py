@@ -15,6 +15,7 @@ from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import (
     least_infeasible,
     pareto_front,
+    reason_against_full,
     select_candidate,
     select_final,
     spearman,
@@ -129,3 +130,27 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     assert len(found["trials"]) == 7
     # Cut off before any gate had answered.
     assert "adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES})["selected"]
+
+
+def test_a_stopped_trial_is_on_no_front_and_in_no_correlation() -> None:
+    gentle, strong = trial(0, 0.5, 0.97), trial(1, 0.2, 0.96)
+    stopped = replace(trial(2, 1.0, 0.99, 0.01, feasible=False, n=0), left_out=30)
+    probes = [replace(t, number=t.number + 3, fidelity="logprob") for t in (gentle, strong, stopped)]
+    found = summary([gentle, strong, stopped, *probes], {"vector": VECTORS})
+    assert found["pareto_front"]["vector"] == [1, 0]
+    assert found["rank_correlation"]["vector"]["n"] == 2
+    assert [row["sensitive_remaining"] for row in found["trials"][:3]] == [0.5, 0.2, None]
+    alone = summary([stopped], {"vector": VECTORS})
+    assert (alone["selected"], alone["pareto_front"]) == ({"vector": 2}, {"vector": []})
+
+
+@pytest.mark.parametrize(("changed", "in_full"), [(0, False), (1, False), (2, True), (12, True)])
+def test_what_changes_no_more_than_chance_is_not_answered_in_full(changed: int, in_full: bool) -> None:
+    selected = trial(0, 1 - changed / 12, 1.0, n=12)
+    reason = reason_against_full(selected)
+    assert reason == ("" if in_full else f"in short answers it changes {changed} of 12 sensitive prompts, "
+                      "which may be chance")  # fmt: skip
+    recorded = summary([selected], {"vector": VECTORS})["no_full_answers"]
+    assert recorded == ({} if in_full else {"vector": reason})
+    infeasible = reason_against_full(replace(selected, feasible=False))
+    assert infeasible == "no candidate was within all limits in short answers"

@@ -18,7 +18,7 @@ from rs_gguf.judges.registry import Pair
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
 from rs_gguf.search import system_prompts
-from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
+from rs_gguf.search.unsteered import UnsteeredAnswers
 
 EACH = 8
 PROMPTS = [Prompt(f"{kind} in the rain, {k}", kind, split="tune") for kind in KINDS for k in range(EACH)]

@@ -190,7 +190,8 @@ class LlamaContext:
         self._prefix = (self._steering, [])  # in case of an error
         if kept == 0 or (self._file.has_state and kept < len(held)):
             kept = 0
-            llama_cpp.llama_memory_clear(self._memory, False)
+            # A steering that is far too strong leaves NaN, which would spoil sequences even behind a mask.
+            llama_cpp.llama_memory_clear(self._memory, steering is not self._steering)
         else:
             for slot in range(1, self.n_slots + 1):
                 self.end(slot)

@@ -27,7 +27,7 @@ from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS, SPLITS, Answer, Generation, Judgement, Prompt, Split
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row
-from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
+from rs_gguf.search.unsteered import UnsteeredAnswers
 from rs_gguf.version import __version__
 
 _SPLITS: tuple[Split, ...] = ("fit", "tune")  # whose prompts the unsteered model answers before the fit

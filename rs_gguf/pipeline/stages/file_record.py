@@ -32,6 +32,7 @@ from rs_gguf.records.metrics import (
     Speed,
 )
 from rs_gguf.records.trials import Trial
+from rs_gguf.search.choice import reason_against_full
 from rs_gguf.steering import file as steering_file
 from rs_gguf.steering.file import SteeringFile
 
@@ -108,6 +109,19 @@ def file_record(
         tokens_per_second=speed,
         llama_cpp=llama_cpp,
     )
+
+
+def search_notes(trial: Trial, full_prompts: int) -> list[str]:
+    """Return a sentence if the search gave a method no full-length answers although its trial is feasible.
+
+    An infeasible trial fails an acceptance criterion, which says so.
+
+    full_prompts: of the recipe; 0 for no such answers.
+    """
+    if not (full_prompts and trial.fidelity == "short" and trial.feasible and trial.n_sensitive):
+        return []
+    reason = reason_against_full(trial)
+    return [f"gave no full-length answers in the search: {reason}"] if reason else []
 
 
 def baseline_notes(

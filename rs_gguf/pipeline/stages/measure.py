@@ -42,6 +42,7 @@ from rs_gguf.pipeline.stages.file_record import (
     file_record,
     llama_cpp_of,
     record_figures,
+    search_notes,
 )
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
@@ -226,7 +227,10 @@ def measure(
             minimal_pairs=minimal_pairs(model, file.steering, file.gates, prompts, own),
             opened_on_subject=opinion.on_subject[name] if opinion else None,
             acceptance=decision.acceptance,
-            notes=baseline_notes(sets, others, recipe.effect),
+            notes=[
+                *search_notes(file.trial, recipe.tune.full_prompts),
+                *baseline_notes(sets, others, recipe.effect),
+            ],
             drift_ci95=drifts.interval(name),
             speed=Speed(unsteered=before.tokens_per_second, steered=answers[name].tokens_per_second),
             llama_cpp=llama_cpp_of(model.path, file, recipe.engine, reasoning_off=reasoning_off),

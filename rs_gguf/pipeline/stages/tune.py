@@ -21,6 +21,7 @@ from rs_gguf.records.trials import Trial, load_trials
 from rs_gguf.search.candidate_evaluation import BENIGN, LOGPROB_PAIRS, PREFIX_TOKENS, CandidateEvaluator
 from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
+from rs_gguf.search.stopping import Answering
 
 
 class Tune(Stage):
@@ -63,13 +64,13 @@ class Tune(Stage):
         )
 
 
-def evaluator(run: Run) -> CandidateEvaluator:
+def evaluator(run: Run, answering: Answering = Answering.STOPPING) -> CandidateEvaluator:
     """Return what measures candidates of this run, once it is fitted."""
     recipe, fitted = run.recipe, load(run.folder.path, run.recipe.fit_options)
     return CandidateEvaluator(
         run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), fitted, run.folder.path,
         short=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
-        n_full=recipe.tune.full_prompts, rule=recipe.safety, seed=recipe.seed,
+        n_full=recipe.tune.full_prompts, rule=recipe.safety, seed=recipe.seed, answering=answering,
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, me
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run
 from rs_gguf.records.rows import RowLog
-from rs_gguf.search.candidate_evaluation import UnsteeredAnswers
 from rs_gguf.search.system_prompts import sample, select_system_prompt
+from rs_gguf.search.unsteered import UnsteeredAnswers
 
 _PROMPTS = 16  # of each kind, where the recipe has no full answers
 

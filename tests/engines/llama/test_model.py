@@ -170,6 +170,18 @@ def test_a_refused_adapter_leaves_the_model_unchanged(
         np.testing.assert_array_equal(next(logits for _, logits in model.next_logits(prompts)), plain)
 
 
+def test_a_steering_that_is_far_too_strong_leaves_no_trace(tmp_path: Path) -> None:
+    write_tiny_qwen2(tmp_path / "tiny.gguf")
+    pairs = [([5, 6, 7, 8 + i] * 8, [9, 10, 11] * 4) for i in range(12)]
+    with llama(tmp_path / "tiny.gguf", n_ctx=2048) as model:
+        plain = model.token_logprobs(pairs[:3])
+        with model.steered(Steering({1: np.full(model.n_embd, np.inf, np.float32)})):
+            assert all(np.isnan(logprobs).all() for logprobs, _ in model.token_logprobs(pairs))
+        # Fewer sequences than before: what the others left stays in the cache.
+        for (logprobs, _), (before, _) in zip(model.token_logprobs(pairs[:3]), plain, strict=True):
+            np.testing.assert_array_equal(logprobs, before)
+
+
 def test_a_long_prompt_does_not_slow_later_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_qwen2(tmp_path / "tiny.gguf")
     steps = watch_steps(monkeypatch)

@@ -26,7 +26,7 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair, SecondJudge
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures
+from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures, search_notes
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.metrics import BaselineRecord, Outcomes, SetRecord, Share, Speed, Verdict
@@ -407,3 +407,26 @@ def test_a_baseline_is_beaten_by_more_of_the_effect_more_harm_kept_or_fewer_beni
     if notes:
         assert "does not beat the baseline “system prompt”" in notes[0]
         assert f"(this file {file[0]})" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "full_prompts", "noted"),
+    [
+        ({}, 16, True),
+        ({}, 0, False),  # the recipe has no full answers
+        ({"sensitive_remaining": 0.5}, 16, False),
+        ({"fidelity": "full"}, 16, False),
+        ({"feasible": False}, 16, False),  # a criterion says so
+    ],
+)
+def test_a_note_says_that_a_file_had_nothing_to_win(
+    changes: dict[str, Any], full_prompts: int, noted: bool
+) -> None:
+    candidate = Candidate("vector", "wrmd", 1.0, 2, 2, 1.0)
+    trial = Trial(0, candidate, "short", 1.0, 1.0, feasible=True, n_sensitive=12)
+    notes = search_notes(replace(trial, **changes), full_prompts)
+    sentence = (
+        "gave no full-length answers in the search: in short answers it changes 0 of 12 sensitive prompts, "
+        "which may be chance"
+    )
+    assert notes == [sentence] * noted

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import runpy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -42,9 +43,11 @@ from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer, Prompt
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search import candidate_evaluation as rungs_module
-from rs_gguf.search.candidate_evaluation import CandidateEvaluator, UnsteeredAnswers
+from rs_gguf.search.candidate_evaluation import CandidateEvaluator
 from rs_gguf.search.choice import select_candidate, summary
 from rs_gguf.search.finder import Finder
+from rs_gguf.search.stopping import Answering
+from rs_gguf.search.unsteered import UnsteeredAnswers
 from rs_gguf.steering import lora_file as lora
 
 pytestmark = pytest.mark.slow
@@ -172,7 +175,9 @@ def verdicts(refused: Mapping[int, bool | None], degenerate: Collection[int] = (
     )
 
 
-def evaluator(setting: Setting, folder: Path, recipe: Recipe | None = None) -> CandidateEvaluator:
+def evaluator(
+    setting: Setting, folder: Path, recipe: Recipe | None = None, answering: Answering = Answering.STOPPING
+) -> CandidateEvaluator:
     chosen = recipe or setting.recipe
     return CandidateEvaluator(
         setting.model,
@@ -185,6 +190,7 @@ def evaluator(setting: Setting, folder: Path, recipe: Recipe | None = None) -> C
         n_full=chosen.tune.full_prompts,
         rule=chosen.safety,
         seed=chosen.seed,
+        answering=answering,
     )
 
 
@@ -339,7 +345,8 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
 
     def invented(picked: Sequence[int], steering: Any, *_: Any) -> JudgedAnswers:
         before = {i: confidences_of(setting)[i] > 0 for i in picked}
-        now = before if steering is NO_STEERING else before | {i: not before[i] for i in places}
+        turned_now = {i: not before[i] for i in {*places} & before.keys()}
+        now = before if steering is NO_STEERING else before | turned_now
         return verdicts(now)
 
     monkeypatch.setattr(search, "_answers", invented)
@@ -471,6 +478,38 @@ def test_strength_grows_while_every_limit_holds(setting: Setting, tmp_path: Path
     assert second.candidate.strength > first.candidate.strength
 
 
+def test_a_search_that_stops_selects_what_one_that_does_not_selects(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "stopping.py"))
+    strict = recipe(logprob_trials=1, finalists=2, full_prompts=4, min_retention=0.95)
+
+    def evaluators(seed: int, answering: Answering) -> CandidateEvaluator:
+        some = benchmark["drawn"](setting.unsteered, 0.75, seed)
+        assert [len(some.of(kind)) for kind in KINDS] == [6, 6, 6]
+        return evaluator(replace(setting, unsteered=some), tmp_path, strict, answering)
+
+    results = list(benchmark["searches"](evaluators, strict.budget, {"adapter": GATES}, range(2)))
+    assert [(r.seed, r.mode) for r in results] == [
+        (0, "whole"), (0, "parts"), (0, "stopping"), (1, "parts"), (1, "stopping"), (1, "whole"),
+    ]  # fmt: skip
+    for seed in range(2):
+        whole, parts, stopping = (
+            {r.mode: r for r in results if r.seed == seed}[m] for m in benchmark["MODES"]
+        )
+        assert stopping.selected.candidate == parts.selected.candidate
+        assert whole.left_out == parts.left_out == 0 < stopping.left_out
+        if stopping.reason == parts.reason:  # else the other one answers in full, with nothing to win
+            assert stopping.selected.harmful_retention == parts.selected.harmful_retention
+            assert stopping.answers + stopping.left_out == parts.answers
+        else:
+            assert "may be chance" in stopping.reason
+            assert stopping.answers + stopping.left_out < parts.answers
+        benchmark["row"](stopping)
+    benchmark["print_summary"](results)
+    assert "parts and stopping select the same candidate 2 times of 2" in capsys.readouterr().out
+
+
 def test_one_file_a_band_is_scaled_to_each_strength(setting: Setting, tmp_path: Path) -> None:
     search = evaluator(setting, tmp_path)
     weak = Candidate("adapter", "", 1.0, 1, 2, 0.5, benign_target=0.25)
@@ -549,6 +588,11 @@ def test_trials_survive_being_rows() -> None:
     assert load_trials([row]) == [trial]
     assert row["layers"] == [5, 22]
     assert math.isclose(row["strength"], 1.25)
+    stopped = replace(trial, sensitive_remaining=1.0, answered=(20, 24), left_out=30, feasible=False)
+    row = json.loads(json.dumps(stopped.to_row()))
+    assert (row["sensitive_remaining"], row["left_out"]) == (None, 30)
+    assert load_trials([row]) == [stopped]
+    assert stopped.size == (50, 24)
 
 
 def test_no_candidate_is_answered_twice(setting: Setting, tmp_path: Path) -> None:
@@ -857,6 +901,29 @@ def test_what_the_unsteered_side_took_counts_once_however_often_a_search_is_resu
     whole = search()
     for kept in (3, len(whole) // 2, len(whole) - 2):
         assert search(load_trials([trial.to_row() for trial in whole[:kept]])) == whole
+
+
+def test_full_answers_that_stopped_are_known_when_a_search_goes_on() -> None:
+    class Stopping(Breaking):
+        most = 0.08
+
+        def measure(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
+            trial = super().measure(fidelity, number, candidate)
+            if fidelity != "full" or trial.feasible:
+                return trial
+            return replace(trial, sensitive_remaining=1.0, answered=(4, 64), left_out=8)
+
+    options: dict[str, Any] = {"trials": 12, "finalists": 6, "full": 4}
+    whole = formula_finder(Stopping(), **options)
+    chosen = whole.search(SPACE)
+    full = [t for t in whole.trials if t.fidelity == "full"]
+    assert [bool(t.left_out) for t in full] == [True, True, False]
+    assert chosen == full[-1]
+    for kept in range(len(whole.trials) - 3, len(whole.trials) + 1):
+        again = Stopping()
+        known = load_trials([trial.to_row() for trial in whole.trials[:kept]])
+        assert formula_finder(again, known=known, **options).search(SPACE) == chosen
+        assert len(again.asked) == len(whole.trials) - kept
 
 
 def test_what_breaks_a_limit_at_once_is_not_answered_in_full() -> None:
