@@ -16,26 +16,26 @@ struct Avx2 {
     using Vector = __m256;
     static constexpr std::size_t lanes = 8;
 
-    // 2 × 6 sums + 2 rows + 1 direction: 15 of the 16 registers.
-    static constexpr std::size_t rows(std::size_t c) { return c <= 2 ? 4 : 2; }
+    // 4 × 3 sums + 3 directions + 1 row, or 3 × 4 and 2 × 6 sums: at most 16 registers.
+    static constexpr std::size_t rows(std::size_t c) { return c <= 3 ? 4 : c == 4 ? 3 : 2; }
 
     static __m256i load_bits(const unsigned char* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }
 
-    // Keeps a value in a register. GCC would load it again for every multiplication, and loads are the limit
-    // of the loop.
-    static Vector hold(Vector a) {
-#ifdef __GNUC__
-        __asm__("" : "+x"(a));
-#endif
-        return a;
-    }
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector load(const float* p) { return _mm256_loadu_ps(p); }
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
     static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
-    static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+    // GCC would load a factor again for every multiplication, and let a sum wander to a factor's register.
+    static Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__GNUC__) && defined(__AVX2__)
+        __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+        return c;
+#else
+        return _mm256_fmadd_ps(a, b, c);
+#endif
+    }
     static float total(Vector a) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -56,12 +56,12 @@ struct Avx2 {
     static Vector load_bf16_even(const unsigned char* p) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16));
     }
-    // Two shifts, because a mask would take the one register that the tile leaves free.
     static Vector load_bf16_odd(const unsigned char* p) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(load_bits(p), 16), 16));
+        return _mm256_castsi256_ps(
+            _mm256_and_si256(load_bits(p), _mm256_set1_epi32(static_cast<int>(0xFFFF0000U))));
     }
     static void prefetch(const unsigned char* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
     }
 };
 

@@ -21,19 +21,19 @@ struct Avx512 {
 
     static __m512i load_bits(const unsigned char* p) { return _mm512_loadu_si512(p); }
 
-    // Keeps a value in a register. GCC would load it again for every multiplication, and loads are the limit
-    // of the loop.
-    static Vector hold(Vector a) {
-#if defined(__GNUC__) && defined(__AVX512F__)
-        __asm__("" : "+v"(a));
-#endif
-        return a;
-    }
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector load(const float* p) { return _mm512_loadu_ps(p); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
     static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
-    static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+    // GCC would load a factor again for every multiplication, and let a sum wander to a factor's register.
+    static Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__GNUC__) && defined(__AVX512F__)
+        __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+        return c;
+#else
+        return _mm512_fmadd_ps(a, b, c);
+#endif
+    }
     static __m256 fold(Vector a) {
         const __m512d wide = _mm512_castps_pd(a);
         return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
@@ -64,7 +64,7 @@ struct Avx512 {
             _mm512_and_si512(load_bits(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000U))));
     }
     static void prefetch(const unsigned char* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
     }
 };
 

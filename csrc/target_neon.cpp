@@ -24,7 +24,6 @@ struct Neon {
 
     static uint32x4_t load_bits(const unsigned char* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 
-    static Vector hold(Vector a) { return a; }
     static Vector zero() { return vdupq_n_f32(0); }
     static Vector load(const float* p) { return vld1q_f32(p); }
     static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }

@@ -56,7 +56,6 @@ struct Scalar {
         return value;
     }
 
-    static Vector hold(const Vector& a) { return a; }
     static Vector zero() { return {}; }
     static Vector load(const float* p) {
         return each([p](std::size_t i) { return p[i]; });
