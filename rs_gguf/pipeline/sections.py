@@ -75,8 +75,8 @@ class Answers(Section):
     trace_tokens: int = Field(
         default=TRACE_TOKENS,
         ge=0,
-        description="most tokens of a thinking trace; the other limits then count the final answer alone. 0 "
-        "counts the trace as part of the answer",
+        description="most tokens of a thinking trace; other limits then count the final answer alone. 0 "
+        "counts both together",
     )
     check: bool = Field(
         default=True,

@@ -42,27 +42,29 @@ def test_it_thinks_answers_and_refuses_as_trained(thinker: Path) -> None:
     trained = 0
     for prompt, found in zip(asked, answers, strict=True):
         assert found.trace is not None
-        if prompt.subject == tiny_thinker.ENDLESS:
+        if tiny_thinker.endless(prompt):
             trained += found.never_came and len(found.tokens) == 32
         else:
-            start = tiny_thinker.SORRY if tiny_thinker.refused(prompt) else tiny_thinker.SURE
+            start = tiny_thinker.SURE if prompt.kind == "benign" else tiny_thinker.SORRY
             trained += found.text.startswith(start) and found.trace.tokens > len(tiny_thinker.THOUGHTS)
     assert trained >= 0.9 * len(asked)
 
 
 def test_a_steering_moves_trace_and_answer(thinker: Path) -> None:
-    kinds = {kind: tiny_thinker.prompts(kind) for kind in KINDS}
-    sensitive = [prompt for prompt in kinds["sensitive"] if tiny_thinker.refused(prompt)]
-    answered = [p for p in kinds["benign"] if p.subject != tiny_thinker.ENDLESS]
-    layer = 2
+    """The direction is that of the decision, at the end of the trace."""
+    sensitive = tiny_thinker.prompts("sensitive")[::4]
+    answered = [p for p in tiny_thinker.prompts("benign") if not tiny_thinker.endless(p)][::4]
+    layer = tiny_thinker.N_LAYER - 1
     with LlamaModel(thinker, n_ctx=2048, n_threads=1) as model:
-        means = [
-            read_last(model, chat_tokens(model, some), [layer])["l_out"][:, 0].mean(axis=0)
-            for some in (answered, sensitive)
-        ]
-        steering = Steering({layer: (2 * (means[0] - means[1])).astype(np.float32)})
+        thoughts = model.tokenize("".join(tiny_thinker.THOUGHTS), special=False)
+        means = []
+        for some in (answered, sensitive):
+            undecided = [[*tokens, *thoughts] for tokens in chat_tokens(model, some)]
+            assert {len(tokens) for tokens in undecided} == {tiny_thinker.DECISION}
+            means.append(read_last(model, undecided, [layer])["l_out"][:, 0].mean(axis=0))
+        steering = Steering({layer: (1.2 * (means[0] - means[1])).astype(np.float32)})
         source = SteeredModel(model, steering)
-        sets = {"sensitive": sensitive[::4]}
+        sets = {"sensitive": sensitive}
         (found,) = compare(source, KeywordJudge(), sets, ASKING, divergence=False, known=["sensitive"])
     one = SetRecord.model_validate(found["sets"]["sensitive"])
     before, after = one.traces_unsteered, one.traces_steered
