@@ -50,7 +50,7 @@ def test_it_thinks_answers_and_refuses_as_trained(thinker: Path) -> None:
     assert trained >= 0.9 * len(asked)
 
 
-def test_a_steering_moves_trace_and_answer(thinker: Path) -> None:
+def test_a_steering_that_is_too_strong_shows_in_the_traces(thinker: Path) -> None:
     """The direction is that of the decision, at the end of the trace."""
     sensitive = tiny_thinker.prompts("sensitive")[::4]
     answered = [p for p in tiny_thinker.prompts("benign") if not tiny_thinker.endless(p)][::4]
@@ -62,7 +62,7 @@ def test_a_steering_moves_trace_and_answer(thinker: Path) -> None:
             undecided = [[*tokens, *thoughts] for tokens in chat_tokens(model, some)]
             assert {len(tokens) for tokens in undecided} == {tiny_thinker.DECISION}
             means.append(read_last(model, undecided, [layer])["l_out"][:, 0].mean(axis=0))
-        steering = Steering({layer: (1.2 * (means[0] - means[1])).astype(np.float32)})
+        steering = Steering({layer: (3 * (means[0] - means[1])).astype(np.float32)})
         source = SteeredModel(model, steering)
         sets = {"sensitive": sensitive}
         (found,) = compare(source, KeywordJudge(), sets, ASKING, divergence=False, known=["sensitive"])
@@ -70,9 +70,11 @@ def test_a_steering_moves_trace_and_answer(thinker: Path) -> None:
     before, after = one.traces_unsteered, one.traces_steered
     assert before is not None
     assert after is not None
-    assert one.opened is not None
-    assert one.opened.n > one.n / 2
-    assert after.refusal_phrases < before.refusal_phrases - one.n / 2
+    assert (before.n, before.endless, before.loops, before.refusal_phrases) == (24, 0, 0, 24)
+    assert (after.n, after.endless, after.loops, after.refusal_phrases) == (24, 24, 24, 0)
+    assert after.mean_tokens == 32
+    assert one.broken is not None
+    assert one.broken.n == one.outcomes_steered.fails == 24
     console = Console(record=True, width=100)
     print_comparison(console, found, 8)
     text = console.export_text()
