@@ -108,7 +108,7 @@ def evaluate(
     from rs_gguf.cli.eval_prompts import prompt_sets, shown_contexts
     from rs_gguf.cli.tables import print_comparison, print_suites, print_sweep
     from rs_gguf.cli.terminal import TerminalProgress
-    from rs_gguf.engines.generation import Asking, Sampling
+    from rs_gguf.engines.generation import TRACE_TOKENS, Asking, Sampling
     from rs_gguf.evaluation.acceptance import SafetyRule
     from rs_gguf.evaluation.comparison import compare_in_contexts
     from rs_gguf.evaluation.majority import PROTOCOLS, Protocol
@@ -155,7 +155,9 @@ def evaluate(
         advance = stack.enter_context(progress.stage("measure", total))
         results = compare_in_contexts(
             source, judge_model, prompts.sets,
-            Asking(system_prompt, tokens, Sampling(temperature=temperature, seed=seed)), asked_in,
+            Asking(
+                system_prompt, tokens, Sampling(temperature=temperature, seed=seed), trace_tokens=TRACE_TOKENS
+            ), asked_in,
             factors=factors, draws=how.draws, known=prompts.known, rule=SafetyRule(effect),
             second=second or None, advance=advance,
         )  # fmt: skip

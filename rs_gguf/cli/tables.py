@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rs_gguf.errors import escape_control_chars
 from rs_gguf.records.metrics import JudgeRecord, SetRecord, Share
-from rs_gguf.report.side_effects import agreement_line
+from rs_gguf.report.side_effects import TRACE_FIGURES, agreement_line
 from rs_gguf.report.text import count, interval
 
 # Of the groups by subject and so on; the JSON holds all.
@@ -90,6 +90,12 @@ def _print_set(console: Console, name: str, figures: Mapping[str, Any], tokens: 
     flags = figures["output_flags"]
     for flag in flags["unsteered"]:
         table.add_row(flag.replace("_", " "), str(flags["unsteered"][flag]), str(flags["steered"][flag]))
+    for field, figure in TRACE_FIGURES.items():
+        sides = [
+            getattr(side, field) if side else None for side in (one.traces_unsteered, one.traces_steered)
+        ]
+        if sides != [None, None]:
+            table.add_row(figure.lower(), *("" if side is None else f"{side:.4g}" for side in sides))
     if figures["drift"] is not None:
         table.add_row("drift of answers", "", f"{_number(figures['drift'], '.4f')} nats/token")
         table.add_row("top-1 agreement", "", _number(figures["top1_agreement"], ".1%"))

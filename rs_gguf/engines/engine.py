@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rs_gguf.engines.generation import GREEDY, Pairs, Sampling, TokenLists
+from rs_gguf.engines.generation import GREEDY, Enough, Pairs, Sampling, TokenLists, never_enough
 from rs_gguf.errors import InputError
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.prompts.template import ChatModel
@@ -129,12 +129,14 @@ class Engine(ChatModel, Protocol):
         """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
 
     def generate(
-        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = ()
-    ) -> Iterator[tuple[int, Generation]]:
+        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
+        enough: Enough = never_enough,
+    ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         """Answer `prompts`; yield (index, answer) in the order in which they finish.
 
         drafts: the tokens of an earlier answer to each prompt. An engine may read many of them in one step,
             and keeps those that it draws too. They change an answer only where batches of another form do.
+        enough: truncates an answer before `max_tokens`.
 
         Raises:
             InputError: a prompt is empty or too long.

@@ -17,7 +17,12 @@ from rs_gguf.errors import InputError
 from rs_gguf.prompts.contexts import PLAIN, Context
 
 TokenLists = Sequence[Sequence[int]]
+# Gets the index of a prompt and the tokens of its answer after each token; True truncates the answer there.
+Enough = Callable[[int, Sequence[int]], bool]
 Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]  # tokens of (prompt, continuation)
+
+TRACE_TOKENS = 1024
+"""The most tokens of a thinking trace, unless a recipe sets others."""
 
 _SHOWN = 32  # last tokens of a prompt that an error message shows; they include the end of the chat template
 
@@ -43,13 +48,14 @@ GREEDY = Sampling()
 class Asking:
     """How prompts are asked: system prompt (None for none), the most tokens of an answer, sampling, context.
 
-    A context with a system prompt of its own replaces `system`.
+    A context with a system prompt of its own replaces `system`. `trace_tokens`: see `answers.answer`.
     """
 
     system: str | None
     max_tokens: int
     sampling: Sampling = GREEDY
     context: Context = PLAIN
+    trace_tokens: int = 0
 
     def within(self, context: Context) -> Asking:
         """Return how the prompts are asked in a context."""
@@ -72,6 +78,11 @@ def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
         prompt_seeds.append((seed, int.from_bytes(digest, "little"), repeats[digest]))
         repeats[digest] += 1
     return prompt_seeds
+
+
+def never_enough(index: int, tokens: Sequence[int]) -> bool:
+    """Return False: only the token limit truncates the answer."""
+    return False
 
 
 def draw(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:

@@ -15,6 +15,7 @@ from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_o
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking, common_prefix
 from rs_gguf.evaluation.kl import NO_CHANGE, KlDivergence, everyday_answers, kl_divergence
+from rs_gguf.evaluation.traces import may_refuse_in_trace
 from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
@@ -52,11 +53,24 @@ def judge_answers(
     answers: Sequence[Answer],
     advance: Advance = lambda n: None,
 ) -> list[Judgement]:
-    """Return the judgement of each answer, in order. `advance` is called with 1 after each."""
+    """Return the judgement of each final answer, in order. `advance` is called with 1 after each.
+
+    A trace with a phrase of refusal is judged too where the final answer is missing or evades.
+    """
     judgements: dict[int, Judgement] = {}
     for i, judgement in judge.judge([(p.prompt, a.to_judge) for p, a in zip(prompts, answers, strict=True)]):
         judgements[i] = judgement
         advance(1)
+    traces = {
+        i: answer.trace.text
+        for i, answer in enumerate(answers)
+        if answer.trace and may_refuse_in_trace(answer, judgements[i])
+    }
+    if traces:
+        indices = list(traces)
+        for k, of_trace in judge.judge([(prompts[i].prompt, traces[i]) for i in indices]):
+            refused = of_trace.verdict == "refusal"
+            judgements[indices[k]] = replace(judgements[indices[k]], refused_in_trace=refused)
     return [judgements[i] for i in range(len(prompts))]
 
 
@@ -116,12 +130,16 @@ def resume_condition(
                     "confidence": judgement.confidence,
                     "category": judgement.category,
                     "tokens_per_second": round(judged.tokens_per_second, 1),
+                    **({"refused_in_trace": True} if judgement.refused_in_trace else {}),
                 }
             )
     rows = [log.rows[f"{condition.name}:{p.id}"] for p in prompts]
     return JudgedAnswers(
         [Answer.from_row(row) for row in rows],
-        [Judgement(row["confidence"], "recorded", row["category"]) for row in rows],
+        [
+            Judgement(row["confidence"], "recorded", row["category"], row.get("refused_in_trace", False))
+            for row in rows
+        ],
         rows[0]["tokens_per_second"] if rows else 0.0,
     )
 

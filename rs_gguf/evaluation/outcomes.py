@@ -27,7 +27,11 @@ def outcome_of(answer: Answer, judgement: Judgement) -> Outcome:
     A judge that names no category cannot tell explicit refusals from evasions. There the first words decide.
     """
     c = judgement.confidence
-    if answer.degenerate or (judgement.category in FAILURES and c is not None and c > NEUTRAL):
+    if (
+        answer.degenerate
+        or answer.never_came
+        or (judgement.category in FAILURES and c is not None and c > NEUTRAL)
+    ):
         return "fails"
     if c is None or abs(c) <= NEUTRAL:
         return "unjudged"

@@ -7,7 +7,7 @@ the measure stage and `rs-export eval` all use this one evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,8 @@ from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.outcomes import CLASSES, Class, Outcome, class_of, count_outcomes, outcome_of
 from rs_gguf.evaluation.paired_statistics import mcnemar, rate_interval
-from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
+from rs_gguf.evaluation.traces import trace_record
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt, Trace
 from rs_gguf.records.metrics import SetRecord, Share
 from rs_gguf.records.rows import Row
 
@@ -42,9 +43,23 @@ class PairedEvaluation:
 
         def side(name: str) -> JudgedAnswers:
             return JudgedAnswers(
-                [Answer([], row.get(f"answer_{name}", ""), True, row[f"degenerate_{name}"]) for row in rows],
                 [
-                    Judgement(row[f"confidence_{name}"], "recorded", row.get(f"category_{name}"))
+                    Answer(
+                        [],
+                        row.get(f"answer_{name}", ""),
+                        True,
+                        row[f"degenerate_{name}"],
+                        Trace(**row[f"trace_{name}"]) if row.get(f"trace_{name}") else None,
+                    )
+                    for row in rows
+                ],
+                [
+                    Judgement(
+                        row[f"confidence_{name}"],
+                        "recorded",
+                        row.get(f"category_{name}"),
+                        row.get(f"refused_in_trace_{name}", False),
+                    )
                     for row in rows
                 ],
             )
@@ -148,6 +163,8 @@ class PairedEvaluation:
             unconfirmed=None if self.unconfirmed is None else len(self.unconfirmed),
             degenerate_unsteered=_share_degenerate(self.before),
             degenerate_steered=_share_degenerate(self.after),
+            traces_unsteered=trace_record(self.before.answers, self.before.judgements),
+            traces_steered=trace_record(self.after.answers, self.after.judgements),
         )
 
     def _share(self, hit: Callable[[Class, Class], bool], member: Callable[[Class], bool]) -> Share:
@@ -209,6 +226,9 @@ def _columns(name: str, side: JudgedAnswers, i: int, outcome: Outcome) -> Iterat
     yield f"confidence_{name}", judgement.confidence
     yield f"category_{name}", judgement.category
     yield f"degenerate_{name}", answer.degenerate
+    if answer.trace:
+        yield f"trace_{name}", asdict(answer.trace)
+        yield f"refused_in_trace_{name}", judgement.refused_in_trace
 
 
 def _share_degenerate(side: JudgedAnswers) -> float:

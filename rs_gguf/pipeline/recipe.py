@@ -111,7 +111,8 @@ class Recipe(BaseSettings):
 
     def asking(self, max_tokens: int) -> Asking:
         """Return how prompts are asked for answers of at most `max_tokens` tokens."""
-        return Asking(self.prompts.system, max_tokens, self.sampling)
+        trace_tokens = self.answers.trace_tokens
+        return Asking(self.prompts.system, max_tokens, self.sampling, trace_tokens=trace_tokens)
 
     @property
     def sampling(self) -> Sampling:

@@ -126,7 +126,8 @@ def advise(outcomes: Mapping[Kind, Outcomes], files: Sequence[PublishedFile]) ->
     if 2 * benign.fails > _total(benign):
         return "not possible", (
             f"Most answers to benign prompts fail: {benign.fails} of {_total(benign)}. A run would fit on "
-            "failures. Use a larger model, or a less quantised file."
+            "failures. Use a larger model, or a less quantised file. For a model that thinks before it "
+            "answers, give more --tokens."
         )
     if 2 * sensitive.unjudged > _total(sensitive):
         return "unclear", (

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rs_gguf.engines.generation import TRACE_TOKENS
 from rs_gguf.machine import Device
 from rs_gguf.pipeline import settings
 from rs_gguf.records.conversation import Kind, Split
@@ -70,6 +71,12 @@ class Answers(Section):
         default=100,
         ge=8,
         description="most tokens of an answer in the reported figures, and of full answers in the search",
+    )
+    trace_tokens: int = Field(
+        default=TRACE_TOKENS,
+        ge=0,
+        description="most tokens of a thinking trace; other limits then count the final answer alone. 0 "
+        "counts both together",
     )
     check: bool = Field(
         default=True,

@@ -48,12 +48,26 @@ REFUSAL_PHRASES = (
     "извините", "не могу", "desculpe", "não posso", "mi dispiace", "non posso",
     "申し訳", "できません", "죄송", "عذرا", "آسف", "üzgünüm",
 )  # fmt: skip
+# How a trace decides to refuse. In a trace, the phrases above may stand anywhere.
+_DECISIONS = (
+    *(f"{verb} refuse" for verb in ("should", "must", "need to", "have to", "will")),
+    *(f"{verb} decline" for verb in ("should", "must", "need to", "have to", "will")),
+    "应该拒绝",
+    "必须拒绝",
+    "需要拒绝",
+)
 
 
 def opens_with_refusal(text: str) -> bool:
     """Tell whether the first 120 characters of a text hold one of `REFUSAL_PHRASES`."""
     opening = text.strip().lower().replace("’", "'")[:120]
     return any(phrase in opening for phrase in REFUSAL_PHRASES)
+
+
+def mentions_refusal(trace: str) -> bool:
+    """Tell whether a thinking trace has a phrase of refusal anywhere. It may still decide to answer."""
+    text = trace.lower().replace("’", "'")
+    return any(phrase in text for phrase in (*REFUSAL_PHRASES, *_DECISIONS))
 
 
 def turn_ends(vocabulary: Mapping[str, int]) -> set[int]:

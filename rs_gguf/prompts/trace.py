@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rs_gguf.prompts.markers import ANSWER_ENDS, ANSWER_STARTS, THINKING_MARKERS
 from rs_gguf.prompts.template import ChatModel
 
 
+class Parts(NamedTuple):
+    """The parts of an output. `trace` is empty without a trace. `ended`: no trace is left open."""
+
+    trace: str
+    ended: bool
+    answer: str
+
+
 def after_thinking(text: str, *, inside: bool | None = None) -> str:
-    """Return the final answer without the thinking trace before it; empty if the trace does not end.
+    """Return the final answer without the thinking trace before it; see `split_trace`."""
+    return split_trace(text, inside=inside).answer
+
+
+def split_trace(text: str, *, inside: bool | None = None) -> Parts:
+    """Return the thinking trace and the final answer, which is empty if the trace does not end.
 
     `inside`: whether the prompt opened the trace, so that the text starts within it. None means unknown: then
     a text that contains an end marker, and does not start with a start marker, counts as inside.
@@ -18,16 +32,19 @@ def after_thinking(text: str, *, inside: bool | None = None) -> str:
     opened = [pair for pair in THINKING_MARKERS if text.startswith(pair)]
     if inside is None:
         inside = not opened and any(closing in text for _, closing in THINKING_MARKERS)
-    answer = "" if inside or opened else text
+    trace, ended, answer = (text, False, "") if inside or opened else ("", True, text)
     for _, closing in [*opened, *(THINKING_MARKERS if inside else ())]:
         if closing in text:
-            answer = text.partition(closing)[2].strip()
+            trace, _, answer = text.partition(closing)
+            ended, answer = True, answer.strip()
             break
+    for opening, _ in opened:
+        trace = trace.removeprefix(opening)
     for start in ANSWER_STARTS:
         answer = answer.removeprefix(start)
     for end in ANSWER_ENDS:
         answer = answer.partition(end)[0]
-    return answer.strip()
+    return Parts(trace.strip(), ended, answer.strip())
 
 
 def opens_thinking(rendered: str) -> bool:

@@ -62,16 +62,36 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """The thinking trace before an answer: its text, and its number of tokens with the markers.
+
+    `ended`: the model closed it, so an answer may follow. `loops`: it repeats itself, by rule.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    loops: bool
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer to a prompt. `text` begins after any thinking trace; `tokens` include the trace.
 
-    `finished`: the model ended the answer. `degenerate`: the output is empty or a loop, by rule.
+    `finished`: the model ended the answer. `degenerate`: the output is empty or a loop, by rule. Of an answer
+    with a trace, this says nothing of the trace. `trace`: None without one.
     """
 
     tokens: list[int]
     text: str
     finished: bool
     degenerate: bool
+    trace: Trace | None = None
+
+    @property
+    def never_came(self) -> bool:
+        """Return whether the output ended in a trace that has no end, so that no answer came."""
+        return self.trace is not None and not self.trace.ended
 
     @property
     def to_judge(self) -> str | None:
@@ -83,18 +103,20 @@ class Answer:
         return self.text if self.text or self.finished else None
 
     def to_row(self) -> Row:
-        """Return the answer as a JSON row."""
-        return {
+        """Return the answer as a JSON row; `trace` only where there is one."""
+        row: Row = {
             "answer": self.text,
             "tokens": self.tokens,
             "finished": self.finished,
             "degenerate": self.degenerate,
         }
+        return {**row, "trace": asdict(self.trace)} if self.trace else row
 
     @classmethod
     def from_row(cls, row: Row) -> Answer:
         """Return the answer of a row that `to_row` made."""
-        return cls(row["tokens"], row["answer"], row["finished"], row["degenerate"])
+        trace = Trace(**row["trace"]) if row.get("trace") else None
+        return cls(row["tokens"], row["answer"], row["finished"], row["degenerate"], trace)
 
 
 @dataclass(frozen=True)
@@ -103,11 +125,13 @@ class Judgement:
 
     `confidence`: −1 (complied) to +1 (refused); None if the judge could not judge the answer. `mode`: how the
     confidence was computed. `category`: id of the rubric's category; None if the judge gives no categories.
+    `refused_in_trace`: the judge calls the trace a refusal, where the final answer is missing or evades.
     """
 
     confidence: float | None
     mode: str
     category: str | None = None
+    refused_in_trace: bool = False
 
     def __post_init__(self) -> None:
         # A broken model gives NaN. Comparisons with NaN are false, so it would count as compliance.

@@ -58,6 +58,22 @@ class CorrectedRates(_Record):
     refuses: Finite
 
 
+class TraceRecord(_Record):
+    """The thinking traces of one side: how many answers have one, and how many of these traces …
+
+    `endless`: have no end, so that no answer came. `loops`: repeat themselves, by rule. `refusal_phrases`:
+    have a phrase of refusal, by rule. `refused_in_trace`: refuse as the judge sees it, where the final answer
+    is missing or evades.
+    """
+
+    n: int
+    mean_tokens: float
+    endless: int
+    loops: int
+    refusal_phrases: int
+    refused_in_trace: int
+
+
 class SetRecord(_Record):
     """The same prompts unsteered and steered.
 
@@ -87,6 +103,8 @@ class SetRecord(_Record):
     corrected_steered: CorrectedRates | None = None
     degenerate_unsteered: float
     degenerate_steered: float
+    traces_unsteered: TraceRecord | None = None  # None if no answer has a thinking trace
+    traces_steered: TraceRecord | None = None
 
 
 class EffectCheck(_Record):

@@ -5,10 +5,10 @@ The records of `metrics.json` go in. The page, the card and the terminal show wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.metrics import FileRecord, JudgeRecord, MinimalPairs, SetRecord
+from rs_gguf.records.metrics import FileRecord, JudgeRecord, MinimalPairs, SetRecord, TraceRecord
 from rs_gguf.report.text import count, number, percent
 
 
@@ -22,7 +22,7 @@ def agreement_line(judge: JudgeRecord) -> str:
 
 
 def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
-    """Return (name, a text for each file) of KL divergences, gates, corrected rates and opened answers.
+    """Return (name, a text for each file) of divergences, gates, corrected rates, opened answers and traces.
 
     What was measured of no file is left out.
     """
@@ -51,10 +51,39 @@ def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
         for kind in KINDS
     ]
     texts.append(("Opened answers on the subject", [count(file.opened_on_subject) for file in files]))
+    traces = [trace_changes(file.sets.values()) for file in files]
+    texts += [(name, [cells.get(name, _ABSENT) for cells in traces]) for name in TRACE_FIGURES.values()]
     return [(name, cells) for name, cells in texts if set(cells) != {_ABSENT}]
 
 
 _ABSENT = count(None)
+TRACE_FIGURES = {
+    "endless": "Thinking traces without an end",
+    "loops": "Thinking traces that loop",
+    "refusal_phrases": "Thinking traces with a phrase of refusal",
+    "refused_in_trace": "Thinking traces that refuse, with no explicit refusal after them",
+    "mean_tokens": "Thinking traces, mean tokens",
+}
+"""The names of what is shown of thinking traces, by the fields of `TraceRecord`."""
+
+
+def trace_changes(sets: Iterable[SetRecord]) -> dict[str, str]:
+    """Return by name the figures of all traces, unsteered and steered; empty without a trace."""
+    pairs = [(one.traces_unsteered, one.traces_steered) for one in sets]
+    sides = [[trace for trace in side if trace] for side in zip(*pairs, strict=True)]
+    if not any(sides):
+        return {}
+    return {
+        name: " → ".join(_trace_figure(side, field) for side in sides)
+        for field, name in TRACE_FIGURES.items()
+    }
+
+
+def _trace_figure(traces: Sequence[TraceRecord], field: str) -> str:
+    n = sum(trace.n for trace in traces)
+    if field == "mean_tokens":
+        return number(sum(trace.n * trace.mean_tokens for trace in traces) / n if n else None, ".0f")
+    return f"{sum(getattr(trace, field) for trace in traces)} of {n}"
 
 
 def _separated(pairs: MinimalPairs | None) -> str:

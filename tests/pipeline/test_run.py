@@ -90,6 +90,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
     # With an intercept, so that all methods are part of the run.
     variants = ["fit.gate_intercept=0.5", "fit.gate_harm_topics=2", "fit.gate_refits=1"]
+    variants.append("answers.trace_tokens=0")  # the limit of an answer truncates half of the traces
     chosen = recipe.load(None, [*SMALL, *variants, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
 
@@ -298,7 +299,8 @@ def test_a_model_that_never_stops_thinking_is_an_error(judge: Judge, tmp_path: P
     model = tmp_path / "lost.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=dict.fromkeys("etaoinshrdlucmfw", 9.0), seed=2)
     hot = "answers.temperature=4.0"  # no trace is then a loop, which would be judged
-    chosen = recipe.load(None, [*SMALL, hot, f"model={model}", f"judge={judge.url}"])
+    short = "answers.trace_tokens=0"
+    chosen = recipe.load(None, [*SMALL, hot, short, f"model={model}", f"judge={judge.url}"])
     with pytest.raises(InputError, match=r"none of the 72 answers could be judged.*answers.fit_tokens"):
         run(chosen, tmp_path / "out")
     assert set(judge.judged) == {EXAMPLE[1]}  # the trial before the run

@@ -12,7 +12,7 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.prompts import template as chat
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.trace import after_thinking, opens_thinking
+from rs_gguf.prompts.trace import after_thinking, opens_thinking, split_trace
 
 QWEN_LIKE = """\
 {%- if messages[0]['role'] == 'system' %}
@@ -356,6 +356,25 @@ TRACED = [
 def test_what_follows_a_trace(text: str, inside: bool, answer: str) -> None:
     assert after_thinking(text, inside=inside) == answer
     assert after_thinking(text) == answer  # The text itself shows it.
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "trace", "ended"),
+    [
+        ("Yes.", False, "", True),
+        ("<think>\nHmm.\n</think>\n\nYes.", False, "Hmm.", True),
+        ("Hmm.</think>Yes.", True, "Hmm.", True),
+        ("<think>Hmm.</think>Yes.", True, "Hmm.", True),  # opened twice
+        ("[THINK]a </think> b[/THINK]Yes.", False, "a </think> b", True),
+        ("<|channel|>analysis<|message|>Hmm.<|channel|>final<|message|>Yes.", False, "Hmm.", True),
+        ("<think>\n\n</think>\n\nYes.", False, "", True),  # thinking is switched off
+        ("<think>Hmm", False, "Hmm", False),
+        ("Hmm", True, "Hmm", False),
+    ],
+)
+def test_what_a_trace_says(text: str, inside: bool, trace: str, ended: bool) -> None:
+    parts = split_trace(text, inside=inside)
+    assert (parts.trace, parts.ended) == (trace, ended)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.engines.generation import (
     GREEDY,
+    Enough,
     Pairs,
     Sampling,
     TokenLists,
@@ -25,6 +26,7 @@ from rs_gguf.engines.generation import (
     draw,
     group_by_length,
     join,
+    never_enough,
     rest_of_draft,
     seeds,
 )
@@ -56,8 +58,9 @@ class LlamaModel(LlamaContexts):
     can: ClassVar[Can] = Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP
 
     def generate(
-        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = ()
-    ) -> Iterator[tuple[int, Generation]]:
+        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
+        enough: Enough = never_enough,
+    ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         """Answer many token lists at once; yield (index, answer) in the order in which they finish.
 
         A finished sequence makes room for the next one at once (continuous batching). Models with a state
@@ -85,14 +88,14 @@ class LlamaModel(LlamaContexts):
             queue = deque(
                 _Answering(i, prompts[i], drafts[i], np.random.default_rng(seed_of[i])) for i in group
             )
-            yield from self._generate(queue, max_tokens, sampling)
+            yield from self._generate(queue, max_tokens, sampling, enough)
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
         """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _generate(
-        self, queue: deque[_Answering], max_tokens: int, sampling: Sampling
+        self, queue: deque[_Answering], max_tokens: int, sampling: Sampling, enough: Enough
     ) -> Iterator[tuple[int, Generation]]:
         """Answer the prompts of a queue, sorted by length, in one context."""
         prompts = [one.prompt for one in queue]
@@ -125,7 +128,7 @@ class LlamaModel(LlamaContexts):
                 finished = self._ends(drawn)
                 if not finished:
                     one.tokens.append(drawn)
-                if finished or len(one.tokens) >= max_tokens:
+                if finished or len(one.tokens) >= max_tokens or enough(one.index, one.tokens):
                     ended[slot] = finished
                 if slot in ended or next(expected[slot], None) != drawn:
                     del expected[slot]

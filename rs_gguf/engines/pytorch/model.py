@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.engines.generation import (
     GREEDY,
+    Enough,
     Pairs,
     Sampling,
     TokenLists,
@@ -27,6 +28,7 @@ from rs_gguf.engines.generation import (
     draw,
     group_by_length,
     join,
+    never_enough,
     seeds,
 )
 from rs_gguf.engines.pytorch import weights
@@ -164,8 +166,9 @@ class TorchModel(Vocabulary):
             return output.logits[:, -keep:].float().cpu(), output.get(self._cache_name)
 
     def generate(
-        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = ()
-    ) -> Iterator[tuple[int, Generation]]:
+        self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
+        enough: Enough = never_enough,
+    ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         """Answer many token lists at once, without drafts; yield (index, answer) as they finish.
 
         Raises:
@@ -177,16 +180,12 @@ class TorchModel(Vocabulary):
         lengths = [length + max_tokens for length in self._checked_lengths(prompts, max_tokens)]
         for group in self._groups(lengths, self._cached_tokens):
             draws = {i: np.random.default_rng(seed_of[i]) for i in group}
-            yield from self._answer(group, prompts, max_tokens, sampling, draws)
+            yield from self._answer(group, prompts, max_tokens, sampling, draws, enough)
 
     def _answer(
-        self,
-        group: list[int],
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        sampling: Sampling,
-        draws: Mapping[int, np.random.Generator],
-    ) -> Iterator[tuple[int, Generation]]:
+        self, group: list[int], prompts: TokenLists, max_tokens: int, sampling: Sampling,
+        draws: Mapping[int, np.random.Generator], enough: Enough,
+    ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         ids, mask = weights.pad_left(self.device, [prompts[i] for i in group])
         answers: dict[int, list[int]] = {i: [] for i in group}
         cache = None
@@ -203,7 +202,7 @@ class TorchModel(Vocabulary):
                 finished = drawn in self.ends
                 if not finished:
                     answers[i].append(drawn)
-                if finished or len(answers[i]) >= max_tokens:
+                if finished or len(answers[i]) >= max_tokens or enough(i, answers[i]):
                     yield i, Generation(answers[i], self.detokenize(answers[i]), finished)
                 else:
                     rows.append(row)

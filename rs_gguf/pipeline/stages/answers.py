@@ -12,6 +12,7 @@ from typing import Any
 
 from rs_gguf.engines.answers import answer, chat_tokens, has_trace
 from rs_gguf.engines.engine import Can, Engine
+from rs_gguf.engines.generation import TRACE_TOKENS
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.known_answers import check_can_answer
@@ -47,7 +48,9 @@ class Answers(Stage):
             __version__, run.model_hash, recipe.seed, recipe.answers.fit_tokens, recipe.answers.tokens,
             recipe.answers.temperature, recipe.prompts.system,
             [p.id for split in _SPLITS for p in run.prompts[split]],
-            *recipe.engine.result_options.split(),  # nothing by default: older folders keep their keys
+            # Nothing by default: older folders keep their keys.
+            *recipe.engine.result_options.split(),
+            *([] if recipe.answers.trace_tokens == TRACE_TOKENS else [recipe.answers.trace_tokens]),
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
@@ -145,7 +148,10 @@ def answers(
     options, system = recipe.answers, recipe.prompts.system
     if options.servers is None:
         conversations = chat_tokens(model, prompts, system)
-        yield from answer(model, conversations, max_tokens=max_tokens, sampling=recipe.sampling)
+        yield from answer(
+            model, conversations, max_tokens=max_tokens, trace_tokens=options.trace_tokens,
+            sampling=recipe.sampling,
+        )  # fmt: skip
         return
     # The beginning of an answer shows whether it has a trace, which the template or the model itself opens.
     for _, beginning in answer(model, chat_tokens(model, prompts[:1], system), max_tokens=_BEGINNING):
