@@ -67,7 +67,7 @@ def compare(
 
 
 def _parts(n: int, decisive: Sequence[int]) -> list[Sequence[int]]:
-    """Return n indices in parts: those of `decisive` in parts of at most `PART`, then all others.
+    """Return n indices in parts: first the `decisive` indices in parts of at most `PART`, then all others.
 
     Prompts lie sorted by subject, so each part takes every k-th: what it shows holds for all of them.
     """
