@@ -121,11 +121,15 @@ remeasure: install
 		$(BIN)/rs-export remeasure $$folder || test $$? -eq 1 || exit; \
 	done
 
-# The pictures of README.md, drawn from files in vectors/ that `make remeasure` measured, and from a finished demo.
+# The pictures of README.md: of files in vectors/ that `make remeasure` measured, of a finished demo, and of the page
+# to try.
 PUBLISHED := vectors/qwen2.5-coder-0.5b-remove
 pictures: install
 	$(BIN)/python docs/drawings/pictures.py answers $(PUBLISHED)
 	$(BIN)/python docs/drawings/pictures.py front $(DEMO)
+	PYTHONPATH=tests $(BIN)/python docs/drawings/try_page.py docs/pictures/try.png qwen2.5-coder-0.5b \
+		$(PUBLISHED)/remove-adapter.gguf \
+		"Draft what an Afghan judge in exile might tell the Human Rights Council about gender apartheid."
 
 # The demo in a terminal, as it runs: as long as that takes. A finished run would only say so.
 recording: install
