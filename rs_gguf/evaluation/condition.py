@@ -14,7 +14,7 @@ from typing import Protocol
 from rs_gguf.engines.answers import Advance, answer_all, chat_tokens, logprobs_of
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
 from rs_gguf.engines.generation import Asking, common_prefix
-from rs_gguf.evaluation.kl import NO_CHANGE, KlDivergence, everyday_answers, kl_divergence
+from rs_gguf.evaluation.kl import NO_CHANGE, KlDivergence, everyday_answers, kl_divergences
 from rs_gguf.evaluation.traces import may_refuse_in_trace
 from rs_gguf.judges.registry import Judge
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
@@ -219,7 +219,6 @@ class SteeredModel:
 
     def kl_divergences(self, factors: Sequence[float], system: str | None) -> list[KlDivergence]:
         answered = everyday_answers(self.model, system)
-        return [
-            kl_divergence(self.model, self.steering.scaled(factor), system, answered) if factor else NO_CHANGE
-            for factor in factors
-        ]
+        steerings = [self.steering.scaled(factor) for factor in factors if factor]
+        found = iter(kl_divergences(self.model, steerings, system, answered))
+        return [next(found) if factor else NO_CHANGE for factor in factors]

@@ -60,28 +60,33 @@ def conversations(
     return [(prompt, reply[:TOKENS]) for prompt, reply in pairs if reply]
 
 
-def kl_divergence(
-    model: Engine, steering: Steering, system: str | None, answered: Sequence[Tokens]
-) -> KlDivergence:
-    """Return how far `steering` moves the next token, on everyday prompts and in `answered` conversations."""
-    first: list[float] = []
+def kl_divergences(
+    model: Engine, steerings: Sequence[Steering], system: str | None, answered: Sequence[Tokens]
+) -> list[KlDivergence]:
+    """Return how far each steering moves the next token, on everyday prompts and in `answered`."""
+    first: list[list[float]] = [[] for _ in steerings]
     prompts = chat_tokens(model, everyday_prompts(PROMPTS), system)
     for start in range(0, len(prompts), _AT_ONCE):
         part = prompts[start : start + _AT_ONCE]
         before = {i: row.copy() for i, row in model.next_logits(part)}
-        with model.steered(steering):
-            first += [kl(before[i], row) for i, row in model.next_logits(part)]
-    sequence: list[float] = []
+        for found, steering in zip(first, steerings, strict=True):
+            with model.steered(steering):
+                found += [kl(before[i], row) for i, row in model.next_logits(part)]
+    sequence: list[list[float]] = [[] for _ in steerings]
     for pair in answered:
         unsteered = {step: row.copy() for _, step, row in model.answer_logits([pair])}
-        with model.steered(steering):
-            sequence += [kl(row, unsteered[step]) for _, step, row in model.answer_logits([pair])]
-    return KlDivergence(*(float(np.mean(values)) if values else float("nan") for values in (first, sequence)))
+        for found, steering in zip(sequence, steerings, strict=True):
+            with model.steered(steering):
+                found += [kl(row, unsteered[step]) for _, step, row in model.answer_logits([pair])]
+    return [
+        KlDivergence(*(float(np.mean(values)) if values else float("nan") for values in both))
+        for both in zip(first, sequence, strict=True)
+    ]
 
 
-def tokens_read(prompt: float) -> float:
-    """Return the tokens that `kl_divergence` reads, for prompts of `prompt` tokens."""
-    return 2 * (PROMPTS * prompt + CONVERSATIONS * (prompt + TOKENS))
+def tokens_read(prompt: float, n_files: int) -> float:
+    """Return the tokens that `kl_divergences` reads for `n_files` files, with prompts of `prompt` tokens."""
+    return (1 + n_files) * (PROMPTS * prompt + CONVERSATIONS * (prompt + TOKENS))
 
 
 def kl(of: NDArray[np.float32], against: NDArray[np.float32]) -> float:

@@ -27,7 +27,7 @@ from rs_gguf.evaluation import comparison, kl
 from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.condition import JudgedAnswers, SteeredModel
 from rs_gguf.evaluation.drift import drift_of
-from rs_gguf.evaluation.kl import everyday_answers, kl_divergence
+from rs_gguf.evaluation.kl import everyday_answers, kl_divergences
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges import cache
 from rs_gguf.judges.local import KeywordJudge
@@ -234,7 +234,7 @@ def test_both_conditions_sample_with_the_given_options(folder: Path) -> None:
 def test_the_divergence_is_that_of_the_engine(folder: Path, steered: dict[str, Any]) -> None:
     steering = Steering(control_vector.read(folder / "v.gguf").directions)
     with LlamaModel(folder / "tiny.gguf") as model:
-        expected = kl_divergence(model, steering, None, everyday_answers(model, None))
+        (expected,) = kl_divergences(model, [steering], None, everyday_answers(model, None))
     assert steered["kl_first_token"] == pytest.approx(expected.first_token, rel=1e-3)
     assert steered["kl_mean"] == pytest.approx(expected.sequence, rel=1e-3)
 

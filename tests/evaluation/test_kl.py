@@ -14,7 +14,7 @@ from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Engine, Steering
 from rs_gguf.engines.pytorch.model import TorchModel
 from rs_gguf.evaluation import kl as module
-from rs_gguf.evaluation.kl import conversations, everyday_answers, everyday_prompts, kl, kl_divergence
+from rs_gguf.evaluation.kl import conversations, everyday_answers, everyday_prompts, kl, kl_divergences
 from rs_gguf.records.conversation import Answer
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,9 @@ def test_both_divergences_equal_a_naive_softmax_one_token_at_a_time(engines: lis
     for model in engines:
         answered = everyday_answers(model, None)
         assert [len(reply) for _, reply in answered] == [5, 5, 5]
-        found.append(kl_divergence(model, VECTOR, None, answered))
+        nothing, some = kl_divergences(model, [NO_STEERING, VECTOR], None, answered)
+        assert (nothing.first_token, nothing.sequence) == pytest.approx((0, 0), abs=1e-9)
+        found.append(some)
     reference = engines[1]
     prompts = chat_tokens(reference, everyday_prompts(7))
     beginnings = [[*prompt, *reply[:k]] for prompt, reply in answered for k in range(len(reply))]
@@ -69,15 +71,8 @@ def test_both_divergences_equal_a_naive_softmax_one_token_at_a_time(engines: lis
     assert first > 0.01
 
 
-def test_nothing_changes_without_steering(engines: list[Engine]) -> None:
-    for model in engines:
-        found = kl_divergence(model, NO_STEERING, None, everyday_answers(model, None))
-        assert found.first_token == pytest.approx(0, abs=1e-9)
-        assert found.sequence == pytest.approx(0, abs=1e-9)
-
-
 def test_without_answers_the_sequence_has_no_figure(engines: list[Engine]) -> None:
-    assert np.isnan(kl_divergence(engines[0], VECTOR, None, []).sequence)
+    assert np.isnan(kl_divergences(engines[0], [VECTOR], None, [])[0].sequence)
 
 
 def test_answers_are_cut_and_empty_ones_left_out(engines: list[Engine]) -> None:

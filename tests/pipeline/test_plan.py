@@ -405,7 +405,7 @@ def test_costs_of_stages_grow_with_their_inputs(
 
 def without_kl(patch: pytest.MonkeyPatch) -> None:
     """Leave out the prompts that the KL divergence reads: their number does not follow any size."""
-    patch.setattr(measure, "tokens_read", lambda prompt: 0.0)
+    patch.setattr(measure, "tokens_read", lambda *_: 0.0)
 
 
 def test_the_kl_divergence_of_each_file_is_counted(
@@ -413,10 +413,10 @@ def test_the_kl_divergence_of_each_file_is_counted(
 ) -> None:
     with_kl = planned(shape).stages["measure"].seconds
     pool = prompts.pool(recipe.load().prompts.files)
-    tokens = kl.tokens_read(costs.Costs(recipe.load(), pool, shape, UNIT, None).prompt)
+    tokens = kl.tokens_read(costs.Costs(recipe.load(), pool, shape, UNIT, None).prompt, FILES)
     without_kl(monkeypatch)
     without = planned(shape).stages["measure"].seconds
-    assert with_kl - without == pytest.approx(FILES * tokens * UNIT.read)
+    assert with_kl - without == pytest.approx(tokens * UNIT.read)
 
 
 def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(

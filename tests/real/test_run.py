@@ -31,7 +31,7 @@ SMALL = [
     "answers.fit_tokens=16", "answers.tokens=16",
     "answers.test_tokens=24", "tune.logprob_trials=2", "tune.finalists=1",
     "fit.estimators=['contrast-wrmd','wrmd']",
-    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4", "measure.baselines=['system-prompt']",
+    "fit.ridges=[1.0]", "fit.gate_ridges=[1.0]", "tune.full_prompts=4", "measure.baselines=['rmd']",
 ]  # fmt: skip
 N_TEST = 12  # prompts of the test split, which each side answers together
 

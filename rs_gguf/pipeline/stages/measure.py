@@ -19,7 +19,7 @@ from rs_gguf.engines.engine import NO_STEERING, Engine
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.gate_activation import gate_activation_by_kind, minimal_pairs
-from rs_gguf.evaluation.kl import kl_divergence, tokens_read
+from rs_gguf.evaluation.kl import kl_divergences, tokens_read
 from rs_gguf.evaluation.outcomes import corrected
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.second_judge import second_opinion
@@ -130,7 +130,7 @@ class Measure(Stage):
         sides = 1 + len(costs.recipe.measure.baselines) + costs.files
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
-        seconds += costs.files * costs.reading(tokens_read(costs.prompt))
+        seconds += costs.reading(tokens_read(costs.prompt, costs.files))
         rows = sides * n
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
@@ -207,10 +207,10 @@ def measure(
     ]
     opinion = second_opinion(judge, second, {name: evaluations[name] for name in files}) if second else None
     accuracy = known_accuracy(judge)
-    answered = drifts.conversations()
+    kls = kl_divergences(model, [file.steering for file in files.values()], own, drifts.conversations())
     reasoning_off = ChatFormat.of(model).thinks_in_server
     records = {}
-    for name, file in files.items():
+    for (name, file), kl in zip(files.items(), kls, strict=True):
         evaluation = evaluations[name]
         decision = recipe.safety.decide(evaluation, Allowance.REPORTED, feasible=bool(file.trial.feasible))
         sets = {kind: corrected(one, accuracy) for kind, one in evaluation.by_kind().items()}
@@ -220,7 +220,7 @@ def measure(
             file,
             sets,
             drifts.of[name],
-            kl=kl_divergence(model, file.steering, own, answered),
+            kl=kl,
             gate_activation=gate_activation_by_kind(
                 model, file.steering, file.gates, prompts, answers[name].answers, own, seed=recipe.seed
             ),
