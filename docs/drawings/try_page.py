@@ -1,5 +1,5 @@
 """Picture the page of `rs-export try` with a prompt that is answered: `PYTHONPATH=tests python try_page.py
-PICTURE MODEL FILE PROMPT`. Both answers have at most 100 tokens; the browser is that of the tests.
+PICTURE MODEL FILE PROMPT`. Both answers have at most 100 tokens. The tests' browser is used.
 """
 
 from __future__ import annotations
