@@ -78,7 +78,7 @@ def test_a_steering_that_is_too_strong_shows_in_the_traces(thinker: Path) -> Non
     console = Console(record=True, width=100)
     print_comparison(console, found, 8)
     text = console.export_text()
-    assert "thinking traces with a phrase of refusal" in text
+    assert "thinking traces that loop" in text
 
 
 def test_a_run_measures_traces(thinker: Path, tmp_path: Path) -> None:
