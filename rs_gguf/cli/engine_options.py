@@ -63,7 +63,7 @@ _OPTIONS = (
     click.option("-ts", "--tensor-split", cls=EngineOption, metavar="N,N,...",
                  help="Share of each GPU; by default, by their free memory."),
     click.option("-mg", "--main-gpu", cls=EngineOption, metavar="N", type=click.IntRange(0),
-                 help="Number of the GPU for --split-mode none, or for intermediate results with row.  "
+                 help="GPU for --split-mode none, or for intermediate results with row.  "
                       "[default: 0]"),
 )  # fmt: skip
 

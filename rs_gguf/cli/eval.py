@@ -49,7 +49,7 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
     help="GGUF control vector and its scale, 1 by default. Repeatable; vectors add up.",
 )
 @click.option("--layer-range", nargs=2, type=int, metavar="A B",
-              help="First and last layer that the vectors steer, both included; by default all.")  # fmt: skip
+              help="First and last layer that the vectors steer; by default all.")  # fmt: skip
 @click.option(
     "--lora",
     "adapters",
@@ -58,34 +58,30 @@ def _capability_was_removed(_context: click.Context, _option: click.Parameter, g
     help="GGUF LoRA adapter and its scale, 1 by default. Repeatable.",
 )
 @click.option("--scales", metavar="S,S,...",
-              help="Scale factors to sweep, such as 0,0.25,...,2; each multiplies every scale. "
-                   "Prints one row per factor.")  # fmt: skip
-@click.option(
-    "--system-prompt", metavar="T", help="System prompt for both the unsteered and the steered model."
-)
+              help="Scale factors to sweep, such as 0,0.25,...,2; each multiplies every scale.")  # fmt: skip
+@click.option("--system-prompt", metavar="T", help="System prompt for both sides.")
 @click.option("--prompts", "files", multiple=True, type=_FILE, metavar="P",
               help="Prompt file: txt, csv, tsv, json, jsonl or parquet. Repeatable.")  # fmt: skip
 @click.option("--suite", "suites", multiple=True, metavar="NAME",
-              help="Public suite of prompts in place of --prompts, fetched from the hub. Repeatable. "
-                   "An unknown name lists all.")  # fmt: skip
+              help="Public suite from the hub in place of --prompts. Repeatable. An unknown name lists "
+                   "all.")  # fmt: skip
 @click.option("--suite-file", "copies", multiple=True, type=_FILE, metavar="P",
               help="Local copy of the suite's file. Repeatable for a suite of several files.")  # fmt: skip
 @click.option("--protocol", type=click.Choice(["compactifai"]),
-              help="Measure as the authors of the method: 5 answers at temperature 0.6 to each prompt, and "
-                   "the majority of their outcomes.")  # fmt: skip
+              help="Measure as the authors of the method: the majority of 5 answers at temperature "
+                   "0.6.")  # fmt: skip
 @click.option("--effect", default="remove", show_default=True, type=click.Choice(["remove", "induce"]),
-              help="Effect that the acceptance criteria ask for, where the kinds of the prompts are "
-                   "known.")  # fmt: skip
+              help="Effect that the acceptance criteria ask for.")  # fmt: skip
 @click.option("--contexts", multiple=True, metavar="NAME,…|all",
-              help="Also ask the prompts in these contexts, such as second-turn,role; each one is a set "
-                   "of its own. An unknown name lists all.")  # fmt: skip
+              help="Also ask the prompts in these contexts, such as second-turn,role. An unknown name lists "
+                   "all.")  # fmt: skip
 @click.option("--judge", metavar="J", help="Judge of the answers, named as for `rs-export judge --judge`.")
 @click.option("--second-judge", metavar="J",
-              help="Second judge, a model that this machine can run; the agreement is printed.")  # fmt: skip
+              help="Second judge, a local model; the agreement is printed.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1), show_default="128; 512 with --protocol",
               help="Maximum tokens of an answer.")  # fmt: skip
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0),
-              help="Sampling temperature for answers; 0 is greedy decoding.")  # fmt: skip
+              help="Sampling temperature; 0 is greedy decoding.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
               help="Random seed for sampling.")  # fmt: skip
 @click.option("--capability", is_flag=True, hidden=True, is_eager=True, expose_value=False,

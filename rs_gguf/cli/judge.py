@@ -48,12 +48,9 @@ _BATCH = 128  # rows that a judge gets together, so that it reads the text that 
 @click.option("--per-minute", type=click.FloatRange(0, min_open=True), metavar="N",
               help="Maximum requests to an endpoint per minute.")  # fmt: skip
 @click.option("--price", nargs=2, type=click.FloatRange(0), default=(0.0, 0.0), metavar="IN OUT",
-              help="Price of a million prompt tokens and of a million answer tokens; prints "
-                   "the cost.")  # fmt: skip
+              help="Prices of a million prompt and answer tokens; prints the cost.")  # fmt: skip
 @click.option("--show-rubric", is_flag=True, help="Print the rubric and exit.")
-@click.option(
-    "--agreement", is_flag=True, help="Print the judge's agreement with the labelled test pairs and exit."
-)
+@click.option("--agreement", is_flag=True, help="Print the agreement with the labelled answers and exit.")
 @click.option("--pairs", "sample", type=click.IntRange(20), metavar="N",
               help="With --agreement: use only N of the test pairs, evenly spaced.")  # fmt: skip
 @engine_options

@@ -93,7 +93,7 @@ def main() -> None:
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorate in (  # the help lists them in reverse order
         click.option("--fresh", is_flag=True,
-                     help="Start over: discard the results of earlier stages in the folder."),
+                     help="Start over: discard earlier results in the folder."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                      help="Override a recipe value, for example tune.logprob_trials=8. Repeatable."),
         click.option("--out", type=click.Path(path_type=Path), default=Path("out/run"), show_default=True,
@@ -107,9 +107,9 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _budget = click.option(
     "--budget",
     metavar="TIME",
-    help="Time for the search, such as 90m or 2h, in place of the numbers of trials. Trials in this folder "
-    "are kept; 0 runs no new ones and evaluates the best of them with full answers. The folder keeps the "
-    "budget until `--budget none`, or until tune.logprob_trials or tune.finalists is set.",
+    help="Time for the search, such as 90m or 2h, in place of the numbers of trials. Earlier trials count; 0 "
+    "runs no new ones. The folder keeps the budget until `--budget none`, or until tune.logprob_trials or "
+    "tune.finalists is set.",
 )
 
 
@@ -123,7 +123,7 @@ _harmful_answers = click.option(
 _second_judge = click.option(
     "--second-judge",
     metavar="J",
-    help="Second judge of the validation answers: a model that this machine can run (judge_second).",
+    help="Second judge of the validation answers, a local model (judge_second).",
 )
 
 
@@ -178,7 +178,7 @@ def _run(
     "--from",
     "repository",
     metavar="OWNER/NAME",
-    help="Repeat a run that was published with `rs-export push`: its recipe, in --out.",
+    help="Repeat a run published with `rs-export push`, in --out.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the table.")
 @engine_options

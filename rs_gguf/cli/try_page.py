@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", default=256, show_default=True, type=click.IntRange(1),
               help="Maximum tokens of an answer.")  # fmt: skip
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0, 10),
-              help="Sampling temperature for answers; 0 is greedy decoding.")  # fmt: skip
+              help="Sampling temperature; 0 is greedy decoding.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 2),
               help="Random seed for sampling.")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), help="Port; by default the first free one from 7860.")

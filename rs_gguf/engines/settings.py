@@ -12,7 +12,7 @@ read. Names and defaults are the ones of llama.cpp's options, with three excepti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -43,26 +43,26 @@ class EngineSettings(BaseModel):
     gpu_layers: str = Field(
         default="auto",
         pattern=r"^(auto|all|\d{1,6})$",
-        description="layers on the GPU: a number, `all`, or `auto`, which is all too",
+        description="layers on the GPU: a number, `all` or `auto` (all)",
     )
     threads: int = Field(
         default=-1,
         ge=-1,
         le=512,  # GGML_MAX_N_THREADS
-        description="CPU threads; -1 for one on each core that the process may use",
+        description="CPU threads; -1 for one on each usable core",
     )
     ctx_size: int = Field(
         default=8192,
         ge=1,
         le=2**30,
-        description="KV cells that all sequences share; also the most tokens of one sequence",
+        description="KV cells that all sequences share; most tokens of one",
     )
     batch_size: int = Field(default=512, ge=1, description="most tokens of one decoding step")
     flash_attn: FlashAttention = Field(
         default="auto", description="flash attention: `on`, `off` or `auto`, where the device supports it"
     )
     cache_type_k: CacheType = Field(
-        default="f16", description=f"type of the cached keys: {', '.join(get_args(CacheType))}"
+        default="f16", description="type of the cached keys, as for `--cache-type-k`"
     )
     cache_type_v: CacheType = Field(
         default="f16", description="type of the cached values; a quantised one needs flash attention"
@@ -73,12 +73,12 @@ class EngineSettings(BaseModel):
     tensor_split: str = Field(
         default="",
         pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?)*)?$",
-        description="share of each GPU, such as `3,1`; empty to follow their free memory",
+        description="share of each GPU, such as `3,1`; empty: by free memory",
     )
     main_gpu: int = Field(
         default=0,
         ge=0,
-        description="number of the GPU for `split_mode` `none`, or for intermediate results with `row`",
+        description="GPU for `split_mode` `none`, or for intermediate results with `row`",
     )
 
     @model_validator(mode="after")

@@ -59,19 +59,17 @@ class Recipe(BaseSettings):
     )
     judge_second: Annotated[str | None, BeforeValidator(settings.none_or_value)] = Field(
         default=None,
-        description="second judge of the validation answers: a model that this machine can run, named as "
-        "`judge`; by default none, since it takes time",
+        description="second judge of the validation answers, a local model; by default none",
     )
     effect: Literal["remove", "induce"] = Field(
         default="remove",
-        description="reduce refusals of sensitive prompts (`remove`), or add refusals of them (`induce`)",
+        description="`remove` or `induce` refusals of sensitive prompts",
     )
     seed: int = Field(
         default=0,
         ge=0,
         le=2**32 - 2,  # a llama-server takes 2³² − 1 for a seed of its choice
-        description="random seed for prompts, contexts, sampled tokens and the search. The tokens of prompts "
-        "and answers whose activations are captured do not depend on it",
+        description="random seed for prompts, contexts, sampled tokens and the search",
     )
     prompts: Prompts = Prompts()
     answers: Answers = Answers()

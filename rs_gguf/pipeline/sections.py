@@ -37,20 +37,18 @@ class Prompts(Section):
     gate_only: int = Field(
         default=160,
         ge=0,
-        description="more prompts of each kind, in several contexts, to fit the gate vectors of an adapter; "
-        "they are neither answered nor judged",
+        description="more prompts of each kind, in several contexts, to fit gate vectors; neither answered "
+        "nor judged",
     )
     tune: int = Field(default=60, ge=4, description="prompts of each kind to choose layers and strength")
     validation: int = Field(default=30, ge=4, description="prompts of each kind for the reported figures")
     sensitive: list[Path] = Field(
         default=[],
-        description="your own files instead of the embedded set: the prompts whose refusals to change",
+        description="your own files instead of the embedded set; refusals of these prompts change",
     )
-    harmful: list[Path] = Field(default=[], description="your own files instead of the embedded set")
-    benign: list[Path] = Field(default=[], description="your own files instead of the embedded set")
-    system: str | None = Field(
-        default=None, description="system prompt; by default, the one of the chat template"
-    )
+    harmful: list[Path] = Field(default=[], description="your own files")
+    benign: list[Path] = Field(default=[], description="your own files")
+    system: str | None = Field(default=None, description="system prompt; by default, the chat template's")
 
     @property
     def files(self) -> dict[Kind, list[Path]]:
@@ -65,37 +63,35 @@ class Answers(Section):
     tokens: int = Field(
         default=24,
         ge=8,
-        description="most tokens of an answer to a tune prompt, and of short answers in the search",
+        description="most tokens of a short answer: tune prompts, and the search",
     )
     test_tokens: int = Field(
         default=100,
         ge=8,
-        description="most tokens of an answer in the reported figures, and of full answers in the search",
+        description="most tokens of a full answer: reported figures, and the search",
     )
     trace_tokens: int = Field(
         default=TRACE_TOKENS,
         ge=0,
-        description="most tokens of a thinking trace; other limits then count the final answer alone. 0 "
-        "counts both together",
+        description="most tokens of a thinking trace; other limits count the final answer. 0: count both",
     )
     check: bool = Field(
         default=True,
-        description="ask 8 simple questions first, and stop if the model answers fewer than 3 of them",
+        description="ask 8 simple questions first; stop if fewer than 3 are answered",
     )
     parallel: int = Field(
         default=32,
         ge=1,
         le=255,  # llama.cpp has 256 sequences; one of them holds the common beginning of all prompts
-        description="sequences answered at once; a GGUF file answers at most 32 (`engine.ctx_size`, 256 KV "
-        "cells per sequence)",
+        description="sequences answered at once; for a GGUF file at most `engine.ctx_size` / 256",
     )
     temperature: float = Field(
         default=0.0, ge=0.0, allow_inf_nan=False, description="sampling temperature; 0 is greedy decoding"
     )
     servers: Annotated[str | None, BeforeValidator(settings.none_or_value)] = Field(
         default=None,
-        description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model that give the unsteered answers "
-        "to fit and tune prompts; `none` for this machine",
+        description="`ADDRESS[,ADDRESS…][#MODEL]`: servers of the same model for the unsteered answers to "
+        "fit and tune prompts; or `none`",
     )
 
     def limit(self, split: Split) -> int:
@@ -108,14 +104,14 @@ class Fit(Section):
 
     estimators: list[str] = Field(
         default=[],
-        description="names in rs_gguf.estimators.ESTIMATORS; empty for the default ones of the effect",
+        description="names in rs_gguf.estimators.ESTIMATORS; empty: the defaults of the effect",
     )
     ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.3, 3.0], min_length=1, description="λ of the estimators, relative to the mean variance"
     )
     device: Device = Field(
         default="auto",
-        description="where the fit computes: CUDA if present, else the CPU (`auto`), `cpu` or `cuda`",
+        description="`cpu`, `cuda` or `auto`: CUDA if present",
     )
     gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default=[0.2],
@@ -126,31 +122,28 @@ class Fit(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="experimental: share of the free intercept of the gates. Above 0 the run also makes the "
-        "pair: an adapter and the control vector that holds the intercept",
+        description="experimental: share of the free intercept. Above 0, the run also makes a pair of files",
     )
     gate_benign: Literal["fixed", "free"] = Field(
         default="fixed",
-        description="experimental: gate activation of the mean benign prompt, at its target or free",
+        description="experimental: mean benign prompt at its target (`fixed`) or `free`",
     )
     gate_null_space: float = Field(
         default=0.0,
         ge=0,
         lt=1,
         description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
-        "may use, lowest energy first, such as 0.5; 0 for constraints on means instead",
+        "may use; 0: constrain means",
     )
     gate_harm_topics: int = Field(
         default=0,
         ge=0,
-        description="experimental: constrain the mean of each harmful topic with at least this many prompts; "
-        "0 for one mean",
+        description="experimental: constrain each harmful topic with at least this many prompts; 0: one mean",
     )
     gate_refits: int = Field(
         default=0,
         ge=0,
-        description="experimental: how often the gates are fitted again, on inputs and answers under a file "
-        "of the fit before",
+        description="experimental: how often the gates are fitted again, under the file before",
     )
 
 
@@ -162,8 +155,7 @@ class Tune(Section):
     logprob_trials: int = Field(
         default=12,
         ge=1,
-        description="candidates of each method to evaluate with one forward pass; each estimator is "
-        "tried first",
+        description="candidates of each method to evaluate with one forward pass",
     )
     finalists: int = Field(
         default=3, ge=1, description="candidates of each method whose answers are generated and judged"
@@ -171,30 +163,27 @@ class Tune(Section):
     full_prompts: int = Field(
         default=16,
         ge=0,
-        description="prompts of each kind that the selected candidate answers at full length "
-        "(`answers.test_tokens`); 0 for none. It answers again at lower strengths until it is within all "
-        "limits, and at one more",
+        description="prompts of each kind that the selected candidate answers at full length, at one "
+        "strength after another; 0 for none",
     )
     budget: Annotated[float | None, BeforeValidator(settings.seconds)] = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="time for the search, such as `90m` or `2h`, instead of `logprob_trials` and "
-        "`finalists`; `none` to use these two",
+        description="time for the search, such as `90m`, instead of `logprob_trials` and `finalists`; "
+        "or `none`",
     )
-    min_retention: float = Field(
-        default=0.95, ge=0, le=1, description="least share of the unsteered harmful refusals that must remain"
-    )
+    min_retention: float = Field(default=0.95, ge=0, le=1, description="least retention of harmful refusals")
     max_benign_drift: float = Field(
         default=0.25,
         gt=0,
-        description="largest mean |Δ log-probability| of benign answers, in nats per token",
+        description="largest drift of benign answers, nats/token",
     )
     min_top1: float = Field(
         default=0.9,
         ge=0,
         le=1,
-        description="least share of the tokens of benign answers that must stay first choice, as reported",
+        description="least top-1 agreement on benign answers",
     )
 
 
@@ -203,6 +192,5 @@ class Measure(Section):
 
     baselines: list[Literal["system-prompt", "md", "rmd", "wrmd", "ablation"]] = Field(
         default=["system-prompt", "rmd", "wrmd"],
-        description="alternative methods in the same table: the best of several system prompts, vectors of "
-        "the literature, directional ablation (to remove refusals)",
+        description="other methods in the same table: `system-prompt`, `md`, `rmd`, `wrmd`, `ablation`",
     )
