@@ -16,6 +16,7 @@ NO_MIRROR = {
     "cli/test_commands.py",
     "engines/llama/test_drafts.py",
     "judges/test_real.py",
+    "pipeline/test_thinking.py",
     "report/test_browser.py",
 }
 WITHOUT_MIRROR = {"fixtures", "fuzz", "real"}  # folders
