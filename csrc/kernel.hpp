@@ -146,7 +146,7 @@ class Kernel : public Packing<V> {
             }
             for (std::size_t r = 0; r < R; ++r)
                 for (std::size_t c = 0; c < C; ++c) {
-                    Vector run = sum[0][r][c];
+                    Vector run = sum[0][r][c];  // NOLINT(misc-const-correctness): with two halves it changes
                     if constexpr (halves == 2) run = V::add(run, sum[1][r][c]);
                     runs[r][c] = s > run_steps ? V::add(runs[r][c], run) : run;
                 }

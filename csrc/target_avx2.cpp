@@ -17,7 +17,10 @@ struct Avx2 {
     static constexpr std::size_t lanes = 8;
 
     // 4 × 3 sums + 3 directions + 1 row, or 3 × 4 and 2 × 6 sums: at most 16 registers.
-    static constexpr std::size_t rows(std::size_t c) { return c <= 3 ? 4 : c == 4 ? 3 : 2; }
+    static constexpr std::size_t rows(std::size_t c) {
+        if (c <= 3) return 4;
+        return c == 4 ? 3 : 2;
+    }
 
     static __m256i load_bits(const unsigned char* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
