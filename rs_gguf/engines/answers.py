@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rs_gguf.engines.engine import Engine, LogProbs, Steering
-from rs_gguf.engines.generation import GREEDY, Asking, Sampling, TokenLists
+from rs_gguf.engines.generation import GREEDY, Asking, Sampling, TokenLists, rest_of_draft
 from rs_gguf.prompts.contexts import PLAIN, Context
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.markers import THINKING_MARKERS
@@ -69,7 +69,9 @@ def answer(
     if limit < 1:
         yield from begun.items()
         return
-    rests = [_rest(earlier[i], reply.tokens) for i, reply in begun.items()] if earlier else []
+    rests: list[Sequence[int]] = []
+    if earlier:  # without a limit of their own: `generate` has one
+        rests = [rest_of_draft(earlier[i], one.tokens, len(earlier[i]) + 1) for i, one in begun.items()]
     for k, generation in model.generate(
         list(continued.values()), max_tokens=limit, sampling=sampling, drafts=rests, enough=room.is_full
     ):
@@ -113,11 +115,6 @@ class _Room:
         if not any(closing in end for _, closing in THINKING_MARKERS):
             return False  # the rule, and faster to see than in the whole text
         return split_trace(self._model.detokenize(said, special=True), inside=self._inside[k]).ended
-
-
-def _rest(draft: Sequence[int], begun: Sequence[int]) -> Sequence[int]:
-    """Return the tokens of a draft after `begun`; none if it does not begin so."""
-    return draft[len(begun) :] if list(draft[: len(begun)]) == list(begun) else ()
 
 
 def _answer_of(model: Engine, generation: Generation, inside: bool) -> Answer:
