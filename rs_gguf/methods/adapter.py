@@ -89,8 +89,6 @@ class GatedAdapter:
         samples: Samples,
         options: FitOptions,
         folder: Path,
-        *,
-        advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         """Draw nothing: gate vectors have no figures."""
 

@@ -48,7 +48,7 @@ class SteeringMethod(Protocol[Fitted]):
         """Return whether the options ask for it, and an engine with these abilities can fit and load it."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
-        """Return the number of steps by which `fit` and `draw` together advance."""
+        """Return the number of steps by which `fit` advances."""
 
     def fit(
         self,
@@ -70,8 +70,6 @@ class SteeringMethod(Protocol[Fitted]):
         samples: Samples,
         options: FitOptions,
         folder: Path,
-        *,
-        advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         """Draw figures of a fit that was just made, in `folder`."""
 

@@ -92,7 +92,10 @@ class ControlVector:
         processes: Processes = ALONE,
         advance: Callable[[int], None] = lambda n: None,
     ) -> Fitted:
-        """Fit and calibrate all estimators and ridges of the options; return {} on ranks above 0."""
+        """Fit and calibrate all estimators and ridges of the options; return {} on ranks above 0.
+
+        `advance` counts estimators.
+        """
         local, names = samples.share(processes), options.estimators
         paths = fit_paths(  # in one call, so that estimators with the same classes share a factorisation
             local.activations,
@@ -109,6 +112,7 @@ class ControlVector:
         fitted: dict[tuple[str, float], Directions] = {}
         for name, path in zip(names, paths, strict=True):
             fitted |= _calibrate(name, path, rows, samples.confidence, options)
+            advance(1)
         return fitted
 
     def draw(
@@ -117,24 +121,25 @@ class ControlVector:
         samples: Samples,
         options: FitOptions,
         folder: Path,
-        *,
-        advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        """Draw each estimator at the ridge of its best AUROC. `advance` counts estimators."""
+        """Draw the directions with the highest AUROC, and the cosines between those of all estimators."""
+
+        def auroc(found: Directions) -> NDArray[np.float64]:
+            return np.array(found.record["auroc"])
+
+        best: dict[str, tuple[float, Directions]] = {}
+        for (name, ridge), found in fitted.items():
+            if name not in best or auroc(found).max() > auroc(best[name][1]).max():
+                best[name] = ridge, found
+        name = max(best, key=lambda name: auroc(best[name][1]).max())
+        found = best[name][1]
+        layer = int(auroc(found).argmax())
         rows = samples.rows_on(options.device)
-        best: dict[str, NDArray[np.float64]] = {}
-        for name in options.estimators:
-            candidates = [(ridge, found) for (other, ridge), found in fitted.items() if other == name]
-            auroc = np.array([directions.record["auroc"] for _, directions in candidates])
-            index, layer = (int(i) for i in np.unravel_index(auroc.argmax(), auroc.shape))
-            ridge, directions = candidates[index]
-            best[f"{name}@{ridge:g}"] = directions.unit
-            projected = project(rows, directions.unit[:, np.newaxis], directions.offset)[:, :, 0]
-            figures.save_estimator(samples, name, projected, directions.unit, layer, options, folder)
-            if len(best) == 1:
-                figures.save_pca(folder / "pca.svg", samples.rows, layer, samples.confidence)
-            advance(1)
-        figures.save_cosines(folder / "cosines.svg", best)
+        projected = project(rows, found.unit[:, np.newaxis], found.offset)[:, :, 0]
+        figures.save_estimator(samples, name, projected, found.unit, layer, options, folder)
+        figures.save_pca(folder / "pca.svg", samples.rows, layer, samples.confidence)
+        directions = {f"{name}@{ridge:g}": found.unit for name, (ridge, found) in best.items()}
+        figures.save_cosines(folder / "cosines.svg", directions)
 
     def save(self, fitted: Fitted, folder: Path) -> dict[str, Any]:
         arrays: dict[str, NDArray[Any]] = {}

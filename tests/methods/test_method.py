@@ -45,7 +45,7 @@ def fit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     samples, advanced = samples_in(folder), list[int]()
     fitted = method.fit(samples, OPTIONS, advance=advanced.append)
     record = method.save(fitted, folder)
-    method.draw(fitted, samples, OPTIONS, folder / "figures", advance=advanced.append)
+    method.draw(fitted, samples, OPTIONS, folder / "figures")
     return Fit(method, samples, fitted, folder, advanced, record)
 
 

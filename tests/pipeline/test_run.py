@@ -7,7 +7,9 @@ what it judged.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import save_arrays, sha256
-from rs_gguf.records.rows import read_json, write_json, write_rows
+from rs_gguf.records.rows import Row, RowLog, read_json, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
@@ -325,6 +327,40 @@ def test_after_a_kill_before_the_mark_nothing_is_answered_twice(
     run(chosen, tmp_path / "out", until="answer", progress=counted)
     assert counted.steps == {"answer": [96]}  # all answers were in the log
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_killed_run_makes_the_files_of_one_that_was_not(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same answers, killed in the middle of the search and of the measurement."""
+    model, out, whole = tmp_path / "plain.gguf", tmp_path / "out", tmp_path / "whole"
+    write_tiny_qwen3(model, PLAIN_TEMPLATE, liked=LIKED, seed=2)
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}"])
+    run(chosen, whole, until="score")
+    shutil.copytree(whole, out)
+    append = RowLog.append
+    for log, count in (("trials.jsonl", 3), ("measured.jsonl", 16)):
+        left = itertools.count(count, -1)
+
+        def at_most(self: RowLog, row: Row, log: str = log, left: Iterator[int] = left) -> None:
+            append(self, row)
+            if self._final.name == log and next(left) == 1:
+                kill()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RowLog, "append", at_most)
+            with pytest.raises(KeyboardInterrupt):
+                run(chosen, out)
+        assert (out / f"{log}.part").read_text().count("\n") == 1 + count
+    for folder in (out, whole):
+        run(chosen, folder)
+    tuned = [read_json(folder / "tune.json") for folder in (out, whole)]
+    for found in tuned:
+        for trial in found["trials"]:
+            del trial["seconds"], trial["unsteered_seconds"]
+    assert tuned[0] == tuned[1]
+    for name in ("directions.safetensors", "test_answers.jsonl", "remove.gguf", "remove-adapter.gguf"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_user_can_return_from_a_wrong_recipe_while_it_answers(

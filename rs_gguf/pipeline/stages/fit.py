@@ -37,7 +37,7 @@ from rs_gguf.records.rows import write_json
 
 # Costs of a fit besides its products and factorisations.
 _NUMBER = 1500  # operations to read, convert and weight one number
-_FIGURES = 1.5  # seconds for the figures of an estimator, on one core
+_FIGURES = 2.0  # seconds for the figures, on one core
 _CLASS = 2 / 3  # share of the samples in the class whose covariance is used
 _FITS = 1 + 5 * 0.8  # fits of an estimator: one on all samples, one on four fifths for each of 5 folds
 
@@ -97,7 +97,7 @@ class Fit(Stage):
             len(model.layers_with(matrix)) * (cholesky(rows, width) + rows * width * _NUMBER)
             for matrix, width in model.output_matrices.items()
         )
-        seconds = total / costs.speed.algebra + estimators * _FIGURES
+        seconds = total / costs.speed.algebra + _FIGURES
         limit = costs.recipe.answers.fit_tokens  # a refit also answers and judges the prompts
         seconds += refits * (costs.answers(n, limit) + costs.judgements(n, limit))
         # A layer holds two float64 copies of its samples and two of their product while it is fitted.
@@ -140,7 +140,7 @@ def fit(
             (folder / method.artefact).unlink(missing_ok=True)
             continue
         record |= method.save(fit_of_method, folder)
-        method.draw(fit_of_method, samples, options, folder / "figures", advance=advance)
+        method.draw(fit_of_method, samples, options, folder / "figures")
     counts = {kind: samples.counts(kind) for kind in KINDS}
     others = {kind: sum(prompt.kind == kind for prompt in samples.gate_only) for kind in KINDS}
     write_json(folder / "fit.json", {"samples": counts, "others": others, **record})
