@@ -43,7 +43,8 @@ $(RUN_STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: $(RUN_STAMP)
 	$(BIN)/rs-export run --out $(DEMO) || test $$? -eq 1
 
-test: lint docs sanitize
+test: install
+	$(MAKE) -j 2 lint docs sanitize
 	@if { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then $(MAKE) neon; \
 		else echo "the kernel's NEON target is not tested: no g++-aarch64-linux-gnu, qemu-user"; fi
 	$(BIN)/rs-export models pull qwen2.5-coder-0.5b

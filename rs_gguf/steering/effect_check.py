@@ -1,14 +1,12 @@
-"""Check that a file changes a model's residual stream as its numbers say, by running both in llama.cpp.
+"""Check that a control vector changes a model's residual stream by its directions, by running llama.cpp.
 
-In: a control vector or an adapter, and a loaded model. Out: an `EffectCheck`. For a vector it compares, layer
-by layer, the measured change of the residual stream with the direction. For an adapter it compares, matrix by
-matrix, the measured change with B A x, where x is the input of the matrix. A file without effect fails.
+A vector and a loaded model go in; an `EffectCheck` comes out. It compares, layer by layer, the measured
+change of the residual stream with the direction. A file without effect fails. `adapter_effect` checks
+adapters.
 """
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,25 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
-from rs_gguf.errors import InputError
-from rs_gguf.models import header
-from rs_gguf.models.architecture import is_output_matrix, split_name
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.steering import lora_file
-from rs_gguf.steering.lora import Factors, LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 from rs_gguf.steering.report import EffectCheck
 from rs_gguf.steering.vector import SteeringVector
 
-# The tolerances are relative to the length of the intended change.
+# Relative to the length of the intended change.
 TOLERANCE = 1e-3
 # llama.cpp adds the direction in F32 to a far longer residual h. Each sum is off by up to 2^-24 |h|, which is
 # not an error of a short direction.
 ROUNDING = 2.0**-23
-# An adapter's product is computed in F32 too, but its two factors round separately.
-ADAPTER_TOLERANCE = 1e-2
-_NOT_FINITE = "the next-token probabilities are NaN or infinite: the"
+NOT_FINITE = "the next-token probabilities are NaN or infinite: the"
 _SHORT = "the direction is so short that F32 rounding of the residual stream removes it"
 
 PROMPTS = (
@@ -67,13 +58,13 @@ def check_vector_effect(vector: SteeringVector, model: Engine) -> EffectCheck:
         return mismatch
     chat = ChatFormat.of(model)
     prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
-    plain = _distributions(model, prompts)
+    plain = distributions(model, prompts)
     with model.steered(Steering(vector.directions)):
-        steered = _distributions(model, prompts)
-    kl = _mean_kl(plain, steered)
+        steered = distributions(model, prompts)
+    kl = mean_kl(plain, steered)
     if kl is None:
         return EffectCheck(
-            False, (f"{_NOT_FINITE} direction norms are too large. Use a smaller scale.",), {}, None
+            False, (f"{NOT_FINITE} direction norms are too large. Use a smaller scale.",), {}, None
         )
     if np.array_equal(plain, steered):
         return EffectCheck(False, (_why_without_effect(vector, model, prompts, plain),), {}, kl)
@@ -157,7 +148,7 @@ def _why_without_effect(
     longest = max(vector.norms.values())
     rows = {n: row.astype(np.float64) / (longest or 1.0) * 1e3 for n, row in vector.directions.items()}
     with model.steered(Steering({n: row.astype(np.float32) for n, row in rows.items()})):
-        if not np.array_equal(plain, _distributions(model, prompts)):
+        if not np.array_equal(plain, distributions(model, prompts)):
             return f"no logit changes: {_SHORT} (largest norm {longest:.2g}). Use a larger scale."
     return (
         "no logit changes: this llama.cpp ignores control vectors for architecture "
@@ -165,112 +156,12 @@ def _why_without_effect(
     )
 
 
-def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> EffectCheck:
-    """Run an adapter, read from the file at `path`, on a loaded model and return what was observed.
-
-    Raises:
-        InputError: the model cannot run the prompts, or the inputs of its matrices cannot be read. Or the
-            disk has no room for a file with one matrix.
-    """
-    if adapter.architecture != model.architecture:
-        reason = (
-            f"the adapter is for architecture {adapter.architecture!r}, but {model.path.name} is "
-            f"{model.architecture!r}: it belongs to another model."
-        )
-        return EffectCheck(False, (reason,), {}, None)
-    if reasons := _wrong_experts(adapter, model):  # llama.cpp would end the process
-        return EffectCheck(False, tuple(reasons), {}, None)
-    chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
-    with contextlib.ExitStack() as steering:
-        try:
-            steering.enter_context(model.steered(Steering(adapters=[(path, 1.0)])))
-        except InputError as error:  # llama.cpp's loader refused the file; later errors have other causes
-            return EffectCheck(False, (str(error),), {}, None)
-        steered = _distributions(model, prompts)
-    plain = _distributions(model, prompts)
-    kl = _mean_kl(plain, steered)
-    if kl is None:
-        return EffectCheck(
-            False, (f"{_NOT_FINITE} changes B A are too large. Use a smaller scale.",), {}, None
-        )
-    errors = _errors_by_matrix(adapter, model, prompts)
-    wrong = [name for name, error in errors.items() if not error <= ADAPTER_TOLERANCE]
-    reasons = []
-    if np.array_equal(plain, steered):
-        reasons.append("no logit changes: this llama.cpp does not apply the adapter.")
-    if wrong:
-        worst = max(wrong, key=lambda name: errors[name])
-        reasons.append(
-            f"{wrong}: the residual stream does not change by B A x (relative error {errors[worst]:.2g} at "
-            f"{worst}, tolerance {ADAPTER_TOLERANCE:g})."
-        )
-    return EffectCheck(not reasons, tuple(reasons), errors, kl)
-
-
-def _wrong_experts(adapter: LoraAdapter, model: Engine) -> list[str]:
-    """Return a reason for each tensor of experts whose number differs from the model's."""
-    counts = {name: len(a) for name, (a, _) in adapter.factors.items() if a.ndim == 3}
-    shapes = {tensor.name: tensor.shape for tensor in header.read(model.path).tensors} if counts else {}
-    return [
-        f"{name} has {count} experts in the adapter but {shapes[name][2]} in {model.path.name}: it belongs "
-        "to another model."
-        for name, count in counts.items()
-        if name in shapes and count != shapes[name][2]
-    ]
-
-
-def _errors_by_matrix(adapter: LoraAdapter, model: Engine, prompts: list[list[int]]) -> dict[str, float]:
-    """Return the relative error of each matrix in the adapter's first, middle and last layer.
-
-    Each matrix is changed separately, so that its input stays the same. Its product must then change by
-    B A x. Changes of other matrices than output matrices show in the logits alone.
-    """
-    errors: dict[str, float] = {}
-    layers, norms = adapter.layers, adapter.norms
-    chosen = {layers[0], layers[len(layers) // 2], layers[-1]}
-    present = {tensor.name for tensor in header.read(model.path).tensors}
-    for name, pair in adapter.factors.items():
-        # A file cannot hold a change of zero alone. Some scales of a matrix multiply its change too.
-        scaled = f"{name.removesuffix('.weight')}.scale" in present
-        if split_name(name)[0] in chosen and is_output_matrix(name) and norms[name] and not scaled:
-            errors[name] = _product_error(name, pair, adapter.architecture, model, prompts)
-    return errors
-
-
-def _product_error(name: str, pair: Factors, family: str, model: Engine, prompts: list[list[int]]) -> float:
-    """Return the largest ‖change − B A x‖ over the prompts, relative to the largest ‖B A x‖.
-
-    Only the matrix `name` is changed. x is its input; the change is read at its product.
-    """
-    product = f"{name.removesuffix('.weight')}.product"
-
-    def rows() -> dict[str, NDArray[np.float64]]:
-        return _read(model, prompts, [], (), (name, product))
-
-    before = rows()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            single = Path(folder) / "single.gguf"
-            lora_file.write(LoraAdapter({name: pair}, family), single)
-            with model.steered(Steering(adapters=[(single, 1.0)])):
-                change = rows()[product] - before[product]
-    except OSError as error:
-        raise InputError(
-            f"cannot write a file with {name} alone ({error}). Free disk space or set TMPDIR."
-        ) from error
-    a, b = (factor.astype(np.float64) for factor in pair)
-    expected = before[name] @ a.T @ b.T
-    norm = np.linalg.norm(expected, axis=1).max()
-    return float(np.linalg.norm(change - expected, axis=1).max() / norm) if norm else 0.0
-
-
 def _activations(model: Engine, prompts: list[list[int]], layers: list[int]) -> NDArray[np.float64]:
     """Return the activations [N, L, D] at the last token."""
-    return _read(model, prompts, layers, ("l_out",))["l_out"]
+    return read(model, prompts, layers, ("l_out",))["l_out"]
 
 
-def _read(
+def read(
     model: Engine,
     prompts: list[list[int]],
     layers: list[int],
@@ -282,7 +173,7 @@ def _read(
     return {name: rows.astype(np.float64) for name, rows in rows_by_tensor.items()}
 
 
-def _mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:
+def mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:
     """Return the mean KL(steered ‖ plain) over prompts in nats, from log-probabilities [N, V].
 
     None if a steered log-probability is NaN or infinite.
@@ -292,7 +183,7 @@ def _mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float 
     return float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
 
 
-def _distributions(model: Engine, prompts: list[list[int]]) -> NDArray[np.float64]:
+def distributions(model: Engine, prompts: list[list[int]]) -> NDArray[np.float64]:
     """Return the log-probabilities [N, V] of the next token."""
     rows = {i: logits.astype(np.float64) for i, logits in model.next_logits(prompts)}
     logits = np.stack([rows[i] for i in range(len(prompts))])

@@ -194,12 +194,13 @@ def check_effect(path: Path, model: Engine) -> EffectCheck:
 
 
 def _effect_on(content: SteeringFile, path: Path, model: Engine) -> EffectCheck:
-    from rs_gguf.steering import effect_check
+    from rs_gguf.steering.adapter_effect import check_adapter_effect
+    from rs_gguf.steering.effect_check import check_vector_effect
 
     if isinstance(content, LoraAdapter):
-        return effect_check.check_adapter_effect(content, path, model)
+        return check_adapter_effect(content, path, model)
     assert isinstance(content, SteeringVector)  # llama.cpp has only these two kinds
-    return effect_check.check_vector_effect(content, model)
+    return check_vector_effect(content, model)
 
 
 def path_and_scale(argument: str) -> tuple[Path, float]:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from rs_gguf.cli.main import main
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.records.artefacts import STAGES
-from rs_gguf.steering import effect_check
+from rs_gguf.steering import adapter_effect, effect_check
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.file import check_effect
@@ -247,7 +247,7 @@ def test_the_written_adapter_moves_the_model_by_its_matrices(finished: Killed, r
     with LlamaModel(real_model, n_parallel=4, n_ctx=1024) as model:
         shown = check_effect(out / "remove-adapter.gguf", model)
     assert shown.effect_observed
-    assert shown.largest_relative_error < effect_check.ADAPTER_TOLERANCE
+    assert shown.largest_relative_error < adapter_effect.TOLERANCE
     assert shown.kl_mean is not None
     assert shown.kl_mean > 0
     assert lora.read(out / "remove-adapter.gguf").provenance["measured"] is True

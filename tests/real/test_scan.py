@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_scan_finds_refusals_and_the_published_file(real_model: Path) -> None:
-    record = scan(str(real_model))
+    record = scan(str(real_model), tokens=24)
     folder = ROOT / "vectors" / "qwen2.5-coder-0.5b-remove"
     assert record.model.sha256 == read_json(folder / "metrics.json")["model"]["sha256"]
     assert f"vectors/{folder.name}/remove-adapter.gguf" in [file.path for file in record.files]
