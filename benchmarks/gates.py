@@ -39,10 +39,10 @@ from rs_gguf.search.stopping import Answering
 
 VARIANTS = (
     "", "intercept=0.5", "intercept=1", "benign_free=1", "intercept=1,benign_free=1", "null_space=0.3",
-    "null_space=0.6", "intercept=1,null_space=0.6", "harm_topics=8", "refits=1", "refits=2",
+    "null_space=0.6", "intercept=1,null_space=0.6", "refits=1", "refits=2",
 )  # fmt: skip
 TYPES: Mapping[str, Callable[[float], Any]] = {
-    "intercept": float, "benign_free": bool, "null_space": float, "harm_topics": int, "ridge": float,
+    "intercept": float, "benign_free": bool, "null_space": float, "ridge": float,
     "refits": int,
 }  # fmt: skip
 

@@ -200,7 +200,7 @@ def gate() -> str:
         ("benign", benign),
         ("harmful", HARMFUL_TARGET_RATIO * benign),
     )
-    zero, unit = 300.0, 300.0
+    zero, unit = 390.0, 270.0
     d.text(24, 36, "Shift of the mean fit prompt, relative to the sensitive ones", "strong")
     for top, word, style, same in ((62, "control vector", "b", True), (192, "gated adapter", "a", False)):
         d.text(24, top + 14, word, f"strong {style}")

@@ -37,9 +37,9 @@ from rs_gguf.estimators.path import ROUNDING
 from rs_gguf.machine import Processes
 from rs_gguf.methods.options import GateOptions
 
-# Gate activation on the mean harmful prompt, relative to the benign target. Benign prompts of an unseen form
-# may have a gate activation 0.3 lower than the others, and must not be moved towards refusal.
-HARMFUL_TARGET_RATIO = -0.25
+# Gate activation on the mean prompt of a harmful topic, relative to the benign target. Harmful prompts
+# scatter about it: with 0, those above it would move towards an answer as far as many sensitive ones.
+HARMFUL_TARGET_RATIO = -1.25
 _SINGULAR = 1e12  # condition number: the constraints do not differ
 
 

@@ -2,10 +2,10 @@
 
 Inputs of the output matrices (such as `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
-activation 1 on the mean sensitive prompt, m (the benign target) on the mean benign one and −m/4 on the mean
-harmful one. Elsewhere it has as little as possible (`rs_gguf.methods.gate_vectors`). The output vector d is
-what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a vector, which
-moves every prompt equally.
+activation 1 on the mean sensitive prompt and m (the benign target) on the mean benign one. On the mean of
+each harmful topic it has −5m/4, elsewhere as little as possible (`rs_gguf.methods.gate_vectors`). The output
+vector d is what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a
+vector, which moves every prompt equally.
 
 With an intercept c the gate activation is aᵀx + c. A LoRA cannot hold −s·d·c, so it becomes the direction of
 a control vector, which llama.cpp adds after the same layer. For `ffn_down` that is exact: both add to the
@@ -39,6 +39,8 @@ from rs_gguf.methods.options import PLAIN, GateOptions
 from rs_gguf.models.architecture import tensor_name
 from rs_gguf.steering.lora import Factors
 
+# Harmful samples of a topic from which its mean is a constraint of its own: that of fewer is mostly noise.
+TOPIC_SAMPLES = 8
 OFF_TARGET_WEIGHT = 2.0  # in the metric, of each sort of other tokens, relative to the samples of the kinds
 
 # A direction that float32 rounding of the residual stream removes would fail the effect check.
@@ -53,7 +55,7 @@ class GatedAdapterFit:
     sensitive_gate: [R, L, W] float64 by output matrix. Its activation is 1 on the mean sensitive input and 0
         on the means of the other kinds.
     benign_gate: [R, L, W] float64 by output matrix. Its activation is 1 on the mean benign input,
-        `HARMFUL_TARGET_RATIO` on the mean harmful one and 0 on the mean sensitive one.
+        `HARMFUL_TARGET_RATIO` on the mean of each harmful topic and 0 on the mean sensitive one.
     contrast: [L, D], activations of refused minus answered sensitive prompts at equal groups; to induce,
         activations of answered minus refused prompts. Benign prompts replace answered sensitive ones if the
         model answers fewer than 4 of them (`MIN_SAMPLES`).
@@ -78,9 +80,9 @@ class GatedAdapterFit:
 
         At strength 1 the layers together subtract the whole contrast at the mean sensitive prompt. They
         subtract `benign_target` times the contrast at the mean benign prompt, and `HARMFUL_TARGET_RATIO`
-        times that at the mean harmful one. Unseen prompts scatter about these means. With a benign target,
-        few harmful prompts are moved towards an answer and few benign ones towards a refusal. It is negative
-        to induce refusals. The output matrices of a layer add equal parts.
+        times that at the mean prompt of each harmful topic. Unseen prompts scatter about these means. With a
+        benign target, few harmful prompts are moved towards an answer and few benign ones towards a refusal.
+        It is negative to induce refusals. The output matrices of a layer add equal parts.
         """
         index = self._index(ridge)
         factors = {}
@@ -180,7 +182,7 @@ def fit_gated_adapter(
     kind_shares = torch.from_numpy(np.stack([w / w.sum() for w in kinds.values()])).to(torch_device)
     groups = _group_weights(labels, kinds)
     group_shares = torch.from_numpy(np.stack(groups)).to(torch_device) if groups else kind_shares[:0]
-    parts = _harmful_parts(labels, kinds["harmful"], options.harm_topics)
+    parts = _harmful_parts(labels, kinds["harmful"])
     part_shares = torch.from_numpy(np.stack(parts)).to(torch_device) if parts else kind_shares[:0]
     sample_weights = SampleWeights(kind_shares, group_shares, part_shares, labels.local)
     matrices = {name: OutputMatrixInputs.of(name, rows, processes) for name, rows in inputs.items()}
@@ -241,15 +243,14 @@ def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64
     return groups
 
 
-def _harmful_parts(labels: Labels, harmful: Float64, least: int) -> list[Float64]:
-    """Return normalised weights [N] of each harmful topic with `least` samples, then of the other samples.
+def _harmful_parts(labels: Labels, harmful: Float64) -> list[Float64]:
+    """Return normalised weights [N] of each harmful topic with `TOPIC_SAMPLES`, then of the other samples.
 
-    The first grouping of the labels is the topic. There are no parts if `least` is 0, or if every topic has
-    fewer samples.
+    The first grouping of the labels is the topic. There are no parts if every topic has fewer samples.
     """
     names = labels.groups[:, 0] if labels.groups.shape[1] else np.full(len(harmful), "")
     topics = [names == name for name in sorted({str(name) for name in names[harmful > 0]} - {""})]
-    large = [topic for topic in topics if least and np.count_nonzero(harmful[topic]) >= least]
+    large = [topic for topic in topics if np.count_nonzero(harmful[topic]) >= TOPIC_SAMPLES]
     if not large:
         return []
     masks = [*large, ~np.any(large, axis=0)]

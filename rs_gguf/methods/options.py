@@ -17,13 +17,11 @@ class GateOptions:
     benign_free: leave the gate activation of the mean benign prompt free.
     null_space: share of the eigen-directions of benign and harmful prompts that a gate may use, the lowest
         ones; 0 for constraints on means instead.
-    harm_topics: constrain the mean of each harmful topic with at least this many prompts; 0 for one mean.
     """
 
     intercept: float = 0.0
     benign_free: bool = False
     null_space: float = 0.0
-    harm_topics: int = 0
 
 
 PLAIN = GateOptions()

@@ -122,7 +122,7 @@ class ControlVector:
         options: FitOptions,
         folder: Path,
     ) -> None:
-        """Draw the directions with the highest AUROC, and the cosines between those of all estimators."""
+        """Draw the directions with the highest AUROC, and cosines between directions of all estimators."""
 
         def auroc(found: Directions) -> NDArray[np.float64]:
             return np.array(found.record["auroc"])

@@ -102,9 +102,7 @@ class Recipe(BaseSettings):
         from rs_gguf.methods.options import FitOptions, GateOptions
 
         fit = self.fit
-        gate = GateOptions(
-            fit.gate_intercept, fit.gate_benign == "free", fit.gate_null_space, fit.gate_harm_topics
-        )
+        gate = GateOptions(fit.gate_intercept, fit.gate_benign == "free", fit.gate_null_space)
         return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device, gate)
 
     def asking(self, max_tokens: int) -> Asking:

@@ -114,7 +114,7 @@ class Fit(Section):
         description="`cpu`, `cuda` or `auto`: CUDA if present",
     )
     gate_ridges: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default=[0.2],
+        default=[0.02],
         min_length=1,
         description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
@@ -134,11 +134,6 @@ class Fit(Section):
         lt=1,
         description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
         "may use; 0: constrain means",
-    )
-    gate_harm_topics: int = Field(
-        default=0,
-        ge=0,
-        description="experimental: constrain each harmful topic with at least this many prompts; 0: one mean",
     )
     gate_refits: int = Field(
         default=0,

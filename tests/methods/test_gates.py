@@ -16,7 +16,7 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.methods import adapter
 from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
 from rs_gguf.methods.gates import OFF_TARGET_WEIGHT, GatedAdapterFit, fit_gated_adapter
-from rs_gguf.methods.options import GateOptions
+from rs_gguf.methods.options import PLAIN, GateOptions
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -122,7 +122,10 @@ def in_groups(labels: Labels, names: npt.ArrayLike) -> Labels:
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
 @pytest.mark.parametrize("weight", [OFF_TARGET_WEIGHT, 0.7])
-def test_gate_vectors_are_the_constrained_minimum(per_class: int, width: int, weight: float) -> None:
+def test_gate_vectors_are_the_constrained_minimum(
+    per_class: int, width: int, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rs_gguf.methods.gates.TOPIC_SAMPLES", 99)
     inputs, activations, labels = problem(per_class, width)
     rng = np.random.default_rng(1)
     labels = in_groups(labels, rng.choice(["law", "health", ""], (len(labels.confidence), 2)))
@@ -167,15 +170,16 @@ VARIANTS = [
     GateOptions(intercept=1.0, benign_free=True),
     GateOptions(null_space=0.5),
     GateOptions(intercept=1.0, null_space=0.5),
-    GateOptions(harm_topics=1),
-    GateOptions(intercept=1.0, harm_topics=1),
 ]
 
 
 def conditions(
-    inputs: MatrixInputs, layer: int, labels: Labels, options: GateOptions
+    inputs: MatrixInputs, layer: int, labels: Labels, options: GateOptions, *, topics: bool
 ) -> tuple[Float64, Float64]:
-    """Return the constraints [C, W] of a variant, and their targets [C, 2], without the constants."""
+    """Return the constraints [C, W] of a variant, and their targets [C, 2], without the constants.
+
+    topics: harmful topics are constrained one by one.
+    """
     sensitive, benign, harmful = means(inputs, layer, labels)
     x, of_kind = np.asarray(inputs.last_token[:, layer], dtype=np.float64), members(labels)
     if options.null_space:
@@ -185,9 +189,9 @@ def conditions(
         constraints = np.concatenate([sensitive[None], vectors[:, loud & (values > 1e-9 * values[-1])].T])
         return constraints, np.eye(len(constraints), 1) * [1, 0]
     harm = [harmful]
-    if options.harm_topics:
-        topics = [labels.groups[:, 0] == name for name in ("law", "health", "")]
-        parts = [np.where(topic, of_kind["harmful"], 0.0) for topic in topics]
+    if topics:
+        masks = [labels.groups[:, 0] == name for name in ("law", "health", "")]
+        parts = [np.where(mask, of_kind["harmful"], 0.0) for mask in masks]
         harm = [part @ x / part.sum() for part in parts]
     rows, targets = [sensitive, *([] if options.benign_free else [benign]), *harm], [[1.0, 0.0]]
     targets += [] if options.benign_free else [[0.0, 1.0]]
@@ -196,11 +200,13 @@ def conditions(
 
 
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("topics", [False, True])
+@pytest.mark.parametrize("options", [PLAIN, *VARIANTS], ids=str)
 def test_variants_are_the_constrained_minimum_of_the_augmented_inputs(
-    per_class: int, width: int, options: GateOptions
+    per_class: int, width: int, options: GateOptions, topics: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is one linear system in [a; c] and the multipliers. The ridge is on a alone."""
+    monkeypatch.setattr("rs_gguf.methods.gates.TOPIC_SAMPLES", 1 if topics else 99)
     inputs, activations, labels = problem(per_class, width)
     labels = in_groups(labels, np.resize(["law", "health", ""], len(labels.confidence)))
     gates = fitted(inputs, activations, labels, options=options)
@@ -210,7 +216,7 @@ def test_variants_are_the_constrained_minimum_of_the_augmented_inputs(
         for layer in range(LAYERS):
             energy = metric(augmented, layer, labels, 0.0, OFF_TARGET_WEIGHT)
             energy[:width, :width] += ridge * np.trace(energy[:width, :width]) / width * np.eye(width)
-            rows, targets = conditions(inputs, layer, labels, options)
+            rows, targets = conditions(inputs, layer, labels, options, topics=topics)
             constants = np.abs(targets).max(axis=1, keepdims=True) > 0
             constraints = np.concatenate([rows, constants], axis=1) if options.intercept else rows
             system = np.block([[energy, constraints.T], [constraints, np.zeros((len(rows),) * 2)]])
@@ -263,22 +269,18 @@ def test_a_null_space_closes_the_gate_for_every_benign_and_harmful_prompt_if_the
         np.testing.assert_allclose(activation[labels.kinds == "sensitive"].mean(), 1.0, atol=1e-9)
 
 
-def test_topics_with_fewer_samples_share_a_constraint() -> None:
+def test_topics_with_fewer_samples_share_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rs_gguf.methods.gates.TOPIC_SAMPLES", 4)
     inputs, activations, labels = problem(per_class=6)
     names = np.full(len(labels.confidence), "", dtype="<U8")
     harmful = np.flatnonzero(members(labels)["harmful"])
     names[harmful[:5]], names[harmful[5:8]], names[harmful[8:]] = "fraud", "rare", "weapons"
     labels = in_groups(labels, names)
-    gates = fitted(inputs, activations, labels, options=GateOptions(harm_topics=MIN_SAMPLES))
+    gates = fitted(inputs, activations, labels)
     x = inputs.last_token[:, 1].astype(np.float64)
     for part in (harmful[:5], harmful[5:8], harmful[8:]):
         activation = x[part].mean(axis=0) @ gates.benign_gate["ffn_down"][0, 1]
         np.testing.assert_allclose(activation, HARMFUL_TARGET_RATIO, atol=1e-9)
-    none, rare = (
-        fitted(inputs, activations, labels, options=GateOptions(harm_topics=least)).benign_gate["ffn_down"]
-        for least in (0, 99)
-    )
-    np.testing.assert_array_equal(none, rare)
 
 
 def test_an_intercept_needs_no_other_tokens_and_no_groups() -> None:

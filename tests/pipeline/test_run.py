@@ -91,7 +91,7 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
     # With an intercept, so that all methods are part of the run.
-    variants = ["fit.gate_intercept=0.5", "fit.gate_harm_topics=2", "fit.gate_refits=1"]
+    variants = ["fit.gate_intercept=0.5", "fit.gate_refits=1"]
     variants.append("answers.trace_tokens=0")  # the limit of an answer truncates half of the traces
     chosen = recipe.load(None, [*SMALL, *variants, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
