@@ -39,7 +39,7 @@ from rs_gguf.methods.options import GateOptions
 
 # Gate activation on the mean prompt of a harmful topic, relative to the benign target. Harmful prompts
 # scatter about it: with 0, those above it would move towards an answer as far as many sensitive ones.
-HARMFUL_TARGET_RATIO = -1.25
+HARMFUL_TARGET_RATIO = -0.6
 _SINGULAR = 1e12  # condition number: the constraints do not differ
 
 

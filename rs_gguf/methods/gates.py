@@ -3,7 +3,7 @@
 Inputs of the output matrices (such as `ffn_down`), activations and judged labels go in; a
 `GatedAdapterFit` comes out, which gives ΔW = −s·d·aᵀ for each output matrix. The gate vector a has gate
 activation 1 on the mean sensitive prompt and m (the benign target) on the mean benign one. On the mean of
-each harmful topic it has −5m/4, elsewhere as little as possible (`rs_gguf.methods.gate_vectors`). The output
+each harmful topic it has −0.6m, elsewhere as little as possible (`rs_gguf.methods.gate_vectors`). The output
 vector d is what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a
 vector, which moves every prompt equally.
 
