@@ -1,17 +1,17 @@
-"""Compare variants of a gate: sensitive refusals removed against harmful retention.
+"""Compare ridges and refits of a gate: sensitive refusals removed against harmful retention.
 
 Takes a fitted run (`rs-export fit`). Each variant is fitted on what the run captured, and answers the tune
 split at several strengths, in the layers of the method's first candidate. A variant is a list such as
-`intercept=0.5,ridge=1`. It may hold fields of `GateOptions`, `ridge` (λ of the gates), and `refits` (how
-often the gates are fitted again under a file of the fit before). Prints the trials in Markdown and marks the
-Pareto front of all. `--json` stores the trials, and a second call continues from them.
+`ridge=0.2,refits=1`, of `ridge` (λ of the gates) and `refits` (how often the gates are fitted again under a
+file of the fit before). Prints the trials in Markdown and marks the Pareto front of all. `--json` stores the
+trials, and a second call continues from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from rich.progress import track
 
 from rs_gguf.errors import InputError
 from rs_gguf.methods import METHODS
-from rs_gguf.methods.options import FitOptions, GateOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
@@ -37,14 +36,8 @@ from rs_gguf.search.candidate_evaluation import CandidateEvaluator
 from rs_gguf.search.choice import pareto_front
 from rs_gguf.search.stopping import Answering
 
-VARIANTS = (
-    "", "intercept=0.5", "intercept=1", "benign_free=1", "intercept=1,benign_free=1", "null_space=0.3",
-    "null_space=0.6", "intercept=1,null_space=0.6", "refits=1", "refits=2",
-)  # fmt: skip
-TYPES: Mapping[str, Callable[[float], Any]] = {
-    "intercept": float, "benign_free": bool, "null_space": float, "ridge": float,
-    "refits": int,
-}  # fmt: skip
+VARIANTS = ("", "ridge=0.2", "refits=1", "refits=2")
+TYPES: Mapping[str, type] = {"ridge": float, "refits": int}
 
 
 def main() -> None:
@@ -52,7 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a fitted run")
-    parser.add_argument("--variant", action="append", help="may be repeated; by default a list of all kinds")
+    parser.add_argument("--variant", action="append", help="may be repeated; by default a list of both kinds")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.8, 1.2])
     parser.add_argument("--json", type=Path, help="file that stores the trials")
     options = parser.parse_args()
@@ -81,39 +74,32 @@ def parsed(text: str) -> dict[str, Any]:
     """
     try:
         pairs = [part.split("=") for part in text.split(",") if part]
-        return {name: TYPES[name](float(value)) for name, value in pairs}
+        return {name: TYPES[name](value) for name, value in pairs}
     except (KeyError, ValueError) as error:
         raise InputError(
             f"variant {text!r}: {error}. Give NAME=NUMBER[,…] with {', '.join(TYPES)}."
         ) from error
 
 
-def options_of(run: Run, values: Mapping[str, Any]) -> tuple[str, FitOptions]:
-    """Return the method that a variant needs, and the options of its fit."""
-    gate = GateOptions(**{name: value for name, value in values.items() if name not in ("ridge", "refits")})
-    options: FitOptions = replace(run.recipe.fit_options, gate=gate)
-    if "ridge" in values:
-        options = replace(options, gate_ridges=[values["ridge"]])
-    return ("pair" if gate.intercept else "adapter"), options
-
-
 def measured(
     run: Run, samples: Samples, values: Mapping[str, Any], strengths: list[float]
 ) -> dict[float, Trial]:
     """Fit a variant, and return its short trials by strength."""
-    name, options = options_of(run, values)
-    fitted = METHODS[name].fit(samples, options)
+    name, recipe = "adapter", run.recipe
+    method, options = METHODS[name], recipe.fit_options
+    if "ridge" in values:
+        options = replace(options, gate_ridges=[values["ridge"]])
+    fitted = method.fit(samples, options)
     order = np.concatenate(sample_order(run))
     for _ in range(values.get("refits", 0)):
         fitted = refit(run, name, fitted, samples, order, options)
-    recipe = run.recipe
     with tempfile.TemporaryDirectory() as scratch:
         evaluator = CandidateEvaluator(
             run.model, run.judge, unsteered(run.folder, run.prompts["tune"]), {name: fitted}, Path(scratch),
             short=recipe.asking(recipe.answers.tokens), full=recipe.asking(recipe.answers.test_tokens),
             n_full=0, rule=recipe.safety, seed=recipe.seed, answering=Answering.WHOLE,
         )  # fmt: skip
-        start: Candidate = METHODS[name].space(fitted, run.model.n_layer, recipe.effect).start[0]
+        start: Candidate = method.space(fitted, run.model.n_layer, recipe.effect).start[0]
         candidates = [replace(start, strength=strength) for strength in strengths]
         return {c.strength: evaluator.measure("short", k, c) for k, c in enumerate(candidates)}
 

@@ -2,8 +2,8 @@
 
 Takes a run with captured activations (`rs-export capture`). For each group the adapter is fitted again
 without any fit prompt of the group. It has the layers, ridge and strength that the search selected; before a
-search, or for a `--variant` of `benchmarks/gates.py`, the method's first candidate. Beside it stands the fit
-on all prompts. `--answers N` also judges short answers to N sensitive and N harmful prompts of the group.
+search, or for another `--ridge`, the method's first candidate. Beside it stands the fit on all prompts.
+`--answers N` also judges short answers to N sensitive and N harmful prompts of the group.
 
 Tests use prompts of the tune and validation splits. A group with fewer than 8 of a kind there, such as a form
 of the fit split, is tested on its fit prompts too. The fit on all prompts has seen these, so there it looks
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gates import options_of, parsed
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -41,7 +40,6 @@ from rs_gguf.methods.adapter import arguments, space_of
 from rs_gguf.methods.gates import GatedAdapterFit
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models.architecture import tensor_name
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import open_run
@@ -86,7 +84,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run with captured activations")
     parser.add_argument("--by", choices=("topic", "form", "vocabulary"), default="vocabulary")
     parser.add_argument("--groups", nargs="+", help=f"all vocabularies, or the {MOST} largest, by default")
-    parser.add_argument("--variant", help="of the gate, such as intercept=0.5,ridge=1")
+    parser.add_argument("--ridge", type=float, help="λ of the gates")
     parser.add_argument("--strength", type=float, help="in refusal contrasts")
     parser.add_argument("--answers", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, help="file that stores the rows")
@@ -95,12 +93,9 @@ def main() -> None:
     folder = RunFolder(options.run)
     with folder.locked(), open_run(recipes.load(options.run / "recipe.toml"), folder) as run:
         samples = samples_of(run)
-        bench = Bench(run, samples, *setting(run, options.variant, options.strength))
+        bench = Bench(run, samples, *setting(run, options.ridge, options.strength))
         groups = groups_of(options.by, options.groups, [*samples.prompts, *samples.gate_only])
-        keys = {
-            name: f"{options.by} {name}, {bench.candidate}, {bench.options.gate}, {options.answers} answers"
-            for name in groups
-        }
+        keys = {name: f"{options.by} {name}, {bench.candidate}, {options.answers} answers" for name in groups}
         if missing := [name for name in groups if keys[name] not in rows]:
             everything = bench.fit(samples)
             for name in track(missing, "Groups"):
@@ -110,23 +105,14 @@ def main() -> None:
     print_table({name: rows[key] for name, key in keys.items()})
 
 
-def setting(run: Run, variant: str | None, strength: float | None) -> tuple[FitOptions, Candidate]:
-    """Return what to fit and the candidate to test.
-
-    Raises:
-        InputError: the variant is unknown, or has refits, which are not supported.
-    """
-    name, options = "adapter", run.recipe.fit_options
-    if variant is not None:
-        values = parsed(variant)
-        if "refits" in values:
-            raise InputError("--variant: refits are not supported here. Leave them out.")
-        name, options = options_of(run, values)
-    if variant is None and (run.folder / "tune.json").is_file():
-        candidate = chosen(run.folder)[name].candidate
+def setting(run: Run, ridge: float | None, strength: float | None) -> tuple[FitOptions, Candidate]:
+    """Return what to fit and the candidate to test."""
+    options = run.recipe.fit_options
+    if ridge is None and (run.folder / "tune.json").is_file():
+        candidate = chosen(run.folder)["adapter"].candidate
     else:
-        induce = options.effect == "induce"
-        candidate = space_of(options.gate_ridges, run.model.n_layer, induce=induce, method=name).start[0]
+        ridges = options.gate_ridges if ridge is None else [ridge]
+        candidate = space_of(ridges, run.model.n_layer, induce=options.effect == "induce").start[0]
     if strength is not None:
         candidate = replace(candidate, strength=strength)
     return replace(options, gate_ridges=[candidate.ridge]), candidate
@@ -210,17 +196,10 @@ class Bench:
         model, system = self.run.model, self.run.recipe.prompts.system
         factors = fitted.factors(*arguments(self.candidate))
         gates = {name: a[0] for name, (a, _) in factors.items()}
-        intercepts = [
-            rows[0, 0, layer] + self.candidate.benign_target * rows[1, 0, layer]
-            for matrix, rows in fitted.intercepts.items()
-            for layer in range(self.candidate.first, self.candidate.last + 1)
-            if tensor_name(matrix, layer) in gates
-        ]
 
         def activations(kind: Kind) -> NDArray[np.float64]:
             tokens = chat_tokens(model, tested[kind], system)
-            at_prompt = gate_activations(model, steering, gates, [(one, ()) for one in tokens])[:, 0]
-            return at_prompt + float(np.mean(intercepts or 0.0))
+            return gate_activations(model, steering, gates, [(one, ()) for one in tokens])[:, 0]
 
         sensitive, harmful = map(activations, TESTED)
         found = minimal_pairs(model, steering, gates, pairs, system)

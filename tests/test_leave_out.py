@@ -110,13 +110,12 @@ def test_the_largest_groups_are_the_default() -> None:
     assert [p for p in prompts if groups["f4"](p)] == [p for p in prompts if p.form == "f4"]
 
 
-@pytest.mark.parametrize("method", ["adapter", "pair"])
 def test_a_row_equals_fits_and_activations_made_by_hand(
-    samples: Samples, model: LlamaModel, tmp_path: Path, method: str
+    samples: Samples, model: LlamaModel, tmp_path: Path
 ) -> None:
     run = run_of(model, tmp_path)
     options = replace(OPTIONS, gate_ridges=[1.0])
-    candidate = space_of([1.0], LAYERS, method=method).start[0]
+    candidate = space_of([1.0], LAYERS).start[0]
     bench = Bench(cast("Run", run), samples, options, candidate)
     everything = bench.fit(samples)
     row = bench.row(lambda p: p.topic == "t0", everything, 0)
@@ -126,7 +125,7 @@ def test_a_row_equals_fits_and_activations_made_by_hand(
     assert row["left_out"] == len(every) - len(kept) > 0
     without = samples.take(np.array(kept))
     assert [*without.prompts, *without.gate_only] == [every[i] for i in kept]
-    fits: dict[str, Any] = {"all": everything, "without": METHODS[method].fit(without, options)}
+    fits: dict[str, Any] = {"all": everything, "without": METHODS["adapter"].fit(without, options)}
     # Fewer than 8 prompts of the topic are unseen, so those of the fit split are among them.
     tested: list[list[Prompt]] = [
         [p for split in ("tune", "validation", "fit") for p in run.pool[split][kind] if p.topic == "t0"]
@@ -135,20 +134,9 @@ def test_a_row_equals_fits_and_activations_made_by_hand(
     found = {}
     for name, fitted in fits.items():
         gates = {key: a[0] for key, (a, _) in fitted.factors(*arguments(candidate)).items()}
-        steering = METHODS[method].steering(fitted, candidate, "qwen2", tmp_path / name)
+        steering = METHODS["adapter"].steering(fitted, candidate, "qwen2", tmp_path / name)
         conversations = [[(t, ()) for t in chat_tokens(model, prompts, None)] for prompts in tested]
         sides = [gate_activations(model, steering, gates, each)[:, 0] for each in conversations]
-        if method == "pair":  # the constant of each gate, weighed as in its directions
-            layers = range(candidate.first, candidate.last + 1)
-            constant = np.mean(
-                [
-                    rows[0, 0, layer] + candidate.benign_target * rows[1, 0, layer]
-                    for rows in fitted.intercepts.values()
-                    for layer in layers
-                ]
-            )
-            assert abs(constant) > 1e-3
-            sides = [side + constant for side in sides]
         pairs = minimal_pairs(model, steering, gates, [*tested[0], *tested[1]], None)
         assert pairs is not None
         assert pairs.separated.of == 6
@@ -229,15 +217,13 @@ def test_a_second_call_continues_from_the_rows(
         ["--groups", "t0"],
         ["--groups", "t0", "t1"],
         ["--answers", "9"],
-        ["--variant", "intercept=1"],
+        ["--ridge", "0.5"],
     ):
         monkeypatch.setattr(sys, "argv", [*command, *more])
         leave_out.main()
-    # Then all three topics with answers, and all of the variant.
+    # Then all three topics with answers, and all of the ridge.
     assert fitted == [0, 0, 9, 9, 9, 0, 0, 0]
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 8
     lines = capsys.readouterr().out.splitlines()
     assert "| t0 | 5 | all | 0.900 | 7 of 8 | 8 of 8 | 1 of 2 | – | – |" in lines
     assert "| t0 | 5 | without | 0.900 | 7 of 8 | 8 of 8 | 1 of 2 | 6 → 1 | 3 of 4 |" in lines
-    with pytest.raises(InputError, match="refits"):
-        leave_out.setting(cast("Run", run), "refits=1", None)

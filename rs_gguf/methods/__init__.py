@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rs_gguf.engines.engine import Can
+from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.method import SteeringMethod
-from rs_gguf.methods.options import FitOptions
-from rs_gguf.methods.pair import GatedPair
 from rs_gguf.methods.vector import ControlVector
 
-METHODS: Mapping[str, SteeringMethod[Any]] = {
-    "vector": ControlVector(),
-    "adapter": GatedAdapter(),
-    "pair": GatedPair(),
-}
+METHODS: Mapping[str, SteeringMethod[Any]] = {"vector": ControlVector(), "adapter": GatedAdapter()}
 """All methods by name, in the order in which they are fitted, searched and reported."""
 
 
-def suited_methods(can: Can, options: FitOptions) -> list[str]:
-    """Return the names of the methods that suit the options and an engine with these abilities."""
-    return [name for name, method in METHODS.items() if method.suits(can, options)]
+def suited_methods(can: Can, effect: Effect) -> list[str]:
+    """Return the names of the methods that suit the effect and an engine with these abilities."""
+    return [name for name, method in METHODS.items() if method.suits(can, effect)]

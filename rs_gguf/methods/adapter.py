@@ -2,7 +2,7 @@
 
 `Samples` of the fit split go in. The fit is kept in `gated_adapter.safetensors`: gate vectors for every
 output matrix, ridge and layer, and the refusal contrast that gives the output vectors. A candidate of the
-search becomes a `LoraAdapter`; in the module `pair`, also a control vector beside it.
+search becomes a `LoraAdapter`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
-from rs_gguf.methods.options import FitOptions, GateOptions
+from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.files import load_arrays, save_arrays
@@ -31,9 +31,7 @@ from rs_gguf.steering.file import SteeringFile
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 
-# Names of arrays in the artefact, before that of the matrix.
-_GATES = ("sensitive_gate", "benign_gate")
-_INTERCEPTS = "intercepts"
+_GATES = ("sensitive_gate", "benign_gate")  # names of arrays in the artefact, before that of the matrix
 
 
 class GatedAdapter:
@@ -46,12 +44,8 @@ class GatedAdapter:
     artefact: ClassVar[str] = "gated_adapter.safetensors"
     can_refit: ClassVar[bool] = True
 
-    def suits(self, can: Can, options: FitOptions) -> bool:
+    def suits(self, can: Can, effect: Effect) -> bool:
         return Can.MATRIX_INPUTS in can
-
-    def gate_options(self, options: FitOptions) -> GateOptions:
-        """Return the variants of the closed form that apply here: an adapter alone has no intercept."""
-        return replace(options.gate, intercept=0.0)
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         return n_layer
@@ -77,7 +71,6 @@ class GatedAdapter:
             ridges=options.gate_ridges,
             induce=options.effect == "induce",
             categories=list(itertools.chain.from_iterable(shares)),
-            options=self.gate_options(options),
             device=options.device,
             processes=processes,
             advance=advance,
@@ -97,7 +90,6 @@ class GatedAdapter:
         for gate, rows_of in zip(_GATES, (fitted.sensitive_gate, fitted.benign_gate), strict=True):
             for output_matrix, rows in rows_of.items():
                 arrays[f"{gate}/{output_matrix}"] = rows.astype(np.float32)
-        arrays |= {f"{_INTERCEPTS}/{name}": constants for name, constants in fitted.intercepts.items()}
         save_arrays(folder / self.artefact, arrays)
         return {}
 
@@ -106,33 +98,32 @@ class GatedAdapter:
         if not path.is_file():
             return None
         arrays = load_arrays(path)
-        sensitive_gate, benign_gate, intercepts = (
+        sensitive_gate, benign_gate = (
             {
-                name.removeprefix(f"{part}/"): rows.astype(np.float64)
+                name.removeprefix(f"{gate}/"): rows.astype(np.float64)
                 for name, rows in arrays.items()
-                if name.startswith(f"{part}/")
+                if name.startswith(f"{gate}/")
             }
-            for part in (*_GATES, _INTERCEPTS)
+            for gate in _GATES
         )
-        return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"], intercepts)
+        return GatedAdapterFit(arrays["ridges"], sensitive_gate, benign_gate, arrays["contrast"])
 
     def space(self, fitted: GatedAdapterFit, n_layer: int, effect: Effect) -> Space:
-        return space_of(fitted.ridges.tolist(), n_layer, induce=effect == "induce", method=self.name)
+        return space_of(fitted.ridges.tolist(), n_layer, induce=effect == "induce")
 
     def steering(
         self, fitted: GatedAdapterFit, candidate: Candidate, architecture: str, scratch: Path
     ) -> Steering:
         """Return the adapter of unit strength, as a file in `scratch`, with the strength as its scale.
 
-        Candidates that differ in strength alone share the file. The directions of a control vector that
-        belongs to it are scaled alike.
+        Candidates that differ in strength alone share the file.
         """
         unit = replace(candidate, strength=1.0)
         name = f"{self.name}-{unit.ridge:g}-{unit.first}-{unit.last}-{unit.benign_target:g}.gguf"
         path = scratch / name
         if not path.exists():
             lora_file.write(LoraAdapter(fitted.factors(*arguments(unit)), architecture), path)
-        return Steering(fitted.directions(*arguments(candidate)), [(path, candidate.strength)])
+        return Steering({}, [(path, candidate.strength)])
 
     def files(
         self,
@@ -145,13 +136,11 @@ class GatedAdapter:
 
 
 def arguments(candidate: Candidate) -> tuple[float, int, int, float, float]:
-    """Return what `GatedAdapterFit.factors` and `directions` take of a candidate."""
+    """Return what `GatedAdapterFit.factors` takes of a candidate."""
     return candidate.ridge, candidate.first, candidate.last, candidate.strength, candidate.benign_target
 
 
-def space_of(
-    ridges: Sequence[float], n_layer: int, *, induce: bool = False, method: str = GatedAdapter.name
-) -> Space:
+def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> Space:
     """Return a search space of long layer ranges: each layer adds a little, and 4 layers alone remove little.
 
     The search starts behind the first third of the layers, since a change there affects all later layers.
@@ -165,9 +154,11 @@ def space_of(
     least = 0.5
     most = 2.5 if induce else 1.5
     strength = 1.25 if induce else least
-    start = [Candidate(method, "", ridge, first, last, strength, benign_target) for ridge in ridges]
+    start = [
+        Candidate(GatedAdapter.name, "", ridge, first, last, strength, benign_target) for ridge in ridges
+    ]
     return Space(
-        method,
+        GatedAdapter.name,
         [("", ridge) for ridge in ridges],
         first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer // 2)),
         length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),

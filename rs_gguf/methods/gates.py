@@ -6,25 +6,17 @@ activation 1 on the mean sensitive prompt and m (the benign target) on the mean 
 each harmful topic it has −0.6m, elsewhere as little as possible (`rs_gguf.methods.gate_vectors`). The output
 vector d is what the layer adds to the refusal contrast. García-Ferrero et al. (arXiv 2512.16602) fit a
 vector, which moves every prompt equally.
-
-With an intercept c the gate activation is aᵀx + c. A LoRA cannot hold −s·d·c, so it becomes the direction of
-a control vector, which llama.cpp adds after the same layer. For `ffn_down` that is exact: both add to the
-residual stream at the same place. For `attn_output` the direction comes later than the LoRA: the layer's own
-feed-forward network does not see it. After the layer, the sum is the same. The fit counts what each layer
-adds to its output, so it needs no correction. Added one layer earlier, the constant would reach that
-feed-forward network, but also the attention of the layer, which the LoRA does not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
 from rs_gguf.errors import InputError
@@ -35,16 +27,12 @@ from rs_gguf.estimators.moments import Float64
 from rs_gguf.estimators.ridge import check_ridges
 from rs_gguf.machine import ALONE, Device, Processes, on_all_cores, one_thread
 from rs_gguf.methods.gate_vectors import OutputMatrixInputs, SampleWeights, gate_vectors
-from rs_gguf.methods.options import PLAIN, GateOptions
 from rs_gguf.models.architecture import tensor_name
 from rs_gguf.steering.lora import Factors
 
 # Harmful samples of a topic from which its mean is a constraint of its own: that of fewer is mostly noise.
 TOPIC_SAMPLES = 8
 OFF_TARGET_WEIGHT = 2.0  # in the metric, of each sort of other tokens, relative to the samples of the kinds
-
-# A direction that float32 rounding of the residual stream removes would fail the effect check.
-_LEAST_CONSTANT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,18 +48,13 @@ class GatedAdapterFit:
         activations of answered minus refused prompts. Benign prompts replace answered sensitive ones if the
         model answers fewer than 4 of them (`MIN_SAMPLES`).
 
-    intercepts: [2, R, L] float64 by output matrix: the constants that belong to the activations of the
-        sensitive and of the benign gate; empty without an intercept.
-
-    Both gates are zero where the inputs do not separate the kinds: the adapter leaves out such a matrix. With
-    `GateOptions.benign_free`, their activations on the mean benign input are as the minimum has them.
+    Both gates are zero where the inputs do not separate the kinds: the adapter leaves out such a matrix.
     """
 
     ridges: Float64
     sensitive_gate: Mapping[str, Float64]
     benign_gate: Mapping[str, Float64]
     contrast: Float64
-    intercepts: Mapping[str, Float64] = field(default_factory=dict)
 
     def factors(
         self, ridge: float, first: int, last: int, strength: float, benign_target: float = 0.0
@@ -84,9 +67,15 @@ class GatedAdapterFit:
         benign target, few harmful prompts are moved towards an answer and few benign ones towards a refusal.
         It is negative to induce refusals. The output matrices of a layer add equal parts.
         """
-        index = self._index(ridge)
+        index = list(self.ridges).index(ridge)
         factors = {}
-        for layer, output_matrices, output_vector in self._output_vectors(index, first, last, strength):
+        before: Float64 | float = 0.0
+        for layer in range(first, last + 1):
+            output_matrices = [name for name, rows in self.sensitive_gate.items() if rows[index, layer].any()]
+            if not output_matrices:  # the next layer with a gate adds the part of this one too
+                continue
+            output_vector = (self.contrast[layer] - before) * (-strength / len(output_matrices))
+            before = self.contrast[layer]
             for output_matrix in output_matrices:
                 sensitive, benign = self.sensitive_gate[output_matrix], self.benign_gate[output_matrix]
                 gate_vector = sensitive[index, layer] + benign_target * benign[index, layer]
@@ -95,46 +84,6 @@ class GatedAdapterFit:
                     output_vector[:, np.newaxis].astype(np.float32),
                 )
         return factors
-
-    def directions(
-        self, ridge: float, first: int, last: int, strength: float, benign_target: float = 0.0
-    ) -> dict[int, NDArray[np.float32]]:
-        """Return the directions [D] of the control vector that belongs to the `factors`, by layer.
-
-        They hold what the intercepts add. Without an intercept there are none. A layer whose intercepts add
-        up to next to nothing is left out.
-        """
-        index = self._index(ridge)
-        directions = {}
-        for layer, output_matrices, output_vector in self._output_vectors(index, first, last, strength):
-            constants = [
-                self.intercepts[name][:, index, layer] for name in output_matrices if self.intercepts
-            ]
-            constant = sum(sensitive + benign_target * benign for sensitive, benign in constants)
-            if abs(constant) > _LEAST_CONSTANT:
-                directions[layer] = (constant * output_vector).astype(np.float32)
-        return directions
-
-    def _index(self, ridge: float) -> int:
-        return list(self.ridges).index(ridge)
-
-    def _output_vectors(
-        self, index: int, first: int, last: int, strength: float
-    ) -> Iterator[tuple[int, list[str], Float64]]:
-        """Yield each layer with a gate, its output matrices that have one, and the vector [D] that each adds.
-
-        The vector is for a gate activation of 1.
-        """
-        before: Float64 | float = 0.0
-        for layer in range(first, last + 1):
-            output_matrices = [name for name, rows in self.sensitive_gate.items() if rows[index, layer].any()]
-            if output_matrices:  # else the next layer with a gate adds the part of this one too
-                yield (
-                    layer,
-                    output_matrices,
-                    (self.contrast[layer] - before) * (-strength / len(output_matrices)),
-                )
-                before = self.contrast[layer]
 
 
 def fit_gated_adapter(
@@ -145,7 +94,6 @@ def fit_gated_adapter(
     ridges: npt.ArrayLike,
     induce: bool = False,
     categories: Sequence[str | None] = (),
-    options: GateOptions = PLAIN,
     off_target_weight: float = OFF_TARGET_WEIGHT,
     device: Device = "auto",
     processes: Processes = ALONE,
@@ -164,7 +112,6 @@ def fit_gated_adapter(
         ridges: [R], relative to the mean diagonal of the metric.
         induce: move prompts towards refusal; else move sensitive prompts away from it.
         categories: refusal categories of the samples of all processes, as for `contrast_weights`.
-        options: variants of the closed form.
         off_target_weight: weight of each sort of other tokens in the metric.
         device: where the fit computes.
         processes: the processes that share the samples. The arrays are the share of this process; `labels`
@@ -189,7 +136,6 @@ def fit_gated_adapter(
     n_layers = outputs.shape[1]
     sensitive_gate = {name: np.zeros((len(grid), n_layers, rows.width)) for name, rows in matrices.items()}
     benign_gate = {name: np.zeros_like(rows) for name, rows in sensitive_gate.items()}
-    intercepts = {name: np.zeros((2, len(grid), n_layers)) for name in matrices if options.intercept}
     contrast = np.empty((n_layers, outputs.shape[2]))
     with one_thread():
         weights = contrast_weights(labels, categories, induce=induce)[labels.local][: len(outputs)]
@@ -199,12 +145,8 @@ def fit_gated_adapter(
         rows = outputs.layer_rows(layer, device=torch_device)
         contrast[layer] = processes.sum(contrast_shares @ rows).cpu().numpy()
         for name, matrix in matrices.items():
-            gates, constants = gate_vectors(
-                matrix, layer, sample_weights, grid, off_target_weight, options, processes
-            )
+            gates = gate_vectors(matrix, layer, sample_weights, grid, off_target_weight, processes)
             sensitive_gate[name][:, layer], benign_gate[name][:, layer] = gates.cpu().numpy()
-            if options.intercept:
-                intercepts[name][:, :, layer] = constants.cpu().numpy()
 
     cores = workers(torch_device, max(matrix.width for matrix in matrices.values()), processes)
     for _ in on_all_cores(fit_layer, range(n_layers), workers=cores):
@@ -215,7 +157,7 @@ def fit_gated_adapter(
             "such layer is needed. Use sets that differ in subject (prompts.sensitive, prompts.harmful, "
             "prompts.benign)."
         )
-    return GatedAdapterFit(grid, sensitive_gate, benign_gate, contrast, intercepts)
+    return GatedAdapterFit(grid, sensitive_gate, benign_gate, contrast)
 
 
 def _kind_weights(labels: Labels) -> dict[str, Float64]:

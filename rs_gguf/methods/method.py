@@ -44,8 +44,8 @@ class SteeringMethod(Protocol[Fitted]):
     artefact: ClassVar[str]
     can_refit: ClassVar[bool]
 
-    def suits(self, can: Can, options: FitOptions) -> bool:
-        """Return whether the options ask for it, and an engine with these abilities can fit and load it."""
+    def suits(self, can: Can, effect: Effect) -> bool:
+        """Return whether an engine with these abilities can fit and load it for this effect."""
 
     def steps(self, options: FitOptions, n_layer: int) -> int:
         """Return the number of steps by which `fit` advances."""

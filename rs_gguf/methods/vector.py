@@ -78,7 +78,7 @@ class ControlVector:
     artefact: ClassVar[str] = "directions.safetensors"
     can_refit: ClassVar[bool] = False
 
-    def suits(self, can: Can, options: FitOptions) -> bool:
+    def suits(self, can: Can, effect: Effect) -> bool:
         return True
 
     def steps(self, options: FitOptions, n_layer: int) -> int:

@@ -70,7 +70,7 @@ class Costs:
         self._longest = max(lengths) + _TEMPLATE + self.prefix
         # A model whose output matrices are not known runs in PyTorch, or has none that an adapter can change.
         can = Can.LORA | Can.MATRIX_INPUTS if model.output_matrices else Can(0)
-        self.files = len(suited_methods(can, recipe.fit_options))
+        self.files = len(suited_methods(can, recipe.effect))
         self.inputs = model.matrix_inputs
 
     def count(self, *splits: str) -> int:

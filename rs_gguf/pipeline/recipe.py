@@ -99,11 +99,10 @@ class Recipe(BaseSettings):
     def fit_options(self) -> FitOptions:
         """Return the options of the fit."""
         # Imported here: the package imports PyTorch for seconds, which reading a recipe does not need.
-        from rs_gguf.methods.options import FitOptions, GateOptions
+        from rs_gguf.methods.options import FitOptions
 
         fit = self.fit
-        gate = GateOptions(fit.gate_intercept, fit.gate_benign == "free", fit.gate_null_space)
-        return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device, gate)
+        return FitOptions(self.effect, self.estimators, fit.ridges, fit.gate_ridges, fit.device)
 
     def asking(self, max_tokens: int) -> Asking:
         """Return how prompts are asked for answers of at most `max_tokens` tokens."""

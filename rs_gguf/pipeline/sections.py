@@ -118,23 +118,6 @@ class Fit(Section):
         min_length=1,
         description="λ of the gated adapter, relative to the mean diagonal of its metric",
     )
-    gate_intercept: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="experimental: share of the free intercept. Above 0, the run also makes a pair of files",
-    )
-    gate_benign: Literal["fixed", "free"] = Field(
-        default="fixed",
-        description="experimental: mean benign prompt at its target (`fixed`) or `free`",
-    )
-    gate_null_space: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="experimental: share of the eigen-directions of benign and harmful prompts that a gate "
-        "may use; 0: constrain means",
-    )
     gate_refits: int = Field(
         default=0,
         ge=0,

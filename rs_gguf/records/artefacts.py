@@ -45,7 +45,6 @@ _INFOS = (
         (
             "directions.safetensors",
             "gated_adapter.safetensors",
-            "gated_pair.safetensors",
             "fit.json",
             "figures/",
             "activations-refit/",

@@ -16,7 +16,6 @@ from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.methods import adapter
 from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
 from rs_gguf.methods.gates import OFF_TARGET_WEIGHT, GatedAdapterFit, fit_gated_adapter
-from rs_gguf.methods.options import PLAIN, GateOptions
 
 Float64 = npt.NDArray[np.float64]
 LAYERS, WIDTH, OUT = 3, 12, 8
@@ -94,6 +93,14 @@ def means(inputs: MatrixInputs, layer: int, labels: Labels) -> Float64:
     return np.stack([weights @ x for weights in members(labels).values()])
 
 
+def constrained(energy: Float64, constraints: Float64, targets: Float64) -> Float64:
+    """Return the minimum [W, …] of each column of targets [C, …], from a system with Lagrange multipliers."""
+    count, width = constraints.shape
+    system = np.block([[energy, constraints.T], [constraints, np.zeros((count, count))]])
+    right = np.concatenate([np.zeros((width, *targets.shape[1:])), targets])
+    return np.linalg.solve(system, right)[:width]
+
+
 def naive(
     inputs: MatrixInputs,
     layer: int,
@@ -102,12 +109,9 @@ def naive(
     targets: Any,
     off_target_weight: float,
 ) -> Float64:
-    """Return the constrained minimum from one linear system, which includes the Lagrange multipliers."""
-    constraints = means(inputs, layer, labels)
+    """Return the constrained minimum for the means of the kinds."""
     energy = metric(inputs, layer, labels, ridge, off_target_weight)
-    system = np.block([[energy, constraints.T], [constraints, np.zeros((3, 3))]])
-    right = np.concatenate([np.zeros(constraints.shape[1]), targets])
-    return np.linalg.solve(system, right)[: constraints.shape[1]]
+    return constrained(energy, means(inputs, layer, labels), np.asarray(targets))
 
 
 def fitted(
@@ -154,119 +158,29 @@ def test_gate_activations_on_the_kind_means_are_exact(per_class: int, width: int
             np.testing.assert_allclose(gate_activations.T, [targets] * len(RIDGES), atol=1e-9)
 
 
-def with_ones(inputs: MatrixInputs) -> MatrixInputs:
-    """Return the inputs x̃ = [x; 1]."""
-    return MatrixInputs(
-        **{
-            name: np.concatenate([rows, np.ones((*rows.shape[:2], 1), rows.dtype)], axis=2)
-            for name, rows in vars(inputs).items()
-        }
-    )
-
-
-VARIANTS = [
-    GateOptions(intercept=1.0),
-    GateOptions(benign_free=True),
-    GateOptions(intercept=1.0, benign_free=True),
-    GateOptions(null_space=0.5),
-    GateOptions(intercept=1.0, null_space=0.5),
-]
-
-
-def conditions(
-    inputs: MatrixInputs, layer: int, labels: Labels, options: GateOptions, *, topics: bool
-) -> tuple[Float64, Float64]:
-    """Return the constraints [C, W] of a variant, and their targets [C, 2], without the constants.
-
-    topics: harmful topics are constrained one by one.
-    """
-    sensitive, benign, harmful = means(inputs, layer, labels)
-    x, of_kind = np.asarray(inputs.last_token[:, layer], dtype=np.float64), members(labels)
-    if options.null_space:
-        moment = ((of_kind["benign"] + of_kind["harmful"])[:, None] * x).T @ x
-        values, vectors = np.linalg.eigh(moment)  # ascending
-        loud = np.arange(len(values)) >= int(options.null_space * len(values))
-        constraints = np.concatenate([sensitive[None], vectors[:, loud & (values > 1e-9 * values[-1])].T])
-        return constraints, np.eye(len(constraints), 1) * [1, 0]
-    harm = [harmful]
-    if topics:
-        masks = [labels.groups[:, 0] == name for name in ("law", "health", "")]
-        parts = [np.where(mask, of_kind["harmful"], 0.0) for mask in masks]
-        harm = [part @ x / part.sum() for part in parts]
-    rows, targets = [sensitive, *([] if options.benign_free else [benign]), *harm], [[1.0, 0.0]]
-    targets += [] if options.benign_free else [[0.0, 1.0]]
-    targets += [[0.0, HARMFUL_TARGET_RATIO]] * len(harm)
-    return np.stack(rows), np.array(targets)
-
-
 @pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
-@pytest.mark.parametrize("topics", [False, True])
-@pytest.mark.parametrize("options", [PLAIN, *VARIANTS], ids=str)
-def test_variants_are_the_constrained_minimum_of_the_augmented_inputs(
-    per_class: int, width: int, options: GateOptions, topics: bool, monkeypatch: pytest.MonkeyPatch
+def test_each_harmful_topic_is_a_constraint(
+    per_class: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference is one linear system in [a; c] and the multipliers. The ridge is on a alone."""
-    monkeypatch.setattr("rs_gguf.methods.gates.TOPIC_SAMPLES", 1 if topics else 99)
+    monkeypatch.setattr("rs_gguf.methods.gates.TOPIC_SAMPLES", 1)
     inputs, activations, labels = problem(per_class, width)
     labels = in_groups(labels, np.resize(["law", "health", ""], len(labels.confidence)))
-    gates = fitted(inputs, activations, labels, options=options)
-    augmented = with_ones(inputs) if options.intercept else inputs
-    size = width + bool(options.intercept)
+    gates = fitted(inputs, activations, labels)
     for k, ridge in enumerate(RIDGES):
         for layer in range(LAYERS):
-            energy = metric(augmented, layer, labels, 0.0, OFF_TARGET_WEIGHT)
-            energy[:width, :width] += ridge * np.trace(energy[:width, :width]) / width * np.eye(width)
-            rows, targets = conditions(inputs, layer, labels, options, topics=topics)
-            constants = np.abs(targets).max(axis=1, keepdims=True) > 0
-            constraints = np.concatenate([rows, constants], axis=1) if options.intercept else rows
-            system = np.block([[energy, constraints.T], [constraints, np.zeros((len(rows),) * 2)]])
-            expected = np.linalg.solve(system, np.concatenate([np.zeros((size, 2)), targets]))
+            x = np.asarray(inputs.last_token[:, layer], dtype=np.float64)
+            masks = [labels.groups[:, 0] == name for name in ("law", "health", "")]
+            parts = [np.where(mask, members(labels)["harmful"], 0.0) for mask in masks]
+            topics = [part @ x / part.sum() for part in parts]
+            constraints = np.stack([*means(inputs, layer, labels)[:2], *topics])
+            targets = np.array([[1.0, 0.0], [0.0, 1.0], *[[0.0, HARMFUL_TARGET_RATIO]] * 3])
+            expected = constrained(
+                metric(inputs, layer, labels, ridge, OFF_TARGET_WEIGHT), constraints, targets
+            )
             for number, gate in enumerate((gates.sensitive_gate, gates.benign_gate)):
-                vector = expected[:width, number]
-                np.testing.assert_allclose(gate["ffn_down"][k, layer], vector, rtol=0, atol=1e-10)
-                if options.intercept:
-                    constant = gates.intercepts["ffn_down"][number, k, layer]
-                    np.testing.assert_allclose(constant, expected[width, number], rtol=0, atol=1e-10)
-    assert bool(gates.intercepts) == bool(options.intercept)
-
-
-def test_half_an_intercept_is_half_way_between_none_and_the_free_one() -> None:
-    none, half, free = (fitted(*problem(), options=GateOptions(intercept=c)) for c in (0.0, 0.5, 1.0))
-    for gate in ("sensitive_gate", "benign_gate"):
-        ends = [getattr(fit, gate)["ffn_down"] for fit in (none, free)]
-        np.testing.assert_allclose(getattr(half, gate)["ffn_down"], sum(ends) / 2, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(half.intercepts["ffn_down"], free.intercepts["ffn_down"] / 2, atol=1e-10)
-
-
-@pytest.mark.parametrize(("per_class", "width"), [(8, WIDTH), (2, 40)])
-def test_centred_features_are_the_free_intercept(per_class: int, width: int) -> None:
-    """One point less from all inputs changes neither the gate vector nor the gate activation."""
-    inputs, activations, labels = problem(per_class, width)
-    inputs = MatrixInputs(**{name: rows.astype(np.float64) for name, rows in vars(inputs).items()})
-    centre = means(inputs, 1, labels).mean(axis=0)
-    centred = MatrixInputs(**{name: rows - centre for name, rows in vars(inputs).items()})
-    # λ is relative to the trace, which depends on the centre. So it is chosen for equal ρ.
-    traces = [np.trace(metric(rows, 1, labels, 0.0, OFF_TARGET_WEIGHT)) for rows in (inputs, centred)]
-    options = GateOptions(intercept=1.0)
-    before = fitted(inputs, activations, labels, ridges=0.5, options=options)
-    after = fitted(centred, activations, labels, ridges=0.5 * traces[0] / traces[1], options=options)
-    for number, gate in enumerate(("sensitive_gate", "benign_gate")):
-        vector = getattr(before, gate)["ffn_down"][0, 1]
-        np.testing.assert_allclose(getattr(after, gate)["ffn_down"][0, 1], vector, rtol=0, atol=1e-10)
-        moved = before.intercepts["ffn_down"][number, 0, 1] + vector @ centre
-        np.testing.assert_allclose(after.intercepts["ffn_down"][number, 0, 1], moved, rtol=0, atol=1e-10)
-
-
-def test_a_null_space_closes_the_gate_for_every_benign_and_harmful_prompt_if_they_are_few() -> None:
-    """With fewer prompts than half of the width, a gate orthogonal to the loudest half is so to all."""
-    inputs, activations, labels = problem(per_class=2, width=40)
-    gates = fitted(inputs, activations, labels, options=GateOptions(null_space=0.5))
-    assert not gates.benign_gate["ffn_down"].any()
-    for layer in range(LAYERS):
-        gate = gates.sensitive_gate["ffn_down"][0, layer]
-        activation = inputs.last_token[:, layer].astype(np.float64) @ gate
-        assert np.abs(activation[labels.kinds != "sensitive"]).max() < 1e-9
-        np.testing.assert_allclose(activation[labels.kinds == "sensitive"].mean(), 1.0, atol=1e-9)
+                np.testing.assert_allclose(
+                    gate["ffn_down"][k, layer], expected[:, number], rtol=0, atol=1e-10
+                )
 
 
 def test_topics_with_fewer_samples_share_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,25 +195,6 @@ def test_topics_with_fewer_samples_share_a_constraint(monkeypatch: pytest.Monkey
     for part in (harmful[:5], harmful[5:8], harmful[8:]):
         activation = x[part].mean(axis=0) @ gates.benign_gate["ffn_down"][0, 1]
         np.testing.assert_allclose(activation, HARMFUL_TARGET_RATIO, atol=1e-9)
-
-
-def test_an_intercept_needs_no_other_tokens_and_no_groups() -> None:
-    inputs, activations, labels = problem()
-    nothing = np.empty((0, LAYERS, WIDTH))
-    alone = MatrixInputs(inputs.last_token, nothing, nothing, nothing)
-    gates = fitted(alone, activations, labels, options=GateOptions(intercept=1.0))
-    reached = means(alone, 1, labels) @ gates.sensitive_gate["ffn_down"][0, 1]
-    np.testing.assert_allclose(reached + gates.intercepts["ffn_down"][0, 0, 1], [1, 0, 0], atol=1e-9)
-    # Nothing is spent on the mean prompt: a constant costs nothing, so the gate is centred between the kinds.
-    energy = metric(alone, 1, labels, RIDGES[0], OFF_TARGET_WEIGHT)
-    with_intercept, without = (
-        gate @ energy @ gate
-        for gate in (
-            gates.sensitive_gate["ffn_down"][0, 1],
-            fitted(alone, activations, labels).sensitive_gate["ffn_down"][0, 1],
-        )
-    )
-    assert with_intercept < without
 
 
 def test_no_other_gate_with_the_same_activations_has_less_energy() -> None:
@@ -569,32 +464,21 @@ def test_progress_counts_layers() -> None:
     assert steps == [1] * LAYERS
 
 
-@pytest.mark.parametrize("intercept", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 2), (1, 1)])
 def test_the_layers_together_add_the_whole_contrast_at_the_mean_sensitive_prompt(
-    first: int, last: int, intercept: float
+    first: int, last: int
 ) -> None:
-    """With an intercept, the directions of the control vector are a part of it."""
     inputs, activations, labels = problem()
     other = MatrixInputs(**{name: rows[:, :, :7] for name, rows in vars(inputs).items()})
-    gates = fit_gated_adapter(
-        {"ffn_down": inputs, "attn_output": other},
-        activations,
-        labels,
-        ridges=RIDGES,
-        options=GateOptions(intercept),
-    )
+    both = {"ffn_down": inputs, "attn_output": other}
+    gates = fit_gated_adapter(both, activations, labels, ridges=RIDGES)
     factors = gates.factors(1.0, first, last, 0.5, benign_target=0.25)
-    directions = gates.directions(1.0, first, last, 0.5, benign_target=0.25)
-    assert list(directions) == (list(range(first, last + 1)) if intercept else [])
-    assert all(row.dtype == np.float32 and row.shape == (OUT,) for row in directions.values())
     assert set(factors) == {
         f"blk.{layer}.{matrix}.weight"
         for layer in range(first, last + 1)
         for matrix in ("ffn_down", "attn_output")
     }
-    constant: Float64 = np.zeros(OUT) + sum(row.astype(np.float64) for row in directions.values())
-    added: dict[str, Float64] = {kind: constant.copy() for kind in KINDS}
+    added: dict[str, Float64] = {kind: np.zeros(OUT) for kind in KINDS}
     for name, (a, b) in factors.items():
         assert a.dtype == b.dtype == np.float32
         layer, rows = int(name.split(".")[1]), inputs if "ffn_down" in name else other
@@ -605,17 +489,6 @@ def test_the_layers_together_add_the_whole_contrast_at_the_mean_sensitive_prompt
     np.testing.assert_allclose(added["sensitive"], -0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(added["benign"], -0.25 * 0.5 * contrast, atol=1e-4)
     np.testing.assert_allclose(added["harmful"], HARMFUL_TARGET_RATIO * -0.25 * 0.5 * contrast, atol=1e-4)
-
-
-def test_a_layer_whose_intercepts_add_up_to_nothing_has_no_direction() -> None:
-    gates = fitted(*problem(), options=GateOptions(intercept=1.0))
-    assert list(gates.directions(1.0, 0, 2, 0.5)) == [0, 1, 2]
-    gates.intercepts["ffn_down"][:, :, 1] = 1e-4
-    assert list(gates.directions(1.0, 0, 2, 0.5)) == [0, 2]
-    # Each gate has its own constant: here they cancel at one benign target.
-    gates.intercepts["ffn_down"][:, :, 1] = [[0.5] * len(RIDGES), [-2.0] * len(RIDGES)]
-    assert list(gates.directions(1.0, 0, 2, 0.5, benign_target=0.25)) == [0, 2]
-    assert list(gates.directions(1.0, 0, 2, 0.5, benign_target=0.4)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("induce", [False, True])

@@ -18,7 +18,6 @@ from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.method import SteeringMethod
-from rs_gguf.methods.options import PLAIN
 from rs_gguf.methods.samples import Samples
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.steering import file as steering_file
@@ -67,7 +66,7 @@ def test_names_are_its_own() -> None:
 
 @pytest.mark.slow
 def test_it_suits_an_engine_that_reads_everything(fit: Fit) -> None:
-    assert fit.method.suits(Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP, OPTIONS)
+    assert fit.method.suits(Can.LORA | Can.MATRIX_INPUTS | Can.LLAMA_CPP, "remove")
 
 
 def test_it_advances_by_its_steps(fit: Fit) -> None:
@@ -144,37 +143,23 @@ def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp
 
 
 def test_inducing_has_its_own_space_and_files(fit: Fit) -> None:
-    options = replace(OPTIONS, effect="induce")
-    if not fit.method.suits(~Can(0), options):
+    if not fit.method.suits(~Can(0), "induce"):
         pytest.skip("this method can only remove refusals")
+    options = replace(OPTIONS, effect="induce")
     fitted = fit.method.fit(fit.samples, options)
     candidate = fit.method.space(fitted, LAYERS, "induce").start[0]
     induce, remove = fit.method.files(fitted, candidate, "qwen2", {}), files(fit, candidate)
     assert len(induce) == len(remove) == len(fit.method.suffixes)
-    # The sign of a pair's second file is that of its intercepts.
-    assert all(cosine < 0 for cosine in induce[0].cosines(remove[0]).values())
+    for one, other in zip(induce, remove, strict=True):
+        assert all(cosine < 0 for cosine in one.cosines(other).values())
 
 
 def test_without_inputs_no_adapter_is_fitted_or_loaded(tmp_path: Path) -> None:
     samples = replace(samples_in(tmp_path), inputs={})
-    for name in ("adapter", "pair"):
-        assert METHODS[name].fit(samples, OPTIONS) is None
-        assert METHODS[name].load(tmp_path, OPTIONS) is None
-        assert not METHODS[name].suits(Can(0), OPTIONS)
+    assert METHODS["adapter"].fit(samples, OPTIONS) is None
+    assert METHODS["adapter"].load(tmp_path, OPTIONS) is None
+    assert not METHODS["adapter"].suits(Can(0), "remove")
 
 
-def test_without_an_intercept_there_is_no_pair(tmp_path: Path) -> None:
-    without = replace(OPTIONS, gate=PLAIN)
-    assert METHODS["pair"].fit(samples_in(tmp_path), without) is None
-    assert suited_methods(~Can(0), without) == ["vector", "adapter"]
-    assert suited_methods(~Can(0), OPTIONS) == ["vector", "adapter", "pair"]
-
-
-def test_an_intercept_does_not_change_the_adapter_alone(tmp_path: Path) -> None:
-    samples, method = samples_in(tmp_path), METHODS["adapter"]
-    for name, gate in (("with", OPTIONS.gate), ("without", PLAIN)):
-        (tmp_path / name).mkdir()
-        method.save(method.fit(samples, replace(OPTIONS, gate=gate)), tmp_path / name)
-    assert (tmp_path / "with" / method.artefact).read_bytes() == (
-        tmp_path / "without" / method.artefact
-    ).read_bytes()
+def test_an_engine_that_reads_everything_suits_all_methods() -> None:
+    assert suited_methods(~Can(0), "remove") == ["vector", "adapter"]

@@ -47,7 +47,7 @@ from rs_gguf.records.conversation import Prompt
 from rs_gguf.steering.container import finish
 
 N_LAYER, WIDTH = 3, 32
-FILES = len(suited_methods(~Can(0), recipe.Recipe().fit_options))
+FILES = len(suited_methods(~Can(0), "remove"))
 UNIT = Speed(read=1e-3, begin=1e-3, answer=1e-3, judge=1e-3, algebra=math.inf, source="")
 PLANNED = [name for name in STAGES if name != "report"]  # which takes only seconds
 

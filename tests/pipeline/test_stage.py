@@ -48,7 +48,6 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             "answers.test_tokens=8",
         ]
         values += ["tune.logprob_trials=1", "tune.full_prompts=0", "measure.baselines=['ablation']"]
-        values += ["fit.gate_intercept=0.5"]
         values += [f"model={folder / 'plain.gguf'}", f"judge={server.url}"]
         chosen = recipe.load(None, values)
         added: dict[str, set[str]] = {}

@@ -71,7 +71,7 @@ class Fit(Stage):
             raise InputError(
                 "fit.gate_refits: several processes cannot refit. Start one process, or set it to 0."
             )
-        suited = suited_methods(run.model.can, options)
+        suited = suited_methods(run.model.can, options.effect)
         again = [name for name in suited if METHODS[name].can_refit] * refits
         total = sum(METHODS[name].steps(options, n_layer) for name in (*suited, *again))
         with run.progress.stage(self.info.name, total) as advance:

@@ -45,7 +45,7 @@ def test_options_that_are_not_set_are_no_inputs_of_the_fit() -> None:
         return Fit().inputs(cast("Run", run))
 
     assert inputs()[:2] == ["remove", {"estimators": [], "ridges": [0.3, 3.0], "gate_ridges": [0.02]}]
-    assert inputs(gate_intercept=0.5)[1]["gate_intercept"] == 0.5
+    assert inputs(gate_refits=1)[1]["gate_refits"] == 1
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from rs_gguf.pipeline.recipe import load
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures, search_notes
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import BaselineRecord, Outcomes, SetRecord, Share, Speed, Verdict
 from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
@@ -152,6 +153,21 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
         assert read.provenance["measured"] is True
         assert read.provenance["acceptance.passed"] is figures.passed
         assert read.provenance["metrics.benign_drift"] == pytest.approx(figures.benign_drift)
+
+
+def test_several_files_of_a_method_are_loaded_by_one_line_and_each_have_a_hash(
+    tmp_path: Path, written: dict[str, WrittenFile]
+) -> None:
+    paths = [*written["adapter"].paths, *written["vector"].paths]
+    _, value, _ = run(tmp_path, {"both": replace(written["adapter"], paths=paths)})
+    record, (adapter, vector) = value.files["both"], paths
+    assert record.hashes == {path.name: sha256(path) for path in paths}
+    assert record.llama_cpp.command == (
+        f"llama-server -m {tmp_path / 'tiny.gguf'} --lora {adapter} --control-vector {vector} "
+        "--control-vector-layer-range 2 2"
+    )
+    assert lora.read(adapter).provenance["measured"] is True
+    assert control_vector.read(vector).provenance["measured"] is True
 
 
 @pytest.mark.parametrize("name", ["vector", "adapter"])

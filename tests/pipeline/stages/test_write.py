@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rs_gguf.methods import METHODS
 from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.sections import Fit
 from rs_gguf.pipeline.stages import write as writing
-from rs_gguf.records.files import load_arrays, save_arrays
+from rs_gguf.records.files import save_arrays
 from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.file import SteeringFile
+from rs_gguf.steering.provenance import ProvenanceValue
+from rs_gguf.steering.vector import SteeringVector
 
 RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
 VECTOR, ADAPTER = (
@@ -59,26 +62,29 @@ def test_both_files_have_their_provenance(folder: Path) -> None:
         assert file.architecture == "qwen2"
 
 
-def test_a_pair_is_two_files_with_the_same_provenance(folder: Path) -> None:
-    """The directions are the intercepts times what a gate activation of 1 adds."""
-    arrays = load_arrays(folder / "gated_adapter.safetensors")
-    arrays["intercepts/ffn_down"] = np.random.default_rng(1).standard_normal((2, 1, 4))
-    save_arrays(folder / "gated_pair.safetensors", arrays)
-    paths = [folder / f"remove{suffix}" for suffix in METHODS["pair"].suffixes]
-    trial = Trial(0, replace(ADAPTER, method="pair"), "short", 0.0, 1.0)
+def test_several_files_of_a_method_have_the_same_provenance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direction = np.ones(8, np.float32)
+
+    class Both(GatedAdapter):
+        name = "both"
+
+        def files(
+            self, fitted: Any, candidate: Candidate, architecture: str, facts: Mapping[str, ProvenanceValue]
+        ) -> tuple[SteeringFile, ...]:
+            (adapter,) = super().files(fitted, candidate, architecture, facts)
+            return adapter, SteeringVector({2: direction}, facts, architecture)
+
+    monkeypatch.setattr(writing, "METHODS", {"both": Both()})
+    paths = [folder / "both-adapter.gguf", folder / "both-vector.gguf"]
+    trial = Trial(0, replace(ADAPTER, method="both"), "short", 0.0, 1.0)
     writing.write(paths, trial, RECIPE, folder, "qwen2", {"model.name": "tiny"})
     adapter, vector = lora.read(paths[0]), control_vector.read(paths[1])
     assert adapter.provenance == vector.provenance
-    assert adapter.provenance["estimator"] == "pair"
-    alone = lora.read(folder / "a.gguf").factors
-    assert all(np.array_equal(a, alone[name][0]) for name, (a, _) in adapter.factors.items())
-    sensitive, benign = arrays["intercepts/ffn_down"][:, 0]
-    for layer, direction in vector.directions.items():
-        (output_vector,) = alone[f"blk.{layer}.ffn_down.weight"][1].T
-        np.testing.assert_allclose(
-            direction, (sensitive[layer] + 0.25 * benign[layer]) * output_vector, rtol=1e-5
-        )
-    assert vector.layers == [1, 2]
+    assert adapter.provenance["estimator"] == "both"
+    np.testing.assert_equal(dict(adapter.factors), dict(lora.read(folder / "a.gguf").factors))
+    np.testing.assert_equal(dict(vector.directions), {2: direction})
 
 
 def test_both_files_are_the_selected_candidates_at_scale_1(folder: Path) -> None:
