@@ -27,6 +27,7 @@ def pytest_configure() -> None:
         share = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
         if share:
             os.sched_setaffinity(0, share)
+            os.environ.setdefault("OMP_NUM_THREADS", str(len(share)))  # PyTorch counts the machine's cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
