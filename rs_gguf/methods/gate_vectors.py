@@ -56,7 +56,7 @@ class SampleWeights:
 
     kinds: [3, N], of sensitive, benign and harmful samples.
     groups: [G, N], of groups of harmful or benign samples.
-    harmful: [H, N], of the parts of the harmful samples that are constrained one by one; H may be 0.
+    harmful: [H, N], of the parts of the harmful samples that are constrained one by one.
     local: the samples that this process has.
     """
 
@@ -91,10 +91,9 @@ def gate_vectors(
     spread = means.amax(dim=1) - means.amin(dim=1)
     if spread.norm() <= ROUNDING * means.norm():
         return gates
-    harmful = parts if len(parts) else rows[2:3]
-    constraints = torch.cat([rows[:2], harmful])  # [C, W]
+    constraints = torch.cat([rows[:2], parts])  # [C, W]
     # One row for each constraint; one column for each gate.
-    targets = rows.new_tensor([[1.0, 0.0], [0.0, 1.0], *[[0.0, HARMFUL_TARGET_RATIO]] * len(harmful)])
+    targets = rows.new_tensor([[1.0, 0.0], [0.0, 1.0], *[[0.0, HARMFUL_TARGET_RATIO]] * len(parts)])
     energy = _off_target_rows(inputs, layer, kinds[:, local], means, off_target_weight)
     if processes.rank == 0 and len(groups):
         energy = itertools.chain(energy, [groups / len(groups) ** 0.5])

@@ -130,7 +130,7 @@ def fit_gated_adapter(
     groups = _group_weights(labels, kinds)
     group_shares = torch.from_numpy(np.stack(groups)).to(torch_device) if groups else kind_shares[:0]
     parts = _harmful_parts(labels, kinds["harmful"])
-    part_shares = torch.from_numpy(np.stack(parts)).to(torch_device) if parts else kind_shares[:0]
+    part_shares = torch.from_numpy(np.stack(parts)).to(torch_device)
     sample_weights = SampleWeights(kind_shares, group_shares, part_shares, labels.local)
     matrices = {name: OutputMatrixInputs.of(name, rows, processes) for name, rows in inputs.items()}
     n_layers = outputs.shape[1]
@@ -188,12 +188,10 @@ def _group_weights(labels: Labels, kinds: Mapping[str, Float64]) -> list[Float64
 def _harmful_parts(labels: Labels, harmful: Float64) -> list[Float64]:
     """Return normalised weights [N] of each harmful topic with `TOPIC_SAMPLES`, then of the other samples.
 
-    The first grouping of the labels is the topic. There are no parts if every topic has fewer samples.
+    The first grouping of the labels is the topic.
     """
     names = labels.groups[:, 0] if labels.groups.shape[1] else np.full(len(harmful), "")
-    topics = [names == name for name in sorted({str(name) for name in names[harmful > 0]} - {""})]
-    large = [topic for topic in topics if np.count_nonzero(harmful[topic]) >= TOPIC_SAMPLES]
-    if not large:
-        return []
-    masks = [*large, ~np.any(large, axis=0)]
+    topics = sorted({str(name) for name in names[harmful > 0]} - {""})
+    large = [topic for topic in topics if np.count_nonzero(harmful[names == topic]) >= TOPIC_SAMPLES]
+    masks = [*(names == topic for topic in large), ~np.isin(names, large)]
     return [np.where(mask, harmful, 0.0) / harmful[mask].sum() for mask in masks if harmful[mask].any()]
