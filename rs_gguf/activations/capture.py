@@ -9,7 +9,8 @@ forward pass. Several processes can share the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
-from rs_gguf.activations.matrix_inputs import InputReader
+from rs_gguf.activations.matrix_inputs import InputReader, Inputs
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Can, Engine, read_last
@@ -37,11 +38,16 @@ _MAX_F16 = 65504.0
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and its answer, as tokens. `gate_stays_closed`: the gate must stay closed in the answer."""
+    """A prompt and its answer, as tokens.
+
+    `gate_stays_closed`: the gate must stay closed in the answer. `context`: the name of what is around the
+    prompt.
+    """
 
     prompt: Sequence[int]
     answer: Sequence[int]
     gate_stays_closed: bool
+    context: str = ""
 
 
 def conversations(
@@ -63,7 +69,7 @@ def conversations(
         for p, prompt in zip(prompts, tokens, strict=True)
     ]
     unanswered = [
-        Conversation(c.tokens(chat, model, p.prompt, system), [], gate_stays_closed=True)
+        Conversation(c.tokens(chat, model, p.prompt, system), [], gate_stays_closed=True, context=c.name)
         for p, c in gate_only
     ]
     return answered + unanswered, common_prefix(tokens)
@@ -139,7 +145,8 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
         positions.append(places)
     last: dict[int, dict[str, NDArray[np.float32]]] = {}
     others: dict[str, list[dict[str, NDArray[np.float32]]]] = {"prompts": [], "answers": []}
-    for i, position, rows in reader.read(sequences, positions, reader.names, layers):
+    contexts = [conversation.context for conversation in conversations]
+    for i, position, rows in _read(reader, sequences, positions, contexts, layers):
         distance = position - (len(conversations[i].prompt) - 1)
         if distance == 0:
             last[i] = rows
@@ -155,6 +162,30 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
             other_inputs = [[rows.pop(name) for name in names] for rows in tokens]
             arrays[f"{matrix}/{sort}"] = _compact(np.reshape(other_inputs, (-1, *last_inputs.shape[1:])))
     return arrays
+
+
+def _read(
+    reader: InputReader,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    contexts: Sequence[str],
+    layers: Sequence[int],
+) -> Iterator[tuple[int, int, Inputs]]:
+    """Yield as `InputReader.read` does. What neighbours of one context begin with is read once."""
+    for _, group in itertools.groupby(range(len(sequences)), key=lambda i: contexts[i]):
+        members = list(group)
+        shared = common_prefix([sequences[i] for i in members])
+        early = sorted({p for i in members for p in positions[i] if p < shared})
+        if early:
+            prefix = sequences[members[0]][:shared]
+            for _, position, rows in reader.read([prefix], [early], reader.names, layers):
+                yield from ((i, position, dict(rows)) for i in members if position in positions[i])
+        late = {i: own for i in members if (own := [p for p in positions[i] if p >= shared])}
+        numbers = list(late)
+        for k, position, rows in reader.read(
+            [sequences[i] for i in numbers], list(late.values()), reader.names, layers
+        ):
+            yield numbers[k], position, rows
 
 
 def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:

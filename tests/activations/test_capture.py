@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,42 @@ def test_samples_do_not_depend_on_their_order_or_company(model: LlamaModel, capt
     for name in ("activations", "attn_output/last", "ffn_down/last"):
         assert distance(shuffled[name], captured[name][order]) < TOLERANCE
         assert distance(few[name], captured[name][:2]) < TOLERANCE
+
+
+def test_what_prompts_of_a_context_begin_with_is_read_once(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among other prompts, each is read whole. The rows are the same; the tokens are fewer."""
+    turns = [*PREFIX, *range(200, 230)]
+    together = [
+        Conversation([*turns, 20 + k, 40 + k], [], gate_stays_closed=True, context="turns") for k in range(6)
+    ]
+    apart = [replace(c, context=conversations()[0].context) for c in together]
+    sizes: list[int] = []
+    decode = model._open_context().decode
+
+    def counted(tokens: Any) -> Any:
+        sizes.append(len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(model._open_context(), "decode", counted)
+    tokens, arrays = {}, {}
+    for name, talks in (("together", [*conversations(), *together]), ("apart", [*conversations(), *apart])):
+        sizes.clear()
+        arrays[name] = capture(model, talks, len(PREFIX), seed=7)
+        tokens[name] = sum(sizes)
+    for array in ("activations", "attn_output/last", "ffn_down/last"):
+        assert distance(arrays["together"][array], arrays["apart"][array]) < TOLERANCE
+    for array in ("attn_output/prompts", "ffn_down/prompts"):
+        ours, theirs = (arrays[name][array].astype(np.float64) for name in ("together", "apart"))
+        assert len(ours) == len(theirs) == len(conversations()) + len(together)
+        errors = np.linalg.norm(ours[:, None] - theirs[None], axis=(2, 3)) / np.linalg.norm(
+            theirs, axis=(1, 2)
+        )
+        assert errors.min(axis=0).max() < TOLERANCE
+        assert errors.min(axis=1).max() < TOLERANCE
+    # What they share is read twice: for the positions in it, and before the rest of the prompts.
+    assert tokens["apart"] - tokens["together"] >= (len(together) - 2) * len(turns[len(PREFIX) :])
 
 
 def test_the_same_call_reads_the_same_bytes(model: LlamaModel, captured: Arrays) -> None:
