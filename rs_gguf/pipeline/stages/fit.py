@@ -23,7 +23,7 @@ from rs_gguf.estimators.device import resolve_device
 from rs_gguf.machine import ALONE, Processes, layers_at_once
 from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
-from rs_gguf.methods.gates import TOPIC_SAMPLES
+from rs_gguf.methods.gates import OFF_TARGET_WEIGHT, TOPIC_SAMPLES
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models import dimensions
@@ -62,7 +62,7 @@ class Fit(Stage):
             # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
             # A fit of a version with other constants is done again.
-            [HARMFUL_TARGET_RATIO, TOPIC_SAMPLES],
+            [HARMFUL_TARGET_RATIO, OFF_TARGET_WEIGHT, TOPIC_SAMPLES],
         ]
 
     def work(self, run: Run, key: str) -> None:
