@@ -148,7 +148,7 @@ def published(folder: Path, model: Quantisation, prompts: int, work: Path) -> Ru
     """Return the record of the files in `folder`, measured with `model` on `prompts` prompts of each kind."""
     record = RunRecord.read(folder / "metrics.json")
     sha256 = models.fingerprint(model.path)
-    names = [name for file in record.files.values() for name in file.hashes]
+    names = [file.file for file in record.files.values()]
     key = key_of(__version__, sha256, prompts, [models.fingerprint(folder / name) for name in names])
     copy = RunFolder(work / f"{model.path.stem}-{PUBLISHED_FILE}")
     if not copy.is_done(PUBLISHED_FILE, key):

@@ -118,18 +118,18 @@ def test_the_front_has_every_trial_where_it_was_measured(tmp_path: Path) -> None
 
 def test_the_front_has_every_file_and_baseline_with_its_number(tmp_path: Path) -> None:
     def extended(metrics: dict[str, Any]) -> dict[str, Any]:
-        """Add a pair that is as good as the adapter, and two baselines that are as good as the vector."""
-        metrics["files"]["pair"] = {**metrics["files"]["adapter"], "word": "pair", "file": "pair.gguf"}
+        """Add a third file that is as good as the adapter, and two baselines as good as the vector."""
+        metrics["files"]["third"] = {**metrics["files"]["adapter"], "word": "third", "file": "third.gguf"}
         other = {**metrics["baselines"][0], "name": "ablation"}
         metrics["baselines"] += [other, {**other, "name": "rmd", "sets": {}}]
         return metrics
 
-    def paired(tune: dict[str, Any]) -> dict[str, Any]:
-        tune["trials"].append({**tune["trials"][23], "number": 99, "method": "pair", "estimator": "pair"})
+    def searched(tune: dict[str, Any]) -> dict[str, Any]:
+        tune["trials"].append({**tune["trials"][23], "number": 99, "method": "third", "estimator": "third"})
         return tune
 
-    root = ElementTree.fromstring(svg := pictures.front(make_run(tmp_path, metrics=extended, tune=paired)))
-    words = ["pair", "gated adapter", "control vector", "system prompt: open", "ablation"]
+    root = ElementTree.fromstring(svg := pictures.front(make_run(tmp_path, metrics=extended, tune=searched)))
+    words = ["third", "gated adapter", "control vector", "system prompt: open", "ablation"]
     found = texts(svg)
     for number, word in enumerate(words, start=1):
         (legend,) = [
@@ -141,8 +141,9 @@ def test_the_front_has_every_file_and_baseline_with_its_number(tmp_path: Path) -
         )
         assert str(number) in found
     assert "rmd" in found  # it was not measured
+    dots = [e.attrib for e in root.iter(f"{SVG}circle") if e.attrib["class"] in ("a", "a-line")]
+    assert sum(dot["r"] == "5.5" for dot in dots) == 2  # of the third: a trial, and the legend
     paths = list(root.iter(f"{SVG}path"))
-    assert sum(e.attrib["d"].endswith("h11v11h-11z") for e in paths) == 2  # a trial, and the legend
     crosses = [e.attrib["class"] for e in paths if "l12 12" in e.attrib["d"]]
     assert sorted(crosses) == ["a-line", "a-line", "b-line", "line", "line"]
 

@@ -174,8 +174,6 @@ def _mark(d: Drawing, x: float, y: float, key: str, *, filled: bool) -> None:
     style = _style(key) if filled else f"{_style(key)}-line"
     if key == "adapter":
         d.path(f"M{x} {y - 7}l6.5 12h-13z", style)
-    elif key == "pair":
-        d.path(f"M{x - 5.5} {y - 5.5}h11v11h-11z", style)
     else:
         d.dot(x, y, 5.5, style)
 

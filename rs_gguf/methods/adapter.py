@@ -27,7 +27,6 @@ from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.files import load_arrays, save_arrays
 from rs_gguf.records.trials import Candidate
 from rs_gguf.steering import lora_file
-from rs_gguf.steering.file import SteeringFile
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.provenance import ProvenanceValue
 
@@ -40,7 +39,7 @@ class GatedAdapter:
     name: ClassVar[str] = "adapter"
     word: ClassVar[str] = "gated adapter"
     source: ClassVar[str] = REFUSAL_STEERING
-    suffixes: ClassVar[tuple[str, ...]] = ("-adapter.gguf",)
+    suffix: ClassVar[str] = "-adapter.gguf"
     artefact: ClassVar[str] = "gated_adapter.safetensors"
     can_refit: ClassVar[bool] = True
 
@@ -125,14 +124,14 @@ class GatedAdapter:
             lora_file.write(LoraAdapter(fitted.factors(*arguments(unit)), architecture), path)
         return Steering({}, [(path, candidate.strength)])
 
-    def files(
+    def file(
         self,
         fitted: GatedAdapterFit,
         candidate: Candidate,
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
-    ) -> tuple[SteeringFile, ...]:
-        return (LoraAdapter(fitted.factors(*arguments(candidate)), architecture, facts),)
+    ) -> LoraAdapter:
+        return LoraAdapter(fitted.factors(*arguments(candidate)), architecture, facts)
 
 
 def arguments(candidate: Candidate) -> tuple[float, int, int, float, float]:

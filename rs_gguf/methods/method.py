@@ -1,7 +1,6 @@
-"""Define the interface of a method that makes steering files: fit, search space, files.
+"""Define the interface of a method that makes steering files: fit, search space, file.
 
-Samples of the fit split go in. The fit, the `Space` of its candidates and the files of a `Candidate` come
-out.
+Samples of the fit split go in. The fit, the `Space` of its candidates and the file of a `Candidate` come out.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class SteeringMethod(Protocol[Fitted]):
     name: its key in `METHODS` and in results.
     word: its name in text.
     source: where it comes from, for the provenance of its files.
-    suffixes: ends of the names of its files, after the effect; one per file.
+    suffix: end of the name of its file, after the effect.
     artefact: the file of a run folder that holds the fit.
     can_refit: whether the fit reads inputs of matrices, which its own file changes.
     """
@@ -40,7 +39,7 @@ class SteeringMethod(Protocol[Fitted]):
     name: ClassVar[str]
     word: ClassVar[str]
     source: ClassVar[str]
-    suffixes: ClassVar[tuple[str, ...]]
+    suffix: ClassVar[str]
     artefact: ClassVar[str]
     can_refit: ClassVar[bool]
 
@@ -83,16 +82,16 @@ class SteeringMethod(Protocol[Fitted]):
         """Return the search space of the candidates."""
 
     def steering(self, fitted: Fitted, candidate: Candidate, architecture: str, scratch: Path) -> Steering:
-        """Return the steering of a candidate for an engine. Its files, if any, lie in `scratch`."""
+        """Return the steering of a candidate for an engine. Its file, if any, lies in `scratch`."""
 
-    def files(
+    def file(
         self,
         fitted: Fitted,
         candidate: Candidate,
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
-    ) -> tuple[SteeringFile, ...]:
-        """Return the files of a candidate, one per suffix, with `facts` as provenance."""
+    ) -> SteeringFile:
+        """Return the file of a candidate, with `facts` as provenance."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class ControlVector:
     name: ClassVar[str] = "vector"
     word: ClassVar[str] = "control vector"
     source: ClassVar[str] = REFUSAL_STEERING
-    suffixes: ClassVar[tuple[str, ...]] = (".gguf",)
+    suffix: ClassVar[str] = ".gguf"
     artefact: ClassVar[str] = "directions.safetensors"
     can_refit: ClassVar[bool] = False
 
@@ -165,15 +165,15 @@ class ControlVector:
     def steering(self, fitted: Fitted, candidate: Candidate, architecture: str, scratch: Path) -> Steering:
         return Steering(fitted[candidate.estimator, candidate.ridge].steering(candidate))
 
-    def files(
+    def file(
         self,
         fitted: Fitted,
         candidate: Candidate,
         architecture: str,
         facts: Mapping[str, ProvenanceValue],
-    ) -> tuple[SteeringVector]:
+    ) -> SteeringVector:
         directions = fitted[candidate.estimator, candidate.ridge].steering(candidate)
-        return (SteeringVector(directions, facts, architecture),)
+        return SteeringVector(directions, facts, architecture)
 
 
 def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:

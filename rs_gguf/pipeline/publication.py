@@ -79,9 +79,7 @@ def prepare(folder: Path) -> Publication:
     values = read_recipe(folder / "recipe.toml")
     record = RunRecord.read(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     hashes = {name: sha256(path) for name, path in files.items()}
-    measured = (
-        {digest for file in record.files.values() for digest in file.hashes.values()} if record else set()
-    )
+    measured = {file.sha256 for file in record.files.values()} if record else set()
     unmeasured = tuple(name for name, digest in hashes.items() if digest not in measured)
     model_sha256 = record.model.sha256 if record else ""
     shared, to_set = without_private_values(values, model_sha256)
@@ -117,13 +115,7 @@ def prepare(folder: Path) -> Publication:
     contents[NAME] = public(json_text(reproduction.model_dump(mode="json"), indent=2)).encode()
     name = record.model.name if record else printable(Path(spec).name.removesuffix(".gguf"))
     off = record is not None and any(file.llama_cpp.reasoning_off for file in record.files.values())
-    together = [tuple(file.hashes) for file in record.files.values()] if record else []
-    alone = [(file,) for file in files if not any(file in names for names in together)]
-    options = [
-        {file: kind_of(files[file]).option for file in names}
-        for names in sorted([*together, *alone])
-        if files.keys() >= set(names)
-    ]
+    options = {file: kind_of(path).option for file, path in files.items()}
     contents["preset.ini"] = public(preset_ini(name, source, options, reasoning_off=off)).encode()
     contents["README.md"] = public(_card(folder, record, hashes, unmeasured, name, source)).encode()
     return Publication(dict(sorted(contents.items())), left_out, unmeasured)

@@ -101,7 +101,7 @@ def _on_sealed(
     others = [p for kinds in run.pool.values() for rows in kinds.values() for p in rows]
     if reasons := sealed_sets.check(sealed, others):
         raise InputError(f"{path} cannot be opened as a sealed set: " + "; ".join(reasons) + ".")
-    hashes = {file.name: sha256(file) for written in files.values() for file in written.paths}
+    hashes = {file.path.name: sha256(file.path) for file in files.values()}
     opened = sealed_sets.open_for(path, hashes)
     measured, forget = _measure(run, sealed, files, "sealed_measured.jsonl", into_files=False)
     record = _record(run, old, measured, subset=False)
@@ -120,10 +120,9 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     Raises:
         InputError: the file is missing.
     """
-    paths = [folder / name for name in record.hashes]
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
+    path = folder / record.file
+    if not path.is_file():
+        raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
     first, last = record.layers
     plain = Candidate(name, "", record.ridge, first, last, record.strength, record.benign_target)
     if record.estimator == plain.recorded:  # a label, where the method has no estimator
@@ -133,7 +132,7 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     feasible = not any(text in reason for reason in record.acceptance.reasons for text in _INFEASIBLE)
     nan = float("nan")  # of the search: measure() uses neither figure
     trial = Trial(0, candidate, "full", nan, nan, feasible=feasible)
-    return WrittenFile(METHODS[name].word, paths, trial, record.effect_check.model_dump())
+    return WrittenFile(METHODS[name].word, path, trial, record.effect_check.model_dump())
 
 
 def _measure(
@@ -157,7 +156,8 @@ def _measure(
         ),
         *recipe.engine.result_options.split(),
         [p.to_row() for p in (*prompts, *tune)],
-        {name: [_weights_hash(path) for path in file.paths] for name, file in files.items()},
+        # In lists, so that a log of an earlier version goes on.
+        {name: [_weights_hash(file.path)] for name, file in files.items()},
     )  # fmt: skip
     log = RowLog(folder / log_name, key)
     tuned = _tune_answers(run, tune, log)

@@ -161,7 +161,6 @@ class FileRecord(_Record):
     word: str  # what people call it: "control vector", "gated adapter"
     file: str
     sha256: str
-    other_files: dict[str, str] = {}  # SHA-256 by name of files that llama.cpp loads together with it
     estimator: str
     ridge: float
     layers: tuple[int, int]  # both included
@@ -188,11 +187,6 @@ class FileRecord(_Record):
     def passed(self) -> bool:
         """Whether the file meets every acceptance criterion."""
         return self.acceptance.verdict == "passed"
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """The SHA-256 of every file by its name, the first one first."""
-        return {self.file: self.sha256, **self.other_files}
 
 
 class BaselineRecord(_Record):
@@ -237,7 +231,7 @@ class Correlation(_Record):
 
 
 class RunRecord(_Record):
-    """The content of metrics.json. `files` has the keys `vector`, `adapter` and `pair`, as far as written."""
+    """The content of metrics.json. `files` has the keys `vector` and `adapter`, as far as written."""
 
     schema_version: Literal[2] = 2
     date: str

@@ -63,27 +63,23 @@ def front_ends(
     options: str,
     *,
     is_vector: bool,
-    beside: Sequence[str] = (),
     model: str = "MODEL.gguf",
     reasoning_off: bool = False,
 ) -> list[FrontEnd]:
     """Return the recipes for a file, by its name.
 
     options: llama.cpp's options for it, quoted for the shell.
-    beside: names of control vectors that are loaded together with it.
     reasoning_off: the options switch thinking off.
     """
-    settings = [f"{'control-vector' if is_vector else 'lora'} = {file}"]
-    settings += [f"control-vector = {name}" for name in beside]
-    kind = "pair" if beside else "vector" if is_vector else "adapter"
+    kind = "vector" if is_vector else "adapter"
     values = {
         "model": model,
         "file": shlex.quote(file),
         "string": json.dumps(file, ensure_ascii=False),
         "options": options,
         # A preset cannot hold options with two values, such as a range of layers. A file needs no range.
-        "settings": "\n".join(settings),
-        "setting": "\nreasoning = off" if reasoning_off else "",
+        "setting": f"{'control-vector' if is_vector else 'lora'} = {file}",
+        "no_thinking": "\nreasoning = off" if reasoning_off else "",
         "thinking": " --reasoning off" if reasoning_off else "",
     }
     text = (resources.files("rs_gguf") / "data" / "front_ends.toml").read_text(encoding="utf-8")

@@ -124,12 +124,9 @@ def _given(prompts: Row) -> Row:
 def _front_ends(file: ReportedFile) -> list[FrontEnd]:
     """Return the recipes for a file by its name: a card is read where no run folder is."""
     record, off = file.record, file.record.llama_cpp.reasoning_off
-    adapters = [] if file.is_vector else [shlex.quote(record.file)]
-    vectors = [shlex.quote(name) for name in file.vectors]
-    options = llama_options(adapters, vectors, record.layers, reasoning_off=off)
-    return front_ends(
-        record.file, options, is_vector=file.is_vector, beside=list(record.other_files), reasoning_off=off
-    )
+    name, is_vector = shlex.quote(record.file), file.is_vector
+    options = llama_options(name, record.layers, is_vector=is_vector, reasoning_off=off)
+    return front_ends(record.file, options, is_vector=is_vector, reasoning_off=off)
 
 
 def _common(run: Results) -> Row:

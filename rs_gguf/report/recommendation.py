@@ -38,12 +38,7 @@ class ReportedFile:
     @property
     def is_vector(self) -> bool:
         """Whether llama.cpp loads it as a control vector, and not as a LoRA."""
-        return "--control-vector " in self.record.llama_cpp.command and not self.record.other_files
-
-    @property
-    def vectors(self) -> list[str]:
-        """The names of its files that llama.cpp loads as control vectors."""
-        return [self.record.file] if self.is_vector else list(self.record.other_files)
+        return "--control-vector " in self.record.llama_cpp.command
 
     @property
     def is_paired(self) -> bool:
@@ -54,7 +49,7 @@ class ReportedFile:
     def acts(self) -> str:
         """What the file does to the model, as a verb phrase."""
         first, last = self.record.layers
-        if self.key in ("adapter", "pair"):
+        if self.key == "adapter":
             target = self.record.benign_target
             shifts = f"benign {_times(target)}, harmful {_times(-target / 4)}"
             return (

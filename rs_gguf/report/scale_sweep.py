@@ -49,8 +49,8 @@ def _curves(sweep: Row, kind_of: Mapping[str, str], files: Sequence[ReportedFile
         with contextlib.suppress(InputError):
             file_path, own = path_and_scale(names[0])
             names[0] = file_path.name
-        alike = (f for f in files if f.is_vector == bool(vectors) and not f.record.other_files)
-        file = next((f for f in alike if f.record.file == names[0]), None)
+        alike = (f for f in files if f.record.file == names[0] and f.is_vector == bool(vectors))
+        file = next(alike, None)
     steps: list[Row] = []
     for step in sweep["sweep"]:
         groups: dict[str, list[Row]] = {}

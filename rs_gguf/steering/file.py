@@ -221,22 +221,19 @@ def path_and_scale(argument: str) -> tuple[Path, float]:
         ) from error
 
 
-def llama_options(
-    adapters: Sequence[str], vectors: Sequence[str], layers: tuple[int, int], *, reasoning_off: bool
-) -> str:
-    """Return llama.cpp's options for files of a report, which must already be quoted for the shell.
+def llama_options(file: str, layers: tuple[int, int], *, is_vector: bool, reasoning_off: bool) -> str:
+    """Return llama.cpp's options for a file of a report, which must already be quoted for the shell.
 
-    layers: first and last layer of the control vectors.
+    layers: first and last layer, which a control vector needs.
     reasoning_off: add the option that switches thinking off (`ChatFormat.thinks_in_server`).
     """
-    options = [f"{LoraAdapter.option} {file}" for file in adapters]
-    options += [vector_options(file, *map(int, layers)) for file in vectors]
-    return " ".join(options) + _thinking(reasoning_off)
+    options = vector_options(file, *layers) if is_vector else f"{LoraAdapter.option} {file}"
+    return options + _thinking(reasoning_off)
 
 
-def server_command(model: Path, files: Mapping[Path, SteeringFile], *, reasoning_off: bool) -> str:
-    """Return the command that starts llama-server with a model and files, given by path and content."""
-    options = " ".join(content.options(_llama_path_argument(path)) for path, content in files.items())
+def server_command(model: Path, path: Path, content: SteeringFile, *, reasoning_off: bool) -> str:
+    """Return the command that starts llama-server with a model and the file at `path`."""
+    options = content.options(_llama_path_argument(path))
     # A Hugging Face folder is not a file that llama-server can load; MODEL.gguf stands for one.
     model_file = shell_path(model) if model.is_file() else "MODEL.gguf"
     return f"llama-server -m {model_file} {options}{_thinking(reasoning_off)}"

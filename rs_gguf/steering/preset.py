@@ -8,7 +8,7 @@ the layer range of a control vector is left out, which changes nothing: the file
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 _HEAD = """\
 ; One llama-server, and one model name for each way to answer. llama.cpp reads this file since PR 17859.
@@ -23,14 +23,13 @@ version = 1
 
 
 def preset_ini(
-    name: str, source: tuple[str, str] | None, files: Sequence[Mapping[str, str]], *, reasoning_off: bool
+    name: str, source: tuple[str, str] | None, files: Mapping[str, str], *, reasoning_off: bool
 ) -> str:
     """Return the text of a preset file.
 
     name: of the model; other characters than letters, digits, dots and dashes become dashes.
     source: hub repository and GGUF file of the model. None, or no file: the reader has to give a path.
-    files: llama.cpp's option by file, such as `--lora`, for each file or files that are loaded together. The
-        first one names them. A file is named by letters, digits, dots and dashes.
+    files: llama.cpp's option by file, such as `--lora`. A file is named by letters, digits, dots and dashes.
     reasoning_off: thinking is switched off, as where the files were measured.
     """
     model = "; Put the path of your model here.\nmodel = MODEL.gguf\n"
@@ -40,8 +39,7 @@ def preset_ini(
         model += "reasoning = off\n"
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or "model"
     sections = [f"\n[{name}]\n{model}"]
-    for options in files:
-        stem = next(iter(options)).removesuffix(".gguf")
-        lines = [f"{option.removeprefix('--')} = {file}\n" for file, option in options.items()]
-        sections.append(f"\n[{name}-{stem}]\n{model}{''.join(lines)}")
+    for file, option in files.items():
+        setting = f"{option.removeprefix('--')} = {file}\n"
+        sections.append(f"\n[{name}-{file.removesuffix('.gguf')}]\n{model}{setting}")
     return _HEAD + "".join(sections)

@@ -66,7 +66,7 @@ def test_the_command_switches_thinking_off(estimator: str, tmp_path: Path) -> No
 
 def test_the_command_has_the_engine_settings_that_change_results(tmp_path: Path) -> None:
     control_vector.write(SteeringVector({2: np.ones(32, np.float32)}, {}, "qwen3"), tmp_path / "v.gguf")
-    file = WrittenFile("control vector", [tmp_path / "v.gguf"], TRIAL, {})
+    file = WrittenFile("control vector", tmp_path / "v.gguf", TRIAL, {})
     plain, quantised = (
         llama_cpp_of(tmp_path / "m.gguf", file, engine, reasoning_off=False).command
         for engine in (EngineSettings(threads=3), EngineSettings(threads=3, cache_type_k="q8_0"))
@@ -83,7 +83,7 @@ def test_the_command_follows_the_models_template(thinks: bool, tmp_path: Path) -
     with LlamaModel(tmp_path / "m.gguf", n_threads=1, n_ctx=256) as model:
         record = measure(
             model, KeywordJudge(), [Prompt(kind, kind) for kind in KINDS],
-            {"vector": WrittenFile("control vector", [tmp_path / "v.gguf"], TRIAL, {})}, (),
+            {"vector": WrittenFile("control vector", tmp_path / "v.gguf", TRIAL, {})}, (),
             load(None, ["answers.test_tokens=8"]),
             RunFolder(tmp_path / "run").log("measured.jsonl", "key"),
             advance=lambda n: None,

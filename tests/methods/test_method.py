@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from fixtures.fit_samples import LAYERS, OPTIONS, WIDTH, samples_in
 from fixtures.tiny_gguf import write_tiny_qwen2
 
-from rs_gguf.engines.engine import Can, Steering
+from rs_gguf.engines.engine import Can
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.method import SteeringMethod
@@ -58,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
 
 def test_names_are_its_own() -> None:
     assert [method.name for method in METHODS.values()] == list(METHODS)
-    suffixes = [suffix for method in METHODS.values() for suffix in method.suffixes]
+    suffixes = [method.suffix for method in METHODS.values()]
     for names in (suffixes, [m.artefact for m in METHODS.values()], [m.word for m in METHODS.values()]):
         assert len(set(names)) == len(names)
     assert all(suffix.endswith(".gguf") for suffix in suffixes)
@@ -78,12 +77,10 @@ def test_a_fit_is_saved_and_loaded(fit: Fit) -> None:
     assert json.loads(json.dumps(fit.record, allow_nan=False)) == fit.record
     loaded = fit.method.load(fit.folder, OPTIONS)
     for candidate in fit.candidates():
-        for file, again in zip(
-            files(fit, candidate), files(replace(fit, fitted=loaded), candidate), strict=True
-        ):
-            assert file.provenance == again.provenance
-            assert file.cosines(again) == pytest.approx(dict.fromkeys(file.norms, 1.0))
-            assert file.norms == pytest.approx(again.norms)
+        file, again = file_of(fit, candidate), file_of(replace(fit, fitted=loaded), candidate)
+        assert file.provenance == again.provenance
+        assert file.cosines(again) == pytest.approx(dict.fromkeys(file.norms, 1.0))
+        assert file.norms == pytest.approx(again.norms)
 
 
 def test_the_same_samples_give_the_same_bytes(fit: Fit, tmp_path: Path) -> None:
@@ -110,25 +107,17 @@ def test_its_candidates_are_read_back_from_rows(fit: Fit) -> None:
         assert load_trials([json.loads(json.dumps(trial.to_row()))]) == [trial]
 
 
-def files(fit: Fit, candidate: Candidate) -> tuple[SteeringFile, ...]:
-    return fit.method.files(fit.fitted, candidate, "qwen2", {"effect": "remove"})
-
-
-def together(method: SteeringMethod[Any], written: Sequence[SteeringFile], folder: Path) -> Steering:
-    """Return the steering of all files of a method, which lie in `folder`."""
-    parts = zip(method.suffixes, written, strict=True)
-    return reduce(Steering.with_added, [file.steering(folder / f"remove{suffix}") for suffix, file in parts])
+def file_of(fit: Fit, candidate: Candidate) -> SteeringFile:
+    return fit.method.file(fit.fitted, candidate, "qwen2", {"effect": "remove"})
 
 
 def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp_path: Path) -> None:
     """The search scales a file of unit strength, so both are equal up to rounding."""
     candidate = replace(fit.candidates()[0], strength=0.5)
-    written = files(fit, candidate)
-    assert len(written) == len(fit.method.suffixes)
-    for suffix, file in zip(fit.method.suffixes, written, strict=True):
-        assert (file.architecture, file.provenance) == ("qwen2", {"effect": "remove"})
-        assert set(file.layers) <= set(range(candidate.first, candidate.last + 1))
-        steering_file.write(file, tmp_path / f"remove{suffix}")
+    file, path = file_of(fit, candidate), tmp_path / f"remove{fit.method.suffix}"
+    assert (file.architecture, file.provenance) == ("qwen2", {"effect": "remove"})
+    assert set(file.layers) <= set(range(candidate.first, candidate.last + 1))
+    steering_file.write(file, path)
     prompt = [model.tokenize("Who governs a city?")]
 
     def logits(steering: Any) -> Any:
@@ -136,22 +125,20 @@ def test_a_file_has_the_effect_of_its_candidate(fit: Fit, model: LlamaModel, tmp
             return next(model.next_logits(prompt))[1].copy()
 
     of_search = logits(fit.method.steering(fit.fitted, candidate, "qwen2", tmp_path / "scratch"))
-    of_file = logits(together(fit.method, written, tmp_path))
+    of_file = logits(file.steering(path))
     unsteered = next(model.next_logits(prompt))[1].copy()
     assert not np.array_equal(of_search, unsteered)
     np.testing.assert_allclose(of_search, of_file, atol=1e-3 * np.abs(of_search - unsteered).max() + 1e-5)
 
 
-def test_inducing_has_its_own_space_and_files(fit: Fit) -> None:
+def test_inducing_has_its_own_space_and_file(fit: Fit) -> None:
     if not fit.method.suits(~Can(0), "induce"):
         pytest.skip("this method can only remove refusals")
     options = replace(OPTIONS, effect="induce")
     fitted = fit.method.fit(fit.samples, options)
     candidate = fit.method.space(fitted, LAYERS, "induce").start[0]
-    induce, remove = fit.method.files(fitted, candidate, "qwen2", {}), files(fit, candidate)
-    assert len(induce) == len(remove) == len(fit.method.suffixes)
-    for one, other in zip(induce, remove, strict=True):
-        assert all(cosine < 0 for cosine in one.cosines(other).values())
+    induce, remove = fit.method.file(fitted, candidate, "qwen2", {}), file_of(fit, candidate)
+    assert all(cosine < 0 for cosine in induce.cosines(remove).values())
 
 
 def test_without_inputs_no_adapter_is_fitted_or_loaded(tmp_path: Path) -> None:

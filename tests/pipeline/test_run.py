@@ -271,7 +271,7 @@ def test_the_recipes_system_prompt_precedes_every_prompt(
 
     for name in read:
         monkeypatch.setattr(LlamaModel, name, spied(name))
-    monkeypatch.setattr(writing, "effects_of", lambda *_: {})  # the effect check has its own prompts
+    monkeypatch.setattr(writing, "effect_of", lambda *_: {})  # the effect check has its own prompts
     write_tiny_qwen3(tmp_path / "plain.gguf", PLAIN_TEMPLATE, liked=LIKED, seed=2)
     values = [*SMALL, f"model={tmp_path / 'plain.gguf'}", f"judge={judge.url}", "prompts.system=Be kind."]
     fewer = [

@@ -24,7 +24,7 @@ def test_a_server_offers_each_way_to_answer(tmp_path: Path, monkeypatch: pytest.
     write(SteeringVector({1: 5 * direction}), tmp_path / "remove.gguf")
     adapter = LoraAdapter({"blk.1.ffn_down.weight": (row, 5 * column)}, "qwen2")
     write(adapter, tmp_path / "remove-adapter.gguf")
-    files = [{"remove.gguf": "--control-vector"}, {"remove-adapter.gguf": "--lora"}]
+    files = {"remove.gguf": "--control-vector", "remove-adapter.gguf": "--lora"}
     (tmp_path / "preset.ini").write_text(preset_ini("tiny", None, files, reasoning_off=True))
     monkeypatch.chdir(tmp_path)
     question = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "temperature": 0}

@@ -38,6 +38,14 @@ def test_what_is_written_is_schema_2_and_is_read_again(tmp_path: Path) -> None:
     assert value["judge"]["second"] is None
 
 
+def test_a_key_of_an_earlier_version_is_ignored(tmp_path: Path) -> None:
+    path = make_run(tmp_path) / "metrics.json"
+    record, value = RunRecord.read(path), json.loads(path.read_text(encoding="utf-8"))
+    value["files"]["adapter"]["other_files"] = {}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    assert RunRecord.read(path) == record
+
+
 def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

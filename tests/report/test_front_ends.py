@@ -70,18 +70,6 @@ def test_settings_files_are_read_as_what_they_mean(is_vector: bool) -> None:
     assert models["steered"]["cmd"] == f"llama-server --port ${{PORT}} -m m.gguf {options}"
 
 
-def test_a_pair_is_loaded_as_two_files_or_not_at_all() -> None:
-    options = f"{ADAPTER} {VECTOR}"
-    found = {one.name: one for one in front_ends("a.gguf", options, is_vector=False, beside=["v.gguf"])}
-    assert found["llama.cpp"].blocks[0].text.splitlines()[0] == f"llama-server -m MODEL.gguf {options}"
-    preset = configparser.ConfigParser()
-    preset.read_string("[top]\n" + found["Two model names on one llama-server"].blocks[0].text)
-    assert dict(preset["steered"]) == {"model": "MODEL.gguf", "lora": "a.gguf", "control-vector": "v.gguf"}
-    for one in found.values():
-        for block in one.blocks:
-            assert ("a.gguf" in block.text) == ("v.gguf" in block.text)
-
-
 def test_the_merged_file_stays_where_it_is() -> None:
     assert recipes(False)["LM Studio"].blocks[0].text == "lms import merged.gguf --copy"
 

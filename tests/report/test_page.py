@@ -325,43 +325,25 @@ def test_a_third_method_is_reported_as_the_others_are(tmp_path: Path) -> None:
     """Nothing knows the methods by name: keys, words and columns are those of the run."""
     folder = make_run(tmp_path)
     metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["files"]["pair"] = {**metrics["files"]["adapter"], "word": "pair of files", "file": "pair.gguf"}
+    metrics["files"]["third"] = {**metrics["files"]["adapter"], "word": "third file", "file": "third.gguf"}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     rows = [
         {
             **row,
-            **{name.replace("_adapter", "_pair"): value for name, value in row.items() if "_adapter" in name},
+            **{
+                name.replace("_adapter", "_third"): value for name, value in row.items() if "_adapter" in name
+            },
         }
         for row in evaluated(folder)
     ]
     (folder / "test_answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page, card = Page(write_report(folder)), write_card(folder).read_text("utf-8")
     numbers = page.all("div", class_="number")
-    assert all("Pair of files" in text for text in numbers)
-    assert all("Pair of files" in text for text in page.all("article", class_="prompt"))
-    assert page.all("code", id="command-pair") == [metrics["files"]["pair"]["llama_cpp"]["command"]]
-    assert card.count("| pair of files |") == 2 * len(KINDS) + 1
-    assert "--lora pair.gguf" in card
-    assert "two files of the pair belong together" in card
-
-
-def test_files_that_belong_together_are_loaded_by_one_line_and_each_have_a_hash(tmp_path: Path) -> None:
-    folder = make_run(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    adapter, command = metrics["files"]["adapter"], metrics["files"]["vector"]["llama_cpp"]["command"]
-    adapter["other_files"] = {"beside.gguf": "0123456789abcdef" * 4}
-    adapter["llama_cpp"]["command"] = f"{command} --lora {adapter['file']}"
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    page, card = Page(write_report(folder)), write_card(folder).read_text("utf-8")
-    first, last = adapter["layers"]
-    line = (
-        f"--lora {adapter['file']} --control-vector beside.gguf --control-vector-layer-range {first} {last}"
-    )
-    assert f"llama-server -m MODEL.gguf {line}\n" in card
-    assert line in page.source
-    assert f"- `beside.gguf`: SHA-256 `{adapter['other_files']['beside.gguf']}`" in card
-    assert f"| `{adapter['file']}`, `beside.gguf` |" in card
-    assert "loaded together with the control vector" in page.source
+    assert all("Third file" in text for text in numbers)
+    assert all("Third file" in text for text in page.all("article", class_="prompt"))
+    assert page.all("code", id="command-third") == [metrics["files"]["third"]["llama_cpp"]["command"]]
+    assert card.count("| third file |") == 2 * len(KINDS) + 1
+    assert "--lora third.gguf" in card
 
 
 def test_a_run_without_an_adapter_is_told_as_one_file(run_folder: Path) -> None:

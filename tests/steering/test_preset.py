@@ -8,8 +8,7 @@ import pytest
 
 from rs_gguf.steering.preset import preset_ini
 
-FILES = [{"remove.gguf": "--control-vector"}, {"remove-adapter.gguf": "--lora"}]
-PAIR = {"pair-adapter.gguf": "--lora", "pair-vector.gguf": "--control-vector"}
+FILES = {"remove.gguf": "--control-vector", "remove-adapter.gguf": "--lora"}
 
 
 def sections(text: str) -> dict[str, dict[str, str]]:
@@ -36,13 +35,3 @@ def test_a_model_without_a_public_gguf_file_has_a_place_for_its_path(source: tup
         "reasoning": "off",
         "control-vector": "remove.gguf",
     }
-
-
-def test_files_that_belong_together_share_a_section() -> None:
-    found = sections(preset_ini("tiny", None, [*FILES, PAIR], reasoning_off=False))
-    assert found["tiny-pair-adapter"] == {
-        "model": "MODEL.gguf",
-        "lora": "pair-adapter.gguf",
-        "control-vector": "pair-vector.gguf",
-    }
-    assert "tiny-pair-vector" not in found

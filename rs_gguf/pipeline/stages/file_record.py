@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +38,29 @@ from rs_gguf.steering.file import SteeringFile
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """The written files of a method, the trial that chose them, and what running them on the model showed.
+    """The written file of a method, the trial that chose it, and what running it on the model showed.
 
-    `word`: what people call the method's file.
+    `word`: what people call the file.
     """
 
     word: str
-    paths: Sequence[Path]
+    path: Path
     trial: Trial
     effect: Mapping[str, Any]
 
     @property
     def steering(self) -> Steering:
-        return reduce(Steering.with_added, [found.steering(path) for path, found in self.files.items()])
+        return self.content.steering(self.path)
 
     @property
-    def gates(self) -> dict[str, NDArray[np.float32]]:
-        """Gate vectors by matrix; empty if no file has gates."""
-        return {name: gate for found in self.files.values() for name, gate in found.gates.items()}
+    def gates(self) -> Mapping[str, NDArray[np.float32]]:
+        """Gate vectors by matrix; empty if the file has no gates."""
+        return self.content.gates
 
     @property
-    def files(self) -> dict[Path, SteeringFile]:
-        """What stands in the files now."""
-        return {path: steering_file.read(path) for path in self.paths}
+    def content(self) -> SteeringFile:
+        """What stands in the file now."""
+        return steering_file.read(self.path)
 
 
 def file_record(
@@ -84,9 +83,8 @@ def file_record(
     before, after = harmful.outcomes_unsteered.refuses, harmful.outcomes_steered.refuses
     return FileRecord(
         word=file.word,
-        file=file.paths[0].name,
-        sha256=sha256(file.paths[0]),
-        other_files={path.name: sha256(path) for path in file.paths[1:]},
+        file=file.path.name,
+        sha256=sha256(file.path),
         estimator=candidate.recorded,
         ridge=candidate.ridge,
         layers=(candidate.first, candidate.last),
@@ -159,7 +157,7 @@ def llama_cpp_of(model: Path, file: WrittenFile, engine: EngineSettings, *, reas
     engine: its settings that change results are a part of the command.
     reasoning_off: whether llama.cpp needs the option against thinking (`ChatFormat.thinks_in_server`).
     """
-    command = steering_file.server_command(model, file.files, reasoning_off=reasoning_off)
+    command = steering_file.server_command(model, file.path, file.content, reasoning_off=reasoning_off)
     return LlamaCpp(
         command=f"{command} {engine.result_options}".rstrip(),
         build=llama_log.build(),
@@ -170,7 +168,7 @@ def llama_cpp_of(model: Path, file: WrittenFile, engine: EngineSettings, *, reas
 def record_figures(
     file: WrittenFile, sets: Mapping[str, SetRecord], drift: Drift, decision: Decision
 ) -> None:
-    """Put what was measured into the metadata of the files themselves."""
+    """Put what was measured into the metadata of the file itself."""
     figures: dict[str, Any] = {
         "measured": True,
         "acceptance.passed": decision.verdict == "passed",
@@ -185,6 +183,5 @@ def record_figures(
         figures[f"metrics.{kind}.prompts"] = found.n
     if (kept := sets["harmful"].kept) is not None:
         figures["metrics.retention"] = [kept.n, kept.of]
-    for path, content in file.files.items():
-        # Figures of an earlier measurement, perhaps of others than these, would stand beside the new ones.
-        steering_file.write(content.with_facts(figures, in_place_of="metrics."), path)
+    # Figures of an earlier measurement, perhaps of others than these, would stand beside the new ones.
+    steering_file.write(file.content.with_facts(figures, in_place_of="metrics."), file.path)

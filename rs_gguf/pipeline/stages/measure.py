@@ -46,7 +46,7 @@ from rs_gguf.pipeline.stages.file_record import (
 )
 from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import chosen
-from rs_gguf.pipeline.stages.write import files_of, write_files
+from rs_gguf.pipeline.stages.write import path_of, write_file
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
@@ -79,10 +79,10 @@ class Measure(Stage):
         prompts, folder, recipe = run.prompts["validation"], run.folder, run.recipe
         effects, trials = read_json(folder / "effect_check.json"), chosen(folder)
         for name, trial in trials.items():
-            if not all(path.is_file() for path in files_of(run, name)):  # somebody took one away
-                write_files(run, name, trial)
+            if not path_of(run, name).is_file():  # somebody took it away
+                write_file(run, name, trial)
         files = {
-            name: WrittenFile(METHODS[name].word, files_of(run, name), trial, effects[name])
+            name: WrittenFile(METHODS[name].word, path_of(run, name), trial, effects[name])
             for name, trial in trials.items()
         }
         # A search that was run again may have selected others: those rows say nothing about these files.

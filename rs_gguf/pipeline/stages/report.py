@@ -11,7 +11,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.pipeline.costs import Costs
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages.tune import chosen
-from rs_gguf.pipeline.stages.write import files_of
+from rs_gguf.pipeline.stages.write import path_of
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.report.page import write_card, write_report
@@ -27,7 +27,7 @@ class Report(Stage):
         return []
 
     def work(self, run: Run, key: str) -> None:
-        for path in (path for name in chosen(run.folder) for path in files_of(run, name)):
+        for path in (path_of(run, name) for name in chosen(run.folder)):
             if not path.is_file():
                 raise InputError(
                     f"{path}, which this run wrote, is missing. Put it back, or run again with --fresh."

@@ -1,12 +1,12 @@
-"""The write stage: write the selected trial as files that llama.cpp loads, and check their effect.
+"""The write stage: write the selected trial of each method as a file that llama.cpp loads; check its effect.
 
-The trial, the fit and facts of the run go in; `remove.gguf`, `remove-adapter.gguf` (or `induce…`) and
+The trials, the fit and facts of the run go in; `remove.gguf`, `remove-adapter.gguf` (or `induce…`) and
 `effect_check.json` come out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class Write(Stage):
         checks: dict[str, Any] = {}
         with run.progress.stage(self.info.name, len(trials)) as advance:
             for name, trial in trials.items():
-                write_files(run, name, trial)
-                checks[name] = effects_of(files_of(run, name), run.model)
+                write_file(run, name, trial)
+                checks[name] = effect_of(path_of(run, name), run.model)
                 advance(1)
         write_json(run.folder / "effect_check.json", checks)
 
@@ -56,67 +56,62 @@ class Write(Stage):
         return Cost(costs.reading(read), costs.memory(logits=True), vector + costs.adapter(), read)
 
 
-def files_of(run: Run, name: str) -> list[Path]:
-    """Return the paths of the files of a method."""
-    return [run.folder / f"{run.recipe.effect}{suffix}" for suffix in METHODS[name].suffixes]
+def path_of(run: Run, name: str) -> Path:
+    """Return the path of the file of a method."""
+    return run.folder / f"{run.recipe.effect}{METHODS[name].suffix}"
 
 
-def write_files(run: Run, name: str, trial: Trial) -> None:
-    """Write the files of the selected trial of a method."""
+def write_file(run: Run, name: str, trial: Trial) -> None:
+    """Write the file of the selected trial of a method."""
     recipe = run.recipe
     facts = {
         "effect": recipe.effect,
         "model.name": models.name_of(recipe.model, run.model_path),
         "model.sha256": run.model_hash,
     }
-    write(files_of(run, name), trial, recipe, run.folder.path, run.model.architecture, facts)
+    write(path_of(run, name), trial, recipe, run.folder.path, run.model.architecture, facts)
 
 
 def write(
-    paths: Sequence[Path],
+    path: Path,
     trial: Trial,
     recipe: Recipe,
     folder: Path,
     architecture: str,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the files of a trial for scale 1.0, with their provenance.
+    """Write the file of a trial for scale 1.0, with its provenance.
 
     folder: the run folder with the fit.
     facts: facts of the run, for the provenance.
     """
     candidate, method = trial.candidate, METHODS[trial.candidate.method]
     fitted = method.load(folder, recipe.fit_options)
-    files = method.files(fitted, candidate, architecture, _provenance(trial, facts))
-    for path, file in zip(paths, files, strict=True):
-        steering_file.write(file, path)
+    file = method.file(fitted, candidate, architecture, _provenance(trial, facts))
+    steering_file.write(file, path)
 
 
-def effects_of(paths: Sequence[Path], model: Engine) -> dict[str, Any]:
-    """Check the effect of each file of a trial on the model; return the result as JSON values.
+def effect_of(path: Path, model: Engine) -> dict[str, Any]:
+    """Check the effect of a file on the model; return the result as JSON values.
 
-    The values are None with a Hugging Face folder, which does not load the files.
+    The values are None with a Hugging Face folder, which does not load the file.
 
     Raises:
-        VerificationError: the effect of a file was not observed.
+        VerificationError: the effect was not observed.
     """
     if Can.LLAMA_CPP not in model.can:
         reason = "fitted on a Hugging Face folder; run `rs-export check --model` on its GGUF"
         return {
             "effect_observed": None, "largest_relative_error": None, "kl_mean": None, "reasons": [reason],
         }  # fmt: skip
-    checks = []
-    for path in paths:
-        check = steering_file.check_effect(path, model)
-        if not check.effect_observed:
-            raise VerificationError(f"{path}: " + " ".join(check.reasons))
-        checks.append(check)
-    worst = max(checks, key=lambda check: check.largest_relative_error)
+    check = steering_file.check_effect(path, model)
+    if not check.effect_observed:
+        raise VerificationError(f"{path}: " + " ".join(check.reasons))
     return {
         "effect_observed": True,
-        "largest_relative_error": finite(worst.largest_relative_error),
-        "kl_mean": worst.kl_mean,
-        "reasons": list(worst.reasons),
+        "largest_relative_error": finite(check.largest_relative_error),
+        "kl_mean": check.kl_mean,
+        "reasons": list(check.reasons),
     }
 
 

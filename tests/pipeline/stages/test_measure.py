@@ -61,13 +61,13 @@ def written(tmp_path: Path) -> dict[str, WrittenFile]:
     return {
         "vector": WrittenFile(
             "control vector",
-            [tmp_path / "remove.gguf"],
+            tmp_path / "remove.gguf",
             Trial(0, Candidate("vector", "wrmd", 1.0, 2, 2, 1.0), "short", 0.0, 1.0, feasible=True),
             EFFECT,
         ),
         "adapter": WrittenFile(
             "gated adapter",
-            [tmp_path / "remove-adapter.gguf"],
+            tmp_path / "remove-adapter.gguf",
             Trial(1, Candidate("adapter", "", 1.0, 1, 1, 1.0), "short", 0.0, 1.0, feasible=True),
             EFFECT,
         ),
@@ -148,26 +148,26 @@ def test_rows_and_figures_of_both_files(tmp_path: Path, written: dict[str, Writt
     assert (value.judge.name, value.judge.second) == ("keywords", None)
     # The figures travel with the files.
     for name, figures in value.files.items():
-        path = written[name].paths[0]
+        path = written[name].path
         read = control_vector.read(path) if name == "vector" else lora.read(path)
         assert read.provenance["measured"] is True
         assert read.provenance["acceptance.passed"] is figures.passed
         assert read.provenance["metrics.benign_drift"] == pytest.approx(figures.benign_drift)
 
 
-def test_several_files_of_a_method_are_loaded_by_one_line_and_each_have_a_hash(
+def test_a_record_has_the_hash_of_its_file_and_the_command_that_loads_it(
     tmp_path: Path, written: dict[str, WrittenFile]
 ) -> None:
-    paths = [*written["adapter"].paths, *written["vector"].paths]
-    _, value, _ = run(tmp_path, {"both": replace(written["adapter"], paths=paths)})
-    record, (adapter, vector) = value.files["both"], paths
-    assert record.hashes == {path.name: sha256(path) for path in paths}
-    assert record.llama_cpp.command == (
-        f"llama-server -m {tmp_path / 'tiny.gguf'} --lora {adapter} --control-vector {vector} "
-        "--control-vector-layer-range 2 2"
-    )
-    assert lora.read(adapter).provenance["measured"] is True
-    assert control_vector.read(vector).provenance["measured"] is True
+    _, value, _ = run(tmp_path, written)
+    vector, adapter = (written[name].path for name in ("vector", "adapter"))
+    options = {
+        "vector": f"--control-vector {vector} --control-vector-layer-range 2 2",
+        "adapter": f"--lora {adapter}",
+    }
+    for name, record in value.files.items():
+        path = written[name].path
+        assert (record.file, record.sha256) == (path.name, sha256(path))
+        assert record.llama_cpp.command == f"llama-server -m {tmp_path / 'tiny.gguf'} {options[name]}"
 
 
 @pytest.mark.parametrize("name", ["vector", "adapter"])
@@ -178,7 +178,7 @@ def test_a_file_says_whether_it_passed_and_what_was_counted(
     sets: dict[str, SetRecord] = {kind: counted_set() for kind in KINDS}
     decision = Decision((Criterion("any", verdict, "why"),))
     record_figures(written[name], sets, Drift(0.125, 0.9, 1.0, 1.0), decision)
-    found = (control_vector.read if name == "vector" else lora.read)(written[name].paths[0]).provenance
+    found = (control_vector.read if name == "vector" else lora.read)(written[name].path).provenance
     assert (found["measured"], found["acceptance.passed"]) == (True, verdict == "passed")
     assert (found["acceptance.verdict"], found["metrics.benign_drift"]) == (verdict, 0.125)
     for kind in KINDS:
@@ -250,7 +250,7 @@ def test_the_gates_of_a_gated_adapter_are_read_by_kind_and_by_pair(
     path = tmp_path / "remove-adapter.gguf"
     lora.write(LoraAdapter(factors, "qwen2", {"measured": False, "estimator": GATED_ADAPTER}), path)
     trial = Trial(1, Candidate("adapter", "", 1.0, 1, 2, 1.0), "short", 0.0, 1.0, feasible=True)
-    _, measured, _ = run(tmp_path, {"adapter": WrittenFile("gated adapter", [path], trial, EFFECT)})
+    _, measured, _ = run(tmp_path, {"adapter": WrittenFile("gated adapter", path, trial, EFFECT)})
     gates = measured.files["adapter"].gate_activation
     assert gates is not None
     assert gates.keys() == set(KINDS)
@@ -277,8 +277,8 @@ def test_where_no_benign_prompt_is_asked_the_drift_is_left_out(
     _, value, _ = run(tmp_path, written)
     assert not value.files["vector"].passed
     for path, read in (
-        (written["vector"].paths[0], control_vector.read),
-        (written["adapter"].paths[0], lora.read),
+        (written["vector"].path, control_vector.read),
+        (written["adapter"].path, lora.read),
     ):
         found = read(path).provenance
         assert found["measured"] is True

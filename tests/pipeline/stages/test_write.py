@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +17,6 @@ from rs_gguf.records.trials import GATED_ADAPTER, Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.file import SteeringFile
-from rs_gguf.steering.provenance import ProvenanceValue
-from rs_gguf.steering.vector import SteeringVector
 
 RECIPE = Recipe(fit=Fit(estimators=["wrmd"], ridges=[0.5], gate_ridges=[0.5]))
 VECTOR, ADAPTER = (
@@ -42,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     save_arrays(tmp_path / "gated_adapter.safetensors", arrays)
     for name, candidate in (("v.gguf", VECTOR), ("a.gguf", ADAPTER)):
         trial = Trial(0, candidate, "short", 0.0, 1.0)
-        writing.write([tmp_path / name], trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
+        writing.write(tmp_path / name, trial, RECIPE, tmp_path, "qwen2", {"model.name": "tiny"})
     return tmp_path
 
 
@@ -62,31 +57,6 @@ def test_both_files_have_their_provenance(folder: Path) -> None:
         assert file.architecture == "qwen2"
 
 
-def test_several_files_of_a_method_have_the_same_provenance(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    direction = np.ones(8, np.float32)
-
-    class Both(GatedAdapter):
-        name = "both"
-
-        def files(
-            self, fitted: Any, candidate: Candidate, architecture: str, facts: Mapping[str, ProvenanceValue]
-        ) -> tuple[SteeringFile, ...]:
-            (adapter,) = super().files(fitted, candidate, architecture, facts)
-            return adapter, SteeringVector({2: direction}, facts, architecture)
-
-    monkeypatch.setattr(writing, "METHODS", {"both": Both()})
-    paths = [folder / "both-adapter.gguf", folder / "both-vector.gguf"]
-    trial = Trial(0, replace(ADAPTER, method="both"), "short", 0.0, 1.0)
-    writing.write(paths, trial, RECIPE, folder, "qwen2", {"model.name": "tiny"})
-    adapter, vector = lora.read(paths[0]), control_vector.read(paths[1])
-    assert adapter.provenance == vector.provenance
-    assert adapter.provenance["estimator"] == "both"
-    np.testing.assert_equal(dict(adapter.factors), dict(lora.read(folder / "a.gguf").factors))
-    np.testing.assert_equal(dict(vector.directions), {2: direction})
-
-
 def test_both_files_are_the_selected_candidates_at_scale_1(folder: Path) -> None:
     vector = ControlVector().load(folder, RECIPE.fit_options)["wrmd", 0.5].steering(VECTOR)
     np.testing.assert_equal(dict(control_vector.read(folder / "v.gguf").directions), vector)
@@ -101,7 +71,7 @@ def test_an_estimator_without_a_ridge_has_none_in_its_provenance(tmp_path: Path)
     save_arrays(tmp_path / "directions.safetensors", directions)
     recipe = Recipe(fit=Fit(estimators=["md"]))
     trial = Trial(0, Candidate("vector", "md", 0.0, 1, 2, 1.0), "short", 0.0, 1.0)
-    writing.write([tmp_path / "v.gguf"], trial, recipe, tmp_path, "qwen2", {})
+    writing.write(tmp_path / "v.gguf", trial, recipe, tmp_path, "qwen2", {})
     provenance = control_vector.read(tmp_path / "v.gguf").provenance
     assert provenance["estimator"] == "md"
     assert "ridge.relative" not in provenance
