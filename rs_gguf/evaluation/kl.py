@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rs_gguf.engines.answers import after_trace, answer, chat_tokens
 from rs_gguf.engines.engine import Engine, Steering
+from rs_gguf.engines.next_token import kl
 from rs_gguf.prompts.grid import grid, stratified
 from rs_gguf.records.conversation import Answer, Prompt
 
@@ -71,13 +71,13 @@ def kl_divergences(
         before = {i: row.copy() for i, row in model.next_logits(part)}
         for found, steering in zip(first, steerings, strict=True):
             with model.steered(steering):
-                found += [kl(before[i], row) for i, row in model.next_logits(part)]
+                found += [float(kl(before[i], row)) for i, row in model.next_logits(part)]
     sequence: list[list[float]] = [[] for _ in steerings]
     for pair in answered:
         unsteered = {step: row.copy() for _, step, row in model.answer_logits([pair])}
         for found, steering in zip(sequence, steerings, strict=True):
             with model.steered(steering):
-                found += [kl(row, unsteered[step]) for _, step, row in model.answer_logits([pair])]
+                found += [float(kl(row, unsteered[step])) for _, step, row in model.answer_logits([pair])]
     return [
         KlDivergence(*(float(np.mean(values)) if values else float("nan") for values in both))
         for both in zip(first, sequence, strict=True)
@@ -87,13 +87,3 @@ def kl_divergences(
 def tokens_read(prompt: float, n_files: int) -> float:
     """Return the tokens that `kl_divergences` reads for `n_files` files, with prompts of `prompt` tokens."""
     return (1 + n_files) * (PROMPTS * prompt + CONVERSATIONS * (prompt + TOKENS))
-
-
-def kl(of: NDArray[np.float32], against: NDArray[np.float32]) -> float:
-    """Return KL(of‖against) in nats of two rows of logits [V]; NaN if a logit is not finite."""
-    from scipy.special import log_softmax
-
-    if not (np.isfinite(of).all() and np.isfinite(against).all()):
-        return float("nan")
-    p, q = log_softmax(of.astype(np.float64)), log_softmax(against.astype(np.float64))
-    return float(np.sum(np.exp(p) * (p - q)))

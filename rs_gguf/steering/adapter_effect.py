@@ -55,8 +55,8 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
             return EffectCheck(False, (str(error),), {}, None)
         steered = distributions(model, prompts)
     plain = distributions(model, prompts)
-    kl = mean_kl(plain, steered)
-    if kl is None:
+    kl_mean = mean_kl(plain, steered)
+    if kl_mean is None:
         return EffectCheck(
             False, (f"{NOT_FINITE} changes B A are too large. Use a smaller scale.",), {}, None
         )
@@ -71,7 +71,7 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
             f"{wrong}: the residual stream does not change by B A x (relative error {errors[worst]:.2g} at "
             f"{worst}, tolerance {TOLERANCE:g})."
         )
-    return EffectCheck(not reasons, tuple(reasons), errors, kl)
+    return EffectCheck(not reasons, tuple(reasons), errors, kl_mean)
 
 
 def _wrong_experts(adapter: LoraAdapter, model: Engine) -> list[str]:

@@ -7,6 +7,7 @@ adapters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering, read_last
+from rs_gguf.engines.next_token import kl, log_probabilities
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering.provenance import ProvenanceValue
@@ -61,15 +63,15 @@ def check_vector_effect(vector: SteeringVector, model: Engine) -> EffectCheck:
     plain = distributions(model, prompts)
     with model.steered(Steering(vector.directions)):
         steered = distributions(model, prompts)
-    kl = mean_kl(plain, steered)
-    if kl is None:
+    kl_mean = mean_kl(plain, steered)
+    if kl_mean is None:
         return EffectCheck(
             False, (f"{NOT_FINITE} direction norms are too large. Use a smaller scale.",), {}, None
         )
     if np.array_equal(plain, steered):
-        return EffectCheck(False, (_why_without_effect(vector, model, prompts, plain),), {}, kl)
+        return EffectCheck(False, (_why_without_effect(vector, model, prompts, plain),), {}, kl_mean)
     errors, reasons = _errors_by_layer(vector, model, prompts[:2])
-    return EffectCheck(not reasons, tuple(reasons), errors, kl)
+    return EffectCheck(not reasons, tuple(reasons), errors, kl_mean)
 
 
 def _mismatch(vector: SteeringVector, model: Engine) -> EffectCheck | None:
@@ -176,16 +178,13 @@ def read(
 def mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:
     """Return the mean KL(steered ‖ plain) over prompts in nats, from log-probabilities [N, V].
 
-    None if a steered log-probability is NaN or infinite.
+    None if a log-probability is NaN or infinite.
     """
-    if not np.isfinite(steered).all():
-        return None
-    return float(np.mean(np.sum(np.exp(steered) * (steered - plain), axis=1)))
+    mean = float(kl(steered, plain).mean())
+    return mean if math.isfinite(mean) else None
 
 
 def distributions(model: Engine, prompts: list[list[int]]) -> NDArray[np.float64]:
     """Return the log-probabilities [N, V] of the next token."""
-    rows = {i: logits.astype(np.float64) for i, logits in model.next_logits(prompts)}
-    logits = np.stack([rows[i] for i in range(len(prompts))])
-    logits -= logits.max(axis=1, keepdims=True)
-    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    rows = {i: logits.copy() for i, logits in model.next_logits(prompts)}
+    return log_probabilities(np.stack([rows[i] for i in range(len(prompts))]))

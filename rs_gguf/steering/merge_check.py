@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.engines.generation import Pairs
+from rs_gguf.engines.next_token import kl, log_probabilities
 from rs_gguf.errors import VerificationError
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering.effect_check import PROMPTS
@@ -76,8 +77,8 @@ def check_merge(
         result = _distributions(loaded, pairs)
     found = MergeCheck(
         positions=len(adapted),
-        effect=_largest_kl(adapted, plain),
-        kl=_largest_kl(result, adapted),
+        effect=float(kl(adapted, plain).max()),
+        kl=float(kl(result, adapted).max()),
         difference=float(np.abs(result - adapted).max()),
         tolerance=tolerance,
     )
@@ -100,12 +101,5 @@ def _pairs(model: Engine) -> Pairs:
 
 def _distributions(model: Engine, pairs: Pairs) -> NDArray[np.float64]:
     """Return the log-probabilities [N, V] at every token of the continuations."""
-    from scipy.special import log_softmax  # the extra `run` has it; a merge without a check needs none
-
-    rows = {(i, step): logits.astype(np.float64) for i, step, logits in model.answer_logits(pairs)}
-    return np.asarray(log_softmax(np.stack([rows[key] for key in sorted(rows)]), axis=1))
-
-
-def _largest_kl(steered: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
-    """Return the largest KL(steered ‖ plain) of the rows of log-probabilities [N, V], in nats."""
-    return float(np.max(np.sum(np.exp(steered) * (steered - plain), axis=1)))
+    rows = {(i, step): logits.copy() for i, step, logits in model.answer_logits(pairs)}
+    return log_probabilities(np.stack([rows[key] for key in sorted(rows)]))
