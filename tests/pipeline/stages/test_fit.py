@@ -19,6 +19,7 @@ from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import sections
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run
+from rs_gguf.pipeline.stages import fit as stage
 from rs_gguf.pipeline.stages.fit import Fit, fit, load
 from rs_gguf.records.files import load_arrays
 
@@ -36,16 +37,23 @@ with Processes.of_torchrun() as processes:
 """
 
 
+def inputs(**options: Any) -> Any:
+    recipe = Recipe(fit=sections.Fit(device="cpu", **options))
+    run = SimpleNamespace(recipe=recipe, prompts={"fit": [], "tune": []}, gate_only=[])
+    return Fit().inputs(cast("Run", run))
+
+
 def test_options_that_are_not_set_are_no_inputs_of_the_fit() -> None:
     """Runs of recipes from before an option existed stay valid."""
-
-    def inputs(**options: Any) -> Any:
-        recipe = Recipe(fit=sections.Fit(device="cpu", **options))
-        run = SimpleNamespace(recipe=recipe, prompts={"fit": [], "tune": []}, gate_only=[])
-        return Fit().inputs(cast("Run", run))
-
     assert inputs()[:2] == ["remove", {"estimators": [], "ridges": [0.3, 3.0], "gate_ridges": [0.02]}]
     assert inputs(gate_refits=1)[1]["gate_refits"] == 1
+
+
+@pytest.mark.parametrize("name", ["HARMFUL_TARGET_RATIO", "TOPIC_SAMPLES", "OFF_TARGET_WEIGHT"])
+def test_constants_of_the_gates_are_inputs_of_the_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = inputs()
+    monkeypatch.setattr(stage, name, 99)
+    assert inputs() != before
 
 
 @pytest.mark.slow
