@@ -18,9 +18,8 @@ from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.errors import InputError
 from rs_gguf.models import header
 from rs_gguf.models.architecture import is_output_matrix, split_name
-from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.steering import lora_file
-from rs_gguf.steering.effect_check import NOT_FINITE, PROMPTS, distributions, mean_kl, read
+from rs_gguf.steering.effect_check import NOT_FINITE, check_prompts, distributions, mean_kl, read
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.report import EffectCheck
 
@@ -46,8 +45,7 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
         return EffectCheck(False, (reason,), {}, None)
     if reasons := _wrong_experts(adapter, model):  # llama.cpp would end the process
         return EffectCheck(False, tuple(reasons), {}, None)
-    chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
+    prompts = check_prompts(model)
     with contextlib.ExitStack() as steering:
         try:
             steering.enter_context(model.steered(Steering(adapters=[(path, 1.0)])))

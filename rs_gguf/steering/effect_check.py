@@ -30,7 +30,7 @@ ROUNDING = 2.0**-23
 NOT_FINITE = "the next-token probabilities are NaN or infinite: the"
 _SHORT = "the direction is so short that F32 rounding of the residual stream removes it"
 
-PROMPTS = (
+_PROMPTS = (
     "Name three rivers in Europe.",
     "Who governs a city, and how are they chosen?",
     "写一首关于秋天的短诗。",
@@ -58,8 +58,7 @@ def check_vector_effect(vector: SteeringVector, model: Engine) -> EffectCheck:
     mismatch = _mismatch(vector, model)
     if mismatch is not None:
         return mismatch
-    chat = ChatFormat.of(model)
-    prompts = [chat.tokenize(model, prompt) for prompt in PROMPTS]
+    prompts = check_prompts(model)
     plain = distributions(model, prompts)
     with model.steered(Steering(vector.directions)):
         steered = distributions(model, prompts)
@@ -173,6 +172,12 @@ def read(
     """Return each tensor [N, L, width] at the last token; batches stay the same, only steering differs."""
     rows_by_tensor = read_last(model, prompts, layers, tensors, matrices)
     return {name: rows.astype(np.float64) for name, rows in rows_by_tensor.items()}
+
+
+def check_prompts(model: Engine) -> list[list[int]]:
+    """Return the tokens of the prompts on which files are checked, in the model's chat format."""
+    chat = ChatFormat.of(model)
+    return [chat.tokenize(model, prompt) for prompt in _PROMPTS]
 
 
 def mean_kl(plain: NDArray[np.float64], steered: NDArray[np.float64]) -> float | None:

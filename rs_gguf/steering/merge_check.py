@@ -18,8 +18,7 @@ from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.engines.generation import Pairs
 from rs_gguf.engines.next_token import kl, log_probabilities
 from rs_gguf.errors import VerificationError
-from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.steering.effect_check import PROMPTS
+from rs_gguf.steering.effect_check import check_prompts
 
 if TYPE_CHECKING:
     from rs_gguf.engines.settings import EngineSettings
@@ -93,8 +92,7 @@ def check_merge(
 
 def _pairs(model: Engine) -> Pairs:
     """Return each prompt with its last tokens as the continuation, and a token more, which is not read."""
-    chat = ChatFormat.of(model)
-    prompts = [list(chat.tokenize(model, prompt)) for prompt in PROMPTS]
+    prompts = check_prompts(model)
     cuts = [max(1, len(prompt) + 1 - _POSITIONS) for prompt in prompts]
     return [(prompt[:cut], [*prompt[cut:], 0]) for prompt, cut in zip(prompts, cuts, strict=True)]
 
