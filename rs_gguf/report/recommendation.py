@@ -51,18 +51,15 @@ class ReportedFile:
         first, last = self.record.layers
         if self.key == "adapter":
             target = self.record.benign_target
-            shifts = f"benign {_times(target)}, harmful {_times(-target / 4)}"
+            back = " in the opposite direction" if target < 0 else ""
             return (
-                "acts mainly on prompts that resemble the sensitive ones. Mean shift on the fit prompts, "
-                f"relative to sensitive ones: {shifts}"
+                "acts mainly on prompts that resemble the sensitive ones. On the fit prompts it shifts the "
+                f"mean benign one {abs(target):.2g} times as far{back}, and harmful ones slightly towards "
+                "refusal"
             )
         if self.is_vector:
             return f"shifts every prompt equally, harmful ones too, in layers {first} to {last}"
         return f"changes layers {first} to {last}"
-
-
-def _times(factor: float) -> str:
-    return f"{abs(factor):.2g}×{' in the opposite direction' if factor < 0 else ''}"
 
 
 def kind_order(kind: str) -> tuple[int, str]:
