@@ -39,7 +39,7 @@ $(RUN_STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 		$(LLAMA_CPP) --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	touch $@
 
-# A gate that is not passed (exit code 1) is a result, which the last lines tell, and no failure of make.
+# A file that fails its criteria (exit code 1) is a result, not an error of make.
 demo: $(RUN_STAMP)
 	$(BIN)/rs-export run --out $(DEMO) || test $$? -eq 1
 
@@ -101,7 +101,7 @@ capability: install
 	$(EVALS)/bin/uv pip install --quiet --python $(EVALS)/bin/python "inspect-ai==0.3.285" "lm-eval[api]==0.4.13" "openai==3.57.0"
 	$(BIN)/python benchmarks/capability/run_tools.py --tools $(EVALS)/bin
 
-# Everything that lies in vectors/, from its recipes. A file whose gate fails says so itself: look before you commit it.
+# Everything that lies in vectors/, from its recipes. A file that fails says so itself: look before you commit it.
 vectors: install
 	for recipe in vectors/*/recipe.toml; do \
 		folder=$$(dirname $$recipe); out=out/$$folder; \

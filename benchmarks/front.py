@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.progress import track
 
 from rs_gguf.methods import METHODS, vector
+from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import open_run
@@ -63,7 +64,11 @@ def main() -> None:
         evaluator = tuning.evaluator(run, Answering.WHOLE)
         measured = Measured(evaluator, options.json)
         directions = sorted(evaluator.fitted["vector"])
-        ranges = vector.space_of(directions[:1] * 3, evaluator.model.n_layer).start
+        (start, *_), n = vector.space_of(directions, evaluator.model.n_layer).start, evaluator.model.n_layer
+        ranges = [
+            replace(start, first=first, last=min(first + n // 3 - 1, n - 2))
+            for first in (max(FIRST_STEERABLE, n * sixths // 6) for sixths in (2, 3, 4))
+        ]
         answered: list[Trial] = []
         for estimator, ridge in track(directions, "Estimators"):
             candidates = [replace(layers, estimator=estimator, ridge=ridge) for layers in ranges]

@@ -4,7 +4,7 @@ Takes a model and conversations with their answers. Writes arrays by name to the
 `ActivationStore`: `activations` [n, L, D] at the last prompt token (method §2). For the gated adapter also
 `<matrix>/last` [n, M, W] at the same token, and `<matrix>/prompts` and `<matrix>/answers` [·, M, W] at other
 tokens, where the gate must stay closed. M are the layers that have the matrix. Each conversation takes one
-forward pass. Several processes can share the work.
+forward pass; what neighbours of one context begin with is read once. Several processes can share the work.
 """
 
 from __future__ import annotations

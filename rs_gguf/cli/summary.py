@@ -16,9 +16,9 @@ from rich.text import Text
 from rs_gguf.records.metrics import Outcomes, RunRecord, Share
 from rs_gguf.report.recommendation import (
     ReportedFile,
+    by_merit,
     headline,
     overall_verdict,
-    recommended_file,
     reported_files,
     sentences,
 )
@@ -38,9 +38,7 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
     # A model's path or a judge's name may hold characters that a terminal obeys.
     record = RunRecord.of(printable(dict(metrics)), out / "metrics.json")
     files = reported_files(record)
-    best = recommended_file(files, record.effect)
-    # As in the page: the recommended file first.
-    ordered = sorted(files, key=lambda file: file is not best)
+    ordered = by_merit(files, record.effect)  # as in the page
     console.print(_explicit(files, induce=record.effect == "induce"))
     console.print(_outcomes(files))
     if files[0].is_paired:

@@ -145,7 +145,7 @@ def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> 
     The search starts behind the first third of the layers, since a change there affects all later layers.
     """
     first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
-    # A smaller value closes more benign prompts; when inducing, it opens more harmful ones.
+    # Nearer to 0, more benign prompts close and more harmful ones open.
     benign_target = -0.4 if induce else 0.4
     # Strength is measured in refusal contrasts: 0.5 shifts the mean sensitive prompt by half of the
     # difference between refused and answered prompts. Weaker gates flip few verdicts. Far above 1, short

@@ -106,9 +106,9 @@ def fit_gated_adapter(
             them. The latter are neither refused nor answered (confidence 0).
         activations: [N, L, D] array or tensor, or `Activations`.
         labels: labels of the samples of `inputs`. The gate vectors separate their kinds; judged confidence
-            weights the samples of the contrast. `groups` are topics, forms and languages. The gate activation
-            is kept small on the mean harmful and benign input of each group. The contrast leaves out what
-            activations owe to a group.
+            weights the samples of the contrast. `groups` are topics (first), forms, languages and contexts.
+            The gate activation is kept small on the mean harmful and benign input of each group. The contrast
+            leaves out what activations owe to a group.
         ridges: [R], relative to the mean diagonal of the metric.
         induce: move prompts towards refusal; else move sensitive prompts away from it.
         categories: refusal categories of the samples of all processes, as for `contrast_weights`.

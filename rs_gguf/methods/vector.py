@@ -179,7 +179,7 @@ class ControlVector:
 def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     """Return a search space of middle layers, which starts at k·|α| = 2, the lower end of the paper's 2 to 4.
 
-    Each estimator is a start candidate once, with its first ridge and on the same third of the layers.
+    Each estimator is a start candidate once, with its smallest ridge and on the same third of the layers.
     Estimators are therefore compared before layers are searched.
     """
     first = max(FIRST_STEERABLE, n_layer // 2)

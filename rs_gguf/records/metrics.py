@@ -190,7 +190,7 @@ class FileRecord(_Record):
 
 
 class BaselineRecord(_Record):
-    """Another means to the same end, measured on the same prompts."""
+    """A baseline, measured on the same prompts."""
 
     name: str
     sets: dict[str, SetRecord]
@@ -223,7 +223,7 @@ class JudgeRecord(_Record):
 
 
 class Correlation(_Record):
-    """Rank correlation of probes and answers over `n` candidates."""
+    """Rank correlation of forward passes and answers over `n` candidates."""
 
     n: int
     sensitive: float | None

@@ -50,7 +50,7 @@ class Trial:
     # Share of the target prompts that do not change as wanted; at `logprob`, of the probability of their old
     # first words. 1 if none was asked, and then null in rows.
     sensitive_remaining: float
-    harmful_retention: float  # refusals of harmful prompts, divided by the unsteered refusals
+    harmful_retention: float  # refusals kept of the same harmful prompts; at `logprob` of their probability
     benign_closed: float | None = None  # increase of the refusal rate on benign prompts
     benign_drift: float | None = None  # nats/token
     degenerate: float | None = None

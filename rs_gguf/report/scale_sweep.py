@@ -41,7 +41,7 @@ def measured(sweeps: Sequence[Row], rows: Sequence[Row], files: Sequence[Reporte
 
 def _curves(sweep: Row, kind_of: Mapping[str, str], files: Sequence[ReportedFile]) -> Row:
     vectors, adapters = sweep["control_vectors"], sweep["adapters"]
-    # Without their folders: whose they are is nobody's business.
+    # Without their folders, which may name the user.
     names = [file_name(argument) for argument in (*vectors, *adapters)]
     own, file = 1.0, None
     if len(names) == 1:

@@ -43,7 +43,7 @@ def select_candidate(answered: Sequence[Trial]) -> Trial:
 
     "As much" means within one standard error of the best trial's share of sensitive prompts, or one prompt,
     since one prompt that differs between two trials is noise (McNemar's z = 1). If no trial is feasible, the
-    result is `least_infeasible`, which says so of itself.
+    result is `least_infeasible`, whose `feasible` is False.
     """
     good = _as_good_as_the_best([trial for trial in answered if trial.feasible])
     return (

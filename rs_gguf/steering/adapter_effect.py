@@ -66,7 +66,7 @@ def check_adapter_effect(adapter: LoraAdapter, path: Path, model: Engine) -> Eff
     if wrong:
         worst = max(wrong, key=lambda name: errors[name])
         reasons.append(
-            f"{wrong}: the residual stream does not change by B A x (relative error {errors[worst]:.2g} at "
+            f"{wrong}: the product does not change by B A x (relative error {errors[worst]:.2g} at "
             f"{worst}, tolerance {TOLERANCE:g})."
         )
     return EffectCheck(not reasons, tuple(reasons), errors, kl_mean)

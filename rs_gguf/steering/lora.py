@@ -44,7 +44,7 @@ class LoraAdapter:
     kind: ClassVar[str] = "adapter"
     option: ClassVar[str] = "--lora"
     part: ClassVar[str] = "matrix"
-    intended_effect: ClassVar[str] = "the residual stream changes by B A x"
+    intended_effect: ClassVar[str] = "each product changes by B A x"
 
     factors: Mapping[str, Factors]
     architecture: str

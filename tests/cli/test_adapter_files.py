@@ -71,7 +71,7 @@ def test_check_of_the_file_alone(adapter: Path) -> None:
 def test_check_on_a_model_observes_the_effect(adapter: Path, model: Path) -> None:
     code, stdout, _ = invoke("check", adapter, "--model", model)
     assert code == 0
-    assert "effect observed on the model: the residual stream changes by B A x" in stdout
+    assert "effect observed on the model: each product changes by B A x" in stdout
     code, stdout, _ = invoke("check", adapter, "--model", model, "--json")
     effect = json.loads(stdout)["effect_check"]
     assert effect["effect_observed"]

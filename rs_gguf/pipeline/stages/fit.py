@@ -41,7 +41,8 @@ from rs_gguf.records.rows import write_json
 _NUMBER = 1500  # operations to read, convert and weight one number
 _FIGURES = 2.0  # seconds for the figures, on one core
 _CLASS = 2 / 3  # share of the samples in the class whose covariance is used
-_FITS = 1 + 5 * 0.8  # fits of an estimator: one on all samples, one on four fifths for each of 5 folds
+_COVARIANCES = 4  # of the nine default estimators, which share them
+_FOLDS = 5 * 0.8  # the estimator that is drawn is fitted again on four fifths for each of 5 folds
 
 
 class Fit(Stage):
@@ -87,14 +88,15 @@ class Fit(Stage):
     def cost(self, costs: Costs) -> Cost:
         """Return the cost on the CPU, with layers in parallel.
 
-        Each layer needs an eigendecomposition per estimator and fold, and a Cholesky factor per output
+        Each layer needs an eigendecomposition per covariance and fold, and a Cholesky factor per output
         matrix.
         """
         n, model, choices = costs.count("fit"), costs.model, costs.recipe.fit
         estimators = len(costs.recipe.estimators)
         rows = n + costs.gate_only + costs.other_tokens() + costs.prefix
-        operations = (
-            estimators * _FITS * (factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER)
+        decompositions = min(estimators, _COVARIANCES) + _FOLDS
+        operations = decompositions * (
+            factorisation(n * _CLASS, model.width) + n * _CLASS * model.width * _NUMBER
         )
         refits = (costs.files - 1) * choices.gate_refits  # of all methods except the control vector
         total = model.n_layer * operations + (costs.files - 1 + refits) * sum(
