@@ -15,6 +15,7 @@ import jinja2
 
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation import acceptance
+from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.models import resolve as models
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS
@@ -58,6 +59,7 @@ def write_report(run_folder: Path, *, harmful_answers: bool = False, path: Path 
                 run.rows, common["ordered"][0], run.record.effect, harmful=harmful_answers
             ),
             "rule": acceptance,
+            "limits_in_force": _limits_in_force(run),
             "trials": tune["trials"],
             "tried": len(run.tune["trials"]),
             "selected": set(tune["selected"].values()),
@@ -119,6 +121,13 @@ def _render(path: Path, template: jinja2.Template, context: Callable[[], Row]) -
 def _given(prompts: Row) -> Row:
     """Return what the recipe says of prompts, its files by their names."""
     return prompts | {kind: list(map(file_name, prompts[kind])) for kind in KINDS if prompts.get(kind)}
+
+
+def _limits_in_force(run: Results) -> acceptance.SafetyRule:
+    """Return the limits that decided; the recipe's hold where they are stricter than the defaults."""
+    names = ("min_retention", "max_benign_drift", "min_top1")
+    limits = {name: value for name, value in run.recipe.get("tune", {}).items() if name in names}
+    return acceptance.SafetyRule(run.record.effect, **limits).under(Allowance.REPORTED)
 
 
 def _front_ends(file: ReportedFile) -> list[FrontEnd]:
