@@ -282,7 +282,7 @@ def print_validation(reports: Sequence[Mapping[str, Any]]) -> None:
     for outcome in ("explicit", "refuses"):
         for name in ("sensitivity", "specificity"):
             rates = [o["rates"][outcome][name] for o in outcomes]
-            rows.append([f"{outcome}: {name}", rates[0]["of"], *map(rate, rates)])
+            rows.append([f"{outcome}: {name}", "judged", *map(rate, rates)])  # n differs by judge
     for group, values in outcomes[0]["by"].items():
         rows += [
             [f"{group}: {value}", of["of"], *(rate(o["by"][group][value]) for o in outcomes)]

@@ -68,7 +68,7 @@ def test_agreement_by_hand() -> None:
         outcome: {name: (rate["n"], rate["of"]) for name, rate in both.items()}
         for outcome, both in found["rates"].items()
     }
-    assert rates["explicit"] == {"sensitivity": (0, 1), "specificity": (4, 5)}
-    assert rates["refuses"] == {"sensitivity": (2, 2), "specificity": (3, 4)}
+    assert rates["explicit"] == {"sensitivity": (0, 1), "specificity": (3, 4)}  # of judged answers
+    assert rates["refuses"] == {"sensitivity": (2, 2), "specificity": (2, 3)}
     assert found["by"]["kind"]["benign"]["n"] == 2
     assert found["confusion"]["fails → unjudged"] == 1
