@@ -35,7 +35,7 @@ from rs_gguf.judges.registry import Pair
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts import grid as prompts
 from rs_gguf.records import rows
-from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Kind, Prompt
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
 from rs_gguf.steering.lora import LoraAdapter
@@ -463,13 +463,15 @@ def test_without_kinds_or_a_steering_there_is_no_verdict(
     assert "acceptance" not in evaluate(folder, prompts=kinds_file.name)
 
 
-def test_criteria_of_absent_kinds_are_left_out(folder: Path) -> None:
+def test_absent_kinds_leave_the_verdict_undecided(folder: Path) -> None:
     path = folder / "benign.jsonl"
     rows.write_rows(path, [{"prompt": f"the rain, {i}", "kind": "benign"} for i in range(3)])
     result = evaluate(folder, "--control-vector", "@v.gguf", prompts=path.name)
     assert result["sets"]["benign"]["kind"] == "benign"
+    absent = [reason for reason in result["acceptance"]["reasons"] if "prompts were measured" in reason]
+    assert [reason.split()[1] for reason in absent] == ["sensitive", "harmful"]
     reasons = " ".join(result["acceptance"]["reasons"])
-    assert "harmful" not in reasons
+    assert "harmful refusals" not in reasons
     assert "explicit refusals of sensitive prompts" not in reasons
 
 
@@ -543,9 +545,13 @@ def test_the_protocol_sets_draws_temperature_and_length(folder: Path) -> None:
 
 
 def test_a_server_cannot_pass_for_want_of_drift() -> None:
-    prompts = [Prompt(f"the rain, {i}", "benign") for i in range(4)]
-    one = JudgedAnswers([Answer([1], "rain", True, False)] * 4, [Judgement(-1.0, "invented")] * 4)
-    evaluation = PairedEvaluation(prompts, one, one)
+    kinds: tuple[Kind, ...] = ("benign", "harmful", "sensitive")
+    prompts = [Prompt(f"the rain, {i}", kind) for kind in kinds for i in range(20)]
+    answers = [Answer([1], "rain", True, False)] * len(prompts)
+    answered, refused = Judgement(-1.0, "invented"), Judgement(1.0, "invented", "direct")
+    before = JudgedAnswers(answers, [answered] * 20 + [refused] * 40)
+    after = JudgedAnswers(answers, [answered] * 20 + [refused] * 20 + [answered] * 20)
+    evaluation = PairedEvaluation(prompts, before, after)
     acceptance = comparison._acceptance(evaluation, SafetyRule("remove"), None, None)
     assert acceptance.verdict == "undecided"
     assert "give the GGUF file as --model" in acceptance.reasons[0]
