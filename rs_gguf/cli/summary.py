@@ -68,11 +68,12 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
 def print_counts(out: Path) -> None:
     """Print the outcomes by kind of prompt, so that too few of a class show before hours of fitting."""
     from rs_gguf.pipeline.folder import RunFolder
-    from rs_gguf.pipeline.stages.answers import COUNTED, counts
+    from rs_gguf.pipeline.stages.answers import counts
 
-    table = Table("prompts", *COUNTED, title="Prompts for fit and search", title_justify="left")
+    names = ("complies", "refuses", "fails", "unjudged")
+    table = Table("prompts", *names, title="Prompts for fit and search", title_justify="left")
     for kind, outcomes in counts(RunFolder(out)).items():
-        table.add_row(kind, *map(str, outcomes.values()))
+        table.add_row(kind, *(str(getattr(outcomes, name)) for name in names))
     Console().print(table)
 
 

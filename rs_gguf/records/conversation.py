@@ -140,11 +140,6 @@ class Judgement:
             object.__setattr__(self, "confidence", None)
 
     @property
-    def refused(self) -> bool:
-        """Return whether the confidence is above 0, even within the neutral band (verdict `unclear`)."""
-        return self.confidence is not None and self.confidence > 0
-
-    @property
     def verdict(self) -> Verdict:
         """Return the verdict; `unclear` within the neutral band or without a confidence."""
         if self.confidence is None or abs(self.confidence) <= NEUTRAL:

@@ -14,8 +14,9 @@ from fixtures.invented_run import SIDES, invented_rows, make_run, without_adapte
 from rich.console import Console
 
 from rs_gguf.cli.main import main
-from rs_gguf.cli.summary import print_results
-from rs_gguf.records.conversation import KINDS
+from rs_gguf.cli.summary import print_counts, print_results
+from rs_gguf.records.conversation import KINDS, Answer, Prompt
+from rs_gguf.records.rows import write_rows
 from rs_gguf.report.page import write_report
 from rs_gguf.report.text import interval
 
@@ -136,3 +137,26 @@ def test_schema_1_is_printed_without_what_it_did_not_measure() -> None:
     assert "Explicit refusals" in text
     assert "Transitions" not in text
     assert "None" not in text
+
+
+def test_counts_before_the_fit_are_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failure is not a refusal, and within the neutral band nothing is judged."""
+    cases: list[tuple[float | None, str | None, bool]] = [
+        (-0.9, None, False), (0.9, "direct", False), (0.9, "vagueness", False), (0.9, "nonsense", False),
+        (0.9, "direct", True), (0.1, "direct", False), (None, None, False),
+    ]  # fmt: skip
+    prompts = [Prompt(str(i), "harmful") for i in range(len(cases))]
+    answers = [
+        {**prompt.to_row(), **Answer([1], "text", True, degenerate).to_row()}
+        for prompt, (_, _, degenerate) in zip(prompts, cases, strict=True)
+    ]
+    judgements = [
+        {"id": prompt.id, "confidence": confidence, "category": category}
+        for prompt, (confidence, category, _) in zip(prompts, cases, strict=True)
+    ]
+    write_rows(tmp_path / "answers.jsonl", answers)
+    write_rows(tmp_path / "judgements.jsonl", judgements)
+    print_counts(tmp_path)
+    (head, *rows) = capsys.readouterr().out.split("Prompts for fit and search")[1].splitlines()[2:]
+    assert head.replace("┃", " ").split() == ["prompts", "complies", "refuses", "fails", "unjudged"]
+    assert ["harmful", "1", "2", "2", "2"] in [row.replace("│", " ").split() for row in rows]

@@ -65,7 +65,7 @@ def answering(
         index = {p.id: i for i, p in enumerate(base.prompts)}
         answers, refused = [], []
         for prompt in prompts:
-            before = base.judgements[index[prompt.id]].refused
+            before = base.judgements[index[prompt.id]].verdict == "refusal"
             flips = left.get(prompt.kind, 0) > 0
             left[prompt.kind] = left.get(prompt.kind, 0) - 1
             answers.append(base.answers[index[prompt.id]])

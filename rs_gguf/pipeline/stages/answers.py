@@ -16,6 +16,7 @@ from rs_gguf.engines.generation import TRACE_TOKENS
 from rs_gguf.engines.server.llama_server import LlamaServer
 from rs_gguf.errors import InputError
 from rs_gguf.evaluation.known_answers import check_can_answer
+from rs_gguf.evaluation.outcomes import Outcome, count_outcomes, outcome_of
 from rs_gguf.judges.registry import Judge, shipped_version
 from rs_gguf.methods import baselines
 from rs_gguf.pipeline.costs import ROW, ROW_TOKEN, Cost, Costs, mean_length
@@ -27,12 +28,12 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS, SPLITS, Answer, Generation, Judgement, Prompt, Split
 from rs_gguf.records.files import sha256
+from rs_gguf.records.metrics import Outcomes
 from rs_gguf.records.rows import Row
 from rs_gguf.search.unsteered import UnsteeredAnswers
 from rs_gguf.version import __version__
 
 _SPLITS: tuple[Split, ...] = ("fit", "tune")  # whose prompts the unsteered model answers before the fit
-COUNTED = ("refused", "answered", "not judged")
 _BEGINNING = 16  # tokens of an answer; a thinking trace, if any, begins within them
 
 
@@ -192,28 +193,24 @@ def judged(folder: RunFolder) -> dict[str, Row]:
     return {row["id"]: row for row in rows if row["confidence"] is not None}
 
 
-def counts(folder: RunFolder) -> dict[str, dict[str, int]]:
-    """Return by kind how many fit and tune prompts were refused, answered and not judged."""
-    judgements = judged(folder)
-    numbers: dict[str, dict[str, int]] = {kind: dict.fromkeys(COUNTED, 0) for kind in KINDS}
+def counts(folder: RunFolder) -> dict[str, Outcomes]:
+    """Return the outcomes of the fit and tune prompts by kind."""
+    judgements = {row["id"]: _judgement(row) for row in folder.read_rows("judgements.jsonl")}
+    outcomes: dict[str, list[Outcome]] = {kind: [] for kind in KINDS}
     for row in folder.read_rows("answers.jsonl"):
-        judgement = judgements.get(row["id"])
-        if judgement is None:
-            verdict = "not judged"
-        else:
-            verdict = "refused" if judgement["confidence"] > 0 else "answered"
-        numbers[row["kind"]][verdict] += 1
-    return numbers
+        outcomes[row["kind"]].append(outcome_of(Answer.from_row(row), judgements[row["id"]]))
+    return {kind: count_outcomes(of_kind) for kind, of_kind in outcomes.items()}
 
 
 def unsteered(folder: RunFolder, prompts: Sequence[Prompt]) -> UnsteeredAnswers:
     """Return these prompts with their unsteered answers and judgements."""
     ids = {p.id for p in prompts}
     rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
-    judgements = {row["id"]: row for row in folder.read_rows("judgements.jsonl")}
-    of_rows = [judgements[row["id"]] for row in rows]
+    judgements = {row["id"]: _judgement(row) for row in folder.read_rows("judgements.jsonl")}
     return UnsteeredAnswers(
-        prompts,
-        [Answer.from_row(row) for row in rows],
-        [Judgement(row["confidence"], "recorded", row["category"]) for row in of_rows],
+        prompts, [Answer.from_row(row) for row in rows], [judgements[row["id"]] for row in rows]
     )
+
+
+def _judgement(row: Row) -> Judgement:
+    return Judgement(row["confidence"], "recorded", row["category"])
