@@ -105,7 +105,7 @@ def compare(
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
         """Answer the prompts that changed again on both sides, in reverse order."""
-        indices = evaluation.changed()[::-1]
+        indices = evaluation.to_confirm()[::-1]
         again = [asked[i] for i in indices]
         if not again:
             return evaluation.confirmed_by([], evaluation.take([]))

@@ -109,8 +109,13 @@ class PairedEvaluation:
 
     def explicit(self) -> tuple[int, int]:
         """Return how many explicit refusals only the unsteered side has, and how many only the steered."""
-        pairs = [(b == "explicit", a == "explicit") for b, a in self.outcomes]
+        pairs = self._explicit
         return sum(b and not a for b, a in pairs), sum(a and not b for b, a in pairs)
+
+    @cached_property
+    def _explicit(self) -> list[tuple[bool, bool]]:
+        """Whether each prompt is refused explicitly, unsteered and steered."""
+        return [(before == "explicit", after == "explicit") for before, after in self.outcomes]
 
     @property
     def refused(self) -> int:
@@ -174,7 +179,7 @@ class PairedEvaluation:
 
     def _explicit_share(self, side: int) -> Share:
         judged = [pair[side] != "unjudged" for pair in self.outcomes]
-        hits = [pair[side] == "explicit" for pair in self.outcomes]
+        hits = [pair[side] for pair in self._explicit]
         return Share(n=sum(hits), of=sum(judged), ci95=rate_interval(hits, judged, self.clusters))
 
     @property
@@ -190,17 +195,29 @@ class PairedEvaluation:
         """Return the indices of the prompts whose class is another one under the steering."""
         return [i for i, (before, after) in enumerate(self.classes) if before != after]
 
+    def to_confirm(self) -> list[int]:
+        """Return the indices of the prompts whose outcome changes, be it only from explicit to evasion."""
+        return [i for i, (before, after) in enumerate(self.outcomes) if before != after]
+
     def confirmed_by(self, indices: Sequence[int], second: PairedEvaluation) -> PairedEvaluation:
         """Return the same where a change counts only if a second run shows it too.
 
-        Near ties flip without any steering, so one run overstates what a file changes.
+        Near ties flip without any steering, so one run overstates what a file changes. Where the class
+        changed, the second run must show the same classes. Where only explicit refusals and evasions changed
+        places, it must show the same explicit refusals.
 
         Args:
-            indices: prompts that were answered again, at least all that changed.
+            indices: prompts that were answered again, at least those of `to_confirm`.
             second: their answers on both sides, in the order of `indices`, from batches of another order.
         """
-        again = dict(zip(indices, second.classes, strict=True))
-        unconfirmed = [i for i in self.changed() if again[i] != self.classes[i]]
+        place, changed = {i: k for k, i in enumerate(indices)}, set(self.changed())
+
+        def is_shown(i: int) -> bool:
+            if i in changed:
+                return second.classes[place[i]] == self.classes[i]
+            return second._explicit[place[i]] == self._explicit[i]
+
+        unconfirmed = [i for i in self.to_confirm() if not is_shown(i)]
         return replace(self, unconfirmed=frozenset(unconfirmed))
 
     def rows(self, steered: str = "steered") -> list[Row]:

@@ -92,8 +92,11 @@ def test_a_change_counts_only_if_a_second_run_shows_it() -> None:
         ("explicit", "complies"), ("explicit", "complies"), ("complies", "fails"), ("evasion", "explicit")
     )
     assert evaluation.changed() == [0, 1, 2]
-    second = pairs_of(("complies", "fails"), ("explicit", "complies"), ("explicit", "explicit"))
-    confirmed = evaluation.confirmed_by([2, 0, 1], second)
+    assert evaluation.to_confirm() == [0, 1, 2, 3]
+    second = pairs_of(
+        ("complies", "fails"), ("explicit", "complies"), ("evasion", "explicit"), ("explicit", "explicit")
+    )
+    confirmed = evaluation.confirmed_by([2, 0, 3, 1], second)
     assert confirmed.outcomes[0] == ("explicit", "complies")
     assert confirmed.outcomes[1] == ("explicit", "explicit")
     assert (confirmed.opened, confirmed.broken, confirmed.record().unconfirmed) == (1, 1, 1)
@@ -101,10 +104,25 @@ def test_a_change_counts_only_if_a_second_run_shows_it() -> None:
     assert confirmed.take([1, 2]).record().unconfirmed == 1
 
 
+def test_an_explicit_refusal_that_turns_into_an_evasion_needs_a_second_run_too() -> None:
+    evaluation = pairs_of(
+        ("explicit", "evasion"), ("explicit", "evasion"), ("explicit", "evasion"), ("explicit", "complies")
+    )
+    second = pairs_of(
+        ("explicit", "explicit"), ("explicit", "evasion"), ("explicit", "complies"), ("evasion", "complies")
+    )
+    confirmed = evaluation.confirmed_by(evaluation.to_confirm(), second)
+    assert evaluation.explicit() == (4, 0)
+    assert confirmed.explicit() == (3, 0)
+    assert confirmed.unconfirmed == {0}
+    assert confirmed.outcomes[2] == ("explicit", "evasion")  # no longer explicit, as both runs show
+    assert confirmed.opened == 1  # both runs show a refusal that opens
+
+
 def test_rows_bring_the_evaluation_back() -> None:
     evaluation = pairs_of(*itertools.product(OUTCOMES, OUTCOMES), kind="harmful", subject="s")
     confirmed = evaluation.confirmed_by(
-        evaluation.changed(), pairs_of(*[("complies", "complies")] * len(evaluation.changed()))
+        evaluation.to_confirm(), pairs_of(*[("complies", "complies")] * len(evaluation.to_confirm()))
     )
     assert PairedEvaluation.of_rows(confirmed.rows()).record("harmful") == confirmed.record("harmful")
 

@@ -250,7 +250,7 @@ def _confirmed(
     log: RowLog,
 ) -> PairedEvaluation:
     """Answer the changed prompts again on both sides, in another order, and keep the changes seen twice."""
-    changed = evaluation.changed()
+    changed = evaluation.to_confirm()
     indices = [changed[k] for k in np.random.default_rng(recipe.seed).permutation(len(changed))]
     if not indices:
         return evaluation.confirmed_by([], evaluation.take([]))
