@@ -42,6 +42,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+_SEEDS = 2**32 - 1  # a llama-server takes the next one for a seed of its choice
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Asking:
             return replace(self, context=context)
         sampling = replace(self.sampling, temperature=context.temperature)
         return replace(self, context=context, sampling=sampling)
+
+    def for_draw(self, number: int) -> Asking:
+        """Return how prompts are asked for draw `number`, counted from 0: each has the next seed."""
+        sampling = replace(self.sampling, seed=(self.sampling.seed + number) % _SEEDS)
+        return replace(self, sampling=sampling)
 
 
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:

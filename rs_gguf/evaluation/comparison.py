@@ -32,7 +32,6 @@ from rs_gguf.records.rows import Row, finite
 
 _GROUPS = ("subject", "topic", "form", "language")
 _TEXTS = 64  # benign texts whose perplexity is taken
-_SEEDS = 2**32 - 1  # a llama-server takes the next one for a seed of its choice
 _OF_DRIFT = ("drift", "top-1 agreement")  # criteria that need log-probabilities
 OUTPUT_FLAGS = ("empty", "loop", "language_switch", "truncated")
 
@@ -80,15 +79,13 @@ def compare(
     answer_source.answers(asked[:1], 0.0, replace(asking, max_tokens=1), lambda n: None)
 
     def drawn(
-        some: Sequence[Prompt], factor: float, advance: Advance, drafts: Sequence[Answer] = ()
+        some: Sequence[Prompt], factor: float, advance: Advance, drafts: Sequence[Answer], first: int = 0
     ) -> JudgedAnswers:
         judged = []
         drafts = drafts if draws == 1 else ()  # an answer of another seed agrees in few tokens
-        for draw in range(draws):
-            sampling = replace(asking.sampling, seed=(asking.sampling.seed + draw) % _SEEDS)
-            answers, tokens, seconds = answer_source.answers(
-                some, factor, replace(asking, sampling=sampling), advance, drafts
-            )
+        for number in range(first, first + draws):
+            how = asking.for_draw(number)
+            answers, tokens, seconds = answer_source.answers(some, factor, how, advance, drafts)
             judgements = judge_answers(judge, some, answers)
             judged.append(JudgedAnswers(answers, judgements, tokens / seconds if seconds else 0.0))
         return majority(judged)
@@ -96,7 +93,7 @@ def compare(
     def side(factor: float, drafts: Sequence[Answer] = ()) -> JudgedAnswers:
         # All sets together, so the batches are the same on both sides. The speed is that of the first
         # prompts, which are answered without drafts.
-        first = drawn(asked[:PART], factor, advance)
+        first = drawn(asked[:PART], factor, advance, ())
         if len(asked) <= PART:
             return first
         rest = drawn(asked[PART:], factor, advance, drafts[PART:])
@@ -104,15 +101,16 @@ def compare(
         return JudgedAnswers(answers, judgements, first.tokens_per_second)
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
-        """Answer the prompts that changed again on both sides, in reverse order."""
+        """Answer the prompts that changed again on both sides: in reverse order, and with the next seeds."""
         indices = evaluation.to_confirm()[::-1]
         again = [asked[i] for i in indices]
         if not again:
             return evaluation.confirmed_by([], evaluation.take([]))
 
-        # The first answers may be drafts, since every token is drawn again (see the measure stage).
+        # Greedy first answers may be drafts, since every token is drawn again (see the measure stage).
+        sampled = asking.sampling.temperature > 0
         second, steered = (
-            drawn(again, scale, lambda n: None, judged.take(indices).answers)
+            drawn(again, scale, lambda n: None, () if sampled else judged.take(indices).answers, draws)
             for scale, judged in ((0.0, evaluation.before), (factor, evaluation.after))
         )
         return evaluation.confirmed_by(indices, PairedEvaluation(again, second, steered))

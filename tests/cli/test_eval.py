@@ -538,6 +538,54 @@ def test_a_protocol_counts_the_majority_of_several_draws(
     assert [answer.text for answer in alone[0]] != [answer.text for answer in alone[1]]
 
 
+@pytest.mark.parametrize(("temperature", "draws"), [(0.0, 1), (0.8, 1), (0.8, 2)])
+def test_a_second_run_has_the_next_seeds(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, draws: int
+) -> None:
+    calls: list[tuple[float, int, int]] = []
+
+    class Source:
+        """Refuses unsteered, and says so in the answer."""
+
+        def check(self) -> None: ...
+
+        def answers(
+            self,
+            prompts: Sequence[Prompt],
+            factor: float,
+            asking: Asking,
+            advance: Any,
+            drafts: Sequence[Answer] = (),
+        ) -> tuple[list[Answer], int, float]:
+            calls.append((factor, asking.sampling.seed, len(drafts)))
+            text = "Yes." if factor else "No."
+            return [Answer([1], text, True, False) for _ in prompts], 1, 1.0
+
+        def answer_logprobs(self, *_: Any) -> None: ...
+
+        def text_logprobs(self, *_: Any) -> None: ...
+
+        def kl_divergences(self, *_: Any) -> None: ...
+
+    class Word:
+        name = identity = "word"
+        usage = None
+
+        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+            for i, (_, answer) in enumerate(pairs):
+                yield i, Judgement(1.0 if answer == "No." else -1.0, "word", "direct")
+
+    monkeypatch.setattr(comparison, "try_out", lambda judge: None)
+    plain = [Prompt("the rain", "sensitive"), Prompt("the mountain", "sensitive")]
+    asking = Asking(None, TOKENS, Sampling(temperature=temperature, seed=7))
+    (result,) = comparison.compare(Source(), Word(), {"plain": plain}, asking, draws=draws)
+    assert result["sets"]["plain"]["unconfirmed"] == 0
+    first, drafts = range(7, 7 + draws), 0 if temperature else len(plain)
+    expected = [(factor, seed, 0) for factor in (0.0, 1.0) for seed in first]
+    expected += [(factor, seed + draws, drafts) for factor in (0.0, 1.0) for seed in first]
+    assert calls[1:] == expected  # after the answer that reads the weights
+
+
 def test_the_protocol_sets_draws_temperature_and_length(folder: Path) -> None:
     result = evaluate(folder, "--protocol", "compactifai", "--control-vector", "@v.gguf")
     facts = {name: result[name] for name in ("protocol", "draws", "temperature", "tokens")}

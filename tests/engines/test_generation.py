@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rs_gguf.engines.generation import Sampling, check_lengths, draw, seeds
+from rs_gguf.engines.generation import Asking, Sampling, check_lengths, draw, seeds
 from rs_gguf.errors import InputError
 
 WARM = Sampling(temperature=0.8)
@@ -56,3 +56,10 @@ def test_a_resumed_run_draws_as_a_whole_run() -> None:
     assert len(set(whole)) == len(prompts)  # a repeated prompt gets another seed
     assert seeds(prompts[3:4] + prompts[1:2], 3) == [whole[3], whole[1]]
     assert not set(seeds(prompts, 4)) & set(whole)
+
+
+def test_each_draw_has_the_next_seed_and_none_that_a_server_chooses() -> None:
+    asking = Asking("system", 8, Sampling(temperature=1.0, seed=2**32 - 3))
+    assert asking.for_draw(0) == asking
+    assert [asking.for_draw(k).sampling.seed for k in (1, 2)] == [2**32 - 2, 0]
+    assert asking.for_draw(2).sampling.temperature == 1.0

@@ -249,19 +249,22 @@ def _confirmed(
     recipe: Recipe,
     log: RowLog,
 ) -> PairedEvaluation:
-    """Answer the changed prompts again on both sides, in another order, and keep the changes seen twice."""
+    """Answer the changed prompts again on both sides and keep the changes seen twice.
+
+    The order is another one, and so is the seed: sampled with the same one, an answer would confirm itself.
+    """
     changed = evaluation.to_confirm()
     indices = [changed[k] for k in np.random.default_rng(recipe.seed).permutation(len(changed))]
     if not indices:
         return evaluation.confirmed_by([], evaluation.take([]))
     prompts = [evaluation.prompts[i] for i in indices]
-    asking = recipe.asking(recipe.answers.test_tokens)
+    asking = recipe.asking(recipe.answers.test_tokens).for_draw(1)
 
     def again(condition: Condition, first: JudgedAnswers) -> JudgedAnswers:
-        # The first answers may be drafts: every token is drawn again, from logits of a batch of another form.
-        # So a near tie falls as freely as without a draft.
+        # Greedy first answers may be drafts: every token is drawn again, from logits of a batch of another
+        # form. So a near tie falls as freely as without a draft.
         twice = replace(condition, name=f"{condition.name} again")
-        drafts = [first.answers[i] for i in indices]
+        drafts = [] if asking.sampling.temperature > 0 else [first.answers[i] for i in indices]
         return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None, drafts=drafts)
 
     second = PairedEvaluation(prompts, again(unsteered, evaluation.before), again(steered, evaluation.after))
