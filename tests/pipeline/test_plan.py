@@ -419,6 +419,13 @@ def test_the_kl_divergence_of_each_file_is_counted(
     assert with_kl - without == pytest.approx(tokens * UNIT.read)
 
 
+def test_changed_prompts_are_answered_again_under_every_condition(shape: ModelDimensions) -> None:
+    result = planned(shape, "measure.baselines=['rmd']")
+    n, sides = result.prompts["validation"], 2 + FILES
+    again = costs.CHANGED * n / 3  # of the sensitive third
+    assert result.stages["measure"].answered == pytest.approx(sides * (n + again) * costs.mean_length(100))
+
+
 def test_each_baseline_is_one_more_condition_and_wordings_answer_tune_prompts(
     shape: ModelDimensions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

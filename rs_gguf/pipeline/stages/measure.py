@@ -29,7 +29,7 @@ from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
 from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
-from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.drifts import DRIFT_PAIRS, BenignDrifts
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
@@ -131,7 +131,11 @@ class Measure(Stage):
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         seconds += costs.reading(tokens_read(costs.prompt, costs.files))
-        rows = sides * n
+        # Second runs of the prompts that changed; greedy ones read the first answers, which are their drafts.
+        again = sides * CHANGED * costs.sizes["validation"]["sensitive"]
+        sampled = costs.recipe.answers.temperature > 0
+        seconds += costs.answers(again, limit) if sampled else costs.drift(again, limit)
+        rows = sides * n + again
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
         selection = wordings.cost(costs)
@@ -194,8 +198,8 @@ def measure(
         c.name: PairedEvaluation(prompts, before, answers[c.name], drifts.under(c))
         for c in (*baselines, *steered.values())
     }
-    for name, condition in steered.items():
-        evaluations[name] = _confirmed(model, judge, evaluations[name], unsteered, condition, recipe, log)
+    for c in (*steered.values(), *baselines):  # files are compared with baselines
+        evaluations[c.name] = _confirmed(model, judge, evaluations[c.name], unsteered, c, recipe, log)
     others = [
         BaselineRecord(
             name=c.name.removeprefix("baseline "),

@@ -17,15 +17,17 @@ from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING
+from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import kl
 from rs_gguf.evaluation.acceptance import Criterion, Decision
-from rs_gguf.evaluation.condition import Condition
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers
 from rs_gguf.evaluation.drift import Drift, mean_change
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair, SecondJudge
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
+from rs_gguf.pipeline.stages import measure as measure_stage
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures, search_notes
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
@@ -104,9 +106,10 @@ def run(
     baselines: tuple[Condition, ...] = (),
     judge: Judge | None = None,
     second: Judge | None = None,
+    temperature: float = 0.0,
 ) -> tuple[list[dict[str, Any]], Measured, int]:
     """Rows, all that was measured, and how many answers were made, without those that confirm changes."""
-    recipe = load(None, ["answers.test_tokens=8", "answers.temperature=0.0"])
+    recipe = load(None, ["answers.test_tokens=8", f"answers.temperature={temperature}"])
     log = RunFolder(folder / "run").log("measured.jsonl", "key")
     made = sum(" again:" not in name for name in log.rows)
     path = folder / "tiny.gguf"
@@ -188,29 +191,59 @@ def test_a_file_says_whether_it_passed_and_what_was_counted(
     assert found["metrics.retention"] == [8, 9]
 
 
+class Fickle:
+    """A judge that finds a refusal in one run and none in the next: nothing changes twice."""
+
+    name = identity = "fickle"
+    usage = None
+    calls = 0
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
+        self.calls += 1
+        for i in range(len(pairs)):
+            yield i, Judgement(1.0 if self.calls == 1 else -1.0, "fickle", "direct")
+
+
 def test_changes_are_answered_again_and_unconfirmed_ones_do_not_count(
     tmp_path: Path, written: dict[str, WrittenFile]
 ) -> None:
-    """A judge that finds a refusal in one run and none in the next: nothing changes twice."""
-
-    class Fickle:
-        name = identity = "fickle"
-        usage = None
-        calls = 0
-
-        def judge(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Judgement]]:
-            self.calls += 1
-            for i in range(len(pairs)):
-                yield i, Judgement(1.0 if self.calls == 1 else -1.0, "fickle", "direct")
-
-    rows, measured, _ = run(tmp_path, {"vector": written["vector"]}, judge=Fickle())
+    alone = {"vector": written["vector"]}
+    rows, measured, _ = run(tmp_path, alone, (PROMPTED,), judge=Fickle())
     assert all(row["unconfirmed_vector"] for row in rows)
     assert {row["outcome_vector"] for row in rows} == {"explicit"}
-    record = measured.files["vector"].sets["sensitive"]
-    assert (record.unconfirmed, record.opened and record.opened.n) == (2, 0)
+    (baseline,) = measured.baselines  # files are compared with it, so it is measured as they are
+    for one in (measured.files["vector"].sets["sensitive"], baseline.sets["sensitive"]):
+        assert (one.unconfirmed, one.opened and one.opened.n) == (2, 0)
     again = RunFolder(tmp_path / "run").log("measured.jsonl", "key").rows
-    assert sum(name.startswith("unsteered again:") for name in again) == len(ASKED)
-    assert sum(name.startswith("vector again:") for name in again) == len(ASKED)
+    for name in ("unsteered", "vector", f"baseline {PROMPTED.name}"):
+        assert sum(row.startswith(f"{name} again:") for row in again) == len(ASKED)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_second_run_draws_with_another_seed(
+    tmp_path: Path,
+    written: dict[str, WrittenFile],
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
+) -> None:
+    """With the same one, a sampled answer would confirm itself. Greedy first answers are drafts."""
+    found: dict[str, tuple[int, int]] = {}
+    resume = measure_stage.resume_condition
+
+    def spied(model: Any, judge: Any, condition: Condition, *rest: Any, **options: Any) -> JudgedAnswers:
+        asking: Asking = rest[1]
+        found[condition.name] = asking.sampling.seed, len(options.get("drafts", ()))
+        return resume(model, judge, condition, *rest, **options)
+
+    monkeypatch.setattr(measure_stage, "resume_condition", spied)
+    run(tmp_path, {"vector": written["vector"]}, judge=Fickle(), temperature=temperature)
+    drafts = 0 if temperature else len(ASKED)
+    assert found == {
+        "unsteered": (0, 0),
+        "vector": (0, len(ASKED)),
+        "unsteered again": (1, drafts),
+        "vector again": (1, drafts),
+    }
 
 
 def test_a_second_judge_adds_its_outcomes_and_its_agreement(
