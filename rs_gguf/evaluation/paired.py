@@ -207,7 +207,7 @@ class PairedEvaluation:
         places, it must show the same explicit refusals.
 
         Args:
-            indices: prompts that were answered again, at least those of `to_confirm`.
+            indices: prompts that were answered again, among them all of `to_confirm`.
             second: their answers on both sides, in the order of `indices`, from batches of another order.
         """
         place, changed = {i: k for k, i in enumerate(indices)}, set(self.changed())

@@ -114,7 +114,7 @@ def test_an_explicit_refusal_that_turns_into_an_evasion_needs_a_second_run_too()
     confirmed = evaluation.confirmed_by(evaluation.to_confirm(), second)
     assert evaluation.explicit() == (4, 0)
     assert confirmed.explicit() == (3, 0)
-    assert confirmed.unconfirmed == {0}
+    assert confirmed.unconfirmed == frozenset({0})
     assert confirmed.outcomes[2] == ("explicit", "evasion")  # no longer explicit, as both runs show
     assert confirmed.opened == 1  # both runs show a refusal that opens
 

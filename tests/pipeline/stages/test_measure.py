@@ -21,13 +21,12 @@ from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import kl
 from rs_gguf.evaluation.acceptance import Criterion, Decision
-from rs_gguf.evaluation.condition import Condition, JudgedAnswers
+from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
 from rs_gguf.evaluation.drift import Drift, mean_change
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair, SecondJudge
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.recipe import load
-from rs_gguf.pipeline.stages import measure as measure_stage
 from rs_gguf.pipeline.stages.file_record import WrittenFile, baseline_notes, record_figures, search_notes
 from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.records.conversation import KINDS, Prompt
@@ -228,14 +227,13 @@ def test_a_second_run_draws_with_another_seed(
 ) -> None:
     """With the same one, a sampled answer would confirm itself. Greedy first answers are drafts."""
     found: dict[str, tuple[int, int]] = {}
-    resume = measure_stage.resume_condition
 
     def spied(model: Any, judge: Any, condition: Condition, *rest: Any, **options: Any) -> JudgedAnswers:
         asking: Asking = rest[1]
         found[condition.name] = asking.sampling.seed, len(options.get("drafts", ()))
-        return resume(model, judge, condition, *rest, **options)
+        return resume_condition(model, judge, condition, *rest, **options)
 
-    monkeypatch.setattr(measure_stage, "resume_condition", spied)
+    monkeypatch.setattr("rs_gguf.pipeline.stages.measure.resume_condition", spied)
     run(tmp_path, {"vector": written["vector"]}, judge=Fickle(), temperature=temperature)
     drafts = 0 if temperature else len(ASKED)
     assert found == {
