@@ -9,18 +9,19 @@ and for harmful retention.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from rich.progress import track
+from scipy.stats import spearmanr
 
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.trials import Candidate, Trial
-from rs_gguf.search.choice import spearman
 from rs_gguf.search.stopping import Answering
 
 LEVELS = ("logprob", "short", "full")
@@ -47,14 +48,14 @@ def main() -> None:
     print("| fidelity levels | sensitive | harmful |\n| --- | --- | --- |")
     for before, after in pairwise(LEVELS):
         correlations = (
-            spearman(
+            spearmanr(
                 [getattr(row[before], name) for row in rows], [getattr(row[after], name) for row in rows]
-            )
+            ).statistic
             for name in ("sensitive_remaining", "harmful_retention")
         )
         print(
             f"| {before}, {after} | "
-            + " | ".join("–" if r is None else f"{r:.2f}" for r in correlations)
+            + " | ".join("–" if math.isnan(r) else f"{r:.2f}" for r in correlations)
             + " |"
         )
 

@@ -222,14 +222,6 @@ class JudgeRecord(_Record):
     kappa: Finite = None
 
 
-class Correlation(_Record):
-    """Rank correlation of forward passes and answers over `n` candidates."""
-
-    n: int
-    sensitive: float | None
-    harmful: float | None
-
-
 class RunRecord(_Record):
     """The content of metrics.json. `files` has the keys `vector` and `adapter`, as far as written."""
 
@@ -244,7 +236,6 @@ class RunRecord(_Record):
     seed: int
     files: dict[str, FileRecord]
     baselines: tuple[BaselineRecord, ...] = ()
-    rank_correlation: dict[str, Correlation] | None = None
     seconds: dict[str, float] | None = None  # of each stage; known when the run ends
 
     def mapping(self) -> Row:

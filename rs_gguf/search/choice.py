@@ -1,4 +1,4 @@
-"""Select a trial from a search, and summarise the search: Pareto front and rank correlation.
+"""Select a trial from a search, and summarise the search.
 
 The trials of one space go in; a trial, or the content of `tune.json`, comes out.
 """
@@ -8,15 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import rankdata
-
 from rs_gguf.evaluation.paired_statistics import noise_allowance, standard_error
 from rs_gguf.methods.method import Space
 from rs_gguf.records.trials import Trial
-
-_FEWEST_PAIRS = 3  # for a rank correlation
 
 
 def select_final(trials: Sequence[Trial]) -> Trial:
@@ -114,20 +108,12 @@ def halving(best: Sequence[Trial]) -> Trial | None:
     return max(halved, key=lambda trial: trial.harmful_retention, default=None)
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
-    """Return Spearman's rank correlation; None for fewer than three pairs or a constant."""
-    ranks = np.stack([rankdata(x), rankdata(y)])
-    if ranks.shape[1] < _FEWEST_PAIRS or not np.ptp(ranks, axis=1).all():
-        return None
-    return float(np.corrcoef(ranks)[0, 1])
-
-
 def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, Any]:
     """Return the content of `tune.json`, with trials by their numbers and `spaces` by their methods.
 
     A space is left out if its search was interrupted before a candidate answered.
     """
-    selected, without_full, fronts, halved, correlation = {}, {}, {}, {}, {}
+    selected, without_full, fronts, halved = {}, {}, {}, {}
     for name, space in spaces.items():
         own = [trial for trial in trials if space.holds(trial.candidate)]
         answered = [trial for trial in own if trial.fidelity == "short"]
@@ -141,22 +127,10 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
         fronts[name] = [trial.number for trial in best]
         half = halving(best)
         halved[name] = half.number if half else None
-        cheap = {trial.candidate: trial for trial in own if trial.fidelity == "logprob"}
-        pairs = [(cheap[t.candidate], t) for t in answered if t.candidate in cheap]
-        correlation[name] = {
-            "n": len(pairs),
-            "sensitive": spearman(*_columns(pairs, "sensitive_remaining")),
-            "harmful": spearman(*_columns(pairs, "harmful_retention")),
-        }
     return {
         "selected": selected,
         "no_full_answers": without_full,
         "pareto_front": fronts,
         "half_removal": halved,
-        "rank_correlation": correlation,
         "trials": [trial.to_row() for trial in trials],
     }
-
-
-def _columns(pairs: Sequence[tuple[Trial, Trial]], name: str) -> tuple[list[float], list[float]]:
-    return [getattr(cheap, name) for cheap, _ in pairs], [getattr(short, name) for _, short in pairs]

@@ -64,7 +64,7 @@ class Finder:
         """Return what `advance` counts up to."""
         if budget.seconds is not None:
             return math.ceil(budget.seconds)
-        effort = budget.trials * _COST["logprob"] + budget.finalists * (_COST["logprob"] + _COST["short"])
+        effort = budget.trials * _COST["logprob"] + budget.finalists * _COST["short"]
         return spaces * (effort + (_FULL * _COST["full"] if budget.full else 0))
 
     @property
@@ -85,7 +85,7 @@ class Finder:
         known = [
             candidate for fidelity, candidate in self._known if fidelity == "short" and space.holds(candidate)
         ]
-        answered = [self._answered(candidate) for candidate in known]
+        answered = [self._measured("short", candidate) for candidate in known]
         # Short trials from before the last proposal are of a shorter search, and do not use up this budget.
         newest = max(trial.number for trial in proposals)
         due = self._budget.finalists + sum(trial.number < newest for trial in answered)
@@ -95,7 +95,7 @@ class Finder:
             )
             if candidate is None:
                 break
-            answered.append(self._answered(candidate))
+            answered.append(self._measured("short", candidate))
         selected = select_candidate(answered)
         if self._answers_in_full(selected):
             self._answer_in_full(selected, space, None if seconds is None else start + seconds)
@@ -125,10 +125,6 @@ class Finder:
         if until is None or not done:
             return len(done) < number
         return self._spent + float(np.mean([trial.seconds for trial in done])) <= until
-
-    def _answered(self, candidate: Candidate) -> Trial:
-        self._measured("logprob", candidate)  # for the rank correlation of both levels; it costs little
-        return self._measured("short", candidate)
 
     def _measured(self, fidelity: str, candidate: Candidate) -> Trial:
         trial = self._known.get((fidelity, candidate))

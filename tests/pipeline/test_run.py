@@ -454,7 +454,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
         (folder / "effect_check.json").write_text("{}")
-        (folder / "tune.json").write_text('{"trials": [], "selected": {}, "rank_correlation": null}')
+        (folder / "tune.json").write_text('{"trials": [], "selected": {}}')
         chosen = recipe.load(None, ["measure.baselines=[]"])
         with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
             one.stages[stage].work(one, "key")

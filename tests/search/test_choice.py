@@ -1,4 +1,4 @@
-"""Which trial is chosen, the front it is chosen from, and rank correlations, by brute force and SciPy."""
+"""Which trial is chosen, and the front it is chosen from, by brute force."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from rs_gguf.methods import adapter, vector
 from rs_gguf.records.trials import Candidate, Trial
@@ -18,7 +17,6 @@ from rs_gguf.search.choice import (
     reason_against_full,
     select_candidate,
     select_final,
-    spearman,
     summary,
 )
 
@@ -102,17 +100,6 @@ def test_the_front_holds_all_that_nothing_beats() -> None:
     assert 1 < len(found) < len(trials)
 
 
-def test_rank_correlation_is_scipys() -> None:
-    rng = np.random.default_rng(1)
-    for n in (3, 10, 50):
-        x = rng.integers(0, 5, n) + np.arange(n) * 1e-3 * (n > 3)
-        y = x + rng.standard_normal(n)
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert spearman([1, 2], [1, 2]) is None
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
-    assert spearman([], []) is None
-
-
 def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     gate = Candidate("adapter", "", 0.2, 8, 22, 1.0, 0.25)
     vectors = [trial(3 + i, s, 1 - 0.1 * i, feasible=i < 2) for i, s in enumerate((0.9, 0.45, 0.2))]
@@ -125,20 +112,17 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     assert (found["selected"]["vector"], found["selected"]["adapter"]) == (4, 6)
     assert found["pareto_front"] == {"vector": [5, 4, 3], "adapter": [6]}
     assert found["half_removal"] == {"vector": 4, "adapter": None}
-    assert found["rank_correlation"]["vector"] == {"n": 3, "sensitive": pytest.approx(1), "harmful": None}
-    assert found["rank_correlation"]["adapter"] == {"n": 0, "sensitive": None, "harmful": None}
     assert len(found["trials"]) == 7
     # Cut off before any gate had answered.
     assert "adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES})["selected"]
 
 
-def test_a_stopped_trial_is_on_no_front_and_in_no_correlation() -> None:
+def test_a_stopped_trial_is_on_no_front() -> None:
     gentle, strong = trial(0, 0.5, 0.97), trial(1, 0.2, 0.96)
     stopped = replace(trial(2, 1.0, 0.99, 0.01, feasible=False, n=0), left_out=30)
     probes = [replace(t, number=t.number + 3, fidelity="logprob") for t in (gentle, strong, stopped)]
     found = summary([gentle, strong, stopped, *probes], {"vector": VECTORS})
     assert found["pareto_front"]["vector"] == [1, 0]
-    assert found["rank_correlation"]["vector"]["n"] == 2
     assert [row["sensitive_remaining"] for row in found["trials"][:3]] == [0.5, 0.2, None]
     alone = summary([stopped], {"vector": VECTORS})
     assert (alone["selected"], alone["pareto_front"]) == ({"vector": 2}, {"vector": []})

@@ -121,7 +121,6 @@ class Measure(Stage):
             seed=recipe.seed,
             files=measured.files,
             baselines=tuple(measured.baselines),
-            rank_correlation=read_json(folder / "tune.json")["rank_correlation"],
         ).write(folder / "metrics.json")
         log.finish(list(log.rows))
 

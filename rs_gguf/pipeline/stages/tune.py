@@ -45,7 +45,7 @@ class Tune(Stage):
         probe += costs.drift(min(LOGPROB_PAIRS, benign), tokens)
         candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
         candidate += costs.drift(benign, tokens)
-        probes: float = costs.files * (recipe.tune.logprob_trials + recipe.tune.finalists)
+        probes: float = costs.files * recipe.tune.logprob_trials
         candidates: float = costs.files * recipe.tune.finalists
         # At full length the unsteered model answers too, and each file at two strengths.
         full = (1 + 2 * costs.files) * sum(min(recipe.tune.full_prompts, size) for size in sizes.values())

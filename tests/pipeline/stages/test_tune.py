@@ -210,12 +210,9 @@ def test_the_search_finds_a_gate_that_removes_and_keeps(setting: Setting, tmp_pa
     assert chosen.harmful_retention >= setting.recipe.tune.min_retention
     assert chosen.sensitive_remaining <= chosen.harmful_retention - 0.1
     probes = [trial for trial in search.trials if trial.fidelity == "logprob"]
-    answered = [trial for trial in search.trials if trial.fidelity == "short"]
     # A gate opens for the sensitive prompts: whatever the candidate, more is left of the harmful refusals.
     assert all(t.sensitive_remaining < t.harmful_retention for t in probes)
     assert [trial.number for trial in search.trials] == list(range(len(search.trials)))
-    # Both evaluator of every finalist are known, so that they can be compared.
-    assert {trial.candidate for trial in answered} <= {trial.candidate for trial in probes}
     feasible = [trial for trial in search.trials if trial.feasible]
     # One standard error of the best, and the gentlest of these.
     fewest, n = (
@@ -701,10 +698,7 @@ def test_each_estimator_is_tried_once_on_the_same_layers_first(trials: int, trie
     asked = [candidate for fidelity, candidate in formulas.asked if fidelity == "logprob"]
     shapes = list(dict.fromkeys(candidate.without_strength() for candidate in asked))
     assert shapes[:tried] == [point.without_strength() for point in space.start][:tried]
-    # Starts count as trials; the finalist may add one of its own.
-    assert trials <= len(asked) <= trials + 3
-    if trials == 9:
-        assert len(asked) <= 10
+    assert len(asked) == trials  # starts count as trials
 
 
 def test_a_new_estimator_begins_at_the_strength_of_the_one_before() -> None:
