@@ -3,8 +3,6 @@
 from rs_gguf.activations.scores import (
     band_profile,
     calibration_scales,
-    choose_layers,
-    flat_profile,
     layer_auroc,
     layer_scores,
     scales_of,
@@ -14,8 +12,6 @@ from rs_gguf.activations.scores import (
 __all__ = [
     "band_profile",
     "calibration_scales",
-    "choose_layers",
-    "flat_profile",
     "layer_auroc",
     "layer_scores",
     "scales_of",

@@ -1,9 +1,9 @@
-"""Choose layers and their weights: layer scores, choice, profiles and calibration scales.
+"""Score layers: layer scores, their bands, weights of a layer range and calibration scales.
 
 Takes projections [N, L] of all layers (p = ⟨h − o, v⟩, one batched call of `projection.project`) and
-confidence [N]; or the statistics of many directions that `project_statistics` computes. Returns
-scores [L], layer numbers, weights [L] and calibration scales [L]. Scores and choice follow method §6,
-calibration §5, after García-Ferrero et al. (arXiv 2512.16602). Layers are numbered from 0.
+confidence [N]; or the statistics of many directions that `project_statistics` computes. Returns scores [L],
+weights [L] and calibration scales [L]. Scores follow method §6, calibration §5, after García-Ferrero et al.
+(arXiv 2512.16602). Layers are numbered from 0.
 """
 
 from __future__ import annotations
@@ -77,33 +77,6 @@ def score_bands(
     scores = np.stack([score(p[row], c[row]) for row in indices])
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
-
-
-def choose_layers(scores: npt.ArrayLike, k: int, *, drop_deepest: float = 0.05) -> list[int]:
-    """Return the `k` layers with the highest scores, in ascending order. The shallower layer wins a tie.
-
-    scores: [L]. Layer 0 and the deepest layers are excluded. drop_deepest: the share of deepest layers to
-    exclude; unless it is 0, at least one layer.
-
-    Raises:
-        InputError: fewer than `k` layers remain, or an argument is out of range.
-    """
-    values = _finite_scores(scores)
-    if not 0 <= drop_deepest < 1:
-        raise InputError(f"drop_deepest = {drop_deepest!r}: a share of at least 0 and below 1 is accepted")
-    dropped = max(1, int(len(values) * drop_deepest)) if drop_deepest > 0 else 0
-    usable = np.arange(FIRST_STEERABLE, len(values) - dropped)
-    if not 1 <= k <= len(usable):
-        raise InputError(f"k = {k}: 1 to {len(usable)} of this model's {len(values)} layers can be chosen")
-    order = np.argsort(-values[usable], kind="stable")
-    return sorted(int(layer) for layer in usable[order[:k]])
-
-
-def flat_profile(scores: npt.ArrayLike, k: int, *, drop_deepest: float = 0.05) -> Float64:
-    """Return weights [L]: 1 on the layers of `choose_layers`, 0 elsewhere."""
-    weights = np.zeros(len(_finite_scores(scores)))
-    weights[choose_layers(scores, k, drop_deepest=drop_deepest)] = 1.0
-    return weights
 
 
 def band_profile(n_layers: int, first: int, last: int) -> Float64:
@@ -184,13 +157,6 @@ def _both_classes(c: Float64, neutral: float) -> tuple[npt.NDArray[np.bool_], np
             "samples; at least one of each is needed. Use more or other prompts."
         )
     return refused, answered
-
-
-def _finite_scores(scores: npt.ArrayLike) -> Float64:
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise InputError(f"scores of shape {values.shape}: one finite number per layer is accepted")
-    return values
 
 
 def principal_components(rows: Float64) -> tuple[Float64, Float64]:

@@ -21,9 +21,7 @@ from rs_gguf.activations.projection import project
 from rs_gguf.activations.scores import (
     band_profile,
     calibration_scales,
-    flat_profile,
     layer_auroc,
-    layer_scores,
 )
 from rs_gguf.engines.engine import NO_STEERING, Can, Engine, Steering
 from rs_gguf.errors import InputError
@@ -90,7 +88,7 @@ def build(
     effect: Effect,
     system: str | None,
     system_prompt: Callable[[], Condition],
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, int],
     device: Device = "auto",
 ) -> list[Condition]:
     """Return the baselines of these `usable` names, in their order.
@@ -155,23 +153,16 @@ def as_printed(
     effect: Effect,
     system: str | None,
     device: Device,
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, int],
 ) -> Condition:
-    """Return RMD or WRMD with the λ and k·|α| of the paper.
-
-    layers: first and last layer to steer, both included; by default, as in the paper, those that score best:
-        a third of all.
-    """
+    """Return RMD or WRMD with the λ and k·|α| of the paper, on the `layers` first to last, both included."""
     estimator = kind(ridge=_PAPER_RIDGE, ridge_scale="absolute", device=device)
     estimator.fit(samples.activations, samples.confidence)
     directions = estimator.directions_  # [L, D], unit rows
     projections = project(samples.rows, directions[:, np.newaxis], estimator.offset_)[:, :, 0]
     induce, remove = calibration_scales(projections, samples.confidence)
     scales = remove if effect == "remove" else induce
-    if layers is None:
-        weights = flat_profile(layer_scores(projections, samples.confidence), max(1, len(scales) // 3))
-    else:
-        weights = band_profile(len(scales), *layers)
+    weights = band_profile(len(scales), *layers)
     rows = (_sign(effect) * _PAPER_STRENGTH / weights.sum() * weights * scales)[:, np.newaxis] * directions
     added = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
     return Condition(f"{estimator.name}, as printed", Steering(added), system)

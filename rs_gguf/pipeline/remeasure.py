@@ -19,6 +19,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.methods import METHODS
 from rs_gguf.methods import baselines as literature
+from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.run import open_run
@@ -27,7 +28,7 @@ from rs_gguf.pipeline.stages import wordings
 from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.fit import samples
-from rs_gguf.pipeline.stages.measure import Measured, measure, vector_layers
+from rs_gguf.pipeline.stages.measure import Measured, measure
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
@@ -167,7 +168,7 @@ def _measure(
         baselines = literature.build(
             names, lambda: samples(run), run.model, folder.path,
             effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
-            layers=vector_layers({name: file.trial for name, file in files.items()}),
+            layers=files[ControlVector.name].trial.candidate.layers,
             system_prompt=lambda: wordings.select(run, tuned, log, advance),
         )  # fmt: skip
         measured = measure(

@@ -35,6 +35,11 @@ class Candidate:
         return replace(self, strength=0)
 
     @property
+    def layers(self) -> tuple[int, int]:
+        """The first and the last layer, both included."""
+        return self.first, self.last
+
+    @property
     def recorded(self) -> str:
         """Return the estimator that rows and files name, or the label in its place."""
         return self.estimator or _ESTIMATOR_LABELS.get(self.method, self.method)

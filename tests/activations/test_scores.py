@@ -12,8 +12,6 @@ from rs_gguf.activations.projection import project, project_statistics
 from rs_gguf.activations.scores import (
     band_profile,
     calibration_scales,
-    choose_layers,
-    flat_profile,
     layer_auroc,
     layer_scores,
     scales_of,
@@ -79,25 +77,7 @@ def test_bands_hold_the_score_and_repeat_with_the_seed() -> None:
     assert not np.array_equal(score_bands(p, c, layer_auroc, resamples=60, seed=1)[0], low)
 
 
-def test_choice_drops_the_deepest_and_layer_0() -> None:
-    rising = np.arange(24.0)
-    assert choose_layers(rising, 2) == [21, 22]
-    assert choose_layers(rising, 2, drop_deepest=0) == [22, 23]
-    assert choose_layers(rising, 2, drop_deepest=0.25) == [16, 17]
-    assert choose_layers(np.arange(48.0), 1) == [45]
-    assert choose_layers(-rising, 2) == [1, 2]
-    assert choose_layers(np.zeros(24), 3) == [1, 2, 3]
-    assert choose_layers([0, 5, 1, 4, 9], 2) == [1, 3]
-    with pytest.raises(InputError, match="1 to 22"):
-        choose_layers(rising, 23)
-    with pytest.raises(InputError, match="finite"):
-        choose_layers([0, np.nan], 1)
-    with pytest.raises(InputError, match="drop_deepest"):
-        choose_layers(rising, 1, drop_deepest=1)
-
-
-def test_profiles() -> None:
-    np.testing.assert_array_equal(flat_profile([9, 1, 5, 4, 9], 2), [0, 0, 1, 1, 0])
+def test_a_layer_range_has_weights_and_fits_the_model() -> None:
     np.testing.assert_array_equal(band_profile(6, 2, 4), [0, 0, 1, 1, 1, 0])
     for first, last in ((0, 3), (3, 2), (2, 6)):
         with pytest.raises(InputError, match="layer range"):

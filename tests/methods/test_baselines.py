@@ -57,7 +57,7 @@ def build(
     chosen: Recipe,
     model: LlamaModel | None = None,
     folder: Path = Path(),
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, int] = (3, 5),
 ) -> Sequence[Condition]:
     """Return the usable baselines of a recipe; the first system prompt counts as the best one."""
     return baselines.build(
@@ -93,9 +93,7 @@ def test_as_printed_adds_up_to_the_papers_strength(name: str) -> None:
     (remove,) = build(fit_samples, recipe(name))
     (induce,) = build(fit_samples, recipe(name, effect="induce"))
     added = remove.steering.directions
-    assert len(added) == LAYERS // 3
-    assert 4 in added
-    assert 0 not in added
+    assert sorted(added) == [3, 4, 5]
     # Away from refusal along the planted axis of the layer; the opposite way to induce.
     assert added[4][4] < 0 < induce.steering.directions[4][4]
     assert abs(added[4][4]) > 0.75 * np.linalg.norm(added[4])
@@ -109,16 +107,14 @@ def test_as_printed_adds_up_to_the_papers_strength(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rmd", "wrmd"])
 def test_as_printed_steers_the_layers_of_the_selected_vector(name: str) -> None:
-    (free,) = build(samples(), recipe(name))
-    (bound,) = build(samples(), recipe(name), layers=(2, 6))
-    assert sorted(bound.steering.directions) == [2, 3, 4, 5, 6]
-    assert bound.name == free.name
+    (few,) = build(samples(), recipe(name))
+    (many,) = build(samples(), recipe(name), layers=(2, 6))
+    assert sorted(many.steering.directions) == [2, 3, 4, 5, 6]
+    assert many.name == few.name
     # k·|α| = 3 is shared by five layers in place of three.
-    shared = free.steering.directions.keys() & bound.steering.directions.keys()
-    assert shared
-    for layer in shared:
+    for layer in (3, 4, 5):
         np.testing.assert_allclose(
-            bound.steering.directions[layer], 3 / 5 * free.steering.directions[layer], rtol=1e-5
+            many.steering.directions[layer], 3 / 5 * few.steering.directions[layer], rtol=1e-5
         )
 
 

@@ -453,8 +453,10 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
     for stage in ("score", "measure"):
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
-        (folder / "effect_check.json").write_text("{}")
-        (folder / "tune.json").write_text('{"trials": [], "selected": {}}')
+        (folder / "effect_check.json").write_text('{"vector": {}}')
+        trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 2.0), "short", 0.0, 1.0)
+        write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
+        (folder / "remove.gguf").touch()
         chosen = recipe.load(None, ["measure.baselines=[]"])
         with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
             one.stages[stage].work(one, "key")

@@ -87,7 +87,7 @@ def file_record(
         sha256=sha256(file.path),
         estimator=candidate.recorded,
         ridge=candidate.ridge,
-        layers=(candidate.first, candidate.last),
+        layers=candidate.layers,
         strength=candidate.strength,
         benign_target=candidate.benign_target,
         scale=1.0,

@@ -59,7 +59,6 @@ from rs_gguf.records.metrics import (
     Speed,
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
-from rs_gguf.records.trials import Trial
 from rs_gguf.version import __version__
 
 
@@ -97,7 +96,7 @@ class Measure(Stage):
             baselines = literature.build(
                 names, lambda: samples(run), run.model, folder.path,
                 effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
-                layers=vector_layers(trials),
+                layers=trials[ControlVector.name].candidate.layers,
                 system_prompt=lambda: wordings.select(run, tuned(), log, advance),
             )  # fmt: skip
             measured = measure(
@@ -145,12 +144,6 @@ class Measure(Stage):
             rows * costs.prompt + selection.read,
             answered + selection.answered,
         )
-
-
-def vector_layers(trials: Mapping[str, Trial]) -> tuple[int, int] | None:
-    """Return first and last layer of the selected vector; None without one."""
-    vector = trials.get(ControlVector.name)
-    return None if vector is None else (vector.candidate.first, vector.candidate.last)
 
 
 class Measured(NamedTuple):
