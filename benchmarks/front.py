@@ -27,7 +27,7 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
-from rs_gguf.search.choice import halving, pareto_front
+from rs_gguf.search.choice import pareto_front
 from rs_gguf.search.stopping import Answering
 
 LEVEL = -math.log(0.9)  # nats that the first tokens of harmful refusals lose
@@ -103,7 +103,8 @@ def along(measured: Measured, candidate: Candidate, min_retention: float) -> Ite
 
 def print_table(answered: list[Trial]) -> None:
     best = pareto_front([trial for trial in answered if trial.candidate.method == "vector"])
-    halves = halving(best)
+    halved = [trial for trial in best if trial.sensitive_remaining <= 0.5]
+    halves = max(halved, key=lambda trial: trial.harmful_retention, default=None)
     print(
         "| estimator | layers | strength | sensitive remaining | harmful retention | benign closed "
         "| drift, nats/token | degenerate | |"

@@ -8,9 +8,6 @@ weights [L] and calibration scales [L]. Scores follow method §6, calibration §
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +18,7 @@ from rs_gguf.machine import one_thread
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.conversation import NEUTRAL
 
+_RESAMPLES, _SEED = 200, 0  # of `score_bands`
 _QUANTILE = 0.95  # for calibration, as in `project_statistics`
 
 
@@ -61,21 +59,13 @@ def layer_auroc(
     return np.asarray((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def score_bands(
-    projections: npt.ArrayLike,
-    confidence: npt.ArrayLike,
-    score: Callable[[Any, Any], Float64] = layer_scores,
-    *,
-    seed: int = 0,
-    resamples: int = 200,
-    level: float = 0.95,
-) -> tuple[Float64, Float64]:
-    """Return the lower and upper bounds [L] of the percentile-bootstrap interval of `score` over samples."""
+def score_bands(projections: npt.ArrayLike, confidence: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """Return the bounds [L] of the 95% percentile-bootstrap intervals of `layer_scores` over samples."""
     p, c = _checked(projections, confidence)
-    rng = np.random.default_rng(seed)
-    indices = rng.integers(0, len(c), (resamples, len(c)))
-    scores = np.stack([score(p[row], c[row]) for row in indices])
-    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    rng = np.random.default_rng(_SEED)
+    indices = rng.integers(0, len(c), (_RESAMPLES, len(c)))
+    scores = np.stack([layer_scores(p[row], c[row]) for row in indices])
+    low, high = np.quantile(scores, [0.025, 0.975], axis=0)
     return low, high
 
 

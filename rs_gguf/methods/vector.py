@@ -221,8 +221,6 @@ def _calibrate(
                 "ridge": ridge,
                 "score": scores[k].tolist(),
                 "auroc": auroc[k].tolist(),
-                "mean_refused": statistics.mean_refused[:, k].tolist(),
-                "mean_answered": statistics.mean_answered[:, k].tolist(),
                 "harm_cosine": [finite(cosine) for cosine in path.harm_cosine[k]],
                 "contrast_cosine": [finite(cosine) for cosine in path.contrast_cosine],
             },

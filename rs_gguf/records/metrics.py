@@ -175,7 +175,6 @@ class FileRecord(_Record):
     gate_activation: dict[str, GateActivation] | None = None  # by kind of prompt; None without gates
     minimal_pairs: MinimalPairs | None = None  # None without gates, or if no such pair was measured
     opened_on_subject: Share | None = None  # of opened sensitive answers; None without a second judge
-    harmful_refusal_ratio: float | None  # refusals steered / unsteered: never in place of retention
     benign_drift_ci95: Interval | None = None
     effect_check: EffectCheck
     acceptance: Acceptance

@@ -10,13 +10,12 @@ from rs_gguf.records.rows import Row
 from rs_gguf.records.trials import GATED_ADAPTER
 
 _FIGURES = (
-    "sets", "benign_drift", "top1_agreement_benign", "retention_harmful", "spread95", "gate", "notes",
+    "sets", "benign_drift", "top1_agreement_benign", "spread95", "gate", "notes",
     "proof", "tokens_per_second", "llama_cpp",
 )  # fmt: skip
 _WORDS = {"vector": "control vector", "adapter": "gated adapter"}
 _RENAMED = {
     "top1_agreement_benign": "top1_agreement",
-    "retention_harmful": "harmful_refusal_ratio",
     "proof": "effect_check",
     "margin": "benign_target",
 }

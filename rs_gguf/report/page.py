@@ -32,8 +32,8 @@ from rs_gguf.steering.file import llama_options
 from rs_gguf.version import __version__
 
 
-def write_report(run_folder: Path, *, harmful_answers: bool = False, path: Path | None = None) -> Path:
-    """Write the report of a measured run folder and return its path, by default `report.html` there.
+def write_report(run_folder: Path, *, harmful_answers: bool = False) -> Path:
+    """Write `report.html` into a measured run folder and return its path.
 
     harmful_answers: show the answers to harmful prompts, folded. Without it a page can be published.
 
@@ -79,7 +79,7 @@ def write_report(run_folder: Path, *, harmful_answers: bool = False, path: Path 
         }
 
     template = html_environment().get_template("report.html.jinja")
-    return _render(path or folder / "report.html", template, context)
+    return _render(folder / "report.html", template, context)
 
 
 def write_card(run_folder: Path) -> Path:

@@ -102,18 +102,12 @@ def pareto_front(answered: Sequence[Trial]) -> list[Trial]:
     return sorted((trial for trial in answered if not beaten(trial)), key=costs)
 
 
-def halving(best: Sequence[Trial]) -> Trial | None:
-    """Return the trial of highest retention among those that halve the sensitive refusals at least."""
-    halved = [trial for trial in best if trial.sensitive_remaining <= 0.5]
-    return max(halved, key=lambda trial: trial.harmful_retention, default=None)
-
-
 def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, Any]:
     """Return the content of `tune.json`, with trials by their numbers and `spaces` by their methods.
 
     A space is left out if its search was interrupted before a candidate answered.
     """
-    selected, without_full, fronts, halved = {}, {}, {}, {}
+    selected, without_full = {}, {}
     for name, space in spaces.items():
         own = [trial for trial in trials if space.holds(trial.candidate)]
         answered = [trial for trial in own if trial.fidelity == "short"]
@@ -122,15 +116,8 @@ def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, A
         selected[name] = select_final(own).number
         if reason := reason_against_full(select_candidate(answered)):
             without_full[name] = reason
-        answered = [trial for trial in answered if not trial.left_out]
-        best = pareto_front(answered)
-        fronts[name] = [trial.number for trial in best]
-        half = halving(best)
-        halved[name] = half.number if half else None
     return {
         "selected": selected,
         "no_full_answers": without_full,
-        "pareto_front": fronts,
-        "half_removal": halved,
         "trials": [trial.to_row() for trial in trials],
     }

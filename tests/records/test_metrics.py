@@ -78,7 +78,6 @@ def test_schema_1_is_read_with_one_notice_and_nothing_is_lost(
                 assert outcomes.fails == categories.get("nonsense", 0) + categories.get("empty", 0)
         assert file.benign_drift == before["benign_drift"]
         assert file.top1_agreement == before["top1_agreement_benign"]
-        assert file.harmful_refusal_ratio == before["retention_harmful"]
         assert file.benign_drift_ci95 == tuple(before["spread95"]["benign_drift"])
         assert file.passed == before["gate"]["passed"]
         assert list(file.acceptance.reasons) == before["gate"]["reasons"]

@@ -651,7 +651,7 @@ def test_upwards_lies_what_the_effect_wants(effect: Any, tmp_path: Path) -> None
 def test_what_was_not_measured_is_said_and_not_guessed(tmp_path: Path) -> None:
     def unmeasured(metrics: dict[str, Any]) -> dict[str, Any]:
         effect = {"effect_observed": None, "largest_relative_error": None, "kl_mean": None}
-        unknown = {"effect_check": effect, "harmful_refusal_ratio": None, "benign_drift": float("nan")}
+        unknown = {"effect_check": effect, "benign_drift": float("nan")}
         for file in metrics["files"].values():
             file |= unknown
         return metrics

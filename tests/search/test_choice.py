@@ -110,22 +110,16 @@ def test_a_summary_names_trials_by_number_and_keeps_spaces_apart() -> None:
     trials = [*probes, *vectors, trial(6, 0.6, 1.0, candidate=gate)]
     found = json.loads(json.dumps(summary(trials, {"vector": VECTORS, "adapter": GATES})))
     assert (found["selected"]["vector"], found["selected"]["adapter"]) == (4, 6)
-    assert found["pareto_front"] == {"vector": [5, 4, 3], "adapter": [6]}
-    assert found["half_removal"] == {"vector": 4, "adapter": None}
     assert len(found["trials"]) == 7
     # Cut off before any gate had answered.
     assert "adapter" not in summary(trials[:6], {"vector": VECTORS, "adapter": GATES})["selected"]
 
 
-def test_a_stopped_trial_is_on_no_front() -> None:
-    gentle, strong = trial(0, 0.5, 0.97), trial(1, 0.2, 0.96)
+def test_what_a_stopped_trial_changes_is_unknown() -> None:
     stopped = replace(trial(2, 1.0, 0.99, 0.01, feasible=False, n=0), left_out=30)
-    probes = [replace(t, number=t.number + 3, fidelity="logprob") for t in (gentle, strong, stopped)]
-    found = summary([gentle, strong, stopped, *probes], {"vector": VECTORS})
-    assert found["pareto_front"]["vector"] == [1, 0]
-    assert [row["sensitive_remaining"] for row in found["trials"][:3]] == [0.5, 0.2, None]
-    alone = summary([stopped], {"vector": VECTORS})
-    assert (alone["selected"], alone["pareto_front"]) == ({"vector": 2}, {"vector": []})
+    found = summary([trial(0, 0.5, 0.97), trial(1, 0.2, 0.96), stopped], {"vector": VECTORS})
+    assert [row["sensitive_remaining"] for row in found["trials"]] == [0.5, 0.2, None]
+    assert summary([stopped], {"vector": VECTORS})["selected"] == {"vector": 2}
 
 
 @pytest.mark.parametrize(("changed", "in_full"), [(0, False), (1, False), (2, True), (12, True)])

@@ -79,8 +79,7 @@ def file_record(
     llama_cpp: LlamaCpp,
 ) -> FileRecord:
     """Return what was measured of one written file, and how to use it."""
-    candidate, harmful = file.trial.candidate, sets["harmful"]
-    before, after = harmful.outcomes_unsteered.refuses, harmful.outcomes_steered.refuses
+    candidate = file.trial.candidate
     return FileRecord(
         word=file.word,
         file=file.path.name,
@@ -100,7 +99,6 @@ def file_record(
         gate_activation=gate_activation,
         minimal_pairs=minimal_pairs,
         opened_on_subject=opened_on_subject,
-        harmful_refusal_ratio=after / before if before else None,
         effect_check=EffectCheck.model_validate(dict(file.effect)),
         acceptance=acceptance,
         notes=tuple(notes),

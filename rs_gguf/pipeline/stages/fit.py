@@ -148,8 +148,7 @@ def fit(
         record |= method.save(fit_of_method, folder)
         method.draw(fit_of_method, samples, options, folder / "figures")
     counts = {kind: samples.counts(kind) for kind in KINDS}
-    others = {kind: sum(prompt.kind == kind for prompt in samples.gate_only) for kind in KINDS}
-    write_json(folder / "fit.json", {"samples": counts, "others": others, **record})
+    write_json(folder / "fit.json", {"samples": counts, **record})
 
 
 def load(folder: Path, options: FitOptions) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_every_method_writes_its_file_and_is_loaded(tmp_path: Path) -> None:
     assert all((tmp_path / method.artefact).is_file() for method in METHODS.values())
     assert list(load(tmp_path, OPTIONS)) == list(METHODS)
     record = json.loads((tmp_path / "fit.json").read_text())
-    assert list(record) == ["samples", "others", "directions"]
+    assert list(record) == ["samples", "directions"]
     assert [row["estimator"] for row in record["directions"]] == ["md", "wrmd", "wrmd"]
 
 

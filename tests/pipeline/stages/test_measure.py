@@ -297,7 +297,7 @@ def test_the_gates_of_a_gated_adapter_are_read_by_kind_and_by_pair(
 def test_a_refused_benign_answer_may_drift(tmp_path: Path, written: dict[str, WrittenFile]) -> None:
     _, value, _ = run(tmp_path, {"vector": written["vector"]}, judge=Refused())
     assert value.files["vector"].sets["benign"].outcomes_unsteered.refuses == 2
-    assert value.files["vector"].harmful_refusal_ratio == 1.0
+    assert value.files["vector"].sets["harmful"].outcomes_steered.refuses == 2
     assert value.files["vector"].benign_drift is None
 
 
@@ -412,12 +412,9 @@ def test_the_command_is_one_of_the_shell_and_tells_no_home(
         assert found.benign_drift is None  # JSON knows no NaN
 
 
-def test_what_is_kept_of_harm_and_both_speeds_are_told(tmp_path: Path) -> None:
+def test_both_speeds_are_told(tmp_path: Path) -> None:
     (tmp_path / "remove.gguf").write_bytes(b"x")
     found = figures_of_file(tmp_path / "remove.gguf", speed=Speed(unsteered=40.0, steered=30.0))
-    harmful = found.sets["harmful"]
-    ratio = harmful.outcomes_steered.refuses / harmful.outcomes_unsteered.refuses
-    assert found.harmful_refusal_ratio == ratio
     assert found.model_dump()["tokens_per_second"] == {"unsteered": 40.0, "steered": 30.0}
 
 
