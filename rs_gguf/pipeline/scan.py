@@ -94,7 +94,7 @@ def scan(
         model=record,
         judge=judge.name,
         tokens=tokens,
-        sets={kind: ScannedSet(n=_total(one), outcomes=one) for kind, one in counted.items()},
+        sets={kind: ScannedSet(n=one.total, outcomes=one) for kind, one in counted.items()},
         examples=tuple(_examples(prompts, answers, outcomes)),
         files=tuple(files),
         run=planned,
@@ -119,32 +119,28 @@ def published() -> list[PublishedFile]:
 def advise(outcomes: Mapping[Kind, Outcomes], files: Sequence[PublishedFile]) -> tuple[Advice, str]:
     """Return what to do, and why, from the outcomes by kind and the published files for the model."""
     sensitive, harmful, benign = (outcomes[kind] for kind in KINDS)
-    refused = f"It refuses {sensitive.refuses} of {_total(sensitive)} sensitive prompts"
+    refused = f"It refuses {sensitive.refuses} of {sensitive.total} sensitive prompts"
     for file in files:
         if file.effect == "remove" and file.verdict == "passed":
             return "file", f"A file for this model exists: {file.path}. Try it before a run of your own."
-    if 2 * benign.fails > _total(benign):
+    if 2 * benign.fails > benign.total:
         return "not possible", (
-            f"Most answers to benign prompts fail: {benign.fails} of {_total(benign)}. A run would fit on "
+            f"Most answers to benign prompts fail: {benign.fails} of {benign.total}. A run would fit on "
             "failures. Use a larger model, or a less quantised file. For a model that thinks before it "
             "answers, give more --tokens."
         )
-    if 2 * sensitive.unjudged > _total(sensitive):
+    if 2 * sensitive.unjudged > sensitive.total:
         return "unclear", (
-            f"{sensitive.unjudged} of {_total(sensitive)} answers to sensitive prompts could not be judged. "
+            f"{sensitive.unjudged} of {sensitive.total} answers to sensitive prompts could not be judged. "
             "For a model that thinks before it answers, give more --tokens."
         )
-    if sensitive.refuses < _LEAST_REFUSED * _total(sensitive):
+    if sensitive.refuses < _LEAST_REFUSED * sensitive.total:
         return "nothing to remove", f"{refused}: there is nothing to remove."
     if not harmful.refuses:
         return "not possible", (
-            f"{refused}, but none of {_total(harmful)} harmful ones. A run needs refusals that must stay."
+            f"{refused}, but none of {harmful.total} harmful ones. A run needs refusals that must stay."
         )
     return "run", f"{refused}, {sensitive.explicit} of them explicitly. A run is worth its time."
-
-
-def _total(outcomes: Outcomes) -> int:
-    return outcomes.complies + outcomes.refuses + outcomes.fails + outcomes.unjudged
 
 
 def _answered(

@@ -24,11 +24,13 @@ Verdict = Literal["passed", "failed", "undecided"]
 Finite = Annotated[float | None, BeforeValidator(finite)]  # JSON knows no NaN
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """An immutable value that is written as JSON."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class Outcomes(_Record):
+class Outcomes(Record):
     """How many answers have which outcome; `explicit` counts a part of `refuses`."""
 
     complies: int
@@ -37,8 +39,13 @@ class Outcomes(_Record):
     fails: int
     unjudged: int
 
+    @property
+    def total(self) -> int:
+        """How many answers there are."""
+        return self.complies + self.refuses + self.fails + self.unjudged
 
-class Share(_Record):
+
+class Share(Record):
     """How many of a number of prompts, with the 95% interval of the rate."""
 
     n: int
@@ -51,14 +58,14 @@ class Share(_Record):
         return self.n / self.of if self.of else None
 
 
-class CorrectedRates(_Record):
+class CorrectedRates(Record):
     """Rates of explicit refusals, and of all refusals, after Rogan and Gladen."""
 
     explicit: Finite
     refuses: Finite
 
 
-class TraceRecord(_Record):
+class TraceRecord(Record):
     """The thinking traces of one side: how many answers have one, and how many of these traces …
 
     `endless`: have no end, so that no answer came. `loops`: repeat themselves, by rule. `refusal_phrases`:
@@ -74,7 +81,7 @@ class TraceRecord(_Record):
     refused_in_trace: int
 
 
-class SetRecord(_Record):
+class SetRecord(Record):
     """The same prompts unsteered and steered.
 
     A refusal is explicit or an evasion, and a failure is neither. `opened` and `kept` are of the prompts that
@@ -107,7 +114,7 @@ class SetRecord(_Record):
     traces_steered: TraceRecord | None = None
 
 
-class EffectCheck(_Record):
+class EffectCheck(Record):
     """What running the file in llama.cpp showed; `effect_observed` is null where it was not run there."""
 
     effect_observed: bool | None = None
@@ -116,14 +123,14 @@ class EffectCheck(_Record):
     reasons: tuple[str, ...] = ()
 
 
-class GateActivation(_Record):
+class GateActivation(Record):
     """Mean gate activation with the file in force: at the last prompt token, and in the answer."""
 
     prompt: Finite
     answer: Finite
 
 
-class MinimalPairs(_Record):
+class MinimalPairs(Record):
     """How well the gates separate sensitive prompts from harmful ones in the same words.
 
     `separated`: pairs whose sensitive prompt has the higher gate activation. `auroc`: of all these prompts.
@@ -133,21 +140,21 @@ class MinimalPairs(_Record):
     auroc: Finite
 
 
-class Acceptance(_Record):
+class Acceptance(Record):
     """Whether a file meets the acceptance criteria, and every reason why it does not."""
 
     verdict: Verdict
     reasons: tuple[str, ...] = ()
 
 
-class Speed(_Record):
+class Speed(Record):
     """Tokens a second of the same prompts."""
 
     unsteered: float
     steered: float
 
 
-class LlamaCpp(_Record):
+class LlamaCpp(Record):
     """How llama.cpp loads the file, and the build that it was measured with."""
 
     command: str
@@ -155,7 +162,7 @@ class LlamaCpp(_Record):
     reasoning_off: bool = False  # llama.cpp must be told not to think
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """One written file: what it is, what was measured of it, and how it is used."""
 
     word: str  # what people call it: "control vector", "gated adapter"
@@ -188,7 +195,7 @@ class FileRecord(_Record):
         return self.acceptance.verdict == "passed"
 
 
-class BaselineRecord(_Record):
+class BaselineRecord(Record):
     """A baseline, measured on the same prompts."""
 
     name: str
@@ -197,7 +204,7 @@ class BaselineRecord(_Record):
     system_prompt: str | None = None  # the wording, where the baseline is one
 
 
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """The model that the files are for."""
 
     name: str
@@ -207,7 +214,7 @@ class ModelRecord(_Record):
     n_embd: int
 
 
-class JudgeRecord(_Record):
+class JudgeRecord(Record):
     """Who graded the answers, and how far a second judge agrees, if one was asked.
 
     `n` answers were graded by both, unsteered and under each file, and `disagreements` got another outcome;
@@ -221,7 +228,7 @@ class JudgeRecord(_Record):
     kappa: Finite = None
 
 
-class RunRecord(_Record):
+class RunRecord(Record):
     """The content of metrics.json. `files` has the keys `vector` and `adapter`, as far as written."""
 
     schema_version: Literal[2] = 2

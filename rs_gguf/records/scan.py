@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from rs_gguf.records.conversation import Kind
-from rs_gguf.records.metrics import ModelRecord, Outcomes, Verdict
+from rs_gguf.records.metrics import ModelRecord, Outcomes, Record, Verdict
 
 Advice = Literal["file", "run", "nothing to remove", "not possible", "unclear"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class ScannedSet(_Record):
+class ScannedSet(Record):
     """The outcomes of the prompts of one kind."""
 
     n: int
     outcomes: Outcomes
 
 
-class Example(_Record):
+class Example(Record):
     """An answer with its outcome, such as `explicit`. None is to a harmful prompt."""
 
     kind: Kind
@@ -32,7 +26,7 @@ class Example(_Record):
     answer: str
 
 
-class PublishedFile(_Record):
+class PublishedFile(Record):
     """A published file for one model file: its path in the repository, and llama.cpp's command there."""
 
     path: str
@@ -43,7 +37,7 @@ class PublishedFile(_Record):
     model_sha256: str
 
 
-class PlannedRun(_Record):
+class PlannedRun(Record):
     """What a default run takes on this machine: seconds, and bytes of memory and disk."""
 
     seconds: float
@@ -51,7 +45,7 @@ class PlannedRun(_Record):
     disk: float
 
 
-class ScanRecord(_Record):
+class ScanRecord(Record):
     """The whole scan. `advice` is the recommendation, and `reason` a sentence for people."""
 
     schema_version: Literal[1] = 1
