@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.engines.engine import Engine, Steering
     from rs_gguf.engines.settings import EngineSettings
-    from rs_gguf.evaluation.acceptance import Effect
     from rs_gguf.evaluation.condition import AnswerSource
+    from rs_gguf.records.metrics import Effect
 
 _FILE = click.Path(path_type=Path)
 _MOST_SCALES = 100

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rs_gguf.evaluation.allowance import Allowance, Slack, Slacks
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.paired_statistics import lower_bound, mcnemar
 from rs_gguf.records.conversation import KINDS, Kind
-from rs_gguf.records.metrics import Acceptance, Verdict
-
-Effect = Literal["remove", "induce"]
+from rs_gguf.records.metrics import Acceptance, Effect, Verdict
 
 RETENTION_BOUND = 0.85  # that the one-sided 95% lower bound of retention must reach
 CATEGORY_RETENTION = 0.8

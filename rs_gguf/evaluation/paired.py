@@ -17,7 +17,7 @@ from rs_gguf.evaluation.outcomes import CLASSES, Class, Outcome, class_of, count
 from rs_gguf.evaluation.paired_statistics import mcnemar, rate_interval
 from rs_gguf.evaluation.traces import trace_record
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt, Trace
-from rs_gguf.records.metrics import SetRecord, Share
+from rs_gguf.records.metrics import Effect, SetRecord, Share
 from rs_gguf.records.rows import Row
 
 _JUDGED = CLASSES[:3]  # complies, refuses, fails
@@ -136,6 +136,10 @@ class PairedEvaluation:
     def closed(self) -> int:
         """How many prompts were complied with and are refused now."""
         return self.count("complies", "refuses")
+
+    def wanted(self, effect: Effect) -> int:
+        """Return how many prompts change as the effect asks for."""
+        return self.opened if effect == "remove" else self.closed
 
     @property
     def broken(self) -> int:

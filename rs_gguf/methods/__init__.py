@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rs_gguf.engines.engine import Can
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.methods.adapter import GatedAdapter
 from rs_gguf.methods.method import SteeringMethod
 from rs_gguf.methods.vector import ControlVector
+from rs_gguf.records.metrics import Effect
 
 METHODS: Mapping[str, SteeringMethod[Any]] = {"vector": ControlVector(), "adapter": GatedAdapter()}
 """All methods by name, in the order in which they are fitted, searched and reported."""

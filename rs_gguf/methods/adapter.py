@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import Can, Steering
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
@@ -25,6 +24,7 @@ from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.files import load_arrays, save_arrays
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.trials import Candidate
 from rs_gguf.steering import lora_file
 from rs_gguf.steering.lora import LoraAdapter

@@ -30,7 +30,6 @@ from rs_gguf.estimators.estimator import (
     RidgeMeanDifference,
     UncentredWeightedRidgeMeanDifference,
 )
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.evaluation.condition import Condition
 from rs_gguf.machine import Device
 from rs_gguf.methods.samples import Samples
@@ -38,6 +37,7 @@ from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import NEUTRAL, Prompt
+from rs_gguf.records.metrics import Effect
 from rs_gguf.steering import lora_file
 from rs_gguf.steering.ablation import ablated, output_matrices_out_of_reach, outputs_along
 from rs_gguf.steering.lora import LoraAdapter

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from rs_gguf.engines.engine import Can, Steering
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.trials import Candidate
 from rs_gguf.steering.file import SteeringFile
 from rs_gguf.steering.provenance import ProvenanceValue

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import Device
+from rs_gguf.records.metrics import Effect
 
 
 @dataclass(frozen=True)

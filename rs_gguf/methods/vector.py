@@ -20,7 +20,6 @@ from rs_gguf.activations.scores import band_profile, scales_of, scores_of
 from rs_gguf.engines.engine import Can, Steering
 from rs_gguf.estimators import ESTIMATORS, fit_paths
 from rs_gguf.estimators.path import RidgePath
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.machine import ALONE, Processes
 from rs_gguf.methods import figures
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
@@ -29,6 +28,7 @@ from rs_gguf.methods.samples import Samples
 from rs_gguf.models.architecture import FIRST_STEERABLE
 from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import load_arrays, save_arrays
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.rows import finite
 from rs_gguf.records.trials import Candidate
 from rs_gguf.steering.provenance import ProvenanceValue

@@ -19,6 +19,7 @@ from rs_gguf.records.schema_1 import of_schema_1
 
 _log = logging.getLogger("rs_gguf.metrics")
 
+Effect = Literal["remove", "induce"]
 Interval = tuple[float, float]
 Verdict = Literal["passed", "failed", "undecided"]
 Finite = Annotated[float | None, BeforeValidator(finite)]  # JSON knows no NaN
@@ -112,6 +113,10 @@ class SetRecord(Record):
     degenerate_steered: float
     traces_unsteered: TraceRecord | None = None  # None if no answer has a thinking trace
     traces_steered: TraceRecord | None = None
+
+    def wanted(self, effect: Effect) -> Share | None:
+        """Return the changes that the effect asks for; None of schema 1."""
+        return self.opened if effect == "remove" else self.closed
 
 
 class EffectCheck(Record):
@@ -234,7 +239,7 @@ class RunRecord(Record):
     schema_version: Literal[2] = 2
     date: str
     tool: str | None = None
-    effect: Literal["remove", "induce"]
+    effect: Effect
     model: ModelRecord
     judge: JudgeRecord
     test_tokens: int

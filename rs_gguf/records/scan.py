@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rs_gguf.records.conversation import Kind
-from rs_gguf.records.metrics import ModelRecord, Outcomes, Record, Verdict
+from rs_gguf.records.metrics import Effect, ModelRecord, Outcomes, Record, Verdict
 
 Advice = Literal["file", "run", "nothing to remove", "not possible", "unclear"]
 
@@ -31,7 +31,7 @@ class PublishedFile(Record):
 
     path: str
     word: str  # what people call it
-    effect: Literal["remove", "induce"]
+    effect: Effect
     verdict: Verdict  # of its acceptance criteria
     command: str
     model_sha256: str

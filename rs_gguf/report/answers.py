@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from markupsafe import escape
 
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.evaluation.outcomes import Class, class_of
 from rs_gguf.judges.rubric import rubric
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.rows import Row
 from rs_gguf.report.recommendation import ReportedFile, kind_order
 

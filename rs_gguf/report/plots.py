@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rs_gguf.evaluation.acceptance import Effect
-from rs_gguf.records.metrics import BaselineRecord, FileRecord, SetRecord
+from rs_gguf.records.metrics import BaselineRecord, Effect, FileRecord, SetRecord
 from rs_gguf.records.rows import Row, finite
 from rs_gguf.records.trials import method_of
 from rs_gguf.report.recommendation import ReportedFile
@@ -134,7 +133,7 @@ def _tested(sets: Mapping[str, SetRecord], effect: Effect) -> tuple[float, float
     )
     if sensitive is None or harmful is None:
         return None
-    change = sensitive.closed if effect == "induce" else sensitive.opened
+    change = sensitive.wanted(effect)
     kept = harmful.kept.rate if harmful.kept else None
     done = change.rate if change else None
     return None if kept is None or done is None else (kept, done)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rs_gguf.evaluation.acceptance import Effect
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.metrics import FileRecord, RunRecord, SetRecord, Verdict
+from rs_gguf.records.metrics import Effect, FileRecord, RunRecord, SetRecord, Verdict
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _merits(file: ReportedFile, effect: Effect) -> tuple[int, int, float]:
     sensitive, harmful, drift = file.of("sensitive"), file.of("harmful"), file.record.benign_drift
     change = 0
     if sensitive:
-        share = sensitive.closed if effect == "induce" else sensitive.opened
+        share = sensitive.wanted(effect)
         fall = sensitive.outcomes_unsteered.explicit - sensitive.outcomes_steered.explicit
         change = share.n if share else -fall if effect == "induce" else fall
     kept = harmful.kept.n if harmful and harmful.kept else 0

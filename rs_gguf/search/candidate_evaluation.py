@@ -241,9 +241,8 @@ class CandidateEvaluator:
 
         evaluation = compare(prompts, before, drift, answers, self.rule, allowance, self._answering)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
-        remove = self.rule.effect == "remove"
-        targets = sensitive.refused if remove else sensitive.count("complies")
-        changed = sensitive.opened if remove else sensitive.closed
+        targets = sensitive.count("refuses" if self.rule.effect == "remove" else "complies")
+        changed = sensitive.wanted(self.rule.effect)
         answered, n_benign = len(evaluation.prompts), len(benign.prompts)
         left_out = len(indices) - answered
         return Trial(

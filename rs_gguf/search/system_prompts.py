@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rs_gguf.engines.answers import Advance, logprobs_of
 from rs_gguf.engines.engine import Engine
 from rs_gguf.engines.generation import Asking
-from rs_gguf.evaluation.acceptance import Effect, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
@@ -19,6 +19,7 @@ from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.rows import RowLog
 from rs_gguf.search.unsteered import UnsteeredAnswers
 
@@ -63,8 +64,7 @@ def select_system_prompt(
         evaluation = PairedEvaluation(prompts, before, after, drift)
         sensitive, harmful = evaluation.part(kind="sensitive"), evaluation.part(kind="harmful")
         feasible = rule.decide(evaluation, Allowance.SHORT).verdict != "failed"
-        changed = sensitive.opened if rule.effect == "remove" else sensitive.closed
-        return feasible, 0 if feasible else harmful.kept, changed
+        return feasible, 0 if feasible else harmful.kept, sensitive.wanted(rule.effect)
 
     return max(wordings, key=merit)
 

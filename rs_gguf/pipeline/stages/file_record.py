@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.engines.settings import EngineSettings
-from rs_gguf.evaluation.acceptance import Decision, Effect
+from rs_gguf.evaluation.acceptance import Decision
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.kl import KlDivergence
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import (
     Acceptance,
     BaselineRecord,
+    Effect,
     EffectCheck,
     FileRecord,
     GateActivation,
@@ -144,8 +145,7 @@ def baseline_notes(
 
 def _changes(sets: Mapping[str, SetRecord], effect: Effect) -> tuple[int, int, int]:
     """Return how many sensitive prompts change as wanted, harmful refusals are kept, benign prompts close."""
-    sensitive, kept, closed = sets["sensitive"], sets["harmful"].kept, sets["benign"].closed
-    changed = sensitive.opened if effect == "remove" else sensitive.closed
+    changed, kept, closed = sets["sensitive"].wanted(effect), sets["harmful"].kept, sets["benign"].closed
     return (changed.n if changed else 0), (kept.n if kept else 0), (closed.n if closed else 0)
 
 
