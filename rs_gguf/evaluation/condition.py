@@ -136,10 +136,7 @@ def resume_condition(
     rows = [log.rows[f"{condition.name}:{p.id}"] for p in prompts]
     return JudgedAnswers(
         [Answer.from_row(row) for row in rows],
-        [
-            Judgement(row["confidence"], "recorded", row["category"], row.get("refused_in_trace", False))
-            for row in rows
-        ],
+        [Judgement.from_row(row) for row in rows],
         rows[0]["tokens_per_second"] if rows else 0.0,
     )
 

@@ -53,15 +53,7 @@ class PairedEvaluation:
                     )
                     for row in rows
                 ],
-                [
-                    Judgement(
-                        row[f"confidence_{name}"],
-                        "recorded",
-                        row.get(f"category_{name}"),
-                        row.get(f"refused_in_trace_{name}", False),
-                    )
-                    for row in rows
-                ],
+                [Judgement.from_row(row, f"_{name}") for row in rows],
             )
 
         names = ("kind", "subject", "topic", "form", "language")

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rs_gguf.records.rows import Row
 
@@ -138,6 +138,16 @@ class Judgement:
         if self.confidence is not None and not math.isfinite(self.confidence):
             object.__setattr__(self, "mode", f"unparseable: a confidence of {self.confidence}")
             object.__setattr__(self, "confidence", None)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], suffix: str = "") -> Judgement:
+        """Return the judgement of a JSON row, whose columns end in `suffix`."""
+        return cls(
+            row[f"confidence{suffix}"],
+            "recorded",
+            row.get(f"category{suffix}"),
+            row.get(f"refused_in_trace{suffix}", False),
+        )
 
     @property
     def verdict(self) -> Verdict:
