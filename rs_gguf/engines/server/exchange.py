@@ -98,7 +98,7 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
             `ForbiddenError` if the request may also be the reason.
     """
     key = _key(url, key_variable)
-    with _response(url, path, data, timeout, key_variable) as response:
+    with _response(url, path, data, timeout, key, key_variable) as response:
         raw = _body(url, response)
     try:
         return json.loads(_without(key, raw.decode("utf-8")))
@@ -109,17 +109,16 @@ def exchange(url: str, path: str, data: bytes | None, timeout: float, key_variab
 def event_lines(url: str, path: str, data: bytes, timeout: float, key_variable: str) -> Iterator[str]:
     """Yield the lines of a server's answer to `data` as they arrive. Raises as `exchange` does."""
     key = _key(url, key_variable)
-    with _response(url, path, data, timeout, key_variable) as response:
+    with _response(url, path, data, timeout, key, key_variable) as response:
         for line in response.iter_lines():
             yield _without(key, line)
 
 
 @contextlib.contextmanager
 def _response(
-    url: str, path: str, data: bytes | None, timeout: float, key_variable: str
+    url: str, path: str, data: bytes | None, timeout: float, key: str, key_variable: str
 ) -> Iterator[httpx.Response]:
     """Yield a successful response whose body is not read yet. Raises as `exchange` does."""
-    key = _key(url, key_variable)
     headers = {"Content-Type": "application/json", "User-Agent": f"rs-gguf/{__version__}"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
