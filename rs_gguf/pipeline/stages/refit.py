@@ -28,6 +28,7 @@ from rs_gguf.evaluation.condition import Condition, answer_condition
 from rs_gguf.methods import METHODS
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
+from rs_gguf.models import dimensions
 from rs_gguf.pipeline.stage import Run
 
 _FOLDER = "activations-refit"
@@ -77,4 +78,5 @@ def _inputs(run: Run, steering: Steering, folder: Path) -> dict[str, MatrixInput
     store = ActivationStore(folder, "refit")
     with run.model.steered(steering):
         capture_all(run.model, ids, read, prefix, store)
-    return captured(store, len(ids), inputs=True)[1]
+    layers = dimensions.of_gguf(run.model.path).matrix_layers
+    return captured(store, len(ids), inputs=True, layers=layers)[1]
