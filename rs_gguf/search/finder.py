@@ -50,6 +50,8 @@ class Finder:
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
         self._evaluator, self._budget, self._seed = evaluator, budget, seed
+        self._trials = list(known)
+        # Full answers of another number or length say nothing of this search.
         self._known = {
             (trial.fidelity, trial.candidate): trial
             for trial in known
@@ -70,6 +72,11 @@ class Finder:
     @property
     def trials(self) -> list[Trial]:
         """All trials in their order, also of earlier runs."""
+        return list(self._trials)
+
+    @property
+    def comparable(self) -> list[Trial]:
+        """The trials without those whose full answers have another number or length."""
         return list(self._known.values())
 
     def search(self, space: Space, seconds: float | None = None) -> Trial:
@@ -99,7 +106,7 @@ class Finder:
         selected = select_candidate(answered)
         if self._answers_in_full(selected):
             self._answer_in_full(selected, space, None if seconds is None else start + seconds)
-        return select_final([trial for trial in self.trials if space.holds(trial.candidate)])
+        return select_final([trial for trial in self.comparable if space.holds(trial.candidate)])
 
     def _answers_in_full(self, selected: Trial) -> bool:
         return self._budget.full > 0 and not reason_against_full(selected)
@@ -129,12 +136,13 @@ class Finder:
     def _measured(self, fidelity: str, candidate: Candidate) -> Trial:
         trial = self._known.get((fidelity, candidate))
         if trial is None:
-            number = 1 + max((trial.number for trial in self._known.values()), default=-1)
+            number = 1 + max((trial.number for trial in self._trials), default=-1)
             trial = self._evaluator.measure(fidelity, number, candidate)
             # A resumed search measures the unsteered side again, which counts once.
             if any((known.fidelity == "full") == (fidelity == "full") for known in self._known.values()):
                 trial = replace(trial, unsteered_seconds=0.0)
             self._known[fidelity, candidate] = trial
+            self._trials.append(trial)
             self._record(trial)
         if (fidelity, candidate) not in self._counted:
             self._counted.add((fidelity, candidate))

@@ -108,7 +108,8 @@ def tune(
             for space in spaces.values():
                 finder.search(space, None if budget is None else budget / len(spaces))
         finally:  # also when interrupted: the best so far is kept, and the search goes on from there
-            found = summary(finder.trials, spaces)
+            found = summary(finder.comparable, spaces)
+            found["trials"] = [trial.to_row() for trial in finder.trials]
             write_json(path, {"key": key, **found})
     log.finish(list(log.rows))
 

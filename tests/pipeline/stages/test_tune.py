@@ -1105,3 +1105,20 @@ def test_the_stage_keeps_the_best_so_far_and_goes_on(tmp_path: Path) -> None:
     strict = Formulas()
     values = tune_stage(tmp_path / "whole", strict, budget=50, max_benign_drift=0.1)
     assert len(values["trials"]) == len(strict.asked)
+
+
+def test_full_answers_of_another_length_keep_their_rows_and_numbers(tmp_path: Path) -> None:
+    options = {"trials": 12, "finalists": 6, "full": 4}
+    first = tune_stage(tmp_path, Breaking(), **options)
+    longer = Breaking()
+    longer.full_size = (12, 200)
+    second = tune_stage(tmp_path, longer, **options)
+    assert [fidelity for fidelity, _ in longer.asked] == ["full"] * 2
+    assert second["trials"][:-2] == first["trials"]
+    assert [trial["number"] for trial in second["trials"]] == list(range(len(first["trials"]) + 2))
+    # The new ones decide, and whoever returns to the former length finds what was measured.
+    assert second["selected"]["vector"] in {trial["number"] for trial in second["trials"][-2:]}
+    again = Breaking()
+    third = tune_stage(tmp_path, again, **options)
+    assert again.asked == []
+    assert (third["selected"], third["trials"]) == (first["selected"], second["trials"])
