@@ -73,11 +73,19 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 class RowLog:
     """A log of rows under a key: rows are appended one by one, then written in order to the final file."""
 
-    def __init__(self, final: Path, key: str, finished: Callable[[Path], None] = lambda path: None) -> None:
+    def __init__(
+        self,
+        final: Path,
+        key: str,
+        finished: Callable[[Path], None] = lambda path: None,
+        *,
+        former: str | None = None,
+    ) -> None:
         """Open the log and continue with the rows that an earlier process left under the same `key`.
 
         `final`: the file that `finish` writes. `finish` then calls `finished` with the path of the log; the
-        log may be deleted once the stage is marked as done.
+        log may be deleted once the stage is marked as done. `former`: the key that an earlier version had for
+        the same inputs.
         """
         self._final, self._finished = final, finished
         self._path = final.with_name(f"{final.name}.part")
@@ -86,7 +94,7 @@ class RowLog:
         data = self._path.read_bytes() if self._path.is_file() else b""
         lines = data.decode("utf-8", "replace").split("\n")
         header = json.dumps({"key": key})
-        if lines[0] == header:
+        if lines[0] in (header, json.dumps({"key": former})):
             for line in lines[1:]:
                 with contextlib.suppress(json.JSONDecodeError):
                     row = json.loads(line)

@@ -185,6 +185,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tune.min_retention=0.5", "tune"),
         ("answers.test_tokens=32", "tune"),
         ("answers.test_tokens=32", "measure"),
+        ("tune.min_top1=0.8", "measure"),
         ("measure.baselines=[]", "measure"),
         ("prompts.validation=5", "measure"),
     ],
@@ -198,6 +199,12 @@ def test_each_choice_changes_keys_from_the_first_stage_that_depends_on_it(
     after = [*before, changed.replace("@", f"{two_models}/")]
     one, other = (keys(tmp_path, *values, stages=tuple(STAGES)) for values in (before, after))
     assert next(name for name, a, b in zip(STAGES, one, other, strict=True) if a != b) == stage
+
+
+def test_a_limit_that_the_search_does_not_use_leaves_older_keys_valid(tmp_path: Path) -> None:
+    with open_run(recipe.load(None, ["tune.full_prompts=0"]), RunFolder(tmp_path)) as one:
+        assert one.stages["tune"].inputs(one) == [one.recipe.tune.model_dump(), 0]
+        assert 0.9 not in one.stages["measure"].inputs(one)
 
 
 def test_settings_that_change_no_result_change_no_key(two_models: Path, tmp_path: Path) -> None:

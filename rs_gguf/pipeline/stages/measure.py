@@ -45,7 +45,7 @@ from rs_gguf.pipeline.stages.file_record import (
     search_notes,
 )
 from rs_gguf.pipeline.stages.fit import samples
-from rs_gguf.pipeline.stages.tune import chosen
+from rs_gguf.pipeline.stages.tune import UNUSED, chosen
 from rs_gguf.pipeline.stages.write import path_of, write_file
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
@@ -72,6 +72,8 @@ class Measure(Stage):
         return [
             recipe.answers.test_tokens, recipe.measure.model_dump(), recipe.judge_second,
             run.second_judge_hash, [p.to_row() for p in run.prompts["validation"]],
+            # Older folders keep their keys.
+            *([] if recipe.tune.min_top1 == UNUSED["min_top1"] else [recipe.tune.min_top1]),
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
