@@ -106,7 +106,7 @@ def test_files_are_measured_on_each_quantisation_and_only_once(
     assert all("fitted" not in one for one in figures)
 
     monkeypatch.setattr(llama_cpp, "llama_model_quantize", None)
-    monkeypatch.setattr(remeasuring, "measure", None)
+    monkeypatch.setattr(remeasuring, "measure_files", None)
     measure(monkeypatch, *options)
     assert json.loads(output.read_text(encoding="utf-8")) == figures
 

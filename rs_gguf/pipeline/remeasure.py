@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.errors import InputError
-from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.methods import METHODS
-from rs_gguf.methods import baselines as literature
-from rs_gguf.methods.vector import ControlVector
 from rs_gguf.pipeline import recipe as recipes
 from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
-from rs_gguf.pipeline.stages import wordings
-from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.pipeline.stages.file_record import WrittenFile
-from rs_gguf.pipeline.stages.fit import samples
-from rs_gguf.pipeline.stages.measure import Measured, measure
+from rs_gguf.pipeline.stages.measure import Measured, measure_files
 from rs_gguf.prompts import sealed as sealed_sets
+from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
-from rs_gguf.search.unsteered import UnsteeredAnswers
 from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
 from rs_gguf.version import __version__
-
-_log = logging.getLogger("rs_gguf.remeasure")
 
 _LEAST_TOKENS = 100  # of an answer: reported figures use no shorter ones
 # A reason of the acceptance criteria, now and in schema 1: the search found no candidate within all limits.
@@ -85,13 +75,14 @@ def remeasure(
 
 def _on_validation(run: Run, old: RunRecord, files: Mapping[str, WrittenFile]) -> tuple[RunRecord, Path]:
     folder, prompts = run.folder, run.prompts["validation"]
-    measured, forget = _measure(run, prompts, files, "remeasured.jsonl")
+    log = _open_log(run, "remeasured.jsonl", prompts, files)
+    measured = measure_files(run, prompts, files, log)
     record = _record(run, old, measured, subset=len(prompts) < sum(map(len, run.pool["validation"].values())))
     write_rows(folder / "test_answers.jsonl", measured.rows)
     record.write(folder / "metrics.json")
     write_report(folder.path)
     write_card(folder.path)
-    forget()
+    log.delete()
     return record, folder / "metrics.json"
 
 
@@ -104,14 +95,15 @@ def _on_sealed(
         raise InputError(f"{path} cannot be opened as a sealed set: " + "; ".join(reasons) + ".")
     hashes = {file.path.name: sha256(file.path) for file in files.values()}
     opened = sealed_sets.open_for(path, hashes)
-    measured, forget = _measure(run, sealed, files, "sealed_measured.jsonl", into_files=False)
+    log = _open_log(run, "sealed_measured.jsonl", sealed, files)
+    measured = measure_files(run, sealed, files, log, into_files=False)
     record = _record(run, old, measured, subset=False)
     write_rows(folder / "sealed_answers.jsonl", measured.rows)
     facts = {"set": opened["set"], "set_sha256": opened["set_sha256"], "opened": opened["date"]}
     write_json(folder / "sealed.json", {**record.mapping(), "sealed": facts})
     verdicts = {file.file: file.acceptance.verdict for file in measured.files.values()}
     sealed_sets.record_verdicts(path, verdicts)
-    forget()
+    log.delete()
     return record, folder / "sealed.json"
 
 
@@ -136,18 +128,10 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     return WrittenFile(METHODS[name].word, path, trial, record.effect_check.model_dump())
 
 
-def _measure(
-    run: Run,
-    prompts: Sequence[Prompt],
-    files: Mapping[str, WrittenFile],
-    log_name: str,
-    *,
-    into_files: bool = True,
-) -> tuple[Measured, Callable[[], None]]:
-    """Measure the files on `prompts`; return what was measured, and what deletes the log."""
-    recipe, folder, progress = run.recipe, run.folder, run.progress
-    names = literature.usable(_baselines(run), run.model)
-    tune = run.prompts["tune"] if "system-prompt" in names else []
+def _open_log(run: Run, name: str, prompts: Sequence[Prompt], files: Mapping[str, WrittenFile]) -> RowLog:
+    """Return the log of the answers to `prompts`."""
+    recipe, system_prompt = run.recipe, "system-prompt" in run.recipe.measure.baselines
+    tune = run.prompts["tune"] if system_prompt and ChatFormat.of(run.model).takes_system else []
     key = key_of(
         run.model_hash, run.judge.identity, run.judge_hash,
         # The second judge grades after everything in the log. Neither the check nor most of the engine's
@@ -160,54 +144,7 @@ def _measure(
         # In lists, so that a log of an earlier version goes on.
         {name: [_weights_hash(file.path)] for name, file in files.items()},
     )  # fmt: skip
-    log = RowLog(folder / log_name, key)
-    tuned = _tune_answers(run, tune, log)
-    n = wordings.count(run, tuned) if tune else 0
-    second = run.second_judge
-    with progress.stage("measure", n + (1 + len(names) + len(files)) * len(prompts)) as advance:
-        baselines = literature.build(
-            names, lambda: samples(run), run.model, folder.path,
-            effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
-            layers=files[ControlVector.name].trial.candidate.layers,
-            system_prompt=lambda: wordings.select(run, tuned, log, advance),
-        )  # fmt: skip
-        measured = measure(
-            run.model, run.judge, prompts, files, baselines, recipe, log,
-            second=second, advance=advance, into_files=into_files,
-        )  # fmt: skip
-    return measured, log.delete
-
-
-def _tune_answers(run: Run, prompts: Sequence[Prompt], log: RowLog) -> UnsteeredAnswers:
-    """Return the unsteered answers to the tune prompts, on which the system prompt is selected.
-
-    A run folder has them; a published folder does not, so there the model answers again. Without prompts, no
-    system prompt is measured.
-    """
-    if not prompts:
-        return UnsteeredAnswers([], [], [])
-    if run.folder.is_done("score", run.key("score")):
-        return unsteered(run.folder, prompts)
-    plain = Condition("tune", NO_STEERING, run.recipe.prompts.system)
-    asking = run.recipe.asking(run.recipe.answers.tokens)
-    with run.progress.stage("answer", len(prompts)) as advance:
-        judged = resume_condition(run.model, run.judge, plain, prompts, asking, log, advance)
-    return UnsteeredAnswers(prompts, judged.answers, judged.judgements)
-
-
-def _baselines(run: Run) -> list[str]:
-    """Return the recipe's baselines that can be made here; say which ones need activations that are not."""
-    names = run.recipe.measure.baselines
-    if run.folder.is_done("capture", run.key("capture")):
-        return list(names)
-    left_out = [name for name in names if name not in literature.WITHOUT_ACTIVATIONS]
-    if left_out:
-        _log.warning(
-            "%s has no captured activations: the baselines %s are left out.",
-            run.folder.path,
-            ", ".join(left_out),
-        )
-    return [name for name in names if name not in left_out]
+    return RowLog(run.folder / name, key)
 
 
 def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> RunRecord:

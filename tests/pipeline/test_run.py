@@ -450,6 +450,7 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
     monkeypatch.setattr(measuring, "measure", kill)
     monkeypatch.setattr(Run, "model", None)
     monkeypatch.setattr(Run, "model_hash", "")
+    monkeypatch.setattr(Run, "key", lambda run, stage: stage)
     for stage in ("score", "measure"):
         folder, counted = RunFolder(tmp_path / stage), Counted()
         write_rows(folder / "answers.jsonl", [])
@@ -534,6 +535,7 @@ def test_rows_of_a_file_that_is_no_longer_selected_are_not_used(
     monkeypatch.setattr(measuring, "measure", killed)
     monkeypatch.setattr(Run, "model", None)
     monkeypatch.setattr(Run, "model_hash", "")
+    monkeypatch.setattr(Run, "key", lambda run, stage: stage)
     folder = RunFolder(tmp_path)
     write_json(folder / "effect_check.json", {"vector": {}})
     (tmp_path / "remove.gguf").touch()

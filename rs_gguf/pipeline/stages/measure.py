@@ -7,7 +7,6 @@ come out.
 from __future__ import annotations
 
 import datetime
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -26,16 +25,14 @@ from rs_gguf.evaluation.second_judge import second_opinion
 from rs_gguf.judges.accuracy import known_accuracy
 from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.methods import METHODS
-from rs_gguf.methods import baselines as literature
-from rs_gguf.methods.vector import ControlVector
 from rs_gguf.models import resolve as models
 from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.drifts import DRIFT_PAIRS, BenignDrifts
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run, Stage
+from rs_gguf.pipeline.stages import baselines as baseline_conditions
 from rs_gguf.pipeline.stages import wordings
-from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.pipeline.stages.file_record import (
     WrittenFile,
     baseline_notes,
@@ -44,7 +41,6 @@ from rs_gguf.pipeline.stages.file_record import (
     record_figures,
     search_notes,
 )
-from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.pipeline.stages.tune import UNUSED, chosen
 from rs_gguf.pipeline.stages.write import path_of, write_file
 from rs_gguf.prompts.template import ChatFormat
@@ -89,21 +85,7 @@ class Measure(Stage):
         # A search that was run again may have selected others: those rows say nothing about these files.
         key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
         log = folder.log("measured.jsonl", key)
-        names = literature.usable(recipe.measure.baselines, run.model)
-        tuned = functools.cache(lambda: unsteered(folder, run.prompts["tune"]))
-        n = wordings.count(run, tuned()) if "system-prompt" in names else 0
-        n += (1 + len(names) + len(files)) * len(prompts)
-        judge, second = run.judge, run.second_judge  # loaded before the bar starts: a download has its own
-        with run.progress.stage(self.info.name, n) as advance:
-            baselines = literature.build(
-                names, lambda: samples(run), run.model, folder.path,
-                effect=recipe.effect, system=recipe.prompts.system, device=recipe.fit.device,
-                layers=trials[ControlVector.name].candidate.layers,
-                system_prompt=lambda: wordings.select(run, tuned(), log, advance),
-            )  # fmt: skip
-            measured = measure(
-                run.model, judge, prompts, files, baselines, recipe, log, second=second, advance=advance
-            )  # fmt: skip
+        measured = measure_files(run, prompts, files, log)
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
             date=datetime.date.today().isoformat(),
@@ -155,6 +137,30 @@ class Measured(NamedTuple):
     files: dict[str, FileRecord]
     baselines: list[BaselineRecord]
     judge: JudgeRecord
+
+
+def measure_files(
+    run: Run,
+    prompts: Sequence[Prompt],
+    files: Mapping[str, WrittenFile],
+    log: RowLog,
+    *,
+    into_files: bool = True,
+) -> Measured:
+    """Measure the files of a run beside the baselines of its recipe, with a bar that counts answers.
+
+    log, into_files: as for `measure`.
+    """
+    names = baseline_conditions.usable(run)
+    tuned = wordings.tune_answers(run, log) if "system-prompt" in names else None
+    n = wordings.count(run, tuned) if tuned else 0
+    judge, second = run.judge, run.second_judge  # loaded before the bar starts: a download has its own
+    with run.progress.stage("measure", n + (1 + len(names) + len(files)) * len(prompts)) as advance:
+        others = baseline_conditions.build(run, names, files, tuned, log, advance)
+        return measure(
+            run.model, judge, prompts, files, others, run.recipe, log,
+            second=second, advance=advance, into_files=into_files,
+        )  # fmt: skip
 
 
 def measure(

@@ -7,11 +7,13 @@ answers stay in the stage's log.
 from __future__ import annotations
 
 from rs_gguf.engines.answers import Advance
-from rs_gguf.evaluation.condition import Condition
+from rs_gguf.engines.engine import NO_STEERING
+from rs_gguf.evaluation.condition import Condition, resume_condition
 from rs_gguf.methods import baselines
 from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run
+from rs_gguf.pipeline.stages.answers import unsteered
 from rs_gguf.records.rows import RowLog
 from rs_gguf.search.system_prompts import sample, select_system_prompt
 from rs_gguf.search.unsteered import UnsteeredAnswers
@@ -28,6 +30,21 @@ def _wordings(run: Run) -> list[Condition]:
     return baselines.system_prompts(
         run.prompts["fit"], recipe.effect, recipe.prompts.system, seed=recipe.seed
     )
+
+
+def tune_answers(run: Run, log: RowLog) -> UnsteeredAnswers:
+    """Return the unsteered answers to the tune prompts, on which the system prompt is selected.
+
+    A run folder has them; a published folder does not, so there the model answers again.
+    """
+    prompts = run.prompts["tune"]
+    if run.folder.is_done("score", run.key("score")):
+        return unsteered(run.folder, prompts)
+    plain = Condition("tune", NO_STEERING, run.recipe.prompts.system)
+    asking = run.recipe.asking(run.recipe.answers.tokens)
+    with run.progress.stage("answer", len(prompts)) as advance:
+        judged = resume_condition(run.model, run.judge, plain, prompts, asking, log, advance)
+    return UnsteeredAnswers(prompts, judged.answers, judged.judgements)
 
 
 def count(run: Run, before: UnsteeredAnswers) -> int:
