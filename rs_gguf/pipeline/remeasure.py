@@ -8,7 +8,6 @@ sealed set `sealed.json`, `sealed_answers.jsonl` and a row of the set's ledger.
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
 from rs_gguf.pipeline.stages.file_record import WrittenFile
-from rs_gguf.pipeline.stages.measure import Measured, measure_files
+from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
@@ -29,7 +28,6 @@ from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
-from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
 from rs_gguf.version import __version__
 
 _LEAST_TOKENS = 100  # of an answer: reported figures use no shorter ones
@@ -129,22 +127,19 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
 
 
 def _open_log(run: Run, name: str, prompts: Sequence[Prompt], files: Mapping[str, WrittenFile]) -> RowLog:
-    """Return the log of the answers to `prompts`."""
+    """Return the log of the answers to `prompts`; one of an earlier version goes on."""
     recipe, system_prompt = run.recipe, "system-prompt" in run.recipe.measure.baselines
     tune = run.prompts["tune"] if system_prompt and ChatFormat.of(run.model).takes_system else []
-    key = key_of(
+    former = key_of(
         run.model_hash, run.judge.identity, run.judge_hash,
-        # The second judge grades after everything in the log. Neither the check nor most of the engine's
-        # settings change an answer.
         recipe.model_dump(
             mode="json", exclude={"judge_second": True, "engine": True, "answers": {"check"}}
         ),
         *recipe.engine.result_options.split(),
         [p.to_row() for p in (*prompts, *tune)],
-        # In lists, so that a log of an earlier version goes on.
-        {name: [_weights_hash(file.path)] for name, file in files.items()},
+        {name: [file.weights_hash] for name, file in files.items()},
     )  # fmt: skip
-    return RowLog(run.folder / name, key)
+    return RowLog(run.folder / name, answers_key(run, prompts, files), former=former)
 
 
 def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> RunRecord:
@@ -161,12 +156,3 @@ def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> Ru
             "baselines": tuple(measured.baselines),
         }
     )
-
-
-def _weights_hash(path: Path) -> str:
-    """Return a hash of a file's tensors. The metadata, into which figures are put, do not count."""
-    digest = hashlib.sha256()
-    for tensor in open_gguf(path, MAX_ADAPTER_BYTES).tensors:
-        digest.update(f"{tensor.name}\0{tensor.data.shape}\0".encode())
-        digest.update(tensor.data.tobytes())
-    return digest.hexdigest()

@@ -87,20 +87,20 @@ class RowLog:
         log may be deleted once the stage is marked as done. `former`: the key that an earlier version had for
         the same inputs.
         """
-        self._final, self._finished = final, finished
+        self._final, self._finished, self._key = final, finished, key
         self._path = final.with_name(f"{final.name}.part")
         self.rows: dict[str, Row] = {}
-        # A kill may have torn the last line, even within a character.
-        data = self._path.read_bytes() if self._path.is_file() else b""
-        lines = data.decode("utf-8", "replace").split("\n")
-        header = json.dumps({"key": key})
-        if lines[0] in (header, json.dumps({"key": former})):
-            for line in lines[1:]:
-                with contextlib.suppress(json.JSONDecodeError):
-                    row = json.loads(line)
-                    self.rows[row["id"]] = row
+        for path in (final, self._path):
+            # A kill may have torn the last line, even within a character.
+            data = path.read_bytes() if path.is_file() else b""
+            header, *lines = data.decode("utf-8", "replace").split("\n")
+            if header in (json.dumps({"key": key}), json.dumps({"key": former})):
+                for line in lines:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        row = json.loads(line)
+                        self.rows[row["id"]] = row
         # The log is rewritten, so that a torn line cannot merge with the next row.
-        write_text(self._path, header + "\n" + "".join(map(_line, self.rows.values())))
+        write_rows(self._path, self._keyed())
 
     def append(self, row: Row) -> None:
         """Append a row and pass it to the operating system: a later kill of this process does not lose it.
@@ -124,6 +124,14 @@ class RowLog:
         """
         write_rows(self._final, [self.rows[i] for i in ids])
         self._finished(self._path)
+
+    def keep(self) -> None:
+        """Write the rows to the final file, under their key: a later log of that key begins with them."""
+        write_rows(self._final, self._keyed())
+        self._finished(self._path)
+
+    def _keyed(self) -> list[Row]:
+        return [{"key": self._key}, *self.rows.values()]
 
     def delete(self) -> None:
         """Delete the log, of which everything is kept elsewhere by now."""

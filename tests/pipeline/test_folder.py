@@ -40,6 +40,22 @@ def test_rows_are_kept_until_their_stage_is_done(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "state.json"]
 
 
+def test_a_log_begins_with_what_was_kept_under_its_key(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    log = folder.log("measured.jsonl", "k")
+    for number in "12":
+        log.append({"id": number, "answer": "yes"})
+    log.keep()
+    folder.mark_done("measure", "k", 1.0)
+    assert not list(tmp_path.glob("*.part"))
+    assert folder.log("measured.jsonl", "other").rows == {}
+    assert folder.log("measured.jsonl", "new", former="k").rows == log.rows
+    again = folder.log("measured.jsonl", "k")
+    assert again.rows == log.rows
+    again.append({"id": "3", "answer": "no"})
+    assert list(folder.log("measured.jsonl", "k").rows) == ["1", "2", "3"]
+
+
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     row = {"id": "1", "answer": "half \ud83d, whole 😀"}

@@ -11,8 +11,10 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline import stage as stage_module
-from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.folder import RunFolder, key_of
 from rs_gguf.pipeline.run import open_run, run
 from rs_gguf.pipeline.stage import Run, Silent
 from rs_gguf.pipeline.stages import answers as answering
@@ -45,10 +47,12 @@ from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import save_arrays, sha256
+from rs_gguf.records.metrics import JudgeRecord
 from rs_gguf.records.rows import Row, RowLog, read_json, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.steering import lora_file as lora
 from rs_gguf.steering import vector_file as control_vector
+from rs_gguf.steering.vector import SteeringVector
 
 pytestmark = pytest.mark.slow
 
@@ -216,6 +220,11 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     written = rows(out / "test_answers.jsonl")
     assert all("answer_adapter" not in row for row in written)
     assert any(row["answer_vector"] != row["answer_unsteered"] for row in written)
+    # Another limit that the search does not use: nothing is answered again.
+    counted = Counted()
+    run(recipe.load(out / "recipe.toml", ["tune.min_top1=0.1"]), out, progress=counted)
+    assert counted.steps == {"measure": [12, 12], "report": [1, 1]}
+    assert rows(out / "test_answers.jsonl") == written
     assert "remove.gguf" in (out / "card.md").read_text(encoding="utf-8")
     assert (out / "report.html").is_file()
 
@@ -306,7 +315,7 @@ def test_a_model_that_never_stops_thinking_is_an_error(judge: Judge, tmp_path: P
     assert set(judge.judged) == {EXAMPLE[1]}  # the trial before the run
 
 
-def kill(*_: object, **__: object) -> None:
+def kill(*_: object, **__: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -521,31 +530,56 @@ def test_comments_of_a_recipe_are_not_overwritten(fresh: bool, tmp_path: Path) -
     assert {path.name: path.read_text("utf-8") for path in out.iterdir() if path.name != ".lock"} == kept
 
 
-def test_rows_of_a_file_that_is_no_longer_selected_are_not_used(
+def test_measured_answers_count_for_the_same_weights_and_whatever_changes_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[list[str]] = []
 
-    def killed(*arguments: Any, **_: object) -> None:
-        log = arguments[6]
+    def measured(*arguments: Any, **_: object) -> measuring.Measured:
+        log, finished = arguments[6], len(logged) % 2
         logged.append(list(log.rows))
-        log.append({"id": "vector:a"})
-        raise KeyboardInterrupt
+        log.append({"id": f"vector:{len(logged)}"})
+        return measuring.Measured([], {}, [], JudgeRecord(name="any")) if finished else kill()
 
-    monkeypatch.setattr(measuring, "measure", killed)
-    monkeypatch.setattr(Run, "model", None)
+    model = SimpleNamespace(path=tmp_path / "tiny.gguf", architecture="qwen2", n_layer=3, n_embd=8)
+    monkeypatch.setattr(measuring, "measure", measured)
+    monkeypatch.setattr(Run, "model", model)
     monkeypatch.setattr(Run, "model_hash", "")
     monkeypatch.setattr(Run, "key", lambda run, stage: stage)
     folder = RunFolder(tmp_path)
     write_json(folder / "effect_check.json", {"vector": {}})
-    (tmp_path / "remove.gguf").touch()
-    chosen = recipe.load(None, ["measure.baselines=[]", "judge=keywords"])
-    for strength in (2.0, 2.0, 3.0):
+
+    def measure(strength: float, *changes: str) -> list[str]:
+        """Select and write a file; return the rows that the killed measurement and the next begin with."""
         trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, strength), "short", 0.0, 1.0)
-        write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
-        with open_run(chosen, folder) as one, pytest.raises(KeyboardInterrupt):
-            one.stages["measure"].work(one, "key")
-    assert logged == [[], ["vector:a"], []]
+        tuned = {"trials": [trial.to_row()], "selected": {"vector": 0}, "rank_correlation": None}
+        write_json(folder / "tune.json", tuned)
+        content = SteeringVector({1: np.full(8, strength, np.float32)}, {"note": str(changes)}, "qwen2")
+        control_vector.write(content, tmp_path / "remove.gguf")
+        logged.clear()
+        values = ["measure.baselines=[]", "judge=keywords", "prompts.validation=4", *changes]
+        with open_run(recipe.load(None, values), folder) as one:
+            with pytest.raises(KeyboardInterrupt):
+                one.stages["measure"].work(one, str(changes))
+            one.stages["measure"].work(one, str(changes))
+            folder.mark_done("measure", str(changes), 0.0)
+        assert logged[1] == list(dict.fromkeys([*logged[0], "vector:1"]))
+        return logged[0]
+
+    assert measure(2.0) == []
+    first = ["vector:1", "vector:2"]
+    assert measure(2.0) == first
+    harmless = ["tune.finalists=9", "tune.budget=9", "tune.min_top1=0.1", "answers.check=false"]
+    assert measure(2.0, *harmless, "measure.baselines=['md']") == first  # which this folder cannot have
+    for change in ("answers.test_tokens=9", "prompts.validation=5", "tune.full_prompts=9"):
+        assert measure(2.0, change) == [], change
+    assert measure(3.0) == []
+
+    # A log that an earlier version left.
+    trial = Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 4.0)
+    header = {"key": key_of("()", {"vector": asdict(trial)})}
+    write_rows(tmp_path / "measured.jsonl.part", [header, {"id": "vector:0"}])
+    assert measure(4.0) == ["vector:0"]
 
 
 def test_reading_activations_of_another_recipe_changes_nothing(tmp_path: Path) -> None:

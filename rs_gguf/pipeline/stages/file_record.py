@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from rs_gguf.records.trials import Trial
 from rs_gguf.search.choice import reason_against_full
 from rs_gguf.steering import file as steering_file
 from rs_gguf.steering.file import SteeringFile
+from rs_gguf.steering.guard import MAX_ADAPTER_BYTES, open_gguf
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class WrittenFile:
     def content(self) -> SteeringFile:
         """What stands in the file now."""
         return steering_file.read(self.path)
+
+    @property
+    def weights_hash(self) -> str:
+        """A hash of the file's tensors. The metadata, into which figures are put, do not count."""
+        digest = hashlib.sha256()
+        for tensor in open_gguf(self.path, MAX_ADAPTER_BYTES).tensors:
+            digest.update(f"{tensor.name}\0{tensor.data.shape}\0".encode())
+            digest.update(tensor.data.tobytes())
+        return digest.hexdigest()
 
 
 def file_record(

@@ -82,9 +82,9 @@ class Measure(Stage):
             name: WrittenFile(METHODS[name].word, path_of(run, name), trial, effects[name])
             for name, trial in trials.items()
         }
-        # A search that was run again may have selected others: those rows say nothing about these files.
-        key = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
-        log = folder.log("measured.jsonl", key)
+        # The key of earlier versions.
+        former = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
+        log = folder.log("measured.jsonl", answers_key(run, prompts, files), former)
         measured = measure_files(run, prompts, files, log)
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(
@@ -105,7 +105,7 @@ class Measure(Stage):
             files=measured.files,
             baselines=tuple(measured.baselines),
         ).write(folder / "metrics.json")
-        log.finish(list(log.rows))
+        log.keep()
 
     def cost(self, costs: Costs) -> Cost:
         n, limit = costs.count("validation"), costs.recipe.answers.test_tokens
@@ -137,6 +137,21 @@ class Measured(NamedTuple):
     files: dict[str, FileRecord]
     baselines: list[BaselineRecord]
     judge: JudgeRecord
+
+
+def answers_key(run: Run, prompts: Sequence[Prompt], files: Mapping[str, WrittenFile]) -> str:
+    """Return a hash of what changes a measured answer or its judgement; files count by their tensors.
+
+    The key of the fit holds the model, the seed, how prompts are answered, and all that baselines are made
+    from. Only a part of the search's options decides on the wording of the system prompt.
+    """
+    recipe = run.recipe
+    return key_of(
+        run.key("fit"), run.judge.identity, recipe.answers.test_tokens,
+        recipe.tune.model_dump(exclude={"logprob_trials", "finalists", "budget", "min_top1"}),
+        baseline_conditions.vector_layers(files), [p.to_row() for p in prompts],
+        {name: file.weights_hash for name, file in files.items()},
+    )  # fmt: skip
 
 
 def measure_files(
