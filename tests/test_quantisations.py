@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -24,6 +25,7 @@ from rs_gguf.pipeline.settings import nested
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import JudgeRecord, ModelRecord, RunRecord
+from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering import lora_file, vector_file
 from rs_gguf.steering.lora import LoraAdapter
 from rs_gguf.steering.vector import SteeringVector
@@ -54,8 +56,10 @@ def folder(tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     row, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in (WIDTH, (1, WIDTH), (WIDTH, 1)))
     vector, adapter = folder / "remove.gguf", folder / "remove-adapter.gguf"
-    vector_file.write(SteeringVector({1: row}, {}, "qwen3"), vector)
-    lora_file.write(LoraAdapter({"blk.1.ffn_down.weight": (a, b)}, "qwen3", {}), adapter)
+    facts: dict[str, Any] = {"layers": [3, 9], "strength": 1.5}
+    vector_file.write(SteeringVector({1: row}, {**facts, "estimator": "wrmd"}, "qwen3"), vector)
+    factors, of_adapter = {"blk.1.ffn_down.weight": (a, b)}, {**facts, "estimator": GATED_ADAPTER}
+    lora_file.write(LoraAdapter(factors, "qwen3", of_adapter), adapter)
     values = {"model": str(model), "judge": judge, "answers": {"test_tokens": 8}}
     (folder / "recipe.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
     RunRecord(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rs_gguf.errors import InputError
@@ -20,6 +20,7 @@ from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
 from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
+from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.conversation import Prompt
@@ -28,10 +29,11 @@ from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
+from rs_gguf.steering import file as steering_file
 from rs_gguf.version import __version__
 
 _LEAST_TOKENS = 100  # of an answer: reported figures use no shorter ones
-# A reason of the acceptance criteria, now and in schema 1: the search found no candidate within all limits.
+# A reason of the acceptance criteria, in records without `feasible`: no candidate was within all limits.
 _INFEASIBLE = ("no candidate met every limit", "no configuration held every limit")
 
 
@@ -51,8 +53,9 @@ def remeasure(
     sealed: the sealed set to open, in place of the validation split. The files stay unchanged.
 
     Raises:
-        InputError: the folder lacks a file, the model is another one, or the sealed set cannot be opened: it
-            breaks a rule of `prompts.sealed`, or was opened for other files.
+        InputError: the folder lacks a file or has another one, or the model is another one. Or the sealed
+            set cannot be opened: it breaks a rule of `prompts.sealed`, or was opened for other files.
+        VerificationError: the effect of a file that was changed was not observed on the model.
     """
     folder = RunFolder(path)
     old = RunRecord.read(folder / "metrics.json")
@@ -66,6 +69,9 @@ def remeasure(
                 f"the files in {path} are for the model with SHA-256 {old.model.sha256}; {recipe.model} has "
                 f"{run.model_hash}. Name that model in recipe.toml."
             )
+        for name, file in files.items():
+            if sha256(file.path) != old.files[name].sha256:
+                files[name] = replace(file, effect=effect_of(file.path, run.model))
         if sealed is None:
             return _on_validation(run, old, files)
         return _on_sealed(run, old, files, sealed)
@@ -109,18 +115,28 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     """Return a file as the measure stage takes it, with the facts of its trial from the earlier record.
 
     Raises:
-        InputError: the file is missing.
+        InputError: the file is missing, or its metadata and the record disagree.
     """
     path = folder / record.file
     if not path.is_file():
         raise InputError(f"{path} is missing, which metrics.json names. Put it back.")
+    facts = steering_file.read(path).provenance
+    recorded = {"estimator": record.estimator, "layers": [*record.layers], "strength": record.strength}
+    for fact, value in recorded.items():
+        if facts.get(fact) != value:
+            raise InputError(
+                f"{path} is not the file that metrics.json describes: its metadata give {fact} "
+                f"{facts.get(fact)}, and not {value}. Put that file back, or run again."
+            )
     first, last = record.layers
     plain = Candidate(name, "", record.ridge, first, last, record.strength, record.benign_target)
     if record.estimator == plain.recorded:  # a label, where the method has no estimator
         candidate = plain
     else:
         candidate = Candidate(**{**asdict(plain), "estimator": record.estimator})
-    feasible = not any(text in reason for reason in record.acceptance.reasons for text in _INFEASIBLE)
+    feasible = record.feasible
+    if feasible is None:  # a record of an earlier version
+        feasible = not any(text in reason for reason in record.acceptance.reasons for text in _INFEASIBLE)
     nan = float("nan")  # of the search: measure() uses neither figure
     trial = Trial(0, candidate, "full", nan, nan, feasible=feasible)
     return WrittenFile(METHODS[name].word, path, trial, record.effect_check.model_dump())

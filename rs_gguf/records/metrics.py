@@ -179,6 +179,7 @@ class FileRecord(Record):
     strength: float
     benign_target: float
     scale: float
+    feasible: bool | None = None  # whether the search found it within all limits; None in earlier records
     sets: dict[str, SetRecord]
     benign_drift: Finite
     top1_agreement: Finite

@@ -15,7 +15,8 @@ from fixtures.invented_run import figures_of_file
 from fixtures.tiny_gguf import write_tiny_qwen2
 
 from rs_gguf.cli.main import main
-from rs_gguf.errors import InputError
+from rs_gguf.engines.llama.model import LlamaModel
+from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.pipeline import remeasure as remeasuring
 from rs_gguf.pipeline.remeasure import remeasure
@@ -25,6 +26,7 @@ from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import Acceptance, FileRecord, JudgeRecord, ModelRecord, RunRecord
 from rs_gguf.records.rows import read_rows, write_rows
+from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering import file as steering_file
 from rs_gguf.steering import lora_file, vector_file
 from rs_gguf.steering.lora import LoraAdapter
@@ -55,11 +57,11 @@ def folder(tmp_path: Path) -> Path:
             rng.standard_normal((32, 2)).astype(np.float32),
         )
     }
-    vector_file.write(
-        SteeringVector(vector, {"measured": False, "metrics.benign": [0.5, 0.25]}, "qwen2"),
-        folder / "remove.gguf",
-    )
-    lora_file.write(LoraAdapter(factors, "qwen2", {"measured": False}), folder / "remove-adapter.gguf")
+    facts: dict[str, Any] = {"measured": False, "layers": [3, 9], "strength": 1.5}
+    of_vector = {**facts, "estimator": "contrast-wrmd", "metrics.benign": [0.5, 0.25]}
+    vector_file.write(SteeringVector(vector, of_vector, "qwen2"), folder / "remove.gguf")
+    of_adapter = {**facts, "estimator": GATED_ADAPTER}
+    lora_file.write(LoraAdapter(factors, "qwen2", of_adapter), folder / "remove-adapter.gguf")
     (folder / "recipe.toml").write_text(
         f'# A comment, as published recipes have it.\nmodel = "{model}"\njudge = "keywords"\n'
         "[prompts]\ntest = 4\ntune = 4\n[answers]\ntest_tokens = 8\n"
@@ -121,6 +123,7 @@ def test_a_published_folder_is_measured_again(folder: Path, caplog: pytest.LogCa
         for field in same:
             assert getattr(file, field) == getattr(old.files[name], field)
         assert file.sets != old.files[name].sets
+        assert (old.files[name].feasible, file.feasible) == (None, True)
         provenance = steering_file.read(one).provenance
         assert provenance["measured"] is True
         assert "metrics.benign" not in provenance  # a figure of an earlier version
@@ -136,11 +139,18 @@ def test_a_published_folder_is_measured_again(folder: Path, caplog: pytest.LogCa
     assert "# A comment" in (folder / "recipe.toml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("reason", ["no candidate met every limit", "no configuration held every limit"])
-def test_an_infeasible_file_stays_infeasible(folder: Path, tmp_path: Path, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("feasible", "reason"),
+    [(None, "no candidate met every limit"), (None, "no configuration held every limit"), (False, "another")],
+)
+def test_an_infeasible_file_stays_infeasible(
+    folder: Path, tmp_path: Path, feasible: bool | None, reason: str
+) -> None:
     without_baselines(folder)
     acceptance = Acceptance(verdict="failed", reasons=(f"{reason} on the tune split; it is the nearest",))
-    vector = figures_of_file(folder / "remove.gguf", "wrmd").model_copy(update={"acceptance": acceptance})
+    vector = figures_of_file(folder / "remove.gguf", "contrast-wrmd").model_copy(
+        update={"acceptance": acceptance, "feasible": feasible}
+    )
     write_metrics(folder, tmp_path / "tiny.gguf", vector=vector)
     record, _ = remeasure(folder)
     infeasible = {
@@ -148,6 +158,34 @@ def test_an_infeasible_file_stays_infeasible(folder: Path, tmp_path: Path, reaso
         for name, file in record.files.items()
     }
     assert infeasible == {"vector": True, "adapter": False}
+    assert {name: file.feasible for name, file in record.files.items()} == {"vector": False, "adapter": True}
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("strength", 2.0), ("layers", [3, 8]), ("estimator", "wrmd"), ("estimator", "")]
+)
+def test_a_file_that_the_record_does_not_describe_is_not_measured(
+    folder: Path, fact: str, value: Any
+) -> None:
+    path = folder / "remove.gguf"
+    steering_file.write(steering_file.read(path).with_facts({fact: value}), path)
+    with pytest.raises(InputError, match=rf"remove\.gguf is not the file .* give {fact} "):
+        remeasure(folder)
+
+
+def test_the_effect_of_a_changed_file_is_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_baselines(folder)
+    path, before = folder / "remove.gguf", (folder / "metrics.json").read_bytes()
+    steering_file.write(steering_file.read(path).with_facts({"note": "changed"}), path)
+    steered = LlamaModel.steered
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "steered", lambda self, steering: steered(self, steering.scaled(0.5)))
+        with pytest.raises(VerificationError, match=r"remove\.gguf: .*relative error 0\.5"):
+            remeasure(folder)
+    assert (folder / "metrics.json").read_bytes() == before
+    record, _ = remeasure(folder)
+    observed = {name: file.effect_check.effect_observed for name, file in record.files.items()}
+    assert observed == {"vector": True, "adapter": None}
 
 
 def without_baselines(folder: Path) -> None:

@@ -102,6 +102,7 @@ def file_record(
         strength=candidate.strength,
         benign_target=candidate.benign_target,
         scale=1.0,
+        feasible=file.trial.feasible,
         sets=dict(sets),
         benign_drift=drift.nats,
         benign_drift_ci95=drift_ci95,
