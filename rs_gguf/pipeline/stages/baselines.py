@@ -66,7 +66,6 @@ def build(
     )  # fmt: skip
 
 
-def vector_layers(files: Mapping[str, WrittenFile]) -> tuple[int, int] | None:
-    """Return first and last layer of the written vector; None without one."""
-    vector = files.get(ControlVector.name)
-    return None if vector is None else (vector.trial.candidate.first, vector.trial.candidate.last)
+def vector_layers(files: Mapping[str, WrittenFile]) -> tuple[int, int]:
+    """Return first and last layer of the written vector."""
+    return files[ControlVector.name].trial.candidate.layers
