@@ -64,6 +64,7 @@ class Trial:
     answered: tuple[int, int] | None = None  # (prompts, tokens per answer)
     # Prompts without an answer, since a limit was broken beyond recovery: the sensitive ones, others perhaps.
     left_out: int = 0
+    reasons: tuple[str, ...] = ()  # why it is not feasible
     seconds: float = field(default=0.0, compare=False)  # duration of the evaluation
     # Time spent before it on unsteered answers. All candidates share them.
     unsteered_seconds: float = field(default=0.0, compare=False)
@@ -107,6 +108,7 @@ def load_trials(rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
         for name in ("id", "method"):
             values.pop(name, None)
         values["answered"] = tuple(values["answered"]) if values.get("answered") else None
+        values["reasons"] = tuple(values.get("reasons", ()))
         if values["sensitive_remaining"] is None:
             values["sensitive_remaining"] = 1.0
         trials.append(Trial(candidate=candidate, **values))

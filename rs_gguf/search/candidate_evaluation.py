@@ -245,6 +245,10 @@ class CandidateEvaluator:
         changed = sensitive.wanted(self.rule.effect)
         answered, n_benign = len(evaluation.prompts), len(benign.prompts)
         left_out = len(indices) - answered
+        # Of the sensitive prompts only targets are asked. The others, which hardly change, count too.
+        n_sensitive = len(sensitive.prompts) * len(self._unsteered.of("sensitive")) / len(self.targets)
+        stands_for = answered - len(sensitive.prompts) + round(n_sensitive)
+        decision = self.rule.decide(evaluation, allowance, stands_for=stands_for)
         return Trial(
             number,
             candidate,
@@ -258,7 +262,8 @@ class CandidateEvaluator:
             degenerate=sum(answer.degenerate for answer in evaluation.after.answers) / answered,
             answered=(answered, asking.max_tokens),
             left_out=left_out,
-            feasible=not left_out and self.rule.decide(evaluation, allowance).verdict != "failed",
+            feasible=not left_out and decision.verdict != "failed",
+            reasons=decision.reasons,
         )
 
     def _drift(self, candidate: Candidate) -> Drift:

@@ -27,7 +27,7 @@ from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.acceptance import Decision, SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.judges.registry import Judgement, Pair
@@ -246,6 +246,29 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert trial.degenerate is not None
     more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
     assert more <= Allowance.SHORT.value.broken.holds(more, len(prompts))
+
+
+def test_targets_stand_for_all_sensitive_prompts(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits on failures count sensitive prompts that need no change. Trials say which limit they break."""
+    confidences = confidences_of(setting)
+    sensitive = [i for i, p in enumerate(setting.unsteered.prompts) if p.kind == "sensitive"]
+    for i in sensitive[: len(sensitive) // 2]:
+        confidences[i] = -1.0
+    changed = with_confidences(setting, confidences)
+    assert 0 < len(changed.unsteered.refused("sensitive")) < len(sensitive)
+    counts: list[int] = []
+    decide = SafetyRule.decide
+
+    def noted(*arguments: Any, stands_for: int, **options: Any) -> Decision:
+        counts.append(stands_for)
+        return decide(*arguments, stands_for=stands_for, **options)
+
+    monkeypatch.setattr(SafetyRule, "decide", noted)
+    trial = evaluator(changed, tmp_path, answering=Answering.WHOLE).measure("short", 0, VECTORS.start[0])
+    assert counts == [len(setting.unsteered.prompts)]
+    assert trial.feasible == (not trial.reasons)
 
 
 @pytest.mark.parametrize("effect", ["remove", "induce"])
