@@ -75,6 +75,7 @@ def cluster_interval(
 
     Prompts on one subject, or of one form, stand or fall together. So each draw resamples whole subjects and,
     independently, whole forms; a prompt counts as often as both of its clusters were drawn, multiplied.
+    A kind of cluster that no two prompts share does not count: single prompts are resampled once, not twice.
 
     Args:
         values, weights: [N], one entry for each prompt.
@@ -89,9 +90,10 @@ def cluster_interval(
         return None
     rng = np.random.default_rng(seed)
     times: NDArray[np.float64] = np.ones((DRAWS, len(v)))
-    for names in clusters:
-        labels = [name or f"\0{i}" for i, name in enumerate(names)]
-        _, members = np.unique(labels, return_inverse=True)
+    labels = [[name or f"\0{i}" for i, name in enumerate(names)] for names in clusters]
+    shared = [of_kind for of_kind in labels if len(set(of_kind)) < len(of_kind)]
+    for of_kind in shared or [list(map(str, range(len(v))))]:
+        _, members = np.unique(of_kind, return_inverse=True)
         count = int(members.max()) + 1
         times *= rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)[:, members]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -69,6 +69,17 @@ def test_independent_prompts_have_the_interval_of_a_mean() -> None:
     assert cluster_interval(values, np.zeros(400), names) is None
 
 
+def test_prompts_that_share_nothing_are_resampled_once() -> None:
+    """Neither subject nor form: the interval of independent prompts, not one for each kind of cluster."""
+    values, weights = np.arange(400) % 2, np.ones(400)
+    alone = cluster_interval(values, weights, [[""] * 400])
+    assert cluster_interval(values, weights, [[""] * 400, [""] * 400]) == alone
+    subjects = [str(i % 20) for i in range(400)]
+    assert cluster_interval(values, weights, [subjects, [""] * 400]) == cluster_interval(
+        values, weights, [subjects]
+    )
+
+
 def test_prompts_of_one_subject_go_together() -> None:
     """With 20 subjects of 20 like prompts there are 20 draws, not 400."""
     values = [float(i % 20 < 6) for i in range(400)]
