@@ -19,15 +19,21 @@ hypothesis.settings.load_profile("suite")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Give each test process its own share of the cores: threads that compete for cores are far slower."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None and hasattr(os, "sched_setaffinity"):
+    if worker is None:
+        # PyTorch counts the machine's cores. OpenMP reads this when it is loaded, so workers must inherit it.
+        count = config.getoption("numprocesses", default=None) or 1
+        if count > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores) // count)))
+    else:
         count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        share = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
-        if share:
+        if share := cores[int(worker.removeprefix("gw")) :: count]:
             os.sched_setaffinity(0, share)
-            os.environ.setdefault("OMP_NUM_THREADS", str(len(share)))  # PyTorch counts the machine's cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,14 +38,18 @@ def test_help_lists_commands_before_stages() -> None:
 def test_score_prints_the_outcomes_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["sensitive", "sensitive", "harmful", "benign"]
     confidences = [0.8, -0.7, 0.3, None]
-    for name, key, values in (("answers", "kind", kinds), ("judgements", "confidence", confidences)):
-        lines = (json.dumps({"id": str(i), key: value}) + "\n" for i, value in enumerate(values))
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    answer = {"tokens": [1], "answer": "text", "finished": True, "degenerate": False}
+    answers = [{"id": str(i), "kind": kind, **answer} for i, kind in enumerate(kinds)]
+    judgements = [{"id": str(i), "confidence": value} for i, value in enumerate(confidences)]
+    for name, rows_of in (("answers", answers), ("judgements", judgements)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: {})
     code, stdout, _ = invoke("score", "--out", str(tmp_path))
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in stdout.splitlines() if "│" in line]
-    assert rows == [["sensitive", "1", "1", "0"], ["harmful", "1", "0", "0"], ["benign", "0", "0", "1"]]
+    assert rows == [
+        ["sensitive", "1", "1", "0", "0"], ["harmful", "0", "1", "0", "0"], ["benign", "0", "0", "0", "1"],
+    ]  # fmt: skip
 
 
 def test_help_does_not_import_torch() -> None:

@@ -466,7 +466,8 @@ def test_a_judge_is_fetched_before_its_stage_is_drawn(
         (folder / "effect_check.json").write_text('{"vector": {}}')
         trial = Trial(0, Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 2.0), "short", 0.0, 1.0)
         write_json(folder / "tune.json", {"trials": [trial.to_row()], "selected": {"vector": 0}})
-        (folder / "remove.gguf").touch()
+        vector = SteeringVector({1: np.ones(4, dtype=np.float32)}, {}, "qwen2")
+        control_vector.write(vector, folder / "remove.gguf")
         chosen = recipe.load(None, ["measure.baselines=[]"])
         with contextlib.suppress(KeyboardInterrupt), open_run(chosen, folder, counted) as one:
             one.stages[stage].work(one, "key")
