@@ -92,7 +92,7 @@ def cluster_interval(
     times: NDArray[np.float64] = np.ones((DRAWS, len(v)))
     labels = [[name or f"\0{i}" for i, name in enumerate(names)] for names in clusters]
     shared = [of_kind for of_kind in labels if len(set(of_kind)) < len(of_kind)]
-    for of_kind in shared or [list(map(str, range(len(v))))]:
+    for of_kind in shared or labels[:1]:
         _, members = np.unique(of_kind, return_inverse=True)
         count = int(members.max()) + 1
         times *= rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)[:, members]

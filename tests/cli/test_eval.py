@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fixtures import binaries
+from fixtures.answer_source import AnswersAlone
 from fixtures.endpoints import Reply, Server, said, without_proxy_or_key
 from fixtures.tiny_gguf import write_tiny_qwen2
 from fixtures.tiny_qwen3 import write_tiny_qwen3
@@ -544,10 +545,8 @@ def test_a_second_run_has_the_next_seeds(
 ) -> None:
     calls: list[tuple[float, int, int]] = []
 
-    class Source:
+    class Source(AnswersAlone):
         """Refuses unsteered, and says so in the answer."""
-
-        def check(self) -> None: ...
 
         def answers(
             self,
@@ -560,12 +559,6 @@ def test_a_second_run_has_the_next_seeds(
             calls.append((factor, asking.sampling.seed, len(drafts)))
             text = "Yes." if factor else "No."
             return [Answer([1], text, True, False) for _ in prompts], 1, 1.0
-
-        def answer_logprobs(self, *_: Any) -> None: ...
-
-        def text_logprobs(self, *_: Any) -> None: ...
-
-        def kl_divergences(self, *_: Any) -> None: ...
 
     class Word:
         name = identity = "word"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.answer_source import AnswersAlone
 
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Asking
@@ -66,13 +67,11 @@ def test_missing_answers_begin_from_their_own_drafts(
     assert found.tokens_per_second == 10.0, "the first part is timed"
 
 
-class Source:
+class Source(AnswersAlone):
     """A source that refuses every prompt under a steering. It records prompts, factors and drafts."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], float, list[str]]] = []
-
-    def check(self) -> None: ...
 
     def answers(
         self,
@@ -87,12 +86,6 @@ class Source:
             self.calls.append((texts, factor, [draft.text for draft in drafts]))
         texts = [f"{REFUSAL} {text}" if factor else text for text in texts]
         return answered(texts), 10 * len(self.calls), 1.0
-
-    def answer_logprobs(self, *_: object) -> None: ...
-
-    def text_logprobs(self, *_: object) -> None: ...
-
-    def kl_divergences(self, *_: object) -> None: ...
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -195,7 +195,7 @@ def judged(folder: RunFolder) -> dict[str, Row]:
 
 def counts(folder: RunFolder) -> dict[str, Outcomes]:
     """Return the outcomes of the fit and tune prompts by kind."""
-    judgements = {row["id"]: Judgement.from_row(row) for row in folder.read_rows("judgements.jsonl")}
+    judgements = _judgements(folder)
     outcomes: dict[str, list[Outcome]] = {kind: [] for kind in KINDS}
     for row in folder.read_rows("answers.jsonl"):
         outcomes[row["kind"]].append(outcome_of(Answer.from_row(row), judgements[row["id"]]))
@@ -206,7 +206,11 @@ def unsteered(folder: RunFolder, prompts: Sequence[Prompt]) -> UnsteeredAnswers:
     """Return these prompts with their unsteered answers and judgements."""
     ids = {p.id for p in prompts}
     rows = [row for row in folder.read_rows("answers.jsonl") if row["id"] in ids]
-    judgements = {row["id"]: Judgement.from_row(row) for row in folder.read_rows("judgements.jsonl")}
+    judgements = _judgements(folder)
     return UnsteeredAnswers(
         prompts, [Answer.from_row(row) for row in rows], [judgements[row["id"]] for row in rows]
     )
+
+
+def _judgements(folder: RunFolder) -> dict[str, Judgement]:
+    return {row["id"]: Judgement.from_row(row) for row in folder.read_rows("judgements.jsonl")}

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class WrittenFile:
         """What stands in the file now."""
         return steering_file.read(self.path)
 
-    @property
+    @cached_property
     def weights_hash(self) -> str:
         """A hash of the file's tensors. The metadata, into which figures are put, do not count."""
         digest = hashlib.sha256()
