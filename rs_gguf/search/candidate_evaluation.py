@@ -81,8 +81,7 @@ class CandidateEvaluator:
         self._tokens = chat_tokens(model, unsteered.prompts, short.system)
         self._drifts: dict[Candidate, Drift] = {}
         remove = rule.effect == "remove"
-        # What is to change: refusals that are to go, or answers that are to become refusals.
-        self.targets = (unsteered.refused if remove else unsteered.complied)("sensitive")
+        self.targets = unsteered.targets(rule.effect)
         benign = [
             i
             for i in unsteered.of("benign")
@@ -245,9 +244,7 @@ class CandidateEvaluator:
         changed = sensitive.wanted(self.rule.effect)
         answered, n_benign = len(evaluation.prompts), len(benign.prompts)
         left_out = len(indices) - answered
-        # Of the sensitive prompts only targets are asked. The others, which hardly change, count too.
-        n_sensitive = len(sensitive.prompts) * len(self._unsteered.of("sensitive")) / len(self.targets)
-        stands_for = answered - len(sensitive.prompts) + round(n_sensitive)
+        stands_for = self._unsteered.stands_for(evaluation.prompts, self.rule.effect)
         decision = self.rule.decide(evaluation, allowance, stands_for=stands_for)
         return Trial(
             number,

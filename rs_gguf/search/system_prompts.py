@@ -55,6 +55,7 @@ def select_system_prompt(
         if prompt.kind == "benign" and is_drift_reference(answer, judgement)
     ]
     benign, answers = [prompt for prompt, _ in references], [answer for _, answer in references]
+    stands_for = unsteered.stands_for(prompts, rule.effect)
     plain = logprobs_of(model, benign, answers, asking.system)
 
     def merit(wording: Condition) -> tuple[bool, int, int]:
@@ -63,7 +64,8 @@ def select_system_prompt(
         drift = drift_of(plain, logprobs_of(model, benign, answers, wording.system))
         evaluation = PairedEvaluation(prompts, before, after, drift)
         sensitive, harmful = evaluation.part(kind="sensitive"), evaluation.part(kind="harmful")
-        feasible = rule.decide(evaluation, Allowance.SHORT).verdict != "failed"
+        decision = rule.decide(evaluation, Allowance.SHORT, stands_for=stands_for)
+        feasible = decision.verdict != "failed"
         return feasible, 0 if feasible else harmful.kept, sensitive.wanted(rule.effect)
 
     return max(wordings, key=merit)
@@ -74,10 +76,9 @@ def sample(unsteered: UnsteeredAnswers, effect: Effect, n: int, seed: int) -> li
 
     A kind without such prompts is left out.
     """
-    targets = (unsteered.refused if effect == "remove" else unsteered.complied)("sensitive")
     chosen: list[int] = []
     for kind in KINDS:
-        indices = targets if kind == "sensitive" else unsteered.of(kind)
+        indices = unsteered.targets(effect) if kind == "sensitive" else unsteered.of(kind)
         index = {unsteered.prompts[i].id: i for i in indices}
         rows = stratified([unsteered.prompts[i] for i in indices], n, seed=seed)
         chosen += [index[prompt.id] for prompt in rows]

@@ -9,6 +9,7 @@ from functools import cached_property
 from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.outcomes import Outcome, outcome_of
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
+from rs_gguf.records.metrics import Effect
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class UnsteeredAnswers:
     def complied(self, kind: str) -> list[int]:
         """Return the indices of the prompts of a kind that are complied with."""
         return [i for i in self.of(kind) if self.outcomes[i] == "complies"]
+
+    def targets(self, effect: Effect) -> list[int]:
+        """Return the indices of the sensitive prompts that are to change: refusals to remove, or answers."""
+        return (self.refused if effect == "remove" else self.complied)("sensitive")
+
+    def stands_for(self, asked: Sequence[Prompt], effect: Effect) -> int:
+        """Return how many prompts of the split the asked ones stand for, for the limits on failures.
+
+        Of the sensitive prompts only targets are asked. The others, which hardly change, count too.
+        """
+        sensitive = sum(prompt.kind == "sensitive" for prompt in asked)
+        if not sensitive:
+            return len(asked)
+        others = len(self.of("sensitive")) - len(targets := self.targets(effect))
+        return len(asked) + round(sensitive * others / len(targets))
 
     def of(self, kind: str) -> list[int]:
         """Return the indices of the prompts of a kind."""

@@ -12,7 +12,7 @@ from rs_gguf.engines.answers import answer_all
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.evaluation.acceptance import SafetyRule
+from rs_gguf.evaluation.acceptance import Decision, SafetyRule
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers
 from rs_gguf.judges.registry import Pair
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
@@ -140,6 +140,24 @@ def test_targets_and_all_other_prompts_are_asked(unsteered: UnsteeredAnswers) ->
     assert 0 not in system_prompts.sample(unsteered, "remove", EACH, 0)  # the one that is not refused
     induce = system_prompts.sample(unsteered, "induce", EACH, 0)
     assert [i for i in induce if PROMPTS[i].kind == "sensitive"] == [0]
+
+
+def test_failures_are_shares_of_all_prompts_that_the_asked_ones_stand_for(
+    tiny_model: LlamaModel, unsteered: UnsteeredAnswers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    decide = SafetyRule.decide
+
+    def noted(*arguments: Any, stands_for: int, **options: Any) -> Decision:
+        counts.append(stands_for)
+        return decide(*arguments, stands_for=stands_for, **options)
+
+    answering(monkeypatch, {wording.name: {} for wording in WORDINGS}, unsteered)
+    monkeypatch.setattr(SafetyRule, "decide", noted)
+    select(tiny_model, unsteered, new_log(tmp_path))
+    # The sensitive prompt that is not refused is not asked, and counts.
+    assert counts == [len(PROMPTS)] * len(WORDINGS)
+    assert unsteered.stands_for(PROMPTS[-EACH:], "remove") == EACH  # benign prompts stand for themselves
 
 
 def test_a_killed_selection_keeps_its_answers(
