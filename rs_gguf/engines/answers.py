@@ -99,7 +99,9 @@ class _Room:
         self._inside = [starts_in_trace[i] for i in self.indices]
         # Where the answers begin whose trace has ended.
         traces = {k: begun[i].trace for k, i in enumerate(self.indices)}
-        self._starts = {k: trace.tokens for k, trace in traces.items() if trace and trace.ended}
+        self._starts = {
+            k: trace.tokens for k, trace in traces.items() if trace and trace.ended and trace.tokens
+        }
 
     def is_full(self, k: int, tokens: Sequence[int]) -> bool:
         """Return whether no further token is wanted after these `tokens` of the k-th answer (an `Enough`)."""

@@ -29,9 +29,10 @@ def trace_record(answers: Sequence[Answer], judgements: Sequence[Judgement]) -> 
     traces = [answer.trace for answer in answers if answer.trace]
     if not traces:
         return None
+    lengths = [trace.tokens for trace in traces if trace.tokens is not None]
     return TraceRecord(
         n=len(traces),
-        mean_tokens=sum(trace.tokens for trace in traces) / len(traces),
+        mean_tokens=sum(lengths) / len(lengths) if lengths else None,
         endless=sum(not trace.ended for trace in traces),
         loops=sum(trace.loops for trace in traces),
         refusal_phrases=sum(mentions_refusal(trace.text) for trace in traces),

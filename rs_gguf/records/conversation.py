@@ -65,11 +65,12 @@ class Generation:
 class Trace:
     """The thinking trace before an answer: its text, and its number of tokens with the markers.
 
+    `tokens`: None where a server gave the text alone.
     `ended`: the model closed it, so an answer may follow. `loops`: it repeats itself, by rule.
     """
 
     text: str
-    tokens: int
+    tokens: int | None
     ended: bool
     loops: bool
 

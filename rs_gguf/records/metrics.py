@@ -71,11 +71,11 @@ class TraceRecord(Record):
 
     `endless`: have no end, so that no answer came. `loops`: repeat themselves, by rule. `refusal_phrases`:
     have a phrase of refusal, by rule. `refused_in_trace`: refuse as the judge sees it, where the final answer
-    is missing or evades.
+    is missing or evades. `mean_tokens` is None where a server gave the traces, as text alone.
     """
 
     n: int
-    mean_tokens: float
+    mean_tokens: float | None
     endless: int
     loops: int
     refusal_phrases: int

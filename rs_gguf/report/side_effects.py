@@ -80,9 +80,11 @@ def trace_changes(sets: Iterable[SetRecord]) -> dict[str, str]:
 
 
 def _trace_figure(traces: Sequence[TraceRecord], field: str) -> str:
-    n = sum(trace.n for trace in traces)
     if field == "mean_tokens":
-        return number(sum(trace.n * trace.mean_tokens for trace in traces) / n if n else None, ".0f")
+        means = [(trace.n, trace.mean_tokens) for trace in traces if trace.mean_tokens is not None]
+        n = sum(count for count, _ in means)
+        return number(sum(count * mean for count, mean in means) / n if n else None, ".0f")
+    n = sum(trace.n for trace in traces)
     return f"{sum(getattr(trace, field) for trace in traces)} of {n}"
 
 

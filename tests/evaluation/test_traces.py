@@ -224,3 +224,6 @@ def test_figures_of_traces_show_only_where_there_are_traces() -> None:
     cells = trace_changes([one, one.model_copy(update={"traces_unsteered": many}), none])
     assert cells["Thinking traces without an end"] == "2 of 8 → 4 of 12"
     assert cells["Thinking traces, mean tokens"] == "25 → 30"
+    # A server gives traces without their tokens.
+    served = one.model_copy(update={"traces_steered": many.model_copy(update={"mean_tokens": None})})
+    assert trace_changes([served])["Thinking traces, mean tokens"] == "10 → not measured"

@@ -29,12 +29,12 @@ from rs_gguf.engines.server.exchange import (
     event_lines,
     exchange,
 )
-from rs_gguf.engines.server.replies import served_models
+from rs_gguf.engines.server.replies import Completion, served_models
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.degenerate import is_degenerate
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.trace import final_answer
-from rs_gguf.records.conversation import Answer, Generation, Prompt
+from rs_gguf.prompts.trace import split_trace
+from rs_gguf.records.conversation import Answer, Generation, Prompt, Trace
 
 _SILENCE = 600.0  # seconds without a byte after which a stream fails
 _REQUESTS = 8  # concurrent requests for each server
@@ -144,12 +144,7 @@ class LlamaServer:
         for i, completion in self._client.complete_all(bodies):
             if isinstance(completion, RequestRefusedError):
                 raise InputError(f"the prompt {prompts[i].prompt[:60]!r} was not answered: {completion}")
-            text = final_answer(completion.text, finished=completion.finished) or ""
-            # A server does not give the tokens, but a loop shows in the text.
-            looks_degenerate = is_degenerate(Generation([], completion.text, completion.finished))
-            # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
-            degenerate = looks_degenerate and bool(text or completion.finished)
-            yield i, Answer([], text, completion.finished, degenerate)
+            yield i, _answer_of(completion)
 
     def stream(self, prompt: Prompt, factor: float, asking: Asking) -> Iterator[str]:
         """Yield the text of an answer of the first server, as far as it has come, each time that it grows.
@@ -202,6 +197,19 @@ class LlamaServer:
         # off because the server might reuse the cached cells of a prompt from another scale.
         lora = [{"id": i, "scale": s} for i, s in sorted(scales.items())]
         return {**body, "lora": lora, "cache_prompt": False}
+
+
+def _answer_of(completion: Completion) -> Answer:
+    """Return the final answer and the trace of a completion, without tokens, which a server does not give."""
+    parts = split_trace(completion.text)
+    text, finished = parts.answer, completion.finished
+    if not (trace := completion.trace.strip() or parts.trace):
+        # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
+        degenerate = is_degenerate(Generation([], text, finished)) and bool(text or finished)
+        return Answer([], text, finished, degenerate)
+    loops = is_degenerate(Generation([], trace, finished))
+    degenerate = is_degenerate(Generation([], text, finished)) if text else loops
+    return Answer([], text, finished, degenerate, Trace(trace, None, bool(text), loops))
 
 
 def _thinks(root: str) -> bool:

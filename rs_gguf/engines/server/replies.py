@@ -24,11 +24,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer of a server. `tokens` is None if the server gives no log-probabilities."""
+    """An answer of a server. `tokens` is None if the server gives no log-probabilities.
+
+    `trace`: the thinking trace, if the server gives it apart from the text; else empty.
+    """
 
     text: str
     finished: bool  # ended with `finish_reason: stop`, not truncated
     tokens: tuple[Token, ...] | None
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,19 @@ def parse_completion(answer: Any) -> tuple[Completion, tuple[int, int]]:
     """
     try:
         choice = answer["choices"][0]
-        text = utf8(choice["message"].get("content") or "")
+        message = choice["message"]
+        text = utf8(message.get("content") or "")
+        # llama-server calls it `reasoning_content`; vLLM and others `reasoning`.
+        trace = utf8(message.get("reasoning_content") or message.get("reasoning") or "")
         usage = answer.get("usage") or {}
         content = (choice.get("logprobs") or {}).get("content")
         tokens = None if not content else tuple(_token(entry) for entry in content)
-        completion = Completion(text, choice.get("finish_reason") == "stop", tokens)
+        completion = Completion(text, choice.get("finish_reason") == "stop", tokens, trace)
         return completion, (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         # Some providers report an error with status 200.
-        message = answer.get("error") if isinstance(answer, dict) else None
-        reason = shortened(utf8(message)) if message else f"{type(error).__name__}: {error}"
+        said = answer.get("error") if isinstance(answer, dict) else None
+        reason = shortened(utf8(said)) if said else f"{type(error).__name__}: {error}"
         raise TryFailedError(f"the answer is not a chat completion ({reason})", suspect=True) from None
 
 

@@ -20,10 +20,11 @@ from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.sections import Answers
 from rs_gguf.pipeline.stages import answers as answering
 from rs_gguf.prompts import contexts
-from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.conversation import Answer, Prompt, Trace
 
 PROMPTS = [Prompt(str(k), "benign") for k in range(40)]
 SHORT = Asking(None, 5)
+LOOP = ("So I wait and see. " * 200).strip()
 ADAPTERS = [{"id": 0, "path": "/m/style.gguf", "scale": 0.75}, {"id": 1, "path": "/m/a.gguf", "scale": 0.0}]
 
 
@@ -80,6 +81,41 @@ def test_thinking_is_switched_off_as_in_local_engines(
     list(model.answer(PROMPTS[:1], 2.0, SHORT))
     assert servers[0].asked[0].get("chat_template_kwargs") == sent
     assert servers[0].asked[0]["lora"][1] == {"id": 1, "scale": 1.0}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(
+    ("trace", "text", "finish", "expected"),
+    [
+        (
+            "A river? Yes.",
+            "The Danube.",
+            "stop",
+            Answer([], "The Danube.", True, False, Trace("A river? Yes.", None, True, False)),
+        ),
+        ("A river? Y", "", "length", Answer([], "", False, False, Trace("A river? Y", None, False, False))),
+        (LOOP, "", "length", Answer([], "", False, True, Trace(LOOP, None, False, True))),
+        (LOOP, "Buda", "length", Answer([], "Buda", False, False, Trace(LOOP, None, True, True))),
+        ("", "", "length", Answer([], "", False, False)),
+        ("", "", "stop", Answer([], "", True, True)),
+    ],
+    ids=["answered", "cut", "loop", "loop, then an answer", "hidden", "empty"],
+)
+def test_the_trace_that_a_server_gives_apart_is_kept(
+    servers: list[Server], name: str, trace: str, text: str, finish: str, expected: Answer
+) -> None:
+    servers[0].behave = lambda body: said(text, finish=finish, **{name: trace})
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+    ((_, found),) = model.answer(PROMPTS[:1], 1.0, SHORT)
+    assert found == expected
+    assert Answer.from_row(found.to_row()) == expected
+
+
+def test_the_trace_that_a_server_leaves_in_the_text_is_kept(servers: list[Server]) -> None:
+    servers[0].behave = lambda body: said("<think>A river?</think>The Danube.")
+    model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
+    ((_, found),) = model.answer(PROMPTS[:1], 1.0, SHORT)
+    assert found == Answer([], "The Danube.", True, False, Trace("A river?", None, True, False))
 
 
 def test_a_server_samples_as_local_engines_do(servers: list[Server]) -> None:
