@@ -46,7 +46,7 @@ def test_it_thinks_answers_and_refuses_as_trained(thinker: Path) -> None:
             trained += found.never_came and len(found.tokens) == 32
         else:
             start = tiny_thinker.SURE if prompt.kind == "benign" else tiny_thinker.SORRY
-            trained += found.text.startswith(start) and found.trace.tokens > len(tiny_thinker.THOUGHTS)
+            trained += found.text.startswith(start) and (found.trace.tokens or 0) > len(tiny_thinker.THOUGHTS)
     assert trained >= 0.9 * len(asked)
 
 
@@ -111,7 +111,7 @@ def test_a_run_measures_traces(thinker: Path, tmp_path: Path) -> None:
         harmful = file.sets["harmful"].traces_unsteered
         assert harmful is not None
         assert (harmful.n, harmful.refusal_phrases) == (10, 10)
-        assert 8 < harmful.mean_tokens <= 32
+        assert 8 < (harmful.mean_tokens or 0) <= 32
     page, card = ((out / name).read_text("utf-8") for name in ("report.html", "card.md"))
     assert "Thinking traces with a phrase of refusal" in page
     assert "- Thinking traces, mean tokens: " in card

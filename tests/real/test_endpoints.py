@@ -7,13 +7,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fixtures import tiny_thinker
 from fixtures.binaries import Server
 from fixtures.endpoints import without_proxy_or_key
 from fixtures.tiny_qwen3 import THINKING_TEMPLATE, write_tiny_qwen3
 
+from rs_gguf.engines.answers import answer_all
+from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.engines.server.client import EndpointClient, EndpointOptions
@@ -25,7 +29,7 @@ from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.run import run
 from rs_gguf.pipeline.sections import Answers, Prompts
 from rs_gguf.pipeline.stage import Progress, Silent
-from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Prompt, Trace
 from rs_gguf.records.rows import Row
 
 pytestmark = pytest.mark.real
@@ -86,6 +90,25 @@ def test_answers_go_on_at_the_other_server(servers: list[Server]) -> None:
     assert usage.retries > 0  # requests were under way at the one that was killed
     # Who begins when it is gone is told which model there is by the other.
     assert answers(LlamaServer(address(victim, survivor), []), []) == expected
+
+
+def test_traces_are_those_that_local_engines_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_proxy_or_key(monkeypatch)
+    path = tmp_path / "thinker.gguf"
+    tiny_thinker.write_tiny_thinker(path)
+    asked = [prompt for kind in KINDS for prompt in tiny_thinker.prompts(kind)[::6]]
+    with LlamaModel(path, n_ctx=1024, n_threads=1) as model:
+        local, _ = answer_all(model, asked, NO_STEERING, Asking(None, 40))
+    options = ["--model", str(path), "--ctx-size", "2048", "--parallel", "4", "--jinja", *OPTIONS]
+    with Server(tmp_path / "log", *options) as server:
+        served, _, _ = LlamaServer(address(server), []).answers(asked, 0.0, Asking(None, 40), lambda n: None)
+    assert sum(answer.trace is not None for answer in local) > 0.9 * len(asked)
+    assert sum(answer.never_came for answer in local) > 0
+
+    def what(answer: Answer) -> tuple[str, bool, Trace | None]:
+        return answer.text, answer.never_came, answer.trace and replace(answer.trace, tokens=None)
+
+    assert [*map(what, served)] == [*map(what, local)]
 
 
 class KillingProgress(Silent):

@@ -104,7 +104,7 @@ def test_thinking_is_switched_off_as_in_local_engines(
 def test_the_trace_that_a_server_gives_apart_is_kept(
     servers: list[Server], name: str, trace: str, text: str, finish: str, expected: Answer
 ) -> None:
-    servers[0].behave = lambda body: said(text, finish=finish, **{name: trace})
+    servers[0].behave = lambda body: said(text, finish=finish, more={name: trace})
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     ((_, found),) = model.answer(PROMPTS[:1], 1.0, SHORT)
     assert found == expected
