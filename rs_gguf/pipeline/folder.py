@@ -109,6 +109,6 @@ class RunFolder:
         """Return the rows of a finished file."""
         return read_rows(self / name)
 
-    def log(self, name: str, key: str, former: str | None = None) -> RowLog:
+    def log(self, name: str, key: str) -> RowLog:
         """Return the log of a file's rows, as `RowLog` has it; `mark_done` deletes it."""
-        return RowLog(self / name, key, self._finished.append, former=former)
+        return RowLog(self / name, key, self._finished.append)

@@ -15,15 +15,13 @@ from pathlib import Path
 from rs_gguf.errors import InputError
 from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import recipe as recipes
-from rs_gguf.pipeline.folder import RunFolder, key_of
+from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
 from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
 from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
-from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import RowLog, write_json, write_rows
@@ -79,7 +77,7 @@ def remeasure(
 
 def _on_validation(run: Run, old: RunRecord, files: Mapping[str, WrittenFile]) -> tuple[RunRecord, Path]:
     folder, prompts = run.folder, run.prompts["validation"]
-    log = _open_log(run, "remeasured.jsonl", prompts, files)
+    log = RowLog(folder / "remeasured.jsonl", answers_key(run, prompts, files))
     measured = measure_files(run, prompts, files, log)
     record = _record(run, old, measured, subset=len(prompts) < sum(map(len, run.pool["validation"].values())))
     write_rows(folder / "test_answers.jsonl", measured.rows)
@@ -99,7 +97,7 @@ def _on_sealed(
         raise InputError(f"{path} cannot be opened as a sealed set: " + "; ".join(reasons) + ".")
     hashes = {file.path.name: sha256(file.path) for file in files.values()}
     opened = sealed_sets.open_for(path, hashes)
-    log = _open_log(run, "sealed_measured.jsonl", sealed, files)
+    log = RowLog(folder / "sealed_measured.jsonl", answers_key(run, sealed, files))
     measured = measure_files(run, sealed, files, log, into_files=False)
     record = _record(run, old, measured, subset=False)
     write_rows(folder / "sealed_answers.jsonl", measured.rows)
@@ -140,22 +138,6 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     nan = float("nan")  # of the search: measure() uses neither figure
     trial = Trial(0, candidate, "full", nan, nan, feasible=feasible)
     return WrittenFile(METHODS[name].word, path, trial, record.effect_check.model_dump())
-
-
-def _open_log(run: Run, name: str, prompts: Sequence[Prompt], files: Mapping[str, WrittenFile]) -> RowLog:
-    """Return the log of the answers to `prompts`; one of an earlier version goes on."""
-    recipe, system_prompt = run.recipe, "system-prompt" in run.recipe.measure.baselines
-    tune = run.prompts["tune"] if system_prompt and ChatFormat.of(run.model).takes_system else []
-    former = key_of(
-        run.model_hash, run.judge.identity, run.judge_hash,
-        recipe.model_dump(
-            mode="json", exclude={"judge_second": True, "engine": True, "answers": {"check"}}
-        ),
-        *recipe.engine.result_options.split(),
-        [p.to_row() for p in (*prompts, *tune)],
-        {name: [file.weights_hash] for name, file in files.items()},
-    )  # fmt: skip
-    return RowLog(run.folder / name, answers_key(run, prompts, files), former=former)
 
 
 def _record(run: Run, old: RunRecord, measured: Measured, *, subset: bool) -> RunRecord:

@@ -73,19 +73,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 class RowLog:
     """A log of rows under a key: rows are appended one by one, then written in order to the final file."""
 
-    def __init__(
-        self,
-        final: Path,
-        key: str,
-        finished: Callable[[Path], None] = lambda path: None,
-        *,
-        former: str | None = None,
-    ) -> None:
+    def __init__(self, final: Path, key: str, finished: Callable[[Path], None] = lambda path: None) -> None:
         """Open the log and continue with the rows that an earlier process left under the same `key`.
 
         `final`: the file that `finish` writes. `finish` then calls `finished` with the path of the log; the
-        log may be deleted once the stage is marked as done. `former`: the key that an earlier version had for
-        the same inputs.
+        log may be deleted once the stage is marked as done.
         """
         self._final, self._finished, self._key = final, finished, key
         self._path = final.with_name(f"{final.name}.part")
@@ -94,7 +86,7 @@ class RowLog:
             # A kill may have torn the last line, even within a character.
             data = path.read_bytes() if path.is_file() else b""
             header, *lines = data.decode("utf-8", "replace").split("\n")
-            if header in (json.dumps({"key": key}), json.dumps({"key": former})):
+            if header == json.dumps({"key": key}):
                 for line in lines:
                     with contextlib.suppress(json.JSONDecodeError):
                         row = json.loads(line)

@@ -49,7 +49,6 @@ def test_a_log_begins_with_what_was_kept_under_its_key(tmp_path: Path) -> None:
     folder.mark_done("measure", "k", 1.0)
     assert not list(tmp_path.glob("*.part"))
     assert folder.log("measured.jsonl", "other").rows == {}
-    assert folder.log("measured.jsonl", "new", former="k").rows == log.rows
     again = folder.log("measured.jsonl", "k")
     assert again.rows == log.rows
     again.append({"id": "3", "answer": "no"})

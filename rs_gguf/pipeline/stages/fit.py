@@ -52,14 +52,9 @@ class Fit(Stage):
     shared = True
 
     def inputs(self, run: Run) -> list[Any]:
-        recipe, device = run.recipe, resolve_device(run.recipe.fit.device).type
-        # Options that older recipes lack count only where they are set: keys of those recipes stay valid.
-        fit = recipe.fit.model_dump(include={"estimators", "ridges", "gate_ridges"})
-        fit |= recipe.fit.model_dump(exclude_defaults=True, exclude={"device"})
         return [
-            recipe.effect,
-            # Older recipes were fitted on the CPU.
-            fit if device == "cpu" else {**fit, "device": device},
+            run.recipe.effect,
+            run.recipe.fit.model_dump() | {"device": resolve_device(run.recipe.fit.device).type},
             # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
             # A fit of a version with other constants is done again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ from rs_gguf.pipeline.stages.file_record import (
     record_figures,
     search_notes,
 )
-from rs_gguf.pipeline.stages.tune import UNUSED, chosen
+from rs_gguf.pipeline.stages.tune import chosen
 from rs_gguf.pipeline.stages.write import path_of, write_file
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
@@ -67,9 +67,7 @@ class Measure(Stage):
         recipe = run.recipe
         return [
             recipe.answers.test_tokens, recipe.measure.model_dump(), recipe.judge_second,
-            run.second_judge_hash, [p.to_row() for p in run.prompts["validation"]],
-            # Older folders keep their keys.
-            *([] if recipe.tune.min_top1 == UNUSED["min_top1"] else [recipe.tune.min_top1]),
+            run.second_judge_hash, recipe.tune.min_top1, [p.to_row() for p in run.prompts["validation"]],
         ]  # fmt: skip
 
     def work(self, run: Run, key: str) -> None:
@@ -82,9 +80,7 @@ class Measure(Stage):
             name: WrittenFile(METHODS[name].word, path_of(run, name), trial, effects[name])
             for name, trial in trials.items()
         }
-        # The key of earlier versions.
-        former = key_of(key, {name: asdict(trial.candidate) for name, trial in trials.items()})
-        log = folder.log("measured.jsonl", answers_key(run, prompts, files), former)
+        log = folder.log("measured.jsonl", answers_key(run, prompts, files))
         measured = measure_files(run, prompts, files, log)
         write_rows(folder / "test_answers.jsonl", measured.rows)
         RunRecord(

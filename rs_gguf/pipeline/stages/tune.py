@@ -23,9 +23,6 @@ from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
 from rs_gguf.search.stopping import Answering
 
-# The search does not use `min_top1`. Its keys hold this, so that folders with the default stay valid.
-UNUSED = {"min_top1": 0.9}
-
 
 class Tune(Stage):
     """The search for the layers and the strength of each file."""
@@ -34,7 +31,7 @@ class Tune(Stage):
 
     def inputs(self, run: Run) -> list[Any]:
         recipe = run.recipe
-        used = recipe.tune.model_dump() | UNUSED
+        used = recipe.tune.model_dump(exclude={"min_top1"})  # a limit of the measurement alone
         return [used, recipe.tune.full_prompts and recipe.answers.test_tokens]
 
     def work(self, run: Run, key: str) -> None:
@@ -87,11 +84,10 @@ def tune(
     """
     # A measured candidate stays what it is when the search gets more time or less; one that answered in full
     # tells for how many prompts and tokens that was.
-    limits = recipe.tune.model_dump(exclude={"logprob_trials", "finalists", "budget", "full_prompts"})
-    key, path = key_of(fit_key, limits | UNUSED), folder / "tune.json"
-    former = key_of(fit_key, limits)
-    log = folder.log("trials.jsonl", key, former)
-    if path.is_file() and (ended := read_json(path)).get("key") in (key, former):
+    limits = recipe.tune.model_dump(include={"min_retention", "max_benign_drift"})
+    key, path = key_of(fit_key, limits), folder / "tune.json"
+    log = folder.log("trials.jsonl", key)
+    if path.is_file() and (ended := read_json(path)).get("key") == key:
         for row in ended["trials"]:
             if str(row["number"]) not in log.rows:  # the log may have been cut short right here
                 log.append({"id": str(row["number"]), **row})
