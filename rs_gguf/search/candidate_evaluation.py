@@ -26,12 +26,13 @@ from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.drift import Drift, drift_of, is_drift_reference, mean_change
+from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.records.conversation import KINDS, Answer
 from rs_gguf.records.trials import Candidate, Trial
-from rs_gguf.search.stopping import Answering, compare
+from rs_gguf.search.stopping import Answering, SecondRun, compare
 from rs_gguf.search.unsteered import UnsteeredAnswers
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a conversation and of its answer
@@ -80,6 +81,7 @@ class CandidateEvaluator:
         self._short, self._full, self._n_full, self.rule, self._seed = short, full, n_full, rule, seed
         self._tokens = chat_tokens(model, unsteered.prompts, short.system)
         self._drifts: dict[Candidate, Drift] = {}
+        self._unsteered_again = {full: self._second_run(NO_STEERING, full) for full in (True, False)}
         remove = rule.effect == "remove"
         self.targets = unsteered.targets(rule.effect)
         benign = [
@@ -166,6 +168,10 @@ class CandidateEvaluator:
         condition = Condition("candidate", steering, asking.system)
         return answer_condition(self.model, self._judge, condition, prompts, asking, drafts=drafts)
 
+    def _second_run(self, steering: Steering, full: bool) -> SecondRun:
+        asking = (self._full if full else self._short).for_draw(1)
+        return SecondRun(lambda indices, drafts: self._answers(indices, steering, asking, drafts))
+
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:
         return self.model.token_logprobs(list(pairs.values()))
 
@@ -229,7 +235,7 @@ class CandidateEvaluator:
     def _compared(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         """Answer under the candidate and compare with the unsteered answers of the same length."""
         full = fidelity == "full"
-        asking, allowance = (self._full, Allowance.FULL) if full else (self._short, Allowance.SHORT)
+        asking = self._full if full else self._short
         indices, before = self._full_unsteered if full else self._short_unsteered
         steering, drift = self.steering(candidate), self._drift(candidate)
         prompts = [self._unsteered.prompts[i] for i in indices]
@@ -238,14 +244,21 @@ class CandidateEvaluator:
             drafts = [before.answers[k] for k in part]
             return self._answers([indices[k] for k in part], steering, asking, drafts)
 
-        evaluation = compare(prompts, before, drift, answers, self.rule, allowance, self._answering)
+        unsteered_again, steered_again = self._unsteered_again[full], self._second_run(steering, full)
+
+        def again(part: Sequence[int], first: PairedEvaluation) -> PairedEvaluation:
+            asked = [indices[k] for k in part]
+            sides = unsteered_again.answers(asked, first.before), steered_again.answers(asked, first.after)
+            return PairedEvaluation(first.prompts, *sides)
+
+        evaluation = compare(prompts, before, drift, answers, again, self.rule, self._answering)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)
         targets = sensitive.count("refuses" if self.rule.effect == "remove" else "complies")
         changed = sensitive.wanted(self.rule.effect)
         answered, n_benign = len(evaluation.prompts), len(benign.prompts)
         left_out = len(indices) - answered
         stands_for = self._unsteered.stands_for(evaluation.prompts, self.rule.effect)
-        decision = self.rule.decide(evaluation, allowance, stands_for=stands_for)
+        decision = self.rule.decide(evaluation, Allowance.SEARCH, stands_for=stands_for)
         return Trial(
             number,
             candidate,

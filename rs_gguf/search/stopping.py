@@ -1,8 +1,8 @@
 """Answer a candidate's prompts, and stop once a limit is broken beyond recovery.
 
-Prompts, their unsteered answers, the drift and a function that answers go in. A `PairedEvaluation` of the
-prompts that were answered comes out. Harmful prompts come first: the limit on their refusals is the one that
-candidates break.
+Prompts, their unsteered answers, the drift and functions that answer go in. A `PairedEvaluation` of the
+prompts that were answered comes out, whose changes a second run shows too. Harmful prompts come first: the
+limit on their refusals is the one that candidates break.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rs_gguf.evaluation.outcomes import class_of, outcome_of
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 
+_SEARCH = Allowance.SEARCH
+
 
 class Answering(Enum):
     """How many of its prompts a candidate answers. The search stops early; comparisons need the others."""
@@ -28,13 +30,35 @@ class Answering(Enum):
     STOPPING = "in parts, until a limit is broken beyond recovery"
 
 
+class SecondRun:
+    """The second answers of one side, each given once.
+
+    They come from other batches than the first ones, so near ties fall freely.
+    """
+
+    def __init__(self, answer: Callable[[Sequence[int], Sequence[Answer]], JudgedAnswers]) -> None:
+        """`answer` answers the prompts at these indices from drafts, one for each."""
+        self._answer = answer
+        self._seen: dict[int, tuple[Answer, Judgement]] = {}
+
+    def answers(self, indices: Sequence[int], first: JudgedAnswers) -> JudgedAnswers:
+        """Return second answers to the prompts at these indices; the first ones are their drafts."""
+        missing = [k for k, i in enumerate(indices) if i not in self._seen][::-1]
+        if missing:
+            judged = self._answer([indices[k] for k in missing], [first.answers[k] for k in missing])
+            pairs = zip(judged.answers, judged.judgements, strict=True)
+            self._seen |= {indices[k]: pair for k, pair in zip(missing, pairs, strict=True)}
+        seen = [self._seen[i] for i in indices]
+        return JudgedAnswers([answer for answer, _ in seen], [judgement for _, judgement in seen])
+
+
 def compare(
     prompts: Sequence[Prompt],
     before: JudgedAnswers,
     drift: Drift,
     answers: Callable[[Sequence[int]], JudgedAnswers],
+    again: Callable[[Sequence[int], PairedEvaluation], PairedEvaluation],
     rule: SafetyRule,
-    allowance: Allowance,
     answering: Answering = Answering.STOPPING,
 ) -> PairedEvaluation:
     """Answer the prompts and compare; the result leaves out the prompts that are no longer needed.
@@ -43,14 +67,15 @@ def compare(
 
     before: the unsteered answers. drift: of the candidate.
     answers: returns the steered answers to the prompts at these indices.
+    again: returns second answers on both sides to the prompts at these indices. Its other argument has the
+        first ones.
     """
     refused = {
         i
         for i, pair in enumerate(zip(before.answers, before.judgements, strict=True))
         if prompts[i].kind == "harmful" and class_of(outcome_of(*pair)) == "refuses"
     }
-    harmful = {i for i, prompt in enumerate(prompts) if prompt.kind == "harmful"}
-    parts = _parts(len(prompts), sorted(harmful if allowance.value.lost.noise else refused))
+    parts = _parts(len(prompts), sorted(refused))
     done: dict[int, tuple[Answer, Judgement]] = {}
     for part in [range(len(prompts))] if answering is Answering.WHOLE else parts:
         judged = answers(part)
@@ -58,12 +83,24 @@ def compare(
         indices = sorted(done)
         after = JudgedAnswers([done[i][0] for i in indices], [done[i][1] for i in indices])
         evaluation = PairedEvaluation([prompts[i] for i in indices], before.take(indices), after, drift)
-        left = harmful - done.keys()
-        if answering is Answering.STOPPING and rule.is_beyond_recovery(
-            evaluation, allowance, refused=len(refused & left), other=len(left - refused)
-        ):
-            break
-    return evaluation
+        left = len(refused - done.keys())
+        if answering is not Answering.STOPPING or not rule.is_beyond_recovery(evaluation, _SEARCH, left):
+            continue
+        # Near ties may have flipped, which is no loss.
+        confirmed = _confirmed(evaluation, indices, again)
+        if rule.is_beyond_recovery(confirmed, _SEARCH, left):
+            return confirmed
+    return _confirmed(evaluation, indices, again)
+
+
+def _confirmed(
+    evaluation: PairedEvaluation,
+    indices: Sequence[int],
+    again: Callable[[Sequence[int], PairedEvaluation], PairedEvaluation],
+) -> PairedEvaluation:
+    """Return the evaluation of the prompts at these indices with the changes that a second run shows too."""
+    changed = evaluation.to_confirm()
+    return evaluation.confirmed_by(changed, again([indices[k] for k in changed], evaluation.take(changed)))
 
 
 def _parts(n: int, decisive: Sequence[int]) -> list[Sequence[int]]:

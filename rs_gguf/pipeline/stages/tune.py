@@ -45,7 +45,7 @@ class Tune(Stage):
         probe = costs.reading(opened * (costs.prompt + PREFIX_TOKENS))
         probe += costs.drift(min(LOGPROB_PAIRS, benign), tokens)
         candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
-        candidate += costs.drift(benign, tokens)
+        candidate += costs.drift(benign + CHANGED * wanted, tokens)  # also those that a second run confirms
         probes: float = costs.files * recipe.tune.logprob_trials
         candidates: float = costs.files * recipe.tune.finalists
         # At full length the unsteered model answers too, and each file at two strengths.

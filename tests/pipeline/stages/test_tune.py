@@ -245,7 +245,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
     more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert more <= Allowance.SHORT.value.broken.holds(more, len(prompts))
+    assert more <= Allowance.SEARCH.value.broken.holds(more, len(prompts))
 
 
 def test_targets_stand_for_all_sensitive_prompts(
@@ -374,6 +374,34 @@ def test_one_verdict_that_turns_is_chance_and_two_of_a_few_are_not(
 
 
 @pytest.mark.parametrize("fidelity", ["short", "full"])
+@pytest.mark.parametrize(("shown", "kept"), [(False, EACH), (True, EACH - 3)])
+def test_a_change_that_a_second_run_does_not_show_is_none(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fidelity: str, shown: bool, kept: int,
+) -> None:  # fmt: skip
+    search = evaluator(setting, tmp_path, recipe(full_prompts=EACH, min_retention=0.95))
+    lost = set(setting.unsteered.of("harmful")[:3])
+    asked: list[tuple[bool, set[int]]] = []
+
+    def invented(picked: Sequence[int], steering: Any, *_: Any) -> JudgedAnswers:
+        steered, again = steering is not NO_STEERING, lost.issuperset(picked)
+        asked.append((steered, set(picked)))
+        refused = {i: confidences_of(setting)[i] > 0 for i in picked}
+        return verdicts(
+            {i: r and not (steered and i in lost and (shown or not again)) for i, r in refused.items()}
+        )
+
+    monkeypatch.setattr(search, "_answers", invented)
+    trial = search.measure(fidelity, 0, GATES.start[0])
+    assert trial.harmful_retention == pytest.approx(kept / EACH)
+    assert trial.feasible != shown
+    assert asked.count((True, lost)) == asked.count((False, lost)) == 1
+    # The unsteered model answers once more for all candidates.
+    search.measure(fidelity, 1, replace(GATES.start[0], strength=0.3))
+    assert (asked.count((True, lost)), asked.count((False, lost))) == (2, 1)
+
+
+@pytest.mark.parametrize("fidelity", ["short", "full"])
 @pytest.mark.parametrize(("new", "feasible"), [(4, True), (8, False)])
 def test_some_answers_fail_by_themselves(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -425,7 +453,9 @@ def test_a_failure_is_not_to_change(setting: Setting, tmp_path: Path, fidelity: 
     assert 0 < trial.n_sensitive <= len(refused) - 3
 
 
-def test_nonsense_is_not_a_refusal_that_was_induced(setting: Setting, tmp_path: Path) -> None:
+def test_nonsense_is_not_a_refusal_that_was_induced(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All are complied with unsteered, as the search has it, and fail under a steering of no strength."""
     confidences = [
         -1.0 if p.kind == "sensitive" else c
@@ -433,10 +463,21 @@ def test_nonsense_is_not_a_refusal_that_was_induced(setting: Setting, tmp_path: 
     ]
     complied = with_confidences(setting, confidences)
     induce = recipe().model_copy(update={"effect": "induce"})
-    nothing = replace(GATES.start[0], strength=1e-6)
-    assert evaluator(complied, tmp_path, induce).measure("short", 0, nothing).sensitive_remaining == 0.0
-    fallen = replace(with_failures(setting, 3), unsteered=complied.unsteered)
-    found = evaluator(fallen, tmp_path, induce).measure("short", 0, nothing)
+
+    def measured(setting: Setting) -> Trial:
+        search = evaluator(setting, tmp_path, induce)
+        steered = search._answers
+
+        def answers(picked: Sequence[int], steering: Steering, *more: Any) -> JudgedAnswers:
+            if steering is NO_STEERING:
+                return complied.unsteered.take(picked)
+            return steered(picked, steering, *more)
+
+        monkeypatch.setattr(search, "_answers", answers)
+        return search.measure("short", 0, replace(GATES.start[0], strength=1e-6))
+
+    assert measured(complied).sensitive_remaining == 0.0
+    found = measured(replace(with_failures(setting, 3), unsteered=complied.unsteered))
     assert found.sensitive_remaining == pytest.approx(3 / found.n_sensitive)
 
 
@@ -1071,7 +1112,8 @@ def test_candidates_answer_at_the_recipes_temperature(
     monkeypatch.setattr(rungs_module, "answer_condition", noted)
     warm = setting.recipe.model_copy(update={"answers": Answers(tokens=8, temperature=0.8), "seed": 3})
     evaluator(setting, tmp_path, warm).measure("short", 0, GATES.start[0])
-    assert set(drawn) == {Sampling(temperature=0.8, seed=3)}
+    # A second run of what changed draws with another seed.
+    assert set(drawn) == {Sampling(temperature=0.8, seed=seed) for seed in (3, 4)}
 
 
 def test_an_exhausted_space_ends_the_search() -> None:
