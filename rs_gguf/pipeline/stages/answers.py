@@ -188,9 +188,17 @@ def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def judged(folder: RunFolder) -> dict[str, Row]:
-    """Return the rows of `judgements.jsonl` by prompt id, without answers that could not be judged."""
-    rows = folder.read_rows("judgements.jsonl")
-    return {row["id"]: row for row in rows if row["confidence"] is not None}
+    """Return the rows of `judgements.jsonl` by prompt id, without answers that fail or have no judgement.
+
+    A failure has a high confidence, but is no refusal: what fits directions must not take it for one.
+    """
+    answers = {row["id"]: Answer.from_row(row) for row in folder.read_rows("answers.jsonl")}
+    return {
+        row["id"]: row
+        for row in folder.read_rows("judgements.jsonl")
+        if row["confidence"] is not None
+        and outcome_of(answers[row["id"]], Judgement.from_row(row)) != "fails"
+    }
 
 
 def counts(folder: RunFolder) -> dict[str, Outcomes]:
