@@ -16,7 +16,7 @@ import torch
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels, Mask
 from rs_gguf.estimators.moments import Float64
-from rs_gguf.records.conversation import FAILURES, NEUTRAL
+from rs_gguf.records.conversation import EXPLICIT, NEUTRAL
 
 
 def contrast_weights(labels: Labels, categories: Sequence[str | None] = (), *, induce: bool) -> Float64:
@@ -57,14 +57,16 @@ def _classes(labels: Labels, categories: Sequence[str | None], induce: bool) -> 
     refused, answered = labels.refused(NEUTRAL), labels.answered(NEUTRAL)
     sensitive = labels.kind("sensitive")
     if induce:  # the model may answer every sensitive prompt so far, so refusals of all kinds count
-        refused = target_refusals(refused, categories, direct=True)
-        classes = {"answered benign or sensitive": ~labels.kind("harmful") & answered, "refused": refused}
+        classes = {
+            "answered benign or sensitive": ~labels.kind("harmful") & answered,
+            "refused": _explicit(refused, categories),
+        }
     else:
         # With sensitive prompts in both classes, their subjects are not part of the contrast.
         enough = np.count_nonzero(sensitive & answered) >= MIN_SAMPLES
         kind = "sensitive" if enough else "benign"
         classes = {
-            "refused sensitive": target_refusals(sensitive & refused, categories),
+            "refused sensitive": sensitive & refused,
             f"answered {kind}": labels.kind(kind) & answered,
         }
     for name, mask in classes.items():
@@ -74,17 +76,12 @@ def _classes(labels: Labels, categories: Sequence[str | None], induce: bool) -> 
     return first, second
 
 
-def target_refusals(refused: Mask, categories: Sequence[str | None], *, direct: bool = False) -> Mask:
-    """Return a mask [N] of the refusals to remove (or to imitate, when inducing), without failures.
+def _explicit(refused: Mask, categories: Sequence[str | None]) -> Mask:
+    """Return a mask [N] of the explicit refusals, which are what a user who induces refusals wants.
 
-    Each rule applies only if at least 4 refusals (`MIN_SAMPLES`) remain: else failures count too.
-
-    categories: as for `contrast_weights`.
-    direct: keep explicit refusals alone, which are what a user who induces refusals wants.
+    If there are fewer than 4 (`MIN_SAMPLES`), all refusals count.
     """
-    known = np.full(len(refused), "", dtype="<U32")
-    known[: len(categories)] = [category or "" for category in categories]
-    choices: list[Mask] = [refused & ~np.isin(known, FAILURES), refused]
-    if direct:
-        choices.insert(0, refused & (known == "direct"))
-    return next((mask for mask in choices if np.count_nonzero(mask) >= MIN_SAMPLES), refused)
+    explicit = refused.copy()
+    explicit[: len(categories)] &= np.array([category == EXPLICIT for category in categories], dtype=bool)
+    explicit[len(categories) :] = False
+    return explicit if np.count_nonzero(explicit) >= MIN_SAMPLES else refused

@@ -9,7 +9,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.estimators.contrast import contrast_weights
 from rs_gguf.estimators.labels import MIN_SAMPLES, Labels
 from rs_gguf.judges.rubric import rubric
-from rs_gguf.records.conversation import FAILURES
+from rs_gguf.records.conversation import EXPLICIT
 
 COUNT = 12  # samples of each kind; the first half is refused
 
@@ -19,41 +19,26 @@ def labels() -> Labels:
     return Labels.of(confidence, np.repeat(["sensitive", "harmful", "benign"], COUNT))
 
 
-def refused(weights: np.ndarray, kind: int) -> np.ndarray:
-    """Return the weights of the refused samples of a kind."""
-    return weights[kind * COUNT : kind * COUNT + COUNT // 2]
+def test_the_category_is_in_the_rubric() -> None:
+    assert EXPLICIT in {category["id"] for category in rubric()["refusal"]}
 
 
-def test_categories_are_in_the_rubric() -> None:
-    assert {"direct", *FAILURES} <= {category["id"] for category in rubric()["refusal"]}
-
-
-def test_a_failure_is_not_a_refusal_to_remove() -> None:
-    categories = ["nonsense", "direct", None, "official_line", "empty", "deflection"]
-    weights = contrast_weights(labels(), categories, induce=False)
-    np.testing.assert_allclose(refused(weights, 0), [0, 1 / 4, 1 / 4, 1 / 4, 0, 1 / 4], atol=1e-12)
-    np.testing.assert_allclose(weights.sum(), 0, atol=1e-12)
-    # If no category is known, all refusals count.
-    np.testing.assert_allclose(refused(contrast_weights(labels(), induce=False), 0), 1 / 6)
-
-
-@pytest.mark.parametrize("failures", [3, 6])
-def test_if_fewer_than_4_other_refusals_are_left_failures_count(failures: int) -> None:
-    """Refusals of harmful prompts do not matter here: the adapter acts on sensitive prompts."""
-    categories = [*["empty"] * failures, *["direct"] * (COUNT - failures)]
-    weights = contrast_weights(labels(), categories, induce=False)
-    np.testing.assert_allclose(refused(weights, 0), 1 / 6)
+def test_refused_and_answered_sensitive_prompts_form_the_contrast() -> None:
+    weights = contrast_weights(labels(), induce=False)
+    np.testing.assert_allclose(weights[:COUNT], np.repeat([1 / 6, -1 / 6], COUNT // 2))
+    np.testing.assert_array_equal(weights[COUNT:], 0)
 
 
 @pytest.mark.parametrize("direct", [MIN_SAMPLES, MIN_SAMPLES - 1])
 def test_induced_refusals_are_explicit_ones_if_there_are_4(direct: int) -> None:
-    """Refusals of all kinds of prompt count; with fewer explicit ones, all refusals except failures."""
+    """Refusals of all kinds of prompt count; with fewer explicit ones, all refusals."""
     categories: list[str | None] = [None] * (3 * COUNT)
-    categories[:4] = ["direct", "direct", "nonsense", "deflection"]
-    categories[COUNT : COUNT + 4] = [*["direct"] * (direct - 2), *["empty"] * (6 - direct)]
+    categories[:4] = ["direct", "direct", "moral_lecture", "deflection"]
+    categories[COUNT : COUNT + 4] = [*["direct"] * (direct - 2), *["questioning"] * (6 - direct)]
     weights = contrast_weights(labels(), categories, induce=True)
     used = {categories[i] for i in np.flatnonzero(weights < 0)}
-    assert used == ({"direct"} if direct == MIN_SAMPLES else {"direct", "deflection", None})
+    others = {"moral_lecture", "deflection", "questioning", None}
+    assert used == ({"direct"} if direct == MIN_SAMPLES else {"direct", *others})
     assert weights[weights < 0].sum() == pytest.approx(-1)
     assert weights[weights > 0].sum() == pytest.approx(1)
 

@@ -43,10 +43,15 @@ def inputs(**options: Any) -> Any:
     return Fit().inputs(cast("Run", run))
 
 
-def test_options_that_are_not_set_are_no_inputs_of_the_fit() -> None:
-    """Runs of recipes from before an option existed stay valid."""
-    assert inputs()[:2] == ["remove", {"estimators": [], "ridges": [0.3, 3.0], "gate_ridges": [0.02]}]
-    assert inputs(gate_refits=1)[1]["gate_refits"] == 1
+@pytest.mark.parametrize(
+    "options", [{"gate_refits": 1}, {"ridges": [1.0]}, {"gate_ridges": [1.0]}, {"estimators": ["md"]}]
+)
+def test_options_are_inputs_of_the_fit(options: dict[str, Any]) -> None:
+    assert inputs(**options) != inputs()
+
+
+def test_the_device_that_fits_is_an_input_of_the_fit() -> None:
+    assert inputs()[1]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("name", ["HARMFUL_TARGET_RATIO", "TOPIC_SAMPLES", "OFF_TARGET_WEIGHT"])
