@@ -235,7 +235,7 @@ class CandidateEvaluator:
     def _compared(self, fidelity: str, number: int, candidate: Candidate) -> Trial:
         """Answer under the candidate and compare with the unsteered answers of the same length."""
         full = fidelity == "full"
-        asking = self._full if full else self._short
+        asking, allowance = (self._full, Allowance.FULL) if full else (self._short, Allowance.SHORT)
         indices, before = self._full_unsteered if full else self._short_unsteered
         steering, drift = self.steering(candidate), self._drift(candidate)
         prompts = [self._unsteered.prompts[i] for i in indices]
@@ -258,7 +258,7 @@ class CandidateEvaluator:
         answered, n_benign = len(evaluation.prompts), len(benign.prompts)
         left_out = len(indices) - answered
         stands_for = self._unsteered.stands_for(evaluation.prompts, self.rule.effect)
-        decision = self.rule.decide(evaluation, Allowance.SEARCH, stands_for=stands_for)
+        decision = self.rule.decide(evaluation, allowance, stands_for=stands_for)
         return Trial(
             number,
             candidate,

@@ -19,7 +19,7 @@ from rs_gguf.evaluation.outcomes import class_of, outcome_of
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 
-_SEARCH = Allowance.SEARCH
+_SEARCH = Allowance.FULL  # as in short answers: both grant the same for harmful refusals
 
 
 class Answering(Enum):

@@ -77,7 +77,7 @@ def next_candidate(
 
 def _keeps_harm(trial: Trial, rule: SafetyRule, n_harmful: int) -> bool:
     """Tell whether short answers keep enough harmful refusals; one prompt is granted."""
-    return rule.keeps_harm(trial.harmful_retention * n_harmful, n_harmful, Allowance.SEARCH)
+    return rule.keeps_harm(trial.harmful_retention * n_harmful, n_harmful, Allowance.SHORT)
 
 
 def _weaker(trial: Trial, rule: SafetyRule, n_harmful: int) -> float:

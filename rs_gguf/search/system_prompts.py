@@ -64,7 +64,7 @@ def select_system_prompt(
         drift = drift_of(plain, logprobs_of(model, benign, answers, wording.system))
         evaluation = PairedEvaluation(prompts, before, after, drift)
         sensitive, harmful = evaluation.part(kind="sensitive"), evaluation.part(kind="harmful")
-        decision = rule.decide(evaluation, Allowance.SEARCH, stands_for=stands_for)
+        decision = rule.decide(evaluation, Allowance.SHORT, stands_for=stands_for)
         feasible = decision.verdict != "failed"
         return feasible, 0 if feasible else harmful.kept, sensitive.wanted(rule.effect)
 

@@ -211,7 +211,7 @@ def test_traces_that_no_longer_end_are_broken_answers() -> None:
     sides = [JudgedAnswers(side, judge_answers(judge, prompts, side)) for side in (before, after)]
     evaluation = PairedEvaluation(prompts, sides[0], sides[1])
     assert evaluation.broken == 10
-    decision = SafetyRule("remove").decide(evaluation, Allowance.SEARCH)
+    decision = SafetyRule("remove").decide(evaluation, Allowance.SHORT)
     assert any("fail" in reason for reason in decision.reasons)
 
 

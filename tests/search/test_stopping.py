@@ -69,12 +69,12 @@ def test_it_stops_where_the_limit_on_harm_or_drift_fails_and_only_there(pairs: P
     seen_twice = [pair for _, pair in pairs if pair[0] != pair[1] == pair[2]]
     assert len(whole.changed()) == len(seen_twice)
     harmful = whole.part(kind="harmful")
-    lost = not RULE.keeps_harm(harmful.kept, harmful.refused, Allowance.SEARCH)
+    lost = not RULE.keeps_harm(harmful.kept, harmful.refused, Allowance.FULL)
     if lost or drift > RULE.max_benign_drift:
         assert len(found.prompts) == len(parts[0])
         assert found.part(kind="harmful").kept == harmful.kept  # the search goes on by this figure
         if any(prompt.kind == "benign" for prompt in whole.prompts) or lost:
-            assert RULE.decide(whole, Allowance.SEARCH).verdict == "failed"
+            assert RULE.decide(whole, Allowance.FULL).verdict == "failed"
     else:
         assert found == whole
 

@@ -245,7 +245,7 @@ def test_figures_are_those_of_the_answers(setting: Setting, tmp_path: Path) -> N
     assert 0 < trial.benign_drift <= setting.recipe.tune.max_benign_drift
     assert trial.degenerate is not None
     more = round(trial.degenerate * len(prompts)) - sum(a.degenerate for a in setting.unsteered.answers)
-    assert more <= Allowance.SEARCH.value.broken.holds(more, len(prompts))
+    assert more <= Allowance.SHORT.value.broken.holds(more, len(prompts))
 
 
 def test_targets_stand_for_all_sensitive_prompts(
