@@ -190,7 +190,7 @@ def scores(judge: Judge, rows: Sequence[Row]) -> Iterator[Row]:
 def judged(folder: RunFolder) -> dict[str, Row]:
     """Return the rows of `judgements.jsonl` by prompt id, without answers that fail or have no judgement.
 
-    A failure has a high confidence, but is no refusal: what fits directions must not take it for one.
+    A failure has a high confidence without being a refusal: what fits directions must not take it for one.
     """
     answers = {row["id"]: Answer.from_row(row) for row in folder.read_rows("answers.jsonl")}
     return {
