@@ -38,7 +38,7 @@ class Slacks:
 class Allowance(Enum):
     """What is treated as noise in the search, and in reported figures."""
 
-    # In the search, one prompt of a few proves little. An answer that is cut off may look like a failure.
+    # In the search, one prompt of a few says little. An answer that is cut off may look like a failure.
     SHORT = Slacks(lost=1, broken=Slack(share=0.03), unjudged=Slack(share=0.03))
     FULL = Slacks(lost=1)
     REPORTED = Slacks(reported=True)
