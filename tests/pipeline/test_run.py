@@ -11,7 +11,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -35,7 +34,7 @@ from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import recipe
 from rs_gguf.pipeline import stage as stage_module
-from rs_gguf.pipeline.folder import RunFolder, key_of
+from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.run import open_run, run
 from rs_gguf.pipeline.stage import Run, Silent
 from rs_gguf.pipeline.stages import answers as answering
@@ -45,7 +44,7 @@ from rs_gguf.pipeline.stages.fit import samples
 from rs_gguf.prompts import contexts
 from rs_gguf.prompts.template import ChatFormat
 from rs_gguf.records.artefacts import STAGES
-from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.files import save_arrays, sha256
 from rs_gguf.records.metrics import JudgeRecord
 from rs_gguf.records.rows import Row, RowLog, read_json, write_json, write_rows
@@ -576,12 +575,6 @@ def test_measured_answers_count_for_the_same_weights_and_whatever_changes_no_ans
         assert measure(2.0, change) == [], change
     assert measure(3.0) == []
 
-    # A log that an earlier version left.
-    trial = Candidate("vector", "contrast-wrmd", 1.0, 1, 2, 4.0)
-    header = {"key": key_of("()", {"vector": asdict(trial)})}
-    write_rows(tmp_path / "measured.jsonl.part", [header, {"id": "vector:0"}])
-    assert measure(4.0) == ["vector:0"]
-
 
 def test_reading_activations_of_another_recipe_changes_nothing(tmp_path: Path) -> None:
     """A benchmark on a finished run must not delete its activations."""
@@ -597,6 +590,8 @@ def test_reading_activations_of_another_recipe_changes_nothing(tmp_path: Path) -
     with open_run(chosen, folder) as one:
         scores = [{"id": p.id, "confidence": 1.0, "category": None} for p in one.prompts["fit"]]
         write_rows(folder / "judgements.jsonl", scores)
+        answers = [{**p.to_row(), **Answer([1], "No.", True, False).to_row()} for p in one.prompts["fit"]]
+        write_rows(folder / "answers.jsonl", answers)
         with pytest.raises(DamagedStoreError, match="another recipe or model"):
             samples(one)
     assert before.items() <= {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}.items()
