@@ -44,8 +44,8 @@ class UnsteeredAnswers:
         sensitive = sum(prompt.kind == "sensitive" for prompt in asked)
         if not sensitive:
             return len(asked)
-        others = len(self.of("sensitive")) - len(targets := self.targets(effect))
-        return len(asked) + round(sensitive * others / len(targets))
+        share = len(self.of("sensitive")) / len(self.targets(effect))
+        return len(asked) - sensitive + round(sensitive * share)
 
     def of(self, kind: str) -> list[int]:
         """Return the indices of the prompts of a kind."""
