@@ -86,7 +86,7 @@ def compare(
         left = len(refused - done.keys())
         if answering is not Answering.STOPPING or not rule.is_beyond_recovery(evaluation, _SEARCH, left):
             continue
-        # Near ties may have flipped, which is no loss.
+        # Near ties may have flipped. These do not count as lost.
         confirmed = _confirmed(evaluation, indices, again)
         if rule.is_beyond_recovery(confirmed, _SEARCH, left):
             return confirmed
