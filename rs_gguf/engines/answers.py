@@ -42,6 +42,7 @@ def answer(
     trace_tokens: int = 0,
     sampling: Sampling = GREEDY,
     drafts: Sequence[Answer] = (),
+    reordered: bool = False,
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) for conversations given as tokens, in the order in which they finish.
 
@@ -49,13 +50,16 @@ def answer(
     trace_tokens: the most tokens of a trace, or `max_tokens` if that is more. `max_tokens` then limits the
         final answer alone, and 0 gives a trace no room of its own.
     drafts: an earlier answer to each conversation, perhaps of another steering (see `Engine.generate`).
+    reordered: see `Engine.generate`.
     """
     starts_in_trace = [begins_in_trace(model, prompt) for prompt in tokens]
     earlier = [draft.tokens for draft in drafts]
     # Models that do not think need no room for a trace, which would leave room for fewer answers at once.
     # So the trace shows first, and then its answer is continued.
     begun: dict[int, Answer] = {}
-    for i, generation in model.generate(tokens, max_tokens=max_tokens, sampling=sampling, drafts=earlier):
+    for i, generation in model.generate(
+        tokens, max_tokens=max_tokens, sampling=sampling, drafts=earlier, reordered=reordered
+    ):
         reply = _answer_of(model, generation, starts_in_trace[i])
         if trace_tokens and reply.trace and not reply.finished:
             begun[i] = reply
@@ -73,8 +77,9 @@ def answer(
     if earlier:  # without a limit of their own: `generate` has one
         rests = [rest_of_draft(earlier[i], one.tokens, len(earlier[i]) + 1) for i, one in begun.items()]
     for k, generation in model.generate(
-        list(continued.values()), max_tokens=limit, sampling=sampling, drafts=rests, enough=room.is_full
-    ):
+        list(continued.values()), max_tokens=limit, sampling=sampling, drafts=rests, enough=room.is_full,
+        reordered=reordered,
+    ):  # fmt: skip
         i = room.indices[k]
         said = [*begun[i].tokens, *generation.tokens]
         whole = Generation(said, model.detokenize(said), generation.finished)
@@ -193,7 +198,7 @@ def answer_all(
     with model.steered(steering):
         for i, reply in answer(
             model, tokens, max_tokens=asking.max_tokens, trace_tokens=asking.trace_tokens,
-            sampling=asking.sampling, drafts=drafts,
+            sampling=asking.sampling, drafts=drafts, reordered=asking.reordered,
         ):  # fmt: skip
             answers[i] = reply
             advance(1)

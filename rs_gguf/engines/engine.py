@@ -130,13 +130,15 @@ class Engine(ChatModel, Protocol):
 
     def generate(
         self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
-        enough: Enough = never_enough,
+        enough: Enough = never_enough, reordered: bool = False,
     ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         """Answer `prompts`; yield (index, answer) in the order in which they finish.
 
         drafts: the tokens of an earlier answer to each prompt. An engine may read many of them in one step,
             and keeps those that it draws too. They change an answer only where batches of another form do.
         enough: truncates an answer before `max_tokens`.
+        reordered: sum in another order, if the engine can. It rounds otherwise, so near ties may fall
+            otherwise, as on another machine.
 
         Raises:
             InputError: a prompt is empty or too long.

@@ -50,6 +50,7 @@ class Asking:
     """How prompts are asked: system prompt (None for none), the most tokens of an answer, sampling, context.
 
     A context with a system prompt of its own replaces `system`. `trace_tokens`: see `answers.answer`.
+    `reordered`: see `Engine.generate`.
     """
 
     system: str | None
@@ -57,6 +58,7 @@ class Asking:
     sampling: Sampling = GREEDY
     context: Context = PLAIN
     trace_tokens: int = 0
+    reordered: bool = False
 
     def within(self, context: Context) -> Asking:
         """Return how the prompts are asked in a context."""
@@ -69,6 +71,10 @@ class Asking:
         """Return how prompts are asked for draw `number`, counted from 0: each has the next seed."""
         sampling = replace(self.sampling, seed=(self.sampling.seed + number) % _SEEDS)
         return replace(self, sampling=sampling)
+
+    def again(self, number: int = 1) -> Asking:
+        """Return how a second run asks: for draw `number`, and reordered. So near ties fall freely."""
+        return replace(self.for_draw(number), reordered=True)
 
 
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:

@@ -122,6 +122,16 @@ class EngineSettings(BaseModel):
         return " ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in names)
 
     @property
+    def reordered(self) -> EngineSettings:
+        """Return the settings under which attention sums in another order: without flash attention, or with.
+
+        Quantised values need flash attention: then these settings.
+        """
+        if self.cache_type_v not in _UNQUANTISED:
+            return self
+        return self.model_copy(update={"flash_attn": "auto" if self.flash_attn == "off" else "off"})
+
+    @property
     def n_threads(self) -> int:
         """Return the number of threads: `threads`, or one for each core that this process may use."""
         return self.threads if self.threads > 0 else usable_cores()

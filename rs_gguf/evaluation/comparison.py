@@ -78,13 +78,19 @@ def compare(
     # The first answer reads the weights from the disk, which belongs to neither side's speed.
     answer_source.answers(asked[:1], 0.0, replace(asking, max_tokens=1), lambda n: None)
 
+    ways = [asking.for_draw(k) for k in range(draws)]
+    ways_again = [asking.again(draws + k) for k in range(draws)]
+
     def drawn(
-        some: Sequence[Prompt], factor: float, advance: Advance, drafts: Sequence[Answer], first: int = 0
+        some: Sequence[Prompt],
+        factor: float,
+        advance: Advance,
+        drafts: Sequence[Answer],
+        ways: Sequence[Asking] = ways,
     ) -> JudgedAnswers:
         judged = []
         drafts = drafts if draws == 1 else ()  # an answer of another seed agrees in few tokens
-        for number in range(first, first + draws):
-            how = asking.for_draw(number)
+        for how in ways:
             answers, tokens, seconds = answer_source.answers(some, factor, how, advance, drafts)
             judgements = judge_answers(judge, some, answers)
             judged.append(JudgedAnswers(answers, judgements, tokens / seconds if seconds else 0.0))
@@ -101,7 +107,7 @@ def compare(
         return JudgedAnswers(answers, judgements, first.tokens_per_second)
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
-        """Answer the prompts that changed again on both sides: in reverse order, and with the next seeds."""
+        """Answer the prompts that changed again on both sides: reordered, and with the next seeds."""
         indices = evaluation.to_confirm()[::-1]
         again = [asked[i] for i in indices]
         if not again:
@@ -110,7 +116,7 @@ def compare(
         # Greedy first answers may be drafts, since every token is drawn again (see the measure stage).
         sampled = asking.sampling.temperature > 0
         second, steered = (
-            drawn(again, scale, lambda n: None, () if sampled else judged.take(indices).answers, draws)
+            drawn(again, scale, lambda n: None, () if sampled else judged.take(indices).answers, ways_again)
             for scale, judged in ((0.0, evaluation.before), (factor, evaluation.after))
         )
         return evaluation.confirmed_by(indices, PairedEvaluation(again, second, steered))

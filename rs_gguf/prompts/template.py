@@ -40,7 +40,7 @@ _CHATML = (
 )
 
 _PLACEHOLDER = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # for a text in a rendering
-_HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see the text that a template adds
+HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see the text that a template adds
 _MAX_PRODUCT = 1_000_000  # characters or items
 _WIDTH = re.compile(r"\d{7}")  # in a format: a width of more than a million
 # Text methods and filters that may give a much larger text than they take.
@@ -171,7 +171,7 @@ class ChatFormat:
         _warned.add(template)
         # Some templates assemble their markers from parts, so the markers appear only in the rendered text.
         with contextlib.suppress(InputError):
-            template += self.render(_HELLO)
+            template += self.render(HELLO)
         if not any(marker in template for pair in THINKING_MARKERS for marker in pair):
             _log.warning(
                 "the model's chat template mentions thinking, but has no known marker of a thinking trace: "
@@ -185,7 +185,7 @@ class ChatFormat:
     @cached_property
     def thinks_in_server(self) -> bool:
         """Return whether `enable_thinking` changes the prompt. It is true in llama-server, undefined here."""
-        return self._render(_HELLO, typed=self._typed, enable_thinking=True) != self.render(_HELLO)
+        return self._render(HELLO, typed=self._typed, enable_thinking=True) != self.render(HELLO)
 
     def _render(self, messages: Sequence[Message], *, typed: bool, **switches: bool) -> str:
         """Return the rendered text. `typed`: pass each content as a list of one part instead of as text."""

@@ -169,7 +169,7 @@ class CandidateEvaluator:
         return answer_condition(self.model, self._judge, condition, prompts, asking, drafts=drafts)
 
     def _second_run(self, steering: Steering, full: bool) -> SecondRun:
-        asking = (self._full if full else self._short).for_draw(1)
+        asking = (self._full if full else self._short).again()
         return SecondRun(lambda indices, drafts: self._answers(indices, steering, asking, drafts))
 
     def _logprobs(self, pairs: Mapping[int, Pair]) -> LogProbs:

@@ -89,6 +89,7 @@ class LlamaContext:
         if llama_cpp.llama_model_has_encoder(file.handle):  # T5: decoding would end the process
             raise _does_not_continue(file)
         self.n_slots, self.n_cells, self.n_batch = n_slots, n_cells, settings.batch_size
+        self.settings = settings
         self.graph = GraphReader()
         self._file = file
         self._steering = UNSTEERED

@@ -65,8 +65,11 @@ class LlamaContexts(LlamaFile):
             self.close()
             raise
 
-    def _new_context(self, n_slots: int, n_cells: int, *, unified: bool) -> LlamaContext:
-        context = LlamaContext(self, n_slots, n_cells, unified=unified, settings=self._settings)
+    def _new_context(
+        self, n_slots: int, n_cells: int, *, unified: bool, settings: EngineSettings | None = None
+    ) -> LlamaContext:
+        settings = settings or self._settings
+        context = LlamaContext(self, n_slots, n_cells, unified=unified, settings=settings)
         try:
             context.steer(self._steering)
         except BaseException:
@@ -74,16 +77,23 @@ class LlamaContexts(LlamaFile):
             raise
         return context
 
-    def _context_for_answers(self, longest: int) -> LlamaContext:
-        """Return a context for sequences of `longest` tokens, with as many slots as `n_ctx` cells allow."""
+    def _context_for_answers(self, longest: int, *, reordered: bool = False) -> LlamaContext:
+        """Return a context for sequences of `longest` tokens, with as many slots as `n_ctx` cells allow.
+
+        reordered: see `EngineSettings.reordered`. There is one context at a time, since its cache is large.
+        """
+        settings = self._settings.reordered if reordered else self._settings
         n_cells = kv_cells(longest)
         n_slots = max(1, min(self.n_parallel, self.n_ctx // n_cells))
         context = self._answer_context
-        if context is None or context.n_cells < n_cells or context.n_slots < n_slots:
+        fits = context is not None and context.n_cells >= n_cells and context.n_slots >= n_slots
+        if context is None or not fits or context.settings != settings:
             if context is not None:
                 self._answer_context = None
                 context.free()
-            self._answer_context = context = self._new_context(n_slots, n_cells, unified=False)
+            self._answer_context = context = self._new_context(
+                n_slots, n_cells, unified=False, settings=settings
+            )
         return context
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from rs_gguf.engines.generation import (
     rest_of_draft,
     seeds,
 )
-from rs_gguf.engines.llama.context import BatchToken
+from rs_gguf.engines.llama.context import BatchToken, LlamaContext
 from rs_gguf.engines.llama.contexts import LlamaContexts, kv_cells
 from rs_gguf.errors import InputError
 from rs_gguf.records.conversation import Generation
@@ -59,12 +59,12 @@ class LlamaModel(LlamaContexts):
 
     def generate(
         self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
-        enough: Enough = never_enough,
+        enough: Enough = never_enough, reordered: bool = False,
     ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
         """Answer many token lists at once; yield (index, answer) in the order in which they finish.
 
         A finished sequence makes room for the next one at once (continuous batching). Models with a state
-        do not use drafts.
+        do not use drafts. `reordered` turns flash attention off, or on where the settings have it off.
 
         Raises:
             InputError: a prompt is empty or does not fit the context.
@@ -88,18 +88,24 @@ class LlamaModel(LlamaContexts):
             queue = deque(
                 _Answering(i, prompts[i], drafts[i], np.random.default_rng(seed_of[i])) for i in group
             )
-            yield from self._generate(queue, max_tokens, sampling, enough)
+            longest = len(queue[-1].prompt) + max_tokens
+            context = self._context_for_answers(longest, reordered=reordered)
+            yield from self._generate(context, queue, max_tokens, sampling, enough)
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], max_tokens: int = 0) -> None:
         """Raise `InputError` if a sequence and an answer of `max_tokens` together exceed `max_length`."""
         check_lengths(sequences, self.max_length, self.detokenize, max_tokens)
 
     def _generate(
-        self, queue: deque[_Answering], max_tokens: int, sampling: Sampling, enough: Enough
+        self,
+        context: LlamaContext,
+        queue: deque[_Answering],
+        max_tokens: int,
+        sampling: Sampling,
+        enough: Enough,
     ) -> Iterator[tuple[int, Generation]]:
         """Answer the prompts of a queue, sorted by length, in one context."""
         prompts = [one.prompt for one in queue]
-        context = self._context_for_answers(len(prompts[-1]) + max_tokens)
         prefix = context.share_prefix(prompts, len(prompts[0]) - 1)
         running: dict[int, _Answering] = {}  # by slot
         while queue or running:

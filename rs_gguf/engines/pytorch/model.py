@@ -167,9 +167,11 @@ class TorchModel(Vocabulary):
 
     def generate(
         self, prompts: TokenLists, *, max_tokens: int, sampling: Sampling = GREEDY, drafts: TokenLists = (),
-        enough: Enough = never_enough,
+        enough: Enough = never_enough, reordered: bool = False,
     ) -> Iterator[tuple[int, Generation]]:  # fmt: skip
-        """Answer many token lists at once, without drafts; yield (index, answer) as they finish.
+        """Answer many token lists at once; yield (index, answer) as they finish.
+
+        Drafts are not used, and the order of sums stays the same.
 
         Raises:
             InputError: a prompt is empty or does not fit the context, or the model has no cache.

@@ -32,8 +32,8 @@ from rs_gguf.engines.server.exchange import (
 from rs_gguf.engines.server.replies import Completion, served_models
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.degenerate import is_degenerate
-from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.prompts.trace import split_trace
+from rs_gguf.prompts.template import HELLO, ChatFormat
+from rs_gguf.prompts.trace import opens_thinking, split_trace
 from rs_gguf.records.conversation import Answer, Generation, Prompt, Trace
 
 _SILENCE = 600.0  # seconds without a byte after which a stream fails
@@ -62,7 +62,9 @@ class LlamaServer:
         options = EndpointOptions(concurrency=_REQUESTS * len(roots), key_variable=SERVER_KEY_VARIABLE)
         self._client = EndpointClient([f"{root}/v1" for root in roots], name or None, options)
         self._fixed, self._scaled = _common_scales(roots, adapters) if adapters else ({}, {})
-        self._thinks = any(_thinks(root) for root in roots)
+        formats = [found for root in roots if (found := _chat_format(root))]
+        self._thinks = any(found.thinks_in_server for found in formats)
+        self._opens_trace = any(map(_opens_trace, formats))
 
     def check(self) -> None:
         """Do nothing: the constructor has checked the adapters."""
@@ -144,7 +146,7 @@ class LlamaServer:
         for i, completion in self._client.complete_all(bodies):
             if isinstance(completion, RequestRefusedError):
                 raise InputError(f"the prompt {prompts[i].prompt[:60]!r} was not answered: {completion}")
-            yield i, _answer_of(completion)
+            yield i, _answer_of(completion, opens_trace=self._opens_trace)
 
     def stream(self, prompt: Prompt, factor: float, asking: Asking) -> Iterator[str]:
         """Yield the text of an answer of the first server, as far as it has come, each time that it grows.
@@ -199,9 +201,14 @@ class LlamaServer:
         return {**body, "lora": lora, "cache_prompt": False}
 
 
-def _answer_of(completion: Completion) -> Answer:
-    """Return the final answer and the trace of a completion, without tokens, which a server does not give."""
-    parts = split_trace(completion.text)
+def _answer_of(completion: Completion, *, opens_trace: bool) -> Answer:
+    """Return the final answer and the trace of a completion, without tokens, which a server does not give.
+
+    opens_trace: whether the chat template opens a trace. Then text that is cut off before an end marker is an
+        unfinished trace, unless the server gives the trace apart.
+    """
+    cut_off = opens_trace and not completion.finished and not completion.trace
+    parts = split_trace(completion.text, inside=cut_off or None)
     text, finished = parts.answer, completion.finished
     if not (trace := completion.trace.strip() or parts.trace):
         # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
@@ -212,13 +219,20 @@ def _answer_of(completion: Completion) -> Answer:
     return Answer([], text, finished, degenerate, Trace(trace, None, bool(text), loops))
 
 
-def _thinks(root: str) -> bool:
-    """Return `ChatFormat.thinks_in_server` for a server's chat template; False if it gives none."""
+def _chat_format(root: str) -> ChatFormat | None:
+    """Return the chat template of a server; None if it gives none that renders."""
     try:
         template = exchange(root, "/props", None, LOOKUP_TIMEOUT, SERVER_KEY_VARIABLE)["chat_template"]
-        return ChatFormat(str(template)).thinks_in_server
+        found = ChatFormat(str(template))
+        found.render(HELLO)
     except (InputError, *_NO_INFORMATION):
-        return False
+        return None
+    return found
+
+
+def _opens_trace(found: ChatFormat) -> bool:
+    """Return whether a chat template opens a thinking trace, so that answers begin within it."""
+    return opens_thinking(found.render(HELLO))
 
 
 def _common_scales(

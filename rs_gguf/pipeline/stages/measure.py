@@ -273,7 +273,7 @@ def _confirmed(
     if not indices:
         return evaluation.confirmed_by([], evaluation.take([]))
     prompts = [evaluation.prompts[i] for i in indices]
-    asking = recipe.asking(recipe.answers.test_tokens).for_draw(1)
+    asking = recipe.asking(recipe.answers.test_tokens).again()
 
     def again(condition: Condition, first: JudgedAnswers) -> JudgedAnswers:
         # Greedy first answers may be drafts: every token is drawn again, from logits of a batch of another

@@ -118,6 +118,38 @@ def test_the_trace_that_a_server_leaves_in_the_text_is_kept(servers: list[Server
     assert found == Answer([], "The Danube.", True, False, Trace("A river?", None, True, False))
 
 
+@pytest.mark.parametrize(
+    ("trace", "text", "finish", "expected"),
+    [
+        ("", "A river? Y", "length", Answer([], "", False, False, Trace("A river? Y", None, False, False))),
+        ("", LOOP, "length", Answer([], "", False, True, Trace(LOOP, None, False, True))),
+        ("", "A river?</think>Buda", "length",
+         Answer([], "Buda", False, False, Trace("A river?", None, True, False))),
+        ("A river?", "Buda", "length", Answer([], "Buda", False, False, Trace("A river?", None, True, False))),
+        ("", "The Danube.", "stop", Answer([], "The Danube.", True, False)),
+    ],
+    ids=["cut", "loop", "answer cut", "apart", "no trace"],
+)  # fmt: skip
+def test_text_that_is_cut_off_within_a_trace_that_the_template_opens_is_a_trace(
+    servers: list[Server],
+    trace: str,
+    text: str,
+    finish: str,
+    expected: Answer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exchange(root: str, path: str, *arguments: Any) -> Any:
+        if path == "/props":
+            return {"chat_template": "{{ messages[0].content }}<think>\n"}
+        return plain(root, path, *arguments)
+
+    plain: Callable[..., Any] = vars(server_module)["exchange"]
+    monkeypatch.setattr(server_module, "exchange", exchange)
+    servers[0].behave = lambda body: said(text, finish=finish, more={"reasoning_content": trace})
+    ((_, found),) = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)]).answer(PROMPTS[:1], 1.0, SHORT)
+    assert found == expected
+
+
 def test_a_server_samples_as_local_engines_do(servers: list[Server]) -> None:
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     list(model.answer(PROMPTS[:1], 1.0, SHORT))
