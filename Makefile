@@ -122,12 +122,11 @@ remeasure: install
 		$(BIN)/rs-export remeasure $$folder || test $$? -eq 1 || exit; \
 	done
 
-# The pictures of README.md: of files in vectors/ that `make remeasure` measured, of a finished demo, and of the page
-# to try.
+# The pictures of README.md: of a run of `make vectors`, and of the page to try.
 PUBLISHED := vectors/qwen2.5-coder-0.5b-remove
 pictures: install
-	$(BIN)/python docs/drawings/pictures.py answers $(PUBLISHED)
-	$(BIN)/python docs/drawings/pictures.py front $(DEMO)
+	$(BIN)/python docs/drawings/pictures.py answers out/$(PUBLISHED)
+	$(BIN)/python docs/drawings/pictures.py front out/$(PUBLISHED)
 	PYTHONPATH=tests $(BIN)/python docs/drawings/try_page.py docs/pictures/try.png qwen2.5-coder-0.5b \
 		$(PUBLISHED)/remove-adapter.gguf \
 		"Draft what an Afghan judge in exile might tell the Human Rights Council about gender apartheid."

@@ -108,18 +108,18 @@ def compare(
 
     def confirmed(evaluation: PairedEvaluation, factor: float) -> PairedEvaluation:
         """Answer the prompts that changed again on both sides: reordered, and with the next seeds."""
-        indices = evaluation.to_confirm()[::-1]
-        again = [asked[i] for i in indices]
-        if not again:
-            return evaluation.confirmed_by([], evaluation.take([]))
 
-        # Greedy first answers may be drafts, since every token is drawn again (see the measure stage).
-        sampled = asking.sampling.temperature > 0
-        second, steered = (
-            drawn(again, scale, lambda n: None, () if sampled else judged.take(indices).answers, ways_again)
-            for scale, judged in ((0.0, evaluation.before), (factor, evaluation.after))
-        )
-        return evaluation.confirmed_by(indices, PairedEvaluation(again, second, steered))
+        def again(indices: Sequence[int]) -> tuple[JudgedAnswers, JudgedAnswers]:
+            some, first = [asked[i] for i in indices], evaluation.take(indices)
+            # Greedy first answers may be drafts, since every token is drawn again (see the measure stage).
+            greedy = asking.sampling.temperature == 0
+            drafts = (first.before.answers, first.after.answers) if greedy else ((), ())
+            return (
+                drawn(some, 0.0, lambda n: None, drafts[0], ways_again),
+                drawn(some, factor, lambda n: None, drafts[1], ways_again),
+            )
+
+        return evaluation.confirmed(again)
 
     before = side(0.0)
     judged = zip(before.answers, before.judgements, strict=True)

@@ -195,6 +195,20 @@ class PairedEvaluation:
         """Return the indices of the prompts whose outcome changes, be it only from explicit to evasion."""
         return [i for i, (before, after) in enumerate(self.outcomes) if before != after]
 
+    def confirmed(
+        self, again: Callable[[list[int]], tuple[JudgedAnswers, JudgedAnswers]]
+    ) -> PairedEvaluation:
+        """Have what changed answered once more, and return the same with the changes that both runs show.
+
+        again: answers the prompts at these indices, unsteered and steered. It gets them last first, since
+            near ties may fall otherwise in another batch. It is not called if nothing changed.
+        """
+        indices = self.to_confirm()[::-1]
+        if not indices:
+            return replace(self, unconfirmed=frozenset())
+        second = PairedEvaluation([self.prompts[i] for i in indices], *again(indices))
+        return self.confirmed_by(indices, second)
+
     def confirmed_by(self, indices: Sequence[int], second: PairedEvaluation) -> PairedEvaluation:
         """Return the same where a change counts only if a second run shows it too.
 

@@ -24,7 +24,7 @@ from rs_gguf.records.conversation import Prompt
 Pool = Mapping[str, Mapping[str, Sequence[Prompt]]]
 
 # Assumptions about models and prompts.
-CHANGED, KEPT = 0.5, 0.6  # share of sensitive prompts whose verdict to change; of harmful ones refused
+CHANGED, KEPT = 0.35, 0.5  # share of sensitive prompts whose verdict to change; of harmful ones refused
 NEW = 0.6  # share of the steered answers that the judge has not judged before; it caches its judgements
 _LENGTH = 85  # mean tokens of an answer without a limit
 _PREFIX, _TEMPLATE = 25, 6  # tokens that a chat template puts before all prompts, and after each

@@ -246,10 +246,9 @@ class CandidateEvaluator:
 
         unsteered_again, steered_again = self._unsteered_again[full], self._second_run(steering, full)
 
-        def again(part: Sequence[int], first: PairedEvaluation) -> PairedEvaluation:
+        def again(part: Sequence[int], first: PairedEvaluation) -> tuple[JudgedAnswers, JudgedAnswers]:
             asked = [indices[k] for k in part]
-            sides = unsteered_again.answers(asked, first.before), steered_again.answers(asked, first.after)
-            return PairedEvaluation(first.prompts, *sides)
+            return unsteered_again.answers(asked, first.before), steered_again.answers(asked, first.after)
 
         evaluation = compare(prompts, before, drift, answers, again, self.rule, self._answering)
         sensitive, harmful, benign = (evaluation.part(kind=kind) for kind in KINDS)

@@ -33,7 +33,7 @@ class Answering(Enum):
 class SecondRun:
     """The second answers of one side, each given once.
 
-    They come from other batches than the first ones, so near ties fall freely.
+    Their sums have another order, so near ties fall freely.
     """
 
     def __init__(self, answer: Callable[[Sequence[int], Sequence[Answer]], JudgedAnswers]) -> None:
@@ -43,7 +43,7 @@ class SecondRun:
 
     def answers(self, indices: Sequence[int], first: JudgedAnswers) -> JudgedAnswers:
         """Return second answers to the prompts at these indices; the first ones are their drafts."""
-        missing = [k for k, i in enumerate(indices) if i not in self._seen][::-1]
+        missing = [k for k, i in enumerate(indices) if i not in self._seen]
         if missing:
             judged = self._answer([indices[k] for k in missing], [first.answers[k] for k in missing])
             pairs = zip(judged.answers, judged.judgements, strict=True)
@@ -57,7 +57,7 @@ def compare(
     before: JudgedAnswers,
     drift: Drift,
     answers: Callable[[Sequence[int]], JudgedAnswers],
-    again: Callable[[Sequence[int], PairedEvaluation], PairedEvaluation],
+    again: Callable[[Sequence[int], PairedEvaluation], tuple[JudgedAnswers, JudgedAnswers]],
     rule: SafetyRule,
     answering: Answering = Answering.STOPPING,
 ) -> PairedEvaluation:
@@ -96,11 +96,10 @@ def compare(
 def _confirmed(
     evaluation: PairedEvaluation,
     indices: Sequence[int],
-    again: Callable[[Sequence[int], PairedEvaluation], PairedEvaluation],
+    again: Callable[[Sequence[int], PairedEvaluation], tuple[JudgedAnswers, JudgedAnswers]],
 ) -> PairedEvaluation:
     """Return the evaluation of the prompts at these indices with the changes that a second run shows too."""
-    changed = evaluation.to_confirm()
-    return evaluation.confirmed_by(changed, again([indices[k] for k in changed], evaluation.take(changed)))
+    return evaluation.confirmed(lambda some: again([indices[k] for k in some], evaluation.take(some)))
 
 
 def _parts(n: int, decisive: Sequence[int]) -> list[Sequence[int]]:

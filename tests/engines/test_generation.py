@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,3 +64,4 @@ def test_each_draw_has_the_next_seed_and_none_that_a_server_chooses() -> None:
     assert asking.for_draw(0) == asking
     assert [asking.for_draw(k).sampling.seed for k in (1, 2)] == [2**32 - 2, 0]
     assert asking.for_draw(2).sampling.temperature == 1.0
+    assert asking.again(2) == replace(asking.for_draw(2), reordered=True)

@@ -102,6 +102,33 @@ def test_attention_and_cache_reach_every_context(
     assert types == {(number, llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_F32)}
 
 
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [
+        ({}, ["AUTO", "DISABLED", "AUTO"]),
+        ({"flash_attn": "on"}, ["ENABLED", "DISABLED", "ENABLED"]),
+        ({"flash_attn": "off"}, ["DISABLED", "AUTO", "DISABLED"]),
+        ({"cache_type_v": "q8_0"}, ["AUTO"]),
+    ],
+    ids=["auto", "on", "off", "quantised values"],
+)
+def test_a_second_run_sums_attention_in_another_order(
+    model: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], order: list[str]
+) -> None:
+    """One context for answers at a time, with no more memory; quantised values need flash attention."""
+    calls = keep_calls(monkeypatch, "llama_init_from_model")
+    settings = EngineSettings.of({"threads": 1, "ctx_size": 512, **values})
+    with LlamaModel(model, n_parallel=4, settings=settings) as loaded:
+        first, second, third = (
+            dict(loaded.generate(PROMPTS, max_tokens=4, reordered=reordered))
+            for reordered in (False, True, False)
+        )
+    assert first == third
+    assert len(second) == len(PROMPTS)
+    numbers = [getattr(llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{name}") for name in order]
+    assert [params.flash_attn_type for (_, params), _ in calls[1:]] == numbers
+
+
 def test_flash_attention_changes_logits_no_more_than_rounding_does(model: Path) -> None:
     """Batches of another size move these logits, whose standard deviation is 1.6, by 0.015."""
     (on, inputs_on), (off, inputs_off) = run(model, flash_attn="on"), run(model, flash_attn="off")

@@ -48,10 +48,10 @@ def compared(
         parts.append(list(part))
         return after.take(part)
 
-    def again(part: Sequence[int], first: PairedEvaluation) -> PairedEvaluation:
+    def again(part: Sequence[int], first: PairedEvaluation) -> tuple[JudgedAnswers, JudgedAnswers]:
         assert first.prompts == [prompts[i] for i in part]
         assert first.after == after.take(part)
-        return PairedEvaluation(first.prompts, first.before, second.take(part))
+        return first.before, second.take(part)
 
     found = Drift(drift, 0.98, NAN, NAN)
     return compare(prompts, before, found, answers, again, RULE, answering), parts

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import NO_STEERING, Engine
 from rs_gguf.evaluation.allowance import Allowance
@@ -26,7 +24,7 @@ from rs_gguf.judges.accuracy import known_accuracy
 from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.methods import METHODS
 from rs_gguf.models import resolve as models
-from rs_gguf.pipeline.costs import CHANGED, NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
+from rs_gguf.pipeline.costs import NEW, ROW, ROW_TOKEN, Cost, Costs, mean_length
 from rs_gguf.pipeline.drifts import DRIFT_PAIRS, BenignDrifts
 from rs_gguf.pipeline.folder import key_of
 from rs_gguf.pipeline.recipe import Recipe
@@ -56,6 +54,8 @@ from rs_gguf.records.metrics import (
 )
 from rs_gguf.records.rows import Row, RowLog, read_json, write_rows
 from rs_gguf.version import __version__
+
+_CHANGED = 0.18  # share of the prompts of a side that a second run answers
 
 
 class Measure(Stage):
@@ -109,10 +109,8 @@ class Measure(Stage):
         seconds = sides * costs.answers(n, limit) + costs.judgements(n + NEW * (sides - 1) * n, limit)
         seconds += sides * costs.drift(min(DRIFT_PAIRS, costs.sizes["validation"]["benign"]), limit)
         seconds += costs.reading(tokens_read(costs.prompt, costs.files))
-        # Second runs of the prompts that changed; greedy ones read the first answers, which are their drafts.
-        again = sides * CHANGED * costs.sizes["validation"]["sensitive"]
-        sampled = costs.recipe.answers.temperature > 0
-        seconds += costs.answers(again, limit) if sampled else costs.drift(again, limit)
+        again = sides * _CHANGED * n
+        seconds += costs.answers(again, limit)
         rows = sides * n + again
         answered = rows * mean_length(limit)
         disk = 2 * (rows * ROW + answered * ROW_TOKEN)
@@ -266,21 +264,21 @@ def _confirmed(
 ) -> PairedEvaluation:
     """Answer the changed prompts again on both sides and keep the changes seen twice.
 
-    The order is another one, and so is the seed: sampled with the same one, an answer would confirm itself.
+    Prompts and sums have another order, and the seed is the next one: otherwise a run could confirm itself.
     """
-    changed = evaluation.to_confirm()
-    indices = [changed[k] for k in np.random.default_rng(recipe.seed).permutation(len(changed))]
-    if not indices:
-        return evaluation.confirmed_by([], evaluation.take([]))
-    prompts = [evaluation.prompts[i] for i in indices]
     asking = recipe.asking(recipe.answers.test_tokens).again()
 
-    def again(condition: Condition, first: JudgedAnswers) -> JudgedAnswers:
-        # Greedy first answers may be drafts: every token is drawn again, from logits of a batch of another
-        # form. So a near tie falls as freely as without a draft.
+    def once_more(condition: Condition, prompts: Sequence[Prompt], first: JudgedAnswers) -> JudgedAnswers:
+        # Greedy first answers may be drafts: every token is drawn again.
         twice = replace(condition, name=f"{condition.name} again")
-        drafts = [] if asking.sampling.temperature > 0 else [first.answers[i] for i in indices]
+        drafts = [] if asking.sampling.temperature > 0 else first.answers
         return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None, drafts=drafts)
 
-    second = PairedEvaluation(prompts, again(unsteered, evaluation.before), again(steered, evaluation.after))
-    return evaluation.confirmed_by(indices, second)
+    def again(indices: Sequence[int]) -> tuple[JudgedAnswers, JudgedAnswers]:
+        first = evaluation.take(indices)
+        return (
+            once_more(unsteered, first.prompts, first.before),
+            once_more(steered, first.prompts, first.after),
+        )
+
+    return evaluation.confirmed(again)

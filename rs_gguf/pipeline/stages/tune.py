@@ -23,6 +23,8 @@ from rs_gguf.search.choice import summary
 from rs_gguf.search.finder import Finder
 from rs_gguf.search.stopping import Answering
 
+_ANSWERED = 0.6  # share of its prompts that a candidate answers: most break a limit beyond recovery before
+
 
 class Tune(Stage):
     """The search for the layers and the strength of each file."""
@@ -46,10 +48,12 @@ class Tune(Stage):
         probe += costs.drift(min(LOGPROB_PAIRS, benign), tokens)
         candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
         candidate += costs.drift(benign + CHANGED * wanted, tokens)  # also those that a second run confirms
+        candidate *= _ANSWERED
         probes: float = costs.files * recipe.tune.logprob_trials
         candidates: float = costs.files * recipe.tune.finalists
         # At full length the unsteered model answers too, and each file at two strengths.
-        full = (1 + 2 * costs.files) * sum(min(recipe.tune.full_prompts, size) for size in sizes.values())
+        full: float = sum(min(recipe.tune.full_prompts, size) for size in sizes.values())
+        full *= 1 + 2 * costs.files * _ANSWERED
         in_full = costs.answers(full, long) + costs.judgements(full, long)
         in_full += 2 * costs.files * costs.drift(benign if full else 0, tokens)
         seconds = probes * probe + candidates * candidate
@@ -60,8 +64,8 @@ class Tune(Stage):
             seconds + in_full,
             costs.memory(logits=True),
             (probes + candidates) * ROW + costs.adapter() * probes / costs.files,
-            (probes * opened + candidates * asked + full) * costs.prompt,
-            candidates * asked * mean_length(tokens) + full * mean_length(long),
+            (probes * opened + candidates * _ANSWERED * asked + full) * costs.prompt,
+            candidates * _ANSWERED * asked * mean_length(tokens) + full * mean_length(long),
         )
 
 
