@@ -97,11 +97,12 @@ def test_traces_are_those_that_local_engines_see(tmp_path: Path, monkeypatch: py
     path = tmp_path / "thinker.gguf"
     tiny_thinker.write_tiny_thinker(path)
     asked = [prompt for kind in KINDS for prompt in tiny_thinker.prompts(kind)[::6]]
+    asking = Asking(None, 60)  # so long that a loop shows in the text alone
     with LlamaModel(path, n_ctx=1024, n_threads=1) as model:
-        local, _ = answer_all(model, asked, NO_STEERING, Asking(None, 40))
+        local, _ = answer_all(model, asked, NO_STEERING, asking)
     options = ["--model", str(path), "--ctx-size", "2048", "--parallel", "4", "--jinja", *OPTIONS]
     with Server(tmp_path / "log", *options) as server:
-        served, _, _ = LlamaServer(address(server), []).answers(asked, 0.0, Asking(None, 40), lambda n: None)
+        served, _, _ = LlamaServer(address(server), []).answers(asked, 0.0, asking, lambda n: None)
     assert sum(answer.trace is not None for answer in local) > 0.9 * len(asked)
     assert sum(answer.never_came for answer in local) > 0
 

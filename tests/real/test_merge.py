@@ -23,6 +23,7 @@ from rs_gguf.steering import lora_file
 pytestmark = pytest.mark.real
 
 ADAPTER = Path(__file__).parents[2] / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
+SCALE = 3.0  # the adapter moves little at 1
 SENSITIVE = 4  # prompts
 TOLERANCE = 0.05  # nats of KL divergence; the adapter itself causes ten times as much
 
@@ -30,7 +31,7 @@ TOLERANCE = 0.05  # nats of KL divergence; the adapter itself causes ten times a
 def test_the_merged_model_answers_as_the_adapted_one(real_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged.gguf"
     result = CliRunner().invoke(
-        main, ["merge", str(ADAPTER), "--model", str(real_model), "--output", str(output)]
+        main, ["merge", f"{ADAPTER}:{SCALE}", "--model", str(real_model), "--output", str(output)]
     )
     assert result.exit_code == 0, result.output
     changed = set(lora_file.read(ADAPTER).factors)
@@ -46,7 +47,7 @@ def test_the_merged_model_answers_as_the_adapted_one(real_model: Path, tmp_path:
     with LlamaModel(real_model, n_parallel=SENSITIVE, as_stored=True) as model:
         tokens = [ChatFormat.of(model).tokenize(model, prompt) for prompt in prompts]
         plain = log_probabilities(model, tokens)
-        with model.steered(Steering(adapters=[(ADAPTER, 1.0)])):
+        with model.steered(Steering(adapters=[(ADAPTER, SCALE)])):
             adapted = log_probabilities(model, tokens)
     with LlamaModel(output, n_parallel=SENSITIVE, as_stored=True) as model:
         merged = log_probabilities(model, tokens)
