@@ -64,7 +64,7 @@ class LlamaServer:
         self._fixed, self._scaled = _common_scales(roots, adapters) if adapters else ({}, {})
         formats = [found for root in roots if (found := _chat_format(root))]
         self._thinks = any(found.thinks_in_server for found in formats)
-        self._opens_trace = any(map(_opens_trace, formats))
+        self._opens_trace = any(opens_thinking(found.render(HELLO)) for found in formats)
 
     def check(self) -> None:
         """Do nothing: the constructor has checked the adapters."""
@@ -228,11 +228,6 @@ def _chat_format(root: str) -> ChatFormat | None:
     except (InputError, *_NO_INFORMATION):
         return None
     return found
-
-
-def _opens_trace(found: ChatFormat) -> bool:
-    """Return whether a chat template opens a thinking trace, so that answers begin within it."""
-    return opens_thinking(found.render(HELLO))
 
 
 def _common_scales(
