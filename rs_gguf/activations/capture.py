@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rs_gguf.activations.activations import Activations, MatrixInputs
-from rs_gguf.activations.matrix_inputs import InputReader, Inputs
+from rs_gguf.activations.matrix_inputs import InputReader, Inputs, Matrices
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Can, Engine, read_last
@@ -82,12 +82,14 @@ def capture_all(
     prefix: int,
     store: ActivationStore,
     *,
+    matrices: Matrices | None = None,
     processes: Processes = ALONE,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Read all conversations that the store does not hold yet, shard by shard. `ids`: their prompts.
 
-    `prefix`: the number of tokens that all prompts begin with. `processes` (torchrun) share the shards of
+    `prefix`: the number of tokens that all prompts begin with. `matrices`: the layers of each output matrix
+    whose inputs are read; by default, all. `processes` (torchrun) share the shards of
     one store, each with its own model; when this returns in one of them, all shards are complete. `advance`
     counts the prompts of this process. Shards of another key in the store's folder are deleted.
 
@@ -98,19 +100,21 @@ def capture_all(
     for start in range(processes.rank * SHARD, len(ids), processes.count * SHARD):
         part = slice(start, start + SHARD)
         if not store.holds(_shard_of(start), ids[part]):
-            store.append(_shard_of(start), ids[part], capture(model, conversations[part], prefix, seed=start))
+            arrays = capture(model, conversations[part], prefix, seed=start, matrices=matrices)
+            store.append(_shard_of(start), ids[part], arrays)
         advance(len(ids[part]))
     if processes.rank == 0 and Can.MATRIX_INPUTS in model.can and not store.holds(_TEMPLATE_SHARD, []):
-        store.append(_TEMPLATE_SHARD, [], capture_template_tokens(model, conversations[0].prompt, prefix))
+        arrays = capture_template_tokens(model, conversations[0].prompt, prefix, matrices)
+        store.append(_TEMPLATE_SHARD, [], arrays)
     processes.gather(None)  # Wait for the other processes.
 
 
 def captured(
-    store: ActivationStore, count: int, *, inputs: bool, layers: Mapping[str, Sequence[int]] | None = None
+    store: ActivationStore, count: int, *, inputs: bool, matrices: Matrices | None = None
 ) -> tuple[Activations, dict[str, MatrixInputs]]:
     """Return the activations of `count` prompts from the store, and with `inputs` the matrices' inputs too.
 
-    `layers`: the layers that have each matrix (`ModelDimensions.matrix_layers`); all, if it is not named.
+    `matrices`: the layers of each that were read (`capture_all`).
 
     Raises:
         DamagedStoreError: a shard is missing or was changed, or the store has another key.
@@ -118,7 +122,7 @@ def captured(
     shards = store.read([_shard_of(start) for start in range(0, count, SHARD)])
     template = store.read([_TEMPLATE_SHARD])[0] if inputs else {}
     activations = Activations([shard["activations"] for shard in shards])
-    return activations, join_matrix_inputs(shards, template, layers)
+    return activations, join_matrix_inputs(shards, template, matrices)
 
 
 def _shard_of(start: int) -> str:
@@ -126,8 +130,15 @@ def _shard_of(start: int) -> str:
     return f"{start // SHARD:05d}"
 
 
-def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *, seed: int) -> Arrays:
-    """Return the arrays of one shard. `prefix`: the number of tokens that all prompts begin with.
+def capture(
+    model: Engine,
+    conversations: Sequence[Conversation],
+    prefix: int,
+    *,
+    seed: int,
+    matrices: Matrices | None = None,
+) -> Arrays:
+    """Return the arrays of one shard. `prefix`, `matrices`: as for `capture_all`.
 
     An engine that cannot read the inputs of matrices (PyTorch) gives `activations` alone.
 
@@ -136,8 +147,8 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
     """
     layers = range(model.n_layer)
     if Can.MATRIX_INPUTS not in model.can:
-        return {"activations": read_last(model, [c.prompt for c in conversations], layers)["l_out"]}
-    reader = InputReader(model)
+        return {"activations": _compact(read_last(model, [c.prompt for c in conversations], layers)["l_out"])}
+    reader = InputReader(model, matrices)
     sequences, positions = [], []
     for number, conversation in enumerate(conversations):
         sequence, places = _positions(conversation, prefix, np.random.default_rng((seed, number)))
@@ -154,7 +165,7 @@ def capture(model: Engine, conversations: Sequence[Conversation], prefix: int, *
             del rows["l_out"]
             others["answers" if distance > 0 else "prompts"].append(rows)
     samples = [last[i] for i in range(len(conversations))]
-    arrays: Arrays = {"activations": np.stack([rows["l_out"] for rows in samples])}
+    arrays: Arrays = {"activations": _compact(np.stack([rows["l_out"] for rows in samples]))}
     for matrix, names in reader.groups.items():
         last_inputs = np.stack([[rows[name] for name in names] for rows in samples])
         arrays[f"{matrix}/last"] = _compact(last_inputs)
@@ -188,9 +199,11 @@ def _read(
             yield numbers[k], position, rows
 
 
-def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -> Arrays:
+def capture_template_tokens(
+    model: Engine, prompt: Sequence[int], prefix: int, matrices: Matrices | None = None
+) -> Arrays:
     """Return `<matrix>/constant` [T, M, W] at the T tokens that the template puts before every prompt."""
-    reader = InputReader(model)
+    reader = InputReader(model, matrices)
     if not reader.groups:
         return {}
     positions = range(max(prefix, 1))  # If the template puts nothing there, read one token for the shape.
@@ -205,17 +218,17 @@ def capture_template_tokens(model: Engine, prompt: Sequence[int], prefix: int) -
 def join_matrix_inputs(
     shards: Sequence[Mapping[str, Any]],
     template: Mapping[str, Any],
-    layers: Mapping[str, Sequence[int]] | None = None,
+    matrices: Matrices | None = None,
 ) -> dict[str, MatrixInputs]:
     """Return the inputs of each output matrix from all shards, in the order of the samples. Read nothing.
 
-    `template`: the arrays of `capture_template_tokens`. `layers`: as for `captured`.
+    `template`: the arrays of `capture_template_tokens`. `matrices`: as for `captured`.
     """
     parts = {name.removesuffix("/constant"): array for name, array in template.items()}
 
     def joined(matrix: str, sort: str) -> Activations:
         rows = [shard[f"{matrix}/{sort}"] for shard in shards] if sort else [parts[matrix]]
-        return Activations(rows, layers=(layers or {}).get(matrix))
+        return Activations(rows, layers=(matrices or {}).get(matrix))
 
     return {
         matrix: MatrixInputs(*(joined(matrix, sort) for sort in ("last", "prompts", "answers", "")))

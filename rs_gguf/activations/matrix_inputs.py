@@ -18,6 +18,7 @@ from rs_gguf.models import dimensions, header
 from rs_gguf.models.architecture import product_gate, product_scale, tensor_name
 
 Inputs = dict[str, NDArray[np.float32]]
+Matrices = Mapping[str, Sequence[int]]  # the layers of each output matrix
 
 
 class InputReader:
@@ -25,15 +26,14 @@ class InputReader:
 
     `groups`: the names of the matrices in the model's file, by the keys of `architecture.matrix_places`.
     Empty if llama.cpp's graph multiplies one of them in another way. Control vectors remain possible.
+    `matrices`: the layers of each matrix to read; by default, all.
     """
 
-    def __init__(self, model: Engine) -> None:
+    def __init__(self, model: Engine, matrices: Matrices | None = None) -> None:
         self._model = model
-        found = dimensions.of_gguf(model.path)
-        self.groups = {
-            key: [tensor_name(key, layer) for layer in found.layers_with(key)]
-            for key in found.output_matrices
-        }
+        if matrices is None:
+            matrices = dimensions.of_gguf(model.path).all_matrices
+        self.groups = {key: [tensor_name(key, n) for n in layers] for key, layers in matrices.items()}
         try:
             for _ in model.read([[0]], [[0]], (), (), self.names) if self.groups else ():
                 pass

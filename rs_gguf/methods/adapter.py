@@ -22,7 +22,7 @@ from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models.architecture import FIRST_STEERABLE
+from rs_gguf.models.architecture import FIRST_STEERABLE, searched_layers
 from rs_gguf.records.files import load_arrays, save_arrays
 from rs_gguf.records.metrics import Effect
 from rs_gguf.records.trials import Candidate
@@ -144,7 +144,7 @@ def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> 
 
     The search starts behind the first third of the layers, since a change there affects all later layers.
     """
-    first, last = max(FIRST_STEERABLE, n_layer // 3), max(FIRST_STEERABLE, n_layer - 2)
+    first, last = max(FIRST_STEERABLE, n_layer // 3), searched_layers(n_layer)[-1]
     # Nearer to 0, more benign prompts close and more harmful ones open.
     benign_target = -0.4 if induce else 0.4
     # Strength is measured in refusal contrasts: 0.5 shifts the mean sensitive prompt by half of the
@@ -159,7 +159,7 @@ def space_of(ridges: Sequence[float], n_layer: int, *, induce: bool = False) -> 
     return Space(
         GatedAdapter.name,
         [("", ridge) for ridge in ridges],
-        first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer // 2)),
+        first=(searched_layers(n_layer).start, max(FIRST_STEERABLE, n_layer // 2)),
         length=(max(1, n_layer // 3), max(1, n_layer * 5 // 6)),
         strength=(0.1, most),
         start=start,

@@ -25,7 +25,7 @@ from rs_gguf.methods import figures
 from rs_gguf.methods.method import REFUSAL_STEERING, Space
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models.architecture import FIRST_STEERABLE
+from rs_gguf.models.architecture import FIRST_STEERABLE, searched_layers
 from rs_gguf.records.conversation import NEUTRAL
 from rs_gguf.records.files import load_arrays, save_arrays
 from rs_gguf.records.metrics import Effect
@@ -183,7 +183,7 @@ def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     Estimators are therefore compared before layers are searched.
     """
     first = max(FIRST_STEERABLE, n_layer // 2)
-    last = max(first, min(first + n_layer // 3 - 1, n_layer - 2))
+    last = max(first, min(first + n_layer // 3 - 1, searched_layers(n_layer)[-1]))
     ridges = dict(reversed(directions))
     start = [
         Candidate(ControlVector.name, estimator, ridges[estimator], first, last, 2.0)
@@ -192,7 +192,7 @@ def space_of(directions: Sequence[tuple[str, float]], n_layer: int) -> Space:
     return Space(
         ControlVector.name,
         directions,
-        first=(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer * 2 // 3)),
+        first=(searched_layers(n_layer).start, max(FIRST_STEERABLE, n_layer * 2 // 3)),
         length=(1, max(1, n_layer // 2)),
         strength=(0.02, 12.0),
         start=start,

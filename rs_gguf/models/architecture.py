@@ -23,6 +23,12 @@ MAX_LAYERS = 512
 FIRST_STEERABLE = 1
 """Number of the first layer that llama.cpp can steer. It reads no tensor `direction.0`."""
 
+
+def searched_layers(n_layer: int) -> range:
+    """Return the layers that the search may change: not the first fifth, nor the last layer."""
+    return range(max(FIRST_STEERABLE, n_layer // 5), max(FIRST_STEERABLE, n_layer - 2) + 1)
+
+
 # Families whose recurrent state in transformers ignores the attention mask, so padding would change it.
 PADS_THE_STATE = ("rwkv", "xlstm")
 

@@ -61,9 +61,21 @@ class ModelDimensions:
         return self.matrix_layers.get(matrix, range(self.n_layer))
 
     @property
+    def all_matrices(self) -> dict[str, Sequence[int]]:
+        """Return the layers that have one, by each of the `output_matrices`."""
+        return {key: self.layers_with(key) for key in self.output_matrices}
+
+    @property
+    def searched_matrices(self) -> dict[str, list[int]]:
+        """Return the layers of each of the `output_matrices` that the search may change."""
+        searched = architecture.searched_layers(self.n_layer)
+        found = {key: [n for n in layers if n in searched] for key, layers in self.all_matrices.items()}
+        return {key: layers for key, layers in found.items() if layers}
+
+    @property
     def matrix_inputs(self) -> int:
-        """Return the inputs of all output matrices at one token, in numbers."""
-        return sum(width * len(self.layers_with(matrix)) for matrix, width in self.output_matrices.items())
+        """Return the inputs of the `searched_matrices` at one token, in numbers."""
+        return sum(self.output_matrices[key] * len(layers) for key, layers in self.searched_matrices.items())
 
     def flops(self, context: float) -> float:
         """Return the floating-point operations of all layers for a token that attends to `context` others."""

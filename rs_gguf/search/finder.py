@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from rs_gguf.methods.method import Space
-from rs_gguf.models.architecture import FIRST_STEERABLE
+from rs_gguf.models.architecture import searched_layers
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.budget import Budget
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
@@ -161,7 +161,7 @@ class Finder:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        last_layer = max(FIRST_STEERABLE, self._evaluator.model.n_layer - 2)
+        last_layer = searched_layers(self._evaluator.model.n_layer)[-1]
         names = list(space.directions)
         sampler = optuna.samplers.TPESampler(seed=self._seed, n_startup_trials=len(space.start))
         study = optuna.create_study(sampler=sampler, direction="minimize")

@@ -129,7 +129,7 @@ def distance(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 def test_last_tokens_are_those_of_each_prompt_by_itself(
     model: LlamaModel, captured: Arrays, network: tuple[Path, Any]
 ) -> None:
-    assert captured["activations"].dtype == np.float32
+    assert captured["activations"].dtype == np.float16
     for i, conversation in enumerate(conversations()):
         for reference in (
             alone(model, list(conversation.prompt)),
@@ -172,6 +172,17 @@ def test_a_gate_may_open_in_refusals_of_sensitive_prompts_alone(model: LlamaMode
     talks, _ = capture_module.conversations(model, prompts, None, answers, refused, [other])
     loud = [p.prompt for p, c in zip([*prompts, other[0]], talks, strict=True) if not c.gate_stays_closed]
     assert loud == ["sensitive, refused"]
+
+
+def test_only_the_named_layers_are_read(model: LlamaModel, captured: Arrays) -> None:
+    matrices = {"ffn_down": [1], "attn_output": [0, LAYERS - 1]}
+    arrays = capture(model, conversations(), len(PREFIX), seed=7, matrices=matrices)
+    assert arrays.keys() == captured.keys()
+    np.testing.assert_array_equal(arrays["activations"], captured["activations"])
+    for matrix, layers in matrices.items():
+        for sort in ("last", "prompts", "answers"):
+            name = f"{matrix}/{sort}"
+            np.testing.assert_array_equal(arrays[name], captured[name][:, layers])
 
 
 def test_an_answer_that_a_gate_may_open_in_is_not_read(model: LlamaModel) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rs_gguf.activations.capture import ANSWER_TOKENS, SHARD, capture_all, conversations
 from rs_gguf.activations.store import ActivationStore
+from rs_gguf.engines.engine import Can
+from rs_gguf.models import dimensions
 from rs_gguf.pipeline.costs import CHANGED, Cost, Costs, mean_length
 from rs_gguf.pipeline.folder import RunFolder
 from rs_gguf.pipeline.stage import Run, Stage
@@ -14,6 +16,7 @@ from rs_gguf.pipeline.stages.answers import judged
 from rs_gguf.prompts import contexts
 from rs_gguf.records.artefacts import STAGES
 
+_LAYOUT = "F16, inputs of the searched layers"  # a run of a version that stored others captures again
 _AROUND = 15  # tokens of a context around a prompt, besides those that several prompts share
 
 
@@ -24,7 +27,12 @@ class Capture(Stage):
     shared = True
 
     def inputs(self, run: Run) -> list[Any]:
-        return [[p.id for p in run.gate_only], [asdict(c) for c in contexts.shipped()]]
+        return [
+            [p.id for p in run.gate_only],
+            [asdict(c) for c in contexts.shipped()],
+            ANSWER_TOKENS,
+            _LAYOUT,
+        ]
 
     def work(self, run: Run, key: str) -> None:
         prompts, gate_only = run.prompts["fit"], run.in_contexts
@@ -35,7 +43,13 @@ class Capture(Stage):
             read, prefix = conversations(run.model, prompts, system, answers, refused, gate_only)
             ids = [p.id for p in prompts] + [p.id for p, _ in gate_only]
             store = store_of(run.folder, key)
-            capture_all(run.model, ids, read, prefix, store, processes=run.processes, advance=advance)
+            matrices = None
+            if Can.MATRIX_INPUTS in run.model.can:
+                matrices = dimensions.of_gguf(run.model_path).searched_matrices
+            capture_all(
+                run.model, ids, read, prefix, store,
+                matrices=matrices, processes=run.processes, advance=advance,
+            )  # fmt: skip
 
     def cost(self, costs: Costs) -> Cost:
         answered = costs.count("fit")
@@ -50,7 +64,7 @@ class Capture(Stage):
         # A shard in F32 and the copies of one matrix that are made of it; the last shard holds the template.
         shard = max(min(SHARD, n) * (rows / n if n else 0), 2 * costs.prefix)
         working = 4 * shard * (2 * costs.inputs + outputs)
-        disk = 4 * n * outputs + 2 * rows * costs.inputs
+        disk = 2 * (n * outputs + rows * costs.inputs)
         return Cost(costs.reading(read), costs.memory() + working, disk, read)
 
 

@@ -95,8 +95,9 @@ class Fit(Stage):
         )
         refits = (costs.files - 1) * choices.gate_refits  # of all methods except the control vector
         total = model.n_layer * operations + (costs.files - 1 + refits) * sum(
-            len(model.layers_with(matrix)) * (cholesky(rows, width) + rows * width * _NUMBER)
-            for matrix, width in model.output_matrices.items()
+            len(layers) * (cholesky(rows, width) + rows * width * _NUMBER)
+            for matrix, layers in model.searched_matrices.items()
+            for width in (model.output_matrices[matrix],)
         )
         seconds = total / costs.speed.algebra + _FIGURES
         limit = costs.recipe.answers.fit_tokens  # a refit also answers and judges the prompts
@@ -170,9 +171,10 @@ def samples(run: Run) -> Samples:
             "answers.fit_tokens."
         )
     key, reads = run.key("capture"), Can.MATRIX_INPUTS in run.model.can
-    layers = dimensions.of_gguf(run.model_path).matrix_layers if reads else {}
+    matrices = dimensions.of_gguf(run.model_path).searched_matrices if reads else {}
     try:
-        activations, inputs = captured(store_of(run.folder, key), len(prompts), inputs=reads, layers=layers)
+        store = store_of(run.folder, key)
+        activations, inputs = captured(store, len(prompts), inputs=reads, matrices=matrices)
     except DamagedStoreError:
         # A store of another recipe or version is not damaged: only a store of this key is captured again.
         if run.folder.is_done("capture", key):

@@ -76,7 +76,7 @@ def _inputs(run: Run, steering: Steering, folder: Path) -> dict[str, MatrixInput
     read, prefix = conversations(run.model, prompts, system, answers, refused, run.in_contexts)
     ids = [p.id for p in prompts] + [p.id for p, _ in run.in_contexts]
     store = ActivationStore(folder, "refit")
+    matrices = dimensions.of_gguf(run.model.path).searched_matrices
     with run.model.steered(steering):
-        capture_all(run.model, ids, read, prefix, store)
-    layers = dimensions.of_gguf(run.model.path).matrix_layers
-    return captured(store, len(ids), inputs=True, layers=layers)[1]
+        capture_all(run.model, ids, read, prefix, store, matrices=matrices)
+    return captured(store, len(ids), inputs=True, matrices=matrices)[1]

@@ -28,7 +28,7 @@ from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.conversation import Judgement, Prompt
 from rs_gguf.records.trials import Candidate
 
-LAYERS = 3
+LAYERS = 5  # of which the search may change 1 to 3
 PROMPTS = [
     Prompt("Who governs?", "sensitive", split="fit"),
     Prompt("Who may vote here?", "sensitive", split="fit"),
@@ -78,7 +78,7 @@ class Recorder:
         }
 
 
-@pytest.mark.parametrize("attention", [(0, 1, 2), (0, 2), (1, 2)])
+@pytest.mark.parametrize("attention", [(0, 1, 2, 3, 4), (0, 2, 4), (1, 2)])
 def test_inputs_and_answers_are_read_under_the_file(
     attention: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +115,10 @@ def test_inputs_and_answers_are_read_under_the_file(
     assert not (tmp_path / "run" / "activations-refit").exists()
     last_token, n_answer_tokens = found["attn_output"]
     for layer in range(LAYERS):
-        rows = expected[order, layer] if layer in attention else np.zeros_like(last_token[layer])
+        read = layer in attention and layer in architecture.searched_layers(LAYERS)
+        rows = expected[order, layer] if read else np.zeros_like(last_token[layer])
         np.testing.assert_allclose(last_token[layer], rows, rtol=0, atol=2e-2)
     assert np.abs(expected[:, 2] - unsteered[:, 2]).max() > 0.2
     # The answer that opened is read, the one that stays refused is not.
-    read = [min(ANSWER_TOKENS, lengths[i]) for i in (1, 2, 3)]
-    assert n_answer_tokens == sum(read) > 2 * ANSWER_TOKENS
+    counts = [min(ANSWER_TOKENS, lengths[i]) for i in (1, 2, 3)]
+    assert n_answer_tokens == sum(counts) > 2 * ANSWER_TOKENS
