@@ -2,7 +2,7 @@
 
 A folder with `recipe.toml`, `metrics.json` and the GGUF files named there goes in, and perhaps a sealed set.
 On the validation split, new `metrics.json`, `test_answers.jsonl`, `report.html` and `card.md` come out; on a
-sealed set `sealed.json`, `sealed_answers.jsonl` and a row of the set's ledger.
+sealed set `sealed.json`, `sealed_answers.jsonl`, `sealed_outcomes.jsonl` and a row of the set's ledger.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
-from rs_gguf.records.rows import RowLog, write_json, write_rows
+from rs_gguf.records.rows import Row, RowLog, write_json, write_rows
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.steering import file as steering_file
@@ -101,12 +101,19 @@ def _on_sealed(
     measured = measure_files(run, sealed, files, log, into_files=False)
     record = _record(run, old, measured, subset=False)
     write_rows(folder / "sealed_answers.jsonl", measured.rows)
+    write_rows(folder / "sealed_outcomes.jsonl", outcomes_of(measured.rows))
     facts = {"set": opened["set"], "set_sha256": opened["set_sha256"], "opened": opened["date"]}
     write_json(folder / "sealed.json", {**record.mapping(), "sealed": facts})
     verdicts = {file.file: file.acceptance.verdict for file in measured.files.values()}
     sealed_sets.record_verdicts(path, verdicts)
     log.delete()
     return record, folder / "sealed.json"
+
+
+def outcomes_of(rows: Sequence[Row]) -> list[Row]:
+    """Return prompts with their outcomes, without answers: they may be published."""
+    answers = ("answer_", "confidence_", "category_", "degenerate_")
+    return [{key: value for key, value in row.items() if not key.startswith(answers)} for row in rows]
 
 
 def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:

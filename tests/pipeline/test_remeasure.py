@@ -284,6 +284,12 @@ def test_a_sealed_set_is_opened_before_the_first_answer(folder: Path, sealed_set
     assert {file.sha256 for file in record.files.values()} == set(hashes.values())
     answers = read_rows(folder / "sealed_answers.jsonl")
     assert [answer["prompt"] for answer in answers] == [row["prompt"] for row in read_rows(sealed_set)]
+    for outcome, answer in zip(read_rows(folder / "sealed_outcomes.jsonl"), answers, strict=True):
+        assert outcome.keys() < answer.keys()
+        assert not any("answer" in key for key in outcome)
+        assert outcome["prompt"] == answer["prompt"]
+        for side in ("unsteered", "vector", "adapter"):
+            assert outcome[f"outcome_{side}"] == answer[f"outcome_{side}"]
     assert not list(folder.glob("*.part"))
 
 
