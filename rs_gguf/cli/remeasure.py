@@ -30,8 +30,8 @@ def remeasure(folder: Path, sealed: Path | None, as_json: bool, engine: EngineOp
 
     FOLDER holds recipe.toml, metrics.json and the GGUF files that it names. Writes new metrics.json,
     test_answers.jsonl, report.html and card.md there, or with --sealed sealed.json, sealed_answers.jsonl
-    and sealed_outcomes.jsonl.
-    A killed command goes on when it is given again. Exit code 1 if no file meets the acceptance criteria.
+    and sealed_outcomes.jsonl. A killed command goes on when it is given again. Exit code 1 if no file meets
+    the acceptance criteria.
     """
     from rich.console import Console
 

@@ -22,6 +22,7 @@ from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
 from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import Row, RowLog, write_json, write_rows
@@ -101,7 +102,7 @@ def _on_sealed(
     measured = measure_files(run, sealed, files, log, into_files=False)
     record = _record(run, old, measured, subset=False)
     write_rows(folder / "sealed_answers.jsonl", measured.rows)
-    write_rows(folder / "sealed_outcomes.jsonl", outcomes_of(measured.rows))
+    write_rows(folder / "sealed_outcomes.jsonl", outcomes_of(sealed, measured.rows))
     facts = {"set": opened["set"], "set_sha256": opened["set_sha256"], "opened": opened["date"]}
     write_json(folder / "sealed.json", {**record.mapping(), "sealed": facts})
     verdicts = {file.file: file.acceptance.verdict for file in measured.files.values()}
@@ -110,10 +111,13 @@ def _on_sealed(
     return record, folder / "sealed.json"
 
 
-def outcomes_of(rows: Sequence[Row]) -> list[Row]:
-    """Return prompts with their outcomes, without answers: they may be published."""
-    answers = ("answer_", "confidence_", "category_", "degenerate_")
-    return [{key: value for key, value in row.items() if not key.startswith(answers)} for row in rows]
+def outcomes_of(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
+    """Return prompts with their outcomes, without answers and thinking traces: they may be published."""
+    columns = ("outcome_", "unconfirmed_")
+    return [
+        {**prompt.to_row(), **{key: value for key, value in row.items() if key.startswith(columns)}}
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
 
 
 def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:

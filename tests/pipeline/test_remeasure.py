@@ -19,10 +19,10 @@ from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError, VerificationError
 from rs_gguf.models.resolve import fingerprint
 from rs_gguf.pipeline import remeasure as remeasuring
-from rs_gguf.pipeline.remeasure import remeasure
+from rs_gguf.pipeline.remeasure import outcomes_of, remeasure
 from rs_gguf.pipeline.stage import Silent
 from rs_gguf.prompts import sealed
-from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import Acceptance, FileRecord, JudgeRecord, ModelRecord, RunRecord
 from rs_gguf.records.rows import read_rows, write_rows
@@ -291,6 +291,21 @@ def test_a_sealed_set_is_opened_before_the_first_answer(folder: Path, sealed_set
         for side in ("unsteered", "vector", "adapter"):
             assert outcome[f"outcome_{side}"] == answer[f"outcome_{side}"]
     assert not list(folder.glob("*.part"))
+
+
+def test_what_may_be_published_holds_no_trace() -> None:
+    prompt = Prompt("Who governs?", "sensitive", "rule", form="question")
+    row = {
+        **prompt.to_row(), "answer_vector": "A king.", "outcome_vector": "complies",
+        "confidence_vector": -0.9, "trace_vector": {"text": "A name."}, "refused_in_trace_vector": False,
+        "unconfirmed_vector": False, "outcome_vector_second": "complies",
+    }  # fmt: skip
+    assert outcomes_of([prompt], [row]) == [
+        {
+            **prompt.to_row(), "outcome_vector": "complies", "unconfirmed_vector": False,
+            "outcome_vector_second": "complies",
+        }
+    ]  # fmt: skip
 
 
 def test_a_set_that_was_opened_for_other_files_stays_closed(folder: Path, sealed_set: Path) -> None:
