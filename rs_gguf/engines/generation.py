@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.contexts import PLAIN, Context
+from rs_gguf.records.conversation import Answer
 
 TokenLists = Sequence[Sequence[int]]
 # Gets the index of a prompt and the tokens of its answer after each token; True truncates the answer there.
@@ -75,6 +76,14 @@ class Asking:
     def again(self, number: int = 1) -> Asking:
         """Return how a second run asks: for draw `number`, and reordered. So near ties fall freely."""
         return replace(self.for_draw(number), reordered=True)
+
+    def drafts(self, first: Sequence[Answer]) -> Sequence[Answer]:
+        """Return the first answers as drafts of a second run; none of sampled ones, which have other seeds.
+
+        Every token is drawn again, from logits of a batch of another form. So a near tie falls as freely as
+        without a draft.
+        """
+        return [] if self.sampling.temperature > 0 else first
 
 
 def seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:

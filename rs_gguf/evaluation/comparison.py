@@ -111,9 +111,7 @@ def compare(
 
         def again(indices: Sequence[int]) -> tuple[JudgedAnswers, JudgedAnswers]:
             some, first = [asked[i] for i in indices], evaluation.take(indices)
-            # Greedy first answers may be drafts, since every token is drawn again (see the measure stage).
-            greedy = asking.sampling.temperature == 0
-            drafts = (first.before.answers, first.after.answers) if greedy else ((), ())
+            drafts = [asking.drafts(one.answers) for one in (first.before, first.after)]
             return (
                 drawn(some, 0.0, lambda n: None, drafts[0], ways_again),
                 drawn(some, factor, lambda n: None, drafts[1], ways_again),

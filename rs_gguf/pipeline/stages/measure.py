@@ -269,9 +269,7 @@ def _confirmed(
     asking = recipe.asking(recipe.answers.test_tokens).again()
 
     def once_more(condition: Condition, prompts: Sequence[Prompt], first: JudgedAnswers) -> JudgedAnswers:
-        # Greedy first answers may be drafts: every token is drawn again.
-        twice = replace(condition, name=f"{condition.name} again")
-        drafts = [] if asking.sampling.temperature > 0 else first.answers
+        twice, drafts = replace(condition, name=f"{condition.name} again"), asking.drafts(first.answers)
         return resume_condition(model, judge, twice, prompts, asking, log, lambda n: None, drafts=drafts)
 
     def again(indices: Sequence[int]) -> tuple[JudgedAnswers, JudgedAnswers]:
