@@ -8,6 +8,7 @@ writes the figures.
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 from rich.progress import Progress
@@ -22,7 +23,7 @@ from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.judges.registry import Judge, open_judge_spec
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import grid
-from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.rows import write_json
 
 SETTINGS = {
@@ -42,11 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     path = models.resolve(options.model)
     validation = [p for p in grid.grid() if p.split == "validation"]
-    prompts = [
-        p
-        for kind in KINDS
-        for p in grid.stratified([p for p in validation if p.kind == kind], options.prompts, seed=0)
-    ]
+    prompts = [*chain.from_iterable(grid.of_each_kind(validation, options.prompts, seed=0).values())]
     with LlamaModel(path) as plain, open_judge_spec(None, loaded=plain) as judge, Progress() as progress:
         task = progress.add_task("Answers", total=len(SETTINGS) * len(prompts))
         answered = {

@@ -8,7 +8,7 @@ asked too. Prints a table in Markdown; `--json` writes the figures.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,13 @@ from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
 from rs_gguf.prompts import contexts, grid
 from rs_gguf.prompts.template import ChatFormat
-from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.metrics import SetRecord, Share
 from rs_gguf.records.rows import write_json
 from rs_gguf.steering import file as steering_file
 
 PUBLISHED = Path(__file__).parent.parent / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
 LANGUAGES = "prompts in other languages"
-
-
-def sets_of(pool: Sequence[Prompt], size: int) -> dict[str, list[Prompt]]:
-    """Return at most `size` prompts of each kind, by kind."""
-    return {kind: grid.stratified([p for p in pool if p.kind == kind], size, seed=0) for kind in KINDS}
 
 
 def main() -> None:
@@ -49,8 +44,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     validation = [p for p in grid.grid() if p.split == "validation"]
-    english = sets_of([p for p in validation if p.language == "en"], options.prompts)
-    others = sets_of([p for p in validation if p.language != "en"], options.prompts)
+    size = options.prompts
+    english = grid.of_each_kind([p for p in validation if p.language == "en"], size, seed=0)
+    others = grid.of_each_kind([p for p in validation if p.language != "en"], size, seed=0)
     asking = Asking(None, options.tokens)
     with (
         LlamaModel(models.resolve(options.model)) as model,

@@ -16,8 +16,8 @@ from rs_gguf.activations.matrix_inputs import InputReader
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Engine, Steering
 from rs_gguf.evaluation.paired_statistics import rate_interval
-from rs_gguf.prompts.grid import stratified
-from rs_gguf.records.conversation import KINDS, Answer, Prompt
+from rs_gguf.prompts.grid import of_each_kind
+from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.metrics import GateActivation, MinimalPairs, Share
 
 _PROMPTS = 32  # of each kind
@@ -44,8 +44,7 @@ def gate_activation_by_kind(
         return None
     tokens = {prompt.id: answer.tokens for prompt, answer in zip(prompts, answers, strict=True)}
     found: dict[str, GateActivation] = {}
-    for kind in KINDS:
-        members = stratified([p for p in prompts if p.kind == kind], _PROMPTS, seed=seed)
+    for kind, members in of_each_kind(prompts, _PROMPTS, seed=seed).items():
         pairs = zip(chat_tokens(model, members, system), (tokens[p.id] for p in members), strict=True)
         at_prompt, in_answer = gate_activations(model, steering, gates, list(pairs)).T
         found[kind] = GateActivation(prompt=_mean(at_prompt), answer=_mean(in_answer))

@@ -9,6 +9,7 @@ import contextlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 from rs_gguf.engines import open_engine
@@ -106,8 +107,7 @@ def scan(
 def sample() -> list[Prompt]:
     """Return the prompts to ask, the same ones each time, spread over subjects and forms."""
     rows = [prompt for prompt in grid.grid() if prompt.split in ("fit", "tune")]
-    kinds = ([prompt for prompt in rows if prompt.kind == kind] for kind in KINDS)
-    return [prompt for of_kind in kinds for prompt in grid.stratified(of_kind, _PROMPTS, seed=0)]
+    return [*chain.from_iterable(grid.of_each_kind(rows, _PROMPTS, seed=0).values())]
 
 
 def published() -> list[PublishedFile]:

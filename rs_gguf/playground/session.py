@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import NO_STEERING, Steering
 from rs_gguf.evaluation.gate_activation import activations_by_matrix
-from rs_gguf.prompts.grid import grid, stratified
-from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.prompts.grid import grid, of_each_kind
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.rows import read_rows
 from rs_gguf.steering import file as steering_file
 
@@ -185,11 +186,7 @@ def examples(files: Sequence[Path]) -> list[Prompt]:
             break
     else:
         prompts = [prompt for prompt in grid() if prompt.split == "validation"]
-    return [
-        prompt
-        for kind in KINDS
-        for prompt in stratified([p for p in prompts if p.kind == kind], _EXAMPLES, seed=0)
-    ]
+    return [*chain.from_iterable(of_each_kind(prompts, _EXAMPLES, seed=0).values())]
 
 
 def _layer(matrix: str) -> int:

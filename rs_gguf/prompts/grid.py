@@ -50,6 +50,11 @@ def pool(files: Mapping[Kind, Sequence[Path]]) -> dict[str, dict[str, list[Promp
     return prompts
 
 
+def of_each_kind(prompts: Sequence[Prompt], size: int, *, seed: int) -> dict[str, list[Prompt]]:
+    """Return at most `size` prompts of each kind, `stratified`."""
+    return {kind: stratified([p for p in prompts if p.kind == kind], size, seed=seed) for kind in KINDS}
+
+
 def stratified(prompts: Sequence[Prompt], size: int, *, seed: int) -> list[Prompt]:
     """Return at most `size` prompts in their order, the same ones for the same seed.
 
