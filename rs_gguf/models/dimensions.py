@@ -74,8 +74,16 @@ class ModelDimensions:
 
     @property
     def matrix_inputs(self) -> int:
+        """Return the inputs of all output matrices at one token, in numbers."""
+        return self._inputs_of(self.all_matrices)
+
+    @property
+    def searched_inputs(self) -> int:
         """Return the inputs of the `searched_matrices` at one token, in numbers."""
-        return sum(self.output_matrices[key] * len(layers) for key, layers in self.searched_matrices.items())
+        return self._inputs_of(self.searched_matrices)
+
+    def _inputs_of(self, matrices: Mapping[str, Sequence[int]]) -> int:
+        return sum(self.output_matrices[key] * len(layers) for key, layers in matrices.items())
 
     def flops(self, context: float) -> float:
         """Return the floating-point operations of all layers for a token that attends to `context` others."""

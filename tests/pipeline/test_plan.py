@@ -207,7 +207,8 @@ def test_experts_fused_attention_and_latents(tmp_path: Path) -> None:
     assert result.cache == (40 - 24) + 5
     assert (result.attention, result.head) == (2 * 24, 99 * 16)  # tied: the embedding is the output too
     assert result.output_matrices == {"attn_output": 24, "ffn_down_shexp": 8}
-    assert result.matrix_inputs == 24 + 8  # of layer 1: the search leaves layer 0 as it is
+    assert result.matrix_inputs == 2 * (24 + 8)
+    assert result.searched_inputs == 24 + 8  # of layer 1: the search leaves layer 0 as it is
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,9 @@ class Capture(Stage):
             read, prefix = conversations(run.model, prompts, system, answers, refused, gate_only)
             ids = [p.id for p in prompts] + [p.id for p, _ in gate_only]
             store = store_of(run.folder, key)
-            matrices = None
-            if Can.MATRIX_INPUTS in run.model.can:
-                matrices = dimensions.of_gguf(run.model_path).searched_matrices
             capture_all(
                 run.model, ids, read, prefix, store,
-                matrices=matrices, processes=run.processes, advance=advance,
+                matrices=matrices_of(run), processes=run.processes, advance=advance,
             )  # fmt: skip
 
     def cost(self, costs: Costs) -> Cost:
@@ -63,9 +60,20 @@ class Capture(Stage):
         outputs = model.n_layer * model.width
         # A shard in F32 and the copies of one matrix that are made of it; the last shard holds the template.
         shard = max(min(SHARD, n) * (rows / n if n else 0), 2 * costs.prefix)
-        working = 4 * shard * (2 * costs.inputs + outputs)
-        disk = 2 * (n * outputs + rows * costs.inputs)
+        inputs = model.searched_inputs
+        working = 4 * shard * (2 * inputs + outputs)
+        disk = 2 * (n * outputs + rows * inputs)
         return Cost(costs.reading(read), costs.memory() + working, disk, read)
+
+
+def matrices_of(run: Run) -> dict[str, list[int]]:
+    """Return the layers of each output matrix whose inputs a run reads: those that the search may change.
+
+    Empty if the engine cannot read inputs of matrices.
+    """
+    if Can.MATRIX_INPUTS not in run.model.can:
+        return {}
+    return dimensions.of_gguf(run.model.path).searched_matrices
 
 
 def store_of(folder: RunFolder, key: str) -> ActivationStore:

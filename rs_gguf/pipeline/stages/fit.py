@@ -26,12 +26,11 @@ from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
 from rs_gguf.methods.gates import OFF_TARGET_WEIGHT, TOPIC_SAMPLES
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models import dimensions
 from rs_gguf.pipeline.costs import Cost, Costs
 from rs_gguf.pipeline.speed import cholesky, factorisation
 from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages.answers import judged
-from rs_gguf.pipeline.stages.capture import store_of
+from rs_gguf.pipeline.stages.capture import matrices_of, store_of
 from rs_gguf.pipeline.stages.refit import refit
 from rs_gguf.records.artefacts import STAGES
 from rs_gguf.records.conversation import KINDS
@@ -87,6 +86,7 @@ class Fit(Stage):
         matrix.
         """
         n, model, choices = costs.count("fit"), costs.model, costs.recipe.fit
+        widths = model.output_matrices
         estimators = len(costs.recipe.estimators)
         rows = n + costs.gate_only + costs.other_tokens() + costs.prefix
         decompositions = min(estimators, _COVARIANCES) + _FOLDS
@@ -95,15 +95,14 @@ class Fit(Stage):
         )
         refits = (costs.files - 1) * choices.gate_refits  # of all methods except the control vector
         total = model.n_layer * operations + (costs.files - 1 + refits) * sum(
-            len(layers) * (cholesky(rows, width) + rows * width * _NUMBER)
+            len(layers) * (cholesky(rows, widths[matrix]) + rows * widths[matrix] * _NUMBER)
             for matrix, layers in model.searched_matrices.items()
-            for width in (model.output_matrices[matrix],)
         )
         seconds = total / costs.speed.algebra + _FIGURES
         limit = costs.recipe.answers.fit_tokens  # a refit also answers and judges the prompts
         seconds += refits * (costs.answers(n, limit) + costs.judgements(n, limit))
         # A layer holds two float64 copies of its samples and two of their product while it is fitted.
-        widest = max([model.width, *model.output_matrices.values()])
+        widest = max([model.width, *widths.values()])
         layer = 8 * (2 * rows * widest + 2 * min(rows, widest) ** 2)
         arrays = 8 * estimators * len(choices.ridges) * model.n_layer * model.width
         arrays += 2 * 4 * len(choices.gate_ridges) * costs.inputs
@@ -171,10 +170,9 @@ def samples(run: Run) -> Samples:
             "answers.fit_tokens."
         )
     key, reads = run.key("capture"), Can.MATRIX_INPUTS in run.model.can
-    matrices = dimensions.of_gguf(run.model_path).searched_matrices if reads else {}
     try:
         store = store_of(run.folder, key)
-        activations, inputs = captured(store, len(prompts), inputs=reads, matrices=matrices)
+        activations, inputs = captured(store, len(prompts), inputs=reads, matrices=matrices_of(run))
     except DamagedStoreError:
         # A store of another recipe or version is not damaged: only a store of this key is captured again.
         if run.folder.is_done("capture", key):

@@ -28,8 +28,8 @@ from rs_gguf.evaluation.condition import Condition, answer_condition
 from rs_gguf.methods import METHODS
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
-from rs_gguf.models import dimensions
 from rs_gguf.pipeline.stage import Run
+from rs_gguf.pipeline.stages.capture import matrices_of
 
 _FOLDER = "activations-refit"
 
@@ -76,7 +76,7 @@ def _inputs(run: Run, steering: Steering, folder: Path) -> dict[str, MatrixInput
     read, prefix = conversations(run.model, prompts, system, answers, refused, run.in_contexts)
     ids = [p.id for p in prompts] + [p.id for p, _ in run.in_contexts]
     store = ActivationStore(folder, "refit")
-    matrices = dimensions.of_gguf(run.model.path).searched_matrices
+    matrices = matrices_of(run)
     with run.model.steered(steering):
         capture_all(run.model, ids, read, prefix, store, matrices=matrices)
     return captured(store, len(ids), inputs=True, matrices=matrices)[1]

@@ -43,12 +43,12 @@ class Tune(Stage):
         recipe, sizes = costs.recipe, costs.sizes["tune"]
         tokens, long, benign = recipe.answers.tokens, recipe.answers.test_tokens, min(BENIGN, sizes["benign"])
         wanted = CHANGED * sizes["sensitive"]
-        opened, asked = wanted + KEPT * sizes["harmful"], wanted + sizes["harmful"] + benign
+        opened, asked = wanted + KEPT * sizes["harmful"], _ANSWERED * (wanted + sizes["harmful"] + benign)
         probe = costs.reading(opened * (costs.prompt + PREFIX_TOKENS))
         probe += costs.drift(min(LOGPROB_PAIRS, benign), tokens)
         candidate = costs.answers(asked, tokens) + costs.judgements(NEW * asked, tokens)
-        candidate += costs.drift(benign + CHANGED * wanted, tokens)  # also those that a second run confirms
-        candidate *= _ANSWERED
+        # The drift also reads those that a second run confirms.
+        candidate += _ANSWERED * costs.drift(benign + CHANGED * wanted, tokens)
         probes: float = costs.files * recipe.tune.logprob_trials
         candidates: float = costs.files * recipe.tune.finalists
         # At full length the unsteered model answers too, and each file at two strengths.
@@ -64,8 +64,8 @@ class Tune(Stage):
             seconds + in_full,
             costs.memory(logits=True),
             (probes + candidates) * ROW + costs.adapter() * probes / costs.files,
-            (probes * opened + candidates * _ANSWERED * asked + full) * costs.prompt,
-            candidates * _ANSWERED * asked * mean_length(tokens) + full * mean_length(long),
+            (probes * opened + candidates * asked + full) * costs.prompt,
+            candidates * asked * mean_length(tokens) + full * mean_length(long),
         )
 
 
