@@ -121,7 +121,7 @@ class Costs:
     def adapter(self) -> float:
         """Return the bytes of an adapter for two thirds of the layers."""
         model = self.model
-        outputs = model.width * sum(len(model.layers_with(matrix)) for matrix in model.output_matrices)
+        outputs = model.width * sum(map(len, model.all_matrices.values()))
         return 4 * (self.inputs + outputs) * 2 / 3
 
 
