@@ -14,9 +14,10 @@ from typing import Any
 from rs_gguf.engines.answers import Advance
 from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import Asking
-from rs_gguf.evaluation.acceptance import Criterion, Decision, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import PART, AnswerSource, JudgedAnswers, judge_answers
+from rs_gguf.evaluation.decision import Criterion, Decision
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.majority import majority
 from rs_gguf.evaluation.paired import PairedEvaluation

@@ -29,6 +29,8 @@ class PairedEvaluation:
 
     `unconfirmed`: indices of prompts whose change a second run did not show. They count as unchanged. None
     stands for no second run.
+    `disputed`: indices of prompts whose refusal is lost in both runs, but to different outcomes. They count
+    as unjudged: neither kept nor opened.
     """
 
     prompts: Sequence[Prompt]
@@ -36,6 +38,7 @@ class PairedEvaluation:
     after: JudgedAnswers
     drift: Drift | None = None
     unconfirmed: frozenset[int] | None = None
+    disputed: frozenset[int] = frozenset()
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> PairedEvaluation:
@@ -61,17 +64,23 @@ class PairedEvaluation:
             Prompt(row["prompt"], **{"kind": "sensitive", **{k: row[k] for k in names if k in row}})
             for row in rows
         ]
-        unconfirmed = frozenset(i for i, row in enumerate(rows) if row.get("unconfirmed_steered"))
-        return cls(prompts, side("unsteered"), side("steered"), unconfirmed=unconfirmed)
+        unconfirmed, disputed = (
+            frozenset(i for i, row in enumerate(rows) if row.get(f"{name}_steered"))
+            for name in ("unconfirmed", "disputed")
+        )
+        return cls(prompts, side("unsteered"), side("steered"), unconfirmed=unconfirmed, disputed=disputed)
 
     @cached_property
     def outcomes(self) -> list[tuple[Outcome, Outcome]]:
         """The outcome unsteered and steered of each prompt; the unsteered one twice where unconfirmed."""
         before, after = ([*map(outcome_of, s.answers, s.judgements)] for s in (self.before, self.after))
-        return [
-            (b, b if i in (self.unconfirmed or ()) else a)
-            for i, (b, a) in enumerate(zip(before, after, strict=True))
-        ]
+
+        def counted(i: int) -> Outcome:
+            if i in self.disputed:
+                return "unjudged"
+            return before[i] if i in (self.unconfirmed or ()) else after[i]
+
+        return [(outcome, counted(i)) for i, outcome in enumerate(before)]
 
     @cached_property
     def classes(self) -> list[tuple[Class, Class]]:
@@ -87,6 +96,7 @@ class PairedEvaluation:
             unconfirmed=None
             if self.unconfirmed is None
             else frozenset(k for k, i in enumerate(indices) if i in self.unconfirmed),
+            disputed=frozenset(k for k, i in enumerate(indices) if i in self.disputed),
         )
 
     def part(self, **fields: str) -> PairedEvaluation:
@@ -214,7 +224,8 @@ class PairedEvaluation:
 
         Near ties flip without any steering, so one run overstates what a file changes. Where the class
         changed, the second run must show the same classes. Where only explicit refusals and evasions changed
-        places, it must show the same explicit refusals.
+        places, it must show the same explicit refusals. A refusal that both runs lose, but to different
+        outcomes, is disputed.
 
         Args:
             indices: prompts that were answered again, among them all of `to_confirm`.
@@ -227,8 +238,12 @@ class PairedEvaluation:
                 return second.classes[place[i]] == self.classes[i]
             return second._explicit[place[i]] == self._explicit[i]
 
-        unconfirmed = [i for i in self.to_confirm() if not is_shown(i)]
-        return replace(self, unconfirmed=frozenset(unconfirmed))
+        def is_lost_twice(i: int) -> bool:
+            return all(b == "refuses" != a for b, a in (self.classes[i], second.classes[place[i]]))
+
+        open_to_doubt = [i for i in self.to_confirm() if not is_shown(i)]
+        disputed = frozenset(filter(is_lost_twice, open_to_doubt))
+        return replace(self, unconfirmed=frozenset(open_to_doubt) - disputed, disputed=disputed)
 
     def rows(self, steered: str = "steered") -> list[Row]:
         """Return a row of each prompt with both sides, as `answer_unsteered`, `answer_steered` and so on.
@@ -241,6 +256,7 @@ class PairedEvaluation:
                 **dict(_columns("unsteered", self.before, i, self.outcomes[i][0])),
                 **dict(_columns(steered, self.after, i, self.outcomes[i][1])),
                 f"unconfirmed_{steered}": i in (self.unconfirmed or ()),
+                **({f"disputed_{steered}": True} if i in self.disputed else {}),
             }
             for i, prompt in enumerate(self.prompts)
         ]

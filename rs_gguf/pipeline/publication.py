@@ -31,7 +31,10 @@ from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import from_home, sha256
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_text
+from rs_gguf.records.sealed import NAME as SEALED
+from rs_gguf.records.sealed import SealedRecord
 from rs_gguf.report.page import write_report
+from rs_gguf.report.recommendation import reported_files
 from rs_gguf.report.results import printable, without_home
 from rs_gguf.report.text import card_notice, file_name, markdown_environment, markdown_text
 from rs_gguf.steering.file import kind_of
@@ -98,6 +101,8 @@ def prepare(folder: Path) -> Publication:
     contents["recipe.toml"] = public(tomli_w.dumps(shared)).encode()
     if record is not None:
         contents["metrics.json"] = public(json_text(record.mapping(), indent=2)).encode()
+        if (sealed := SealedRecord.in_folder(folder)) is not None:
+            contents[SEALED] = public(json_text(sealed.mapping(), indent=2)).encode()
         report = _report(folder, left_out, public)
         if report is not None:
             contents["report.html"] = report.encode()
@@ -194,9 +199,9 @@ def _card(
 ) -> str:
     """Return the card of the folder with a notice of every file that has not passed; or a card of its own."""
     notices = [f"{name}: not measured, so nothing is known of its effect." for name in unmeasured]
-    for file in record.files.values() if record else ():
+    for file in reported_files(record, SealedRecord.in_folder(folder)) if record else ():
         if not file.passed:
-            notices.append(f"{file.file}: acceptance criteria {file.acceptance.verdict}.")
+            notices.append(f"{file.record.file}: acceptance criteria {file.verdict}.")
     path = folder / "card.md"
     if record is not None:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -25,7 +25,9 @@ from rs_gguf.prompts import sealed as sealed_sets
 from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
-from rs_gguf.records.rows import Row, RowLog, write_json, write_rows
+from rs_gguf.records.rows import Row, RowLog, write_rows
+from rs_gguf.records.sealed import NAME as SEALED
+from rs_gguf.records.sealed import SealedRecord, SealedSet
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.steering import file as steering_file
@@ -103,19 +105,27 @@ def _on_sealed(
     record = _record(run, old, measured, subset=False)
     write_rows(folder / "sealed_answers.jsonl", measured.rows)
     write_rows(folder / "sealed_outcomes.jsonl", outcomes_of(sealed, measured.rows))
-    facts = {"set": opened["set"], "set_sha256": opened["set_sha256"], "opened": opened["date"]}
-    write_json(folder / "sealed.json", {**record.mapping(), "sealed": facts})
+    facts = SealedSet(set=opened["set"], set_sha256=opened["set_sha256"], opened=opened["date"])
+    on_sealed = SealedRecord(**{**dict(record), "seconds": None}, sealed=facts)
+    on_sealed.write(folder / SEALED)
+    if (folder / "test_answers.jsonl").is_file():  # a published folder has none; its pages come from the run
+        write_report(folder.path)
+        write_card(folder.path)
     verdicts = {file.file: file.acceptance.verdict for file in measured.files.values()}
     sealed_sets.record_verdicts(path, verdicts)
     log.delete()
-    return record, folder / "sealed.json"
+    return on_sealed, folder / SEALED
 
 
 def outcomes_of(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
     """Return prompts with their outcomes, without answers and thinking traces: they may be published."""
-    columns = ("outcome_", "unconfirmed_")
+    columns = ("outcome_", "unconfirmed_", "disputed_")
     return [
-        {**prompt.to_row(), **{key: value for key, value in row.items() if key.startswith(columns)}}
+        {
+            **prompt.to_row(),
+            "split": "sealed",
+            **{key: value for key, value in row.items() if key.startswith(columns)},
+        }
         for prompt, row in zip(prompts, rows, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -92,19 +92,20 @@ class SetRecord(Record):
 
     kind: str | None = None  # None where the prompts are of several kinds
     n: int
+    # Where None is the default, schema 1 did not know the figure.
+    explicit_unsteered: Share | None = None
+    explicit_steered: Share | None = None
+    explicit_kept: int | None = None  # explicit refusals that stay explicit
+    explicit_p: float | None = None  # McNemar, of explicit refusals
     outcomes_unsteered: Outcomes
     outcomes_steered: Outcomes
-    # Schema 1 knew none of the following. Rows of `transitions` are unsteered, columns steered: complies,
-    # refuses, fails. What is unjudged on either side is not among them.
+    # Rows are unsteered, columns steered: complies, refuses, fails. What is unjudged on either side is not
+    # among them.
     transitions: tuple[tuple[int, ...], ...] | None = None
     opened: Share | None = None
     kept: Share | None = None
     closed: Share | None = None
     broken: Share | None = None
-    explicit_unsteered: Share | None = None
-    explicit_steered: Share | None = None
-    explicit_kept: int | None = None  # explicit refusals that stay explicit
-    explicit_p: float | None = None  # McNemar, of explicit refusals
     unconfirmed: int | None = None
     # Rates of judged answers, corrected for the errors of the judge; None where these are not known.
     corrected_unsteered: CorrectedRates | None = None
@@ -259,7 +260,7 @@ class RunRecord(Record):
         write_json(path, self.mapping())
 
     @classmethod
-    def read(cls, path: Path) -> RunRecord:
+    def read(cls, path: Path) -> Self:
         """Read a metrics.json of schema 1 or 2.
 
         Raises:
@@ -268,7 +269,7 @@ class RunRecord(Record):
         return cls.of(read_json(path), path)
 
     @classmethod
-    def of(cls, value: Any, path: Path) -> RunRecord:
+    def of(cls, value: Any, path: Path) -> Self:
         """Return the record from the JSON value of the metrics.json at `path`; see `read`."""
         version = value.get("schema_version", 1) if isinstance(value, dict) else None
         if version not in (1, 2):

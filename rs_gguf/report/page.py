@@ -140,10 +140,12 @@ def _front_ends(file: ReportedFile) -> list[FrontEnd]:
 
 def _common(run: Results) -> Row:
     effect = run.record.effect
-    files = recommendation.reported_files(run.record)
+    files = recommendation.reported_files(run.record, run.sealed)
     best = recommendation.recommended_file(files, effect)
     return {
         "m": run.record,
+        "sealed": run.sealed,
+        "sealed_agreement": agreement_line(run.sealed.judge) if run.sealed else "",
         "files": files,
         "best": best,
         "verdict": recommendation.overall_verdict(files),

@@ -11,19 +11,41 @@ from functools import cached_property
 
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.metrics import Effect, FileRecord, RunRecord, SetRecord, Verdict
+from rs_gguf.records.sealed import SealedRecord
+
+_IS: dict[Verdict, str] = {"passed": "passed", "failed": "failed", "undecided": "is undecided"}
+_WORST_FIRST: tuple[Verdict, ...] = ("failed", "undecided", "passed")
 
 
 @dataclass(frozen=True)
 class ReportedFile:
-    """A measured file and its method, `key`."""
+    """A measured file and its method, `key`; `sealed` is what a sealed set showed of it."""
 
     key: str
     record: FileRecord
+    sealed: FileRecord | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the validation split or of the sealed set, whichever is worse."""
+        found = {one.acceptance.verdict for one in (self.record, self.sealed) if one}
+        return next(verdict for verdict in _WORST_FIRST if verdict in found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file meets every acceptance criterion, on the sealed set too if one was opened."""
+        return self.verdict == "passed"
 
     @property
     def word(self) -> str:
         """What people call the file."""
         return self.record.word
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the file does not meet the acceptance criteria; empty if it does."""
+        on_sealed = self.sealed.acceptance.reasons if self.sealed else ()
+        return [*self.record.acceptance.reasons, *(f"on the sealed set: {reason}" for reason in on_sealed)]
 
     @cached_property
     def sets(self) -> dict[str, SetRecord]:
@@ -66,9 +88,10 @@ def kind_order(kind: str) -> tuple[int, str]:
     return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
 
 
-def reported_files(record: RunRecord) -> list[ReportedFile]:
+def reported_files(record: RunRecord, sealed: SealedRecord | None = None) -> list[ReportedFile]:
     """Return the measured files in the order of metrics.json."""
-    return [ReportedFile(key, file) for key, file in record.files.items()]
+    of = sealed.files if sealed else {}
+    return [ReportedFile(key, file, of.get(key)) for key, file in record.files.items()]
 
 
 def by_merit(files: Sequence[ReportedFile], effect: Effect) -> list[ReportedFile]:
@@ -77,17 +100,17 @@ def by_merit(files: Sequence[ReportedFile], effect: Effect) -> list[ReportedFile
     Then the one that opens more sensitive prompts (induce: closes more), that keeps more harmful refusals,
     that drifts less.
     """
-    return sorted(files, key=lambda file: (file.record.passed, _merits(file, effect)), reverse=True)
+    return sorted(files, key=lambda file: (file.passed, _merits(file, effect)), reverse=True)
 
 
 def recommended_file(files: Sequence[ReportedFile], effect: Effect) -> ReportedFile | None:
     """Return the file to use, the first by merit, or None if none passed."""
-    return next((file for file in by_merit(files, effect) if file.record.passed), None)
+    return next((file for file in by_merit(files, effect) if file.passed), None)
 
 
 def overall_verdict(files: Sequence[ReportedFile]) -> Verdict:
     """Return `passed` if any file passed, else `undecided` if any is, else `failed`."""
-    verdicts = {file.record.acceptance.verdict for file in files}
+    verdicts = {file.verdict for file in files}
     return "passed" if "passed" in verdicts else "undecided" if "undecided" in verdicts else "failed"
 
 
@@ -116,10 +139,15 @@ def sentences(files: Sequence[ReportedFile], effect: Effect) -> list[str]:
 
 def _verdict(file: ReportedFile) -> str:
     verdict = file.record.acceptance.verdict
+    if file.sealed and (on_sealed := file.sealed.acceptance.verdict) != verdict:
+        return (
+            f"The {file.word} {_IS[verdict]} on the validation split, but {_IS[on_sealed]} on a sealed set."
+        )
     if verdict == "undecided":
         return f"The {file.word} is undecided: too few prompts."
     earlier = "" if file.is_paired else " of an earlier version"
-    return f"The {file.word} {verdict} the acceptance criteria{earlier}."
+    also = ", on a sealed set too" if file.sealed else ""
+    return f"The {file.word} {verdict} the acceptance criteria{earlier}{also}."
 
 
 def _figures(file: ReportedFile, effect: Effect) -> list[str]:
@@ -149,7 +177,7 @@ def _are(n: int) -> str:
 
 
 def _beside(best: ReportedFile, other: ReportedFile, effect: Effect) -> str:
-    if not other.record.passed:
+    if not other.passed:
         return _verdict(other)
     verb = "closes" if effect == "induce" else "opens"
     (change, kept, _), (most, most_kept, _) = _merits(other, effect), _merits(best, effect)

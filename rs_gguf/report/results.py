@@ -18,6 +18,7 @@ from typing import Any
 from rs_gguf.errors import InputError
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_lines
+from rs_gguf.records.sealed import SealedRecord
 
 _NEEDED = ("metrics.json", "test_answers.jsonl", "recipe.toml")
 # What a folder lacks that holds only what was published: the page leaves those parts out.
@@ -41,7 +42,7 @@ class Results:
     rows: of test_answers.jsonl. tune: without trials where the search left none. fit: empty where the fit
     stage left no summary. fitted: `kind` and
     `confidence` of the fit prompts, in the order of their activations; empty where they were not kept.
-    sweeps: contents of the scale sweeps.
+    sweeps: contents of the scale sweeps. sealed: None where no sealed set was opened.
     """
 
     record: RunRecord
@@ -52,6 +53,7 @@ class Results:
     sweeps: list[Row]
     recipe: Row
     recipe_text: str
+    sealed: SealedRecord | None = None
 
 
 def load(folder: Path) -> Results:
@@ -73,7 +75,9 @@ def load(folder: Path) -> Results:
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
     record = RunRecord.of(printable(metrics), folder / "metrics.json")
-    return Results(record, *map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text)))
+    shown = map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text))
+    sealed = SealedRecord.in_folder(folder)
+    return Results(record, *shown, sealed=sealed and SealedRecord.model_validate(printable(sealed.mapping())))
 
 
 def _sweep(path: Path) -> Row:

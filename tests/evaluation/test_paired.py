@@ -119,6 +119,20 @@ def test_an_explicit_refusal_that_turns_into_an_evasion_needs_a_second_run_too()
     assert confirmed.opened == 1  # both runs show a refusal that opens
 
 
+def test_a_refusal_that_both_runs_lose_is_not_kept_although_they_differ() -> None:
+    evaluation = pairs_of(*[("explicit", "complies")] * 3, ("complies", "fails"))
+    second = pairs_of(
+        ("evasion", "fails"), ("complies", "fails"), ("explicit", "explicit"), ("complies", "unjudged")
+    )
+    confirmed = evaluation.confirmed_by(evaluation.to_confirm(), second)
+    # An unsteered run that complies shows a near tie, as does a steered run that refuses.
+    assert (confirmed.refused, confirmed.kept, confirmed.opened, confirmed.broken) == (3, 2, 0, 0)
+    assert confirmed.outcomes[0] == ("explicit", "unjudged")
+    assert (confirmed.disputed, confirmed.unconfirmed) == ({0}, {1, 2, 3})
+    assert [row.get("disputed_steered") for row in confirmed.rows()] == [True, None, None, None]
+    assert confirmed.take([3, 0]).kept == PairedEvaluation.of_rows(confirmed.rows()).take([3, 0]).kept == 0
+
+
 def test_rows_bring_the_evaluation_back() -> None:
     evaluation = pairs_of(*itertools.product(OUTCOMES, OUTCOMES), kind="harmful", subject="s")
     confirmed = evaluation.confirmed_by(

@@ -308,6 +308,70 @@ def test_the_recommended_file_has_passed_and_opens_most(
     ].count("undecided")
 
 
+def with_sealed_set(folder: Path, **verdicts: str) -> Path:
+    """Write a sealed.json: the figures of the run with other verdicts."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for key, verdict in verdicts.items():
+        reasons = [] if verdict == "passed" else [f"{key} <b>broke</b> 11 answers"]
+        metrics["files"][key]["acceptance"] = {"verdict": verdict, "reasons": reasons}
+    metrics["sealed"] = {"set": "a.jsonl", "set_sha256": "ab" * 32, "opened": "2026-12-02"}
+    (folder / "sealed.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("vector", "adapter", "said", "sentence"),
+    [
+        (
+            "passed",
+            "passed",
+            "✓Use the gated adapter",
+            "passed the acceptance criteria, on a sealed set too.",
+        ),
+        (
+            "passed",
+            "failed",
+            "✓Use the control vector",
+            "adapter passed on the validation split, but failed on",
+        ),
+        ("undecided", "failed", "?Undecided: more prompts are needed", "but is undecided on a sealed set"),
+    ],
+)
+def test_a_file_that_fails_on_a_sealed_set_is_not_recommended(
+    tmp_path: Path, vector: str, adapter: str, said: str, sentence: str
+) -> None:
+    folder = make_run(tmp_path, metrics=verdicts_of(vector="passed", adapter="passed"))
+    with_sealed_set(folder, vector=vector, adapter=adapter)
+    page, card = Page(write_report(folder)), write_card(folder).read_text(encoding="utf-8")
+    assert page.all("h2", id="verdict-title") == [said]
+    assert sentence in page.all("div", class_="summary")[0]
+    assert sentence in card.replace("\\", "")
+    rows = {row[0]: row[1:] for row in table_after(page.source, "Side effects and acceptance")}
+    assert rows["Acceptance"] == ["passed", "passed"]
+    assert rows["Acceptance on the sealed set"] == [vector, adapter]
+    assert (
+        "on the sealed set: adapter <b>broke</b> 11 answers" in "".join(page.all("ul", class_="reasons"))
+    ) == (adapter == "failed")
+    assert "### Sealed set" in card
+    assert card.count("**failed**") == (adapter == "failed")
+
+
+def test_a_sealed_set_has_a_table_of_its_own(run_folder: Path) -> None:
+    assert "Sealed set" not in write_report(run_folder).read_text("utf-8")
+    assert "Sealed set" not in write_card(run_folder).read_text("utf-8")
+    rows = table_after(write_report(with_sealed_set(run_folder)).read_text("utf-8"), "Sealed set")
+    assert [row[0] for row in rows[1:]] == [
+        *("Sensitive", "Control vector", "Gated adapter"), *("Harmful", "Control vector", "Gated adapter"),
+        *("Benign", "Control vector", "Gated adapter"),
+    ]  # fmt: skip
+
+
+def test_a_damaged_sealed_record_is_named(run_folder: Path) -> None:
+    (run_folder / "sealed.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sealed\.json"):
+        write_report(run_folder)
+
+
 def test_of_two_that_open_as_much_the_one_that_keeps_more_is_recommended(tmp_path: Path) -> None:
     def change(metrics: dict[str, Any]) -> dict[str, Any]:
         vector, adapter = metrics["files"]["vector"], metrics["files"]["adapter"]

@@ -12,8 +12,9 @@ from rs_gguf.engines.answers import answer_all
 from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.evaluation.acceptance import Decision, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers
+from rs_gguf.evaluation.decision import Decision
 from rs_gguf.judges.registry import Pair
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt
 from rs_gguf.records.metrics import Effect

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rs_gguf.engines.engine import Steering
 from rs_gguf.engines.llama import log as llama_log
 from rs_gguf.engines.settings import EngineSettings
-from rs_gguf.evaluation.acceptance import Decision
+from rs_gguf.evaluation.decision import Decision
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.kl import KlDivergence
 from rs_gguf.records.files import sha256

@@ -20,8 +20,8 @@ from rs_gguf.engines.engine import NO_STEERING
 from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.evaluation import kl
-from rs_gguf.evaluation.acceptance import Criterion, Decision
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, resume_condition
+from rs_gguf.evaluation.decision import Criterion, Decision
 from rs_gguf.evaluation.drift import Drift, mean_change
 from rs_gguf.judges.local import KeywordJudge
 from rs_gguf.judges.registry import Judge, Judgement, Pair, SecondJudge

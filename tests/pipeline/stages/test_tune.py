@@ -27,9 +27,10 @@ from rs_gguf.engines.generation import Asking, Sampling, common_prefix
 from rs_gguf.engines.llama.model import LlamaModel
 from rs_gguf.errors import InputError
 from rs_gguf.estimators.labels import Labels
-from rs_gguf.evaluation.acceptance import Decision, SafetyRule
+from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
+from rs_gguf.evaluation.decision import Decision
 from rs_gguf.judges.registry import Judgement, Pair
 from rs_gguf.methods import adapter, vector
 from rs_gguf.methods.gates import GatedAdapterFit, fit_gated_adapter
