@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,11 @@ def load(folder: Path) -> Results:
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
     record = RunRecord.of(printable(metrics), folder / "metrics.json")
-    shown = map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text))
     sealed = SealedRecord.in_folder(folder)
-    return Results(record, *shown, sealed=sealed and SealedRecord.model_validate(printable(sealed.mapping())))
+    if sealed is not None:
+        sealed = SealedRecord.model_validate(printable(sealed.mapping()))
+    shown = Results(record, *map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text)))
+    return replace(shown, sealed=sealed)
 
 
 def _sweep(path: Path) -> Row:

@@ -128,7 +128,8 @@ def test_a_refusal_that_both_runs_lose_is_not_kept_although_they_differ() -> Non
     # An unsteered run that complies shows a near tie, as does a steered run that refuses.
     assert (confirmed.refused, confirmed.kept, confirmed.opened, confirmed.broken) == (3, 2, 0, 0)
     assert confirmed.outcomes[0] == ("explicit", "unjudged")
-    assert (confirmed.disputed, confirmed.unconfirmed) == ({0}, {1, 2, 3})
+    assert confirmed.disputed == frozenset({0})
+    assert confirmed.unconfirmed == frozenset({1, 2, 3})
     assert [row.get("disputed_steered") for row in confirmed.rows()] == [True, None, None, None]
     assert confirmed.take([3, 0]).kept == PairedEvaluation.of_rows(confirmed.rows()).take([3, 0]).kept == 0
 

@@ -26,6 +26,7 @@ from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import Acceptance, FileRecord, JudgeRecord, ModelRecord, RunRecord
 from rs_gguf.records.rows import read_rows, write_rows
+from rs_gguf.records.sealed import SealedRecord
 from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.steering import file as steering_file
 from rs_gguf.steering import lora_file, vector_file
@@ -280,7 +281,7 @@ def test_a_sealed_set_is_opened_before_the_first_answer(folder: Path, sealed_set
     assert path == folder / "sealed.json"
     written = json.loads(path.read_text())
     assert written["sealed"] == {"set": "first.jsonl", "set_sha256": row["set_sha256"], "opened": row["date"]}
-    assert RunRecord.read(path) == record
+    assert SealedRecord.in_folder(folder) == record
     assert {file.sha256 for file in record.files.values()} == set(hashes.values())
     answers = read_rows(folder / "sealed_answers.jsonl")
     assert [answer["prompt"] for answer in answers] == [row["prompt"] for row in read_rows(sealed_set)]
@@ -302,7 +303,7 @@ def test_what_may_be_published_holds_no_trace() -> None:
     }  # fmt: skip
     assert outcomes_of([prompt], [row]) == [
         {
-            **prompt.to_row(), "outcome_vector": "complies", "unconfirmed_vector": False,
+            **prompt.to_row(), "split": "sealed", "outcome_vector": "complies", "unconfirmed_vector": False,
             "outcome_vector_second": "complies",
         }
     ]  # fmt: skip
