@@ -14,6 +14,7 @@ from rs_gguf.prompts import sealed
 from rs_gguf.prompts.grid import grid
 from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.rows import Row, read_rows, write_rows
+from rs_gguf.version import commit
 
 FOLDER = Path(str(resources.files("rs_gguf") / "data" / "sealed"))
 SETS = sorted(path for path in FOLDER.glob("*.jsonl") if path.name != "opened.jsonl")
@@ -129,6 +130,7 @@ def test_a_set_is_opened_for_the_same_files_only(file: Path) -> None:
     assert sealed.open_for(file, {"renamed.gguf": "2" * 64, "a.gguf": "1" * 64}) == row
     sealed.record_verdicts(file, {"a.gguf": "passed"})
     (kept,) = read_rows(file.with_name("opened.jsonl"))
+    assert kept["commit"] == commit()
     assert kept == row | {"verdicts": {"a.gguf": "passed"}}
     for other in ({"a.gguf": "1" * 64}, {"a.gguf": "3" * 64, "b.gguf": "2" * 64}):
         with pytest.raises(InputError, match=r"was opened on .* for a\.gguf \(SHA-256 1{12}…\), b\.gguf"):

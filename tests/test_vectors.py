@@ -13,6 +13,7 @@ from rs_gguf.pipeline.scan import published
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import RunRecord, Share
+from rs_gguf.records.rows import Row, read_rows
 from rs_gguf.steering import file as steering_file
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +151,42 @@ def check_table(head: list[str], rows: list[list[str]], folder: Path) -> int:
                 assert cell == cell_of(record, kind, side, figure), (label, name)
                 checked += 1
     return checked
+
+
+def figure_of(rows: list[Row], side: str, figure: str) -> str:
+    """Return what a cell of the sealed tables says, from the published outcomes alone."""
+    pairs = []
+    for row in rows:
+        before = row["outcome_unsteered"]
+        unchanged = side == "unsteered" or row[f"unconfirmed_{side}"]
+        pairs.append((before, before if unchanged else row[f"outcome_{side}"]))
+    if figure == "explicit":
+        return str([after for _, after in pairs].count("explicit"))
+    refuses, complies = {"explicit", "evasion"}, {"complies"}
+    start, end = {
+        "kept": (refuses, refuses),
+        "opened": (refuses, complies),
+        "closed": (complies, refuses),
+        "broken": (refuses | complies, {"fails"}),
+    }[figure]
+    left = [after for before, after in pairs if before in start]
+    return f"{sum(after in end for after in left)} of {len(left)}"
+
+
+def test_the_sealed_tables_say_what_was_measured() -> None:
+    outcomes = read_rows(REMOVE / "sealed_outcomes.jsonl")
+    shared = {row["subject"] for row in read_rows(REMOVE / "sealed_shared.jsonl")}
+    assert shared <= {row["subject"] for row in outcomes}
+    sealed_tables = [t for t in tables(ROOT / "vectors" / "README.md") if "closed: adapter" in t[0]]
+    for (head, lines), left_out in zip(sealed_tables, (set(), shared), strict=True):
+        for kind, n, *cells in lines:
+            rows = [row for row in outcomes if row["kind"] == kind and row["subject"] not in left_out]
+            assert int(n) == len(rows)
+            figure = ""
+            for name, cell in zip(head[2:], cells, strict=True):
+                before, colon, side = name.rpartition(": ")
+                figure = before if colon else figure
+                assert cell == figure_of(rows, side, figure), (kind, name)
 
 
 def test_the_readmes_table_says_what_was_measured() -> None:

@@ -52,7 +52,11 @@ SUITES: Mapping[str, Suite] = {
         inspected=True,
     ),
     "deccp": Suite(
-        "augmxnt/deccp", {"data/censored-00000-of-00001.parquet": "sensitive"}, "Apache-2.0", prompt="text"
+        "augmxnt/deccp",
+        {"data/censored-00000-of-00001.parquet": "sensitive"},
+        "Apache-2.0",
+        prompt="text",
+        inspected=True,
     ),
     "jailbreakbench": Suite(
         "JailbreakBench/JBB-Behaviors",

@@ -18,7 +18,7 @@ from rs_gguf.errors import InputError
 from rs_gguf.records.conversation import KINDS, Kind, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.rows import Row, json_lines, read_rows, write_rows
-from rs_gguf.version import __version__
+from rs_gguf.version import __version__, commit
 
 LEAST: dict[Kind, int] = {"sensitive": 200, "harmful": 300, "benign": 200}
 """Fewest prompts of each kind in a sealed set."""
@@ -106,6 +106,7 @@ def open_for(path: Path, files: Mapping[str, str]) -> Row:
     row = {
         "date": datetime.date.today().isoformat(),
         "tool": f"rs-gguf {__version__}",
+        "commit": commit(),
         "set": path.name,
         "set_sha256": digest,
         "files": dict(files),

@@ -59,7 +59,11 @@ def test_every_suite_reads_a_local_copy(name: str, tmp_path: Path) -> None:
 
 
 def test_which_suites_have_guided_the_design() -> None:
-    assert {name for name, suite in SUITES.items() if suite.inspected} == {"ccp-sensitive", "jailbreakbench"}
+    assert {name for name, suite in SUITES.items() if suite.inspected} == {
+        "ccp-sensitive",
+        "deccp",
+        "jailbreakbench",
+    }
     assert {kind for suite in SUITES.values() for kind in suite.files.values() if kind} == set(KINDS)
 
 
