@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.metrics import FileRecord, JudgeRecord, MinimalPairs, SetRecord, TraceRecord
-from rs_gguf.report.text import count, number, percent
+from rs_gguf.report.text import count, number
 
 
 def agreement_line(judge: JudgeRecord) -> str:
@@ -22,7 +22,7 @@ def agreement_line(judge: JudgeRecord) -> str:
 
 
 def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
-    """Return (name, a text for each file) of divergences, gates, corrected rates, opened answers and traces.
+    """Return (name, a text for each file) of divergences, gates, opened answers and traces.
 
     What was measured of no file is left out.
     """
@@ -46,10 +46,6 @@ def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:
             [_separated(file.minimal_pairs) for file in files],
         )
     )
-    texts += [
-        (f"Explicit refusals of {kind} prompts, corrected", [_corrected(f.sets.get(kind)) for f in files])
-        for kind in KINDS
-    ]
     texts.append(("Opened answers on the subject", [count(file.opened_on_subject) for file in files]))
     traces = [trace_changes(file.sets.values()) for file in files]
     texts += [(name, [cells.get(name, _ABSENT) for cells in traces]) for name in TRACE_FIGURES.values()]
@@ -91,10 +87,3 @@ def _trace_figure(traces: Sequence[TraceRecord], field: str) -> str:
 def _separated(pairs: MinimalPairs | None) -> str:
     """Return how many pairs the gates separate, and the AUROC."""
     return f"{count(pairs.separated)}, AUROC {number(pairs.auroc, '.2f')}" if pairs else _ABSENT
-
-
-def _corrected(one: SetRecord | None) -> str:
-    """Return the corrected rates, unsteered and steered."""
-    if one is None or one.corrected_unsteered is None or one.corrected_steered is None:
-        return _ABSENT
-    return f"{percent(one.corrected_unsteered.explicit)} → {percent(one.corrected_steered.explicit)}"

@@ -182,16 +182,17 @@ def test_results_go_from_explicit_refusals_to_outcomes_transitions_and_acceptanc
     places = [page.source.index(words) for words in order]
     assert places == sorted(places)
     head, *rows = table_after(page.source, "Outcomes")
-    assert head[-6:] == ["n", "Explicit", "Complies", "Refuses", "Fails", "Unjudged"]
+    assert head[-7:] == ["n", "Explicit", "Corrected", "Complies", "Refuses", "Fails", "Unjudged"]
     expected = []
     for kind in KINDS:
-        sides = [files["vector"]["sets"][kind]["outcomes_unsteered"]]
-        sides += [file["sets"][kind]["outcomes_steered"] for file in files.values()]
-        expected += [
-            [40, *(of[name] for name in ("explicit", "complies", "refuses", "fails", "unjudged"))]
-            for of in sides
-        ]
-    assert [list(map(int, row[-6:])) for row in rows] == expected
+        sides = [(files["vector"]["sets"][kind], "unsteered")]
+        sides += [(file["sets"][kind], "steered") for file in files.values()]
+        for one, side in sides:
+            of, corrected = one[f"outcomes_{side}"], one[f"corrected_{side}"]
+            rest = (str(of[name]) for name in ("complies", "refuses", "fails", "unjudged"))
+            rate = f"{corrected['explicit']:.0%}" if corrected else "–"
+            expected.append(["40", str(of["explicit"]), rate, *rest])
+    assert [row[-7:] for row in rows] == expected
     head, *rows = table_after(page.source, "Transitions")
     expected_rows = [
         [
