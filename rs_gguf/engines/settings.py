@@ -43,7 +43,7 @@ class EngineSettings(BaseModel):
     gpu_layers: str = Field(
         default="auto",
         pattern=r"^(auto|all|\d{1,6})$",
-        description="layers on the GPU: a number, `all` or `auto` (all)",
+        description="layers on the GPU: a number, `all` or `auto` (all; llama.cpp's takes what fits)",
     )
     threads: int = Field(
         default=-1,
