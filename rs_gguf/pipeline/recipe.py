@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -77,6 +77,13 @@ class Recipe(BaseSettings):
     tune: Tune = Tune()
     measure: Measure = Measure()
     engine: EngineSettings = EngineSettings()
+
+    @field_validator("judge_second")
+    @classmethod
+    def _is_another_judge(cls, second: str | None, info: ValidationInfo) -> str | None:
+        if second and second == (info.data.get("judge") or models.DEFAULT):
+            raise ValueError(f"{second} is the first judge already; name another model")
+        return second
 
     @property
     def estimators(self) -> Sequence[str]:

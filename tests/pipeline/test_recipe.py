@@ -282,3 +282,11 @@ def test_a_recipe_cannot_be_changed() -> None:
         recipe.seed = 5
     with pytest.raises(ValueError, match="frozen"):
         recipe.tune.logprob_trials = 5
+
+
+@pytest.mark.parametrize("judge", [[], ["judge=labels:other.gguf"]])
+def test_the_second_judge_is_another_one(judge: list[str]) -> None:
+    first = judge[0].removeprefix("judge=") if judge else "qwen2.5-coder-0.5b"
+    with pytest.raises(InputError, match=f"{first} is the first judge already; name another model"):
+        load(overrides=[*judge, f"judge_second={first}"])
+    assert load(overrides=[*judge, "judge_second=qwen2.5-coder-1.5b"]).judge_second
