@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rs_gguf.cli.engine_options import EngineOptions, engine_options
 from rs_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +31,14 @@ if TYPE_CHECKING:
               help="Load the model and measure its speed; by default, use the stored speed of a "
                    "server core.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: seconds, bytes, tokens.")
+@engine_options
 def plan(
-    recipe: Path | None, overrides: tuple[str, ...], bits: float | None, measure: bool, as_json: bool
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    bits: float | None,
+    measure: bool,
+    as_json: bool,
+    engine: EngineOptions,
 ) -> None:
     """Estimate time, memory and disk of a run.
 
@@ -41,7 +48,7 @@ def plan(
     from rs_gguf.pipeline import plan as planning
     from rs_gguf.pipeline import recipe as recipes
 
-    settings = recipes.load(recipe, overrides)
+    settings = recipes.load(recipe, (*overrides, *engine.overrides()))
     path = planning.model_file(settings)
     dimensions = planning.model_dimensions(path, bits)
     judge = planning.judge_of(settings)  # fails before the minutes of measuring

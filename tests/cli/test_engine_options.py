@@ -77,7 +77,7 @@ def test_options_say_what_the_settings_accept() -> None:
 
 def test_every_command_that_runs_a_model_has_them() -> None:
     having = {name for name, command in main.commands.items() if options_of(command)}
-    assert having == {"run", *STAGES, "eval", "remeasure", "judge", "try", "check", "merge", "scan"}
+    assert having == {"run", *STAGES, "eval", "remeasure", "judge", "try", "check", "merge", "scan", "plan"}
 
 
 def test_values_that_do_not_go_together_are_one_error() -> None:

@@ -1,8 +1,10 @@
-"""A scan on the real model finds its published file; a damaged copy of the model is refused."""
+"""A scan on the real model finds its published file; damaged and wrong copies of the model are refused."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,11 @@ from rs_gguf.records.rows import read_json
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parents[2]
+PARTS = 8
+# As of Llama 2.
+OTHER_TEMPLATE = (
+    "{% for m in messages %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
+)
 
 
 def test_a_scan_finds_refusals_and_the_published_file(real_model: Path) -> None:
@@ -46,3 +53,22 @@ def test_a_damaged_copy_is_refused(real_model: Path, tmp_path: Path) -> None:
     data.flush()
     with pytest.raises(InputError, match="the model cannot answer"):
         scan(str(damaged))
+
+
+def test_a_copy_joined_in_the_wrong_order_is_refused(real_model: Path, tmp_path: Path) -> None:
+    whole = real_model.read_bytes()
+    size = -(-len(whole) // PARTS)
+    parts = [whole[start : start + size] for start in range(0, len(whole), size)]
+    parts[5:7] = reversed(parts[5:7])
+    joined = tmp_path / "joined.gguf"
+    joined.write_bytes(b"".join(parts))
+    with pytest.raises(InputError, match="the model cannot answer"):
+        scan(str(joined))
+
+
+def test_a_copy_with_the_template_of_another_family_is_refused(real_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", OTHER_TEMPLATE]
+    subprocess.run([*command, str(real_model), str(other)], check=True, capture_output=True)
+    with pytest.raises(InputError, match="the model cannot answer"):
+        scan(str(other))
