@@ -20,9 +20,7 @@ pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
 PARTS = 8
 # As of Llama 2.
-OTHER_TEMPLATE = (
-    "{% for m in messages %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
-)
+OTHER_TEMPLATE = "{% for m in messages %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
 
 
 def test_a_scan_finds_refusals_and_the_published_file(real_model: Path) -> None:
