@@ -25,6 +25,12 @@ PUBLISHED = [folder for folder in FOLDERS if (folder / "metrics.json").is_file()
 REMOVE = ROOT / "vectors" / "qwen2.5-coder-0.5b-remove"
 
 
+def worst_verdict(record: RunRecord, sealed: SealedRecord | None, key: str) -> str:
+    """Return the verdict on a file; one that fails on a sealed set has not passed."""
+    verdicts = {one.files[key].acceptance.verdict for one in (record, sealed) if one}
+    return next(verdict for verdict in ("failed", "undecided", "passed") if verdict in verdicts)
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_recipes_are_valid(folder: Path) -> None:
     assert recipe.load(folder / "recipe.toml").effect in folder.name
@@ -52,12 +58,12 @@ def test_a_scan_knows_every_published_file() -> None:
     """In `rs_gguf/data/published.toml`. An installation has no vectors/."""
     measured = {}
     for folder in PUBLISHED:
-        record = RunRecord.read(folder / "metrics.json")
-        for file in record.files.values():
+        record, sealed = RunRecord.read(folder / "metrics.json"), SealedRecord.in_folder(folder)
+        for key, file in record.files.items():
             measured[f"vectors/{folder.name}/{file.file}"] = {
                 "word": file.word,
                 "effect": record.effect,
-                "verdict": file.acceptance.verdict,
+                "verdict": worst_verdict(record, sealed, key),
                 "command": re.sub(r"-m \S+", "-m MODEL.gguf", file.llama_cpp.command),
                 "model_sha256": record.model.sha256,
             }
@@ -103,10 +109,7 @@ def test_card_and_metadata_say_what_was_measured(folder: Path) -> None:
                 assert share
                 assert f"| {share.n} of {share.of}, " in explicit
         (verdict,) = (line for line in card if line.startswith(f"| `{file.file}` | {word}"))
-        verdicts = {file.acceptance.verdict}
-        if sealed:  # a file that fails on a sealed set has not passed
-            verdicts.add(sealed.files[key].acceptance.verdict)
-        worst = next(one for one in ("failed", "undecided", "passed") if one in verdicts)
+        worst = worst_verdict(record, sealed, key)
         shown = "passed" if worst == "passed" else f"**{worst}**"
         assert verdict.endswith(f"| {shown} |")
 

@@ -32,7 +32,7 @@ class PublishedFile(Record):
     path: str
     word: str  # what people call it
     effect: Effect
-    verdict: Verdict  # of its acceptance criteria
+    verdict: Verdict  # the worse one of the validation split and a sealed set
     command: str
     model_sha256: str
 
