@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from rs_gguf.pipeline.stages import tune as tuning
 from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
-from rs_gguf.search.choice import pareto_front
 from rs_gguf.search.stopping import Answering
 
 LEVEL = -math.log(0.9)  # nats that the first tokens of harmful refusals lose
@@ -49,6 +48,22 @@ class Measured:
                 rows = [trial.to_row() for trial in self._known.values()]
                 write_json(self._path, {"trials": rows})
         return self._known[fidelity, candidate]
+
+
+def pareto_front(answered: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that no other beats in removal, retention and drift together; best first."""
+
+    def costs(trial: Trial) -> tuple[float, float, float]:
+        return trial.sensitive_remaining, -trial.harmful_retention, trial.benign_drift or 0.0
+
+    def beaten(trial: Trial) -> bool:
+        mine = costs(trial)
+        return any(
+            costs(other) != mine and all(a <= b for a, b in zip(costs(other), mine, strict=True))
+            for other in answered
+        )
+
+    return sorted((trial for trial in answered if not beaten(trial)), key=costs)
 
 
 def main() -> None:

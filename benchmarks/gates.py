@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from front import pareto_front
 from rich.progress import track
 
 from rs_gguf.errors import InputError
@@ -33,7 +34,6 @@ from rs_gguf.pipeline.stages.refit import refit
 from rs_gguf.records.rows import read_json, write_json
 from rs_gguf.records.trials import Candidate, Trial, load_trials
 from rs_gguf.search.candidate_evaluation import CandidateEvaluator
-from rs_gguf.search.choice import pareto_front
 from rs_gguf.search.stopping import Answering
 
 VARIANTS = ("", "ridge=0.2", "refits=1", "refits=2")

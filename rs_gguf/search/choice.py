@@ -86,22 +86,6 @@ def reason_against_full(selected: Trial) -> str:
     return ""
 
 
-def pareto_front(answered: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats in removal, retention and drift together; best first."""
-
-    def costs(trial: Trial) -> tuple[float, float, float]:
-        return trial.sensitive_remaining, -trial.harmful_retention, trial.benign_drift or 0.0
-
-    def beaten(trial: Trial) -> bool:
-        mine = costs(trial)
-        return any(
-            costs(other) != mine and all(a <= b for a, b in zip(costs(other), mine, strict=True))
-            for other in answered
-        )
-
-    return sorted((trial for trial in answered if not beaten(trial)), key=costs)
-
-
 def summary(trials: Sequence[Trial], spaces: Mapping[str, Space]) -> dict[str, Any]:
     """Return the content of `tune.json`, with trials by their numbers and `spaces` by their methods.
 

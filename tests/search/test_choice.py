@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from front import pareto_front
 
 from rs_gguf.methods import adapter, vector
 from rs_gguf.records.trials import Candidate, Trial
 from rs_gguf.search.choice import (
     least_infeasible,
-    pareto_front,
     reason_against_full,
     select_candidate,
     select_final,
