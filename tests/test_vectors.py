@@ -130,7 +130,7 @@ def tables(path: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
 
 
 def cell_of(record: RunRecord, kind: str, side: str, figure: str) -> str:
-    """Return what a cell says of the prompts of a kind: a count, or `n of m` of a transition and its interval."""
+    """Return the text of a cell: a count, or `n of m (95% interval)` of a transition."""
     sets = {baseline.name: baseline.sets for baseline in record.baselines}
     sets |= {"unsteered": record.files["vector"].sets}
     one = (sets | {name: file.sets for name, file in record.files.items()})[side][kind]
