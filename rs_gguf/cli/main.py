@@ -152,6 +152,8 @@ def _run(
     overrides: tuple[str, ...],
     fresh: bool,
     until: str,
+    *,
+    repeat: bool = True,
 ) -> dict[str, Any]:
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline import recipe as recipes
@@ -163,7 +165,7 @@ def _run(
     settings = recipes.load(recipe, overrides)
     try:
         with contextlib.closing(TerminalProgress()) as progress:
-            return run(settings, out, fresh=fresh, progress=progress, until=until)
+            return run(settings, out, fresh=fresh, repeat=repeat, progress=progress, until=until)
     except KeyboardInterrupt:
         note = ", without --fresh if a stage has begun" if fresh else ""
         click.echo(f"Interrupted. To continue, give the command again{note}.", err=True)
@@ -216,6 +218,8 @@ def run_command(
 def _add_stage(info: StageInfo) -> None:
     name = info.name
     before = "" if name == "answer" else "Runs earlier stages first if needed. "
+    if name == LAST:
+        before = "Runs missing stages first, but repeats none. "
     help_text = (
         f"{info.summary} {before}Without RECIPE, uses the recipe of the run folder, or the default in a new "
         "folder."
@@ -234,7 +238,9 @@ def _add_stage(info: StageInfo) -> None:
         second_judge: str | None = None,
         harmful_answers: bool = False,
     ) -> None:
-        metrics = _run(recipe, out, _with_options(overrides, budget, second_judge, engine), fresh, name)
+        overrides = _with_options(overrides, budget, second_judge, engine)
+        # A report takes seconds. After an update of the program, earlier stages might take hours again.
+        metrics = _run(recipe, out, overrides, fresh, name, repeat=name != LAST)
         if name == "score":
             from rs_gguf.cli.summary import print_counts
 

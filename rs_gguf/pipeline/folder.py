@@ -84,6 +84,10 @@ class RunFolder:
         """Return whether `stage` was finished with exactly these inputs."""
         return bool(self._state().get(stage, {}).get("key") == key)
 
+    def was_done(self, stage: str) -> bool:
+        """Return whether `stage` was finished, with these inputs or others."""
+        return stage in self._state()
+
     def mark_done(self, stage: str, key: str, seconds: float) -> None:
         """Mark `stage` as done, and delete the logs of its finished row files."""
         write_json(self / "state.json", {**self._state(), stage: {"key": key, "seconds": round(seconds, 2)}})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rs_gguf.errors import InputError
 from rs_gguf.estimators.device import resolve_device
 from rs_gguf.judges.judge import try_out
 from rs_gguf.machine import ALONE, Processes
@@ -18,10 +19,17 @@ from rs_gguf.pipeline.stage import Progress, Run, Silent
 from rs_gguf.pipeline.stages import IN_ORDER
 from rs_gguf.records.artefacts import LAST
 from rs_gguf.records.metrics import RunRecord
+from rs_gguf.steering.file import shell_path
 
 
 def run(
-    recipe: Recipe, out: Path, *, fresh: bool = False, progress: Progress | None = None, until: str = LAST
+    recipe: Recipe,
+    out: Path,
+    *,
+    fresh: bool = False,
+    repeat: bool = True,
+    progress: Progress | None = None,
+    until: str = LAST,
 ) -> dict[str, Any]:
     """Run the stages up to `until` in the folder `out` and return the metrics (empty before `measure`).
 
@@ -32,9 +40,11 @@ def run(
     ranks return an empty dictionary after the fit.
 
     fresh: begin again, and delete what the stages of earlier calls left.
+    repeat: whether stages that were done with another recipe are done again.
 
     Raises:
-        InputError: the recipe, its files or the machine cannot be used; the message names the reason.
+        InputError: the recipe, its files or the machine cannot be used, or a stage would have to be repeated;
+            the message names the reason.
         VerificationError: the effect of a written file was not observed on the model, or the file was read
             back with other contents.
     """
@@ -45,6 +55,12 @@ def run(
                 opened.follow()
             return {}
         with folder.locked(), open_run(recipe, folder, progress, processes) as opened:
+            outdated = opened.outdated() if not (repeat or fresh) else []
+            if outdated:
+                raise InputError(
+                    f"{out}: the stage {outdated[0]} is out of date: the recipe, one of its files or rs-gguf "
+                    f"itself changed. `{until}` does not repeat it; `rs-export run --out {shell_path(out)}` does."
+                )
             return _run(opened, fresh, until)
 
 

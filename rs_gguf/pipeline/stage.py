@@ -153,6 +153,16 @@ class Run:
         names = names[: names.index(name) + 1]
         return key_of([(before, self.stages[before].inputs(self)) for before in names])
 
+    def outdated(self) -> list[str]:
+        """Return the stages that were finished with other inputs, so that a run repeats them."""
+        return [
+            name
+            for name, stage in self.stages.items()
+            if not stage.always
+            and self.folder.was_done(name)
+            and not self.folder.is_done(name, self.key(name))
+        ]
+
     def do(self, name: str) -> None:
         """Do one stage, unless it is already done with the same inputs."""
         stage, key = self.stages[name], self.key(name)

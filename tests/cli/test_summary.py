@@ -118,7 +118,7 @@ def test_a_run_without_an_adapter(run_folder: Path) -> None:
 def test_answers_to_harmful_prompts_are_an_option_of_the_report(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def finished(*_: object) -> dict[str, Any]:
+    def finished(*_: object, **__: object) -> dict[str, Any]:
         write_report(run_folder)
         return metrics_of(run_folder)
 

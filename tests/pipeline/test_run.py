@@ -219,6 +219,14 @@ def test_a_hugging_face_folder(judge: Judge, tmp_path: Path) -> None:
     written = rows(out / "test_answers.jsonl")
     assert all("answer_adapter" not in row for row in written)
     assert any(row["answer_vector"] != row["answer_unsteered"] for row in written)
+    kept = {name: (out / name).read_bytes() for name in ("state.json", "recipe.toml", "tune.json")}
+    refused = CliRunner().invoke(main, ["report", "--out", str(out), "--set", "fit.ridges=[7.0]"])
+    assert refused.exit_code == 2
+    assert "the stage fit is out of date" in refused.stderr
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    (out / "report.html").unlink()
+    assert CliRunner().invoke(main, ["report", "--out", str(out)]).exit_code == 0
+    assert (out / "report.html").is_file()
     # Another limit that the search does not use: nothing is answered again.
     counted = Counted()
     run(recipe.load(out / "recipe.toml", ["tune.min_top1=0.1"]), out, progress=counted)
