@@ -74,7 +74,10 @@ def _stages(run: click.Command, parent: click.Context) -> Iterator[str]:
     shared = [row for row in of_run if all(row in rows for rows in options.values())]
     names = ", ".join(f"`{name}`" for name, _ in shared)
     yield from ("", "## The stages of `rs-export run`", "")
-    yield f"Each runs earlier stages first if needed (`report` repeats none), and takes `[RECIPE]`, {names} as `run` does."
+    yield (
+        f"Each runs earlier stages first if needed (`report` repeats none), and takes `[RECIPE]`, {names} as "
+        "`run` does."
+    )
     yield from ("", "| stage | what it does | other options |", "| --- | --- | --- |")
     for name, info in STAGES.items():
         others = (row for row in options[name] if row not in shared)
