@@ -58,8 +58,9 @@ def run(
             outdated = opened.outdated() if not (repeat or fresh) else []
             if outdated:
                 raise InputError(
-                    f"{out}: the stage {outdated[0]} is out of date: the recipe, a file of it or rs-gguf itself "
-                    f"changed. `{until}` does not repeat it; `rs-export run --out {shell_path(out)}` does."
+                    f"{out}: the stage {outdated[0]} is out of date: the recipe, one of its files or the "
+                    f"program changed. `{until}` does not repeat it; `rs-export run --out {shell_path(out)}` "
+                    "does."
                 )
             return _run(opened, fresh, until)
 
