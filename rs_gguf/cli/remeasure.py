@@ -19,7 +19,7 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command("remeasure")
-@click.argument("folder", type=_FILE)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--sealed", type=_FILE, metavar="SET.jsonl",
               help="Open this sealed set, and measure on it in place of the validation split. The ledger "
                    "opened.jsonl beside it records that; a set is opened for one release only.")  # fmt: skip
@@ -38,6 +38,7 @@ def remeasure(folder: Path, sealed: Path | None, as_json: bool, engine: EngineOp
     from rs_gguf.cli.summary import print_results
     from rs_gguf.cli.terminal import TerminalProgress
     from rs_gguf.pipeline.remeasure import remeasure as measure_again
+    from rs_gguf.report.recommendation import files_in, reported_files
 
     with contextlib.closing(TerminalProgress()) as progress:
         record, path = measure_again(folder, sealed=sealed, overrides=engine.overrides(), progress=progress)
@@ -46,5 +47,6 @@ def remeasure(folder: Path, sealed: Path | None, as_json: bool, engine: EngineOp
     else:
         print_results(Console(), record.mapping(), folder, pages=sealed is None)
         click.echo(f"Figures: {path}")
-    if not any(file.passed for file in record.files.values()):
+    files = files_in(folder, record) if sealed is None else reported_files(record)
+    if not any(file.passed for file in files):
         sys.exit(1)

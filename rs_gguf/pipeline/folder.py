@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from rs_gguf.errors import InputError
 from rs_gguf.records.artefacts import RESULTS, STAGES
+from rs_gguf.records.files import from_home
 from rs_gguf.records.rows import Row, RowLog, read_json, read_rows, write_json
 
 
@@ -26,6 +27,13 @@ def key_of(*parts: Any) -> str:
     """Return a hash of JSON values, as 16 hexadecimal digits: equal inputs give equal keys."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def moved_file(folder: Path, name: str) -> Path:
+    """Return the file that the recipe of a folder names; it may have been moved together with the folder."""
+    named = from_home(name)
+    places = (named, folder / named, folder / named.name)
+    return next((place for place in places if place.is_file()), named)
 
 
 class RunFolder:

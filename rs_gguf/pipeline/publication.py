@@ -25,10 +25,11 @@ from rs_gguf.errors import InputError
 from rs_gguf.judges.registry import kind_and_name
 from rs_gguf.models import header
 from rs_gguf.models import resolve as models
+from rs_gguf.pipeline.folder import moved_file
 from rs_gguf.pipeline.reproduce import NAME, Reproduction, prompt_file, read_recipe, without_private_values
 from rs_gguf.prompts import user_files
 from rs_gguf.records.conversation import KINDS
-from rs_gguf.records.files import from_home, sha256
+from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_text
 from rs_gguf.records.sealed import NAME as SEALED
@@ -81,6 +82,7 @@ def prepare(folder: Path) -> Publication:
     files = _steering_files(folder, left_out)
     values = read_recipe(folder / "recipe.toml")
     record = RunRecord.read(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    sealed = SealedRecord.in_folder(folder, record) if record else None
     hashes = {name: sha256(path) for name, path in files.items()}
     measured = {file.sha256 for file in record.files.values()} if record else set()
     unmeasured = tuple(name for name, digest in hashes.items() if digest not in measured)
@@ -101,7 +103,7 @@ def prepare(folder: Path) -> Publication:
     contents["recipe.toml"] = public(tomli_w.dumps(shared)).encode()
     if record is not None:
         contents["metrics.json"] = public(json_text(record.mapping(), indent=2)).encode()
-        if (sealed := SealedRecord.in_folder(folder)) is not None:
+        if sealed is not None:
             contents[SEALED] = public(json_text(sealed.mapping(), indent=2)).encode()
         report = _report(folder, left_out, public)
         if report is not None:
@@ -122,7 +124,7 @@ def prepare(folder: Path) -> Publication:
     off = record is not None and any(file.llama_cpp.reasoning_off for file in record.files.values())
     options = {file: kind_of(path).option for file, path in files.items()}
     contents["preset.ini"] = public(preset_ini(name, source, options, reasoning_off=off)).encode()
-    contents["README.md"] = public(_card(folder, record, hashes, unmeasured, name, source)).encode()
+    contents["README.md"] = public(_card(folder, record, sealed, hashes, unmeasured, name, source)).encode()
     return Publication(dict(sorted(contents.items())), left_out, unmeasured)
 
 
@@ -150,9 +152,7 @@ def _prompts(folder: Path, shared: dict[str, Any]) -> dict[str, bytes]:
     for kind in KINDS:
         rows = []
         for name in given.get(kind, ()):
-            path = from_home(name)
-            # A published folder may have been moved together with its prompts.
-            path = path if path.is_file() else folder / path.name
+            path = moved_file(folder, name)
             rows += [prompt.to_row() for prompt in user_files.load(path, kind)]
         if rows:
             contents[prompt_file(kind)] = "".join(json_text(row) + "\n" for row in rows).encode()
@@ -192,6 +192,7 @@ def _versions() -> dict[str, str]:
 def _card(
     folder: Path,
     record: RunRecord | None,
+    sealed: SealedRecord | None,
     hashes: Mapping[str, str],
     unmeasured: tuple[str, ...],
     model: str,
@@ -199,7 +200,7 @@ def _card(
 ) -> str:
     """Return the card of the folder with a notice of every file that has not passed; or a card of its own."""
     notices = [f"{name}: not measured, so nothing is known of its effect." for name in unmeasured]
-    for file in reported_files(record, SealedRecord.in_folder(folder)) if record else ():
+    for file in reported_files(record, sealed) if record else ():
         if not file.passed:
             notices.append(f"{file.record.file}: acceptance criteria {file.verdict}.")
     path = folder / "card.md"

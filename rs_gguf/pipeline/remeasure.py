@@ -15,14 +15,15 @@ from pathlib import Path
 from rs_gguf.errors import InputError
 from rs_gguf.methods import METHODS
 from rs_gguf.pipeline import recipe as recipes
-from rs_gguf.pipeline.folder import RunFolder
+from rs_gguf.pipeline.folder import RunFolder, moved_file
+from rs_gguf.pipeline.reproduce import refuse_private
 from rs_gguf.pipeline.run import open_run
 from rs_gguf.pipeline.stage import Progress, Run
 from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
 from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
-from rs_gguf.records.conversation import Prompt
+from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import Row, RowLog, write_rows
@@ -58,11 +59,14 @@ def remeasure(
             set cannot be opened: it breaks a rule of `prompts.sealed`, or was opened for other files.
         VerificationError: the effect of a file that was changed was not observed on the model.
     """
+    old = RunRecord.read(path / "metrics.json")
     folder = RunFolder(path)
-    old = RunRecord.read(folder / "metrics.json")
+    refuse_private(path, overrides)
     recipe = recipes.load(folder / "recipe.toml", overrides)
     if recipe.answers.test_tokens < _LEAST_TOKENS:
         recipe = recipes.load(folder / "recipe.toml", [*overrides, f"answers.test_tokens={_LEAST_TOKENS}"])
+    moved = {kind: [str(moved_file(path, name)) for name in getattr(recipe.prompts, kind)] for kind in KINDS}
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=moved)})
     files = {name: _written(folder, name, file) for name, file in old.files.items()}
     with folder.locked(), open_run(recipe, folder, progress) as run:
         if run.model_hash != old.model.sha256:
@@ -136,6 +140,11 @@ def _written(folder: RunFolder, name: str, record: FileRecord) -> WrittenFile:
     Raises:
         InputError: the file is missing, or its metadata and the record disagree.
     """
+    if name not in METHODS or Path(record.file).name != record.file:
+        raise InputError(
+            f"{folder.path}/metrics.json names {name}: {record.file!r}. Accepted: {', '.join(METHODS)}, "
+            "and a file in the folder itself."
+        )
     path = folder / record.file
     if not path.is_file():
         raise InputError(f"{path} is missing, which metrics.json names. Put it back.")

@@ -155,14 +155,13 @@ def fetch(
     check_repository(repository)
     path = sources.hub_download(repository, NAME, None)
     published = Reproduction.read(path)
-    given = {override.partition("=")[0].strip() for override in overrides}
-    given |= {name.lower().removeprefix(PREFIX.lower()).replace("__", ".") for name in os.environ}
+    given = _given(overrides)
     stored, recipe_file = out / NAME, out / "recipe.toml"
     if recipe_file.exists():
         if not (stored.is_file() and stored.read_bytes() == path.read_bytes()):
             raise InputError(f"{out} holds another run. Choose another folder (--out).")
         # The folder may be a copy of the repository: then its recipe is the stranger's, too.
-        _refuse_private(_keys(recipe_file), given, out)
+        _refuse_private(_keys(recipe_file), given, (out,))
         return published
     values = _checked(published, given)
     files = {name: sources.hub_download(repository, name, None) for name in published.prompts}
@@ -190,6 +189,24 @@ def fetch(
     return published
 
 
+def refuse_private(folder: Path, overrides: Sequence[str]) -> None:
+    """Check the recipe of a folder that was published by `rs-export push`, perhaps a stranger's.
+
+    Raises:
+        InputError: the recipe names a server or a file elsewhere, which the user does not set.
+    """
+    if (folder / NAME).is_file():
+        # Prompt files are named relative to the repository, or where `fetch` put them.
+        _refuse_private(_keys(folder / "recipe.toml"), _given(overrides), (Path(), folder))
+
+
+def _given(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that the user sets, as options or in the environment."""
+    ours = (name.upper() for name in os.environ if name.upper().startswith(PREFIX))
+    of_environment = {name.removeprefix(PREFIX).lower().replace("__", ".") for name in ours}
+    return of_environment | {override.partition("=")[0].strip() for override in overrides}
+
+
 def _checked(published: Reproduction, given: set[str]) -> dict[str, Any]:
     """Return the recipe of a stranger if it is safe to run here; prompt files are the published ones."""
     values: dict[str, Any] = dict(published.recipe)
@@ -201,14 +218,17 @@ def _checked(published: Reproduction, given: set[str]) -> dict[str, Any]:
     known = {prompt_file(kind) for kind in KINDS}
     if strange := [f"prompts: {name!r}" for name in published.prompts if name not in known]:
         raise _refused(strange)
-    _refuse_private(values, given, Path(), published.prompts)
+    _refuse_private(values, given, (Path(),), published.prompts)
     return values
 
 
 def _refuse_private(
-    values: Mapping[str, Any], given: Container[str], folder: Path, published: Container[str] | None = None
+    values: Mapping[str, Any],
+    given: Container[str],
+    folders: Sequence[Path],
+    published: Container[str] | None = None,
 ) -> None:
-    """Raise `InputError` if a stranger's recipe names more than public models and the prompts of `folder`.
+    """Raise `InputError` if a stranger's recipe names more than public models and the prompts of `folders`.
 
     given: keys that the user sets. published: names of the prompt files; None for any.
     """
@@ -221,7 +241,8 @@ def _refuse_private(
     for kind in KINDS:
         listed = prompts.get(kind) or [] if isinstance(prompts, dict) else []
         name = prompt_file(kind)
-        own = listed == [str(folder / name)] and (published is None or name in published)
+        own = listed in [[str(folder / name)] for folder in folders]
+        own = own and (published is None or name in published)
         if listed != [] and not own and f"prompts.{kind}" not in given:
             faults.append(f"prompts.{kind} = {listed!r}")
     if faults:
@@ -232,7 +253,7 @@ def _refused(faults: Sequence[str]) -> InputError:
     shown = "; ".join(escape_control_chars(fault[:200]) for fault in faults[:10])
     return InputError(
         f"the recipe in {NAME} is refused: {shown}. Only public models, judges that run here and the "
-        "prompt files of the repository are accepted. Give other values with --set."
+        "prompt files of the repository are accepted. Give other values with --set or RS_GGUF_KEY."
     )
 
 

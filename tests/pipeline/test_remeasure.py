@@ -132,7 +132,7 @@ def test_a_published_folder_is_measured_again(folder: Path, caplog: pytest.LogCa
         assert str(one) in file.llama_cpp.command
         assert "no candidate met every limit" not in "".join(file.acceptance.reasons)
     assert [baseline.name for baseline in record.baselines] == ["system prompt"]
-    assert "the baselines md are left out" in caplog.text
+    assert "The baselines md are left out" in caplog.text
     rows = read_rows(folder / "test_answers.jsonl")
     assert len(rows) == N
     assert {row["split"] for row in rows} == {"validation"}
@@ -223,6 +223,52 @@ def test_another_model_and_a_missing_file_are_named(folder: Path, tmp_path: Path
         remeasure(folder)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("remove.gguf", "../other.gguf"), ("remove.gguf", "/etc/passwd"), ('"vector"', '"other"')],
+)
+def test_a_record_that_names_other_files_is_refused(folder: Path, old: str, new: str) -> None:
+    """Of a stranger's folder. The metadata of a file that is measured are written."""
+    text = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=r"metrics\.json names .*a file in the folder itself"):
+        remeasure(folder)
+
+
+def test_the_recipe_of_a_stranger_may_not_name_a_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(recipe.replace('"keywords"', '"http://example.invalid/v1#x"'))
+    (folder / "reproduce.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is refused: .*judge = 'http://example\.invalid"):
+        remeasure(folder)
+    for key, value in (("MODEL", str(folder.parent / "tiny.gguf")), ("JUDGE", "keywords")):
+        monkeypatch.setenv(f"RS_GGUF_{key}", value)
+    without_baselines(folder)
+    remeasure(folder)
+
+
+def test_prompts_that_moved_with_the_folder_are_found(folder: Path) -> None:
+    without_baselines(folder)
+    rows = [{"prompt": f"How do I bake bread {k}?", "split": s} for k, s in enumerate(("fit", "tune") * 4)]
+    rows += [{"prompt": f"How do I bake a cake {k}?", "split": "validation"} for k in range(8)]
+    write_rows(folder / "prompts" / "benign.jsonl", rows)
+    recipe = (folder / "recipe.toml").read_text()
+    own = '[prompts]\nbenign = ["prompts/benign.jsonl"]\n'
+    (folder / "recipe.toml").write_text(recipe.replace("[prompts]\n", own))
+    remeasure(folder)
+    asked = [row["prompt"] for row in read_rows(folder / "test_answers.jsonl") if row["kind"] == "benign"]
+    assert len(asked) == N // 3
+    assert all("bake a cake" in prompt for prompt in asked)
+
+
+def test_a_folder_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["remeasure", str(tmp_path / "typo")])
+    assert result.exit_code == 2
+    assert not (tmp_path / "typo").exists()
+
+
 def test_the_command_prints_the_figures(folder: Path) -> None:
     without_baselines(folder)
     result = CliRunner().invoke(main, ["remeasure", str(folder)])
@@ -281,7 +327,7 @@ def test_a_sealed_set_is_opened_before_the_first_answer(folder: Path, sealed_set
     assert path == folder / "sealed.json"
     written = json.loads(path.read_text())
     assert written["sealed"] == {"set": "first.jsonl", "set_sha256": row["set_sha256"], "opened": row["date"]}
-    assert SealedRecord.in_folder(folder) == record
+    assert SealedRecord.in_folder(folder, RunRecord.read(folder / "metrics.json")) == record
     assert {file.sha256 for file in record.files.values()} == set(hashes.values())
     answers = read_rows(folder / "sealed_answers.jsonl")
     assert [answer["prompt"] for answer in answers] == [row["prompt"] for row in read_rows(sealed_set)]

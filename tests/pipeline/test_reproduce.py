@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fixtures.hub import Hub
+from fixtures.invented_run import invented_metrics
 
 from rs_gguf.cli.main import main
 from rs_gguf.errors import InputError
@@ -162,6 +163,9 @@ def test_the_user_may_set_what_the_recipe_may_not(
     assert fetch("owner/name", out, overrides) == found
     with pytest.raises(InputError, match="refused: judge_second"):
         fetch("owner/name", out)
+    monkeypatch.setenv("JUDGE_SECOND", "labels:/m.gguf")  # not for this program
+    with pytest.raises(InputError, match="refused: judge_second"):
+        fetch("owner/name", out)
     monkeypatch.setenv("RS_GGUF_JUDGE_SECOND", "labels:/m.gguf")
     assert fetch("owner/name", out) == found
 
@@ -210,7 +214,7 @@ def test_the_command_runs_the_recipe_and_compares_the_files(
 
     def run(recipe: Recipe, out: Path, **_: Any) -> dict[str, Any]:
         ran.append(recipe)
-        return {"files": {"vector": {"acceptance": {"verdict": "passed"}}}}
+        return invented_metrics(tmp_path / "invented", vector="passed")
 
     monkeypatch.setattr(pipeline, "run", run)
     out = str(tmp_path / "out")
