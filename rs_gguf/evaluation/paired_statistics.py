@@ -83,11 +83,12 @@ def cluster_interval(
         seed: of the draws.
 
     Returns:
-        The interval, or None without a positive weight.
+        The interval, or None without a positive weight or with a value that is not finite.
     """
     v, w = np.asarray(values, np.float64), np.asarray(weights, np.float64)
-    if not w.any():
+    if not w.any() or not np.isfinite(v[w != 0]).all():
         return None
+    v = np.where(w != 0, v, 0.0)
     rng = np.random.default_rng(seed)
     times: NDArray[np.float64] = np.ones((DRAWS, len(v)))
     labels = [[name or f"\0{i}" for i, name in enumerate(names)] for names in clusters]

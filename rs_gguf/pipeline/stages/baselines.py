@@ -31,11 +31,12 @@ def usable(run: Run) -> list[str]:
     if not run.folder.is_done("capture", run.key("capture")):
         left_out = [name for name in names if name not in baselines.WITHOUT_ACTIVATIONS]
         if left_out:
-            _log.warning(
-                "%s has no captured activations: the baselines %s are left out.",
-                run.folder.path,
-                ", ".join(left_out),
+            why = (
+                "the activations are of another version or other engine options"
+                if run.folder.was_done("capture")
+                else "there are no captured activations"
             )
+            _log.warning("%s: %s. The baselines %s are left out.", run.folder.path, why, ", ".join(left_out))
         names = [name for name in names if name not in left_out]
     return baselines.usable(names, run.model)
 

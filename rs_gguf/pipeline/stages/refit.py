@@ -25,6 +25,7 @@ from rs_gguf.activations.capture import capture_all, captured, conversations
 from rs_gguf.activations.store import ActivationStore
 from rs_gguf.engines.engine import Steering
 from rs_gguf.evaluation.condition import Condition, answer_condition
+from rs_gguf.evaluation.outcomes import outcome_of
 from rs_gguf.methods import METHODS
 from rs_gguf.methods.options import FitOptions
 from rs_gguf.methods.samples import Samples
@@ -72,7 +73,11 @@ def _inputs(run: Run, steering: Steering, folder: Path) -> dict[str, MatrixInput
     asking = run.recipe.asking(run.recipe.answers.fit_tokens)
     judged = answer_condition(run.model, run.judge, Condition("refit", steering, system), prompts, asking)
     answers = {p.id: a.tokens for p, a in zip(prompts, judged.answers, strict=True)}
-    refused = {p.id for p, j in zip(prompts, judged.judgements, strict=True) if (j.confidence or 0) > 0}
+    refused = {
+        prompt.id
+        for prompt, answer, judgement in zip(prompts, judged.answers, judged.judgements, strict=True)
+        if (judgement.confidence or 0) > 0 and outcome_of(answer, judgement) != "fails"
+    }
     read, prefix = conversations(run.model, prompts, system, answers, refused, run.in_contexts)
     ids = [p.id for p in prompts] + [p.id for p, _ in run.in_contexts]
     store = ActivationStore(folder, "refit")
