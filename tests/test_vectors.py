@@ -59,7 +59,8 @@ def test_a_scan_knows_every_published_file() -> None:
     """In `rs_gguf/data/published.toml`. An installation has no vectors/."""
     measured = {}
     for folder in PUBLISHED:
-        record, sealed = RunRecord.read(folder / "metrics.json"), SealedRecord.in_folder(folder)
+        record = RunRecord.read(folder / "metrics.json")
+        sealed = SealedRecord.in_folder(folder, record)
         for key, file in record.files.items():
             measured[f"vectors/{folder.name}/{file.file}"] = {
                 "word": file.word,
@@ -73,7 +74,8 @@ def test_a_scan_knows_every_published_file() -> None:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_card_and_metadata_say_what_was_measured(folder: Path) -> None:
-    record, sealed = RunRecord.read(folder / "metrics.json"), SealedRecord.in_folder(folder)
+    record = RunRecord.read(folder / "metrics.json")
+    sealed = SealedRecord.in_folder(folder, record)
     card = (folder / "card.md").read_text().replace("\\", "").splitlines()
     if "### Sealed set" in card:  # its table is checked with that of vectors/README.md
         start = card.index("### Sealed set")

@@ -211,7 +211,7 @@ def run_command(
         _print_metrics(metrics, out)
     for line in published.differences(out) if published else ():
         click.echo(line, err=True)
-    if not any(file["acceptance"]["verdict"] == "passed" for file in metrics["files"].values()):
+    if not _any_passed(metrics, out):
         sys.exit(1)
 
 
@@ -268,6 +268,14 @@ for _command in (
     cli_merge.merge, cli_push.push, cli_models.models,
 ):  # fmt: skip
     main.add_command(_command)
+
+
+def _any_passed(metrics: dict[str, Any], out: Path) -> bool:
+    from rs_gguf.records.metrics import RunRecord
+    from rs_gguf.report.recommendation import files_in
+
+    record = RunRecord.of(metrics, out / "metrics.json")
+    return any(file.passed for file in files_in(out, record))
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:

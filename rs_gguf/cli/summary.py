@@ -17,6 +17,7 @@ from rs_gguf.records.metrics import Outcomes, RunRecord, Share
 from rs_gguf.report.recommendation import (
     ReportedFile,
     by_merit,
+    files_in,
     headline,
     overall_verdict,
     reported_files,
@@ -37,7 +38,7 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
     """
     # A model's path or a judge's name may hold characters that a terminal obeys.
     record = RunRecord.of(printable(dict(metrics)), out / "metrics.json")
-    files = reported_files(record)
+    files = files_in(out, record) if pages else reported_files(record)
     ordered = by_merit(files, record.effect)  # as in the page
     console.print(_explicit(files, induce=record.effect == "induce"))
     console.print(_outcomes(files))
@@ -54,11 +55,11 @@ def print_results(console: Console, metrics: Mapping[str, Any], out: Path, *, pa
     for sentence in sentences(files, record.effect):
         _say(console, sentence)
     for file in ordered:
-        for line in (*file.record.acceptance.reasons, *file.record.notes):
+        for line in (*file.reasons, *file.record.notes):
             _say(console, f"  {file.word}: {line}")
     for file in ordered:
         path = printable(str(out / file.record.file))
-        _say(console, f"\n{file.word.capitalize()}, {path} ({file.record.acceptance.verdict}):")
+        _say(console, f"\n{file.word.capitalize()}, {path} ({file.verdict}):")
         _say(console, file.record.llama_cpp.command)
     if pages:
         report, card = (printable(str(out / name)) for name in ("report.html", "card.md"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rs_gguf.records.metrics import Record, RunRecord
-from rs_gguf.records.rows import read_json
+from rs_gguf.records.rows import Row, read_json
 
 NAME = "sealed.json"
 
@@ -24,11 +24,22 @@ class SealedRecord(RunRecord):
     sealed: SealedSet
 
     @classmethod
-    def in_folder(cls, folder: Path) -> SealedRecord | None:
-        """Return the record of a folder; None if no sealed set was opened for its files.
+    def in_folder(cls, folder: Path, record: RunRecord) -> SealedRecord | None:
+        """Return the record of a folder; None if no sealed set was opened for the files of `record`.
+
+        A new search leaves the record of the earlier files in the folder.
 
         Raises:
             InputError: the file is damaged.
         """
         path = folder / NAME
-        return cls.of(read_json(path), path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = cls.of(read_json(path), path)
+        return found if _identity(found) == _identity(record) else None
+
+
+def _identity(record: RunRecord) -> Row:
+    """Return what tells the files of a record from others. A new measurement changes their hashes."""
+    facts = {"estimator", "ridge", "layers", "strength", "benign_target"}
+    return {name: file.model_dump(include=facts) for name, file in record.files.items()}

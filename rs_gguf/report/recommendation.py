@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from rs_gguf.records.conversation import KINDS
 from rs_gguf.records.metrics import Effect, FileRecord, RunRecord, SetRecord, Verdict
@@ -92,6 +93,11 @@ def reported_files(record: RunRecord, sealed: SealedRecord | None = None) -> lis
     """Return the measured files in the order of metrics.json."""
     of = sealed.files if sealed else {}
     return [ReportedFile(key, file, of.get(key)) for key, file in record.files.items()]
+
+
+def files_in(folder: Path, record: RunRecord) -> list[ReportedFile]:
+    """Return the files of `record`, the metrics.json of a folder, with what a sealed set showed of them."""
+    return reported_files(record, SealedRecord.in_folder(folder, record))
 
 
 def by_merit(files: Sequence[ReportedFile], effect: Effect) -> list[ReportedFile]:

@@ -75,7 +75,7 @@ def load(folder: Path) -> Results:
     except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
         raise InputError(f"{folder}: a result file is damaged ({error}). Run with --fresh.") from error
     record = RunRecord.of(printable(metrics), folder / "metrics.json")
-    sealed = SealedRecord.in_folder(folder)
+    sealed = SealedRecord.in_folder(folder, record)
     if sealed is not None:
         sealed = SealedRecord.model_validate(printable(sealed.mapping()))
     shown = Results(record, *map(printable, (rows, tune, fit, fitted, sweeps, recipe, recipe_text)))

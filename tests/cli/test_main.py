@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fixtures.children import rs_export
+from fixtures.invented_run import invented_metrics
 
 from rs_gguf.cli.main import main
 from rs_gguf.pipeline import run as pipeline
@@ -115,7 +116,7 @@ def test_a_run_continues_with_the_recipe_of_its_folder(
 
     def run(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
         recipes.append(recipe)
-        return {"files": {"vector": {"acceptance": {"verdict": "passed"}}}}
+        return invented_metrics(tmp_path / "invented", vector="passed")
 
     monkeypatch.setattr(pipeline, "run", run)
     code, _, stderr = invoke(*arguments, "--out", str(tmp_path))
@@ -137,13 +138,12 @@ def test_a_run_continues_with_the_recipe_of_its_folder(
 def test_a_run_exits_with_1_if_no_file_passes(
     vector: bool, adapter: bool | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = {
-        "files": {
-            key: {"acceptance": {"verdict": "passed" if passed else "failed"}}
-            for key, passed in (("vector", vector), ("adapter", adapter))
-            if passed is not None
-        }
+    verdicts = {
+        key: "passed" if passed else "failed"
+        for key, passed in (("vector", vector), ("adapter", adapter))
+        if passed is not None
     }
+    metrics = invented_metrics(tmp_path / "invented", **verdicts)
     monkeypatch.setattr(pipeline, "run", lambda recipe, out, **options: metrics)
     exit_code, stdout, stderr = invoke("run", "--json", "--out", str(tmp_path))
     assert (exit_code, json.loads(stdout), stderr) == (code, metrics, "")

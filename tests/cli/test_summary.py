@@ -36,10 +36,10 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return value
 
 
-def printed(metrics: dict[str, Any]) -> str:
+def printed(metrics: dict[str, Any], out: Path = Path("out/demo")) -> str:
     """What a terminal of 80 columns shows at the end of a run."""
     console = Console(file=io.StringIO(), width=80, force_terminal=False)
-    print_results(console, metrics, Path("out/demo"))
+    print_results(console, metrics, out)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -83,6 +83,18 @@ def test_commands_are_whole_and_the_recommended_file_is_first(run_folder: Path) 
     commands = [line for line in lines if line.startswith("llama-server")]
     assert commands == [metrics["files"][key]["llama_cpp"]["command"] for key in ("adapter", "vector")]
     assert "Gated adapter, out/demo/remove-adapter.gguf (passed):" in lines
+
+
+def test_a_file_that_fails_on_a_sealed_set_is_not_recommended(run_folder: Path) -> None:
+    metrics = metrics_of(run_folder)
+    sealed = metrics_of(run_folder) | {
+        "sealed": {"set": "a.jsonl", "set_sha256": "0", "opened": "2026-12-02"}
+    }
+    sealed["files"]["adapter"]["acceptance"] = {"verdict": "failed", "reasons": ["11 answers fail"]}
+    (run_folder / "sealed.json").write_text(json.dumps(sealed))
+    text = printed(metrics, run_folder)
+    assert "Use the gated adapter" not in text
+    assert "gated adapter: on the sealed set: 11 answers fail" in text
 
 
 def test_a_folder_may_have_a_name_that_is_not_text(run_folder: Path) -> None:

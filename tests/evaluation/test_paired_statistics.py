@@ -67,6 +67,8 @@ def test_independent_prompts_have_the_interval_of_a_mean() -> None:
     assert interval == pytest.approx([values.mean() - half, values.mean() + half], abs=half / 4)
     assert interval == cluster_interval(values, np.ones(400), [[""] * 400])
     assert cluster_interval(values, np.zeros(400), names) is None
+    assert cluster_interval([*values[:399], np.nan], np.ones(400), names) is None
+    assert cluster_interval([*values[:399], np.nan], [*np.ones(399), 0], names) is not None
 
 
 def test_prompts_that_share_nothing_are_resampled_once() -> None:

@@ -367,6 +367,14 @@ def test_a_sealed_set_has_a_table_of_its_own(run_folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_sealed_set_that_was_opened_for_other_files_is_not_shown(run_folder: Path) -> None:
+    metrics = json.loads((with_sealed_set(run_folder) / "sealed.json").read_text())
+    metrics["files"]["adapter"]["strength"] += 1
+    (run_folder / "sealed.json").write_text(json.dumps(metrics))
+    assert "Sealed set" not in write_report(run_folder).read_text("utf-8")
+    assert "Sealed set" not in write_card(run_folder).read_text("utf-8")
+
+
 def test_a_damaged_sealed_record_is_named(run_folder: Path) -> None:
     (run_folder / "sealed.json").write_text("{}")
     with pytest.raises(InputError, match=r"sealed\.json"):
