@@ -29,7 +29,7 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def moved_file(folder: Path, name: str) -> Path:
+def moved_file(folder: Path, name: str | Path) -> Path:
     """Return the file that the recipe of a folder names; it may have been moved together with the folder."""
     named = from_home(name)
     places = (named, folder / named, folder / named.name)

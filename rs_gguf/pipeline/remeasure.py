@@ -23,7 +23,7 @@ from rs_gguf.pipeline.stages.file_record import WrittenFile
 from rs_gguf.pipeline.stages.measure import Measured, answers_key, measure_files
 from rs_gguf.pipeline.stages.write import effect_of
 from rs_gguf.prompts import sealed as sealed_sets
-from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.conversation import Prompt
 from rs_gguf.records.files import sha256
 from rs_gguf.records.metrics import FileRecord, RunRecord
 from rs_gguf.records.rows import Row, RowLog, write_rows
@@ -65,7 +65,9 @@ def remeasure(
     recipe = recipes.load(folder / "recipe.toml", overrides)
     if recipe.answers.test_tokens < _LEAST_TOKENS:
         recipe = recipes.load(folder / "recipe.toml", [*overrides, f"answers.test_tokens={_LEAST_TOKENS}"])
-    moved = {kind: [str(moved_file(path, name)) for name in getattr(recipe.prompts, kind)] for kind in KINDS}
+    moved = {
+        str(kind): [moved_file(path, file) for file in files] for kind, files in recipe.prompts.files.items()
+    }
     recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=moved)})
     files = {name: _written(folder, name, file) for name, file in old.files.items()}
     with folder.locked(), open_run(recipe, folder, progress) as run:
