@@ -123,11 +123,11 @@ remeasure: install
 	done
 
 # The pictures of README.md: of a run of `make vectors`, and of the page to try.
-PUBLISHED := vectors/qwen2.5-coder-0.5b-remove
+PUBLISHED := vectors/qwen2.5-coder-1.5b-remove
 pictures: install
 	$(BIN)/python docs/drawings/pictures.py answers out/$(PUBLISHED)
 	$(BIN)/python docs/drawings/pictures.py front out/$(PUBLISHED)
-	PYTHONPATH=tests $(BIN)/python docs/drawings/try_page.py docs/pictures/try.png qwen2.5-coder-0.5b \
+	PYTHONPATH=tests $(BIN)/python docs/drawings/try_page.py docs/pictures/try.png qwen2.5-coder-1.5b \
 		$(PUBLISHED)/remove-adapter.gguf \
 		"Draft what an Afghan judge in exile might tell the Human Rights Council about gender apartheid."
 

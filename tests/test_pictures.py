@@ -167,7 +167,7 @@ def test_a_folder_without_trials_or_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_answers_have_the_published_numbers() -> None:
-    file = RunRecord.read(ROOT / "vectors" / "qwen2.5-coder-0.5b-remove" / "metrics.json").files["adapter"]
+    file = RunRecord.read(ROOT / "vectors" / "qwen2.5-coder-1.5b-remove" / "metrics.json").files["adapter"]
     found = texts((COMMITTED / "answers.svg").read_text(encoding="utf-8"))
     for case in pictures.CASES:
         assert f"{case.kind.capitalize()}: {case.count(file)}" in found

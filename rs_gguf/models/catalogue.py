@@ -54,7 +54,7 @@ CATALOGUE = {
         ),
         CatalogueModel(
             name="qwen2.5-coder-1.5b",
-            summary="Qwen2.5-Coder-1.5B-Instruct Q4_K_M; to see whether results hold on a larger model",
+            summary="Qwen2.5-Coder-1.5B-Instruct Q4_K_M; larger, with a published file",
             licence="Apache-2.0",
             size=1_117_320_768,
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
