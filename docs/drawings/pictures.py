@@ -46,12 +46,16 @@ class Case:
             InputError: transitions were not measured.
         """
         measured = next((one for one in file.sets.values() if one.kind == self.kind), None)
-        if measured is None or measured.transitions is None:
+        share = None
+        if measured is not None:
+            share = measured.closed if self.unsteered == "complies" else measured.kept
+        if measured is None or measured.transitions is None or share is None:
             raise InputError(
                 f"metrics.json has no transitions of {self.kind} prompts. Run `rs-export remeasure` first."
             )
         row = measured.transitions[CLASSES.index(class_of(self.unsteered))]
-        return f"{row[CLASSES.index(class_of(self.steered))]} of {sum(row)} {self.words}"
+        # A row leaves out the prompts whose steered answer could not be judged.
+        return f"{row[CLASSES.index(class_of(self.steered))]} of {share.of} {self.words}"
 
     def first(self, rows: Sequence[Row], key: str) -> Row:
         """Return the first row of test_answers.jsonl that the case is about and that fits.
