@@ -292,17 +292,18 @@ def _rows(name: str) -> str:
 
 @pytest.fixture
 def desk(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder as the place to work in, the tiny model in it also being the catalogue's."""
+    """The folder as the place to work in, the tiny model in it also being two of the catalogue."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
     models_here = files / "cache" / "models"
     monkeypatch.setattr(catalogue, "cache_folder", lambda: models_here)  # not all systems heed the variable
     without_proxy_or_key(monkeypatch)
     model = files / "model.gguf"
-    pinned = replace(models.CATALOGUE[models.DEFAULT], size=model.stat().st_size, sha256=sha256(model))
-    monkeypatch.setitem(models.CATALOGUE, models.DEFAULT, pinned)
-    pinned.path.parent.mkdir(parents=True, exist_ok=True)
-    pinned.path.write_bytes(model.read_bytes())
+    for name in (models.DEFAULT, "qwen2.5-coder-1.5b"):
+        pinned = replace(models.CATALOGUE[name], size=model.stat().st_size, sha256=sha256(model))
+        monkeypatch.setitem(models.CATALOGUE, name, pinned)
+        pinned.path.parent.mkdir(parents=True, exist_ok=True)
+        pinned.path.write_bytes(model.read_bytes())
     return files
 
 
