@@ -152,7 +152,7 @@ def measure(recipe: Recipe, path: Path, judge: JudgeModel | None) -> Speed:
 
 def measure_loaded(recipe: Recipe, model: Engine, judge: Judge | None) -> Speed:
     """Measure the speed of a loaded model and of its judge, if it has one. Cached judgements take no time."""
-    count = _at_once(recipe)
+    count = max(2, _at_once(recipe))  # a judge is timed on one prompt with another in place of its answer
     fit = [row for rows in prompts.pool(recipe.prompts.files)["fit"].values() for row in rows]
     sample = fit[:: max(1, len(fit) // count)][:count]
     return measured_speed(model, judge, sample, chat_tokens(model, sample, recipe.prompts.system))
