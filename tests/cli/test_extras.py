@@ -87,7 +87,7 @@ def test_the_commands_for_files_need_no_extra(command: str, files: Path) -> None
         "report",
         "judge",
         "eval --model m.gguf --prompts p.txt",
-        "remeasure folder",
+        "remeasure .",
         "check v.gguf --model foreign.safetensors",
         "convert --to peft --model m.gguf a.gguf --output peft",
         "merge a.gguf --model tiny.gguf --output merged.gguf",
