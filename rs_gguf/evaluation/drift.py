@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rs_gguf.engines.engine import LogProbs
 from rs_gguf.evaluation.outcomes import outcome_of
-from rs_gguf.evaluation.paired_statistics import cluster_interval
+from rs_gguf.evaluation.paired_statistics import cluster_interval, clusters_of
 from rs_gguf.records.conversation import Answer, Judgement, Prompt
 
 
@@ -59,8 +59,7 @@ def drift_interval(
     prompts: Sequence[Prompt], changes: Sequence[float], seed: int
 ) -> tuple[float, float] | None:
     """Return the 95% interval of the mean of `changes` [N], by a bootstrap over subjects and forms."""
-    clusters = [[p.subject for p in prompts], [p.form for p in prompts]]
-    return cluster_interval(changes, np.ones(len(changes)), clusters, seed=seed)
+    return cluster_interval(changes, np.ones(len(changes)), clusters_of(prompts), seed=seed)
 
 
 def is_drift_reference(answer: Answer, judgement: Judgement) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rs_gguf.activations.matrix_inputs import InputReader
 from rs_gguf.engines.answers import chat_tokens
 from rs_gguf.engines.engine import Engine, Steering
-from rs_gguf.evaluation.paired_statistics import rate_interval
+from rs_gguf.evaluation.paired_statistics import clusters_of, rate_interval
 from rs_gguf.prompts.grid import of_each_kind
 from rs_gguf.records.conversation import Answer, Prompt
 from rs_gguf.records.metrics import GateActivation, MinimalPairs, Share
@@ -71,10 +71,11 @@ def separation(sensitive: Sequence[Prompt], activations: NDArray[np.float64]) ->
     """Return how well `activations` [P, 2] of sensitive prompts and their harmful twins are separated."""
     ours, theirs = activations.T
     hits = ours > theirs
-    clusters = [[prompt.subject for prompt in sensitive], [prompt.form for prompt in sensitive]]
     return MinimalPairs(
         separated=Share(
-            n=int(hits.sum()), of=len(hits), ci95=rate_interval(hits, np.ones_like(hits), clusters)
+            n=int(hits.sum()),
+            of=len(hits),
+            ci95=rate_interval(hits, np.ones_like(hits), clusters_of(sensitive)),
         ),
         # The share of all (sensitive, harmful) combinations in the right order; a tie counts half.
         auroc=float((1 + np.sign(np.subtract.outer(ours, theirs))).mean() / 2),

@@ -14,7 +14,7 @@ from typing import Any
 from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.outcomes import CLASSES, Class, Outcome, class_of, count_outcomes, outcome_of
-from rs_gguf.evaluation.paired_statistics import mcnemar, rate_interval
+from rs_gguf.evaluation.paired_statistics import clusters_of, mcnemar, rate_interval
 from rs_gguf.evaluation.traces import trace_record
 from rs_gguf.records.conversation import KINDS, Answer, Judgement, Prompt, Trace
 from rs_gguf.records.metrics import Effect, SetRecord, Share
@@ -181,17 +181,14 @@ class PairedEvaluation:
     def _share(self, hit: Callable[[Class, Class], bool], member: Callable[[Class], bool]) -> Share:
         members = [member(before) for before, _ in self.classes]
         hits = [of and hit(*pair) for of, pair in zip(members, self.classes, strict=True)]
-        return Share(n=sum(hits), of=sum(members), ci95=rate_interval(hits, members, self.clusters))
+        return Share(
+            n=sum(hits), of=sum(members), ci95=rate_interval(hits, members, clusters_of(self.prompts))
+        )
 
     def _explicit_share(self, side: int) -> Share:
         judged = [pair[side] != "unjudged" for pair in self.outcomes]
         hits = [pair[side] for pair in self._explicit]
-        return Share(n=sum(hits), of=sum(judged), ci95=rate_interval(hits, judged, self.clusters))
-
-    @property
-    def clusters(self) -> list[list[str]]:
-        """Names [N] of the subjects, and of the forms, that a bootstrap draws whole."""
-        return [[p.subject for p in self.prompts], [p.form for p in self.prompts]]
+        return Share(n=sum(hits), of=sum(judged), ci95=rate_interval(hits, judged, clusters_of(self.prompts)))
 
     def by_kind(self) -> dict[str, SetRecord]:
         """Return the record of each kind of prompt."""

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rs_gguf.records.conversation import Prompt
+
 DRAWS = 1000
 
 
@@ -66,6 +68,11 @@ def standard_error(rate: float, n: int) -> float:
     """
     smoothed = (rate * n + 1) / (n + 2)
     return math.sqrt(smoothed * (1 - smoothed) / (n + 2))
+
+
+def clusters_of(prompts: Sequence[Prompt]) -> list[list[str]]:
+    """Return the names [N] of the subjects, and of the forms, that a bootstrap draws whole."""
+    return [[prompt.subject for prompt in prompts], [prompt.form for prompt in prompts]]
 
 
 def cluster_interval(

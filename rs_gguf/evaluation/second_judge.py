@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from rs_gguf.evaluation.condition import JudgedAnswers, judge_answers
 from rs_gguf.evaluation.outcomes import Outcome, class_of
 from rs_gguf.evaluation.paired import PairedEvaluation
-from rs_gguf.evaluation.paired_statistics import rate_interval
+from rs_gguf.evaluation.paired_statistics import clusters_of, rate_interval
 from rs_gguf.judges.local import on_subject
 from rs_gguf.judges.registry import Judge, SecondJudge
 from rs_gguf.records.conversation import Prompt
@@ -88,4 +88,6 @@ def _on_subject(second: SecondJudge, evaluation: PairedEvaluation) -> Share:
     hits = [False] * len(opened)
     for i, flag in zip(indices, flags, strict=True):
         hits[i] = flag
-    return Share(n=sum(hits), of=sum(opened), ci95=rate_interval(hits, opened, evaluation.clusters))
+    return Share(
+        n=sum(hits), of=sum(opened), ci95=rate_interval(hits, opened, clusters_of(evaluation.prompts))
+    )

@@ -33,6 +33,7 @@ from rs_gguf.estimators.estimator import (
 from rs_gguf.evaluation.condition import Condition
 from rs_gguf.machine import Device
 from rs_gguf.methods.samples import Samples
+from rs_gguf.methods.vector import sign_of
 from rs_gguf.models.architecture import MAX_LAYERS
 from rs_gguf.prompts.grid import stratified
 from rs_gguf.prompts.template import ChatFormat
@@ -144,7 +145,7 @@ def mean_difference(samples: Samples, effect: Effect, system: str | None) -> Con
     best.
     """
     layer, difference = best_difference(samples)
-    return Condition("md, one layer", Steering({layer: _sign(effect) * difference}), system)
+    return Condition("md, one layer", Steering({layer: sign_of(effect) * difference}), system)
 
 
 def as_printed(
@@ -163,7 +164,7 @@ def as_printed(
     induce, remove = calibration_scales(projections, samples.confidence)
     scales = remove if effect == "remove" else induce
     weights = band_profile(len(scales), *layers)
-    rows = (_sign(effect) * _PAPER_STRENGTH / weights.sum() * weights * scales)[:, np.newaxis] * directions
+    rows = (sign_of(effect) * _PAPER_STRENGTH / weights.sum() * weights * scales)[:, np.newaxis] * directions
     added = {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(weights)}
     return Condition(f"{estimator.name}, as printed", Steering(added), system)
 
@@ -197,8 +198,3 @@ def best_difference(samples: Samples) -> tuple[int, NDArray[np.float32]]:
     auroc = layer_auroc(project(samples.rows, unit[:, np.newaxis])[:, :, 0], samples.confidence)
     layer = 1 + int(auroc[1 : max(2, int(_DEEPEST * len(auroc)))].argmax())
     return layer, difference[layer].astype(np.float32)
-
-
-def _sign(effect: Effect) -> int:
-    """Return the sign with which a refusal direction is added."""
-    return -1 if effect == "remove" else 1

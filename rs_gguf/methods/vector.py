@@ -41,25 +41,25 @@ class Directions:
 
     unit: [L, D]; a layer without a direction has a row of zeros.
     scales: [L], activation units per unit of confidence: s⁻ of method §5 to remove, s⁺ to induce.
-    sign: 1 for a vector that removes refusals, −1 for one that induces them.
+    sign: with which the directions are added, −1 to remove refusals and 1 to induce them.
     offset: [L, D], the point from which projections are measured; None if the directions were read from disk.
     record: the entry of `fit.json`; empty if the directions were read from disk.
     """
 
     unit: NDArray[np.float64]
     scales: NDArray[np.float64]
-    sign: int = 1
+    sign: int = -1
     offset: NDArray[np.float64] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def steering(self, candidate: Candidate) -> dict[int, NDArray[np.float32]]:
         """Return the row [D] that is added to each layer of the candidate's range, in float32.
 
-        The row is α·s_l·v_l with α = −sign · strength / number of layers. Layers without a direction are left
+        The row is α·s_l·v_l with α = sign · strength / number of layers. Layers without a direction are left
         out and do not count.
         """
         profile = band_profile(len(self.unit), candidate.first, candidate.last) * self.unit.any(axis=1)
-        alpha = -self.sign * candidate.strength / max(1, profile.sum())
+        alpha = self.sign * candidate.strength / max(1, profile.sum())
         rows = (alpha * profile * self.scales)[:, np.newaxis] * self.unit
         return {int(layer): rows[layer].astype(np.float32) for layer in np.flatnonzero(profile)}
 
@@ -153,7 +153,7 @@ class ControlVector:
         arrays = load_arrays(folder / self.artefact)
         return {
             (name, ridge): Directions(
-                arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"], _sign(options.effect)
+                arrays[f"{name}@{ridge:g}/unit"], arrays[f"{name}@{ridge:g}/scales"], sign_of(options.effect)
             )
             for name in options.estimators
             for ridge in _ridges(name, options)
@@ -214,7 +214,7 @@ def _calibrate(
         (name, ridge): Directions(
             path.directions[k],
             scales[k],
-            _sign(options.effect),
+            sign_of(options.effect),
             path.offset,
             {
                 "estimator": name,
@@ -234,5 +234,6 @@ def _ridges(name: str, options: FitOptions) -> Sequence[float]:
     return options.ridges if ESTIMATORS[name].uses_covariance else [0.0]
 
 
-def _sign(effect: Effect) -> int:
-    return 1 if effect == "remove" else -1
+def sign_of(effect: Effect) -> int:
+    """Return the sign with which a direction towards refusal is added."""
+    return -1 if effect == "remove" else 1

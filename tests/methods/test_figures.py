@@ -149,7 +149,7 @@ def test_a_vector_is_calibrated_on_the_class_that_it_moves_towards(tmp_path: Pat
     """To remove, s⁻ of the answered samples; to induce, s⁺ of the refused ones (method §5)."""
     given = samples(600)
     given.activations[given.confidence > 0] *= 3.0
-    cases: list[tuple[Literal["remove", "induce"], int, int]] = [("remove", 1, 1), ("induce", 0, -1)]
+    cases: list[tuple[Literal["remove", "induce"], int, int]] = [("remove", 1, -1), ("induce", 0, 1)]
     for effect, index, sign in cases:
         recipe = Recipe(effect=effect, fit=Fit(estimators=["wrmd"], ridges=[0.5]))
         (tmp_path / effect).mkdir()
