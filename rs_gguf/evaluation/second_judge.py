@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rs_gguf.evaluation.condition import JudgedAnswers, judge_answers
-from rs_gguf.evaluation.outcomes import Outcome, class_of
+from rs_gguf.evaluation.outcomes import Class, Outcome, class_of, outcome_of
 from rs_gguf.evaluation.paired import PairedEvaluation
 from rs_gguf.evaluation.paired_statistics import clusters_of, rate_interval
 from rs_gguf.judges.local import on_subject
@@ -34,21 +34,20 @@ def second_opinion(
 ) -> SecondOpinion:
     """Let the second judge grade the unsteered and the steered answers of each file.
 
-    A change that a second run did not show counts as none for both judges.
+    In the rows, a change that a second run did not show counts as none for both judges. Their agreement
+    counts every answer as it is.
     """
-    by_first: dict[str, list[Outcome]] = {}
     by_second: dict[str, list[Outcome]] = {}
+    pairs: list[tuple[Class, Class]] = []
     before: JudgedAnswers | None = None
     for name, one in evaluations.items():
-        before = before or _judged(second.judge, one.prompts, one.before)  # the same for all files
-        again = replace(one, before=before, after=_judged(second.judge, one.prompts, one.after))
-        for outcomes, evaluation in ((by_first, one), (by_second, again)):
-            outcomes["unsteered"], outcomes[name] = map(list, zip(*evaluation.outcomes, strict=True))
-    pairs = [
-        (class_of(a), class_of(b))
-        for side in by_first
-        for a, b in zip(by_first[side], by_second[side], strict=True)
-    ]
+        if before is None:  # the same for all files
+            before = _judged(second.judge, one.prompts, one.before)
+            pairs += zip(_classes(one.before), _classes(before), strict=True)
+        after = _judged(second.judge, one.prompts, one.after)
+        pairs += zip(_classes(one.after), _classes(after), strict=True)
+        again = replace(one, before=before, after=after)
+        by_second["unsteered"], by_second[name] = map(list, zip(*again.outcomes, strict=True))
     columns = {f"outcome_{side}_second": outcomes for side, outcomes in by_second.items()}
     return SecondOpinion(
         JudgeRecord(
@@ -63,13 +62,17 @@ def second_opinion(
     )
 
 
-def _kappa(pairs: Sequence[tuple[str, str]]) -> float:
+def _kappa(pairs: Sequence[tuple[Class, Class]]) -> float:
     """Return Cohen's κ of two labels for each answer; NaN if all labels are equal."""
     from sklearn.metrics import cohen_kappa_score
 
     if len({label for pair in pairs for label in pair}) < 2:
         return float("nan")
     return float(cohen_kappa_score(*zip(*pairs, strict=True)))
+
+
+def _classes(side: JudgedAnswers) -> list[Class]:
+    return [class_of(outcome_of(a, j)) for a, j in zip(side.answers, side.judgements, strict=True)]
 
 
 def _judged(judge: Judge, prompts: Sequence[Prompt], side: JudgedAnswers) -> JudgedAnswers:

@@ -99,6 +99,13 @@ def test_a_change_that_was_not_confirmed_is_none_for_both(second: SecondJudge) -
     assert opinion.judge.disagreements == 0
 
 
+def test_the_agreement_counts_what_a_second_run_did_not_confirm(second: SecondJudge) -> None:
+    """Such answers are near ties, on which judges differ most."""
+    one = evaluation(("sensitive", NO, FALSE), ("benign", TRUE, TRUE), unconfirmed=frozenset({0}))
+    judge = second_opinion(KeywordJudge(), second, {"adapter": one}).judge
+    assert (judge.n, judge.disagreements) == (4, 1)
+
+
 def test_equal_outcomes_everywhere_have_no_kappa(second: SecondJudge) -> None:
     opinion = second_opinion(KeywordJudge(), second, {"adapter": evaluation(("sensitive", TRUE, TRUE))})
     assert opinion.judge.kappa is None
