@@ -65,25 +65,28 @@ def answer(
             begun[i] = reply
         else:
             yield i, reply
-    if not begun:
-        return
-    room = _Room(model, begun, starts_in_trace, max_tokens, max(trace_tokens, max_tokens))
-    continued = {i: [*tokens[i], *reply.tokens] for i, reply in begun.items()}
-    limit = min(room.trace_tokens, model.max_length - max(map(len, continued.values())))
-    if limit < 1:
-        yield from begun.items()
-        return
-    rests: list[Sequence[int]] = []
-    if earlier:  # without a limit of their own: `generate` has one
-        rests = [rest_of_draft(earlier[i], one.tokens, len(earlier[i]) + 1) for i, one in begun.items()]
-    for k, generation in model.generate(
-        list(continued.values()), max_tokens=limit, sampling=sampling, drafts=rests, enough=room.is_full,
-        reordered=reordered,
-    ):  # fmt: skip
-        i = room.indices[k]
-        said = [*begun[i].tokens, *generation.tokens]
-        whole = Generation(said, model.detokenize(said), generation.finished)
-        yield i, _answer_of(model, whole, starts_in_trace[i])
+    trace_tokens = max(trace_tokens, max_tokens)
+    # A long conversation leaves a trace less room. It must not shorten the traces of the others.
+    by_limit: dict[int, dict[int, Answer]] = {}
+    for i, reply in begun.items():
+        limit = min(trace_tokens, model.max_length - len(tokens[i]) - len(reply.tokens))
+        by_limit.setdefault(limit, {})[i] = reply
+    for limit, replies in by_limit.items():
+        if limit < 1:
+            yield from replies.items()
+            continue
+        room = _Room(model, replies, starts_in_trace, max_tokens, trace_tokens)
+        rests: list[Sequence[int]] = []
+        if earlier:  # without a limit of their own: `generate` has one
+            rests = [rest_of_draft(earlier[i], one.tokens, len(earlier[i]) + 1) for i, one in replies.items()]
+        for k, generation in model.generate(
+            [[*tokens[i], *one.tokens] for i, one in replies.items()], max_tokens=limit, sampling=sampling,
+            drafts=rests, enough=room.is_full, reordered=reordered,
+        ):  # fmt: skip
+            i = room.indices[k]
+            said = [*replies[i].tokens, *generation.tokens]
+            whole = Generation(said, model.detokenize(said), generation.finished)
+            yield i, _answer_of(model, whole, starts_in_trace[i])
 
 
 class _Room:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rs_gguf.errors import InputError
+from rs_gguf.evaluation.outcomes import outcome_of
+from rs_gguf.records.conversation import Answer, Judgement
 from rs_gguf.records.metrics import RunRecord
 from rs_gguf.records.rows import Row, json_lines
 from rs_gguf.records.sealed import SealedRecord
@@ -40,8 +42,8 @@ class Results:
     """What the stages left.
 
     rows: of test_answers.jsonl. tune: without trials where the search left none. fit: empty where the fit
-    stage left no summary. fitted: `kind` and
-    `confidence` of the fit prompts, in the order of their activations; empty where they were not kept.
+    stage left no summary. fitted: `kind` and `confidence` of the fit prompts (None for failures), in the
+    order of their activations; empty where they were not kept.
     sweeps: contents of the scale sweeps. sealed: None where no sealed set was opened.
     """
 
@@ -103,9 +105,14 @@ def _fitted(folder: Path) -> list[Row]:
     answers, scores = folder / "answers.jsonl", folder / "judgements.jsonl"
     if not (answers.is_file() and scores.is_file()):
         return []
-    confidence = {row["id"]: row["confidence"] for row in json_lines(_text(scores))}
-    prompts = (row for row in json_lines(_text(answers)) if row["split"] == "fit")
-    return [{"kind": row["kind"], "confidence": confidence.get(row["id"])} for row in prompts]
+    judgements = {row["id"]: Judgement.from_row(row) for row in json_lines(_text(scores))}
+    fitted = []
+    for row in json_lines(_text(answers)):
+        if row["split"] == "fit":
+            judgement = judgements.get(row["id"], Judgement(None, "missing"))
+            fails = outcome_of(Answer.from_row(row), judgement) == "fails"  # neither an answer nor a refusal
+            fitted.append({"kind": row["kind"], "confidence": None if fails else judgement.confidence})
+    return fitted
 
 
 def _text(path: Path) -> str:

@@ -103,6 +103,16 @@ def test_the_context_limits_the_room(max_length: int) -> None:
     assert found.never_came
 
 
+def test_a_long_conversation_does_not_shorten_the_traces_of_others() -> None:
+    model = Speaker(THOUGHT + "Pest.", THOUGHT + "Buda.", max_length=60)
+    long = [ord("1"), *[0] * 40]
+    model.lines = (model.lines[0], "".join(map(chr, long[1:])) + model.lines[1])
+    found = dict(answer(model, [[ord("0")], long], max_tokens=12, trace_tokens=60))  # type: ignore[arg-type]
+    assert (found[0].text, found[0].finished) == ("Pest.", True)
+    assert found[1].never_came
+    assert len(found[1].tokens) == 60 - len(long)
+
+
 def test_a_draft_goes_on_where_the_answer_does() -> None:
     line = THOUGHT + "Pest."
     drafts = [Answer([ord(c) for c in text], "", True, False) for text in (line, "Other" + line)]

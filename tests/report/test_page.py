@@ -936,9 +936,9 @@ def test_scatter_shows_refused_and_answered_prompts_of_each_kind(run_folder: Pat
         places = re.findall(r"translate\((\S+) (\S+)\)", marks)
         sides[fill] += [float(x) for x, _ in places]
         counts[kind, fill] += len(places)
-    # Of 60 prompts one was not judged and one is unclear, the sixth and the eighth.
-    assert sum(counts.values()) == 58
-    assert counts["benign", "hollow"] == counts["harmful", "hollow"] == 9
+    # Of 60 prompts one was not judged, one is unclear and one answer fails: the sixth, eighth and tenth.
+    assert sum(counts.values()) == 57
+    assert {counts[kind, "hollow"] for kind in KINDS} == {9}
     assert len(counts) == 6
     # What parts them is by far the largest variance, so the first component does.
     assert max(sides["hollow"]) < min(sides["filled"]) or max(sides["filled"]) < min(sides["hollow"])
