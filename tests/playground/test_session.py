@@ -177,8 +177,9 @@ def test_a_server_streams_both_answers(monkeypatch: pytest.MonkeyPatch) -> None:
                 return 200, data
 
             server.behave = broken_reply
-            with pytest.raises(InputError, match="broke off an answer"):
+            with pytest.raises(InputError, match="broke off an answer") as error:
                 list(session.answers(QUESTION, 0.5))
+            assert b"memory" not in broken or "out of memory" in str(error.value)
         server.behave = lambda body: (400, {"error": "too long"})
         with pytest.raises(InputError, match="too long"):
             list(session.answers(QUESTION, 0.5))

@@ -70,10 +70,14 @@ class TryFailedError(Exception):
 
 
 @functools.cache
-def _http() -> httpx.Client:
-    """Return the HTTP client of all threads. Its connections live as long as the process."""
+def _http(*, proxied: bool) -> httpx.Client:
+    """Return the HTTP client of all threads. Its connections live as long as the process.
+
+    proxied: use the proxy of the environment, if there is one.
+    """
     try:
         return httpx.Client(
+            trust_env=proxied,
             verify=ssl.create_default_context(),  # the system's certificates, not httpx's own
             # The caller limits the concurrent requests. Many servers close a connection after 5 idle
             # seconds, so one that is almost as old might be gone when it is used.
@@ -110,7 +114,10 @@ def event_lines(url: str, path: str, data: bytes, timeout: float, key_variable: 
     """Yield the lines of a server's answer to `data` as they arrive. Raises as `exchange` does."""
     key = _key(url, key_variable)
     with _response(url, path, data, timeout, key, key_variable) as response:
+        size = 0
         for line in response.iter_lines():
+            size += len(line)
+            _check_size(url, size)
             yield _without(key, line)
 
 
@@ -123,8 +130,10 @@ def _response(
     if key:
         headers["Authorization"] = f"Bearer {key}"
     method = "POST" if data else "GET"
+    # A proxy would read a key that is sent unencrypted, and seldom reaches a private network.
+    client = _http(proxied=url.startswith("https:") or not _is_private(httpx.URL(url)))
     try:
-        with _http().stream(method, url + path, content=data, headers=headers, timeout=timeout) as response:
+        with client.stream(method, url + path, content=data, headers=headers, timeout=timeout) as response:
             if not response.is_success:
                 # The key is removed before the text is cut: half a key would not be recognised.
                 text = shortened(_without(key, _body(url, response).decode("utf-8", "replace")))
@@ -146,11 +155,15 @@ def _body(url: str, response: httpx.Response) -> bytes:
     raw = bytearray()
     for chunk in response.iter_bytes():
         raw += chunk
-        if len(raw) > _MAX_BODY:
-            raise RequestRefusedError(
-                f"the answer of {url} has more than {_MAX_BODY >> 20} MiB, the most that is read."
-            )
+        _check_size(url, len(raw))
     return bytes(raw)
+
+
+def _check_size(url: str, size: int) -> None:
+    if size > _MAX_BODY:
+        raise RequestRefusedError(
+            f"the answer of {url} has more than {_MAX_BODY >> 20} MiB, the most that is read."
+        )
 
 
 def _failure(

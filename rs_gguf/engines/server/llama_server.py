@@ -28,6 +28,7 @@ from rs_gguf.engines.server.exchange import (
     TryFailedError,
     event_lines,
     exchange,
+    shortened,
 )
 from rs_gguf.engines.server.replies import Completion, served_models
 from rs_gguf.errors import InputError
@@ -65,6 +66,8 @@ class LlamaServer:
         formats = [found for root in roots if (found := _chat_format(root))]
         self._thinks = any(found.thinks_in_server for found in formats)
         self._opens_trace = any(opens_thinking(found.render(HELLO)) for found in formats)
+        # Else an end marker in an answer is text of the answer.
+        self._may_open_trace = self._opens_trace or self._thinks or len(formats) < len(roots)
 
     def check(self) -> None:
         """Do nothing: the constructor has checked the adapters."""
@@ -146,7 +149,7 @@ class LlamaServer:
         for i, completion in self._client.complete_all(bodies):
             if isinstance(completion, RequestRefusedError):
                 raise InputError(f"the prompt {prompts[i].prompt[:60]!r} was not answered: {completion}")
-            yield i, _answer_of(completion, opens_trace=self._opens_trace)
+            yield i, self._answer(completion)
 
     def stream(self, prompt: Prompt, factor: float, asking: Asking) -> Iterator[str]:
         """Yield the text of an answer of the first server, as far as it has come, each time that it grows.
@@ -162,7 +165,10 @@ class LlamaServer:
                 event = line.removeprefix("data:").strip()
                 if event == line or event == "[DONE]":  # a comment or an empty line between events; the end
                     continue
-                choices = json.loads(event)["choices"]
+                reply = json.loads(event)
+                if "error" in reply:
+                    raise TryFailedError(shortened(str(reply["error"])))
+                choices = reply["choices"]
                 piece = choices[0]["delta"].get("content") if choices else None
                 if piece:
                     text += str(piece)
@@ -180,6 +186,23 @@ class LlamaServer:
 
     def kl_divergences(self, factors: Sequence[float], system: str | None) -> None:
         """Return None: the server gives no full logits."""
+
+    def _answer(self, completion: Completion) -> Answer:
+        """Return the answer of a completion, without tokens, which a server does not give."""
+        inside: bool | None = None  # unknown: an end marker shows it
+        if completion.trace or not self._may_open_trace:
+            inside = False
+        elif self._opens_trace and not completion.finished:
+            inside = True  # cut off, perhaps before an end marker
+        parts = split_trace(completion.text, inside=inside)
+        text, finished = parts.answer, completion.finished
+        if not (trace := completion.trace.strip() or parts.trace):
+            # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
+            degenerate = is_degenerate(Generation([], text, finished)) and bool(text or finished)
+            return Answer([], text, finished, degenerate)
+        loops = is_degenerate(Generation([], trace, finished))
+        degenerate = is_degenerate(Generation([], text, finished)) if text else loops
+        return Answer([], text, finished, degenerate, Trace(trace, None, bool(text), loops))
 
     def _body(self, prompt: Prompt, factor: float, asking: Asking) -> dict[str, Any]:
         sampling = asking.sampling
@@ -199,24 +222,6 @@ class LlamaServer:
         # off because the server might reuse the cached cells of a prompt from another scale.
         lora = [{"id": i, "scale": s} for i, s in sorted(scales.items())]
         return {**body, "lora": lora, "cache_prompt": False}
-
-
-def _answer_of(completion: Completion, *, opens_trace: bool) -> Answer:
-    """Return the final answer and the trace of a completion, without tokens, which a server does not give.
-
-    opens_trace: whether the chat template opens a trace. Then text that is cut off before an end marker is an
-        unfinished trace, unless the server gives the trace apart.
-    """
-    cut_off = opens_trace and not completion.finished and not completion.trace
-    parts = split_trace(completion.text, inside=cut_off or None)
-    text, finished = parts.answer, completion.finished
-    if not (trace := completion.trace.strip() or parts.trace):
-        # Without text, an unfinished answer is a truncated trace that the server hides: not degenerate.
-        degenerate = is_degenerate(Generation([], text, finished)) and bool(text or finished)
-        return Answer([], text, finished, degenerate)
-    loops = is_degenerate(Generation([], trace, finished))
-    degenerate = is_degenerate(Generation([], text, finished)) if text else loops
-    return Answer([], text, finished, degenerate, Trace(trace, None, bool(text), loops))
 
 
 def _chat_format(root: str) -> ChatFormat | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from fixtures.endpoints import Server, said, without_proxy_or_key
 
@@ -14,6 +15,7 @@ from rs_gguf.engines.server.exchange import (
     SERVER_KEY_VARIABLE,
     TryFailedError,
     checked_url,
+    event_lines,
     exchange,
 )
 from rs_gguf.engines.server.llama_server import LlamaServer
@@ -64,7 +66,7 @@ def test_a_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch, host: s
     address = f"http://{host}/v1"
     client = EndpointClient([address], "m", EndpointOptions(key_variable=variable))  # allowed without a key
     monkeypatch.setenv(variable, KEY)
-    monkeypatch.setattr(exchange_module, "_http", lambda: pytest.fail("a request was sent"))
+    monkeypatch.setattr(exchange_module, "_http", lambda **_: pytest.fail("a request was sent"))
     messages = []
     for attempt in (
         lambda: client.complete(ASK),
@@ -114,6 +116,33 @@ def test_an_answer_that_is_too_long_is_not_read_to_its_end(
     servers[0].behave = lambda body: (200, b" " * (1 << 20) + b"{}")
     with pytest.raises(InputError, match="more than 1 MiB"):
         exchange(servers[0].url, "/chat/completions", b"{}", 30.0, KEY_VARIABLE)
+    servers[0].behave = lambda body: (200, b"data: x\n\n" * (1 << 18))
+    lines = event_lines(servers[0].url, "/chat/completions", b"{}", 30.0, KEY_VARIABLE)
+    with pytest.raises(InputError, match="more than 1 MiB"):
+        list(lines)
+
+
+@pytest.mark.parametrize(
+    ("url", "proxied"),
+    [
+        ("http://localhost:8080/v1", False),
+        ("http://192.168.1.2/v1", False),
+        ("http://gpu-box/v1", True),
+        ("https://192.168.1.2/v1", True),
+    ],
+)
+def test_a_key_does_not_pass_a_proxy_unencrypted(
+    monkeypatch: pytest.MonkeyPatch, url: str, proxied: bool
+) -> None:
+    asked = []
+
+    def client(*, proxied: bool) -> httpx.Client:
+        asked.append(proxied)
+        return httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(200, json={})))
+
+    monkeypatch.setattr(exchange_module, "_http", client)
+    exchange(url, "/models", None, 30.0, KEY_VARIABLE)
+    assert asked == [proxied]
 
 
 def test_a_proxy_that_cannot_be_used_is_an_error(
@@ -122,7 +151,8 @@ def test_a_proxy_that_cannot_be_used_is_an_error(
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")
     monkeypatch.setattr(exchange_module, "_http", exchange_module._http.__wrapped__)
     with pytest.raises(InputError, match=r"cannot use the proxy.*socks://.*ALL_PROXY"):
-        served_models(servers[0].url, KEY_VARIABLE)
+        served_models("http://gpu-box:8080/v1", KEY_VARIABLE)
+    assert served_models(servers[0].url, KEY_VARIABLE)  # no proxy is used on this machine
 
 
 def test_a_missing_server_may_be_tried_again(servers: list[Server]) -> None:

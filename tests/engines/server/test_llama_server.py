@@ -151,6 +151,27 @@ def test_text_that_is_cut_off_within_a_trace_that_the_template_opens_is_a_trace(
     assert found == expected
 
 
+def test_an_end_marker_in_an_answer_is_its_text(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Qwen closes its trace with </think> and answers."
+    servers[0].behave = lambda body: said(text, more={"reasoning_content": "A marker?"})
+    ((_, found),) = LlamaServer(servers[0].url, []).answer(PROMPTS[:1], 1.0, SHORT)
+    assert found == Answer([], text, True, False, Trace("A marker?", None, True, False))
+    # Without a trace apart, the template shows whether one may precede the answer.
+    servers[0].behave = lambda body: said(text)
+    plain: Callable[..., Any] = vars(server_module)["exchange"]
+
+    def exchange(root: str, path: str, *arguments: Any) -> Any:
+        if path == "/props":
+            return {"chat_template": "{{ messages[0].content }}\n"}
+        return plain(root, path, *arguments)
+
+    monkeypatch.setattr(server_module, "exchange", exchange)
+    ((_, found),) = LlamaServer(servers[0].url, []).answer(PROMPTS[:1], 1.0, SHORT)
+    assert found == Answer([], text, True, False)
+
+
 def test_a_server_samples_as_local_engines_do(servers: list[Server]) -> None:
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     list(model.answer(PROMPTS[:1], 1.0, SHORT))
