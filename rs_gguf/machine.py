@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import sys
@@ -37,16 +38,38 @@ _MATRICES = 4  # float64 matrices [width, width] that the fit of one layer holds
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity's, shared with the ranks on this machine.
+    """Return how many cores this process may use, shared with the ranks on this machine.
 
+    A control group may give it the time of fewer cores than its affinity has: containers have such quotas.
     Where the system reports no affinity, as macOS does not, return all cores, with one warning.
     """
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+        cores = math.ceil(min(len(os.sched_getaffinity(0)), _quota()))
     else:
         cores = os.cpu_count() or 1
         _warn(f"This system does not report which cores a process may use: all {cores} are used.")
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _quota(root: Path = Path("/")) -> float:
+    """Return the cores whose time the control groups of this process give it; infinity without a limit."""
+    least = math.inf
+    for folder in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max": no limit
+            time, period = (folder / "cpu.max").read_text().split()
+            least = min(least, int(time) / int(period))
+    return least
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """Return the folders of this process's control group and of those around it, innermost first."""
+    try:
+        group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return []
+    groups = root / "sys/fs/cgroup"
+    own = groups / group
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(groups)]
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -56,7 +79,6 @@ def free_memory(root: Path = Path("/")) -> int:
     """
     try:
         meminfo = (root / "proc/meminfo").read_text()
-        group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     except OSError:
         _warn(
             "This system does not report its free memory as Linux does: models are mapped and not read, and "
@@ -65,14 +87,11 @@ def free_memory(root: Path = Path("/")) -> int:
         return 0
     available = re.search(r"MemAvailable: +(\d+) kB", meminfo)
     limits = [int(available[1]) * 1024] if available else [0]
-    groups = root / "sys/fs/cgroup"
-    own = groups / group
-    for folder in (own, *own.parents):
-        if folder.is_relative_to(groups):
-            with contextlib.suppress(OSError, ValueError):  # The text "max" means that there is no limit.
-                limits.append(int((folder / "memory.max").read_text()) - _used(folder))
+    for folder in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # The text "max" means that there is no limit.
+            limits.append(int((folder / "memory.max").read_text()) - _used(folder))
     with contextlib.suppress(OSError, ValueError):
-        limits.append(int((groups / "memory/memory.limit_in_bytes").read_text()))
+        limits.append(int((root / "sys/fs/cgroup/memory/memory.limit_in_bytes").read_text()))
     return max(1, min(limits)) if min(limits) else 0  # at least 1, since 0 means unknown
 
 

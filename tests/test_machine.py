@@ -173,3 +173,29 @@ def test_a_benchmark_of_memory_says_that_it_needs_linux(
     monkeypatch.setattr(sys, "argv", ["memory.py"])
     runpy.run_path(str(ROOT / "benchmarks" / "memory.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("Not measured")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="control groups are Linux's")
+@pytest.mark.parametrize(
+    ("limits", "cores"),
+    [
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "400000 100000", "cpu.max of the group": "50000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu.max": "0"}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_container_uses_the_cores_of_its_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, str], cores: int
+) -> None:
+    files = {"proc/self/cgroup": "0::/group\n"}
+    places = {"cpu.max": "sys/fs/cgroup/cpu.max", "cpu.max of the group": "sys/fs/cgroup/group/cpu.max"}
+    for name, text in {**files, **{places[name]: text for name, text in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(machine._quota, "__defaults__", (tmp_path,))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machine.usable_cores() == cores

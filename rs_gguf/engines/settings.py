@@ -90,6 +90,12 @@ class EngineSettings(BaseModel):
                 "auto, or cache_type_v to {accepted}",
                 {"type": self.cache_type_v, "accepted": ", ".join(_UNQUANTISED)},
             )
+        if self.flash_attn == "off" and self.split_mode == "tensor":
+            raise PydanticCustomError(
+                "needs_flash_attention",
+                "a split_mode of tensor needs flash attention, but flash_attn is off; set flash_attn to "
+                "on, or split_mode to layer",
+            )
         return self
 
     @classmethod
@@ -125,9 +131,9 @@ class EngineSettings(BaseModel):
     def reordered(self) -> EngineSettings:
         """Return the settings under which attention sums in another order: without flash attention, or with.
 
-        Quantised values need flash attention: then these settings.
+        Quantised values and tensor parallelism need flash attention: then these settings.
         """
-        if self.cache_type_v not in _UNQUANTISED:
+        if self.cache_type_v not in _UNQUANTISED or self.split_mode == "tensor":
             return self
         return self.model_copy(update={"flash_attn": "auto" if self.flash_attn == "off" else "off"})
 

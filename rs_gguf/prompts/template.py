@@ -21,6 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.markers import THINKING_MARKERS
@@ -42,9 +43,14 @@ _CHATML = (
 _PLACEHOLDER = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # for a text in a rendering
 HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see the text that a template adds
 _MAX_PRODUCT = 1_000_000  # characters or items
+_MAX_RENDERED = 4_000_000  # characters; conversations are shorter
 _WIDTH = re.compile(r"\d{7}")  # in a format: a width of more than a million
 # Text methods and filters that may give a much larger text than they take.
-_GROWING = ("center", "expandtabs", "format", "indent", "join", "ljust", "replace", "rjust", "zfill")
+_GROWING = (
+    "batch", "center", "expandtabs", "format", "indent", "join", "ljust", "replace", "rjust", "slice",
+    "tojson", "zfill",
+)  # fmt: skip
+_CONCAT = "concatenated"  # the filter in place of the operator `~`
 _THINKING_WORDS = re.compile(r"think|reasoning_content")
 _warned: set[str] = set()  # the templates that a warning was logged for
 
@@ -65,9 +71,13 @@ class ChatModel(Protocol):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox without large products and paddings: one line could fill the memory with them."""
+    """jinja2's sandbox without large values: a few lines of a template could fill the memory with them."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Concatenations().visit(super()._parse(source, name, filename))
+        return tree
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of a template. Refuse text methods whose result would be too large.
@@ -82,11 +92,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Return `left * right`. Refuse large products and all powers, which no chat template needs.
+        """Return `left * right`. Refuse large results and all powers, which no chat template needs.
 
         Raises:
-            TemplateError: a power, or a product of more than a million characters or items.
+            TemplateError: a power, or a product or sum of more than a million characters or items.
         """
+        if operator == "+":
+            if isinstance(left, Sized) and isinstance(right, Sized) and len(left) + len(right) > _MAX_PRODUCT:
+                raise TemplateError("it computes a sum (+) that is too large")
+            return super().call_binop(context, operator, left, right)
         if operator == "%":
             if isinstance(left, str):
                 _refuse_large(operator, left, *(right if isinstance(right, tuple) else (right,)))
@@ -124,6 +138,23 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _concatenated(values: Sequence[Any]) -> str:
+    """Return the texts of `values` in a row: the operator `~`."""
+    texts = [str(value) for value in values]
+    if sum(map(len, texts)) > _MAX_PRODUCT:
+        raise TemplateError("it computes a text (~) that is too large")
+    return "".join(texts)
+
+
+class _Concatenations(NodeTransformer):
+    """Replaces the operator `~`, which the sandbox cannot intercept, by a filter."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        values = nodes.List(node.nodes, lineno=node.lineno)
+        return nodes.Filter(values, _CONCAT, [], [], None, None, lineno=node.lineno)
+
+
 class _Generation(Extension):
     """The tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training."""
 
@@ -149,6 +180,8 @@ class ChatFormat:
             for name, function in environment.filters.items()
             if name in _GROWING
         }
+        environment.filters[_CONCAT] = _concatenated
+        del environment.globals["lipsum"]
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
         )
@@ -193,12 +226,19 @@ class ChatFormat:
             {**message, "content": [{"type": "text", "text": message["content"]}]} if typed else message
             for message in messages
         ]
+        rendered: list[str] = []
+        size = 0
         try:
-            return self._template.render(
+            for piece in self._template.generate(
                 messages=contents, add_generation_prompt=True, **self._specials, **switches
-            )
+            ):
+                size += len(piece)
+                if size > _MAX_RENDERED:
+                    raise TemplateError("its text is too long")
+                rendered.append(piece)
         except Exception as error:  # The code in a template may raise anything.
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
+        return "".join(rendered)
 
     @cached_property
     def _typed(self) -> bool:

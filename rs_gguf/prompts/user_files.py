@@ -24,6 +24,8 @@ _PROMPT_COLUMNS = (
 # Keys of the list of rows in a JSON object that holds several lists.
 _ROW_LISTS = ("data", "rows", "prompts", "examples", "train")
 _MAX_BYTES = 16 << 20  # of a file, which takes about ten times its size in memory
+_MAX_UNPACKED = 256 << 20  # bytes of a parquet file's columns
+_BATCH = 1024  # rows of a parquet file
 # Columns that complete the prompt in another column: prompt column → context column.
 _CONTEXT_COLUMNS = {"behavior": "contextstring", "behaviour": "contextstring", "instruction": "input"}
 _USED_COLUMNS = {*_PROMPT_COLUMNS, *_CONTEXT_COLUMNS.values()}
@@ -165,7 +167,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow. Run `pip install pyarrow`.") from error
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            # A compressed file may hold a thousand times its size.
+            rows: list[dict[str, Any]] = []
+            size = 0
+            for batch in file.iter_batches(_BATCH):
+                size += batch.nbytes
+                if size > _MAX_UNPACKED:
+                    raise InputError(
+                        f"{path} holds more than {_MAX_UNPACKED >> 20} MiB when unpacked. Split it, or keep "
+                        "only the rows that you need."
+                    )
+                rows += batch.to_pylist()
     # Text that is not UTF-8 raises ValueError.
     except (ArrowException, MemoryError, OSError, ValueError) as error:
         reason = escape_control_chars(" ".join(str(error).split())[:200])

@@ -39,7 +39,8 @@ class SealedRecord(RunRecord):
         return found if _identity(found) == _identity(record) else None
 
 
-def _identity(record: RunRecord) -> Row:
-    """Return what tells the files of a record from others. A new measurement changes their hashes."""
+def _identity(record: RunRecord) -> tuple[str, Row]:
+    """Return the model's hash and what tells its files from others: new measurements change their hashes."""
     facts = {"estimator", "ridge", "layers", "strength", "benign_target"}
-    return {name: file.model_dump(include=facts) for name, file in record.files.items()}
+    files = {name: file.model_dump(include=facts) for name, file in record.files.items()}
+    return record.model.sha256, files

@@ -154,6 +154,7 @@ def test_a_cache_that_the_model_does_not_support_is_one_clear_error(tmp_path: Pa
     ("values", "message"),
     [
         ({"flash_attn": "off", "cache_type_v": "q8_0"}, "a cache_type_v of q8_0 needs flash attention, but"),
+        ({"flash_attn": "off", "split_mode": "tensor"}, "a split_mode of tensor needs flash attention, but"),
         ({"gpu_layers": "many"}, "gpu_layers: .*auto"),
         ({"gpu_layers": -1}, "gpu_layers: "),
         ({"threads": 1000}, "threads: .*512"),
@@ -241,3 +242,9 @@ def test_pytorch_says_that_it_uses_no_setting(
     assert not caplog.records
     open_engine(tmp_path, settings=EngineSettings(threads=2, cache_type_k="q8_0")).close()
     assert "settings of llama.cpp have no effect (threads, cache_type_k)" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{"cache_type_v": "q8_0"}, {"split_mode": "tensor"}])
+def test_where_flash_attention_is_needed_the_order_of_its_sums_stays(values: dict[str, object]) -> None:
+    settings = EngineSettings.of(values)
+    assert settings.reordered is settings

@@ -327,7 +327,10 @@ def test_a_sealed_set_is_opened_before_the_first_answer(folder: Path, sealed_set
     assert path == folder / "sealed.json"
     written = json.loads(path.read_text())
     assert written["sealed"] == {"set": "first.jsonl", "set_sha256": row["set_sha256"], "opened": row["date"]}
-    assert SealedRecord.in_folder(folder, RunRecord.read(folder / "metrics.json")) == record
+    published = RunRecord.read(folder / "metrics.json")
+    assert SealedRecord.in_folder(folder, published) == record
+    other = published.model.model_copy(update={"sha256": "0" * 64})
+    assert SealedRecord.in_folder(folder, published.model_copy(update={"model": other})) is None
     assert {file.sha256 for file in record.files.values()} == set(hashes.values())
     answers = read_rows(folder / "sealed_answers.jsonl")
     assert [answer["prompt"] for answer in answers] == [row["prompt"] for row in read_rows(sealed_set)]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rs_gguf.errors import InputError
-from rs_gguf.prompts import sealed
+from rs_gguf.prompts import sealed, user_files
 from rs_gguf.prompts.grid import grid, pool, stratified
 from rs_gguf.prompts.user_files import load, load_own_kinds
 from rs_gguf.records.conversation import KINDS, SPLITS, Kind, Prompt
@@ -254,6 +254,15 @@ def test_parquet(tmp_path: Path) -> None:
     empty = parquet_file(tmp_path / "empty.parquet", [{"prompt": "p"}, {"prompt": None}])
     with pytest.raises(InputError, match=r"empty\.parquet:2: no prompt in columns prompt"):
         texts(empty)
+
+
+def test_a_parquet_file_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet_file(tmp_path / "file.parquet", [{"prompt": "a" * 1000, "other": "b"}] * 3000)
+    assert file.stat().st_size < 10_000
+    assert texts(file) == ["a" * 1000]
+    monkeypatch.setattr(user_files, "_MAX_UNPACKED", 2 << 20)
+    with pytest.raises(InputError, match="more than 2 MiB when unpacked"):
+        texts(file)
 
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
