@@ -110,8 +110,7 @@ std::map<std::string, py::array_t<double>> statistics(const py::array& activatio
         py::array_t<double> array({activations.shape(1), directions.shape(1)});
         return out.emplace(name, std::move(array)).first->second.mutable_data();
     };
-    const rs::Statistics to = {output("pearson"),      output("disagreement"),  output("auroc"),
-                               output("mean_refused"), output("mean_answered"), output("upper"),
+    const rs::Statistics to = {output("pearson"), output("disagreement"), output("auroc"), output("upper"),
                                output("lower")};
     const double* const c = confidence.data();
     const double* const w = weights.data();
@@ -148,7 +147,7 @@ Returns float32 [N, L, K]. The GIL is released.)");
                R"(Figures of merit of every direction, from one pass over the activations.
 
 confidence, weights: [N]. Other arguments as in project().
-Returns float64 [L, K] by name: pearson, disagreement, auroc, mean_refused, mean_answered, upper, lower.
+Returns float64 [L, K] by name: pearson, disagreement, auroc, upper, lower.
 The GIL is released.)");
 
     module.def("kernels", &kernels,

@@ -74,13 +74,11 @@ void project(const Target& target, const Problem& problem, std::size_t threads, 
 // projections of one layer, N × K, never those of all layers. Each output is [L, K], C-contiguous. NaN marks
 // an undefined figure; a column with a non-finite projection is NaN throughout.
 struct Statistics {
-    double* pearson;        // weighted correlation of p with c
-    double* disagreement;   // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 without such a sample
-    double* auroc;          // area under the ROC curve of p, c > neutral against c < −neutral, unweighted
-    double* mean_refused;   // weighted mean of p over c > neutral
-    double* mean_answered;  // weighted mean of p over c < −neutral
-    double* upper;          // quantile q of p over c > 0
-    double* lower;          // quantile 1 − q of p over c < 0
+    double* pearson;       // weighted correlation of p with c
+    double* disagreement;  // weighted RMSE of p − c where sign(p) ≠ sign(c); 0 without such a sample
+    double* auroc;         // area under the ROC curve of p, c > neutral against c < −neutral, unweighted
+    double* upper;         // quantile q of p over c > 0
+    double* lower;         // quantile 1 − q of p over c < 0
 };
 void statistics(const Target& target, const Problem& problem, const double* confidence, const double* weights,
                 double neutral, double q, std::size_t threads, const Statistics& out);

@@ -49,8 +49,6 @@ double auroc(std::vector<float>& refused, std::vector<float>& answered) {
     return twice / 2 / (static_cast<double>(refused.size()) * static_cast<double>(answered.size()));
 }
 
-double mean_or_nan(double sum, double weight) { return weight > 0 ? sum / weight : nan; }
-
 // One direction of one layer. p is strided: projections are [N, K].
 class Column {
 public:
@@ -66,39 +64,26 @@ public:
         double sum_c = 0;
         double weight_disagreeing = 0;
         double squares_disagreeing = 0;
-        double weight_refused = 0;
-        double sum_refused = 0;
-        double weight_answered = 0;
-        double sum_answered = 0;
         for (std::vector<float>* values : {&positive_, &negative_, &refused_, &answered_}) values->clear();
         for (std::size_t n = 0; n < samples_; ++n) {
             const float value = p[n * stride];
             const double w = w_[n];
             const double c = c_[n];
-            const double wp = w * static_cast<double>(value);
             weight += w;
-            sum_p += wp;
+            sum_p += w * static_cast<double>(value);
             sum_c += w * c;
             if (sign(value) != sign(c)) {
                 const double error = static_cast<double>(value) - c;
                 weight_disagreeing += w;
                 squares_disagreeing += w * error * error;
             }
-            if (c > neutral_) {
-                weight_refused += w;
-                sum_refused += wp;
-                refused_.push_back(value);
-            } else if (c < -neutral_) {
-                weight_answered += w;
-                sum_answered += wp;
-                answered_.push_back(value);
-            }
+            if (c > neutral_) refused_.push_back(value);
+            if (c < -neutral_) answered_.push_back(value);
             if (c > 0) positive_.push_back(value);
             if (c < 0) negative_.push_back(value);
         }
         if (!std::isfinite(sum_p)) {  // a projection is infinite or NaN, so all figures are undefined
-            for (double* const figure : {out.pearson, out.disagreement, out.auroc, out.mean_refused,
-                                         out.mean_answered, out.upper, out.lower})
+            for (double* const figure : {out.pearson, out.disagreement, out.auroc, out.upper, out.lower})
                 figure[index] = nan;
             return;
         }
@@ -106,8 +91,6 @@ public:
         out.disagreement[index] =
             weight_disagreeing > 0 ? std::sqrt(squares_disagreeing / weight_disagreeing) : 0;
         out.auroc[index] = auroc(refused_, answered_);
-        out.mean_refused[index] = mean_or_nan(sum_refused, weight_refused);
-        out.mean_answered[index] = mean_or_nan(sum_answered, weight_answered);
         out.upper[index] = quantile(positive_, q_);
         out.lower[index] = quantile(negative_, 1 - q_);
     }
@@ -159,8 +142,7 @@ void statistics(const Target& target, const Problem& problem, const double* conf
                 double neutral, double q, std::size_t threads, const Statistics& out) {
     if (problem.samples == 0) {  // no column to point to
         const std::size_t count = problem.layers * problem.rank;
-        for (double* const figure :
-             {out.pearson, out.auroc, out.mean_refused, out.mean_answered, out.upper, out.lower})
+        for (double* const figure : {out.pearson, out.auroc, out.upper, out.lower})
             std::fill_n(figure, count, nan);
         std::fill_n(out.disagreement, count, 0.0);
         return;

@@ -53,7 +53,7 @@ def statistics(
 
     `project` returns the projections [N, K] of one layer; `shape` is (L, K). `c`: confidence, `w`: weights.
     """
-    names = ("pearson", "disagreement", "auroc", "mean_refused", "mean_answered", "upper", "lower")
+    names = ("pearson", "disagreement", "auroc", "upper", "lower")
     figures = {name: np.full(shape, np.nan) for name in names}
     refused, answered = c > neutral, c < -neutral
     for layer in range(shape[0]):
@@ -78,9 +78,6 @@ def statistics(
             above = rankdata(np.concatenate([p[refused], p[answered]]), axis=0)[: refused.sum()]
             pairs = above.sum(axis=0) - refused.sum() * (refused.sum() + 1) / 2
             figures["auroc"][layer] = pairs / (refused.sum() * answered.sum())
-        for name, mask in (("mean_refused", refused), ("mean_answered", answered)):
-            if w[mask].sum() > 0:
-                figures[name][layer] = w[mask] @ p[mask] / w[mask].sum()
         for name, mask, q in (("upper", c > 0, quantile), ("lower", c < 0, 1 - quantile)):
             if mask.any():
                 figures[name][layer] = np.quantile(p[mask], q, axis=0)

@@ -63,10 +63,6 @@ class ProjectionStatistics:
     """Weighted root mean square of p − c over samples with sign(p) ≠ sign(c); 0 without such samples."""
     auroc: Float64
     """Area under the ROC curve of p for c > neutral against c < −neutral, unweighted."""
-    mean_refused: Float64
-    """Weighted mean of p over c > neutral."""
-    mean_answered: Float64
-    """Weighted mean of p over c < −neutral."""
     upper: Float64
     """Quantile q of p over c > 0, unweighted, linearly interpolated."""
     lower: Float64

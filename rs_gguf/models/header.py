@@ -38,15 +38,13 @@ class Header:
     """The header of a GGUF file.
 
     `values`: the metadata; None stands for a list. `spans`: first byte and end of each metadata entry.
-    `tensors_at`, `end`: the bytes between which the tensors are described. The header and each tensor are
-    padded to a multiple of `alignment` bytes.
+    `end`: its size in bytes. The header and each tensor are padded to a multiple of `alignment` bytes.
     """
 
     values: dict[str, Any]
     spans: dict[str, tuple[int, int]]
     tensors: Sequence[TensorInfo]
     alignment: int
-    tensors_at: int
     end: int
 
 
@@ -120,7 +118,6 @@ class _Reader:
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
-        tensors_at = self._at
         tensors: dict[str, TensorInfo] = {}
         for _ in range(n_tensors):
             name = self._name("tensor", tensors)
@@ -129,7 +126,7 @@ class _Reader:
                 raise ValueError(f"tensor {name[:80]!r} has {n_dims} dimensions")
             shape = [self._number("Q") for _ in range(n_dims)]
             tensors[name] = TensorInfo(name, shape, self._number("I"), self._number("Q"))
-        return Header(values, spans, list(tensors.values()), alignment, tensors_at, self._at)
+        return Header(values, spans, list(tensors.values()), alignment, self._at)
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._data, self._at)

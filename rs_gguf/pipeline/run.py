@@ -77,7 +77,8 @@ def _run(opened: Run, fresh: bool, until: str) -> dict[str, Any]:
     key = opened.key("score")
     if until != "answer" and (fresh or not opened.folder.is_done("score", key)):
         try_out(opened.judge)
-    resolve_device(opened.recipe.fit.device)
+    if fresh or not opened.folder.is_done("fit", opened.key("fit")):
+        resolve_device(opened.recipe.fit.device)
     dump(opened.recipe, opened.folder / "recipe.toml")
     if fresh:
         opened.folder.forget_all()

@@ -490,8 +490,6 @@ def test_statistics_by_their_definitions(kernel: str) -> None:
                 "pearson": np.corrcoef(x, c)[0, 1],
                 "disagreement": np.sqrt(np.mean((x - c)[wrong] ** 2)),
                 "auroc": roc_auc_score(c[np.abs(c) > 0.15] > 0, x[np.abs(c) > 0.15]),
-                "mean_refused": x[c > 0.15].mean(),
-                "mean_answered": x[c < -0.15].mean(),
                 "upper": np.quantile(x[c > 0], 0.95),
                 "lower": np.quantile(x[c < 0], 0.05),
             }
@@ -504,7 +502,7 @@ def test_whole_weights_are_repetitions(kernel: str) -> None:
     times = np.random.default_rng(0).integers(0, 4, 40)
     weighted = project_statistics(h, v, c, o, weights=times)
     repeated = project_statistics(np.repeat(h, times, axis=0), v, np.repeat(c, times), o)
-    for name in ("pearson", "disagreement", "mean_refused", "mean_answered"):
+    for name in ("pearson", "disagreement"):
         np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-9)
 
 
@@ -523,7 +521,6 @@ def test_figures_without_meaning_are_nan(kernel: str) -> None:
     refused_only = project_statistics(h, v, np.full(20, 0.5))
     assert np.isnan(refused_only.pearson).all()  # c does not vary
     assert np.isnan(refused_only.auroc).all()
-    assert np.isnan(refused_only.mean_answered).all()
     assert np.isnan(refused_only.lower).all()
     assert np.isfinite(refused_only.upper).all()
     nothing = project_statistics(h[:0], v, c[:0])

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from fixtures.endpoints import Server, without_proxy_or_key
 from fixtures.tiny_gguf import write_tiny_folder, write_tiny_qwen2
@@ -375,6 +376,15 @@ def test_a_killed_run_makes_the_files_of_one_that_was_not(
     assert tuned[0] == tuned[1]
     for name in ("directions.safetensors", "test_answers.jsonl", "remove.gguf", "remove-adapter.gguf"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+    # A machine without the device of the fit does not fit again.
+    assert not torch.cuda.is_available()
+    chosen = recipe.load(None, [*SMALL, f"model={model}", f"judge={judge.url}", "fit.device=cuda"])
+    counted = Counted()
+    run(chosen, out, progress=counted)
+    assert counted.steps.keys() == {"report"}  # it is always written
+    with pytest.raises(InputError, match="PyTorch sees no CUDA device"):
+        run(chosen, out, fresh=True)
 
 
 def test_a_user_can_return_from_a_wrong_recipe_while_it_answers(

@@ -19,7 +19,6 @@ from rs_gguf.activations.capture import captured
 from rs_gguf.activations.store import DamagedStoreError
 from rs_gguf.engines.engine import Can
 from rs_gguf.errors import InputError
-from rs_gguf.estimators.device import resolve_device
 from rs_gguf.machine import ALONE, Processes, layers_at_once
 from rs_gguf.methods import METHODS, suited_methods
 from rs_gguf.methods.gate_vectors import HARMFUL_TARGET_RATIO
@@ -53,7 +52,7 @@ class Fit(Stage):
     def inputs(self, run: Run) -> list[Any]:
         return [
             run.recipe.effect,
-            run.recipe.fit.model_dump() | {"device": resolve_device(run.recipe.fit.device).type},
+            run.recipe.fit.model_dump(exclude={"device"}),  # float64 everywhere: a fit may change the machine
             # Topics and forms are inputs: gate vectors weight by them, and the search samples by them.
             [p.to_row() for p in run.prompts["fit"] + run.gate_only + run.prompts["tune"]],
             # A fit of a version with other constants is done again.
