@@ -1,30 +1,24 @@
 """Turn conversations into tokens with the model's own chat template.
 
-The template comes with the model and is untrusted, so it runs in jinja2's immutable sandbox. The sandbox does
-not limit time: nested loops in a template can run for as long as they like.
+The template comes with the model and is untrusted, so it runs in a sandbox (`prompts.sandbox`). Its time is
+not limited: nested loops in a template can run for as long as they like.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import math
 import re
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2 import TemplateError
 
 from rs_gguf.errors import InputError
 from rs_gguf.prompts.markers import THINKING_MARKERS
+from rs_gguf.prompts.sandbox import Sandbox
 
 _log = logging.getLogger("rs_gguf.chat")
 
@@ -42,15 +36,6 @@ _CHATML = (
 
 _PLACEHOLDER = "\N{REPLACEMENT CHARACTER}{}\N{REPLACEMENT CHARACTER}"  # for a text in a rendering
 HELLO: list[Message] = [{"role": "user", "content": "Hi"}]  # to see the text that a template adds
-_MAX_PRODUCT = 1_000_000  # characters or items
-_MAX_RENDERED = 4_000_000  # characters; conversations are shorter
-_WIDTH = re.compile(r"\d{7}")  # in a format: a width of more than a million
-# Text methods and filters that may give a much larger text than they take.
-_GROWING = (
-    "batch", "center", "expandtabs", "format", "indent", "join", "ljust", "replace", "rjust", "slice",
-    "tojson", "zfill",
-)  # fmt: skip
-_CONCAT = "concatenated"  # the filter in place of the operator `~`
 _THINKING_WORDS = re.compile(r"think|reasoning_content")
 _warned: set[str] = set()  # the templates that a warning was logged for
 
@@ -70,102 +55,6 @@ class ChatModel(Protocol):
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str: ...
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox without large values: a few lines of a template could fill the memory with them."""
-
-    intercepted_binops = frozenset({"*", "**", "%", "+"})
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Concatenations().visit(super()._parse(source, name, filename))
-        return tree
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of a template. Refuse text methods whose result would be too large.
-
-        Raises:
-            TemplateError: a width, or a replacement or joining, of more than a million characters.
-        """
-        method = getattr(obj, "__wrapped__", obj)  # jinja2 wraps `format`
-        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(text, str) and name in _GROWING:
-            _refuse_large(name, text, *args, *kwargs.values())
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Return `left * right`. Refuse large results and all powers, which no chat template needs.
-
-        Raises:
-            TemplateError: a power, or a product or sum of more than a million characters or items.
-        """
-        if operator == "+":
-            if isinstance(left, Sized) and isinstance(right, Sized) and len(left) + len(right) > _MAX_PRODUCT:
-                raise TemplateError("it computes a sum (+) that is too large")
-            return super().call_binop(context, operator, left, right)
-        if operator == "%":
-            if isinstance(left, str):
-                _refuse_large(operator, left, *(right if isinstance(right, tuple) else (right,)))
-            return super().call_binop(context, operator, left, right)
-        too_large = any(
-            isinstance(value, Sized) and isinstance(times, int) and len(value) * times > _MAX_PRODUCT
-            for value, times in ((left, right), (right, left))
-        )
-        if operator == "**" or too_large:
-            raise TemplateError(f"it computes a product ({operator}) that is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _refuse_large(name: str, *values: Any) -> None:
-    """Raise `TemplateError` if a text operation with these values may give over a million characters."""
-    texts = [value for value in values if isinstance(value, str)]
-    size = 0
-    if name == "replace" and len(texts) >= 3:
-        size = len(texts[0]) + texts[0].count(texts[1]) * len(texts[2])
-    elif name == "join":
-        size = math.prod(len(value) for value in values if isinstance(value, Sized))
-    too_wide = any(isinstance(value, int) and abs(value) > _MAX_PRODUCT for value in values)
-    if too_wide or size > _MAX_PRODUCT or (name in ("%", "format") and _WIDTH.search(texts[0])):
-        raise TemplateError(f"it computes a text ({name}) that is too large")
-
-
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that refuses what `_refuse_large` refuses."""
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _refuse_large(name, *args, *kwargs.values())
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _concatenated(values: Sequence[Any]) -> str:
-    """Return the texts of `values` in a row: the operator `~`."""
-    texts = [str(value) for value in values]
-    if sum(map(len, texts)) > _MAX_PRODUCT:
-        raise TemplateError("it computes a text (~) that is too large")
-    return "".join(texts)
-
-
-class _Concatenations(NodeTransformer):
-    """Replaces the operator `~`, which the sandbox cannot intercept, by a filter."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        values = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(values, _CONCAT, [], [], None, None, lineno=node.lineno)
-
-
-class _Generation(Extension):
-    """The tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the nodes between the tags; the tags have no effect here."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatFormat:
     """A compiled chat template. The results of `render` and `tokenize` end with the generation prompt.
 
@@ -174,14 +63,7 @@ class ChatFormat:
     """
 
     def __init__(self, template: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        environment.filters |= {
-            name: _bounded(name, function)
-            for name, function in environment.filters.items()
-            if name in _GROWING
-        }
-        environment.filters[_CONCAT] = _concatenated
-        del environment.globals["lipsum"]
+        self._sandbox = environment = Sandbox()
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=lambda form: _TODAY.strftime(form)
         )
@@ -226,19 +108,13 @@ class ChatFormat:
             {**message, "content": [{"type": "text", "text": message["content"]}]} if typed else message
             for message in messages
         ]
-        rendered: list[str] = []
-        size = 0
+        self._sandbox.spent = 0
         try:
-            for piece in self._template.generate(
+            return self._template.render(
                 messages=contents, add_generation_prompt=True, **self._specials, **switches
-            ):
-                size += len(piece)
-                if size > _MAX_RENDERED:
-                    raise TemplateError("its text is too long")
-                rendered.append(piece)
+            )
         except Exception as error:  # The code in a template may raise anything.
             raise InputError(f"the model's chat template refuses these messages: {error}.") from error
-        return "".join(rendered)
 
     @cached_property
     def _typed(self) -> bool:

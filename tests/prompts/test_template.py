@@ -92,6 +92,24 @@ def controls(model: LlamaModel, tokens: list[int]) -> list[str]:
         "{{ [1] | batch(60000000, 'x') | list }}",
         "{{ [1] | slice(60000000) | list }}",
         "{{ lipsum(n=10000) }}",
+        "{{ (['x' * 1000] * 30000) | join }}",
+        "{{ ''.join(['x' * 999] * 999) }}{{ ''.join(['x' * 999] * 1999) }}",
+        "{{ messages | map(attribute='content') | join('x' * 9999999) }}",
+        "{{ 'x'.encode().ljust(30000000) }}",
+        "{{ (1).to_bytes(30000000, 'big') }}",
+        "{{ ('x' * 30000).translate({120: 'y' * 1000}) }}",
+        "{{ ('{0}' * 30000).format('x' * 1000) }}",
+        "{{ ('%(a)s' * 30000) % {'a': 'x' * 1000} }}",
+        "{{ ('%(a)s' * 30000) | format(a='x' * 1000) }}",
+        "{{ ('\n' * 30000) | indent(1000, true, true) }}",
+        "{{ ('\t' * 30000).expandtabs(1000) }}",
+        "{{ range(30000) | list | tojson(indent=1000) }}",
+        "{{ ('x ' * 9999) | wordwrap(1, true, 'y' * 9999) }}",
+        "{{ [['x'] * 999999, ['x'] * 999999] | sum(start=[]) }}",
+        "{% set x %}{% for i in range(99999) %}{{ 'a' * 999999 }}{% endfor %}{% endset %}",
+        "{% macro m() %}{% for i in range(99999) %}{{ 'a' * 999999 }}{% endfor %}{% endmacro %}{{ m() }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(999) %}{% set n.x = n.x + ['a' * 9999] %}"
+        "{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ messages[7].content.no.such }}",
         "{% include '/etc/passwd' %}",
@@ -135,6 +153,25 @@ def test_private_attributes_render_as_nothing(template: str) -> None:
 def test_a_template_that_does_not_compile(template: str) -> None:
     with pytest.raises(InputError, match="does not compile"):
         ChatFormat(template)
+
+
+def test_ordinary_texts_are_computed() -> None:
+    template = (
+        "{{ ['a', 1] | join(', ') }} {{ ', '.join(['a', 'b']) }} "
+        "{{ messages | map(attribute='role') | join('-') }} "
+        "{{ 'a' ~ 1 ~ none ~ [2] }} {{ 'abab'.replace('b', 'c') }} {{ 'ab' | replace('b', 'c') }} "
+        "{{ '%s-%d' | format('a', 1) }} {{ '%s' % 'a' }} {{ '{}'.format('a') }} {{ 'a\nb' | indent(2) }} "
+        "{{ {'a': [1]} | tojson }} {{ 'a' + 'b' }} {{ [1] + [2] }} {{ 'a'.ljust(3) }}|"
+        "{% set x %}b{% endset %}{{ x }}"
+    )
+    assert ChatFormat(template).render([USER]) == (
+        'a, 1 a, b user a1None[2] acac ac a-1 a a a\n  b {"a": [1]} ab [1, 2] a  |b'
+    )
+
+
+def test_the_limits_hold_for_each_rendering() -> None:
+    template = ChatFormat("{% for i in range(9) %}{{ 'a' * 999999 }}{% endfor %}")
+    assert len(template.render([USER])) == len(template.render([USER])) == 9 * 999999
 
 
 def test_ordinary_products_are_computed() -> None:
