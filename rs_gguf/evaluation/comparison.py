@@ -16,7 +16,7 @@ from rs_gguf.engines.engine import LogProbs
 from rs_gguf.engines.generation import Asking
 from rs_gguf.evaluation.acceptance import SafetyRule
 from rs_gguf.evaluation.allowance import Allowance
-from rs_gguf.evaluation.condition import PART, AnswerSource, JudgedAnswers, judge_answers
+from rs_gguf.evaluation.condition import TIMED, AnswerSource, JudgedAnswers, judge_answers
 from rs_gguf.evaluation.decision import Criterion, Decision
 from rs_gguf.evaluation.drift import drift_of, is_drift_reference
 from rs_gguf.evaluation.majority import majority
@@ -100,10 +100,10 @@ def compare(
     def side(factor: float, drafts: Sequence[Answer] = ()) -> JudgedAnswers:
         # All sets together, so the batches are the same on both sides. The speed is that of the first
         # prompts, which are answered without drafts.
-        first = drawn(asked[:PART], factor, advance, ())
-        if len(asked) <= PART:
+        first = drawn(asked[:TIMED], factor, advance, ())
+        if len(asked) <= TIMED:
             return first
-        rest = drawn(asked[PART:], factor, advance, drafts[PART:])
+        rest = drawn(asked[TIMED:], factor, advance, drafts[TIMED:])
         answers, judgements = [*first.answers, *rest.answers], [*first.judgements, *rest.judgements]
         return JudgedAnswers(answers, judgements, first.tokens_per_second)
 

@@ -21,6 +21,7 @@ from rs_gguf.records.conversation import Answer, Judgement, Prompt
 from rs_gguf.records.rows import RowLog
 
 PART = 64  # prompts answered and judged together; a killed run loses at most as many
+TIMED = 32  # prompts answered without drafts, for the speed: all that are answered at once
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,15 @@ def resume_condition(
     A row has the id `CONDITION:PROMPT`. The speed is the first part's.
 
     drafts: as in `answer_condition`.
-    timed: answer the first part without drafts, so that its speed can be compared.
+    timed: answer the first `TIMED` prompts without drafts, so that their speed can be compared.
     """
     missing = [i for i, p in enumerate(prompts) if f"{condition.name}:{p.id}" not in log.rows]
     advance(len(prompts) - len(missing))
-    for start in range(0, len(missing), PART):
-        indices = missing[start : start + PART]
+    first = TIMED if timed else PART
+    parts = [missing[:first], *(missing[i : i + PART] for i in range(first, len(missing), PART))]
+    for number, indices in enumerate(parts if missing else ()):
         part = [prompts[i] for i in indices]
-        earlier = [] if timed and start == 0 else [drafts[i] for i in indices if drafts]
+        earlier = [drafts[i] for i in indices if drafts] if number or not timed else []
         judged = answer_condition(model, judge, condition, part, asking, advance, earlier)
         for prompt, answer, judgement in zip(part, judged.answers, judged.judgements, strict=True):
             log.append(

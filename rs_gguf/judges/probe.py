@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,11 @@ class Components:
     def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Return the coordinates [N, R] of states [N, …]."""
         scaled = (states.astype(np.float64) - self.mean) / self.scale
-        basis = self.basis.reshape(len(self.basis), -1).astype(np.float64)
-        return np.asarray(scaled.reshape(len(states), -1) @ basis.T)
+        return np.asarray(scaled.reshape(len(states), -1) @ self._basis.T)
+
+    @cached_property
+    def _basis(self) -> NDArray[np.float64]:
+        return self.basis.reshape(len(self.basis), -1).astype(np.float64)
 
 
 @dataclass(frozen=True)
