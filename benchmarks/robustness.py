@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default=models.DEFAULT)
     parser.add_argument("--prompts", type=int, default=20, help="prompts of each kind in each context")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=100, help="most tokens of an answer")
     names = [context.name for context in contexts.evaluation()]
     parser.add_argument("--context", action="append", choices=names, help="only this context; repeatable")
     parser.add_argument("--json", type=Path, help="file for the figures")

@@ -46,7 +46,9 @@ def _engine_options(context: click.Context) -> Iterator[str]:
     formatter = click.HelpFormatter(width=80)
     formatter.write_dl([row for option in having["run"] if (row := option.get_help_record(context))])
     yield from ("", "## Engine options", "")
-    yield "Named as in llama.cpp. They hold for every model that the command loads. The stages of `run` take"
+    yield "Named as in llama.cpp. Defaults too, except: `auto` puts all layers on the GPU, not what fits;"
+    yield "8,192 cells, not the training length; batches of 512, not 2,048; threads on usable cores only."
+    yield "The options hold for every model that the command loads. The stages of `run` take"
     yield f"them, and {', '.join(f'`{name}`' for name in names)}."
     yield from ("", "```text", formatter.getvalue().rstrip(), "```")
 

@@ -1,8 +1,9 @@
 """Define how llama.cpp loads a model and decodes: GPU layers, threads, batch, context, attention and caches.
 
 Values of a recipe or of command options go in; a validated `EngineSettings` comes out, which the engines
-read. Names and defaults are the ones of llama.cpp's options, with three exceptions:
+read. Names and defaults are the ones of llama.cpp's options, with four exceptions:
 
+- `gpu_layers`: `auto` puts all layers on the GPU, where llama.cpp's puts those that fit.
 - `threads`: llama.cpp counts the processor's cores, also those that a container may not use.
 - `ctx_size`: llama.cpp takes the model's training length, whose cache fits few machines.
 - `batch_size`: llama.cpp also computes 512 tokens at a time, but collects 2,048 before. Tensors that are read

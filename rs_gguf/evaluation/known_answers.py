@@ -1,7 +1,7 @@
 """Check that a model can answer at all, before hundreds of its answers are judged.
 
 A loaded model goes in; an `InputError` comes out if it answers too few simple questions. The causes are
-damaged weights, parts joined in the wrong order, a base model or a wrong chat template. Then the right words
+damaged weights, parts joined in the wrong order, a wrong chat template or a base model. Then the right words
 are missing, or the model does not end its answer.
 """
 

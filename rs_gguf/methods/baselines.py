@@ -1,7 +1,7 @@
 """Make the baselines of a run: a system prompt, and methods of the literature without a search.
 
 An effect, the judged samples of the fit split and a model go in. `Condition`s come out, under which the model
-answers the test prompts as it does with the written files.
+answers the validation prompts as it does with the written files.
 """
 
 from __future__ import annotations

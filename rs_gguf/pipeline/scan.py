@@ -62,7 +62,8 @@ def scan(
     with contextlib.ExitStack() as opened:
         engine = recipe.engine
         model = opened.enter_context(open_engine(path, n_parallel=recipe.answers.parallel, settings=engine))
-        check_can_answer(model)
+        if recipe.answers.check:
+            check_can_answer(model)
         # Not cached, since the time of judgements is measured.
         judge = opened.enter_context(
             open_judge_spec(
@@ -127,12 +128,12 @@ def advise(outcomes: Mapping[Kind, Outcomes], files: Sequence[PublishedFile]) ->
         return "not possible", (
             f"Most answers to benign prompts fail: {benign.fails} of {benign.total}. A run would fit on "
             "failures. Use a larger model, or a less quantised file. For a model that thinks before it "
-            "answers, give more --tokens."
+            "answers, give more than 1024 --tokens."
         )
     if 2 * sensitive.unjudged > sensitive.total:
         return "unclear", (
             f"{sensitive.unjudged} of {sensitive.total} answers to sensitive prompts could not be judged. "
-            "For a model that thinks before it answers, give more --tokens."
+            "For a model that thinks before it answers, give more than 1024 --tokens."
         )
     if sensitive.refuses < _LEAST_REFUSED * sensitive.total:
         return "nothing to remove", f"{refused}: there is nothing to remove."

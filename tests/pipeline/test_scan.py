@@ -50,7 +50,7 @@ def outcomes(refuses: int = 0, *, fails: int = 0, unjudged: int = 0) -> Outcomes
         (outcomes(8), outcomes(0), outcomes(), None, "not possible", "none of 20 harmful ones"),
         (outcomes(8), outcomes(9), outcomes(fails=11), None, "not possible", "benign prompts fail: 11 of 20"),
         (outcomes(8), outcomes(9), outcomes(fails=10), None, "run", "refuses 8 of 20"),
-        (outcomes(unjudged=20), outcomes(), outcomes(), None, "unclear", "more --tokens"),
+        (outcomes(unjudged=20), outcomes(), outcomes(), None, "unclear", "more than 1024 --tokens"),
     ],
 )
 def test_what_is_advised(

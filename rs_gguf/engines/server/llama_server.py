@@ -66,7 +66,6 @@ class LlamaServer:
         formats = [found for root in roots if (found := _chat_format(root))]
         self._thinks = any(found.thinks_in_server for found in formats)
         self._opens_trace = any(opens_thinking(found.render(HELLO)) for found in formats)
-        # Else an end marker in an answer is text of the answer.
         self._may_open_trace = self._opens_trace or self._thinks or len(formats) < len(roots)
 
     def check(self) -> None:
@@ -145,8 +144,7 @@ class LlamaServer:
         Raises:
             InputError: no server can be used, or one refuses a prompt.
         """
-        bodies = (self._body(prompt, factor, asking) for prompt in prompts)
-        for i, completion in self._client.complete_all(bodies):
+        for i, completion in self._client.complete_all(self._body(p, factor, asking) for p in prompts):
             if isinstance(completion, RequestRefusedError):
                 raise InputError(f"the prompt {prompts[i].prompt[:60]!r} was not answered: {completion}")
             yield i, self._answer(completion)
@@ -163,14 +161,13 @@ class LlamaServer:
         try:
             for line in event_lines(url, "/chat/completions", data, _SILENCE, SERVER_KEY_VARIABLE):
                 event = line.removeprefix("data:").strip()
-                if event == line or event == "[DONE]":  # a comment or an empty line between events; the end
+                if event in (line, "[DONE]"):  # a comment or an empty line between events; the end
                     continue
                 reply = json.loads(event)
                 if "error" in reply:
                     raise TryFailedError(shortened(str(reply["error"])))
                 choices = reply["choices"]
-                piece = choices[0]["delta"].get("content") if choices else None
-                if piece:
+                if choices and (piece := choices[0]["delta"].get("content")):
                     text += str(piece)
                     yield text
         except (*_NO_INFORMATION, IndexError, AttributeError) as error:
@@ -189,11 +186,10 @@ class LlamaServer:
 
     def _answer(self, completion: Completion) -> Answer:
         """Return the answer of a completion, without tokens, which a server does not give."""
-        inside: bool | None = None  # unknown: an end marker shows it
+        # Cut off, the text may lack an end marker. Else a marker shows whether a trace precedes the answer.
+        inside = True if self._opens_trace and not completion.finished else None
         if completion.trace or not self._may_open_trace:
             inside = False
-        elif self._opens_trace and not completion.finished:
-            inside = True  # cut off, perhaps before an end marker
         parts = split_trace(completion.text, inside=inside)
         text, finished = parts.answer, completion.finished
         if not (trace := completion.trace.strip() or parts.trace):
