@@ -174,7 +174,12 @@ def fitted(recipe: Path, model: Quantisation, prompts: int, work: Path) -> RunRe
 
 
 def overrides(model: Quantisation, prompts: int) -> list[str]:
-    return [f"model={model.path.resolve()}", f"prompts.validation={prompts}", "measure.baselines=[]"]
+    return [
+        f"model={model.path.resolve()}",
+        f"prompts.validation={prompts}",
+        "measure.baselines=[]",
+        "judge_second=none",
+    ]
 
 
 def row(model: Quantisation, name: str, file: FileRecord) -> str:
