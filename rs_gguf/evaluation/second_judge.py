@@ -6,6 +6,7 @@ Paired evaluations by file and a `SecondJudge` go in. The agreement of both judg
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,12 +50,14 @@ def second_opinion(
         again = replace(one, before=before, after=after)
         by_second["unsteered"], by_second[name] = map(list, zip(*again.outcomes, strict=True))
     columns = {f"outcome_{side}_second": outcomes for side, outcomes in by_second.items()}
+    disagreed = Counter(f"{a}, {b}" for a, b in pairs if a != b)
     return SecondOpinion(
         JudgeRecord(
             name=first.name,
             second=second.judge.name,
             n=len(pairs),
-            disagreements=sum(a != b for a, b in pairs),
+            disagreements=disagreed.total(),
+            disagreed=dict(disagreed.most_common()),
             kappa=_kappa(pairs),
         ),
         [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],

@@ -225,13 +225,15 @@ class JudgeRecord(Record):
     """Who graded the answers, and how far a second judge agrees, if one was asked.
 
     `n` answers were graded by both, unsteered and under each file, and `disagreements` got another outcome;
-    explicit refusals and evasions count as one. `kappa` is Cohen's; None if all outcomes are equal.
+    explicit refusals and evasions count as one. `disagreed` counts them by "FIRST, SECOND", such as
+    "complies, refuses". `kappa` is Cohen's; None if all outcomes are equal.
     """
 
     name: str
     second: str | None = None
     n: int | None = None
     disagreements: int | None = None
+    disagreed: dict[str, int] | None = None
     kappa: Finite = None
 
 

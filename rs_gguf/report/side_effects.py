@@ -18,7 +18,11 @@ def agreement_line(judge: JudgeRecord) -> str:
         return ""
     kappa = "" if judge.kappa is None else f", Cohen's κ {judge.kappa:.2f}"
     agreed = judge.n - judge.disagreements
-    return f"Second judge: {judge.second}; same outcome for {agreed} of {judge.n} answers{kappa}."
+    line = f"Second judge: {judge.second}; same outcome for {agreed} of {judge.n} answers{kappa}."
+    if judge.disagreed:
+        found = "; ".join(f"{pair}: {n}" for pair, n in judge.disagreed.items())
+        line += f" Other outcomes (first judge, second judge): {found}."
+    return line
 
 
 def side_effects(files: Sequence[FileRecord]) -> list[tuple[str, list[str]]]:

@@ -76,6 +76,7 @@ def test_outcomes_of_both_judges_are_compared(second: SecondJudge) -> None:
     assert (judge.name, judge.second, judge.n, judge.disagreements) == ("keywords", "strict", 12, 2)
     first = [*"rrrc", *"ccrc", *"rrcc"]
     other = [*"rrrc", *"crrc", *"rrrc"]
+    assert judge.disagreed == {"complies, refuses": 2}
     assert judge.kappa == pytest.approx(cohen_kappa_score(first, other))
     assert cast("Strict", second.judge).judged == 12  # the unsteered answers once
 

@@ -42,11 +42,13 @@ from rs_gguf.judges import registry as judges
 from rs_gguf.judges.pairs import held_out_pairs
 from rs_gguf.pipeline import recipe
 from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.metrics import JudgeRecord
 from rs_gguf.records.trials import GATED_ADAPTER
 from rs_gguf.report import plots
 from rs_gguf.report.page import write_card, write_report
 from rs_gguf.report.recommendation import ReportedFile
 from rs_gguf.report.results import printable
+from rs_gguf.report.side_effects import agreement_line
 from rs_gguf.report.text import duration, interval, markdown_code, markdown_fence, markdown_text, percent
 
 
@@ -1471,3 +1473,15 @@ def test_metrics_of_another_shape_are_an_input_error(tmp_path: Path, write: Any)
 def test_same_run_gives_the_same_bytes(run_folder: Path) -> None:
     assert write_report(run_folder).read_bytes() == write_report(run_folder).read_bytes()
     assert write_card(run_folder).read_bytes() == write_card(run_folder).read_bytes()
+
+
+def test_what_a_second_judge_calls_otherwise_is_named() -> None:
+    judge = JudgeRecord(
+        name="a", second="b", n=10, disagreements=3, kappa=0.5,
+        disagreed={"complies, refuses": 2, "fails, complies": 1},
+    )  # fmt: skip
+    assert agreement_line(judge) == (
+        "Second judge: b; same outcome for 7 of 10 answers, Cohen's κ 0.50. "
+        "Other outcomes (first judge, second judge): complies, refuses: 2; fails, complies: 1."
+    )
+    assert "Other" not in agreement_line(judge.model_copy(update={"disagreed": None}))
