@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer
 _MAX_SIZE = 1_000_000  # characters or items of one value
 _MAX_SPENT = 20_000_000  # characters or items of all values of a rendering; conversations have far fewer
 _WIDTH = re.compile(r"\d{7}")  # in a format: a width of more than a million
-# Methods and filters that may give a much larger text than they take. The size of the text is computed beforehand.
+# Methods and filters that may give a much larger text than they take. Its size is computed beforehand.
 _GROWING = frozenset(
     ("batch", "center", "format", "indent", "join", "ljust", "replace", "rjust", "slice", "tojson", "zfill")
 )
