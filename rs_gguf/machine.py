@@ -51,6 +51,7 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+@functools.cache  # a projection asks for the cores at every call
 def _quota(root: Path = Path("/")) -> float:
     """Return the cores whose time the control groups of this process give it; infinity without a limit."""
     least = math.inf

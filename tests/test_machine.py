@@ -196,6 +196,7 @@ def test_a_container_uses_the_cores_of_its_quota(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(machine, "_quota", machine._quota.__wrapped__)
     monkeypatch.setattr(machine._quota, "__defaults__", (tmp_path,))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert machine.usable_cores() == cores

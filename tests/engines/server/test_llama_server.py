@@ -43,6 +43,16 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Server]]:
         server.stop()
 
 
+def give_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    """Let every server give this chat template."""
+    plain: Callable[..., Any] = vars(server_module)["exchange"]
+
+    def exchange(root: str, path: str, *arguments: Any) -> Any:
+        return {"chat_template": template} if path == "/props" else plain(root, path, *arguments)
+
+    monkeypatch.setattr(server_module, "exchange", exchange)
+
+
 def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -> None:
     address = ", ".join(server.url.removesuffix("/v1") for server in servers) + "/#m"
     steps: list[int] = []
@@ -70,13 +80,7 @@ def test_all_servers_answer_in_the_order_of_the_prompts(servers: list[Server]) -
 def test_thinking_is_switched_off_as_in_local_engines(
     servers: list[Server], switch: str, sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exchange(root: str, path: str, *arguments: Any) -> Any:
-        if path == "/props":
-            return {"chat_template": "{{ messages[0].content }}" + switch}
-        return plain(root, path, *arguments)
-
-    plain: Callable[..., Any] = vars(server_module)["exchange"]
-    monkeypatch.setattr(server_module, "exchange", exchange)
+    give_template(monkeypatch, "{{ messages[0].content }}" + switch)
     model = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)])
     list(model.answer(PROMPTS[:1], 2.0, SHORT))
     assert servers[0].asked[0].get("chat_template_kwargs") == sent
@@ -139,13 +143,7 @@ def test_text_that_is_cut_off_within_a_trace_that_the_template_opens_is_a_trace(
     expected: Answer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def exchange(root: str, path: str, *arguments: Any) -> Any:
-        if path == "/props":
-            return {"chat_template": "{{ messages[0].content }}<think>\n"}
-        return plain(root, path, *arguments)
-
-    plain: Callable[..., Any] = vars(server_module)["exchange"]
-    monkeypatch.setattr(server_module, "exchange", exchange)
+    give_template(monkeypatch, "{{ messages[0].content }}<think>\n")
     servers[0].behave = lambda body: said(text, finish=finish, more={"reasoning_content": trace})
     ((_, found),) = LlamaServer(servers[0].url, [(Path("a.gguf"), 0.5)]).answer(PROMPTS[:1], 1.0, SHORT)
     assert found == expected
@@ -160,14 +158,7 @@ def test_an_end_marker_in_an_answer_is_its_text(
     assert found == Answer([], text, True, False, Trace("A marker?", None, True, False))
     # Without a trace apart, the template shows whether one may precede the answer.
     servers[0].behave = lambda body: said(text)
-    plain: Callable[..., Any] = vars(server_module)["exchange"]
-
-    def exchange(root: str, path: str, *arguments: Any) -> Any:
-        if path == "/props":
-            return {"chat_template": "{{ messages[0].content }}\n"}
-        return plain(root, path, *arguments)
-
-    monkeypatch.setattr(server_module, "exchange", exchange)
+    give_template(monkeypatch, "{{ messages[0].content }}\n")
     ((_, found),) = LlamaServer(servers[0].url, []).answer(PROMPTS[:1], 1.0, SHORT)
     assert found == Answer([], text, True, False)
 
