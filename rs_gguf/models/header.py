@@ -7,6 +7,7 @@ whatever the size of the file.
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q"
 _TEXT, _LIST = 8, 9
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4  # GGML_MAX_DIMS
+_MAX_BYTES = 2**27  # the largest vocabularies take some 2^24
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,17 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """Return the header of a GGUF file. Every length is checked against the size of the file.
+    """Return the header of a GGUF file. Every length is checked; a header takes 128 MiB at most.
 
     Raises:
         InputError: the file is not a GGUF file, or its header is damaged.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).read()
+        with path.open("rb") as file:
+            # A whole model may be larger than the memory that a process may address.
+            size = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
+                return _Reader(data).read()
     # mmap raises ValueError for an empty file.
     except (OSError, OverflowError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a readable GGUF file ({error}). Get the file again.") from error
