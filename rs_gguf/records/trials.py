@@ -65,6 +65,7 @@ class Trial:
     # Prompts without an answer, since a limit was broken beyond recovery: the sensitive ones, others perhaps.
     left_out: int = 0
     reasons: tuple[str, ...] = ()  # why it is not feasible
+    trace_tokens: float | None = None  # mean length of the thinking traces; None without any
     seconds: float = field(default=0.0, compare=False)  # duration of the evaluation
     # Time spent before it on unsteered answers. All candidates share them.
     unsteered_seconds: float = field(default=0.0, compare=False)

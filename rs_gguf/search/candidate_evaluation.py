@@ -27,6 +27,7 @@ from rs_gguf.evaluation.allowance import Allowance
 from rs_gguf.evaluation.condition import Condition, JudgedAnswers, answer_condition
 from rs_gguf.evaluation.drift import Drift, drift_of, is_drift_reference, mean_change
 from rs_gguf.evaluation.paired import PairedEvaluation
+from rs_gguf.evaluation.traces import trace_record
 from rs_gguf.judges.registry import Judge
 from rs_gguf.methods import METHODS
 from rs_gguf.prompts.grid import stratified
@@ -258,6 +259,7 @@ class CandidateEvaluator:
         left_out = len(indices) - answered
         stands_for = self._unsteered.stands_for(evaluation.prompts, self.rule.effect)
         decision = self.rule.decide(evaluation, allowance, stands_for=stands_for)
+        traces = trace_record(evaluation.after.answers, evaluation.after.judgements)
         return Trial(
             number,
             candidate,
@@ -269,6 +271,7 @@ class CandidateEvaluator:
             benign_closed=(benign.closed - benign.opened) / n_benign if n_benign else None,
             benign_drift=drift.nats,
             degenerate=sum(answer.degenerate for answer in evaluation.after.answers) / answered,
+            trace_tokens=traces.mean_tokens if traces else None,
             answered=(answered, asking.max_tokens),
             left_out=left_out,
             feasible=not left_out and decision.verdict != "failed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from rs_gguf.evaluation.condition import JudgedAnswers
 from rs_gguf.evaluation.decision import Decision
 from rs_gguf.evaluation.drift import Drift
 from rs_gguf.evaluation.paired import PairedEvaluation
-from rs_gguf.records.conversation import KINDS, Answer, Judgement, Kind, Prompt
+from rs_gguf.records.conversation import KINDS, Answer, Judgement, Kind, Prompt, Trace
 from rs_gguf.records.metrics import Effect
 
 NAN = float("nan")
@@ -168,6 +169,27 @@ def test_each_criterion_has_its_reason(
     decision = decide(changed, **figures)
     assert decision.verdict == verdict
     assert any(reason in said for said in decision.reasons) or (verdict == "passed" and not reason)
+
+
+def test_thinking_traces_that_begin_to_loop_are_limited() -> None:
+    def with_loops(before: int, after: int, ended: bool = True) -> PairedEvaluation:
+        plain = evaluation(GOOD)
+
+        def side(judged: JudgedAnswers, n: int) -> JudgedAnswers:
+            traces = [Trace("Hm. ", 9, ended, i < n) for i in range(len(judged.answers))]
+            answers = [replace(a, trace=trace) for a, trace in zip(judged.answers, traces, strict=True)]
+            return JudgedAnswers(answers, judged.judgements)
+
+        return replace(plain, before=side(plain.before, before), after=side(plain.after, after))
+
+    rule = SafetyRule("remove")
+    for allowance in Allowance:
+        (reason,) = rule.decide(with_loops(0, 9), allowance).reasons
+        assert reason.startswith("9 thinking traces loop that did not before (sensitive 9)")
+        for same in (with_loops(9, 9), with_loops(9, 0), with_loops(0, 1)):
+            assert rule.decide(same, allowance).verdict == "passed"
+        # Without an end they fail, which another criterion counts.
+        assert not any("loop" in said for said in rule.decide(with_loops(0, 9, False), allowance).reasons)
 
 
 def test_failures_and_unjudged_answers_are_shares_of_what_the_prompts_stand_for() -> None:

@@ -103,6 +103,9 @@ def test_a_run_measures_traces(thinker: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     run(chosen, out)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    assert all((row["trace_tokens"] is None) == (row["fidelity"] == "logprob") for row in trials)
+    assert all(row["trace_tokens"] > 8 for row in trials if row["fidelity"] != "logprob")
     # Every trace is longer than an answer may be, and yet the answers came.
     assert all(row["trace"]["tokens"] > 8 for row in answers)
     assert sum(bool(row["answer"]) for row in answers) > 0.8 * len(answers)
