@@ -2,7 +2,7 @@
 
 The model answers validation prompts of each kind, unsteered and steered. It does so without a context and in
 each context of `rs-export eval --contexts` (docs/eval.md). The prompts of the grid in other languages are
-asked too. Prints a table in Markdown; `--json` writes the figures.
+asked too. Prints a table in Markdown, row by row; `--json` writes the figures.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from rs_gguf.engines.generation import Asking
 from rs_gguf.engines.llama.model import LlamaModel
-from rs_gguf.evaluation.comparison import compare, compare_in_contexts
+from rs_gguf.evaluation.comparison import compare
 from rs_gguf.evaluation.condition import SteeredModel
 from rs_gguf.judges.registry import open_judge_spec
 from rs_gguf.models import resolve as models
@@ -29,6 +30,11 @@ from rs_gguf.steering import file as steering_file
 
 PUBLISHED = Path(__file__).parent.parent / "vectors" / "qwen2.5-coder-0.5b-remove" / "remove-adapter.gguf"
 LANGUAGES = "prompts in other languages"
+HEAD = (
+    "| context | explicit, sensitive | sensitive opened | explicit, harmful | harmful kept | benign closed "
+    "| broken, all kinds |\n"
+    "| --- | --- | ---: | --- | ---: | ---: | ---: |"
+)
 
 
 def main() -> None:
@@ -48,51 +54,43 @@ def main() -> None:
     english = grid.of_each_kind([p for p in validation if p.language == "en"], size, seed=0)
     others = grid.of_each_kind([p for p in validation if p.language != "en"], size, seed=0)
     asking = Asking(None, options.tokens)
+    figures: dict[str, dict[str, Any]] = {}
     with (
         LlamaModel(models.resolve(options.model)) as model,
         open_judge_spec(None, loaded=model) as judge,
-        Progress() as progress,
+        Progress(console=Console(stderr=True)) as progress,
     ):
         chat = ChatFormat.of(model)
         chosen = [c for c in contexts.named(options.context or ["all"]) if c.suits(chat)]
+        asked = {c.name: (english, asking.within(c)) for c in (contexts.PLAIN, *chosen)}
+        asked[LANGUAGES] = others, asking
         source = SteeredModel(model, steering_file.read(options.file).steering(options.file))
-        n = sum(map(len, english.values())) * (1 + len(chosen)) + sum(map(len, others.values()))
+        n = sum(len(prompts) for sets, _ in asked.values() for prompts in sets.values())
         task = progress.add_task("Answers", total=2 * n)
 
         def advance(count: int) -> None:
             progress.advance(task, count)
 
-        (measured,) = compare_in_contexts(source, judge, english, asking, chosen, advance=advance)
-        (foreign,) = compare(source, judge, others, asking, advance=advance)
-    rows: dict[str, dict[str, Any]] = {
-        context.name: {
-            kind: measured["sets"][kind if context is contexts.PLAIN else f"{kind}, {context.name}"]
-            for kind in KINDS
-        }
-        for context in (contexts.PLAIN, *chosen)
-    }
-    rows[LANGUAGES] = {kind: foreign["sets"][kind] for kind in KINDS}
-    print(table(rows))
-    if options.json:
-        write_json(options.json, {"file": options.file.name, "prompts": options.prompts, "contexts": rows})
+        print(HEAD)
+        for name, (sets, how) in asked.items():
+            (found,) = compare(source, judge, sets, how, divergence=False, advance=advance)
+            figures[name] = found["sets"]
+            print(row(name, figures[name]), flush=True)
+            if options.json:  # after each, so that a killed run leaves what it measured
+                about = {"file": options.file.name, "prompts": options.prompts, "tokens": options.tokens}
+                write_json(options.json, {**about, "contexts": figures})
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a Markdown table of transitions, with explicit refusals unsteered and steered."""
-    lines = [
-        "| context | explicit, sensitive | sensitive opened | explicit, harmful | harmful kept "
-        "| benign closed | broken, all kinds |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for name, figures in rows.items():
-        sensitive, harmful, benign = (SetRecord.model_validate(figures[kind]) for kind in KINDS)
-        broken = [one.broken for one in (sensitive, harmful, benign) if one.broken]
-        cells = [
-            explicit(sensitive), of(sensitive.opened), explicit(harmful), of(harmful.kept), of(benign.closed),
-            f"{sum(share.n for share in broken)} of {sum(share.of for share in broken)}",
-        ]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def row(name: str, figures: Mapping[str, Any]) -> str:
+    """Return a row of a Markdown table: transitions, and explicit refusals unsteered and steered."""
+    sensitive, harmful, benign = (SetRecord.model_validate(figures[kind]) for kind in KINDS)
+    broken = [one.broken for one in (sensitive, harmful, benign) if one.broken]
+    cells = [
+        name, explicit(sensitive), of(sensitive.opened), explicit(harmful), of(harmful.kept),
+        of(benign.closed),
+        f"{sum(share.n for share in broken)} of {sum(share.of for share in broken)}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
 
 
 def explicit(one: SetRecord) -> str:
