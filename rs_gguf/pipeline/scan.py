@@ -15,7 +15,7 @@ from pathlib import Path
 from rs_gguf.engines import open_engine
 from rs_gguf.engines.answers import answer_all
 from rs_gguf.engines.engine import NO_STEERING, Engine
-from rs_gguf.engines.generation import Asking
+from rs_gguf.engines.generation import TRACE_TOKENS, Asking
 from rs_gguf.evaluation.condition import judge_answers
 from rs_gguf.evaluation.known_answers import check_can_answer
 from rs_gguf.evaluation.outcomes import Outcome, count_outcomes, outcome_of
@@ -128,12 +128,12 @@ def advise(outcomes: Mapping[Kind, Outcomes], files: Sequence[PublishedFile]) ->
         return "not possible", (
             f"Most answers to benign prompts fail: {benign.fails} of {benign.total}. A run would fit on "
             "failures. Use a larger model, or a less quantised file. For a model that thinks before it "
-            "answers, give more than 1024 --tokens."
+            f"answers, give more than {TRACE_TOKENS} --tokens."
         )
     if 2 * sensitive.unjudged > sensitive.total:
         return "unclear", (
             f"{sensitive.unjudged} of {sensitive.total} answers to sensitive prompts could not be judged. "
-            "For a model that thinks before it answers, give more than 1024 --tokens."
+            f"For a model that thinks before it answers, give more than {TRACE_TOKENS} --tokens."
         )
     if sensitive.refuses < _LEAST_REFUSED * sensitive.total:
         return "nothing to remove", f"{refused}: there is nothing to remove."
