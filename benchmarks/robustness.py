@@ -8,6 +8,7 @@ asked too. Prints a table in Markdown, row by row; `--json` writes the figures.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ def main() -> None:
     english = grid.of_each_kind([p for p in validation if p.language == "en"], size, seed=0)
     others = grid.of_each_kind([p for p in validation if p.language != "en"], size, seed=0)
     asking = Asking(None, options.tokens)
+    about = {"file": options.file.name, "prompts": options.prompts, "tokens": options.tokens}
     figures: dict[str, dict[str, Any]] = {}
     with (
         LlamaModel(models.resolve(options.model)) as model,
         open_judge_spec(None, loaded=model) as judge,
-        Progress(console=Console(stderr=True)) as progress,
+        # Rich would print the rows of a redirected stdout to stderr.
+        Progress(console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress,
     ):
         chat = ChatFormat.of(model)
         chosen = [c for c in contexts.named(options.context or ["all"]) if c.suits(chat)]
@@ -77,7 +80,6 @@ def main() -> None:
             figures[name] = found["sets"]
             print(row(name, figures[name]), flush=True)
             if options.json:  # after each, so that a killed run leaves what it measured
-                about = {"file": options.file.name, "prompts": options.prompts, "tokens": options.tokens}
                 write_json(options.json, {**about, "contexts": figures})
 
 
