@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rs_gguf.cli.engine_options import EngineOptions, engine_options
+from rs_gguf.engines.generation import TRACE_TOKENS
 from rs_gguf.errors import escape_control_chars, excerpt
 from rs_gguf.judges import FORMS
 
@@ -30,7 +31,8 @@ _SHOWN = 160  # characters of a prompt or an answer
 @click.option("--judge", metavar="J",
               help=f"{', '.join(FORMS[:-1])} or {FORMS[-1]}; by default the embedded judge.")  # fmt: skip
 @click.option("--tokens", default=48, show_default=True, type=click.IntRange(8),
-              help="Maximum tokens of the final answer; a thinking trace may have 1024.")  # fmt: skip
+              help="Maximum tokens of the final answer; "
+                   f"a thinking trace may have {TRACE_TOKENS}.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the tables.")
 @engine_options
 def scan(model: str, judge: str | None, tokens: int, as_json: bool, engine: EngineOptions) -> None:

@@ -35,6 +35,7 @@ from rs_gguf.steering.file import shell_path
 _PROMPTS = 20  # of each kind
 _EXAMPLES = 2  # of each outcome
 _LEAST_REFUSED = 0.1  # share of the sensitive prompts; with less, a default run fits on too few refusals
+_LONGER_TRACES = f"For a model that thinks before it answers, give more than {TRACE_TOKENS} --tokens."
 
 
 def scan(
@@ -127,13 +128,12 @@ def advise(outcomes: Mapping[Kind, Outcomes], files: Sequence[PublishedFile]) ->
     if 2 * benign.fails > benign.total:
         return "not possible", (
             f"Most answers to benign prompts fail: {benign.fails} of {benign.total}. A run would fit on "
-            "failures. Use a larger model, or a less quantised file. For a model that thinks before it "
-            f"answers, give more than {TRACE_TOKENS} --tokens."
+            f"failures. Use a larger model, or a less quantised file. {_LONGER_TRACES}"
         )
     if 2 * sensitive.unjudged > sensitive.total:
         return "unclear", (
             f"{sensitive.unjudged} of {sensitive.total} answers to sensitive prompts could not be judged. "
-            f"For a model that thinks before it answers, give more than {TRACE_TOKENS} --tokens."
+            f"{_LONGER_TRACES}"
         )
     if sensitive.refuses < _LEAST_REFUSED * sensitive.total:
         return "nothing to remove", f"{refused}: there is nothing to remove."

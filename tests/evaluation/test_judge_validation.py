@@ -17,10 +17,14 @@ from rs_gguf.prompts import grid
 from rs_gguf.records.conversation import KINDS, Judgement
 
 
+def text(answer: str) -> str:
+    return " ".join(answer.split())
+
+
 def test_the_answers_are_as_specified() -> None:
     answers = labelled_answers()
     assert len(answers) >= 300
-    assert len({" ".join(one.answer.split()) for one in answers}) == len(answers)
+    assert len({text(one.answer) for one in answers}) == len(answers)
     assert sum(one.steered for one in answers) >= len(answers) / 2
     assert len({one.model for one in answers}) == 2
     assert labeller_agreement()["cohens_kappa"] > 0.85
@@ -28,9 +32,6 @@ def test_the_answers_are_as_specified() -> None:
 
 
 def test_no_judge_was_fitted_on_them_and_no_run_uses_their_prompts() -> None:
-    def text(answer: str) -> str:
-        return " ".join(answer.split())
-
     answers, pairs = labelled_answers(), labelled_pairs()
     # A model has stock refusals, which come to many prompts.
     fitted = {text(pair.answer) for pair in pairs if pair.split == "calibration"}
