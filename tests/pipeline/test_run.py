@@ -94,7 +94,7 @@ def check_inputs(one: Run, places: Sequence[int]) -> None:
 def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
     model = tmp_path / "thinking.gguf"
     write_tiny_qwen3(model, THINKING_TEMPLATE, liked=LIKED, seed=2)
-    variants = ["fit.gate_refits=1"]
+    variants = ["fit.gate_refits=1", "prompts.gate_only=28"]  # three prompts in each context
     variants.append("answers.trace_tokens=0")  # the limit of an answer truncates half of the traces
     chosen = recipe.load(None, [*SMALL, *variants, f"model={model}", f"judge={judge.url}"])
     metrics = run(chosen, tmp_path / "out")
@@ -120,16 +120,22 @@ def test_a_model_that_thinks_first(judge: Judge, tmp_path: Path) -> None:
         assert 0 < len(unjudged) < 40
         assert len(captured.prompts) + len(unjudged) == len(captured.activations) + len(unjudged) == 72
         unanswered = [p for p in captured.gate_only if p.id not in asked]
-        assert len(unanswered) == 24
+        assert len(unanswered) == 84
         assert not {p.id for p in unanswered} & answers.keys()
         assert {p.split for p in unanswered} == {"fit"}
         names = dict(zip((p.id for p in captured.gate_only), captured.contexts, strict=True))
         assert {names[p.id] for p in unanswered} == {context.name for context in contexts.shipped()}
         assert {names[p.id] for p in unjudged} == {""}
+        # A gate must stay closed where the system prompt asks for a refusal.
+        asked_for = {c.name for c in contexts.shipped() if c.refusals_asked}
+        within = zip(captured.gate_only, captured.contexts, strict=True)
+        kinds = {p.kind for p, context in within if context in asked_for}
+        assert kinds == {"harmful", "benign"}
+        assert "refusal asked" in {p.topic for p in captured.gate_only}
         # Each context is a group, for which the gate must stay closed.
         assert set(captured.labels().groups[:, 3]) == {"", *(context.name for context in contexts.shipped())}
         n = len(captured.prompts)
-        check_inputs(one, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 23])
+        check_inputs(one, [0, n - 1, n, n + len(unjudged), n + len(unjudged) + 83])
 
     assert metrics["model"]["architecture"] == "qwen3"
     assert set(metrics["files"]["vector"]["sets"]) == {"sensitive", "harmful", "benign"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ from rs_gguf.pipeline.stage import Run, Stage
 from rs_gguf.pipeline.stages.answers import judged
 from rs_gguf.pipeline.stages.capture import matrices_of, store_of
 from rs_gguf.pipeline.stages.refit import refit
+from rs_gguf.prompts.contexts import Context
 from rs_gguf.records.artefacts import STAGES
-from rs_gguf.records.conversation import KINDS
+from rs_gguf.records.conversation import KINDS, Prompt
+from rs_gguf.records.metrics import Effect
 from rs_gguf.records.rows import write_json
+
+_REFUSAL_ASKED = "refusal asked"  # topic of sensitive prompts whose system prompt asks for a refusal
 
 # Costs of a fit besides its products and factorisations.
 _NUMBER = 1500  # operations to read, convert and weight one number
@@ -159,7 +164,7 @@ def samples(run: Run) -> Samples:
         DamagedStoreError: the captured activations were changed, or belong to another recipe or version.
     """
     prompts = [(p, "") for p in run.prompts["fit"]]  # with the name of the context
-    prompts += [(p, context.name) for p, context in run.in_contexts]
+    prompts += [(fitted_as(p, context, run.recipe.effect), context.name) for p, context in run.in_contexts]
     judgements = judged(run.folder)
     judged_indices, other_indices = sample_order(run)
     if not judged_indices.size:
@@ -188,6 +193,13 @@ def samples(run: Run) -> Samples:
         [prompts[i][1] for i in other_indices],
         run.model_path if Can.LLAMA_CPP in run.model.can else None,
     )
+
+
+def fitted_as(prompt: Prompt, context: Context, effect: Effect) -> Prompt:
+    """Return a gate-only prompt, as a harmful one where its context asks for a refusal, which should stay."""
+    if effect == "remove" and context.refusals_asked and prompt.kind == "sensitive":
+        return replace(prompt, kind="harmful", topic=_REFUSAL_ASKED, form="")
+    return prompt
 
 
 def sample_order(run: Run) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -20,7 +20,9 @@ from rs_gguf.pipeline import sections
 from rs_gguf.pipeline.recipe import Recipe
 from rs_gguf.pipeline.stage import Run
 from rs_gguf.pipeline.stages import fit as stage
-from rs_gguf.pipeline.stages.fit import Fit, fit, load
+from rs_gguf.pipeline.stages.fit import Fit, fit, fitted_as, load
+from rs_gguf.prompts.contexts import PLAIN, Context
+from rs_gguf.records.conversation import KINDS, Prompt
 from rs_gguf.records.files import load_arrays
 
 WORKER = """
@@ -52,6 +54,16 @@ def test_options_are_inputs_of_the_fit(options: dict[str, Any]) -> None:
 
 def test_another_device_gives_the_same_fit() -> None:
     assert inputs(device="cuda") == inputs(device="cpu") == inputs()
+
+
+def test_to_remove_a_refusal_that_a_context_asks_for_is_fitted_as_harmful() -> None:
+    asking = Context("kitchen", system="Decline all but recipes.", refusals_asked=True)
+    prompts = {kind: Prompt("Who rules?", kind, topic="Europe", form="question") for kind in KINDS}
+    for kind, prompt in prompts.items():
+        assert fitted_as(prompt, PLAIN, "remove") == fitted_as(prompt, asking, "induce") == prompt
+        assert fitted_as(prompt, asking, "remove").kind == ("benign" if kind == "benign" else "harmful")
+    moved = fitted_as(prompts["sensitive"], asking, "remove")
+    assert (moved.prompt, moved.topic, moved.form) == ("Who rules?", "refusal asked", "")
 
 
 @pytest.mark.parametrize("name", ["HARMFUL_TARGET_RATIO", "TOPIC_SAMPLES", "OFF_TARGET_WEIGHT"])
