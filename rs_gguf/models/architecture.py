@@ -32,6 +32,9 @@ def searched_layers(n_layer: int) -> range:
 # Families whose recurrent state in transformers ignores the attention mask, so padding would change it.
 PADS_THE_STATE = ("rwkv", "xlstm")
 
+# Families of transformers that keep all earlier tokens in a state, so their mask is of the new tokens only.
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba")
+
 # ---- output matrices -----------------------------------------------------------------------------
 
 ATTENTION_MATRICES = ("attn_output", "ssm_out", "shortconv.out_proj")

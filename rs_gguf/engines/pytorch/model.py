@@ -34,7 +34,7 @@ from rs_gguf.engines.generation import (
 from rs_gguf.engines.pytorch import weights
 from rs_gguf.engines.pytorch.vocabulary import Vocabulary
 from rs_gguf.errors import InputError
-from rs_gguf.models.architecture import PADS_THE_STATE, llama_cpp_name
+from rs_gguf.models.architecture import PADS_THE_STATE, WITHOUT_ATTENTION, llama_cpp_name
 from rs_gguf.records.conversation import Generation
 
 # Tokens of a batch that is only read, padding included. On a CPU, 512 tokens already keep all cores busy, and
@@ -92,8 +92,7 @@ class TorchModel(Vocabulary):
         self.metadata: Mapping[str, Any] = {}
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi take only the mask
-        # Models such as Mamba keep earlier tokens in a state and take a mask of the new tokens only.
-        self._masks_new_only = self.model._is_stateful and not self._takes_positions
+        self._masks_new_only = config.model_type in WITHOUT_ATTENTION and not self._takes_positions
         self._takes_keep = "logits_to_keep" in parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
